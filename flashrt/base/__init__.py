@@ -1,0 +1,1 @@
+"""Rank 0: errors, flags, tracing. Imports nothing of flashrt."""

@@ -1,0 +1,53 @@
+"""The error tree: everything flashrt raises on purpose derives from `FlashrtError`.
+
+IS: the names callers catch. IS NOT: formatting or recovery. Each message says what, where, and what to do.
+Called by: every layer.
+"""
+
+
+class FlashrtError(Exception):
+    """Root of all errors that flashrt raises on purpose."""
+
+
+class FlagError(FlashrtError):
+    """A FLASHRT_* variable is unknown or has a value that cannot be read."""
+
+
+class PlanError(FlashrtError):
+    """Regions, launches or an arena plan do not fit together."""
+
+
+class SealedError(FlashrtError):
+    """Something tried to allocate, compile or capture after `seal`."""
+
+
+class BackendError(FlashrtError):
+    """A device or its toolchain cannot do what was asked."""
+
+
+class CompileError(BackendError):
+    """Kernel sources did not compile, or no compiler was found."""
+
+
+class CheckpointError(FlashrtError):
+    """A checkpoint directory, its config or its tensors are not what the model needs."""
+
+
+class CapsuleError(FlashrtError):
+    """A capsule cannot be used: dropped, foreign, truncated or corrupted."""
+
+
+class PoolFull(FlashrtError):
+    """The capsule pool has no room; nothing was changed."""
+
+
+class LaneBusy(FlashrtError):
+    """All lanes are in use; close a session or load with more lanes."""
+
+
+class SessionError(FlashrtError):
+    """A session was asked for something that its state does not allow; the state is unchanged."""
+
+
+class TokenError(SessionError):
+    """Token ids are not integers in [0, vocab_size)."""

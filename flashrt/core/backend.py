@@ -1,0 +1,123 @@
+"""The backend protocol: the few verbs a device has to offer.
+
+IS: the contract that backends/cpu, backends/cuda and backends/simt implement and tests/backend checks.
+IS NOT: policy or model knowledge. Called by: engine and core/capsule.
+
+Contract. Addresses are plain integers into the two allocations (arena, weights). All verbs but `read` and `sync` may be
+asynchronous; they take effect in call order. After `seal` the verbs allocate, compile and capture (`allocate`, `build`,
+`capture`) raise SealedError, and `counters` shows that nothing else did either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashrt.core.copyplan import CopyPlan
+from flashrt.core.digest import DigestTerm
+from flashrt.core.op import Launch, Op
+from flashrt.core.region import DType, Region
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How a backend stores a region: `nbytes` in all, `lead_nbytes` per entry of the leading axis.
+
+    For rows: a plane is `lead_nbytes`; `row_nbytes` per position; positions come in granules that can only be moved
+    whole, so plane bytes [g * row_nbytes * granule, ...) hold positions [g * granule, (g + 1) * granule).
+    """
+
+    nbytes: int
+    lead_nbytes: int
+    row_nbytes: int = 0
+    granule: int = 1
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since the backend was opened; `seal` freezes the first three."""
+
+    allocations: int = 0
+    compilations: int = 0
+    captures: int = 0
+    replays: int = 0
+    launches: int = 0
+    copies: int = 0
+    copied_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BoundLaunch:
+    """A launch with the address of each operand."""
+
+    launch: Launch
+    addresses: tuple[int, ...]
+
+
+class Graph(Protocol):
+    """A captured list of launches; opaque."""
+
+    @property
+    def n_launches(self) -> int: ...
+
+
+class Memory(Protocol):
+    """One allocation."""
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Backend(Protocol):
+    """A device."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def act(self) -> DType: ...
+    @property
+    def counters(self) -> Counters: ...
+    @property
+    def kernel_digest(self) -> str:
+        """Hash of kernel sources and what else decides bits; part of the fingerprint."""
+        ...
+
+    def storage(self, region: Region) -> Storage: ...
+    def pack(self, region: Region, array: NDArray[np.generic], out: Bytes) -> None:
+        """Logical array -> storage bytes. bfloat16 arrays come as uint16 bits."""
+        ...
+
+    def unpack(self, region: Region, raw: Bytes) -> NDArray[np.generic]:
+        """Storage bytes -> logical array (bfloat16 as uint16 bits)."""
+        ...
+
+    def build(self, ops: Sequence[Op]) -> None:
+        """Compile what the ops need, or load it from the cache."""
+        ...
+
+    def allocate(self, name: str, nbytes: int) -> Memory: ...
+    def write(self, address: int, data: Bytes) -> None: ...
+    def read(self, address: int, out: Bytes) -> None: ...
+    def fill(self, address: int, nbytes: int, byte: int) -> None: ...
+    def copy(self, plan: CopyPlan, src_base: int, dst_base: int) -> None: ...
+    def digest(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]: ...
+    def capture(self, launches: Sequence[BoundLaunch]) -> Graph: ...
+    def replay(self, graph: Graph) -> None: ...
+    def eager(self, launches: Sequence[BoundLaunch]) -> None:
+        """Run launches one by one, without a graph: for checks and debugging."""
+        ...
+
+    def sync(self) -> None: ...
+    def seal(self) -> None: ...
+    def close(self) -> None: ...
+
+
+Progress = Callable[[str, int, int], None]  # what, done, total

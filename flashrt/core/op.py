@@ -1,0 +1,186 @@
+"""Ops: the signatures of kernels; launches: ops with regions bound; and the argument block both backends read.
+
+IS: shape, dtype and access checks at record time, and the one definition of a kernel's argument struct.
+IS NOT: code. A backend maps an op's name to its kernel. Called by: ops/table (define), tape (bind), backends (pack).
+
+The argument block of op `f` is the C struct `f_args` (see `c_struct`): a pointer per param in order, then as int32 the
+dims in order of first appearance, `<param>_stride` for strided params, `<param>_dtype` for params that allow several
+dtypes; then the attributes. An `ACT` pointer is void: its dtype is a constant of the backend. CPU kernels get a pointer
+to the block, CUDA kernels get it by value.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flashrt.base.errors import PlanError
+from flashrt.core.region import DType, Layout, Operand, Role, View, as_view
+
+Access = Literal["r", "w", "rw"]
+AttrValue = int | float
+_SYMBOL = re.compile(r"[A-Za-z]\w*")
+_C_TYPE = {
+    DType.F32: "float", DType.BF16: "uint16_t", DType.BF16X2: "uint32_t", DType.I32: "int32_t",
+    DType.U32: "uint32_t", DType.U8: "uint8_t",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """One operand of an op: dims are sizes, symbols, or products and sums of symbols (checked, never solved for)."""
+
+    name: str
+    access: Access
+    dims: tuple[int | str, ...]
+    dtypes: tuple[DType, ...] = (DType.F32,)
+    layout: Layout = Layout.PLAIN
+    is_strided: bool = False  # a window over columns of a wider region is welcome
+
+
+@dataclass(frozen=True, slots=True)
+class Attr:
+    """A constant of a launch."""
+
+    name: str
+    kind: Literal["int32", "float32"] = "int32"
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """A signature: what a kernel reads and writes, and how the shapes hang together."""
+
+    name: str
+    doc: str
+    params: tuple[Param, ...]
+    attrs: tuple[Attr, ...] = ()
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Dimension symbols in order of first appearance: the dims of the argument block."""
+        seen: dict[str, None] = {}
+        for param in self.params:
+            for dim in param.dims:
+                if isinstance(dim, str):
+                    seen.update(dict.fromkeys(_SYMBOL.findall(dim)))
+        return tuple(seen)
+
+    @property
+    def struct_format(self) -> str:
+        """`struct` format of the argument block."""
+        ints = len(self.symbols)
+        ints += sum(p.is_strided for p in self.params) + sum(len(p.dtypes) > 1 for p in self.params)
+        attrs = "".join("i" if a.kind == "int32" else "f" for a in self.attrs)
+        return f"@{len(self.params)}P{ints}i{attrs}0P"
+
+    def c_struct(self) -> str:
+        """The argument block as a C declaration (uint8_t .. int32_t must be defined)."""
+        lines = []
+        for p in self.params:
+            ctype = _C_TYPE.get(p.dtypes[0], "void") if len(p.dtypes) == 1 else "void"
+            const = "const " if p.access == "r" else ""
+            dims = ", ".join(str(d) for d in p.dims)
+            lines.append(f"  {const}{ctype} *{p.name};  /* {p.access} [{dims}] {p.layout} */")
+        lines += [f"  int32_t {s};" for s in self.symbols]
+        lines += [f"  int32_t {p.name}_stride;" for p in self.params if p.is_strided]
+        lines += [f"  int32_t {p.name}_dtype;" for p in self.params if len(p.dtypes) > 1]
+        lines += [f"  {'int32_t' if a.kind == 'int32' else 'float'} {a.name};" for a in self.attrs]
+        return f"/* {self.name}: {self.doc} */\ntypedef struct {{\n" + "\n".join(lines) + f"\n}} {self.name}_args;\n"
+
+
+def c_header(ops: Sequence[Op]) -> str:
+    """All argument structs and dtype codes as one C header, generated so that no offset is kept in step by hand."""
+    enum = ", ".join(f"DTYPE_{d.name} = {d.code}" for d in DType if d is not DType.ACT)
+    return f"#pragma once\nenum {{ {enum} }};\n\n" + "\n".join(op.c_struct() for op in ops)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """An op with its operands and constants, shapes checked."""
+
+    op: Op
+    operands: tuple[View, ...]  # in the order of op.params
+    dims: Mapping[str, int]
+    attrs: tuple[AttrValue, ...]
+    _by_name: Mapping[str, View] = field(repr=False)
+
+    def operand(self, name: str) -> View:
+        """The operand bound to a param."""
+        return self._by_name[name]
+
+    def attr(self, name: str) -> AttrValue:
+        """The value of an attribute."""
+        return self.attrs[[a.name for a in self.op.attrs].index(name)]
+
+    def pack(self, addresses: Sequence[int], act: DType) -> bytes:
+        """The argument block, given the device address of each operand."""
+        values: list[int | float] = list(addresses)
+        values += [self.dims[s] for s in self.op.symbols]
+        pairs = list(zip(self.op.params, self.operands, strict=True))
+        values += [v.row_stride for p, v in pairs if p.is_strided]
+        values += [resolve(v.region.dtype, act).code for p, v in pairs if len(p.dtypes) > 1]
+        return struct.pack(self.op.struct_format, *values, *self.attrs)
+
+
+def resolve(dtype: DType, act: DType) -> DType:
+    """`ACT` as the backend's activation dtype, any other dtype as it is."""
+    return act if dtype is DType.ACT else dtype
+
+
+def bind(op: Op, operands: Mapping[str, Operand], attrs: Mapping[str, AttrValue]) -> Launch:
+    """Check operands against the signature and solve its symbols.
+
+    Raises PlanError naming op, param and both values.
+    """
+    wanted, given = {p.name for p in op.params}, set(operands)
+    if wanted != given:
+        raise PlanError(f"{op.name}: missing operands {sorted(wanted - given)}, unknown {sorted(given - wanted)}")
+    names = [a.name for a in op.attrs]
+    if set(names) != set(attrs):
+        raise PlanError(f"{op.name}: attributes are {names}, got {sorted(attrs)}")
+    views = {p.name: as_view(operands[p.name]) for p in op.params}
+    dims: dict[str, int] = {}
+    for p in op.params:
+        _check(op, p, views[p.name])
+        for dim, size in zip(p.dims, views[p.name].shape, strict=True):
+            if isinstance(dim, str) and dim.isidentifier() and dims.setdefault(dim, size) != size:
+                raise PlanError(f"{op.name}.{p.name}: {dim} is {dims[dim]}, got {size} in {views[p.name].shape}")
+    for p in op.params:
+        for dim, size in zip(p.dims, views[p.name].shape, strict=True):
+            want = dim if isinstance(dim, int) else evaluate(op, dim, dims)
+            if want != size:
+                raise PlanError(f"{op.name}.{p.name}: {dim} is {want}, got {size} in {views[p.name].shape}")
+    values = tuple(attrs[n] for n in names)
+    return Launch(op, tuple(views[p.name] for p in op.params), dims, values, views)
+
+
+def _check(op: Op, param: Param, view: View) -> None:
+    region = view.region
+    if len(view.shape) != len(param.dims):
+        raise PlanError(f"{op.name}.{param.name}: wants {param.dims}, region {region.name!r} is {view.shape}")
+    if region.dtype not in param.dtypes:
+        wanted = ", ".join(param.dtypes)
+        raise PlanError(f"{op.name}.{param.name}: wants {wanted}, region {region.name!r} is {region.dtype}")
+    if region.layout is not param.layout:
+        raise PlanError(f"{op.name}.{param.name}: wants {param.layout}, region {region.name!r} is {region.layout}")
+    if not param.is_strided and view.row_stride != view.shape[-1]:
+        raise PlanError(f"{op.name}.{param.name}: columns of {region.name!r} are not contiguous")
+    if param.access != "r" and region.role is Role.WEIGHT:
+        raise PlanError(f"{op.name}.{param.name}: writes weight {region.name!r}")
+
+
+def evaluate(op: Op, expression: str, dims: Mapping[str, int]) -> int:
+    """A sum of products of symbols and integers, e.g. `2*Nq*D+2*Nk*D`."""
+    total = 0
+    for term in expression.split("+"):
+        product = 1
+        for factor in term.split("*"):
+            word = factor.strip()
+            if not word.isdigit() and word not in dims:
+                raise PlanError(f"{op.name}: nothing binds dimension {word} of {expression}")
+            product *= int(word) if word.isdigit() else dims[word]
+        total += product
+    return total

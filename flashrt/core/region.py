@@ -1,0 +1,143 @@
+"""Regions: named, typed ranges of device memory, and views of them that an op can be bound to.
+
+IS: the nouns of the planner: what a range holds (shape, dtype), how it behaves (role), how it is stored (layout).
+IS NOT: memory. A region has no address until the planner gives it an offset and a backend allocates the arena.
+Called by: models (declare), op/tape (bind), planner (lay out), copyplan and capsule (move).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, replace
+
+from flashrt.base.errors import PlanError
+
+
+class Role(enum.StrEnum):
+    """What may happen to a region's bytes; capsules derive from this alone what they must hold."""
+
+    FIXED = "fixed"  # overwritten in place; a capsule stores all of it
+    ROWS = "rows"  # append-only along positions; a capsule stores the rows since its parent
+    IO = "io"  # written by the host, or read by it, around one replay
+    SCRATCH = "scratch"  # lives inside one tape; overlapped by lifetime
+    POOL = "pool"  # where capsules live
+    WEIGHT = "weight"  # immutable, in an allocation of its own
+
+
+class DType(enum.StrEnum):
+    """Element types. `ACT` is whatever the backend feeds its matrix units with (see Backend.act)."""
+
+    F32 = "float32"
+    BF16 = "bfloat16"
+    BF16X2 = "bfloat16x2"  # a value as hi + lo, two bfloat16 planes interleaved per element
+    I32 = "int32"
+    U32 = "uint32"
+    U8 = "uint8"
+    ACT = "act"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one element; `ACT` has none until a backend resolves it."""
+        return _DTYPE_NBYTES[self]
+
+    @property
+    def code(self) -> int:
+        """Number of the dtype in kernel argument blocks (the `<param>_dtype` fields)."""
+        return _DTYPE_CODE[self]
+
+
+_DTYPE_NBYTES = {
+    DType.F32: 4, DType.BF16: 2, DType.BF16X2: 4, DType.I32: 4, DType.U32: 4, DType.U8: 1,
+}  # fmt: skip
+_DTYPE_CODE = {
+    DType.F32: 0, DType.BF16: 1, DType.BF16X2: 2, DType.I32: 3, DType.U32: 4, DType.U8: 5,
+}  # fmt: skip
+
+
+class Layout(enum.StrEnum):
+    """What a region is for, so that a backend can choose its storage. The leading axis is always outermost."""
+
+    PLAIN = "plain"  # C order
+    MATRIX = "matrix"  # weights [N, K] of `linear`; also gathered by row
+    COLUMN_BLOCKS = "column_blocks"  # per-head state [heads, rows, cols], worked on by column
+    ROWS_IN_LANES = "rows_in_lanes"  # ROWS only, [planes, positions, cols]: scanned for dot products with one vector
+    COLS_IN_LANES = "cols_in_lanes"  # ROWS only, [planes, positions, cols]: summed over positions with weights
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A named typed range.
+
+    `shape` is logical; for role ROWS it is (planes, max_positions, cols). `is_digested` says whether the bytes
+    belong to what the next logits depend on (see `core.digest`).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    role: Role
+    layout: Layout = Layout.PLAIN
+    is_digested: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.name or any(n < 1 for n in self.shape) or not self.shape:
+            raise PlanError(f"region {self.name!r}: shape {self.shape} needs a name and positive extents")
+        if self.role is Role.ROWS and len(self.shape) != 3:
+            raise PlanError(f"region {self.name!r}: rows need (planes, max_positions, cols), got {self.shape}")
+        in_lanes = self.layout in (Layout.ROWS_IN_LANES, Layout.COLS_IN_LANES)
+        if in_lanes and self.role is not Role.ROWS:
+            raise PlanError(f"region {self.name!r}: layout {self.layout} is for rows, role is {self.role}")
+
+    @property
+    def size(self) -> int:
+        """Number of logical elements."""
+        return math.prod(self.shape)
+
+    def view(self) -> View:
+        """The whole region as an operand."""
+        return View(self, self.shape, 0, 0, self.shape[-1])
+
+    def at(self, index: int) -> View:
+        """Entry `index` of the leading axis, that axis dropped."""
+        view = self.span(index, 1)
+        return replace(view, shape=self.shape[1:])
+
+    def span(self, start: int, count: int) -> View:
+        """Entries [start, start + count) of the leading axis."""
+        if not 0 <= start < start + count <= self.shape[0]:
+            raise PlanError(f"region {self.name!r}: [{start}, {start + count}) leaves axis 0 of {self.shape}")
+        return View(self, (count, *self.shape[1:]), start, 0, self.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A region, or a part of it, as an operand of a launch: a window over axis 0, or over columns of a plain region."""
+
+    region: Region
+    shape: tuple[int, ...]
+    lead: int  # first entry of the region's leading axis
+    col: int  # first column (PLAIN only)
+    row_stride: int  # elements from one row to the next along the last axis but one
+
+    def cols(self, start: int, stop: int) -> View:
+        """Columns [start, stop) of the last axis; rows keep the region's stride."""
+        if self.region.layout is not Layout.PLAIN:
+            raise PlanError(f"region {self.region.name!r}: columns can be cut from a plain layout only")
+        if not 0 <= start < stop <= self.shape[-1]:
+            raise PlanError(f"region {self.region.name!r}: columns [{start}, {stop}) leave {self.shape}")
+        return replace(self, shape=(*self.shape[:-1], stop - start), col=self.col + start)
+
+    def reshape(self, *shape: int) -> View:
+        """Another shape of the same elements; the columns must be whole."""
+        if math.prod(shape) != math.prod(self.shape) or self.row_stride != self.shape[-1]:
+            raise PlanError(f"region {self.region.name!r}: cannot see {self.shape} as {shape}")
+        return replace(self, shape=shape, row_stride=shape[-1])
+
+
+Operand = Region | View
+
+
+def as_view(operand: Operand) -> View:
+    """The operand as a view."""
+    return operand.view() if isinstance(operand, Region) else operand

@@ -1,0 +1,55 @@
+"""Tapes: the launches of one graph in order, and the scratch regions that live inside it.
+
+IS: what a model records once per (phase, rows) and an engine captures once per lane. IS NOT: bound to a lane or to
+addresses. Called by: models (record), planner (lifetimes of scratch), engine (capture).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flashrt.base.errors import PlanError
+from flashrt.core.op import AttrValue, Launch, Op, bind
+from flashrt.core.region import DType, Operand, Region, Role, View
+
+
+@dataclass(slots=True)
+class Tape:
+    """Launches of one phase for a bucket of `rows` rows."""
+
+    phase: str
+    rows: int
+    launches: list[Launch] = field(default_factory=list)
+    _scratch: dict[str, Region] = field(default_factory=dict)
+
+    def scratch(self, name: str, *shape: int, dtype: DType = DType.F32) -> Region:
+        """A region that lives from the first to the last launch which uses it. One name, one region per tape."""
+        if name in self._scratch:
+            raise PlanError(f"tape {self.phase}/{self.rows}: scratch {name!r} is declared twice")
+        region = Region(name, shape, dtype, Role.SCRATCH)
+        self._scratch[name] = region
+        return region
+
+    def record(self, op: Op, **bindings: Operand | AttrValue) -> None:
+        """Append a launch: operands and attributes by name. Raises PlanError if a shape does not fit."""
+        operands = {k: v for k, v in bindings.items() if isinstance(v, Region | View)}
+        attrs = {k: v for k, v in bindings.items() if not isinstance(v, Region | View)}
+        self.launches.append(bind(op, operands, attrs))
+
+    def lifetimes(self) -> dict[Region, tuple[int, int]]:
+        """First and last launch (both inclusive) that uses each scratch region.
+
+        Raises PlanError for a region that is read before it is written, or never used.
+        """
+        spans: dict[Region, tuple[int, int]] = {}
+        for i, launch in enumerate(self.launches):
+            for param, view in zip(launch.op.params, launch.operands, strict=True):
+                region = view.region
+                if region.role is not Role.SCRATCH:
+                    continue
+                if region not in spans and param.access != "w":
+                    raise PlanError(f"{launch.op.name}.{param.name} reads scratch {region.name!r} before it is written")
+                spans[region] = (spans.get(region, (i, i))[0], i)
+        if unused := set(self._scratch.values()) - set(spans):
+            raise PlanError(f"tape {self.phase}/{self.rows}: unused scratch {sorted(r.name for r in unused)}")
+        return spans

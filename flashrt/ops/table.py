@@ -1,0 +1,193 @@
+"""The one table of op signatures: what each kernel reads, writes and means, on every backend.
+
+IS: names, shapes, dtypes and meanings. IS NOT: code; see backends/cpu/kernels and cuda_src.
+Called by: models (record launches), engine (hands the table to a backend), tests.
+
+Symbols: T rows of the launch (a bucket; `cursor.rows` of them are valid, the others must neither be read nor influence
+anything), H hidden, V vocabulary, S max positions, Nq/Nk query and key/value heads, D head size, Hk/Hv and dk/dv the
+same of the delta rule, C its conv channels (2*Hk*dk + Hv*dv), W conv window (kernel size - 1), I intermediate size.
+
+`cursor` is int32[16]: [0] position of the launch's first row, [1] valid rows, [2] last sampled token, the rest 0.
+`sampler` is 16 words: [0] seed low, [1] seed high (uint32), [2] top_k (int32, 0 = off), [3] temperature, [4] top_p,
+[5] min_p (float32), the rest 0.
+"""
+
+from __future__ import annotations
+
+from flashrt.core.op import Access, Attr, Op, Param
+from flashrt.core.region import DType, Layout
+
+CURSOR_WORDS = 16
+SAMPLER_WORDS = 16
+ATTENTION_BLOCK = 256  # keys per partial softmax, in absolute positions
+ACT = (DType.ACT,)
+KV = (DType.F32, DType.BF16)
+
+_CURSOR = Param("cursor", "r", (CURSOR_WORDS,), (DType.I32,))
+
+
+def _f32(name: str, access: Access, *dims: int | str, strided: bool = False) -> Param:
+    return Param(name, access, dims, is_strided=strided)
+
+
+def _act(name: str, access: Access, *dims: int | str) -> Param:
+    return Param(name, access, dims, ACT)
+
+
+def _matrix(name: str, *dims: int | str) -> Param:
+    return Param(name, "r", dims, (DType.BF16,), Layout.MATRIX)
+
+
+def _rows(name: str, access: Access, layout: Layout) -> Param:
+    return Param(name, access, ("Nk", "S", "D"), KV, layout)
+
+
+EMBED = Op(
+    "embed",
+    "x[t] = table[tokens[t]]; journal[position + t] = tokens[t]",
+    (
+        Param("tokens", "r", ("T",), (DType.I32,)),
+        _matrix("table", "V", "H"),
+        _CURSOR,
+        Param("journal", "w", (1, "S", 1), (DType.I32,)),
+        _f32("x", "w", "T", "H"),
+    ),
+)
+RMSNORM = Op(
+    "rmsnorm",
+    "y = x * rsqrt(mean(x^2) + eps) * w, per row; w holds 1 + weight",
+    (_f32("x", "r", "T", "H"), _f32("w", "r", "H"), _CURSOR, _act("y", "w", "T", "H")),
+    (Attr("eps", "float32"),),
+)
+ADD_RMSNORM = Op(
+    "add_rmsnorm",
+    "x += r; y = x * rsqrt(mean(x^2) + eps) * w, per row; w holds 1 + weight",
+    (
+        _f32("x", "rw", "T", "H"),
+        _f32("r", "r", "T", "H"),
+        _f32("w", "r", "H"),
+        _CURSOR,
+        _act("y", "w", "T", "H"),
+    ),
+    (Attr("eps", "float32"),),
+)
+LINEAR = Op(
+    "linear",
+    "y = x w^T; the order of each output's sum depends on K alone",
+    (_act("x", "r", "T", "K"), _matrix("w", "N", "K"), _CURSOR, _f32("y", "w", "T", "N")),
+)
+CONV_WINDOW = Op(
+    "conv_window",
+    "causal depthwise conv of window ++ u, then silu; the window becomes the last W raw rows (w[W] meets the newest)",
+    (
+        _f32("u", "r", "T", "C", strided=True),
+        _f32("w", "r", "W1", "C"),  # W1 = W + 1 taps, oldest first
+        _f32("window", "rw", "W", "C"),
+        _CURSOR,
+        _f32("y", "w", "T", "C"),
+    ),
+)
+DELTA_GATES = Op(
+    "delta_gates",
+    "q = l2norm(q) / sqrt(dk), k = l2norm(k) in place (columns [0, 2*Hk*dk) of y); decay = exp(-exp(a_log) * "
+    "softplus(a + dt_bias)); beta = sigmoid(b)",
+    (
+        _f32("y", "rw", "T", "C"),
+        _f32("a", "r", "T", "Hv", strided=True),
+        _f32("b", "r", "T", "Hv", strided=True),
+        _f32("a_log", "r", "Hv"),
+        _f32("dt_bias", "r", "Hv"),
+        _CURSOR,
+        _f32("decay", "w", "T", "Hv"),
+        _f32("beta", "w", "T", "Hv"),
+    ),
+    (Attr("key_heads"), Attr("key_dim")),
+)
+DELTA_RULE = Op(
+    "delta_rule",
+    "per value head, row after row: S *= decay; S += k (beta (v - S^T k))^T; o = S^T q; y holds q, k, v; value head h "
+    "uses key head h / (Hv / key_heads)",
+    (
+        _f32("y", "r", "T", "C"),
+        _f32("decay", "r", "T", "Hv"),
+        _f32("beta", "r", "T", "Hv"),
+        Param("state", "rw", ("Hv", "dk", "dv"), (DType.F32,), Layout.COLUMN_BLOCKS),
+        _CURSOR,
+        _f32("o", "w", "T", "Hv*dv"),
+    ),
+    (Attr("key_heads"),),
+)
+GATED_RMSNORM = Op(
+    "gated_rmsnorm",
+    "y = w * (o * rsqrt(mean(o^2) + eps)) * silu(z), per head over dv; w is plain",
+    (
+        _f32("o", "r", "T", "C"),
+        _f32("z", "r", "T", "C", strided=True),
+        _f32("w", "r", "dv"),
+        _CURSOR,
+        _act("y", "w", "T", "C"),
+    ),
+    (Attr("eps", "float32"),),
+)
+ROPE_APPEND = Op(
+    "rope_append",
+    "per row, from u = [per head: q, gate | k | v]: q = rope(rmsnorm(q)), keys[position + t] = rope(rmsnorm(k)), "
+    "values[position + t] = v; the first 2*R2 dims of a head turn, in halves; norm weights hold 1 + weight",
+    (
+        _f32("u", "r", "T", "2*Nq*D+2*Nk*D"),
+        _f32("q_norm", "r", "D"),
+        _f32("k_norm", "r", "D"),
+        _f32("inv_freq", "r", "R2"),
+        _CURSOR,
+        _f32("q", "w", "T", "Nq", "D"),
+        _rows("keys", "rw", Layout.ROWS_IN_LANES),
+        _rows("values", "rw", Layout.COLS_IN_LANES),
+    ),
+    (Attr("eps", "float32"),),
+)
+ATTENTION = Op(
+    "attention",
+    "softmax(q K^T / sqrt(D), causal) V, times sigmoid(gate), the gate read from u (see rope_append); query head h uses "
+    "key/value head h / (Nq / Nk); keys in absolute blocks of 256, partials merged in ascending order",
+    (
+        _f32("q", "r", "T", "Nq", "D"),
+        _f32("u", "r", "T", "2*Nq*D+2*Nk*D"),
+        _rows("keys", "r", Layout.ROWS_IN_LANES),
+        _rows("values", "r", Layout.COLS_IN_LANES),
+        _CURSOR,
+        # block partials (m, l, o[D]) for launches of few rows, so that blocks can be spread over cores
+        _f32("partials", "w", "TP", "Nq", "B", "D+2"),
+        _act("y", "w", "T", "Nq*D"),
+    ),
+)
+SILU_MUL = Op(
+    "silu_mul",
+    "y = silu(u[:, :I]) * u[:, I:]",
+    (_f32("u", "r", "T", "2*I"), _CURSOR, _act("y", "w", "T", "I")),
+)
+LAST_ROW = Op(
+    "last_row",
+    "y = x[rows - 1]",
+    (_act("x", "r", "T", "H"), _CURSOR, _act("y", "w", 1, "H")),
+)
+ADVANCE = Op(
+    "advance",
+    "cursor.position += cursor.rows",
+    (Param("cursor", "rw", (CURSOR_WORDS,), (DType.I32,)),),
+)
+SAMPLE = Op(
+    "sample",
+    "cursor.token = Gumbel-max over the logits that temperature, top_k, top_p and min_p leave; noise is Philox keyed by "
+    "(seed, position); temperature 0 = argmax, the lowest id of equals",
+    (
+        _f32("logits", "r", 1, "V"),
+        Param("sampler", "r", (SAMPLER_WORDS,), (DType.U32,)),
+        _f32("work", "w", 2, "V"),
+        Param("cursor", "rw", (CURSOR_WORDS,), (DType.I32,)),
+    ),
+)
+
+OPS: tuple[Op, ...] = (
+    EMBED, RMSNORM, ADD_RMSNORM, LINEAR, CONV_WINDOW, DELTA_GATES, DELTA_RULE, GATED_RMSNORM, ROPE_APPEND,
+    ATTENTION, SILU_MUL, LAST_ROW, ADVANCE, SAMPLE,
+)  # fmt: skip
