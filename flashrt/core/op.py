@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from flashrt.base.errors import PlanError
-from flashrt.core.region import DType, Layout, Operand, Role, View, as_view
+from flashrt.core.region import DType, Layout, Operand, Role, View, as_view, resolve_dtype
 
 Access = Literal["r", "w", "rw"]
 AttrValue = int | float
@@ -121,13 +121,8 @@ class Launch:
         values += [self.dims[s] for s in self.op.symbols]
         pairs = list(zip(self.op.params, self.operands, strict=True))
         values += [v.row_stride for p, v in pairs if p.is_strided]
-        values += [resolve(v.region.dtype, act).code for p, v in pairs if len(p.dtypes) > 1]
+        values += [resolve_dtype(v.region.dtype, act).code for p, v in pairs if len(p.dtypes) > 1]
         return struct.pack(self.op.struct_format, *values, *self.attrs)
-
-
-def resolve(dtype: DType, act: DType) -> DType:
-    """`ACT` as the backend's activation dtype, any other dtype as it is."""
-    return act if dtype is DType.ACT else dtype
 
 
 def bind(op: Op, operands: Mapping[str, Operand], attrs: Mapping[str, AttrValue]) -> Launch:

@@ -55,6 +55,11 @@ _DTYPE_CODE = {
 }  # fmt: skip
 
 
+def resolve_dtype(dtype: DType, act: DType) -> DType:
+    """`ACT` as the backend's activation dtype, any other dtype as it is."""
+    return act if dtype is DType.ACT else dtype
+
+
 class Layout(enum.StrEnum):
     """What a region is for, so that a backend can choose its storage. The leading axis is always outermost."""
 
