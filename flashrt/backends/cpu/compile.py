@@ -1,0 +1,113 @@
+"""The CPU kernel library: C sources compiled for this machine on first use, cached by content.
+
+IS: finding a compiler, building one shared object, publishing it atomically (two processes may build at once).
+IS NOT: loading or calling it; see `device`. Called by: device (build), build.py (ahead of time).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from flashrt.base.errors import CompileError
+from flashrt.base.flags import flags
+from flashrt.core.op import Op, c_header
+
+KERNELS = Path(__file__).with_name("kernels")
+# No -ffast-math, no contraction: bits are decided by the sources alone.
+CFLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=off", "-pthread")
+WARNINGS = ("-Wall", "-Wextra", "-Wno-unused-parameter")
+
+
+@functools.cache
+def compiler() -> tuple[str, ...]:
+    """The C compiler command: FLASHRT_CC or $CC, else cc, gcc, clang, else `python -m ziglang cc`.
+
+    Raises CompileError that says what to install.
+    """
+    if chosen := flags().cc:
+        command = chosen.split()
+        if shutil.which(command[0]) is None:
+            raise CompileError(f"C compiler {command[0]!r} from FLASHRT_CC or CC is not on the PATH")
+        return tuple(command)
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return (name,)
+    if importlib.util.find_spec("ziglang"):
+        return (sys.executable, "-m", "ziglang", "cc")
+    raise CompileError(
+        "no C compiler: install gcc or clang (for instance `apt install gcc`, `xcode-select --install`), "
+        "or `pip install flashrt[zig]`"
+    )
+
+
+def sources() -> list[Path]:
+    """All C sources and headers, in a fixed order."""
+    return sorted(p for p in KERNELS.iterdir() if p.suffix in (".c", ".h"))
+
+
+def source_digest(ops: Sequence[Op]) -> str:
+    """Hash of everything that decides the kernels' bits but the compiler."""
+    text = hashlib.sha256(c_header(ops).encode())
+    for path in sources():
+        text.update(path.name.encode() + b"\0" + path.read_bytes())
+    return text.hexdigest()
+
+
+def library(ops: Sequence[Op], folder: Path | None = None) -> tuple[Path, bool]:
+    """Path of the shared object, built if it is not in the cache; and whether it was built now."""
+    key = hashlib.sha256(
+        "\0".join((source_digest(ops), *CFLAGS, *compiler(), _compiler_version(), _machine())).encode()
+    ).hexdigest()[:24]
+    folder = folder or flags().cache_dir / "cpu"
+    target = folder / f"flashrt-{key}.so"
+    if target.exists():
+        return target, False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _build(ops, target)
+    except OSError as error:
+        raise CompileError(
+            f"cannot write the kernel cache {folder}: {error}; set FLASHRT_CACHE_DIR to a folder you can write"
+        ) from error
+    return target, True
+
+
+def _build(ops: Sequence[Op], target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as temporary:
+        work = Path(temporary)
+        (work / "ops.h").write_text(c_header(ops))
+        output = work / target.name
+        files = [str(p) for p in sources() if p.suffix == ".c"]
+        include = (f"-I{work}", f"-I{KERNELS}")
+        command = [*compiler(), *CFLAGS, *WARNINGS, *include, *files, "-o", str(output), "-lm"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise CompileError(f"{' '.join(command)}\n{result.stderr.strip()[-4000:]}")
+        os.replace(output, target)  # atomic: whoever is second publishes the same bytes
+
+
+@functools.cache
+def _compiler_version() -> str:
+    result = subprocess.run([*compiler(), "--version"], capture_output=True, text=True, check=False)
+    return result.stdout.splitlines()[0] if result.stdout else ""
+
+
+def _machine() -> str:
+    """What -march=native depends on: a cache folder may be shared by different machines."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.machine() + platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    lines = cpuinfo.read_text().splitlines()
+    seen = dict.fromkeys(line for line in lines if line.startswith(wanted))
+    return platform.machine() + hashlib.sha256("\n".join(seen).encode()).hexdigest()
