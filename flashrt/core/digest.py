@@ -14,6 +14,7 @@ Sums do not depend on the order, so kernels are free to visit elements as they a
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,9 +32,10 @@ _MASK = (1 << 64) - 1
 class DigestTerm:
     """Rows [start, stop) of `planes` planes of a region at an arena offset.
 
-    `offset` points at plane 0, row `origin` (a segment starts at the granule that holds its parent's position; a lane at
-    row 0); one plane is `pitch` bytes. `layout` is the code in LAYOUT_CODE; `elem_nbytes` 2 or 4. A plain region that is
-    not rows is one plane of one row.
+    `offset` points at plane 0, row `origin` (a segment starts at the granule that holds its
+    parent's position; a lane at row 0); one plane is `pitch` bytes. `layout` is the code in
+    LAYOUT_CODE; `elem_nbytes` is 2 or 4. A region that is not rows is one plane of one row, its
+    stored elements (padding included) the columns.
     """
 
     offset: int
@@ -48,6 +50,12 @@ class DigestTerm:
     layout: int
 
     FORMAT = "@QQ8q"  # as kernels read it, `offset` made an address
+
+    def pack(self, base: int) -> bytes:
+        """The term as kernels read it."""
+        rest = (self.planes, self.start, self.stop, self.origin, self.cols, self.pitch)
+        tail = (self.elem_nbytes, self.layout)
+        return struct.pack(self.FORMAT, base + self.offset, self.seed, *rest, *tail)
 
 
 LAYOUT_CODE = {"plain": 0, "matrix": 0, "column_blocks": 0, "rows_in_lanes": 1, "cols_in_lanes": 2}

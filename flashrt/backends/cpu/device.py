@@ -1,0 +1,249 @@
+"""The CPU device: a host arena, the kernel library through ctypes, graphs replayed by one C call.
+
+IS: core.backend.Backend for the host. IS NOT: kernels (kernels/*.c), storage arithmetic (layouts), the compiler (compile).
+Called by: engine (through core.backend), build.py, tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashrt.backends.cpu import compile as toolchain
+from flashrt.backends.cpu import layouts
+from flashrt.base.errors import BackendError, SealedError
+from flashrt.base.flags import thread_count
+from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Storage
+from flashrt.core.copyplan import CopyPlan
+from flashrt.core.digest import DigestTerm
+from flashrt.core.op import Op
+from flashrt.core.region import DType, Layout, Region
+
+_HUGE = 2 << 20
+_ALIGN = 64  # of argument blocks: one cache line each
+
+
+class HostMemory:
+    """One anonymous mapping, huge pages advised, zero at first touch."""
+
+    def __init__(self, nbytes: int) -> None:
+        """Raises BackendError when the system has no room."""
+        try:
+            self._map = mmap.mmap(-1, max(nbytes, 1) + _HUGE)
+        except (OSError, ValueError, OverflowError) as error:
+            raise BackendError(
+                f"cannot map {nbytes} bytes of host memory: {error}; "
+                "lower max_positions, lanes or pool_bytes"
+            ) from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux only; 4 KB first touches cost four times as much
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        whole = np.frombuffer(self._map, np.uint8)
+        skip = -whole.ctypes.data % _HUGE
+        self.array: Bytes = whole[skip : skip + nbytes]
+        self.address: int = whole.ctypes.data + skip
+        self.nbytes = nbytes
+
+
+@dataclass(slots=True)
+class CpuGraph:
+    """A C array of {function, argument block}; `keep` owns the memory that it points to."""
+
+    n_launches: int
+    table: int
+    keep: tuple[object, ...] = field(repr=False)
+
+
+class CpuDevice:
+    """See core.backend.Backend for the contract of the verbs."""
+
+    name = "cpu"
+    act = DType.F32
+
+    def __init__(self, threads: int | None = None) -> None:
+        """`threads`: size of the pool, FLASHRT_THREADS or the cores at hand by default."""
+        self.threads = threads or thread_count()
+        self.counters = Counters()
+        self._lib: ctypes.CDLL | None = None
+        self._memories: dict[str, HostMemory] = {}
+        self._is_sealed = False
+        self._workspace = 0
+        self._digest = ""
+
+    @property
+    def kernel_digest(self) -> str:
+        """Hash of the C sources and argument structs: bits do not depend on anything else."""
+        return self._digest
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        return f"cpu, {self.threads} threads, kernels {self._digest[:12]}"
+
+    def storage(self, region: Region) -> Storage:
+        """See Backend."""
+        return layouts.storage(region, self.act)
+
+    def pack(self, region: Region, array: NDArray[np.generic], out: Bytes) -> None:
+        """See Backend; matrices go through C, all threads."""
+        if region.layout is Layout.MATRIX and array.dtype == np.uint16:
+            src = np.ascontiguousarray(array)
+            n, k = src.shape
+            self._c.flashrt_pack_matrix(src.ctypes.data, out.ctypes.data, n, k)
+            return
+        out[:] = layouts.pack(region, array)
+
+    def unpack(self, region: Region, raw: Bytes) -> NDArray[np.generic]:
+        """See Backend."""
+        return layouts.unpack(region, raw, self.act)
+
+    def build(self, ops: Sequence[Op]) -> None:
+        """See Backend."""
+        self._refuse_if_sealed("build kernels")
+        path, was_built = toolchain.library(ops)
+        self.counters.compilations += was_built
+        try:
+            self._lib = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise BackendError(f"cannot load {path}: {error}; delete the file") from error
+        self._digest = toolchain.source_digest(ops)
+        _declare(self._lib)
+        if self._lib.flashrt_pool_start(self.threads) != 0:
+            raise BackendError(f"cannot start {self.threads} threads; lower FLASHRT_THREADS")
+
+    def allocate(self, name: str, nbytes: int) -> Memory:
+        """See Backend."""
+        self._refuse_if_sealed(f"allocate {name}")
+        self.counters.allocations += 1
+        self._memories[name] = HostMemory(nbytes)
+        return self._memories[name]
+
+    def write(self, address: int, data: Bytes) -> None:
+        """See Backend."""
+        ctypes.memmove(address, data.ctypes.data, data.nbytes)
+
+    def read(self, address: int, out: Bytes) -> None:
+        """See Backend."""
+        ctypes.memmove(out.ctypes.data, address, out.nbytes)
+
+    def fill(self, address: int, nbytes: int, byte: int) -> None:
+        """See Backend."""
+        self._c.flashrt_fill(address, nbytes, byte)
+
+    def copy(self, plan: CopyPlan, src_base: int, dst_base: int) -> None:
+        """See Backend."""
+        if plan.copies:
+            self._c.flashrt_copy(plan.pack(src_base, dst_base), len(plan.copies))
+            self.counters.copies += 1
+            self.counters.copied_bytes += plan.nbytes
+
+    def digest(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]:
+        """See Backend."""
+        out = np.zeros((len(terms), 2), np.uint64)
+        table = b"".join(t.pack(base) for t in terms)
+        self._c.flashrt_digest(table, len(terms), out.ctypes.data)
+        return [(int(lo), int(hi)) for lo, hi in out]
+
+    def capture(self, launches: Sequence[BoundLaunch]) -> Graph:
+        """See Backend."""
+        self._refuse_if_sealed("capture a graph")
+        self.counters.captures += 1
+        return self._record(launches)
+
+    def replay(self, graph: Graph) -> None:
+        """See Backend."""
+        assert isinstance(graph, CpuGraph)
+        self._c.flashrt_replay(graph.table, graph.n_launches)
+        self.counters.replays += 1
+
+    def eager(self, launches: Sequence[BoundLaunch]) -> None:
+        """See Backend."""
+        for launch in launches:
+            graph = self._record([launch])
+            self._c.flashrt_replay(graph.table, 1)
+            self.counters.launches += 1
+
+    def sync(self) -> None:
+        """See Backend; everything here is synchronous."""
+
+    def seal(self) -> None:
+        """See Backend."""
+        self._is_sealed = True
+
+    def close(self) -> None:
+        """See Backend. Mappings go when the last array over them goes."""
+        self._memories.clear()
+
+    @property
+    def _c(self) -> ctypes.CDLL:
+        if self._lib is None:
+            raise BackendError("cpu: call build() before kernels are used")
+        return self._lib
+
+    def _refuse_if_sealed(self, what: str) -> None:
+        if self._is_sealed:
+            raise SealedError(f"cpu: cannot {what} after seal; load another engine")
+
+    def _record(self, launches: Sequence[BoundLaunch]) -> CpuGraph:
+        blocks = [b.launch.pack(b.addresses, self.act) for b in launches]
+        offsets = [0]
+        for block in blocks:
+            offsets.append(offsets[-1] + -(-len(block) // _ALIGN) * _ALIGN)
+        arguments = ctypes.create_string_buffer(offsets[-1] + _ALIGN)
+        base = ctypes.addressof(arguments)
+        base += -base % _ALIGN
+        table = bytearray()
+        for bound, block, offset in zip(launches, blocks, offsets, strict=False):
+            ctypes.memmove(base + offset, block, len(block))
+            table += struct.pack("@2P", self._function(bound.launch.op), base + offset)
+        entries = ctypes.create_string_buffer(bytes(table), len(table))
+        self._reserve(launches)
+        return CpuGraph(len(launches), ctypes.addressof(entries), (entries, arguments))
+
+    def _function(self, op: Op) -> int:
+        try:
+            function = self._c[f"op_{op.name}"]
+        except AttributeError as error:
+            raise BackendError(f"cpu: no kernel op_{op.name}; add it to {toolchain.KERNELS}") from error
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+    def _reserve(self, launches: Sequence[BoundLaunch]) -> None:
+        """Workspace for packed activations of `linear`, grown before seal only."""
+        need = max((_workspace_nbytes(b) for b in launches), default=0)
+        if need > self._workspace:
+            self._refuse_if_sealed("grow the kernels' workspace")
+            if self._c.flashrt_workspace(need) != 0:
+                raise BackendError(f"cpu: no memory for {need} bytes of kernel workspace")
+            self._workspace = need
+
+
+def _workspace_nbytes(bound: BoundLaunch) -> int:
+    dims = bound.launch.dims
+    if "T" not in dims:
+        return 0
+    widest = max((v for k, v in dims.items() if k in ("K", "D", "dk", "dv", "H")), default=0)
+    return dims["T"] * widest * 8 + (1 << 20)
+
+
+def _declare(lib: ctypes.CDLL) -> None:
+    pointer, size, integer = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int
+    signatures = {
+        "flashrt_pool_start": ([integer], integer),
+        "flashrt_replay": ([pointer, integer], None),
+        "flashrt_copy": ([ctypes.c_char_p, integer], None),
+        "flashrt_fill": ([pointer, size, integer], None),
+        "flashrt_digest": ([ctypes.c_char_p, integer, pointer], None),
+        "flashrt_pack_matrix": ([pointer, pointer, ctypes.c_int64, ctypes.c_int64], None),
+        "flashrt_workspace": ([ctypes.c_int64], ctypes.c_int64),
+        "flashrt_fma_peak": ([ctypes.c_long], ctypes.c_double),
+        "flashrt_read_stream": ([pointer, size], None),
+    }
+    for name, (arguments, result) in signatures.items():
+        lib[name].argtypes = arguments
+        lib[name].restype = result
+        setattr(lib, name, lib[name])  # keep the declared function object on the attribute
