@@ -161,7 +161,8 @@ def _check(op: Op, param: Param, view: View) -> None:
         raise PlanError(f"{op.name}.{param.name}: wants {wanted}, region {region.name!r} is {region.dtype}")
     if region.layout is not param.layout:
         raise PlanError(f"{op.name}.{param.name}: wants {param.layout}, region {region.name!r} is {region.layout}")
-    if not param.is_strided and view.row_stride != view.shape[-1]:
+    has_rows = len(view.shape) > 1  # a window over a vector is contiguous whatever the region's stride
+    if has_rows and not param.is_strided and view.row_stride != view.shape[-1]:
         raise PlanError(f"{op.name}.{param.name}: columns of {region.name!r} are not contiguous")
     if param.access != "r" and region.role is Role.WEIGHT:
         raise PlanError(f"{op.name}.{param.name}: writes weight {region.name!r}")
