@@ -1,0 +1,107 @@
+"""Weight rules: which checkpoint tensors fill which weight region, and how.
+
+IS: pure data that a model declares. IS NOT: reading; `loader` checks the rules against a checkpoint and runs them.
+Called by: models (declare), engine (regions to plan), loader.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+
+from flashrt.base.errors import PlanError
+from flashrt.core.region import DType, Layout, Region, Role
+
+
+class Transform(enum.StrEnum):
+    """What happens to the values of a source between file and region, always in float32."""
+
+    NONE = "none"
+    ONE_PLUS = "one_plus"  # w -> 1 + w: the norms of models that store them zero-centred
+    TAPS_FIRST = "taps_first"  # depthwise convolution [C, 1, K] -> [K, C]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint tensor by its canonical name, with the shape that it must have."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRule:
+    """One weight region and what fills it: sources, concatenated along axis 0, or constant values.
+
+    Matrices (`Layout.MATRIX`, bfloat16) keep the bits of bfloat16 sources; all else is plain float32.
+    Raises PlanError if the sources cannot fill the region.
+    """
+
+    region: Region
+    sources: tuple[Source, ...] = ()
+    transform: Transform = Transform.NONE
+    constant: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        region = self.region
+        if region.role is not Role.WEIGHT:
+            raise PlanError(f"weight rule: region {region.name!r} has role {region.role}")
+        if bool(self.sources) == bool(self.constant):
+            raise PlanError(
+                f"weight rule {region.name!r}: needs sources or a constant, and not both"
+            )
+        if self.is_matrix:
+            columns = {s.shape[1:] for s in self.sources}
+            fits = (
+                columns == {region.shape[1:]}
+                and sum(s.shape[0] for s in self.sources) == region.shape[0]
+            )
+            if not fits or region.dtype is not DType.BF16 or self.transform is not Transform.NONE:
+                raise PlanError(
+                    f"weight rule {region.name!r}: {self.sources} cannot fill bfloat16 {region.shape}"
+                )
+        elif region.dtype is not DType.F32 or self.size != region.size:
+            raise PlanError(
+                f"weight rule {region.name!r}: {self.size} values for {region.dtype} {region.shape}"
+            )
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether the region is fed to `linear`: bfloat16 rows, loaded in chunks."""
+        return self.region.layout is Layout.MATRIX
+
+    @property
+    def size(self) -> int:
+        """Number of elements that sources or constant provide."""
+        return sum(s.size for s in self.sources) + len(self.constant)
+
+
+def matrix(name: str, columns: int, *sources: tuple[str, int]) -> WeightRule:
+    """Rule for a bfloat16 matrix [sum of rows, columns] from (tensor name, rows) pairs, stacked."""
+    parts = tuple(Source(source, (rows, columns)) for source, rows in sources)
+    shape = (sum(rows for _, rows in sources), columns)
+    return WeightRule(Region(name, shape, DType.BF16, Role.WEIGHT, Layout.MATRIX), parts)
+
+
+def vector(name: str, source: str, size: int, transform: Transform = Transform.NONE) -> WeightRule:
+    """Rule for a float32 vector."""
+    return WeightRule(
+        Region(name, (size,), DType.F32, Role.WEIGHT), (Source(source, (size,)),), transform
+    )
+
+
+def depthwise_conv(name: str, source: str, channels: int, taps: int) -> WeightRule:
+    """Rule for float32 convolution taps [taps, channels], oldest first, from [channels, 1, taps]."""
+    region = Region(name, (taps, channels), DType.F32, Role.WEIGHT)
+    return WeightRule(region, (Source(source, (channels, 1, taps)),), Transform.TAPS_FIRST)
+
+
+def constant(name: str, values: tuple[float, ...]) -> WeightRule:
+    """Rule for a float32 vector that is computed, not stored."""
+    return WeightRule(Region(name, (len(values),), DType.F32, Role.WEIGHT), constant=values)
