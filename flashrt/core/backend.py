@@ -99,6 +99,10 @@ class Backend(Protocol):
         """Storage bytes -> logical array (bfloat16 as uint16 bits)."""
         ...
 
+    def digest_layout(self, region: Region) -> int:
+        """How rows of a region lie in storage: a code of core.digest.LAYOUT_CODE."""
+        ...
+
     def build(self, ops: Sequence[Op]) -> None:
         """Compile what the ops need, or load it from the cache."""
         ...

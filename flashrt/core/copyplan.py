@@ -24,13 +24,19 @@ class Copy:
     src_pitch: int = 0
     dst_pitch: int = 0
 
-    FORMAT = "@6Q"  # the descriptor as kernels read it: src, dst, width, height, src_pitch, dst_pitch
+    FORMAT = (
+        "@6Q"  # the descriptor as kernels read it: src, dst, width, height, src_pitch, dst_pitch
+    )
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.height < 1 or self.src < 0 or self.dst < 0:
-            raise PlanError(f"copy of {self.height} x {self.width} bytes from {self.src} to {self.dst}")
+            raise PlanError(
+                f"copy of {self.height} x {self.width} bytes from {self.src} to {self.dst}"
+            )
         if self.height > 1 and min(self.src_pitch, self.dst_pitch) < self.width:
-            raise PlanError(f"copy pitch {self.src_pitch} -> {self.dst_pitch} is under the width {self.width}")
+            raise PlanError(
+                f"copy pitch {self.src_pitch} -> {self.dst_pitch} is under the width {self.width}"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +74,15 @@ class CopyPlan:
     def pack(self, src_base: int, dst_base: int) -> bytes:
         """The descriptor table with absolute addresses."""
         return b"".join(
-            struct.pack(Copy.FORMAT, src_base + c.src, dst_base + c.dst, c.width, c.height, c.src_pitch, c.dst_pitch)
+            struct.pack(
+                Copy.FORMAT,
+                src_base + c.src,
+                dst_base + c.dst,
+                c.width,
+                c.height,
+                c.src_pitch,
+                c.dst_pitch,
+            )
             for c in self.copies
         )
 

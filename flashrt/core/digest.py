@@ -72,7 +72,9 @@ def _fmix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(32))
 
 
-def digest_reference(bits: NDArray[np.unsignedinteger], seed: int, first_row: int = 0) -> tuple[int, int]:
+def digest_reference(
+    bits: NDArray[np.unsignedinteger], seed: int, first_row: int = 0
+) -> tuple[int, int]:
     """Sums (lo, hi) over bits [planes, rows, cols]; row 0 of the array is absolute row `first_row`."""
     planes, rows, cols = bits.shape
     with np.errstate(over="ignore"):

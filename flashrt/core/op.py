@@ -88,7 +88,11 @@ class Op:
         lines += [f"  int32_t {p.name}_stride;" for p in self.params if p.is_strided]
         lines += [f"  int32_t {p.name}_dtype;" for p in self.params if len(p.dtypes) > 1]
         lines += [f"  {'int32_t' if a.kind == 'int32' else 'float'} {a.name};" for a in self.attrs]
-        return f"/* {self.name}: {self.doc} */\ntypedef struct {{\n" + "\n".join(lines) + f"\n}} {self.name}_args;\n"
+        return (
+            f"/* {self.name}: {self.doc} */\ntypedef struct {{\n"
+            + "\n".join(lines)
+            + f"\n}} {self.name}_args;\n"
+        )
 
 
 def c_header(ops: Sequence[Op]) -> str:
@@ -132,7 +136,9 @@ def bind(op: Op, operands: Mapping[str, Operand], attrs: Mapping[str, AttrValue]
     """
     wanted, given = {p.name for p in op.params}, set(operands)
     if wanted != given:
-        raise PlanError(f"{op.name}: missing operands {sorted(wanted - given)}, unknown {sorted(given - wanted)}")
+        raise PlanError(
+            f"{op.name}: missing operands {sorted(wanted - given)}, unknown {sorted(given - wanted)}"
+        )
     names = [a.name for a in op.attrs]
     if set(names) != set(attrs):
         raise PlanError(f"{op.name}: attributes are {names}, got {sorted(attrs)}")
@@ -142,12 +148,16 @@ def bind(op: Op, operands: Mapping[str, Operand], attrs: Mapping[str, AttrValue]
         _check(op, p, views[p.name])
         for dim, size in zip(p.dims, views[p.name].shape, strict=True):
             if isinstance(dim, str) and dim.isidentifier() and dims.setdefault(dim, size) != size:
-                raise PlanError(f"{op.name}.{p.name}: {dim} is {dims[dim]}, got {size} in {views[p.name].shape}")
+                raise PlanError(
+                    f"{op.name}.{p.name}: {dim} is {dims[dim]}, got {size} in {views[p.name].shape}"
+                )
     for p in op.params:
         for dim, size in zip(p.dims, views[p.name].shape, strict=True):
             want = dim if isinstance(dim, int) else evaluate(op, dim, dims)
             if want != size:
-                raise PlanError(f"{op.name}.{p.name}: {dim} is {want}, got {size} in {views[p.name].shape}")
+                raise PlanError(
+                    f"{op.name}.{p.name}: {dim} is {want}, got {size} in {views[p.name].shape}"
+                )
     values = tuple(attrs[n] for n in names)
     return Launch(op, tuple(views[p.name] for p in op.params), dims, values, views)
 
@@ -155,13 +165,21 @@ def bind(op: Op, operands: Mapping[str, Operand], attrs: Mapping[str, AttrValue]
 def _check(op: Op, param: Param, view: View) -> None:
     region = view.region
     if len(view.shape) != len(param.dims):
-        raise PlanError(f"{op.name}.{param.name}: wants {param.dims}, region {region.name!r} is {view.shape}")
+        raise PlanError(
+            f"{op.name}.{param.name}: wants {param.dims}, region {region.name!r} is {view.shape}"
+        )
     if region.dtype not in param.dtypes:
         wanted = ", ".join(param.dtypes)
-        raise PlanError(f"{op.name}.{param.name}: wants {wanted}, region {region.name!r} is {region.dtype}")
+        raise PlanError(
+            f"{op.name}.{param.name}: wants {wanted}, region {region.name!r} is {region.dtype}"
+        )
     if region.layout is not param.layout:
-        raise PlanError(f"{op.name}.{param.name}: wants {param.layout}, region {region.name!r} is {region.layout}")
-    has_rows = len(view.shape) > 1  # a window over a vector is contiguous whatever the region's stride
+        raise PlanError(
+            f"{op.name}.{param.name}: wants {param.layout}, region {region.name!r} is {region.layout}"
+        )
+    has_rows = (
+        len(view.shape) > 1
+    )  # a window over a vector is contiguous whatever the region's stride
     if has_rows and not param.is_strided and view.row_stride != view.shape[-1]:
         raise PlanError(f"{op.name}.{param.name}: columns of {region.name!r} are not contiguous")
     if param.access != "r" and region.role is Role.WEIGHT:

@@ -67,7 +67,9 @@ class Layout(enum.StrEnum):
     MATRIX = "matrix"  # weights [N, K] of `linear`; also gathered by row
     COLUMN_BLOCKS = "column_blocks"  # per-head state [heads, rows, cols], worked on by column
     ROWS_IN_LANES = "rows_in_lanes"  # ROWS only, [planes, positions, cols]: scanned for dot products with one vector
-    COLS_IN_LANES = "cols_in_lanes"  # ROWS only, [planes, positions, cols]: summed over positions with weights
+    COLS_IN_LANES = (
+        "cols_in_lanes"  # ROWS only, [planes, positions, cols]: summed over positions with weights
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +89,18 @@ class Region:
 
     def __post_init__(self) -> None:
         if not self.name or any(n < 1 for n in self.shape) or not self.shape:
-            raise PlanError(f"region {self.name!r}: shape {self.shape} needs a name and positive extents")
+            raise PlanError(
+                f"region {self.name!r}: shape {self.shape} needs a name and positive extents"
+            )
         if self.role is Role.ROWS and len(self.shape) != 3:
-            raise PlanError(f"region {self.name!r}: rows need (planes, max_positions, cols), got {self.shape}")
+            raise PlanError(
+                f"region {self.name!r}: rows need (planes, max_positions, cols), got {self.shape}"
+            )
         in_lanes = self.layout in (Layout.ROWS_IN_LANES, Layout.COLS_IN_LANES)
         if in_lanes and self.role is not Role.ROWS:
-            raise PlanError(f"region {self.name!r}: layout {self.layout} is for rows, role is {self.role}")
+            raise PlanError(
+                f"region {self.name!r}: layout {self.layout} is for rows, role is {self.role}"
+            )
 
     @property
     def size(self) -> int:
@@ -111,7 +119,9 @@ class Region:
     def span(self, start: int, count: int) -> View:
         """Entries [start, start + count) of the leading axis."""
         if not 0 <= start < start + count <= self.shape[0]:
-            raise PlanError(f"region {self.name!r}: [{start}, {start + count}) leaves axis 0 of {self.shape}")
+            raise PlanError(
+                f"region {self.name!r}: [{start}, {start + count}) leaves axis 0 of {self.shape}"
+            )
         return View(self, (count, *self.shape[1:]), start, 0, self.shape[-1])
 
 
@@ -128,9 +138,13 @@ class View:
     def cols(self, start: int, stop: int) -> View:
         """Columns [start, stop) of the last axis; rows keep the region's stride."""
         if self.region.layout is not Layout.PLAIN:
-            raise PlanError(f"region {self.region.name!r}: columns can be cut from a plain layout only")
+            raise PlanError(
+                f"region {self.region.name!r}: columns can be cut from a plain layout only"
+            )
         if not 0 <= start < stop <= self.shape[-1]:
-            raise PlanError(f"region {self.region.name!r}: columns [{start}, {stop}) leave {self.shape}")
+            raise PlanError(
+                f"region {self.region.name!r}: columns [{start}, {stop}) leave {self.shape}"
+            )
         return replace(self, shape=(*self.shape[:-1], stop - start), col=self.col + start)
 
     def reshape(self, *shape: int) -> View:

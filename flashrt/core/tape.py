@@ -48,8 +48,12 @@ class Tape:
                 if region.role is not Role.SCRATCH:
                     continue
                 if region not in spans and param.access != "w":
-                    raise PlanError(f"{launch.op.name}.{param.name} reads scratch {region.name!r} before it is written")
+                    raise PlanError(
+                        f"{launch.op.name}.{param.name} reads scratch {region.name!r} before it is written"
+                    )
                 spans[region] = (spans.get(region, (i, i))[0], i)
         if unused := set(self._scratch.values()) - set(spans):
-            raise PlanError(f"tape {self.phase}/{self.rows}: unused scratch {sorted(r.name for r in unused)}")
+            raise PlanError(
+                f"tape {self.phase}/{self.rows}: unused scratch {sorted(r.name for r in unused)}"
+            )
         return spans

@@ -21,7 +21,7 @@ from flashrt.base.errors import BackendError, SealedError
 from flashrt.base.flags import thread_count
 from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Storage
 from flashrt.core.copyplan import CopyPlan
-from flashrt.core.digest import DigestTerm
+from flashrt.core.digest import LAYOUT_CODE, DigestTerm
 from flashrt.core.op import Op
 from flashrt.core.region import DType, Layout, Region
 
@@ -101,6 +101,10 @@ class CpuDevice:
     def unpack(self, region: Region, raw: Bytes) -> NDArray[np.generic]:
         """See Backend."""
         return layouts.unpack(region, raw, self.act)
+
+    def digest_layout(self, region: Region) -> int:
+        """See Backend."""
+        return LAYOUT_CODE[region.layout]
 
     def build(self, ops: Sequence[Op]) -> None:
         """See Backend."""
@@ -209,7 +213,9 @@ class CpuDevice:
         try:
             function = self._c[f"op_{op.name}"]
         except AttributeError as error:
-            raise BackendError(f"cpu: no kernel op_{op.name}; add it to {toolchain.KERNELS}") from error
+            raise BackendError(
+                f"cpu: no kernel op_{op.name}; add it to {toolchain.KERNELS}"
+            ) from error
         return ctypes.cast(function, ctypes.c_void_p).value or 0
 
     def _reserve(self, launches: Sequence[BoundLaunch]) -> None:

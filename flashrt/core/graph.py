@@ -1,0 +1,61 @@
+"""Graphs: captured tapes, keyed by (phase, rows, lane), captured once and replayed for every position.
+
+IS: the table and the seal. IS NOT: capture itself; a backend does it. A key never holds a position: kernels read the
+cursor. Called by: engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flashrt.base.errors import PlanError, SealedError
+from flashrt.core.arena import Arena
+from flashrt.core.backend import Backend, Graph
+from flashrt.core.tape import Tape
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class GraphKey:
+    """What a graph is captured for."""
+
+    phase: str
+    rows: int
+    lane: int
+
+
+class GraphTable:
+    """All graphs of an engine."""
+
+    def __init__(self, backend: Backend, arena: Arena) -> None:
+        self._backend = backend
+        self._arena = arena
+        self._graphs: dict[GraphKey, Graph] = {}
+        self._is_sealed = False
+
+    def capture(self, tape: Tape, lane: int) -> GraphKey:
+        """Capture a tape for a lane. Raises SealedError after `seal`, PlanError for a key twice."""
+        key = GraphKey(tape.phase, tape.rows, lane)
+        if self._is_sealed:
+            raise SealedError(f"capture of {key} after seal; graphs are captured at load")
+        if key in self._graphs:
+            raise PlanError(f"{key} is captured already")
+        self._graphs[key] = self._backend.capture(self._arena.bind(tape, lane))
+        return key
+
+    def replay(self, key: GraphKey) -> None:
+        """Launch a graph. Raises PlanError for a key that was not captured."""
+        try:
+            graph = self._graphs[key]
+        except KeyError:
+            raise PlanError(f"no graph {key}; captured: {sorted(self._graphs)}") from None
+        self._backend.replay(graph)
+
+    def seal(self) -> None:
+        """Nothing is captured from here on."""
+        self._is_sealed = True
+
+    @property
+    def graphs(self) -> Mapping[GraphKey, Graph]:
+        """What was captured."""
+        return self._graphs

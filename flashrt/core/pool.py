@@ -1,0 +1,83 @@
+"""The pool band: blocks for capsules, taken and given back; it never grows.
+
+IS: a first-fit allocator with coalescing over one range. IS NOT: memory or policy (who is evicted).
+Called by: capsule.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+from flashrt.base.errors import PlanError, PoolFull
+from flashrt.core.planner import align
+
+
+class Pool:
+    """Blocks in [offset, offset + nbytes), each a multiple of 256 bytes."""
+
+    def __init__(self, offset: int, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._free: list[tuple[int, int]] = [(offset, nbytes)] if nbytes else []  # (offset, nbytes)
+        self._used: dict[int, int] = {}
+
+    @property
+    def free_nbytes(self) -> int:
+        """Bytes free, possibly in several pieces."""
+        return sum(n for _, n in self._free)
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes in blocks."""
+        return sum(self._used.values())
+
+    def take(self, *sizes: int) -> tuple[int, ...]:
+        """Offsets of blocks of the given sizes (0 gives offset -1): all of them, or PoolFull and nothing."""
+        taken: list[int] = []
+        for size in sizes:
+            offset = self._take_one(align(size)) if size else -1
+            if offset is None:
+                for done in taken:
+                    self.give(done)
+                largest = max((n for _, n in self._free), default=0)
+                raise PoolFull(
+                    f"the capsule pool has no room for {size} bytes (free {self.free_nbytes} of "
+                    f"{self.nbytes}, largest piece {largest}); drop capsules or load with a larger "
+                    "pool_bytes"
+                )
+            taken.append(offset)
+        return tuple(taken)
+
+    def give(self, offset: int) -> None:
+        """Give a block back; -1 is no block."""
+        if offset == -1:
+            return
+        try:
+            nbytes = self._used.pop(offset)
+        except KeyError:
+            raise PlanError(f"pool: {offset} is not a block in use") from None
+        at = bisect.bisect_left(self._free, (offset, 0))
+        if at < len(self._free) and offset + nbytes == self._free[at][0]:
+            nbytes += self._free.pop(at)[1]
+        if at and sum(self._free[at - 1]) == offset:
+            offset, before = self._free.pop(at - 1)
+            nbytes += before
+            at -= 1
+        self._free.insert(at, (offset, nbytes))
+
+    def check_integrity(self) -> None:
+        """Free and used pieces tile the pool. Raises PlanError."""
+        pieces = sorted([*self._free, *self._used.items()])
+        gaps = [a for a, b in zip(pieces, pieces[1:], strict=False) if sum(a) != b[0]]
+        if gaps or sum(n for _, n in pieces) != self.nbytes:
+            raise PlanError(f"pool pieces do not tile it: {gaps}")
+
+    def _take_one(self, nbytes: int) -> int | None:
+        for i, (offset, room) in enumerate(self._free):
+            if room >= nbytes:
+                if room == nbytes:
+                    del self._free[i]
+                else:
+                    self._free[i] = (offset + nbytes, room - nbytes)
+                self._used[offset] = nbytes
+                return offset
+        return None
