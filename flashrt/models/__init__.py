@@ -1,4 +1,4 @@
-"""Rank 3: model families, chosen by the `model_type` of config.json. One file per family; none imports a backend."""
+"""Rank 3: model families, chosen by the `model_type` of config.json; none imports a backend."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ def model_for(
 ) -> Model:
     """The model that a config.json describes.
 
-    `is_tied` says whether the checkpoint lacks lm_head.weight, which decides over the config; None believes the config.
-    Raises CheckpointError for an unknown architecture, or naming all that is wrong with the config.
+    `is_tied` says whether the checkpoint lacks lm_head.weight, which decides over the config; None
+    believes the config. Raises CheckpointError for an unknown architecture, or naming all that is
+    wrong with the config.
     """
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
         raise CheckpointError(
-            f"config.json: model_type {model_type!r} is unknown; supported: {', '.join(MODEL_TYPES)}"
+            f"config.json: model_type {model_type!r} is unknown; supported: {known}"
         )
     return Qwen35(
         parse_config(config, is_tied),

@@ -1,7 +1,7 @@
 """The model protocol: what an engine asks of a model family.
 
-IS: declarations (weight rules, lane regions, phases) and a recorder of tapes. IS NOT: memory, a device, or policy.
-Called by: engine, cli (inspect); implemented by one file per family.
+IS: declarations (weight rules, lane regions, phases) and a recorder of tapes. IS NOT: memory, a
+device, or policy. Called by: engine, cli (inspect); implemented by one file per family.
 """
 
 from __future__ import annotations

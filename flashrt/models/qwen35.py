@@ -1,7 +1,8 @@
-"""Qwen3.5 dense text models (`qwen3_5_text`, `qwen3_5`): Gated DeltaNet layers with full attention among them.
+"""Qwen3.5 dense text models: Gated DeltaNet layers with full attention among them.
 
-IS: the regions of a lane and the tapes of each phase; formulas as in transformers' modeling_qwen3_5. IS NOT: config
-fields (qwen35_config), weight names (qwen35_weights) or kernels (ops/table). Called by: models.model_for, engine.
+IS: the regions of a lane and the tapes of each phase; formulas as in transformers'
+modeling_qwen3_5. IS NOT: config fields (qwen35_config), weight names (qwen35_weights) or kernels
+(ops/table). Called by: models.model_for, engine.
 """
 
 from __future__ import annotations
@@ -71,7 +72,6 @@ def _lane_regions(c: Qwen35Config, max_positions: int, kv_dtype: DType) -> tuple
     regions = [
         Region("cursor", (ops.CURSOR_WORDS,), DType.I32, Role.FIXED),
         Region("sampler", (ops.SAMPLER_WORDS,), DType.U32, Role.FIXED),
-        Region("last_hidden", (1, c.hidden), DType.ACT, Role.FIXED, is_digested=True),
     ]
     if n := c.n_linear:
         state, window = (
@@ -82,6 +82,7 @@ def _lane_regions(c: Qwen35Config, max_positions: int, kv_dtype: DType) -> tuple
             Region("state", state, DType.F32, Role.FIXED, Layout.COLUMN_BLOCKS, is_digested=True),
             Region("window", window, DType.F32, Role.FIXED, is_digested=True),
         ]
+    regions.append(Region("last_hidden", (1, c.hidden), DType.ACT, Role.FIXED, is_digested=True))
     regions.append(Region("journal", (1, max_positions, 1), DType.I32, Role.ROWS, is_digested=True))
     if n := c.n_full:
         rows = (n * c.kv_heads, max_positions, c.head_dim)
@@ -97,7 +98,9 @@ def _lane_regions(c: Qwen35Config, max_positions: int, kv_dtype: DType) -> tuple
 
 
 class _Recorder:
-    """Records one tape. Scratch is named by layer, so that the planner may give its bytes to the next layer."""
+    """Records one tape. Scratch is named by layer, so that the planner may give its bytes to the
+    next layer.
+    """
 
     def __init__(
         self, config: Qwen35Config, max_positions: int, regions: dict[str, Region], tape: Tape
@@ -110,7 +113,9 @@ class _Recorder:
         self.rows = tape.rows
 
     def forward(self, tokens: Operand) -> None:
-        """Rows of tokens through all layers; leaves the last row's final hidden state and moves the cursor."""
+        """Rows of tokens through all layers; leaves the last row's final hidden state and moves the
+        cursor.
+        """
         c, layers = self.config, self.config.layers
         x = self.tape.scratch("x", self.rows, c.hidden)
         self.tape.record(
@@ -174,17 +179,19 @@ class _Recorder:
         decay = tape.scratch(f"{at}.decay", self.rows, c.value_heads)
         beta = tape.scratch(f"{at}.beta", self.rows, c.value_heads)
         tape.record(
-            ops.DELTA_GATES, y=y, a=a, b=b, a_log=self.regions[f"{at}.a_log"], dt_bias=self.regions[f"{at}.dt_bias"],
-            cursor=cursor, decay=decay, beta=beta, key_heads=c.key_heads, key_dim=c.key_dim,
+            ops.DELTA_GATES, y=y, a=a, b=b, a_log=self.regions[f"{at}.a_log"],
+            dt_bias=self.regions[f"{at}.dt_bias"], cursor=cursor, decay=decay, beta=beta,
+            key_heads=c.key_heads, key_dim=c.key_dim,
         )  # fmt: skip
         o = tape.scratch(f"{at}.o", self.rows, inner)
         tape.record(
-            ops.DELTA_RULE, y=y, decay=decay, beta=beta, state=self.regions["state"].at(index), cursor=cursor, o=o,
-            key_heads=c.key_heads,
+            ops.DELTA_RULE, y=y, decay=decay, beta=beta, state=self.regions["state"].at(index),
+            cursor=cursor, o=o, key_heads=c.key_heads,
         )  # fmt: skip
         mixed = self._act(f"{at}.mixed", inner)
         tape.record(
-            ops.GATED_RMSNORM, o=o, z=z, w=self.regions[f"{at}.gated_norm"], cursor=cursor, y=mixed, eps=c.eps
+            ops.GATED_RMSNORM, o=o, z=z, w=self.regions[f"{at}.gated_norm"], cursor=cursor,
+            y=mixed, eps=c.eps,
         )  # fmt: skip
         return self._linear(f"{at}.r", mixed, f"{at}.out_proj")
 
@@ -196,8 +203,9 @@ class _Recorder:
         u = self._linear(f"{at}.u", h, f"{at}.qkv")  # columns [per head: query, gate | k | v]
         q = tape.scratch(f"{at}.q", self.rows, c.query_heads, c.head_dim)
         tape.record(
-            ops.ROPE_APPEND, u=u, q_norm=self.regions[f"{at}.q_norm"], k_norm=self.regions[f"{at}.k_norm"],
-            inv_freq=self.regions[INV_FREQ], cursor=cursor, q=q, keys=keys, values=values, eps=c.eps,
+            ops.ROPE_APPEND, u=u, q_norm=self.regions[f"{at}.q_norm"],
+            k_norm=self.regions[f"{at}.k_norm"], inv_freq=self.regions[INV_FREQ], cursor=cursor,
+            q=q, keys=keys, values=values, eps=c.eps,
         )  # fmt: skip
         partial_rows = self.rows if self.rows <= _SPREAD_ROWS else 1
         partials = tape.scratch(

@@ -1,7 +1,7 @@
 """The configuration of Qwen3.5 dense text models, read from config.json.
 
-IS: fields, their fall-backs and every check on them, all problems in one error. IS NOT: shapes of tensors (see
-qwen35_weights). Called by: models.model_for, qwen35, qwen35_weights, tests.
+IS: fields, their fall-backs and every check on them, all problems in one error. IS NOT: shapes of
+tensors (see qwen35_weights). Called by: models.model_for, qwen35, qwen35_weights, tests.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class Qwen35Config:
 
 
 def parse_config(config: Mapping[str, object], is_tied: bool | None = None) -> Qwen35Config:
-    """Read a config.json object, flat or nested. `is_tied` overrides tie_word_embeddings (see `model_for`).
+    """Read a config.json object, flat or nested. `is_tied` overrides tie_word_embeddings (see
+    `model_for`).
 
     Raises CheckpointError listing every problem.
     """
@@ -104,7 +105,7 @@ def parse_config(config: Mapping[str, object], is_tied: bool | None = None) -> Q
 
 
 class _Fields:
-    """Typed reads that note what is wrong and go on with 1, so that one error can list everything."""
+    """Typed reads that note what is wrong and go on with 1, so that one error lists everything."""
 
     def __init__(self, fields: Mapping[str, object], place: str = "") -> None:
         self.fields = fields
@@ -163,7 +164,9 @@ def _layers(fields: _Fields) -> tuple[LayerKind, ...]:
 
 
 def _inverse_frequencies(fields: _Fields) -> tuple[float, ...]:
-    """theta^(-2j/R) for j in [0, R/2), R the rotary dims of a head; rope_parameters first, then the top level."""
+    """theta^(-2j/R) for j in [0, R/2), R the rotary dims of a head; rope_parameters first, then the
+    top level.
+    """
     own = fields.fields.get("rope_parameters", fields.fields.get("rope_scaling")) or {}
     if not isinstance(own, Mapping):
         fields.problems.append(f"rope_parameters is {own!r}, expected an object")
@@ -183,8 +186,8 @@ def _inverse_frequencies(fields: _Fields) -> tuple[float, ...]:
     rotary = int(head_dim * factor)
     if rotary < 2 or rotary % 2 or rotary > head_dim:
         fields.problems.append(
-            f"partial_rotary_factor {factor} of head_dim {head_dim} turns {rotary} dims, expected an even number in "
-            f"[2, {head_dim}]"
+            f"partial_rotary_factor {factor} of head_dim {head_dim} turns {rotary} dims, "
+            f"expected an even number in [2, {head_dim}]"
         )
         return (1.0,)
     return tuple(theta ** (-j / rotary) for j in range(0, rotary, 2))
@@ -195,11 +198,13 @@ def _check(fields: _Fields, parsed: Qwen35Config) -> None:
     problems = fields.problems
     if parsed.value_heads % parsed.key_heads:
         problems.append(
-            f"linear_num_value_heads {parsed.value_heads} is no multiple of linear_num_key_heads {parsed.key_heads}"
+            f"linear_num_value_heads {parsed.value_heads} is no multiple of "
+            f"linear_num_key_heads {parsed.key_heads}"
         )
     if parsed.query_heads % parsed.kv_heads:
         problems.append(
-            f"num_attention_heads {parsed.query_heads} is no multiple of num_key_value_heads {parsed.kv_heads}"
+            f"num_attention_heads {parsed.query_heads} is no multiple of "
+            f"num_key_value_heads {parsed.kv_heads}"
         )
     if "linear_conv_kernel_dim" in fields.fields and parsed.conv_taps < 2:
         problems.append(f"linear_conv_kernel_dim is {parsed.conv_taps}, expected at least 2")

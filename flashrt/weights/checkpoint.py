@@ -1,9 +1,10 @@
-"""A Hugging Face checkpoint directory: configuration, tensor table, and reads of tensor bytes into a caller's buffer.
+"""A Hugging Face checkpoint directory: configuration, tensor table, reads of tensor bytes.
 
-IS: config.json + model.safetensors, or the shards named by model.safetensors.index.json. The safetensors library
-validates each header against its file; bytes are then read by offset, because that library hands bfloat16 to numpy
-only as a copy of the whole tensor. IS NOT: knowledge of what the tensors mean (`rules`) or where they go (`loader`).
-Called by: engine (load), loader, cli (inspect).
+IS: config.json + model.safetensors, or the shards named by model.safetensors.index.json. The
+safetensors library validates each header against its file; bytes are then read by offset into
+a buffer of the caller, because that library hands bfloat16 to numpy only as whole copies. IS NOT: knowledge of what
+the tensors mean (`rules`) or where they go (`loader`). Called by: engine (load), loader, cli
+(inspect).
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import safetensors
 
@@ -29,7 +30,9 @@ IGNORED_PREFIX = "model.visual."  # the vision tower of a multimodal checkpoint
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Where a tensor lies: bytes [offset, offset + nbytes) of a file. `dtype` is safetensors' code, e.g. BF16."""
+    """Where a tensor lies: bytes [offset, offset + nbytes) of a file. `dtype` is safetensors' code,
+    e.g. BF16.
+    """
 
     stored_name: str
     dtype: str
@@ -41,16 +44,18 @@ class Tensor:
 
 @dataclass(slots=True)
 class Checkpoint:
-    """An open checkpoint. `tensors` go by canonical names: `model.language_model.x` and `model.x` are both `model.x`."""
+    """An open checkpoint. `tensors` go by canonical names: `model.language_model.x` and `model.x`
+    are both `model.x`.
+    """
 
     path: Path
     config: Mapping[str, object]
     generation: Mapping[str, object]
     tensors: Mapping[str, Tensor]
-    _files: dict[Path, BinaryIO] = field(default_factory=dict, repr=False)
+    _files: dict[Path, FileIO] = field(default_factory=dict, repr=False)
 
     def read_into(self, tensor: Tensor, first_byte: int, out: memoryview) -> None:
-        """Read len(out) bytes of a tensor, from its byte `first_byte` on. Raises CheckpointError."""
+        """Read len(out) bytes of a tensor, from byte `first_byte` on. Raises CheckpointError."""
         try:
             if tensor.path not in self._files:
                 self._files[tensor.path] = tensor.path.open("rb", buffering=0)
@@ -58,7 +63,7 @@ class Checkpoint:
             file.seek(tensor.offset + first_byte)
             done = 0
             while done < len(out):
-                count = file.readinto(out[done:])  # type: ignore[attr-defined]  # raw files have it
+                count = file.readinto(out[done:])
                 if not count:
                     raise CheckpointError(
                         f"{tensor.path}: ends inside {tensor.stored_name}; fetch the file again"
@@ -77,7 +82,9 @@ class Checkpoint:
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """End-of-sequence ids of generation_config.json, else of config.json; empty if neither names one."""
+        """End-of-sequence ids of generation_config.json, else of config.json; empty if neither
+        names one.
+        """
         nested = self.config.get("text_config")
         for place in (self.generation, self.config, nested if isinstance(nested, Mapping) else {}):
             ids = place.get("eos_token_id")
@@ -153,7 +160,9 @@ def _weight_files(root: Path) -> dict[Path, Collection[str] | None]:
 
 
 def _read_header(path: Path) -> dict[str, Tensor]:
-    """The tensor table of one file, after the safetensors library has checked offsets, shapes and file size."""
+    """The tensor table of one file, after the safetensors library has checked offsets, shapes and
+    file size.
+    """
     try:
         with safetensors.safe_open(path, framework="np"):
             pass

@@ -1,7 +1,8 @@
 """Run weight rules: check every name, shape and dtype first, then stream the tensors into a sink.
 
-IS: the one path from checkpoint bytes to logical weight arrays; the process holds one chunk at a time, never the
-weights. IS NOT: packing into a backend's storage, which is the sink's work. Called by: engine (load).
+IS: the one path from checkpoint bytes to logical weight arrays; the process holds one chunk at a
+time, never the weights. IS NOT: packing into a backend's storage, which is the sink's work. Called
+by: engine (load).
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ _NUMPY_DTYPE: dict[str, np.dtype[np.generic]] = {
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What `load` did: xxh3-128 of all source tensors in rule order (names, dtypes, shapes, bytes), their size, and
-    one note per tensor whose values had to be rounded."""
+    """What `load` did: xxh3-128 of all source tensors in rule order (names, dtypes, shapes, bytes),
+    their size, and one note per tensor whose values had to be rounded.
+    """
 
     digest: str
     source_nbytes: int
@@ -50,9 +52,11 @@ class LoadReport:
 
 
 def resolve(rules: Sequence[WeightRule], checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Check that the checkpoint holds what the rules need and nothing else; return notes on rounded tensors.
+    """Check that the checkpoint holds what the rules need and nothing else; return notes on rounded
+    tensors.
 
-    Raises one CheckpointError that names every missing, unused, wrongly shaped and wrongly typed tensor.
+    Raises one CheckpointError that names every missing, unused, wrongly shaped and wrongly typed
+    tensor.
     """
     problems, notes, used = [], [], set()
     for rule in rules:
@@ -93,9 +97,10 @@ def load(
 ) -> LoadReport:
     """Feed the sink with the logical array of each rule, in rule order.
 
-    Matrices come as bfloat16 bits (uint16) [rows, K], in chunks of about CHUNK_NBYTES whose first row is a multiple of
-    CHUNK_ROWS; everything else comes whole, as float32, first row 0. An array is valid only during the call.
-    Raises CheckpointError, before the first call of the sink if the tensors do not fit (see `resolve`).
+    Matrices come as bfloat16 bits (uint16) [rows, K], in chunks of about CHUNK_NBYTES whose first
+    row is a multiple of CHUNK_ROWS; everything else comes whole, as float32, first row 0. An array
+    is valid only during the call. Raises CheckpointError, before the first call of the sink if the
+    tensors do not fit (see `resolve`).
     """
     notes = resolve(rules, checkpoint)
     sources = [s for rule in rules for s in rule.sources]
@@ -130,7 +135,7 @@ class _Reader:
         tensor: Tensor = self.checkpoint.tensors[source.name]
         if first == 0:
             self.hash.update(f"{source.name} {tensor.dtype} {tensor.shape}\n".encode())
-        raw = memoryview(out.reshape(-1).view(np.uint8))
+        raw = out.reshape(-1).view(np.uint8).data
         self.checkpoint.read_into(tensor, first * out.itemsize, raw)
         self.hash.update(raw)
         self.done_nbytes += len(raw)

@@ -1,7 +1,7 @@
 """Weight rules: which checkpoint tensors fill which weight region, and how.
 
-IS: pure data that a model declares. IS NOT: reading; `loader` checks the rules against a checkpoint and runs them.
-Called by: models (declare), engine (regions to plan), loader.
+IS: pure data that a model declares. IS NOT: reading; `loader` checks the rules against a checkpoint
+and runs them. Called by: models (declare), engine (regions to plan), loader.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Source:
 class WeightRule:
     """One weight region and what fills it: sources, concatenated along axis 0, or constant values.
 
-    Matrices (`Layout.MATRIX`, bfloat16) keep the bits of bfloat16 sources; all else is plain float32.
-    Raises PlanError if the sources cannot fill the region.
+    Matrices (`Layout.MATRIX`, bfloat16) keep the bits of bfloat16 sources; all else is plain
+    float32. Raises PlanError if the sources cannot fill the region.
     """
 
     region: Region
@@ -64,7 +64,8 @@ class WeightRule:
             )
             if not fits or region.dtype is not DType.BF16 or self.transform is not Transform.NONE:
                 raise PlanError(
-                    f"weight rule {region.name!r}: {self.sources} cannot fill bfloat16 {region.shape}"
+                    f"weight rule {region.name!r}: {self.sources} cannot fill bfloat16 "
+                    f"{region.shape}"
                 )
         elif region.dtype is not DType.F32 or self.size != region.size:
             raise PlanError(
@@ -97,7 +98,7 @@ def vector(name: str, source: str, size: int, transform: Transform = Transform.N
 
 
 def depthwise_conv(name: str, source: str, channels: int, taps: int) -> WeightRule:
-    """Rule for float32 convolution taps [taps, channels], oldest first, from [channels, 1, taps]."""
+    """Rule for float32 convolution taps [taps, channels], oldest first, from [channels, 1, K]."""
     region = Region(name, (taps, channels), DType.F32, Role.WEIGHT)
     return WeightRule(region, (Source(source, (channels, 1, taps)),), Transform.TAPS_FIRST)
 
