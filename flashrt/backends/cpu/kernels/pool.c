@@ -1,0 +1,222 @@
+/* The thread pool. IS: the implementation of pool.h, flashrt_barrier and the scratch that kernels share. IS NOT: work.
+ *
+ * A region is: the caller bumps `generation`, everyone runs the body, everyone meets at the barrier. After fork() the child
+ * has one thread, as POSIX leaves it; it keeps working, alone, until it calls flashrt_pool_start.
+ */
+#define _GNU_SOURCE
+#include <limits.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "common.h"
+#include "pool.h"
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
+
+enum { MAX_THREADS = 256, CACHE_LINE = 64, SPIN_NS = 30000 };
+
+/* A counter that threads can wait on. */
+typedef struct {
+  _Alignas(CACHE_LINE) atomic_uint value;
+  atomic_uint sleepers;
+} wait_word;
+
+static struct {
+  int n_threads;
+  int n_spins;
+  pthread_t threads[MAX_THREADS];
+  pool_body body; /* NULL: leave */
+  void *argument;
+  wait_word generation; /* regions begun */
+  wait_word phase;      /* barriers passed */
+  _Alignas(CACHE_LINE) atomic_uint n_arrived;
+} pool = {.n_threads = 1};
+
+static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER; /* held through a region, a start and a stop */
+static struct {
+  void *base;
+  int64_t nbytes;
+} workspace;
+
+/* ---- waiting ---- */
+
+static inline void relax(void) {
+#if defined __x86_64__ || defined __i386__
+  __builtin_ia32_pause();
+#elif defined __aarch64__
+  __asm__ volatile("yield");
+#endif
+}
+
+#ifdef __linux__
+static void sleep_while(wait_word *word, unsigned seen) {
+  syscall(SYS_futex, &word->value, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+}
+static void wake_all(wait_word *word) { syscall(SYS_futex, &word->value, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
+#else
+static pthread_mutex_t bed = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t alarm_bell = PTHREAD_COND_INITIALIZER;
+static void sleep_while(wait_word *word, unsigned seen) {
+  pthread_mutex_lock(&bed);
+  while (atomic_load(&word->value) == seen) pthread_cond_wait(&alarm_bell, &bed);
+  pthread_mutex_unlock(&bed);
+}
+static void wake_all(wait_word *word) {
+  (void)word;
+  pthread_mutex_lock(&bed);
+  pthread_cond_broadcast(&alarm_bell);
+  pthread_mutex_unlock(&bed);
+}
+#endif
+
+static void wait_while(wait_word *word, unsigned seen) {
+  for (int n = pool.n_spins; n > 0; n--) {
+    if (atomic_load_explicit(&word->value, memory_order_acquire) != seen) return;
+    relax();
+  }
+  atomic_fetch_add(&word->sleepers, 1);
+  while (atomic_load(&word->value) == seen) sleep_while(word, seen);
+  atomic_fetch_sub(&word->sleepers, 1);
+}
+
+/* Sequentially consistent against the sleeper's count: either we see the sleeper, or it sees the new value. */
+static void advance(wait_word *word) {
+  atomic_fetch_add(&word->value, 1);
+  if (atomic_load(&word->sleepers)) wake_all(word);
+}
+
+void flashrt_barrier(int nt) {
+  if (nt == 1) return;
+  unsigned seen = atomic_load_explicit(&pool.phase.value, memory_order_relaxed);
+  if (atomic_fetch_add(&pool.n_arrived, 1) + 1 == (unsigned)nt) {
+    atomic_store_explicit(&pool.n_arrived, 0, memory_order_relaxed);
+    advance(&pool.phase);
+  } else {
+    wait_while(&pool.phase, seen);
+  }
+}
+
+/* ---- threads ---- */
+
+static void *work(void *tid_as_pointer) {
+  int tid = (int)(intptr_t)tid_as_pointer;
+  for (unsigned seen = 0;; seen++) {
+    wait_while(&pool.generation, seen);
+    if (!pool.body) return NULL;
+    pool.body(pool.argument, tid, pool.n_threads);
+    flashrt_barrier(pool.n_threads);
+  }
+}
+
+void pool_run(pool_body body, void *argument) {
+  pthread_mutex_lock(&turn);
+  int nt = pool.n_threads;
+  if (nt > 1) {
+    pool.body = body;
+    pool.argument = argument;
+    advance(&pool.generation);
+  }
+  body(argument, 0, nt);
+  flashrt_barrier(nt);
+  pthread_mutex_unlock(&turn);
+}
+
+void pool_run_if(int is_worth_sharing, pool_body body, void *argument) {
+  if (is_worth_sharing) pool_run(body, argument);
+  else body(argument, 0, 1);
+}
+
+static void forget_threads(void) {
+  pool.n_threads = 1;
+  atomic_store(&pool.generation.value, 0);
+  atomic_store(&pool.generation.sleepers, 0);
+  atomic_store(&pool.phase.sleepers, 0);
+  atomic_store(&pool.n_arrived, 0);
+}
+
+static void before_fork(void) { pthread_mutex_lock(&turn); }
+static void after_fork_in_parent(void) { pthread_mutex_unlock(&turn); }
+static void after_fork_in_child(void) {
+  forget_threads();
+  pthread_mutex_unlock(&turn);
+}
+static void watch_forks(void) { pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); }
+
+static int spins_of(int n_threads) {
+  if (n_threads > sysconf(_SC_NPROCESSORS_ONLN)) return 1; /* whoever we wait for needs this core */
+  struct timespec start, stop;
+  enum { SAMPLE = 1000 };
+  clock_gettime(CLOCK_MONOTONIC, &start);
+  for (int i = 0; i < SAMPLE; i++) relax();
+  clock_gettime(CLOCK_MONOTONIC, &stop);
+  double ns = (double)(stop.tv_sec - start.tv_sec) * 1e9 + (double)(stop.tv_nsec - start.tv_nsec);
+  double spins = SPIN_NS * SAMPLE / (ns > 1 ? ns : 1);
+  return spins < 100 ? 100 : spins > 100000 ? 100000 : (int)spins;
+}
+
+/* With the turn held. */
+static void stop_threads(void) {
+  pool.body = NULL;
+  if (pool.n_threads > 1) advance(&pool.generation);
+  for (int tid = 1; tid < pool.n_threads; tid++) pthread_join(pool.threads[tid], NULL);
+  forget_threads();
+}
+
+void flashrt_pool_stop(void) {
+  pthread_mutex_lock(&turn);
+  stop_threads();
+  pthread_mutex_unlock(&turn);
+}
+
+/* Threads [1, n_threads) are started, those of an earlier start are stopped. 0, or -1 when the system refuses; then the pool
+ * has one thread. */
+int flashrt_pool_start(int n_threads) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  if (n_threads < 1 || n_threads > MAX_THREADS) return -1;
+  pthread_once(&once, watch_forks);
+  pthread_mutex_lock(&turn);
+  int status = 0;
+  if (n_threads != pool.n_threads) {
+    stop_threads();
+    pool.n_spins = spins_of(n_threads);
+    int n = 1;
+    while (n < n_threads && !pthread_create(&pool.threads[n], NULL, work, (void *)(intptr_t)n)) n++;
+    pool.n_threads = n;
+    if (n < n_threads) {
+      stop_threads();
+      status = -1;
+    }
+  }
+  pthread_mutex_unlock(&turn);
+  return status;
+}
+
+/* ---- scratch ---- */
+
+/* Reserves at least nbytes for flashrt_scratch, touched once so that no launch meets a page fault. 0, or -1: no memory, and
+ * what was reserved before stays. To be called before kernels run, never by them. */
+int64_t flashrt_workspace(int64_t nbytes) {
+  pthread_mutex_lock(&turn);
+  int status = 0;
+  if (nbytes > workspace.nbytes) {
+    void *base = NULL;
+    if (posix_memalign(&base, 4096, (size_t)nbytes)) {
+      status = -1;
+    } else {
+      memset(base, 0, (size_t)nbytes);
+      free(workspace.base);
+      workspace.base = base;
+      workspace.nbytes = nbytes;
+    }
+  }
+  pthread_mutex_unlock(&turn);
+  return status;
+}
+
+void *flashrt_scratch(int64_t nbytes) { return nbytes <= workspace.nbytes ? workspace.base : NULL; }
