@@ -1,0 +1,257 @@
+"""Kernels: how each op expands into CUDA launches: source, kernel, compile-time constants, geometry.
+
+IS: the one declarative table between the table of ops and cuda_src; pure functions of dims and dtypes.
+IS NOT: code, compiling or launching. Called by: device (capture, build) and build.py.
+
+Every kernel of an expansion takes the op's argument block by value. Which variant is chosen (few or many
+tokens, tile sizes) may depend on the rows of the tape and on the device: all variants of an op give the
+same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from flashrt.base.errors import PlanError
+from flashrt.core.op import Launch
+from flashrt.core.region import DType, resolve_dtype
+
+Defines = tuple[tuple[str, str], ...]
+Grid = tuple[int, int, int]
+
+WARP: Final = 32
+ATTENTION_KEYS: Final = 256  # keys per block of the canonical order
+K_SLICE: Final = 256  # k per chain of mma in the canonical order of `linear`
+FEW_TOKENS: Final = 32  # up to here a launch of `linear` is bound by its weights
+MANY_STAGES: Final = 4  # tiles of 32 k in flight in `linear_many`
+CONV_ROWS: Final = 16  # rows per block of `conv_window`
+COPY_THREADS: Final = 256
+COPY_ARGS_FORMAT: Final = "@Pi0P"  # copy_batch_args: table, n
+DIGEST_ARGS_FORMAT: Final = (
+    "@PPi0P"  # digest_terms_args: terms, sums [n][2] (zeroed by the caller), n
+)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelLaunch:
+    """One CUDA launch: what to compile (source, defines) and how to start it."""
+
+    source: str  # file name in cuda_src
+    kernel: str
+    defines: Defines
+    grid: Grid
+    block: Grid
+    shared_bytes: int = 0  # dynamic
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What an expansion may look at: sizes, attributes, dtypes of params, the device's size."""
+
+    op: str
+    dims: Mapping[str, int]
+    dtypes: Mapping[str, DType]
+    attrs: Mapping[str, int | float]
+    act: DType
+    n_sms: int
+
+    @property
+    def act_pair(self) -> int:
+        """1 if activations are hi + lo pairs (precision "high")."""
+        return int(self.act is DType.BF16X2)
+
+
+Expansion = Callable[[Shape], tuple[KernelLaunch, ...]]
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _x(threads: int) -> Grid:
+    return (threads, 1, 1)
+
+
+def _defines(**values: int) -> Defines:
+    return tuple((name, str(value)) for name, value in values.items())
+
+
+def _embed(s: Shape) -> tuple[KernelLaunch, ...]:
+    return (KernelLaunch("embed.cu", "embed", (), _x(s.dims["T"]), _x(256)),)
+
+
+def row_geometry(cols: int) -> tuple[int, int, int]:
+    """(vector width, vectors per thread, threads) of a block that holds a row; fixed by `cols`."""
+    width = 4 if cols % 4 == 0 else 1
+    vectors = cols // width
+    per_thread = _ceil(vectors, 512)
+    return width, per_thread, _ceil(_ceil(vectors, per_thread), WARP) * WARP
+
+
+def _norm(s: Shape) -> tuple[KernelLaunch, ...]:
+    width, vectors, threads = row_geometry(s.dims["H"])
+    defines = _defines(ACT_PAIR=s.act_pair, WIDTH=width, VECTORS=vectors, THREADS=threads)
+    return (KernelLaunch("norm.cu", s.op, defines, _x(s.dims["T"]), _x(threads)),)
+
+
+def _linear(s: Shape) -> tuple[KernelLaunch, ...]:
+    is_few = s.dims["T"] <= FEW_TOKENS
+    return (_linear_few(s) if is_few else _linear_many(s),)
+
+
+def _linear_few(s: Shape) -> KernelLaunch:
+    t, n, k = s.dims["T"], s.dims["N"], s.dims["K"]
+    warps = 1
+    while warps < min(16, _ceil(k, K_SLICE)):
+        warps *= 2
+    tiles = 1 if t <= 8 else 2 if t <= 16 else 4
+    defines = _defines(ACT_PAIR=s.act_pair, ALIGNED=int(k % 8 == 0), WARPS=warps, TOKEN_TILES=tiles)
+    grid = (_ceil(n, 16), _ceil(t, 8 * tiles), 1)
+    return KernelLaunch("linear_few.cu", "linear_few", defines, grid, _x(WARP * warps))
+
+
+def _linear_many(s: Shape) -> KernelLaunch:
+    t, n, k = s.dims["T"], s.dims["N"], s.dims["K"]
+    is_large = _ceil(n, 128) * _ceil(t, 128) >= s.n_sms
+    warps_n, warps_t, row_tiles, token_tiles = (2, 4, 4, 4) if is_large else (2, 2, 2, 4)
+    rows, tokens = 16 * warps_n * row_tiles, 8 * warps_t * token_tiles
+    defines = _defines(
+        ACT_PAIR=s.act_pair, ALIGNED=int(k % 8 == 0), WARPS_N=warps_n, WARPS_T=warps_t,
+        ROW_TILES=row_tiles, TOKEN_TILES=token_tiles, STAGES=MANY_STAGES,
+    )  # fmt: skip
+    grid = (_ceil(n, rows), _ceil(t, tokens), 1)
+    shared = MANY_STAGES * 64 * (rows + tokens * (1 + s.act_pair))
+    block = _x(WARP * warps_n * warps_t)
+    return KernelLaunch("linear_many.cu", "linear_many", defines, grid, block, shared)
+
+
+def _conv_window(s: Shape) -> tuple[KernelLaunch, ...]:
+    grid = (_ceil(s.dims["C"], 128), _ceil(s.dims["T"], CONV_ROWS), 1)
+    defines = _defines(TAPS=s.dims["W1"], ROWS=CONV_ROWS)
+    return (KernelLaunch("conv.cu", "conv_window", defines, grid, _x(128)),)
+
+
+def _delta_gates(s: Shape) -> tuple[KernelLaunch, ...]:
+    units = 2 * int(s.attrs["key_heads"]) + _ceil(s.dims["Hv"], WARP)  # one warp each
+    defines = _defines(KEY_DIM=int(s.attrs["key_dim"]))
+    grid = (_ceil(units, 4), s.dims["T"], 1)
+    return (KernelLaunch("delta_gates.cu", "delta_gates", defines, grid, _x(128)),)
+
+
+def _delta_rule(s: Shape) -> tuple[KernelLaunch, ...]:
+    defines = _defines(KEY_DIM=s.dims["dk"], VALUE_DIM=s.dims["dv"])
+    grid = (_ceil(s.dims["dv"], 16), s.dims["Hv"], 1)
+    return (KernelLaunch("delta_rule.cu", "delta_rule", defines, grid, _x(128)),)
+
+
+def _gated_rmsnorm(s: Shape) -> tuple[KernelLaunch, ...]:
+    defines = _defines(ACT_PAIR=s.act_pair, VALUE_DIM=s.dims["dv"])
+    grid = (_ceil(s.dims["C"] // s.dims["dv"], 4), s.dims["T"], 1)
+    return (KernelLaunch("gated_norm.cu", "gated_rmsnorm", defines, grid, _x(128)),)
+
+
+def _rope_append(s: Shape) -> tuple[KernelLaunch, ...]:
+    defines = _defines(HEAD_DIM=s.dims["D"], CACHE_F32=int(s.dtypes["keys"] is DType.F32))
+    grid = (_ceil(s.dims["Nq"] + 2 * s.dims["Nk"], 4), s.dims["T"], 1)
+    return (KernelLaunch("rope.cu", "rope_append", defines, grid, _x(128)),)
+
+
+def _attention(s: Shape) -> tuple[KernelLaunch, ...]:
+    t, d, nq, nk = s.dims["T"], s.dims["D"], s.dims["Nq"], s.dims["Nk"]
+    group, is_f32 = nq // nk, s.dtypes["keys"] is DType.F32
+    if d % 8 or d > 256 or group > 32:
+        raise PlanError(
+            f"attention: head size {d} must be a multiple of 8 up to 256, and {group} query heads "
+            "per key head at most 32"
+        )
+    is_few = s.dims["TP"] >= t  # blocks of keys side by side, then a merge
+    if is_few:
+        tiles = min(4, _ceil(t * group, 8))
+    else:
+        tiles = 4 if s.act_pair or is_f32 or _ceil(t, 64 // group) * nk < s.n_sms else 8
+    defines = _defines(
+        ACT_PAIR=s.act_pair, CACHE_F32=int(is_f32), HEAD_DIM=d, GROUP=group, COLUMN_TILES=tiles
+    )
+    row_bytes = 2 * (_ceil(d, 64) * 64 + ATTENTION_KEYS) * (1 + s.act_pair)  # q and p of a column
+    shared = 8 * tiles * (row_bytes + 8 * 2 * 4)  # and a maximum and a sum of each of 8 warps
+    n_groups = _ceil(t, 8 * tiles // group)
+    if is_few:
+        few, grid = "attention_few.cu", (s.dims["B"], nk, n_groups)
+        merge = KernelLaunch(few, "attention_merge", defines, (nq, t, 1), _x(_ceil(d, WARP) * WARP))
+        return KernelLaunch(few, "attention_partial", defines, grid, _x(256), shared), merge
+    many, grid = "attention_many.cu", (n_groups, nk, 1)
+    return (KernelLaunch(many, "attention_rows", defines, grid, _x(256), shared),)
+
+
+def _silu_mul(s: Shape) -> tuple[KernelLaunch, ...]:
+    grid = (_ceil(s.dims["I"], 1024), s.dims["T"], 1)
+    return (KernelLaunch("elementwise.cu", "silu_mul", _act(s), grid, _x(256)),)
+
+
+def _last_row(s: Shape) -> tuple[KernelLaunch, ...]:
+    grid = _x(_ceil(s.dims["H"], 256))
+    return (KernelLaunch("elementwise.cu", "last_row", _act(s), grid, _x(256)),)
+
+
+def _advance(s: Shape) -> tuple[KernelLaunch, ...]:
+    return (KernelLaunch("elementwise.cu", "advance", _act(s), _x(1), _x(WARP)),)
+
+
+def _act(s: Shape) -> Defines:
+    return _defines(ACT_PAIR=s.act_pair)
+
+
+def _sample(s: Shape) -> tuple[KernelLaunch, ...]:
+    blocks = min(_ceil(s.dims["V"], 1024), 64)
+    return (
+        KernelLaunch("sample.cu", "sample_scan", (), _x(blocks), _x(256)),
+        KernelLaunch("sample.cu", "sample_choose", (), _x(1), _x(1024)),
+    )
+
+
+EXPANSIONS: Final[Mapping[str, Expansion]] = {
+    "embed": _embed,
+    "rmsnorm": _norm,
+    "add_rmsnorm": _norm,
+    "linear": _linear,
+    "conv_window": _conv_window,
+    "delta_gates": _delta_gates,
+    "delta_rule": _delta_rule,
+    "gated_rmsnorm": _gated_rmsnorm,
+    "rope_append": _rope_append,
+    "attention": _attention,
+    "silu_mul": _silu_mul,
+    "last_row": _last_row,
+    "advance": _advance,
+    "sample": _sample,
+}
+
+
+def expand(
+    launch: Launch, act: DType, n_sms: int, expansions: Mapping[str, Expansion] = EXPANSIONS
+) -> tuple[KernelLaunch, ...]:
+    """The CUDA launches of one tape launch, in order. Raises PlanError for an unknown op."""
+    op = launch.op
+    if op.name not in expansions:
+        raise PlanError(f"op {op.name!r} has no CUDA expansion; known are {sorted(expansions)}")
+    dtypes = {
+        p.name: resolve_dtype(v.region.dtype, act)
+        for p, v in zip(op.params, launch.operands, strict=True)
+    }
+    attrs = {a.name: v for a, v in zip(op.attrs, launch.attrs, strict=True)}
+    return expansions[op.name](Shape(op.name, launch.dims, dtypes, attrs, act, n_sms))
+
+
+def copy_launch(nbytes: int, n_sms: int) -> KernelLaunch:
+    """The batched copy over a table of descriptors; `nbytes` in all; args: COPY_ARGS_FORMAT."""
+    blocks = max(1, min(8 * n_sms, _ceil(nbytes, COPY_THREADS * 64)))
+    return KernelLaunch("copy.cu", "copy_batch", (), _x(blocks), _x(COPY_THREADS))
+
+
+def digest_launch(n_terms: int, n_sms: int) -> KernelLaunch:
+    """The digest over a table of terms; args: DIGEST_ARGS_FORMAT; sums must be zero before."""
+    return KernelLaunch(
+        "digest.cu", "digest_terms", (), (max(1, min(2 * n_sms, 256)), n_terms, 1), _x(256)
+    )
