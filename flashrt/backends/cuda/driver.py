@@ -1,0 +1,332 @@
+"""The CUDA driver through cuda-python: every call checked, counted and, when it fails, explained.
+
+IS: the only file that imports cuda.bindings.driver, and that when a driver is opened, not before.
+IS NOT: policy; it holds no buffers and no graphs, it hands out integers. Called by: device, probe.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from flashrt.backends.cuda.advice import what_to_do
+from flashrt.backends.cuda.driver_api import ArgumentBlock, DeviceInfo, HostBuffer, LaunchConfig
+from flashrt.base.errors import BackendError
+
+MIN_CAPABILITY = (8, 0)
+
+
+class CudaDriver:
+    """A device's primary context, as `driver_api.Driver`.
+
+    Opening raises BackendError: no cuda-python, no driver library, no device, or one before sm_80.
+    """
+
+    def __init__(self, ordinal: int = 0) -> None:
+        self._api = _import_api()
+        self.counts: Counter[str] = Counter()
+        self._thread = threading.local()
+        self._context: object = None
+        self._initialise()
+        api = self._api
+        self._device = self._call(api.cuDeviceGet, ordinal)
+        self.info = self._read_info()
+        if self.info.capability < MIN_CAPABILITY:
+            raise BackendError(
+                f"{self.info.name} is {self.info.arch}; flashrt needs sm_80 (Ampere) or later: "
+                "use device='cpu'"
+            )
+        self._context = self._call(api.cuDevicePrimaryCtxRetain, self._device)
+
+    def _initialise(self) -> None:
+        try:
+            self._call(self._api.cuInit, 0)
+        except RuntimeError as error:  # cuda-python looks for libcuda at the first call
+            raise BackendError(
+                "the NVIDIA driver library (libcuda.so.1, nvcuda.dll) is not on this machine: "
+                "install the NVIDIA driver, start a container with --gpus all, or use device='cpu' "
+                f"[{error}]"
+            ) from error
+
+    def _read_info(self) -> DeviceInfo:
+        api, device = self._api, self._device
+        attribute = api.CUdevice_attribute
+
+        def read(name: str) -> int:
+            return int(
+                self._call(
+                    api.cuDeviceGetAttribute, attribute[f"CU_DEVICE_ATTRIBUTE_{name}"], device
+                )
+            )
+
+        version = int(self._call(api.cuDriverGetVersion))
+        major, minor = read("COMPUTE_CAPABILITY_MAJOR"), read("COMPUTE_CAPABILITY_MINOR")
+        return DeviceInfo(
+            name=self._call(api.cuDeviceGetName, 128, device).split(b"\0")[0].decode(),
+            arch=f"sm_{major}{minor}",
+            memory_bytes=int(self._call(api.cuDeviceTotalMem, device)),
+            driver_version=(version // 1000, version % 1000 // 10),
+            multiprocessors=read("MULTIPROCESSOR_COUNT"),
+            max_shared_bytes=read("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+        )
+
+    # ---- memory
+
+    def mem_alloc(self, nbytes: int) -> int:
+        """Device memory, not initialised."""
+        return int(
+            self._call(self._api.cuMemAlloc, nbytes, detail=lambda: self._memory_detail(nbytes))
+        )
+
+    def mem_free(self, address: int) -> None:
+        """Free what mem_alloc gave; waits for the device."""
+        self._call(self._api.cuMemFree, address)
+
+    def mem_info(self) -> tuple[int, int]:
+        """(free, total) bytes of device memory."""
+        free, total = self._call(self._api.cuMemGetInfo)
+        return int(free), int(total)
+
+    def host_alloc(self, nbytes: int) -> HostBuffer:
+        """Pinned host memory."""
+        address = int(self._call(self._api.cuMemHostAlloc, nbytes, 0))
+        return HostBuffer(
+            address, np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+        )
+
+    def host_free(self, buffer: HostBuffer) -> None:
+        """Free what host_alloc gave."""
+        self._call(self._api.cuMemFreeHost, buffer.address)
+
+    def copy_to_device(self, dst: int, src_host: int, nbytes: int, stream: int) -> None:
+        """Asynchronous; the source must stay as it is until the stream has passed."""
+        self._call(self._api.cuMemcpyHtoDAsync, dst, src_host, nbytes, stream)
+
+    def copy_to_host(self, dst_host: int, src: int, nbytes: int, stream: int) -> None:
+        """Asynchronous; the destination is valid once the stream has passed."""
+        self._call(self._api.cuMemcpyDtoHAsync, dst_host, src, nbytes, stream)
+
+    def copy_on_device(self, dst: int, src: int, nbytes: int, stream: int) -> None:
+        """Asynchronous copy of one range."""
+        self._call(self._api.cuMemcpyDtoDAsync, dst, src, nbytes, stream)
+
+    def copy_2d(
+        self,
+        dst: int,
+        dst_pitch: int,
+        src: int,
+        src_pitch: int,
+        width: int,
+        height: int,
+        stream: int,
+    ) -> None:
+        """Asynchronous copy of `height` rows of `width` bytes."""
+        api = self._api
+        copy = api.CUDA_MEMCPY2D()
+        copy.srcMemoryType = copy.dstMemoryType = api.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.srcDevice, copy.srcPitch = api.CUdeviceptr(src), src_pitch
+        copy.dstDevice, copy.dstPitch = api.CUdeviceptr(dst), dst_pitch
+        copy.WidthInBytes, copy.Height = width, height
+        self._call(api.cuMemcpy2DAsync, copy, stream)
+
+    def fill(self, address: int, byte: int, nbytes: int, stream: int) -> None:
+        """Asynchronous fill."""
+        self._call(self._api.cuMemsetD8Async, address, byte, nbytes, stream)
+
+    # ---- streams and events
+
+    def stream_create(self) -> int:
+        """A stream that does not wait for the legacy default stream."""
+        flags = self._api.CUstream_flags.CU_STREAM_NON_BLOCKING
+        return int(self._call(self._api.cuStreamCreate, int(flags)))
+
+    def stream_destroy(self, stream: int) -> None:
+        """Release a stream; work already in it still runs."""
+        self._call(self._api.cuStreamDestroy, stream)
+
+    def stream_sync(self, stream: int) -> None:
+        """Wait until all work in the stream is done."""
+        self._call(self._api.cuStreamSynchronize, stream)
+
+    def stream_wait(self, stream: int, event: int) -> None:
+        """Later work in the stream starts after the event."""
+        self._call(self._api.cuStreamWaitEvent, stream, event, 0)
+
+    def event_create(self, *, is_timed: bool = False) -> int:
+        """An event; only timed ones can be used with elapsed_us."""
+        flags = self._api.CUevent_flags
+        flag = flags.CU_EVENT_DEFAULT if is_timed else flags.CU_EVENT_DISABLE_TIMING
+        return int(self._call(self._api.cuEventCreate, int(flag)))
+
+    def event_destroy(self, event: int) -> None:
+        """Release an event."""
+        self._call(self._api.cuEventDestroy, event)
+
+    def event_record(self, event: int, stream: int) -> None:
+        """The event happens when the stream has done what it holds now."""
+        self._call(self._api.cuEventRecord, event, stream)
+
+    def event_sync(self, event: int) -> None:
+        """Wait until the event has happened."""
+        self._call(self._api.cuEventSynchronize, event)
+
+    def event_is_done(self, event: int) -> bool:
+        """Whether the event has happened."""
+        self._make_current()
+        self.counts["cuEventQuery"] += 1
+        (result,) = self._api.cuEventQuery(event)
+        if result == self._api.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        self._check("cuEventQuery", result, None)
+        return True
+
+    def elapsed_us(self, start: int, end: int) -> float:
+        """Device time between two timed events."""
+        return float(self._call(self._api.cuEventElapsedTime, start, end)) * 1e3
+
+    # ---- code
+
+    def module_load(self, binary: Path) -> int:
+        """Load a cubin."""
+        return int(
+            self._call(self._api.cuModuleLoadData, binary.read_bytes(), detail=lambda: str(binary))
+        )
+
+    def module_function(self, module: int, name: str) -> int:
+        """A kernel of a module."""
+        return int(
+            self._call(self._api.cuModuleGetFunction, module, name.encode(), detail=lambda: name)
+        )
+
+    def allow_shared(self, function: int, nbytes: int) -> None:
+        """Let a function use more than 48 KiB of dynamic shared memory."""
+        attribute = self._api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        limit = self.info.max_shared_bytes
+        self._call(
+            self._api.cuFuncSetAttribute, function, attribute, nbytes,
+            detail=lambda: f"{nbytes} bytes of shared memory wanted, {self.info.arch} has {limit}",
+        )  # fmt: skip
+
+    def launch(
+        self, function: int, config: LaunchConfig, block: ArgumentBlock, stream: int
+    ) -> None:
+        """Launch a kernel; the driver copies the argument block before this returns."""
+        api = self._api
+        if not config.is_programmatic:
+            self._call(
+                api.cuLaunchKernel,
+                function,
+                *config.grid,
+                *config.block,
+                config.shared_bytes,
+                stream,
+                block.params,
+                0,
+            )
+            return
+        attribute = api.CUlaunchAttribute()
+        attribute.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        geometry = api.CUlaunchConfig()
+        geometry.gridDimX, geometry.gridDimY, geometry.gridDimZ = config.grid
+        geometry.blockDimX, geometry.blockDimY, geometry.blockDimZ = config.block
+        geometry.sharedMemBytes, geometry.hStream = config.shared_bytes, api.CUstream(stream)
+        geometry.attrs, geometry.numAttrs = [attribute], 1
+        self._call(api.cuLaunchKernelEx, geometry, function, block.params, 0)
+
+    # ---- graphs
+
+    def capture_begin(self, stream: int) -> None:
+        """Record what this thread puts into the stream instead of running it."""
+        mode = self._api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call(self._api.cuStreamBeginCapture, stream, mode)
+
+    def capture_end(self, stream: int) -> int:
+        """The graph recorded."""
+        return int(self._call(self._api.cuStreamEndCapture, stream))
+
+    def graph_instantiate(self, graph: int) -> int:
+        """An executable graph."""
+        return int(self._call(self._api.cuGraphInstantiate, graph, 0))
+
+    def graph_upload(self, executable: int, stream: int) -> None:
+        """Move an executable to the device now rather than at its first launch."""
+        self._call(self._api.cuGraphUpload, executable, stream)
+
+    def graph_launch(self, executable: int, stream: int) -> None:
+        """Run an executable."""
+        self._call(self._api.cuGraphLaunch, executable, stream)
+
+    def graph_dot(self, graph: int, path: Path) -> None:
+        """Write a graph as Graphviz, with kernel names and launch geometry."""
+        flags = self._api.CUgraphDebugDot_flags
+        shown = (
+            flags.CU_GRAPH_DEBUG_DOT_FLAGS_KERNEL_NODE_PARAMS
+            | flags.CU_GRAPH_DEBUG_DOT_FLAGS_KERNEL_NODE_ATTRIBUTES
+        )
+        self._call(self._api.cuGraphDebugDotPrint, graph, str(path).encode(), int(shown))
+
+    def graph_destroy(self, graph: int, executable: int) -> None:
+        """Release a graph and its executable."""
+        self._call(self._api.cuGraphExecDestroy, executable)
+        self._call(self._api.cuGraphDestroy, graph)
+
+    def close(self) -> None:
+        """Give the context back; nothing may be used afterwards."""
+        self._call(self._api.cuDevicePrimaryCtxRelease, self._device)
+
+    # ---- checking
+
+    def _make_current(self) -> None:
+        """Contexts are current per thread, and a session may be driven from any thread."""
+        if self._context is not None and "context" not in self._thread.__dict__:
+            self._thread.context = self._context
+            self._call(self._api.cuCtxSetCurrent, self._context)
+
+    def _call(
+        self, function: Callable[..., Any], *args: object, detail: Callable[[], str] | None = None
+    ) -> Any:
+        self._make_current()
+        name = function.__name__
+        self.counts[name] += 1
+        result, *values = function(*args)
+        if result:
+            self._check(name, result, detail)
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def _check(self, name: str, result: Any, detail: Callable[[], str] | None) -> None:
+        if not int(result):
+            return
+        _, described = self._api.cuGetErrorString(result)
+        where = f" ({detail()})" if detail else ""
+        text = f"{name}{where}: {result.name}, {(described or b'unknown error').decode()}"
+        advice = what_to_do(result.name)
+        raise BackendError(f"{text}; {advice}" if advice else text)
+
+    def _memory_detail(self, nbytes: int) -> str:
+        result, free, total = self._api.cuMemGetInfo()
+        known = (
+            f"{int(free):,} of {int(total):,} bytes are free"
+            if not int(result)
+            else "free memory unknown"
+        )
+        return f"{nbytes:,} bytes wanted, {known}"
+
+
+def _import_api() -> ModuleType:
+    try:
+        from cuda.bindings import driver  # noqa: PLC0415 - `import flashrt` must not touch CUDA
+    except ImportError as error:
+        raise BackendError(
+            "the CUDA backend needs cuda-python: pip install 'flashrt[cuda]', or use device='cpu' "
+            f"[{error}]"
+        ) from error
+    module: ModuleType = driver
+    return module
