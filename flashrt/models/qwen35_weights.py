@@ -1,7 +1,8 @@
 """Weight rules of Qwen3.5 dense text models.
 
-IS: the region of each projection, norm and gate, and the tensors behind it: names and shapes. Projections that share an input are stacked into one matrix. IS NOT: reading
-(weights/loader). Called by: qwen35.
+IS: the region of each projection, norm and gate, and the tensors behind it: names and shapes.
+Projections that share an input are stacked into one matrix. IS NOT: reading (weights/loader).
+Called by: qwen35.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 IS: config.json + model.safetensors, or the shards named by model.safetensors.index.json. The
 safetensors library validates each header against its file; bytes are then read by offset into
-a buffer of the caller, because that library hands bfloat16 to numpy only as whole copies. IS NOT: knowledge of what
-the tensors mean (`rules`) or where they go (`loader`). Called by: engine (load), loader, cli
-(inspect).
+a buffer of the caller, because that library hands bfloat16 to numpy only as whole copies.
+IS NOT: knowledge of what the tensors mean (`rules`) or where they go (`loader`).
+Called by: engine (load), loader, cli (inspect).
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ from flashrt.base.errors import CheckpointError
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-NESTED_PREFIX, PREFIX = (
-    "model.language_model.",
-    "model.",
-)  # the first is the multimodal spelling of the second
+PREFIX, NESTED_PREFIX = "model.", "model.language_model."  # text only; the same when multimodal
 IGNORED_PREFIX = "model.visual."  # the vision tower of a multimodal checkpoint
 
 
