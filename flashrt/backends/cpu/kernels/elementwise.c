@@ -1,0 +1,28 @@
+/* silu_mul, last_row, advance: small steps between the larger kernels.
+ *
+ * IS: columns split over threads. IS NOT: anything with a sum. Called by: the launch list of a graph.
+ */
+#include "common.h"
+#include "fmath.h"
+
+void op_silu_mul(const silu_mul_args *a, int tid, int nt) {
+  int rows = rows_of(a->cursor, a->T);
+  span columns = share(a->I, tid, nt);
+  for (int64_t t = 0; t < rows; t++) {
+    const float *gate = a->u + t * 2 * a->I, *up = gate + a->I;
+    float *y = (float *)a->y + t * a->I;
+    int64_t i = columns.begin;
+    for (; i + VL <= columns.end; i += VL) v_store(y + i, v_silu(v_load(gate + i)) * v_load(up + i));
+    for (; i < columns.end; i++) y[i] = s_silu(gate[i]) * up[i];
+  }
+}
+
+void op_last_row(const last_row_args *a, int tid, int nt) {
+  int rows = rows_of(a->cursor, a->T);
+  if (tid > 0 || rows < 1) return;
+  memcpy(a->y, (const float *)a->x + (int64_t)(rows - 1) * a->H, (size_t)a->H * sizeof(float));
+}
+
+void op_advance(const advance_args *a, int tid, int nt) {
+  if (tid == 0) a->cursor[0] += a->cursor[1];
+}
