@@ -1,7 +1,7 @@
-"""Runs recorded tapes in plain numpy float32: every op of the table as its formula, slow and obvious.
+"""Runs recorded tapes in plain numpy float32: every op as its formula, slow and obvious.
 
-IS: an independent check that a model's regions and tapes compute the model. IS NOT: exact to the bit, or a backend.
-Called by: test_tapes.
+IS: an independent check that a model's regions and tapes compute the model. IS NOT: exact to the
+bit, or a backend. Called by: test_tapes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ class TapeInterpreter:
         for region in tape.lifetimes():
             self.memory[region] = self._blank(region)
         for launch in tape.launches:
-            operands = {p.name: self._array(v) for p, v in zip(launch.op.params, launch.operands, strict=True)}
+            operands = {
+                p.name: self._array(v)
+                for p, v in zip(launch.op.params, launch.operands, strict=True)
+            }
             attrs = {a.name: v for a, v in zip(launch.op.attrs, launch.attrs, strict=True)}
             _KERNELS[launch.op.name](_Operands(launch, operands, attrs))
 
@@ -90,7 +93,9 @@ class TapeInterpreter:
 class _Operands:
     """Operands of a launch by name; `t` the valid rows, `p` the position of the first."""
 
-    def __init__(self, launch: Launch, operands: dict[str, Array], attrs: dict[str, int | float]) -> None:
+    def __init__(
+        self, launch: Launch, operands: dict[str, Array], attrs: dict[str, int | float]
+    ) -> None:
         self.by_name, self.attrs, self.dims = operands, attrs, launch.dims
         self.p, self.t = (int(n) for n in operands["cursor"][:2])
 

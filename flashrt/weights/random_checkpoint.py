@@ -1,0 +1,278 @@
+"""Random checkpoints in the Hugging Face format, of real shapes: for tests, benchmarks and
+demonstrations.
+
+IS: config.json, generation_config.json and model.safetensors of a Qwen3.5 text model, the same
+bytes for the same seed, streamed to disk. Weights are scaled so that each sublayer writes O(1) into
+the residual stream and decay rates span slow to fast: greedy text does not fall into a loop and the
+recurrent state matters. IS NOT: a trained model, or knowledge that the loader uses. Called by: cli,
+examples, tests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import BinaryIO, Literal
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from flashrt.base.errors import CheckpointError
+from flashrt.core.backend import Progress
+from flashrt.weights.checkpoint import CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE
+
+CHUNK_SIZE = 4 << 20  # elements drawn at a time
+_GAIN = {
+    "in_proj_b": 1.5, "gate_proj": 1.2, "up_proj": 1.2, "down_proj": 1.6, "out_proj": 1.5,
+    "o_proj": 2.5, "conv1d": 1.4,
+}  # fmt: skip  # standard deviation of a matrix times sqrt(inputs); 1 where not named
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a model; every fourth layer is full attention."""
+
+    hidden: int
+    n_layers: int
+    intermediate: int
+    heads: tuple[int, int, int]  # query heads, key/value heads, size
+    linear_heads: tuple[int, int, int]  # key heads, value heads, size
+    vocab_size: int
+    rope_theta: float = 1e7
+
+
+SHAPES = {
+    "tiny": Shape(64, 4, 128, (4, 2, 32), (2, 4, 16), 512),
+    "mini": Shape(256, 8, 768, (4, 2, 64), (4, 8, 64), 4096),
+    "0.8b": Shape(1024, 24, 3584, (8, 2, 256), (16, 16, 128), 248320),
+}
+_CONV_TAPS, _FULL_INTERVAL = 4, 4
+
+
+def write_random_checkpoint(
+    path: str | Path,
+    shape: str | Shape = "tiny",
+    *,
+    seed: int = 0,
+    is_tied: bool = True,
+    has_draft_head: bool = False,
+    ssm_dtype: Literal["F32", "BF16"] = "F32",
+    progress: Progress | None = None,
+) -> Path:
+    """Write a checkpoint directory; it appears under its name when it is whole. Returns its path.
+
+    `ssm_dtype` is that of A_log and linear_attn.norm.weight: F32 in released checkpoints.
+    Raises CheckpointError if the path is taken, the shape is unknown or the disk refuses.
+    """
+    target = Path(path)
+    if isinstance(shape, str) and shape not in SHAPES:
+        raise CheckpointError(f"unknown shape {shape!r}; shapes: {', '.join(SHAPES)}")
+    sizes = SHAPES[shape] if isinstance(shape, str) else shape
+    if target.exists():
+        raise CheckpointError(f"{target}: already exists; remove it or give another path")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        _write_json(partial / CONFIG_FILE, _config(sizes, is_tied, has_draft_head))
+        _write_json(partial / GENERATION_FILE, {"_from_model_config": True, "use_cache": True})
+        tensors = dict(_tensors(sizes, is_tied, has_draft_head))
+        with (partial / WEIGHTS_FILE).open("wb") as file:
+            _write_tensors(file, tensors, _Draw(seed, sizes.hidden, is_tied), ssm_dtype, progress)
+        partial.rename(target)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _config(s: Shape, is_tied: bool, has_draft_head: bool) -> dict[str, object]:
+    kinds = [
+        "linear_attention" if (i + 1) % _FULL_INTERVAL else "full_attention"
+        for i in range(s.n_layers)
+    ]
+    return {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "dtype": "bfloat16",
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "eos_token_id": None,
+        "full_attention_interval": _FULL_INTERVAL,
+        "head_dim": s.heads[2],
+        "hidden_act": "silu",
+        "hidden_size": s.hidden,
+        "intermediate_size": s.intermediate,
+        "layer_types": kinds,
+        "linear_conv_kernel_dim": _CONV_TAPS,
+        "linear_key_head_dim": s.linear_heads[2],
+        "linear_num_key_heads": s.linear_heads[0],
+        "linear_num_value_heads": s.linear_heads[1],
+        "linear_value_head_dim": s.linear_heads[2],
+        "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262144,
+        "mtp_num_hidden_layers": int(has_draft_head),
+        "num_attention_heads": s.heads[0],
+        "num_hidden_layers": s.n_layers,
+        "num_key_value_heads": s.heads[1],
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "partial_rotary_factor": 0.25,
+            "rope_theta": s.rope_theta,
+            "rope_type": "default",
+        },
+        "tie_word_embeddings": is_tied,
+        "vocab_size": s.vocab_size,
+    }
+
+
+def _tensors(
+    s: Shape, is_tied: bool, has_draft_head: bool
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes, in file order."""
+    yield "model.embed_tokens.weight", (s.vocab_size, s.hidden)
+    for i in range(s.n_layers):
+        mixer = _linear_attention(s) if (i + 1) % _FULL_INTERVAL else _full_attention(s)
+        for name, shape in {**mixer, **_mlp(s)}.items():
+            yield f"model.layers.{i}.{name}", shape
+    yield "model.norm.weight", (s.hidden,)
+    if not is_tied:
+        yield "lm_head.weight", (s.vocab_size, s.hidden)
+    if has_draft_head:
+        yield "mtp.fc.weight", (s.hidden, 2 * s.hidden)
+        for norm in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+            yield f"mtp.{norm}.weight", (s.hidden,)
+        for name, shape in {**_full_attention(s), **_mlp(s)}.items():
+            yield f"mtp.layers.0.{name}", shape
+
+
+def _linear_attention(s: Shape) -> dict[str, tuple[int, ...]]:
+    key_heads, value_heads, size = s.linear_heads
+    inner, channels = value_heads * size, (2 * key_heads + value_heads) * size
+    return {
+        "linear_attn.in_proj_qkv.weight": (channels, s.hidden),
+        "linear_attn.in_proj_z.weight": (inner, s.hidden),
+        "linear_attn.in_proj_b.weight": (value_heads, s.hidden),
+        "linear_attn.in_proj_a.weight": (value_heads, s.hidden),
+        "linear_attn.conv1d.weight": (channels, 1, _CONV_TAPS),
+        "linear_attn.A_log": (value_heads,),
+        "linear_attn.dt_bias": (value_heads,),
+        "linear_attn.norm.weight": (size,),
+        "linear_attn.out_proj.weight": (s.hidden, inner),
+    }
+
+
+def _full_attention(s: Shape) -> dict[str, tuple[int, ...]]:
+    query_heads, kv_heads, size = s.heads
+    return {
+        "self_attn.q_proj.weight": (2 * query_heads * size, s.hidden),
+        "self_attn.k_proj.weight": (kv_heads * size, s.hidden),
+        "self_attn.v_proj.weight": (kv_heads * size, s.hidden),
+        "self_attn.o_proj.weight": (s.hidden, query_heads * size),
+        "self_attn.q_norm.weight": (size,),
+        "self_attn.k_norm.weight": (size,),
+    }
+
+
+def _mlp(s: Shape) -> dict[str, tuple[int, ...]]:
+    return {
+        "input_layernorm.weight": (s.hidden,),
+        "post_attention_layernorm.weight": (s.hidden,),
+        "mlp.gate_proj.weight": (s.intermediate, s.hidden),
+        "mlp.up_proj.weight": (s.intermediate, s.hidden),
+        "mlp.down_proj.weight": (s.hidden, s.intermediate),
+    }
+
+
+class _Draw:
+    """Values of tensors: each has a generator of its own, keyed by (seed, name), so order and
+    chunks do not matter.
+    """
+
+    def __init__(self, seed: int, hidden: int, is_tied: bool) -> None:
+        self.seed = seed
+        self.embedding_std = 2.5 / math.sqrt(hidden) if is_tied else 0.5
+        # A normal variate is a random entry of this table of its 2^16 quantiles: one gather, no logarithm.
+        normal = NormalDist()
+        upper = [normal.inv_cdf(0.5 + (i + 0.5) / 65536) for i in range(32768)]
+        self.quantiles = np.array([-q for q in reversed(upper)] + upper)
+
+    def chunks(
+        self, name: str, shape: tuple[int, ...]
+    ) -> Iterator[NDArray[np.float32 | np.uint16]]:
+        """A tensor's values in order: bfloat16 bits (uint16) for matrices, float32 for vectors."""
+        key = [self.seed, *name.encode()]
+        bits = np.random.SFC64(np.random.SeedSequence(key))
+        size = math.prod(shape)
+        if name.endswith("A_log"):  # exp of it in [0.01, 1.01]: decay rates from very slow to fast
+            uniform = np.random.Generator(bits).random(size)
+            yield np.log(uniform + 0.01).astype(np.float32)
+            return
+        mean, std = self._moments(name, shape)
+        table = (mean + std * self.quantiles).astype(np.float32)
+        values = table if len(shape) == 1 else table.astype(ml_dtypes.bfloat16).view(np.uint16)
+        for start in range(0, size, CHUNK_SIZE):
+            count = min(CHUNK_SIZE, size - start)
+            yield values[bits.random_raw(-(-count // 4)).view(np.uint16)[:count]]
+
+    def _moments(self, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+        if name.endswith("dt_bias"):
+            return -1.0, 1.0
+        if name.endswith(
+            "linear_attn.norm.weight"
+        ):  # the one norm whose weight is not zero-centred
+            return 1.0, 0.25
+        if len(shape) == 1:
+            return 0.0, 0.25
+        if name == "model.embed_tokens.weight":
+            return 0.0, self.embedding_std
+        inputs = math.sqrt(math.prod(shape[1:]))
+        if name == "lm_head.weight":
+            return 0.0, 3.0 / inputs
+        return 0.0, _GAIN.get(name.split(".")[-2], 1.0) / inputs
+
+
+def _write_tensors(
+    file: BinaryIO,
+    tensors: dict[str, tuple[int, ...]],
+    draw: _Draw,
+    ssm_dtype: str,
+    progress: Progress | None,
+) -> None:
+    dtypes = {
+        name: ssm_dtype if name.endswith(("A_log", "linear_attn.norm.weight")) else "BF16"
+        for name in tensors
+    }
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    total = 0
+    for name, shape in tensors.items():
+        nbytes = math.prod(shape) * (4 if dtypes[name] == "F32" else 2)
+        header[name] = {
+            "dtype": dtypes[name],
+            "shape": shape,
+            "data_offsets": [total, total + nbytes],
+        }
+        total += nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    done = 0
+    for name, shape in tensors.items():
+        for chunk in draw.chunks(name, shape):
+            is_wide = chunk.dtype == np.float32 and dtypes[name] == "BF16"
+            data = chunk.astype(ml_dtypes.bfloat16).view(np.uint16) if is_wide else chunk
+            file.write(data.data)
+            done += data.nbytes
+            if progress is not None:
+                progress("random weights", done, total)
+
+
+def _write_json(path: Path, value: dict[str, object]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
