@@ -1,0 +1,37 @@
+"""flashrt: execution-state capsules for hybrid models on one device.
+
+    engine = flashrt.load("path/to/checkpoint")
+    session = engine.session()
+
+Importing this package loads neither a device nor a tokenizer; `load` does, when it is called.
+"""
+
+from flashrt.base.errors import (
+    BackendError,
+    CapsuleError,
+    CheckpointError,
+    FlashrtError,
+    LaneBusy,
+    PoolFull,
+    SessionError,
+    TokenError,
+)
+from flashrt.core.capsule import Capsule
+from flashrt.session.load import SessionEngine as Engine
+from flashrt.session.load import load
+from flashrt.session.session import Session
+
+__all__ = [
+    "BackendError",
+    "Capsule",
+    "CapsuleError",
+    "CheckpointError",
+    "Engine",
+    "FlashrtError",
+    "LaneBusy",
+    "PoolFull",
+    "Session",
+    "SessionError",
+    "TokenError",
+    "load",
+]

@@ -5,7 +5,7 @@ IS: region -> address, host access to regions, guards and poison. IS NOT: policy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from flashrt.core.planner import (
     TapeKey,
     align,
 )
-from flashrt.core.region import Role, View, resolve_dtype
+from flashrt.core.region import Region, Role, View, resolve_dtype
 from flashrt.core.tape import Tape
 
 GUARD_BYTE = 0xA5
@@ -103,10 +103,10 @@ class Arena:
         if nbytes:
             self.backend.fill(self.memory.address + offset, nbytes, byte)
 
-    def _bound(self, launch: Launch, slots: dict[object, Slot]) -> BoundLaunch:
+    def _bound(self, launch: Launch, slots: Mapping[Region, Slot]) -> BoundLaunch:
         return BoundLaunch(launch, tuple(self._address(v, slots) for v in launch.operands))
 
-    def _address(self, view: View, slots: dict[object, Slot]) -> int:
+    def _address(self, view: View, slots: Mapping[Region, Slot]) -> int:
         if view.region.role is Role.WEIGHT:
             slot, base = self._weight_slots[view.region], self.weight_memory.address
         elif view.region in slots:

@@ -155,7 +155,7 @@ class CapsuleTable:
         shared = shared_rows(lane, capsule.segment)
         self._run(plan)
         self._forget_marks(lane, min(shared, lane.position))
-        if shared < capsule.position or capsule.segment not in set(chain_of(lane.held)):
+        if shared < capsule.position:
             lane.hold(capsule.segment, capsule.position)
         lane.position = capsule.position
         lane.journal[: lane.position] = capsule.tokens

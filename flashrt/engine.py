@@ -1,0 +1,314 @@
+"""The engine: a model, its weights and a backend; planned, loaded, captured and sealed.
+
+IS: the verbs on lanes (prefill, decode, sample), each one graph replay. IS NOT: sessions, policy or
+files of capsules; see session/. Called by: session.
+
+Per step: write io -> replay(key) -> read io -> commit. After `seal` nothing allocates, compiles or
+captures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from flashrt.base.errors import PlanError, SessionError
+from flashrt.base.flags import flags
+from flashrt.core.arena import Arena
+from flashrt.core.backend import Backend, Bytes, Progress
+from flashrt.core.capsule import CapsuleTable
+from flashrt.core.graph import GraphKey, GraphTable
+from flashrt.core.lineage import Lane
+from flashrt.core.planner import ArenaPlan, Band, plan_arena, plan_band
+from flashrt.core.region import Region, Role
+from flashrt.core.tape import Tape
+from flashrt.models import Model
+from flashrt.ops import OPS
+from flashrt.ops.table import SAMPLER_WORDS
+from flashrt.weights.checkpoint import Checkpoint
+from flashrt.weights.loader import LoadReport, load
+
+PREFILL, DECODE, SAMPLE = "prefill", "decode", "sample"
+_POSITION_WORD, _ROWS_WORD, _TOKEN_WORD = 0, 1, 2
+DEFAULT_POOL_FIXED = 16  # capsules' fixed bands that a default pool has room for
+DEFAULT_POOL_LANES = 2  # lanes' worth of rows that a default pool has room for, besides
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerParams:
+    """What turns logits into a token, together with the position; see op `sample`."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={value} is not in {wanted}"
+            for name, value, wanted, is_fine in (
+                ("temperature", self.temperature, "[0, inf)", 0 <= self.temperature < np.inf),
+                ("top_k", self.top_k, "[0, 2^31)", 0 <= self.top_k < 1 << 31),
+                ("top_p", self.top_p, "(0, 1]", 0 < self.top_p <= 1),
+                ("min_p", self.min_p, "[0, 1]", 0 <= self.min_p <= 1),
+                ("seed", self.seed, "[0, 2^64)", 0 <= self.seed < 1 << 64),
+            )
+            if not is_fine
+        ]
+        if problems:
+            raise SessionError(f"sampling parameters: {'; '.join(problems)}")
+
+    def pack(self) -> bytes:
+        """The sampler region's bytes."""
+        seeds = (self.seed & 0xFFFFFFFF, self.seed >> 32)
+        head = struct.pack("@2Ii3f", *seeds, self.top_k, self.temperature, self.top_p, self.min_p)
+        return head.ljust(4 * SAMPLER_WORDS, b"\0")
+
+
+class Engine:
+    """Verbs on lanes. Built by `session.load.load`, which also chooses the backend."""
+
+    def __init__(
+        self,
+        model: Model,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        *,
+        lanes: int,
+        pool_bytes: int | None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Plan, allocate, load, capture, seal. Raises FlashrtError from any of these."""
+        self.model = model
+        self.backend = backend
+        self.checkpoint = checkpoint
+        self.max_positions = _max_positions(model)
+        backend.build(OPS)
+        tapes = [model.record(phase, rows) for phase, rows in model.phases]
+        plan = self._plan(tapes, lanes, pool_bytes)
+        weights = plan_band([r.region for r in model.weights], backend.storage)
+        self.arena = Arena(backend, plan, weights)
+        self.load_report = self._load(progress)
+        self.fingerprint = _fingerprint(model, self.load_report, backend, plan, tapes)
+        self.lanes = [
+            Lane(i, np.zeros(self.max_positions, np.int32)) for i in range(len(plan.lanes))
+        ]
+        self.capsules = CapsuleTable(self.arena, self.lanes)
+        self.graphs = GraphTable(backend, self.arena)
+        self._tapes = {(t.phase, t.rows): t for t in tapes}
+        self._capture(tapes, progress)
+        self._rows: list[int] = [-1] * lanes  # rows word in each lane's cursor; -1 = unknown
+        self._sampler: list[SamplerParams | None] = [None] * lanes
+        self._word: Bytes = np.empty(4, np.uint8)
+        self.graphs.seal()
+        backend.seal()
+
+    @property
+    def device(self) -> str:
+        """Name of the backend."""
+        return self.backend.name
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.model.vocab_size
+
+    # -- verbs ----------------------------------------------------------------------------------
+
+    def chunks(self, n_tokens: int) -> Iterator[tuple[int, int]]:
+        """[start, stop) of the launches that prefill n tokens: largest bucket first."""
+        widest = self.model.buckets[-1]
+        for start in range(0, n_tokens, widest):
+            yield start, min(start + widest, n_tokens)
+
+    def prefill(self, lane: Lane, tokens: NDArray[np.int32], bucket: int | None = None) -> None:
+        """One replay over at most the largest bucket of rows, then commit.
+
+        `bucket` asks for a larger bucket than needed: the bits do not depend on it.
+        """
+        n = len(tokens)
+        rows = bucket or next(b for b in self.model.buckets if b >= n)
+        self._write_io(lane, "tokens", tokens)
+        self._set_rows(lane, n)
+        self._replay(PREFILL, rows, lane)
+        lane.commit(tokens)
+        self._boundary()
+
+    def decode(self, lane: Lane, token: int) -> int:
+        """Feed the token sampled last (it is on the device), commit it, sample the next."""
+        self._set_rows(lane, 1)
+        self._replay(DECODE, 1, lane)
+        lane.commit(np.array([token], np.int32))
+        following = self._read_token(lane)
+        self._boundary()
+        return following
+
+    def sample(self, lane: Lane, params: SamplerParams) -> int:
+        """Logits of the present boundary, and a token sampled from them."""
+        self.set_sampler(lane, params)
+        self._replay(SAMPLE, 1, lane)
+        return self._read_token(lane)
+
+    def set_sampler(self, lane: Lane, params: SamplerParams) -> None:
+        """Write the sampler's parameters into the lane."""
+        if self._sampler[lane.index] != params:
+            slot = self.arena.lane(lane.index).fixed.slot("sampler")
+            data = np.frombuffer(params.pack(), np.uint8)
+            self.backend.write(self.arena.memory.address + slot.offset, data)
+            self._sampler[lane.index] = params
+
+    def logits(self, lane: Lane) -> NDArray[np.float32]:
+        """The logits region, [vocab_size]: of the last decode or sample."""
+        array = self.arena.read(self.arena.lane(lane.index).io.slot("logits"))
+        return np.asarray(array, np.float32).reshape(-1)
+
+    def forget_host_view(self, lane: Lane) -> None:
+        """After a restore, cursor and sampler are not what the host wrote last."""
+        self._rows[lane.index] = -1
+        self._sampler[lane.index] = None
+
+    # -- white box ------------------------------------------------------------------------------
+
+    def lane_array(self, lane: Lane, name: str) -> NDArray[np.generic]:
+        """A lane's region as a logical array (bfloat16 as uint16 bits)."""
+        return self.arena.read(self.arena.lane(lane.index).slot(name))
+
+    def poison_lane(self, lane: Lane) -> None:
+        """0xFF over a lane: nothing of it may be used before a restore brings it all back."""
+        self.arena.poison_lane(lane.index)
+        lane.hold(None, 0)
+        self.forget_host_view(lane)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and sizes, in bytes."""
+        plan, pool = self.arena.plan, self.capsules.pool
+        return {
+            **dataclasses.asdict(self.backend.counters),
+            "device": self.device,
+            "graphs": len(self.graphs.graphs),
+            "lanes": len(self.lanes),
+            "arena_bytes": plan.nbytes,
+            "weights_bytes": self.arena.weights.nbytes,
+            "fixed_bytes": plan.lanes[0].fixed.nbytes,
+            "rows_bytes": plan.lanes[0].rows.nbytes,
+            "scratch_bytes": plan.scratch.nbytes,
+            "pool_bytes": pool.nbytes,
+            "pool_used_bytes": pool.used_nbytes,
+            "capsules": len(self.capsules.capsules),
+        }
+
+    def close(self) -> None:
+        """Give the device's memory back; sessions and capsules are dead."""
+        self.backend.close()
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _plan(self, tapes: Sequence[Tape], lanes: int, pool_bytes: int | None) -> ArenaPlan:
+        if lanes < 1:
+            raise PlanError(f"lanes={lanes}; at least 1 is needed")
+        regions, storage = self.model.lane_regions, self.backend.storage
+        if pool_bytes is None:
+            fixed, rows = (
+                plan_band([r for r in regions if r.role is role], storage).nbytes
+                for role in (Role.FIXED, Role.ROWS)
+            )
+            pool_bytes = DEFAULT_POOL_FIXED * fixed + DEFAULT_POOL_LANES * rows
+        return plan_arena(regions, tapes, storage, lanes=lanes, pool_nbytes=pool_bytes)
+
+    def _load(self, progress: Progress | None) -> LoadReport:
+        weights, base = self.arena.weights, self.arena.weight_memory.address
+        slots = {s.region: s for s in weights.slots}
+        staging: Bytes = np.empty(0, np.uint8)
+
+        def sink(region: Region, first_row: int, rows: NDArray[np.generic]) -> None:
+            nonlocal staging
+            slot = slots[region]
+            part = dataclasses.replace(region, shape=rows.shape)
+            nbytes = self.backend.storage(part).nbytes
+            if staging.nbytes < nbytes:
+                staging = np.empty(nbytes, np.uint8)
+            self.backend.pack(part, rows, staging[:nbytes])
+            at = base + slot.offset + first_row * slot.storage.lead_nbytes
+            self.backend.write(at, staging[:nbytes])
+
+        return load(self.model.weights, self.checkpoint, sink, progress)
+
+    def _capture(self, tapes: Sequence[Tape], progress: Progress | None) -> None:
+        total = len(tapes) * len(self.lanes)
+        for i, (lane, tape) in enumerate((lane, t) for lane in self.lanes for t in tapes):
+            self.graphs.capture(tape, lane.index)
+            if progress is not None:
+                progress("graphs", i + 1, total)
+
+    def _replay(self, phase: str, rows: int, lane: Lane) -> None:
+        self.graphs.replay(GraphKey(phase, rows, lane.index))
+
+    def _boundary(self) -> None:
+        if flags().poison:
+            self.arena.poison_scratch()
+
+    def _write_io(self, lane: Lane, name: str, array: NDArray[np.int32]) -> None:
+        slot = self.arena.lane(lane.index).io.slot(name)
+        data = np.ascontiguousarray(array).view(np.uint8)
+        self.backend.write(self.arena.memory.address + slot.offset, data)
+
+    def _cursor_address(self, lane: Lane, word: int) -> int:
+        slot = self.arena.lane(lane.index).fixed.slot("cursor")
+        return self.arena.memory.address + slot.offset + 4 * word
+
+    def _set_rows(self, lane: Lane, rows: int) -> None:
+        if self._rows[lane.index] != rows:
+            self.write_cursor(lane, _ROWS_WORD, rows)
+            self._rows[lane.index] = rows
+
+    def write_cursor(self, lane: Lane, word: int, value: int) -> None:
+        """One word of a lane's cursor."""
+        data = np.frombuffer(struct.pack("@i", value), np.uint8)
+        self.backend.write(self._cursor_address(lane, word), data)
+
+    def _read_token(self, lane: Lane) -> int:
+        self.backend.read(self._cursor_address(lane, _TOKEN_WORD), self._word)
+        return int(self._word.view(np.int32)[0])
+
+
+def _max_positions(model: Model) -> int:
+    return next(r.shape[1] for r in model.lane_regions if r.role is Role.ROWS)
+
+
+def _fingerprint(
+    model: Model, report: LoadReport, backend: Backend, plan: ArenaPlan, tapes: Sequence[Tape]
+) -> str:
+    """Identity of weights + config + kernels + what capsules look like; 32 hex digits.
+
+    Context length and lane count are not part of it: a capsule fits wherever its position does.
+    """
+    rows = plan.lanes[0].rows.slots
+    described: Mapping[str, object] = {
+        "format": 1,
+        "model": model.name,
+        "weights": report.digest,
+        "constants": [r.constant for r in model.weights if r.constant],
+        "launches": [(la.op.name, la.attrs) for t in tapes if t.phase == DECODE for la in t.launches],
+        "kernels": backend.kernel_digest,
+        "device": backend.name,
+        "act": backend.act,
+        "fixed": [_describe(s.region) for s in plan.lanes[0].fixed.slots],
+        "rows": [(_describe(s.region)[0::2], s.storage.row_nbytes) for s in rows],
+    }
+    return xxhash.xxh3_128(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _describe(region: Region) -> tuple[str, tuple[int, ...], str, str]:
+    return region.name, region.shape, str(region.dtype), str(region.layout)
+
+
+__all__ = ["DECODE", "PREFILL", "SAMPLE", "Band", "Engine", "SamplerParams"]

@@ -1,0 +1,101 @@
+"""Loading: a checkpoint directory and a device name -> an engine that hands out sessions.
+
+IS: `flashrt.load`, the choice of backend, and the free list of lanes. IS NOT: planning or kernels.
+Called by: users, cli.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from flashrt.base.errors import BackendError, LaneBusy
+from flashrt.core.backend import Backend, Progress
+from flashrt.core.lineage import Lane
+from flashrt.core.region import DType
+from flashrt.engine import Engine
+from flashrt.models import model_for
+from flashrt.session.session import Session
+from flashrt.text.tokenizer import Tokenizer, tokenizer_of
+from flashrt.weights.checkpoint import open_checkpoint
+
+KvDType = Literal["bfloat16", "float32"]
+Precision = Literal["bfloat16", "high"]
+DRAFT_HEAD_TENSOR, HEAD_TENSOR = "mtp.fc.weight", "lm_head.weight"
+DEVICES = ("auto", "cpu", "cuda", "simt")
+
+
+class SessionEngine(Engine):
+    """An engine with a free list of lanes. Returned by `flashrt.load`."""
+
+    def __init__(self, *arguments: Any, tokenizer: Tokenizer | None, **options: Any) -> None:
+        """See Engine; `tokenizer` is that of the checkpoint, if it has one."""
+        super().__init__(*arguments, **options)
+        self.tokenizer = tokenizer
+        self._free = self.lanes[::-1]
+
+    def session(self) -> Session:
+        """An empty session on a free lane. Raises LaneBusy when there is none."""
+        if not self._free:
+            raise LaneBusy(f"all {len(self.lanes)} lanes are in use; close a session, or load more")
+        lane = self._free.pop()
+        self.capsules.reset(lane)
+        self.forget_host_view(lane)
+        return Session(self, lane)
+
+    def release(self, lane: Lane) -> None:
+        """Take a lane back from its session; what rows it holds may save its next user copies."""
+        for mark in list(lane.marks):
+            self.capsules.drop_mark(lane, mark)
+        self._free.append(lane)
+
+
+def load(
+    checkpoint: str | os.PathLike[str],
+    device: str = "auto",
+    max_positions: int = 4096,
+    lanes: int = 1,
+    kv_dtype: KvDType = "bfloat16",
+    pool_bytes: int | None = None,
+    draft: bool | None = None,
+    precision: Precision = "bfloat16",
+    *,
+    progress: Progress | None = None,
+) -> SessionEngine:
+    """Load a Hugging Face checkpoint directory (config.json + safetensors [+ tokenizer.json]).
+
+    device: "cpu", "cuda", "simt", or "auto": cuda where it is usable, else cpu. max_positions:
+    tokens per lane. kv_dtype: of keys and values. pool_bytes: room for capsules (default: 16 fixed
+    bands and two lanes' rows). draft: load the draft head; None = where the checkpoint has one.
+    precision: of cuda and simt. progress(what, done, total) is called while loading.
+    Raises CheckpointError, BackendError, PlanError.
+    """
+    source = open_checkpoint(Path(checkpoint))
+    has_head = DRAFT_HEAD_TENSOR in source.tensors if draft is None else draft
+    model = model_for(
+        source.config,
+        max_positions=max_positions,
+        kv_dtype=DType(kv_dtype),
+        has_draft_head=has_head,
+        is_tied=HEAD_TENSOR not in source.tensors,
+    )
+    backend = open_backend(device, precision)
+    return SessionEngine(
+        model,
+        source,
+        backend,
+        lanes=lanes,
+        pool_bytes=pool_bytes,
+        progress=progress,
+        tokenizer=tokenizer_of(source.path),
+    )
+
+
+def open_backend(device: str, precision: str = "bfloat16") -> Backend:
+    """The backend by name. Raises BackendError for an unknown name or an unusable device."""
+    if device not in DEVICES:
+        raise BackendError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
+    from flashrt.backends.cpu.device import CpuDevice
+
+    return CpuDevice()

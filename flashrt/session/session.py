@@ -1,0 +1,337 @@
+"""Sessions: one live sequence with prefill, generate, snapshot, restore, fork and rollback.
+
+IS: validation and policy over an engine's verbs; the public face of a lane. IS NOT: kernels, copies
+or file formats. Called by: users, serve, cli.
+
+A token that `generate` yields is history at once, but fed to the model only when something needs
+the state after it (`_settle`): the last token of a turn costs nothing until it is built upon.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashrt.base.errors import CapsuleError, PoolFull, SessionError, TokenError
+from flashrt.core.capsule import Capsule
+from flashrt.core.lineage import Lane, Mark
+from flashrt.engine import SamplerParams
+from flashrt.session import waypoints
+
+if TYPE_CHECKING:
+    from flashrt.session.load import SessionEngine
+
+RESTORE_BANDS = (("fixed", "rows"), ("rows",))
+
+
+class Session:
+    """One sequence on one lane. Made by `engine.session()`; not for use by two threads at once."""
+
+    def __init__(self, engine: SessionEngine, lane: Lane) -> None:
+        self._engine = engine
+        self._table = engine.capsules
+        self._lane = lane
+        self._parent: Capsule | None = None
+        self._pending: int | None = None  # yielded, not yet fed; it is the device's last sample
+        self._sampled: tuple[SamplerParams, int] | None = None  # next token, if already known
+        self._has_logits = False  # the logits region belongs to the present boundary
+        self._epoch = 0  # counts changes from outside a generator
+        self._is_closed = False
+
+    # -- what it is -----------------------------------------------------------------------------
+
+    @property
+    def position(self) -> int:
+        """Number of committed tokens, the position of the next."""
+        return self._lane.position + (self._pending is not None)
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """All committed tokens, int32 [position]."""
+        if self._pending is None:
+            return self._lane.tokens
+        return np.append(self._lane.tokens, np.int32(self._pending))
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the lane was given back."""
+        return self._is_closed
+
+    def digest(self) -> str:
+        """128-bit value of the live state, as 32 hex digits; equal states, equal digests."""
+        self._settle()
+        return self._table.digest_lane(self._lane)
+
+    def logits(self) -> NDArray[np.float32]:
+        """Logits of the next position, float32 [vocab_size].
+
+        Raises SessionError while nothing is committed.
+        """
+        self._settle()
+        if self.position == 0:
+            raise SessionError("logits: the session is empty; prefill at least one token first")
+        if not self._has_logits:
+            self._sample(SamplerParams())
+        return self._engine.logits(self._lane)
+
+    # -- going on -------------------------------------------------------------------------------
+
+    def prefill(self, tokens: Iterable[int] | NDArray[np.integer]) -> None:
+        """Append tokens and commit them.
+
+        Raises TokenError for ids outside [0, vocab_size), SessionError when they do not fit; the
+        state is unchanged then.
+        """
+        array = as_tokens(tokens, self._engine.vocab_size)
+        self._check_room(len(array), "prefill")
+        self._settle()
+        self._feed(array)
+
+    def generate(
+        self,
+        max_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Iterable[int] = (),
+        draft: int = 0,
+        *,
+        min_p: float = 0.0,
+    ) -> Iterator[int]:
+        """Sample up to `max_tokens` tokens; each is history when it is yielded.
+
+        temperature 0 is greedy. A token is a function of the logits, these parameters, the seed and
+        its position. A token in `stop` ends generation and is not committed. Closing the iterator
+        early leaves exactly what was yielded. Raises SessionError for bad parameters, an empty
+        session, a lane that is full, or if the session is changed by other calls meanwhile.
+        """
+        params = SamplerParams(temperature, top_k, top_p, min_p, seed)
+        if draft:
+            raise SessionError(f"generate: draft={draft}, but drafting is not there yet; pass draft=0")
+        if max_tokens < 0:
+            raise SessionError(f"generate: max_tokens={max_tokens} is negative")
+        stops = frozenset(as_tokens(stop, self._engine.vocab_size).tolist())
+        self._check_open()
+        if self.position == 0:
+            raise SessionError("generate: the session is empty; prefill at least one token first")
+        return self._generate(max_tokens, params, stops)
+
+    def _generate(
+        self, max_tokens: int, params: SamplerParams, stops: frozenset[int]
+    ) -> Iterator[int]:
+        epoch = self._epoch
+        for _ in range(max_tokens):
+            if self._epoch != epoch:
+                raise SessionError("generate: the session was changed meanwhile; start another one")
+            self._check_room(1, "generate")
+            self._settle(params)
+            token = self._next_token(params)
+            if token in stops:
+                return
+            self._pending, self._sampled = token, None
+            yield token
+
+    # -- capsules -------------------------------------------------------------------------------
+
+    def snapshot(self, name: str | None = None) -> Capsule:
+        """Freeze the present state. Raises PoolFull, changing nothing, when there is no room."""
+        self._settle()
+        self._parent = self._with_room(
+            lambda: self._table.snapshot(self._lane, name, self._parent)
+        )
+        return self._parent
+
+    def restore(self, capsule: Capsule, bands: tuple[str, ...] = ("fixed", "rows")) -> None:
+        """Continue from a capsule.
+
+        `bands=("rows",)` is for ablation only: it brings back rows and cursor but leaves recurrent
+        state, convolution window and last hidden as they are, which is what a cache of keys and
+        values alone would do. Raises CapsuleError for a foreign or dropped capsule or one beyond
+        max_positions; the session is unchanged then.
+        """
+        self._check_open()
+        self._check_capsule(capsule)
+        if bands not in RESTORE_BANDS:
+            raise CapsuleError(f"restore: bands={bands}; choose one of {RESTORE_BANDS}")
+        plan = None
+        if bands == ("rows",):
+            cursor = self._engine.arena.lane(0).fixed.slot("cursor")
+            plan = self._table.plan_restore_rows(self._lane, capsule, cursor)
+        self._table.restore(self._lane, capsule, plan)
+        self._parent = capsule
+        self._moved()
+
+    def fork(self, capsule: Capsule | None = None) -> Session:
+        """Another session, on a free lane, in this one's present state or in a capsule's.
+
+        Raises LaneBusy when no lane is free.
+        """
+        self._check_open()
+        if capsule is not None:
+            self._check_capsule(capsule)
+        else:
+            self._settle()
+        other = self._engine.session()
+        if capsule is not None:
+            other.restore(capsule)
+        else:
+            self._table.fork(self._lane, other._lane)
+            other._parent = self._parent
+            other._moved()
+        return other
+
+    def rollback(self, position: int) -> None:
+        """Back to any earlier position: the nearest boundary below it, then the journal.
+
+        The state is the one that the session had there, to the bit. Raises SessionError when
+        `position` is not in [0, self.position].
+        """
+        self._check_open()
+        target = operator.index(position)
+        if not 0 <= target <= self.position:
+            raise SessionError(f"rollback: position {target} is not in [0, {self.position}]")
+        if target == self.position:
+            self._settle()
+            return
+        self._pending = None
+        if target == self._lane.position:
+            self._epoch += 1
+            self._sampled = None
+            return
+        journal = self._lane.journal[:target].copy()
+        boundary = self._table.boundaries(self._lane, target)
+        if boundary is None:
+            self._table.reset(self._lane)
+            self._parent = None
+        elif isinstance(boundary, Mark):
+            self._table.return_to(self._lane, boundary)
+        else:
+            self._table.restore(self._lane, boundary)
+        self._parent = _at_or_below(self._parent, self._lane.position)
+        self._moved()
+        self._feed(journal[self._lane.position :])
+
+    def close(self) -> None:
+        """Give the lane back. Capsules stay. A second close does nothing."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._pending = None
+            self._engine.release(self._lane)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _feed(self, tokens: NDArray[np.int32]) -> None:
+        """Tokens through prefill graphs; waypoints at the boundaries between launches."""
+        if not len(tokens):
+            return
+        self._epoch += 1
+        self._has_logits, self._sampled = False, None
+        for start, stop in self._engine.chunks(len(tokens)):
+            self._engine.prefill(self._lane, tokens[start:stop])
+            self._place_waypoint()
+
+    def _settle(self, params: SamplerParams | None = None) -> None:
+        """Feed the pending token, if there is one; the same replay samples what follows it."""
+        self._check_open()
+        if self._pending is None:
+            return
+        params = params or SamplerParams()
+        self._engine.set_sampler(self._lane, params)
+        token, self._pending = self._pending, None
+        following = self._engine.decode(self._lane, token)
+        self._sampled, self._has_logits = (params, following), True
+        self._place_waypoint()
+
+    def _next_token(self, params: SamplerParams) -> int:
+        if self._sampled is not None and self._sampled[0] == params:
+            token = self._sampled[1]
+        else:
+            token = self._sample(params)
+        if token < 0:
+            raise SessionError(f"generate: the logits at position {self.position} hold NaN")
+        return token
+
+    def _sample(self, params: SamplerParams) -> int:
+        token = self._engine.sample(self._lane, params)
+        self._sampled, self._has_logits = (params, token), True
+        return token
+
+    def _moved(self) -> None:
+        """The lane is somewhere else: nothing that the host remembers of the device holds."""
+        self._pending, self._sampled, self._has_logits = None, None, False
+        self._epoch += 1
+        self._engine.forget_host_view(self._lane)
+
+    def _place_waypoint(self) -> None:
+        marks, position = self._lane.marks, self._lane.position
+        last = marks[-1].position if marks else 0
+        if not waypoints.is_due(position, last):
+            return
+        try:
+            self._table.mark(self._lane)
+        except PoolFull:
+            return  # only speed is lost: a rollback replays from an older boundary
+        gone = set(waypoints.superfluous([m.position for m in marks], position))
+        for mark in [m for m in marks if m.position in gone]:
+            self._table.drop_mark(self._lane, mark)
+
+    def _with_room(self, take: Callable[[], Capsule]) -> Capsule:
+        """Waypoints give way to capsules: drop them oldest first until `take` finds room."""
+        while True:
+            try:
+                return take()
+            except PoolFull:
+                lane = max(self._table.lanes, key=lambda lane: len(lane.marks))
+                if not lane.marks:
+                    raise
+                self._table.drop_mark(lane, lane.marks[0])
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise SessionError("the session is closed; open another with engine.session()")
+
+    def _check_room(self, n_tokens: int, what: str) -> None:
+        self._check_open()
+        limit = self._engine.max_positions
+        if self.position + n_tokens > limit:
+            raise SessionError(
+                f"{what}: position {self.position} + {n_tokens} tokens > max_positions {limit}; "
+                "load with a larger max_positions, or roll back"
+            )
+
+    def _check_capsule(self, capsule: Capsule) -> None:
+        if not isinstance(capsule, Capsule):
+            raise CapsuleError(f"expected a Capsule, got {type(capsule).__name__}")
+        self._table.check(capsule)
+
+
+def as_tokens(tokens: Iterable[int] | NDArray[np.integer], vocab_size: int) -> NDArray[np.int32]:
+    """Token ids as int32 [n]. Raises TokenError unless all are integers in [0, vocab_size)."""
+    array = tokens if isinstance(tokens, np.ndarray) else np.asarray(list(tokens))
+    if array.size == 0:
+        return np.empty(0, np.int32)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise TokenError(f"tokens must be a flat run of integers, got {array.dtype} {array.shape}")
+    wrong = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if wrong.size:
+        at = int(wrong[0])
+        raise TokenError(f"token {array[at]} at index {at} is not in [0, {vocab_size})")
+    return array.astype(np.int32)
+
+
+def _at_or_below(capsule: Capsule | None, position: int) -> Capsule | None:
+    """The nearest ancestor, or the capsule itself, that lies at or below a position."""
+    while capsule is not None and capsule.position > position:
+        capsule = capsule.parent
+    return capsule
