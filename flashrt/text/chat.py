@@ -1,6 +1,6 @@
 """Chat messages -> prompt text, by the Jinja template that comes with a checkpoint.
 
-IS: a sandboxed renderer; templates are downloaded code. IS NOT: a tokenizer, or a parser of answers.
+IS: a sandboxed renderer: templates are downloaded code. IS NOT: a tokenizer, or a parser of text.
 Called by: serve, cli.
 """
 

@@ -1,6 +1,6 @@
 """Text <-> token ids: a checkpoint's tokenizer.json through the `tokenizers` library.
 
-IS: encode, decode, and a decoder for streams. IS NOT: chat formatting (`chat`) or a vocabulary of the
+IS: encode, decode, and a decoder for streams. IS NOT: chat formatting (`chat`), or of the
 model's size: a model may have more ids than its tokenizer. Called by: load, serve, cli.
 """
 
