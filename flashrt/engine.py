@@ -102,7 +102,7 @@ class Engine:
         self.lanes = [
             Lane(i, np.zeros(self.max_positions, np.int32)) for i in range(len(plan.lanes))
         ]
-        self.capsules = CapsuleTable(self.arena, self.lanes)
+        self.capsules = CapsuleTable(self.arena, self.lanes, self.fingerprint)
         self.graphs = GraphTable(backend, self.arena)
         self._tapes = {(t.phase, t.rows): t for t in tapes}
         self._capture(tapes, progress)

@@ -9,6 +9,7 @@ by hand: a region is in a capsule because of its role.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -73,6 +74,12 @@ class Capsule:
         """32 hex digits, equal to the digest of a lane in the same state."""
         return self.table.digest_capsule(self)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file, whole or not at all; see core.blob. Raises CapsuleError."""
+        from flashrt.core import blob  # blob imports this module
+
+        blob.save(self, path)
+
     def drop(self) -> None:
         """Give its memory back; rows that descendants need stay. A second drop does nothing."""
         self.table.drop(self)
@@ -85,8 +92,9 @@ class Capsule:
 class CapsuleTable:
     """All capsules and marks of an engine, and the lanes that they come from."""
 
-    def __init__(self, arena: Arena, lanes: Iterable[Lane]) -> None:
+    def __init__(self, arena: Arena, lanes: Iterable[Lane], fingerprint: str) -> None:
         self.arena = arena
+        self.fingerprint = fingerprint
         self.lanes = list(lanes)
         self.pool = Pool(arena.plan.pool.offset, arena.plan.pool.nbytes)
         self.capsules: set[Capsule] = set()

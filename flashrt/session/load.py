@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flashrt.base.errors import BackendError, LaneBusy
+from flashrt.core import blob
 from flashrt.core.backend import Backend, Progress
+from flashrt.core.capsule import Capsule
 from flashrt.core.lineage import Lane
 from flashrt.core.region import DType
 from flashrt.engine import Engine
 from flashrt.models import model_for
 from flashrt.session.session import Session
-from flashrt.text.tokenizer import Tokenizer, tokenizer_of
 from flashrt.weights.checkpoint import open_checkpoint
+
+if TYPE_CHECKING:
+    from flashrt.text.tokenizer import Tokenizer
 
 KvDType = Literal["bfloat16", "float32"]
 Precision = Literal["bfloat16", "high"]
@@ -43,6 +47,14 @@ class SessionEngine(Engine):
         self.capsules.reset(lane)
         self.forget_host_view(lane)
         return Session(self, lane)
+
+    def load_capsule(self, path: str | os.PathLike[str]) -> Capsule:
+        """A capsule from a file that `Capsule.save` wrote.
+
+        Raises CapsuleError when the file is foreign, truncated or damaged, or its position lies
+        beyond max_positions; PoolFull when there is no room. Nothing is changed then.
+        """
+        return blob.load(self.capsules, path)
 
     def release(self, lane: Lane) -> None:
         """Take a lane back from its session; what rows it holds may save its next user copies."""
@@ -71,6 +83,8 @@ def load(
     precision: of cuda and simt. progress(what, done, total) is called while loading.
     Raises CheckpointError, BackendError, PlanError.
     """
+    from flashrt.text.tokenizer import tokenizer_of  # its library is slow to import
+
     source = open_checkpoint(Path(checkpoint))
     has_head = DRAFT_HEAD_TENSOR in source.tensors if draft is None else draft
     model = model_for(

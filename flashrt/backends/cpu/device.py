@@ -11,6 +11,7 @@ import mmap
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,8 +118,13 @@ class CpuDevice:
             raise BackendError(f"cannot load {path}: {error}; delete the file") from error
         self._digest = toolchain.source_digest(ops)
         _declare(self._lib)
-        if self._lib.flashrt_pool_start(self.threads) != 0:
-            raise BackendError(f"cannot start {self.threads} threads; lower FLASHRT_THREADS")
+        self.resize(self.threads)
+
+    def resize(self, threads: int) -> None:
+        """Another number of threads, for all engines of the process; no bit depends on it."""
+        if self._c.flashrt_pool_start(threads) != 0:
+            raise BackendError(f"cannot start {threads} threads; lower FLASHRT_THREADS")
+        self.threads = threads
 
     def allocate(self, name: str, nbytes: int) -> Memory:
         """See Backend."""
@@ -238,7 +244,7 @@ def _workspace_nbytes(bound: BoundLaunch) -> int:
 
 def _declare(lib: ctypes.CDLL) -> None:
     pointer, size, integer = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int
-    signatures = {
+    signatures: dict[str, tuple[list[type[Any]], type[Any] | None]] = {
         "flashrt_pool_start": ([integer], integer),
         "flashrt_replay": ([pointer, integer], None),
         "flashrt_copy": ([ctypes.c_char_p, integer], None),
@@ -250,6 +256,7 @@ def _declare(lib: ctypes.CDLL) -> None:
         "flashrt_read_stream": ([pointer, size], None),
     }
     for name, (arguments, result) in signatures.items():
-        lib[name].argtypes = arguments
-        lib[name].restype = result
-        setattr(lib, name, lib[name])  # keep the declared function object on the attribute
+        function = lib[name]  # each lookup makes another object: keep the declared one
+        function.argtypes = arguments
+        function.restype = result
+        setattr(lib, name, function)

@@ -1,0 +1,189 @@
+"""Random histories over several lanes against an oracle that replays each on an empty lane."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+
+import flashrt
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+LANES = 4  # the last one is the oracle's
+LIMIT = 360
+TOKENS = st.lists(st.integers(0, 511), min_size=1, max_size=90)
+
+
+class Histories(RuleBasedStateMachine):
+    """Each session's tokens are tracked by a list; its state must be that of a cold prefill."""
+
+    engine: Any = None
+    sessions: Bundle[Any] = Bundle("sessions")
+    capsules: Bundle[Any] = Bundle("capsules")
+
+    @initialize(target=sessions)
+    def start(self) -> flashrt.Session:
+        if Histories.engine is None:
+            Histories.engine = flashrt.load(
+                GOLDEN / "tiny", device="cpu", max_positions=LIMIT, lanes=LANES
+            )
+        self.history: dict[flashrt.Session, list[int]] = {}
+        self.frozen: dict[flashrt.Capsule, list[int]] = {}
+        first = self.engine.session()
+        self.history[first] = []
+        return first
+
+    def free(self, session: flashrt.Session) -> int:
+        return LIMIT - len(self.history[session])
+
+    def live(self, session: flashrt.Session) -> bool:
+        return session in self.history
+
+    @rule(session=sessions, tokens=TOKENS)
+    def prefill(self, session: flashrt.Session, tokens: list[int]) -> None:
+        if self.live(session) and len(tokens) <= self.free(session):
+            session.prefill(tokens)
+            self.history[session] += tokens
+
+    @rule(session=sessions, n=st.integers(1, 12), hot=st.booleans(), seed=st.integers(0, 99))
+    def generate(self, session: flashrt.Session, n: int, hot: bool, seed: int) -> None:
+        if self.live(session) and self.history[session] and n <= self.free(session):
+            self.history[session] += session.generate(n, temperature=float(hot), seed=seed)
+
+    @rule(session=sessions, n=st.integers(2, 6))
+    def interrupt(self, session: flashrt.Session, n: int) -> None:
+        if self.live(session) and self.history[session] and n <= self.free(session):
+            stream = session.generate(n)
+            self.history[session].append(next(stream))
+            stream.close()
+
+    @rule(target=capsules, session=sessions)
+    def snapshot(self, session: flashrt.Session) -> Any:
+        if not self.live(session):
+            return multiple()
+        try:
+            capsule = session.snapshot()
+        except flashrt.PoolFull:
+            return multiple()
+        self.frozen[capsule] = list(self.history[session])
+        assert capsule.tokens.tolist() == self.history[session]
+        return capsule
+
+    @rule(session=sessions, capsule=capsules, is_poisoned=st.booleans())
+    def restore(self, session: flashrt.Session, capsule: flashrt.Capsule, is_poisoned: bool) -> None:
+        if self.live(session) and capsule in self.frozen:
+            if is_poisoned:
+                self.engine.arena.poison_scratch()
+                self.engine.capsules._forget_marks(session._lane, -1)
+                self.engine.poison_lane(session._lane)
+            session.restore(capsule)
+            self.history[session] = list(self.frozen[capsule])
+
+    @rule(target=sessions, session=sessions)
+    def fork(self, session: flashrt.Session) -> Any:
+        if not self.live(session) or len(self.history) == LANES - 1:
+            return multiple()
+        other = session.fork()
+        self.history[other] = list(self.history[session])
+        return other
+
+    @rule(target=sessions, session=sessions, capsule=capsules)
+    def fork_capsule(self, session: flashrt.Session, capsule: flashrt.Capsule) -> Any:
+        full = len(self.history) == LANES - 1
+        if not self.live(session) or capsule not in self.frozen or full:
+            return multiple()
+        other = session.fork(capsule)
+        self.history[other] = list(self.frozen[capsule])
+        return other
+
+    @rule(session=sessions, share=st.floats(0, 1))
+    def rollback(self, session: flashrt.Session, share: float) -> None:
+        if self.live(session):
+            position = int(share * len(self.history[session]))
+            session.rollback(position)
+            del self.history[session][position:]
+
+    @rule(capsule=consumes(capsules))
+    def drop(self, capsule: flashrt.Capsule) -> None:
+        if self.frozen.pop(capsule, None) is not None:
+            capsule.drop()
+
+    @precondition(lambda self: len(self.history) > 1)
+    @rule(session=sessions)
+    def close(self, session: flashrt.Session) -> None:
+        if self.live(session) and len(self.history) > 1:
+            session.close()
+            del self.history[session]
+
+    @rule(session=sessions)
+    def compare(self, session: flashrt.Session) -> None:
+        if self.live(session) and self.history[session]:
+            with self.engine.session() as oracle:
+                oracle.prefill(self.history[session])
+                assert session.digest() == oracle.digest()
+                assert session.logits().tobytes() == oracle.logits().tobytes()
+
+    @rule(capsule=capsules)
+    def compare_capsule(self, capsule: flashrt.Capsule) -> None:
+        if capsule in self.frozen and self.frozen[capsule]:
+            with self.engine.session() as oracle:
+                oracle.prefill(self.frozen[capsule])
+                assert capsule.digest == oracle.digest()
+
+    @invariant()
+    def bookkeeping_adds_up(self) -> None:
+        for session, tokens in getattr(self, "history", {}).items():
+            assert session.tokens.tolist() == tokens
+        if self.engine is not None:
+            self.engine.capsules.check_integrity()
+
+    def teardown(self) -> None:
+        for session in list(getattr(self, "history", {})):
+            session.close()
+        for capsule in list(getattr(self, "frozen", {})):
+            capsule.drop()
+        if self.engine is not None:
+            assert self.engine.stats()["pool_used_bytes"] == 0
+            self.engine.arena.check_guards()
+
+
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(
+    max_examples=40,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def test_numpy_seeded_long_walk() -> None:
+    """One long random walk, seeded: snapshots in a tree, restores back and forth."""
+    engine = flashrt.load(GOLDEN / "tiny", device="cpu", max_positions=LIMIT, lanes=2)
+    rng = np.random.default_rng(7)
+    session, nodes = engine.session(), []
+    for _ in range(60):
+        if nodes and rng.random() < 0.6:
+            capsule, tokens = nodes[rng.integers(len(nodes))]
+            session.restore(capsule)
+            assert session.tokens.tolist() == tokens
+        room = LIMIT - session.position
+        if room > 40:
+            session.prefill(rng.integers(0, 512, int(rng.integers(1, 40))))
+        if len(nodes) < 8:
+            nodes.append((session.snapshot(), session.tokens.tolist()))
+        with engine.session() as oracle:
+            oracle.prefill(session.tokens)
+            assert session.digest() == oracle.digest()
