@@ -1,0 +1,222 @@
+"""Launches to try: for each op a builder of random operands, and a list of shapes off every grid.
+
+IS: inputs only; rows at or beyond the valid ones, and positions nobody has written, are NaN. IS NOT: expected values,
+see tests/reference. Called by: test_ops, test_exactness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashrt.core.region import DType
+from flashrt.ops.table import ATTENTION_BLOCK, CURSOR_WORDS
+from tests.backend.runner import Case, bf16_bits, from_bf16, rng_for
+
+Array = NDArray[Any]
+ROWS = ((1, 1), (3, 2), (7, 7), (64, 33), (64, 64))  # rows of the launch, valid ones
+EPS = 1e-6
+KV = {"bf16": DType.BF16, "f32": DType.F32}
+
+
+def cursor(position: int, rows: int) -> NDArray[np.int32]:
+    words = np.zeros(CURSOR_WORDS, np.int32)
+    words[:3] = position, rows, 7
+    return words
+
+
+def randn(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> NDArray[np.float32]:
+    return (rng.standard_normal(shape) * scale).astype(np.float32)
+
+
+def weights(rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:
+    """Values that bfloat16 can hold."""
+    return from_bf16(bf16_bits(randn(rng, *shape)))
+
+
+def valid(array: Array, n: int) -> Array:
+    """The same rows, those from n on replaced by NaN."""
+    array[n:] = np.nan
+    return array
+
+
+def embed(T: int, n: int, V: int, H: int, position: int, S: int) -> Case:
+    rng = rng_for("embed", T, n, V, H)
+    tokens = rng.integers(0, V, T).astype(np.int32)
+    tokens[n:] = -(2**31)
+    operands = {
+        "tokens": tokens, "table": weights(rng, V, H), "cursor": cursor(position, n),
+        "journal": (1, S, 1), "x": (T, H),
+    }  # fmt: skip
+    return Case("embed", operands)
+
+
+def rmsnorm(T: int, n: int, H: int) -> Case:
+    rng = rng_for("rmsnorm", T, n, H)
+    x = randn(rng, T, H) * np.logspace(-4, 1, T, dtype=np.float32)[:, None]
+    operands = {"x": valid(x, n), "w": 1 + randn(rng, H), "cursor": cursor(5, n), "y": (T, H)}
+    return Case("rmsnorm", operands, {"eps": EPS})
+
+
+def add_rmsnorm(T: int, n: int, H: int) -> Case:
+    rng = rng_for("add_rmsnorm", T, n, H)
+    operands = {
+        "x": valid(randn(rng, T, H), n), "r": valid(randn(rng, T, H), n), "w": 1 + randn(rng, H),
+        "cursor": cursor(5, n), "y": (T, H),
+    }  # fmt: skip
+    return Case("add_rmsnorm", operands, {"eps": EPS})
+
+
+def linear(T: int, n: int, K: int, N: int) -> Case:
+    rng = rng_for("linear", T, n, K, N)
+    operands = {
+        "x": valid(weights(rng, T, K), n), "w": weights(rng, N, K), "cursor": cursor(5, n), "y": (T, N),
+    }  # fmt: skip
+    return Case("linear", operands)
+
+
+def conv_window(T: int, n: int, C: int, W: int, margin: tuple[int, int]) -> Case:
+    rng = rng_for("conv_window", T, n, C, W)
+    operands = {
+        "u": valid(randn(rng, T, C), n), "w": randn(rng, W + 1, C), "window": randn(rng, W, C),
+        "cursor": cursor(5, n), "y": (T, C),
+    }  # fmt: skip
+    return Case("conv_window", operands, margin=margin)
+
+
+def delta_gates(
+    T: int, n: int, heads: tuple[int, int], size: tuple[int, int], margin: tuple[int, int]
+) -> Case:
+    (Hk, Hv), (dk, dv) = heads, size
+    rng = rng_for("delta_gates", T, n, heads, size)
+    y = randn(rng, T, 2 * Hk * dk + Hv * dv) * np.logspace(-4, 0, T, dtype=np.float32)[:, None]
+    operands = {
+        "y": valid(y, n), "a": valid(randn(rng, T, Hv, scale=9), n),
+        "b": valid(randn(rng, T, Hv, scale=9), n), "a_log": randn(rng, Hv),
+        "dt_bias": randn(rng, Hv), "cursor": cursor(5, n), "decay": (T, Hv), "beta": (T, Hv),
+    }  # fmt: skip
+    return Case("delta_gates", operands, {"key_heads": Hk, "key_dim": dk}, margin=margin)
+
+
+def delta_rule(T: int, n: int, heads: tuple[int, int], size: tuple[int, int]) -> Case:
+    (Hk, Hv), (dk, dv) = heads, size
+    rng = rng_for("delta_rule", T, n, heads, size)
+    qk = randn(rng, T, 2, Hk, dk)
+    qk /= np.linalg.norm(qk, axis=-1, keepdims=True)
+    y = np.concatenate([qk.reshape(T, -1), randn(rng, T, Hv * dv)], axis=1)
+    operands = {
+        "y": valid(y, n), "decay": valid(rng.random((T, Hv), np.float32), n),
+        "beta": valid(rng.random((T, Hv), np.float32), n), "state": randn(rng, Hv, dk, dv),
+        "cursor": cursor(5, n), "o": (T, Hv * dv),
+    }  # fmt: skip
+    return Case("delta_rule", operands, {"key_heads": Hk})
+
+
+def gated_rmsnorm(T: int, n: int, heads: int, dv: int, margin: tuple[int, int]) -> Case:
+    rng = rng_for("gated_rmsnorm", T, n, heads, dv)
+    o = randn(rng, T, heads * dv) * np.logspace(-4, 0, T, dtype=np.float32)[:, None]
+    operands = {
+        "o": valid(o, n), "z": valid(randn(rng, T, heads * dv, scale=3), n), "w": randn(rng, dv),
+        "cursor": cursor(5, n), "y": (T, heads * dv),
+    }  # fmt: skip
+    return Case("gated_rmsnorm", operands, {"eps": EPS}, margin=margin)
+
+
+def inverse_frequencies(R2: int, theta: float = 1e7) -> NDArray[np.float32]:
+    return (theta ** (-np.arange(R2) / R2)).astype(np.float32)
+
+
+def rope_append(
+    T: int, n: int, heads: tuple[int, int], D: int, R2: int, position: int, S: int, kv: str
+) -> Case:
+    Nq, Nk = heads
+    rng = rng_for("rope_append", T, n, heads, D, position)
+    operands = {
+        "u": valid(randn(rng, T, 2 * (Nq + Nk) * D), n), "q_norm": 1 + randn(rng, D),
+        "k_norm": 1 + randn(rng, D), "inv_freq": inverse_frequencies(R2),
+        "cursor": cursor(position, n), "q": (T, Nq, D), "keys": (Nk, S, D), "values": (Nk, S, D),
+    }  # fmt: skip
+    dtypes = {"keys": KV[kv], "values": KV[kv]}
+    return Case("rope_append", operands, {"eps": EPS}, dtypes)
+
+
+def attention(
+    T: int, n: int, heads: tuple[int, int], D: int, position: int, S: int, kv: str
+) -> Case:
+    Nq, Nk = heads
+    rng = rng_for("attention", T, n, heads, D, position)
+    store = weights if kv == "bf16" else randn
+    keys, values = store(rng, Nk, S, D), store(rng, Nk, S, D)
+    keys[:, position + n :] = values[:, position + n :] = np.nan
+    blocks = -(-S // ATTENTION_BLOCK)
+    operands = {
+        "q": valid(randn(rng, T, Nq, D), n), "u": valid(randn(rng, T, 2 * (Nq + Nk) * D), n),
+        "keys": keys, "values": values, "cursor": cursor(position, n),
+        "partials": (T if T <= 8 else 1, Nq, blocks, D + 2), "y": (T, Nq * D),
+    }  # fmt: skip
+    return Case("attention", operands, dtypes={"keys": KV[kv], "values": KV[kv]})
+
+
+def silu_mul(T: int, n: int, I: int) -> Case:  # noqa: E741
+    rng = rng_for("silu_mul", T, n, I)
+    operands = {"u": valid(randn(rng, T, 2 * I, scale=4), n), "cursor": cursor(5, n), "y": (T, I)}
+    return Case("silu_mul", operands)
+
+
+def last_row(T: int, n: int, H: int) -> Case:
+    x = valid(weights(rng_for("last_row", T, n, H), T, H), n)
+    return Case("last_row", {"x": x, "cursor": cursor(5, n), "y": (1, H)})
+
+
+def advance(position: int, n: int) -> Case:
+    return Case("advance", {"cursor": cursor(position, n)})
+
+
+GRID: tuple[tuple[Callable[..., Case], tuple[dict[str, Any], ...]], ...] = (
+    (embed, tuple({"V": v, "H": h, "position": p, "S": p + 70} for v, h, p in ((77, 96, 0), (500, 33, 31)))),
+    (rmsnorm, ({"H": 96}, {"H": 1024}, {"H": 7}, {"H": 250})),
+    (add_rmsnorm, ({"H": 96}, {"H": 250})),
+    (linear, ({"K": 96, "N": 200}, {"K": 200, "N": 77}, {"K": 520, "N": 33})),
+    (conv_window, tuple({"C": c, "W": w, "margin": m} for c, w, m in ((240, 3, (0, 0)), (37, 3, (5, 3)), (64, 1, (8, 0))))),
+    (delta_gates, (
+        {"heads": (2, 4), "size": (16, 16), "margin": (0, 0)}, {"heads": (3, 3), "size": (32, 16), "margin": (3, 2)},
+        {"heads": (2, 18), "size": (100, 60), "margin": (1, 0)},
+    )),
+    (delta_rule, ({"heads": (2, 4), "size": (16, 16)}, {"heads": (3, 3), "size": (32, 16)}, {"heads": (1, 2), "size": (100, 60)})),
+    (gated_rmsnorm, ({"heads": 4, "dv": 16, "margin": (0, 0)}, {"heads": 3, "dv": 60, "margin": (5, 3)}, {"heads": 2, "dv": 128, "margin": (0, 1)})),
+    (rope_append, (
+        {"heads": (4, 2), "D": 32, "R2": 4, "position": 0, "S": 77, "kv": "bf16"},
+        {"heads": (6, 3), "D": 80, "R2": 10, "position": 13, "S": 77, "kv": "f32"},
+        {"heads": (2, 1), "D": 256, "R2": 32, "position": 31, "S": 100, "kv": "bf16"},
+        {"heads": (2, 2), "D": 33, "R2": 16, "position": 63, "S": 130, "kv": "bf16"},
+        {"heads": (2, 2), "D": 32, "R2": 16, "position": 32, "S": 130, "kv": "f32"},
+    )),
+    (attention, (
+        {"heads": (4, 2), "D": 32, "position": 0, "S": 77, "kv": "bf16"},
+        {"heads": (6, 3), "D": 80, "position": 13, "S": 77, "kv": "f32"},
+        {"heads": (2, 1), "D": 256, "position": 240, "S": 700, "kv": "bf16"},
+        {"heads": (2, 2), "D": 32, "position": 600, "S": 700, "kv": "f32"},
+    )),
+    (silu_mul, ({"I": 200}, {"I": 37})),
+    (last_row, ({"H": 96}, {"H": 33})),
+)  # fmt: skip
+
+
+def all_cases() -> list[Case]:
+    """Every shape with every number of rows that the op can have."""
+    cases = []
+    for build, shapes in GRID:
+        for i, shape in enumerate(shapes):
+            # all row counts for the first shape, two of them for the others
+            for T, n in ROWS if i == 0 else (ROWS[1 + i % 2], ROWS[3]):
+                case = build(T, n, **shape)
+                text = ",".join(f"{k}={v}" for k, v in shape.items())
+                cases.append(_labelled(case, f"{case.op}[{n}/{T} rows,{text}]"))
+    return [*cases, _labelled(advance(30, 3), "advance")]
+
+
+def _labelled(case: Case, label: str) -> Case:
+    return Case(case.op, case.operands, case.attrs, case.dtypes, case.margin, label)

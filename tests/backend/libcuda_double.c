@@ -1,0 +1,153 @@
+/* libcuda_double.c - a libcuda.so.1 of the calls that flashrt makes, on host memory.
+ *
+ * IS: what lets the real cuda.bindings.driver and flashrt's cuda/driver.py run on a machine without a GPU,
+ * so that calling conventions (structs, enums, parameter arrays, result tuples) are checked.
+ * IS NOT: a GPU; streams run at once, the only kernel is `add_one`. Called by: test_driver.py.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_IMAGE = 200,
+       INVALID_CONTEXT = 201, NOT_FOUND = 500, NOT_READY = 600, ILLEGAL_ADDRESS = 700 };
+typedef uint64_t Device;
+typedef struct { int32_t *p; int32_t n; } AddOne;  /* the argument block of the only kernel */
+typedef struct { int n; AddOne nodes[16]; } Graph;
+typedef struct { Graph *capturing; } Stream;
+
+static __thread void *current;           /* contexts are per thread */
+static int context, polls, module, function, max_shared, wants_programmatic;
+
+static const char *option(const char *name, const char *otherwise) {
+  const char *value = getenv(name);
+  return value ? value : otherwise;
+}
+
+int cuInit(unsigned flags) { return flags ? INVALID_VALUE : atoi(option("DOUBLE_INIT", "0")); }
+int cuDriverGetVersion(int *v) { *v = 13000; return SUCCESS; }
+int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return ordinal ? 101 : SUCCESS; }
+int cuDeviceGetName(char *name, int n, int device) { snprintf(name, n, "Double %d", device); return SUCCESS; }
+int cuDeviceTotalMem(size_t *n, int device) { (void)device; *n = 1 << 30; return SUCCESS; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+  (void)device;
+  int major = atoi(option("DOUBLE_MAJOR", "9"));
+  *value = attribute == 75 ? major : attribute == 76 ? 0 : attribute == 16 ? 132 : attribute == 97 ? 232448 : -1;
+  return *value < 0 ? INVALID_VALUE : SUCCESS;
+}
+int cuDevicePrimaryCtxRetain(void **c, int device) { (void)device; *c = &context; return SUCCESS; }
+int cuDevicePrimaryCtxRelease(int device) { (void)device; return SUCCESS; }
+int cuCtxSetCurrent(void *c) { current = c; return SUCCESS; }
+#define NEED_CONTEXT if (current != &context) return INVALID_CONTEXT
+
+int cuGetErrorString(int error, const char **text) {
+  *text = error == OUT_OF_MEMORY ? "out of memory" : error == ILLEGAL_ADDRESS ? "an illegal memory access" : "an error";
+  return SUCCESS;
+}
+int cuGetErrorName(int error, const char **text) { (void)error; *text = "CUDA_ERROR"; return SUCCESS; }
+
+int cuMemAlloc(Device *p, size_t n) {
+  NEED_CONTEXT;
+  if (n > 1 << 30) return OUT_OF_MEMORY;
+  *p = (Device)(uintptr_t)malloc(n);
+  return SUCCESS;
+}
+int cuMemFree(Device p) { free((void *)(uintptr_t)p); return SUCCESS; }
+int cuMemGetInfo(size_t *nfree, size_t *total) { *nfree = 12345678; *total = 1 << 30; return SUCCESS; }
+int cuMemHostAlloc(void **p, size_t n, unsigned flags) { NEED_CONTEXT; (void)flags; *p = malloc(n); return SUCCESS; }
+int cuMemFreeHost(void *p) { free(p); return SUCCESS; }
+int cuMemcpyHtoDAsync(Device d, const void *s, size_t n, Stream *t) { (void)t; memcpy((void *)(uintptr_t)d, s, n); return SUCCESS; }
+int cuMemcpyDtoHAsync(void *d, Device s, size_t n, Stream *t) { (void)t; memcpy(d, (void *)(uintptr_t)s, n); return SUCCESS; }
+int cuMemcpyDtoDAsync(Device d, Device s, size_t n, Stream *t) { (void)t; memcpy((void *)(uintptr_t)d, (void *)(uintptr_t)s, n); return SUCCESS; }
+int cuMemsetD8Async(Device d, unsigned char byte, size_t n, Stream *t) { (void)t; memset((void *)(uintptr_t)d, byte, n); return SUCCESS; }
+typedef struct {
+  size_t src_x, src_y; int src_type; const void *src_host; Device src; void *src_array; size_t src_pitch;
+  size_t dst_x, dst_y; int dst_type; void *dst_host; Device dst; void *dst_array; size_t dst_pitch;
+  size_t width, height;
+} Memcpy2D;
+int cuMemcpy2DAsync(const Memcpy2D *c, Stream *t) {
+  (void)t;
+  if (c->src_type != 2 || c->dst_type != 2) return INVALID_VALUE;
+  for (size_t i = 0; i < c->height; i++)
+    memcpy((char *)(uintptr_t)c->dst + i * c->dst_pitch, (char *)(uintptr_t)c->src + i * c->src_pitch, c->width);
+  return SUCCESS;
+}
+
+int cuStreamCreate(Stream **t, unsigned flags) { NEED_CONTEXT; *t = calloc(1, sizeof **t); return flags == 1 ? SUCCESS : INVALID_VALUE; }
+int cuStreamDestroy(Stream *t) { free(t); return SUCCESS; }
+int cuStreamSynchronize(Stream *t) { (void)t; return atoi(option("DOUBLE_SYNC", "0")); }
+int cuStreamWaitEvent(Stream *t, void *e, unsigned flags) { (void)t; (void)e; return flags ? INVALID_VALUE : SUCCESS; }
+int cuEventCreate(void **e, unsigned flags) { *e = malloc(1); return flags <= 2 ? SUCCESS : INVALID_VALUE; }
+int cuEventDestroy(void *e) { free(e); return SUCCESS; }
+int cuEventRecord(void *e, Stream *t) { (void)e; (void)t; polls = 1; return SUCCESS; }
+int cuEventSynchronize(void *e) { (void)e; return SUCCESS; }
+int cuEventQuery(void *e) { (void)e; return polls-- > 0 ? NOT_READY : SUCCESS; }
+int cuEventElapsedTime(float *ms, void *a, void *b) { (void)a; (void)b; *ms = 1.5f; return SUCCESS; }
+
+int cuModuleLoadData(void **m, const void *image) { *m = &module; return memcmp(image, "cubin", 5) ? INVALID_IMAGE : SUCCESS; }
+int cuModuleGetFunction(void **f, void *m, const char *name) {
+  *f = &function;
+  return m == &module && !strcmp(name, "add_one") ? SUCCESS : NOT_FOUND;
+}
+int cuFuncSetAttribute(void *f, int attribute, int value) {
+  if (f != &function || attribute != 8 || value > 232448) return INVALID_VALUE;
+  max_shared = value;
+  return SUCCESS;
+}
+static void run(const AddOne *a) { for (int i = 0; i < a->n; i++) a->p[i]++; }
+static int launch(void *f, const unsigned *geometry, unsigned shared, Stream *t, void **params) {
+  if (f != &function || (shared > 49152 && (int)shared > max_shared)) return INVALID_VALUE;
+  for (int i = 0; i < 6; i++) if (geometry[i] != (unsigned)(i + 1)) return INVALID_VALUE;  /* grid 1 2 3, block 4 5 6 */
+  AddOne a;
+  memcpy(&a, params[0], sizeof a);
+  if (t->capturing) t->capturing->nodes[t->capturing->n++] = a;
+  else run(&a);
+  return SUCCESS;
+}
+int cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                   Stream *t, void **params, void **extra) {
+  if (extra) return INVALID_VALUE;
+  return launch(f, (unsigned[]){gx, gy, gz, bx, by, bz}, shared, t, params);
+}
+typedef struct { int id; char pad[4]; int value; char rest[60]; } LaunchAttribute;
+typedef struct { unsigned geometry[6], shared; Stream *stream; LaunchAttribute *attributes; unsigned n; } LaunchConfig;
+int cuLaunchKernelEx(const LaunchConfig *c, void *f, void **params, void **extra) {
+  if (extra || c->n != 1 || c->attributes[0].id != 6 || c->attributes[0].value != 1) return INVALID_VALUE;
+  wants_programmatic++;
+  return launch(f, c->geometry, c->shared, c->stream, params);
+}
+
+int cuStreamBeginCapture(Stream *t, int mode) { t->capturing = calloc(1, sizeof(Graph)); return mode == 1 ? SUCCESS : INVALID_VALUE; }
+int cuStreamEndCapture(Stream *t, Graph **g) { *g = t->capturing; t->capturing = NULL; return SUCCESS; }
+int cuGraphInstantiateWithFlags(Graph **x, Graph *g, unsigned long long flags) {
+  *x = malloc(sizeof **x);
+  **x = *g;
+  return flags ? INVALID_VALUE : SUCCESS;
+}
+int cuGraphInstantiate(Graph **x, Graph *g, unsigned long long flags) { return cuGraphInstantiateWithFlags(x, g, flags); }
+int cuGraphUpload(Graph *x, Stream *t) { (void)x; (void)t; return SUCCESS; }
+int cuGraphLaunch(Graph *x, Stream *t) { (void)t; for (int i = 0; i < x->n; i++) run(&x->nodes[i]); return SUCCESS; }
+int cuGraphDebugDotPrint(Graph *g, const char *path, unsigned flags) {
+  FILE *file = fopen(path, "w");
+  fprintf(file, "digraph { /* %d nodes, flags %u */ }\n", g->n, flags);
+  return fclose(file);
+}
+int cuGraphExecDestroy(Graph *x) { free(x); return SUCCESS; }
+int cuGraphDestroy(Graph *g) { free(g); return SUCCESS; }
+
+/* cuda.bindings finds everything through this one. */
+int cuGetProcAddress_v2(const char *name, void **p, int version, uint64_t flags, int *status) {
+  (void)version;
+  (void)flags;
+  Dl_info self;
+  dladdr((void *)cuInit, &self);
+  void *library = dlopen(self.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+  *p = strcmp(name, "cuGetProcAddress") ? dlsym(library, name) : (void *)cuGetProcAddress_v2;
+  if (status) *status = *p ? 0 : 1;
+  return *p ? SUCCESS : NOT_FOUND;
+}
+int cuGetProcAddress(const char *name, void **p, int version, uint64_t flags) {
+  return cuGetProcAddress_v2(name, p, version, flags, NULL);
+}

@@ -1,0 +1,112 @@
+"""Promise: the bits of an element do not depend on how rows are batched, on the bucket, or on the number of threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flashrt.ops.table import OPS
+from tests.backend.cases import all_cases, cursor
+from tests.backend.conftest import make_backend
+from tests.backend.runner import Case, Runner, rng_for
+from tests.backend.test_sample import sample_cases
+
+BUCKETS = (1, 8, 64)
+SPREAD_ROWS = 8  # launches of attention with more rows get one row of partials
+_PARAMS = {op.name: op.params for op in OPS}
+CASES = [c for c in all_cases() if c.op != "advance"]
+FULL = [c for c in CASES if c.operands["cursor"][1] in (7, 33, 64)]  # type: ignore[index]
+
+
+def has_rows(case: Case, name: str) -> bool:
+    return next(p.dims[0] for p in _PARAMS[case.op] if p.name == name) == "T"
+
+
+def row_counts(rng: np.random.Generator, n: int) -> list[list[int]]:
+    """Ways to cut n rows: one by one when few, and at random places."""
+    cuts = [sorted(rng.integers(1, n, size).tolist()) for size in (1, 3)]
+    ways = [np.diff([0, *c, n]).tolist() for c in cuts]
+    return [[m for m in way if m] for way in ways] + ([[1] * n] if n <= 7 else [[1, 1, n - 2]])
+
+
+def in_pieces(
+    runner: Runner, case: Case, pieces: list[int], rng: np.random.Generator
+) -> dict[str, NDArray[Any]]:
+    """The same rows in several launches, each in a random bucket that holds it."""
+    rest = {n: a for n, a in case.operands.items() if n != "cursor" and not has_rows(case, n)}
+    rows: dict[str, list[NDArray[Any]]] = {}
+    position, start = int(case.operands["cursor"][0]), 0  # type: ignore[arg-type]
+    for m in pieces:
+        T = int(rng.choice([m, *(b for b in BUCKETS if b > m)]))
+        operands = dict(rest, cursor=cursor(position + start, m))
+        if "partials" in rest:
+            operands["partials"] = (T if T <= SPREAD_ROWS else 1, *_shape(case, "partials")[1:])
+        for name in case.operands:
+            if name != "cursor" and has_rows(case, name):
+                operands[name] = _piece(case, name, start, m, T)
+        after = runner.run(case.but(**operands))
+        for param in _PARAMS[case.op]:
+            if has_rows(case, param.name) and param.access != "r":
+                rows.setdefault(param.name, []).append(after[param.name][:m])
+            elif param.access != "r":
+                rest[param.name] = after[param.name]
+        start += m
+    states = {p.name: rest[p.name] for p in _PARAMS[case.op] if p.access != "r" and p.name in rest}
+    return {n: np.concatenate(r) for n, r in rows.items()} | {
+        n: s for n, s in states.items() if n != "partials"
+    }
+
+
+def _shape(case: Case, name: str) -> tuple[int, ...]:
+    given = case.operands[name]
+    return given.shape if isinstance(given, np.ndarray) else given
+
+
+def _piece(case: Case, name: str, start: int, m: int, T: int) -> NDArray[Any] | tuple[int, ...]:
+    given = case.operands[name]
+    if not isinstance(given, np.ndarray):
+        return (T, *given[1:])
+    poison = np.nan if given.dtype == np.float32 else np.iinfo(given.dtype).min
+    piece = np.full((T, *given.shape[1:]), poison, given.dtype)
+    piece[:m] = given[start : start + m]
+    return piece
+
+
+def assert_same_bits(a: NDArray[Any], b: NDArray[Any], what: str) -> None:
+    """Equal bits; any NaN equals any NaN, since poison passes through other dtypes."""
+    x, y = (
+        np.where(np.isnan(v), np.float32(np.nan), v) if v.dtype == np.float32 else v for v in (a, b)
+    )
+    assert x.tobytes() == y.tobytes(), (
+        f"{what}: {np.count_nonzero(x != y)} of {x.size} elements differ"
+    )
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_any_split_gives_the_same_bits(runner: Runner, case: Case) -> None:
+    n, rng = int(case.operands["cursor"][1]), rng_for("split", str(case))  # type: ignore[arg-type]
+    whole = runner.run(case)
+    for pieces in row_counts(rng, n):
+        for name, array in in_pieces(runner, case, pieces, rng).items():
+            at_once = whole[name][:n] if has_rows(case, name) else whole[name]
+            assert_same_bits(at_once, array, f"{case} {name} in pieces {pieces}")
+
+
+def test_any_number_of_threads_gives_the_same_bits(runner: Runner) -> None:
+    if runner.backend.name != "cpu":
+        pytest.skip("threads are the cpu's")
+    cases = [*CASES, *sample_cases()]
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            one = Runner(make_backend("cpu", threads))
+            results.append([one.run(case) for case in cases])
+    finally:
+        runner.backend.build(OPS)  # the pool is the process's: back to what the session had
+    for case, *runs in zip(cases, *results, strict=True):
+        for name in runs[0].keys() - {"partials", "work"}:
+            for threads, other in zip((2, 3), runs[1:], strict=True):
+                assert_same_bits(runs[0][name], other[name], f"{case} {name}, {threads} threads")

@@ -1,0 +1,103 @@
+"""Every op on every backend against the reference, with poison in everything that may not be read or written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flashrt.core.region import DType
+from flashrt.ops.table import OPS
+from tests.backend.cases import all_cases, cursor, embed, randn
+from tests.backend.runner import Case, Runner, rng_for
+from tests.reference import REFERENCE, Operands
+from tests.tolerances import STORED_BF16, TOLERANCE
+
+CASES = all_cases()
+WORKSPACE = {"partials", "work"}  # written at will
+_PARAMS = {op.name: {p.name: p for p in op.params} for op in OPS}
+
+
+def bits(x: NDArray[Any]) -> NDArray[np.uint32]:
+    return np.ascontiguousarray(x).view(np.uint32)
+
+
+def expected(case: Case, before: dict[str, NDArray[Any]]) -> dict[str, NDArray[np.float64]]:
+    """The reference's results for operands as the kernel met them."""
+    arrays = {}
+    for name, start in before.items():
+        given = case.operands[name]
+        array = given if isinstance(given, np.ndarray) else start
+        arrays[name] = array.astype(np.float64) if array.dtype == np.float32 else array
+    with np.errstate(all="ignore"):
+        return REFERENCE[case.op](Operands(arrays, case.attrs))
+
+
+def tolerance(runner: Runner, case: Case, name: str) -> float:
+    is_rounded = case.dtypes.get(name) is DType.BF16
+    return STORED_BF16 if is_rounded else TOLERANCE[runner.backend.name][case.op]
+
+
+def check(runner: Runner, case: Case, after: dict[str, NDArray[Any]]) -> None:
+    """Outputs near the reference where it has values, and bits untouched everywhere else."""
+    before = runner.poison(case)
+    before.update({n: a for n, a in case.operands.items() if isinstance(a, np.ndarray)})
+    wanted = expected(case, before)
+    for name, param in _PARAMS[case.op].items():
+        if name in WORKSPACE:
+            continue
+        got, want = after[name], wanted.get(name, np.full(after[name].shape, np.nan))
+        is_set = ~np.isnan(want)
+        if param.access == "r":
+            same = before[name].astype(got.dtype)
+            assert np.array_equal(got, same, equal_nan=True), f"{name} is an input"
+            continue
+        assert np.array_equal(bits(got)[~is_set], bits(before[name])[~is_set]), (
+            f"{name}: not its to write"
+        )
+        difference = got[is_set].astype(np.float64) - want[is_set]
+        scale = np.sqrt(np.mean(want[is_set] ** 2)) if is_set.any() else 1.0
+        error = np.sqrt(np.mean(difference**2)) / max(scale, 1e-30) if is_set.any() else 0.0
+        assert error <= tolerance(runner, case, name), f"{case} {name}: error {error:.2e}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_op_equals_reference(runner: Runner, case: Case) -> None:
+    check(runner, case, runner.run(case))
+
+
+def test_every_op_has_a_reference_and_cases() -> None:
+    names = {op.name for op in OPS}
+    assert set(REFERENCE) == names
+    assert {c.op for c in CASES} | {"sample"} == names  # sample: see test_sample
+
+
+def test_replay_equals_eager(runner: Runner) -> None:
+    first = {c.op: c for c in reversed(CASES)}
+    for case in first.values():
+        eager, replayed = runner.run(case), runner.run(case, is_captured=True)
+        for name in eager.keys() - WORKSPACE:
+            assert np.array_equal(bits(eager[name]), bits(replayed[name])), f"{case} {name}"
+
+
+def test_unknown_token_gives_nan(runner: Runner) -> None:
+    if runner.backend.name != "cpu":
+        pytest.skip("the host refuses unknown ids; the cpu kernel guards its table beside that")
+    case = embed(3, 3, V=40, H=64, position=0, S=32)
+    x = runner.run(case.but(tokens=np.array([39, 40, -1], np.int32)))["x"]
+    assert np.isfinite(x[0]).all() and np.isnan(x[1:]).all()
+
+
+def test_rope_is_accurate_at_large_positions(runner: Runner) -> None:
+    """Positions up to 300,000: the angle's float32 is the model's, sine and cosine are exact to an ulp."""
+    D, S, position = 32, 300_032, 300_000
+    rng = rng_for("far")
+    operands = {
+        "u": randn(rng, 1, 4 * D), "q_norm": np.ones(D, np.float32), "k_norm": np.ones(D, np.float32),
+        "inv_freq": (0.8 ** np.arange(16)).astype(np.float32), "cursor": cursor(position, 1),
+        "q": (1, 1, D), "keys": (1, S, D), "values": (1, S, D),
+    }  # fmt: skip
+    case = Case("rope_append", operands, {"eps": 1e-6}, {"keys": DType.BF16, "values": DType.BF16})
+    check(runner, case, runner.run(case))

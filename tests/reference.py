@@ -1,0 +1,250 @@
+"""Every op of the table as a plain numpy formula in float64: what the kernels of all backends are held against.
+
+IS: written from the model's equations, loops where loops say it best; operands by param name, whole logical arrays.
+IS NOT: fast, or exact to the bit. Called by: tests/backend.
+
+A function gets `Operands` and returns the arrays that the op writes. NaN in a result means that the op leaves the
+element as it was: rows at or beyond the valid ones come back as they went in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Results = dict[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """Arrays by param name (float64, or integers), and the attributes."""
+
+    arrays: Mapping[str, NDArray[np.generic]]
+    attrs: Mapping[str, int | float]
+
+    def __getitem__(self, name: str) -> Array:
+        return self.arrays[name]  # type: ignore[return-value]
+
+    @property
+    def position(self) -> int:
+        """Position of the first row."""
+        return int(self.arrays["cursor"][0])
+
+    def rows(self, name: str) -> int:
+        """Valid rows of an operand of T rows."""
+        return min(int(self.arrays["cursor"][1]), len(self.arrays[name]))
+
+    def valid(self, name: str) -> Array:
+        """The valid rows of an operand."""
+        return self[name][: self.rows(name)]
+
+    def padded(self, name: str, rows: Array) -> Array:
+        """`rows` as the leading rows of output `name`, NaN below."""
+        out = np.full(self.arrays[name].shape, np.nan)
+        out[: len(rows)] = rows.reshape(len(rows), *out.shape[1:])
+        return out
+
+
+def sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x: Array) -> Array:
+    return x * sigmoid(x)
+
+
+def normed(x: Array, eps: float) -> Array:
+    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + eps)
+
+
+def embed(o: Operands) -> Results:
+    tokens, journal = o.valid("tokens").astype(int), np.full(o["journal"].shape, np.nan)
+    journal[0, o.position : o.position + len(tokens), 0] = tokens
+    return {"x": o.padded("x", o["table"][tokens]), "journal": journal}
+
+
+def rmsnorm(o: Operands) -> Results:
+    return {"y": o.padded("y", normed(o.valid("x"), o.attrs["eps"]) * o["w"])}
+
+
+def add_rmsnorm(o: Operands) -> Results:
+    x = o.valid("x") + o.valid("r")
+    return {"x": o.padded("x", x), "y": o.padded("y", normed(x, o.attrs["eps"]) * o["w"])}
+
+
+def linear(o: Operands) -> Results:
+    return {"y": o.padded("y", o.valid("x") @ o["w"].T)}
+
+
+def conv_window(o: Operands) -> Results:
+    u, w, window = o.valid("u"), o["w"], o["window"]
+    raw = np.concatenate([window, u])
+    y = sum((raw[tap : tap + len(u)] * w[tap] for tap in range(len(w))), np.zeros(u.shape))
+    return {"y": o.padded("y", silu(y)), "window": raw[len(raw) - len(window) :]}
+
+
+def delta_gates(o: Operands) -> Results:
+    heads, size = int(o.attrs["key_heads"]), int(o.attrs["key_dim"])
+    y = o.valid("y").copy()
+    qk = y[:, : 2 * heads * size].reshape(len(y), 2, heads, size)
+    qk = qk / np.sqrt(np.sum(qk * qk, -1, keepdims=True) + 1e-6)
+    qk[:, 0] /= np.sqrt(size)
+    y[:, : 2 * heads * size] = qk.reshape(len(y), -1)
+    softplus = np.logaddexp(0, o.valid("a") + o["dt_bias"])
+    decay = np.exp(-np.exp(o["a_log"]) * softplus)
+    return {
+        "y": o.padded("y", y),
+        "decay": o.padded("decay", decay),
+        "beta": o.padded("beta", sigmoid(o.valid("b"))),
+    }
+
+
+def delta_rule(o: Operands) -> Results:
+    heads = int(o.attrs["key_heads"])
+    S, y, decay, beta = o["state"].copy(), o.valid("y"), o.valid("decay"), o.valid("beta")
+    Hv, dk, dv = S.shape
+    out = np.empty((len(y), Hv, dv))
+    for t, row in enumerate(y):
+        q, k = row[: 2 * heads * dk].reshape(2, heads, dk)
+        v = row[2 * heads * dk :].reshape(Hv, dv)
+        for h in range(Hv):
+            key_head = h // (Hv // heads)
+            S[h] *= decay[t, h]
+            delta = beta[t, h] * (v[h] - S[h].T @ k[key_head])
+            S[h] += np.outer(k[key_head], delta)
+            out[t, h] = S[h].T @ q[key_head]
+    return {"o": o.padded("o", out), "state": S}
+
+
+def gated_rmsnorm(o: Operands) -> Results:
+    w = o["w"]
+    x, z = (o.valid(name).reshape(-1, len(w)) for name in ("o", "z"))
+    y = w * normed(x, o.attrs["eps"]) * silu(z)
+    return {"y": o.padded("y", y.reshape(o.rows("o"), -1))}
+
+
+def split(o: Operands, Nq: int, Nk: int, D: int) -> tuple[Array, Array, Array, Array]:
+    """Query and gate [n, Nq, D], key and value [n, Nk, D] of the rows of u."""
+    u = o.valid("u")
+    qg = u[:, : 2 * Nq * D].reshape(-1, Nq, 2, D)
+    kv = u[:, 2 * Nq * D :].reshape(-1, 2, Nk, D)
+    return qg[:, :, 0], qg[:, :, 1], kv[:, 0], kv[:, 1]
+
+
+def rope(x: Array, position: int, inv_freq: Array) -> Array:
+    """x [n, heads, D], row t at position + t; the angle is rounded to float32, as the model's is."""
+    positions = np.arange(position, position + len(x)).astype(np.float32)
+    angle = (positions[:, None] * inv_freq.astype(np.float32)).astype(np.float64)[:, None]
+    half = len(inv_freq)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def rope_append(o: Operands) -> Results:
+    (_, Nq, D), (Nk, _, _) = o["q"].shape, o["keys"].shape
+    q, _, k, v = split(o, Nq, Nk, D)
+    q, k = (normed(x, o.attrs["eps"]) * o[w] for x, w in ((q, "q_norm"), (k, "k_norm")))
+    q, k = (rope(x, o.position, o["inv_freq"]) for x in (q, k))
+    keys, values = (np.full(o[name].shape, np.nan) for name in ("keys", "values"))
+    at = slice(o.position, o.position + len(k))
+    keys[:, at], values[:, at] = k.swapaxes(0, 1), v.swapaxes(0, 1)
+    return {"q": o.padded("q", q), "keys": keys, "values": values}
+
+
+def attention(o: Operands) -> Results:
+    (_, Nq, D), (Nk, _, _) = o["q"].shape, o["keys"].shape
+    q, gate = o.valid("q"), split(o, Nq, Nk, D)[1]
+    y = np.empty(q.shape)
+    for t, h in np.ndindex(len(q), Nq):
+        seen, plane = o.position + t + 1, h // (Nq // Nk)
+        score = o["keys"][plane, :seen] @ q[t, h] / np.sqrt(D)
+        p = np.exp(score - score.max())
+        y[t, h] = (p / p.sum()) @ o["values"][plane, :seen]
+    return {"y": o.padded("y", (y * sigmoid(gate)).reshape(len(q), -1))}
+
+
+def silu_mul(o: Operands) -> Results:
+    gate, up = np.split(o.valid("u"), 2, axis=1)
+    return {"y": o.padded("y", silu(gate) * up)}
+
+
+def last_row(o: Operands) -> Results:
+    return {"y": o["x"][o.rows("x") - 1][None]}
+
+
+def advance(o: Operands) -> Results:
+    cursor = o["cursor"].astype(np.float64)
+    cursor[0] += cursor[1]
+    return {"cursor": cursor}
+
+
+# ---- sampling ----
+
+PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10: four random words for a counter of four words and a key of two."""
+    word = 0xFFFFFFFF
+    for i in range(10):
+        k0, k1 = ((key[j] + i * PHILOX_W[j]) & word for j in (0, 1))
+        p0, p1 = PHILOX_M[0] * counter[0], PHILOX_M[1] * counter[2]
+        counter = ((p1 >> 32) ^ counter[1] ^ k0, p1 & word, (p0 >> 32) ^ counter[3] ^ k1, p0 & word)
+    return counter
+
+
+def gumbel(n: int, seed: tuple[int, int], position: int) -> Array:
+    """Noise of tokens [0, n) at a position: -log(-log(1 - v)), v = (word + 1/2) / 2^32."""
+    words = [w for i in range(-(-n // 4)) for w in philox((position, i, 0, 0), seed)][:n]
+    v = np.minimum((np.array(words) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    return -np.log(-np.log1p(-v))
+
+
+def filtered(z: Array, top_k: int, top_p: float, min_p: float) -> NDArray[np.bool_]:
+    """Which tokens the filters leave, of z = logits / temperature; equals are ordered by id."""
+    order = np.argsort(-z, kind="stable")
+    p = np.exp(z[order] - z.max())
+    kept = np.ones(len(z), bool)
+    if top_k > 0:
+        kept[top_k:] = False
+    mass = np.cumsum(np.where(kept, p, 0))
+    if top_p < 1:
+        kept[1:] &= mass[:-1] < top_p * mass[-1]
+    out = np.zeros(len(z), bool)
+    out[order] = kept & (p >= min_p)
+    return out
+
+
+def scores(logits: Array, sampler: NDArray[np.uint32], position: int) -> Array:
+    """What the sampled token is the arg max of; -inf for tokens that a filter drops."""
+    top_k = int(sampler[2:3].view(np.int32)[0])
+    temperature, top_p, min_p = (float(x) for x in sampler[3:6].view(np.float32))
+    if not temperature > 0:
+        return logits
+    z = logits / temperature
+    noise = gumbel(len(z), (int(sampler[0]), int(sampler[1])), position)
+    return np.where(filtered(z, top_k, top_p, min_p), z + noise, -np.inf)
+
+
+def sample(o: Operands) -> Results:
+    cursor = o["cursor"].astype(np.float64)
+    logits = o["logits"][0]
+    is_nan = bool(np.isnan(logits).any())
+    sampler = np.ascontiguousarray(o.arrays["sampler"], np.uint32)
+    cursor[2] = -1 if is_nan else int(np.argmax(scores(logits, sampler, o.position)))
+    return {"cursor": cursor}
+
+
+REFERENCE: dict[str, Callable[[Operands], Results]] = {
+    f.__name__: f
+    for f in (
+        embed, rmsnorm, add_rmsnorm, linear, conv_window, delta_gates, delta_rule, gated_rmsnorm,
+        rope_append, attention, silu_mul, last_row, advance, sample,
+    )
+}  # fmt: skip
