@@ -3,28 +3,14 @@
  * Order: output rows sit in vector lanes, so each output is a chain of scalar fma. y = ((s0 + s1) + s2) + ..., each s a chain
  * over 256 ascending k from +0. Width, tile shape, rows in the launch and threads decide only which chains run side by side.
  *
- * A tile is GROUPS x n_tokens chains: a group is the part of a panel whose vectors, times TOKENS, fill the register file.
- * Few tokens take several groups at once, since one would leave the multipliers waiting for each other. Weights stay bf16 up
- * to the registers: widening costs a shift and a mask, which run beside the multipliers.
+ * Tiles (tile.h) are swept in one of two ways:
  *   n <= DIRECT_ROWS  weights are streamed once; x is read where it lies.
  *   more              x is packed to [slice][tile][k][token] by all threads; slices go outermost, so that a slice of x stays
  *                     in L2 while the panels pass. Scratch: n * K * 4 bytes; without it, rows go directly, more slowly.
  */
-#include "common.h"
+#include "tile.h"
 
-#if defined __AVX512F__
-enum { TOKENS = 12, GROUP_VECTORS = 1 }; /* 24 of 32 registers accumulate */
-#elif defined __AVX2__
-enum { TOKENS = 6, GROUP_VECTORS = 1 }; /* 12 of 16 */
-#else
-enum { TOKENS = 6, GROUP_VECTORS = 2 }; /* 24 of 32 narrow ones */
-#endif
-enum {
-  GROUP_WORDS = GROUP_VECTORS * VL,
-  PARTS = LANES / 2 / GROUP_WORDS, /* groups per panel */
-  DIRECT_ROWS = 8,
-  MAX_TILE_GROUPS = 4
-};
+enum { DIRECT_ROWS = 8 };
 
 typedef struct {
   const uint16_t *w; /* the panel of the first group, at the slice's first k */
@@ -48,41 +34,27 @@ INLINE void fold(float *y, int64_t n_cols, vf s, int is_first_slice) {
 }
 
 INLINE void tile(const tile_job *job, const int n_groups, const int n_tokens, const int is_packed) {
-  enum { MAX_VECTORS = MAX_TILE_GROUPS * GROUP_VECTORS };
   const int n_vectors = n_groups * GROUP_VECTORS;
-  const uint16_t *w[MAX_VECTORS];
-  vf low[MAX_VECTORS][TOKENS], high[MAX_VECTORS][TOKENS];
+  const void *w[MAX_VECTORS];
+  int64_t col[MAX_VECTORS];
+  chains c;
   UNROLL
   for (int v = 0; v < n_vectors; v++) {
-    int group = job->first_part + v / GROUP_VECTORS;
-    w[v] = job->w + group / PARTS * job->panel_elements + (group % PARTS * GROUP_WORDS + v % GROUP_VECTORS * VL) * 2;
+    int group = job->first_part + v / GROUP_VECTORS, lane = first_lane(group, v);
+    col[v] = group / PARTS * LANES + lane;
+    w[v] = job->w + group / PARTS * job->panel_elements + lane_offset(lane, DTYPE_BF16);
     UNROLL
-    for (int t = 0; t < n_tokens; t++) low[v][t] = high[v][t] = (vf){0};
+    for (int t = 0; t < n_tokens; t++) c.low[v][t] = c.high[v][t] = (vf){0};
   }
-  const float *x = job->x;
-  const int64_t x_stride = job->x_stride;
-  for (int k = 0; k < job->n_k; k++) {
-    UNROLL
-    for (int v = 0; v < n_vectors; v++) {
-      vu words = v_load_words(w[v] + k * LANES);
-      vf w_low = v_low(words), w_high = v_high(words);
-      UNROLL
-      for (int t = 0; t < n_tokens; t++) {
-        vf xt = v_set(is_packed ? x[k * n_tokens + t] : x[t * x_stride + k]);
-        low[v][t] = v_fma(w_low, xt, low[v][t]);
-        high[v][t] = v_fma(w_high, xt, high[v][t]);
-      }
-    }
-  }
+  if (is_packed) extend_chains(&c, DTYPE_BF16, n_vectors, n_tokens, w, job->x, 1, n_tokens, job->n_k);
+  else extend_chains(&c, DTYPE_BF16, n_vectors, n_tokens, w, job->x, job->x_stride, 1, job->n_k);
   UNROLL
   for (int v = 0; v < n_vectors; v++) {
-    int group = job->first_part + v / GROUP_VECTORS;
-    int64_t col = group / PARTS * LANES + group % PARTS * GROUP_WORDS + v % GROUP_VECTORS * VL;
     UNROLL
     for (int t = 0; t < n_tokens; t++) {
-      float *y = job->y + t * job->y_stride + col;
-      fold(y, job->n_cols - col, low[v][t], job->is_first_slice);
-      fold(y + 16, job->n_cols - col - 16, high[v][t], job->is_first_slice);
+      float *y = job->y + t * job->y_stride + col[v];
+      fold(y, job->n_cols - col[v], c.low[v][t], job->is_first_slice);
+      fold(y + 16, job->n_cols - col[v] - 16, c.high[v][t], job->is_first_slice);
     }
   }
 }
@@ -108,8 +80,8 @@ typedef void (*tile_function)(const tile_job *);
 #define TILES(way)                                                                                         \
   {[1] = {0, ROW_OF_6(way, 1)}, [2] = {0, way##_2x1, way##_2x2, way##_2x3}, [4] = {0, way##_4x1}}
 #endif
-static const tile_function direct_tiles[MAX_TILE_GROUPS + 1][TOKENS + 1] = TILES(direct);
-static const tile_function packed_tiles[MAX_TILE_GROUPS + 1][TOKENS + 1] = TILES(packed);
+static const tile_function direct_tiles[MAX_GROUPS + 1][TOKENS + 1] = TILES(direct);
+static const tile_function packed_tiles[MAX_GROUPS + 1][TOKENS + 1] = TILES(packed);
 
 /* ---- x in tiles of tokens ---- */
 
@@ -154,7 +126,7 @@ static void panels_slice(const token_tiles *x, int64_t panel, int n_panels, int6
     int m0 = first_token(x, t), n_tokens = first_token(x, t + 1) - m0;
     job.x = x->packed ? x->packed + packed_offset(x, k0, t) : (const float *)a->x + m0 * K + k0;
     job.y = a->y + m0 * N + panel * LANES;
-    int n_groups = MAX_TILE_GROUPS;
+    int n_groups = MAX_GROUPS;
     for (job.first_part = 0; job.first_part < n_panels * PARTS; job.first_part += n_groups) {
       const tile_function(*tiles)[TOKENS + 1] = x->packed ? packed_tiles : direct_tiles;
       while (job.first_part + n_groups > n_panels * PARTS || !tiles[n_groups][n_tokens]) n_groups /= 2;
@@ -176,7 +148,7 @@ void op_linear(const linear_args *a, int tid, int nt) {
       flashrt_barrier(nt);
     }
   }
-  enum { PANELS = MAX_TILE_GROUPS > PARTS ? MAX_TILE_GROUPS / PARTS : 1 }; /* at once */
+  enum { PANELS = MAX_GROUPS > PARTS ? MAX_GROUPS / PARTS : 1 }; /* at once */
   span mine = share(ceil_div(a->N, LANES), tid, nt);
   if (!x.packed) step = K;
   for (int64_t band = 0; band < K; band += step) {

@@ -1,0 +1,66 @@
+/* The one inner loop of linear and attention: a tile of fma chains held in registers.
+ *
+ * IS: chains over ascending k of (lanes of a stored group of 32) x (tokens), each chain that of one output element.
+ * IS NOT: where chains begin or end; callers say so, and own the order. Included by: linear.c, attention.c.
+ *
+ * A group is the part of 32 lanes whose vectors, times TOKENS tokens, fill the register file. Fewer tokens take more
+ * groups at once, since few chains leave the multipliers waiting for each other. bf16 stays bf16 up to the registers:
+ * widening costs a shift and a mask, which run beside the multipliers.
+ */
+#pragma once
+#include "common.h"
+
+#if defined __AVX512F__
+enum { TOKENS = 12, GROUP_VECTORS = 1 }; /* 24 of 32 registers accumulate */
+#elif defined __AVX2__
+enum { TOKENS = 6, GROUP_VECTORS = 1 }; /* 12 of 16 */
+#else
+enum { TOKENS = 6, GROUP_VECTORS = 2 }; /* 24 of 32 narrow ones */
+#endif
+enum {
+  GROUP_WORDS = GROUP_VECTORS * VL,   /* lanes [0, GROUP_WORDS) and [16, 16 + GROUP_WORDS), for the first group */
+  PARTS = LANES / 2 / GROUP_WORDS,    /* groups in 32 lanes */
+  MAX_GROUPS = 4,                     /* at once */
+  MAX_VECTORS = MAX_GROUPS * GROUP_VECTORS
+};
+
+/* Chains of n_vectors pairs of vectors and n_tokens tokens: low[v] holds VL lanes, high[v] those 16 further on. */
+typedef struct {
+  vf low[MAX_VECTORS][TOKENS], high[MAX_VECTORS][TOKENS];
+} chains;
+
+/* First lane of vector v of the group `part`, within its 32 lanes. */
+INLINE int first_lane(int part, int v) { return part % PARTS * GROUP_WORDS + v % GROUP_VECTORS * VL; }
+
+/* Where that lane is stored, within its 32. */
+INLINE int lane_offset(int lane, int dtype) { return dtype == DTYPE_BF16 ? 2 * lane : lane; }
+
+INLINE void load_lanes(const void *w, int64_t index, const int dtype, vf *low, vf *high) {
+  if (dtype == DTYPE_BF16) {
+    vu words = v_load_words((const uint16_t *)w + index);
+    *low = v_low(words);
+    *high = v_high(words);
+  } else {
+    *low = v_load((const float *)w + index);
+    *high = v_load((const float *)w + index + 16);
+  }
+}
+
+/* chain = fma(w[k], x[k], chain) for k in [0, n_k); w[v] is vector v at k = 0, x of token t is x[t * t_step + k * k_step].
+ * dtype, n_vectors, n_tokens are constants where this is inlined. */
+INLINE void extend_chains(chains *c, const int dtype, const int n_vectors, const int n_tokens, const void *const *w,
+                          const float *x, const int64_t t_step, const int64_t k_step, int n_k) {
+  for (int64_t k = 0; k < n_k; k++) {
+    UNROLL
+    for (int v = 0; v < n_vectors; v++) {
+      vf low, high;
+      load_lanes(w[v], k * LANES, dtype, &low, &high);
+      UNROLL
+      for (int t = 0; t < n_tokens; t++) {
+        vf xt = v_set(x[t * t_step + k * k_step]);
+        c->low[v][t] = v_fma(low, xt, c->low[v][t]);
+        c->high[v][t] = v_fma(high, xt, c->high[v][t]);
+      }
+    }
+  }
+}
