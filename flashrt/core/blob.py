@@ -1,0 +1,246 @@
+"""Blobs: a capsule as a file. A safetensors file whose tensors are the stored bytes of regions.
+
+IS: write (temporary name, fsync, rename) and read (everything is checked before a byte reaches the
+arena). IS NOT: policy on where files live. Called by: session (save, load_capsule), cli (inspect).
+
+Tensors are U8: `fixed/<region>` [bytes] and `rows/<region>` [planes, bytes of rows [0, position)
+widened to granules]. Metadata: format, fingerprint, position, digest, parent_digest, name, an
+xxh3-128 per tensor, and one over all metadata and the tensor table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import xxhash
+from numpy.typing import NDArray
+
+from flashrt.base.errors import CapsuleError
+from flashrt.core.backend import Bytes
+from flashrt.core.capsule import Capsule, CapsuleTable
+from flashrt.core.lineage import Segment, path_to, segment_layout
+
+FORMAT = "flashrt-capsule-1"
+JOURNAL = "journal"  # the rows region of committed tokens, int32 [1, max_positions, 1]
+_SUM = "xxh3:"
+
+
+@dataclass(frozen=True, slots=True)
+class BlobHeader:
+    """What a capsule file says of itself; `table` maps tensor names to (shape, first byte)."""
+
+    path: Path
+    fingerprint: str
+    position: int
+    name: str | None
+    digest: str
+    parent_digest: str | None
+    table: Mapping[str, tuple[tuple[int, ...], int]]
+    sums: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(int(np.prod(shape)) for shape, _ in self.table.values())
+
+
+def save(capsule: Capsule, path: str | os.PathLike[str]) -> None:
+    """Write a capsule. The file appears whole or not at all.
+
+    Raises CapsuleError for a dropped capsule, or when the file cannot be written.
+    """
+    table = capsule.table
+    table.check(capsule)
+    tensors = {**_fixed(table, capsule), **_rows(table, capsule)}
+    parent = capsule.parent
+    digest = capsule.digest
+    metadata = {
+        "format": FORMAT,
+        "fingerprint": table.fingerprint,
+        "position": str(capsule.position),
+        "digest": digest,
+        **{_SUM + name: xxhash.xxh3_128_hexdigest(t) for name, t in tensors.items()},
+    }
+    if capsule.name is not None:
+        metadata["name"] = capsule.name
+    if parent is not None and not parent.is_dropped:
+        metadata["parent_digest"] = parent.digest
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    metadata["header"] = _header_sum(metadata, shapes)
+    _write(Path(path), tensors, metadata)
+
+
+def read_header(path: str | os.PathLike[str]) -> BlobHeader:
+    """The checked header of a capsule file. Raises CapsuleError unless it is whole."""
+    file = Path(path)
+    try:
+        if not file.is_file():
+            raise CapsuleError(f"{file}: no such file")
+        with safetensors.safe_open(file, framework="np") as opened:
+            metadata = opened.metadata() or {}
+        with file.open("rb") as raw:
+            start = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(start))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise CapsuleError(f"{file}: not a whole safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        found = metadata.get("format")
+        raise CapsuleError(f"{file}: format {found!r}, this version reads {FORMAT!r}")
+    table: dict[str, tuple[tuple[int, ...], int]] = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            if entry["dtype"] != "U8":
+                raise CapsuleError(f"{file}: tensor {name!r} is {entry['dtype']}, expected U8")
+            table[name] = (tuple(entry["shape"]), 8 + start + entry["data_offsets"][0])
+    expected = _header_sum(metadata, {name: shape for name, (shape, _) in table.items()})
+    if metadata.get("header") != expected:
+        raise CapsuleError(f"{file}: the header does not match its checksum; the file is damaged")
+    return BlobHeader(
+        path=file,
+        fingerprint=metadata["fingerprint"],
+        position=int(metadata["position"]),
+        name=metadata.get("name"),
+        digest=metadata["digest"],
+        parent_digest=metadata.get("parent_digest"),
+        table=table,
+        sums={n.removeprefix(_SUM): s for n, s in metadata.items() if n.startswith(_SUM)},
+    )
+
+
+def read_tensors(header: BlobHeader) -> dict[str, Bytes]:
+    """The tensors, mapped and verified. Raises CapsuleError naming a tensor that is damaged."""
+    whole = np.memmap(header.path, np.uint8, mode="r")
+    tensors: dict[str, Bytes] = {}
+    for name, (shape, first) in header.table.items():
+        tensor = whole[first : first + int(np.prod(shape))].reshape(shape)
+        if xxhash.xxh3_128_hexdigest(tensor) != header.sums.get(name):
+            raise CapsuleError(f"{header.path}: tensor {name!r} is damaged (checksum differs)")
+        tensors[name] = tensor
+    return tensors
+
+
+def load(table: CapsuleTable, path: str | os.PathLike[str]) -> Capsule:
+    """A capsule from a file, into the pool.
+
+    Raises CapsuleError (foreign, truncated, damaged, too long) or PoolFull; nothing is changed then.
+    """
+    header = read_header(path)
+    if header.fingerprint != table.fingerprint:
+        raise CapsuleError(
+            f"{header.path}: made by another model, precision, plan or kernel version: its "
+            f"fingerprint is {header.fingerprint}, the engine's {table.fingerprint}"
+        )
+    longest = len(table.lanes[0].journal)
+    if not 0 <= header.position <= longest:
+        raise CapsuleError(
+            f"{header.path}: position {header.position} > max_positions {longest}; load the engine "
+            "with a larger max_positions"
+        )
+    wanted = expected_table(table, header.position)
+    found = {name: shape for name, (shape, _) in header.table.items()}
+    if found != wanted:
+        wrong = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+        raise CapsuleError(f"{header.path}: tensors {wrong} do not fit the engine's plan")
+    return _insert(table, header, read_tensors(header))
+
+
+def expected_table(table: CapsuleTable, position: int) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes of a capsule at a position."""
+    plan = table.arena.lane(0)
+    shapes: dict[str, tuple[int, ...]] = {
+        f"fixed/{s.region.name}": (s.storage.nbytes,) for s in plan.fixed.slots
+    }
+    if position:
+        for b in segment_layout(plan.rows, 0, position)[0]:
+            shapes[f"rows/{b.slot.region.name}"] = (b.planes, b.width)
+    return shapes
+
+
+def _fixed(table: CapsuleTable, capsule: Capsule) -> dict[str, Bytes]:
+    arena, fixed = table.arena, table.arena.lane(0).fixed
+    tensors: dict[str, Bytes] = {}
+    for slot in fixed.slots:
+        raw: Bytes = np.empty(slot.storage.nbytes, np.uint8)
+        arena.backend.read(arena.memory.address + capsule.block + slot.offset - fixed.offset, raw)
+        tensors[f"fixed/{slot.region.name}"] = raw
+    return tensors
+
+
+def _rows(table: CapsuleTable, capsule: Capsule) -> dict[str, Bytes]:
+    arena, rows = table.arena, table.arena.lane(0).rows
+    if not capsule.position:
+        return {}
+    whole, _ = segment_layout(rows, 0, capsule.position)
+    tensors: dict[str, Bytes] = {
+        b.slot.region.name: np.zeros((b.planes, b.width), np.uint8) for b in whole
+    }
+    for segment in path_to(capsule.segment, 0):  # the younger one last: it owns a shared granule
+        raw: Bytes = np.empty(segment.nbytes, np.uint8)
+        arena.backend.read(arena.memory.address + segment.block, raw)
+        for b in segment_layout(rows, segment.start, segment.stop)[0]:
+            part = raw[b.offset : b.offset + b.planes * b.width].reshape(b.planes, b.width)
+            at = b.start * b.slot.storage.row_nbytes
+            tensors[b.slot.region.name][:, at : at + b.width] = part
+    return {f"rows/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _insert(table: CapsuleTable, header: BlobHeader, tensors: Mapping[str, Bytes]) -> Capsule:
+    arena, plan = table.arena, table.arena.lane(0)
+    blocks, rows_nbytes = (
+        segment_layout(plan.rows, 0, header.position) if header.position else ([], 0)
+    )
+    fixed, block = table.pool.take(table.fixed_nbytes, rows_nbytes)
+    base = arena.memory.address
+    for slot in plan.fixed.slots:
+        at = base + fixed + slot.offset - plan.fixed.offset
+        arena.backend.write(at, np.ascontiguousarray(tensors[f"fixed/{slot.region.name}"]))
+    segment = None
+    if header.position:
+        for b in blocks:
+            data = np.ascontiguousarray(tensors[f"rows/{b.slot.region.name}"]).reshape(-1)
+            arena.backend.write(base + block + b.offset, data)
+        tokens = _journal(table, tensors, header.position)
+        segment = Segment(None, 0, header.position, tokens, block, rows_nbytes, refs=1)
+    nbytes = table.fixed_nbytes + rows_nbytes
+    capsule = Capsule(table, segment, fixed, nbytes, header.name, None)
+    table.capsules.add(capsule)
+    return capsule
+
+
+def _journal(table: CapsuleTable, tensors: Mapping[str, Bytes], position: int) -> NDArray[np.int32]:
+    """The host's copy of the tokens; the device's is the rows region that declares them."""
+    return tensors[f"rows/{JOURNAL}"].reshape(-1)[: 4 * position].copy().view(np.int32)
+
+
+def _header_sum(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    rest = {k: v for k, v in metadata.items() if k != "header"}
+    text = json.dumps([rest, {k: list(v) for k, v in shapes.items()}], sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _write(path: Path, tensors: dict[str, Bytes], metadata: dict[str, str]) -> None:
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        safetensors.numpy.save_file(tensors, temporary, metadata)
+        with Path(temporary).open("rb+") as file:
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise CapsuleError(f"cannot write {path}: {error}; nothing was left there") from error
