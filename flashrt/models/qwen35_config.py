@@ -74,10 +74,11 @@ def parse_config(config: Mapping[str, object], is_tied: bool | None = None) -> Q
 
     Raises CheckpointError listing every problem.
     """
-    nested = config.get("text_config", {} if config.get("model_type") == "qwen3_5" else config)
-    fields = _Fields(nested if isinstance(nested, Mapping) else {})
-    if nested is not config and not nested:
-        fields.problems.append("text_config is missing or not an object")
+    is_nested = config.get("model_type") == NESTED_MODEL_TYPE
+    text = config.get("text_config") if is_nested else config
+    if not isinstance(text, Mapping) or not text:
+        raise CheckpointError("config.json: text_config is missing or not an object")
+    fields = _Fields(text)
     if is_tied is None:
         outer = config.get("tie_word_embeddings", False)
         is_tied = fields.boolean("tie_word_embeddings", default=outer is True)

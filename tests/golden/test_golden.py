@@ -68,7 +68,7 @@ def test_states_after_prefill(
 
 
 def test_another_recurrent_state_is_noticed(session: flashrt.Session, expected: Expected) -> None:
-    """Negative control: with the rows restored but not the fixed band, the comparisons must fail."""
+    """Negative control: with rows restored but not the fixed band, the comparison must fail."""
     prompt, token = expected.prompts[4], expected.greedy[4][0]
     session.prefill(prompt)
     capsule = session.snapshot()

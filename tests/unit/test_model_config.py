@@ -1,0 +1,194 @@
+"""config.json -> model: fall-backs, every refusal, regions and tapes of unusual shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flashrt.base.errors import CheckpointError, PlanError
+from flashrt.core.region import DType, Role
+from flashrt.models import Model, model_for
+from flashrt.models.qwen35 import Qwen35
+from flashrt.models.qwen35_config import LayerKind, parse_config
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+LINEAR, FULL = LayerKind.LINEAR, LayerKind.FULL
+
+
+@pytest.fixture
+def config() -> dict[str, object]:
+    return json.loads((GOLDEN / "tiny" / "config.json").read_text())
+
+
+def build(config: dict[str, object]) -> Model:
+    return model_for(config, max_positions=300)
+
+
+def test_nested_config_and_fall_backs(config: dict[str, object]) -> None:
+    flat = parse_config(config)
+    assert parse_config({"model_type": "qwen3_5", "text_config": config}) == flat
+    rope = config.pop("rope_parameters")
+    del config["layer_types"], config["rms_norm_eps"]
+    config |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": 0.25}
+    assert parse_config(config) == flat
+
+
+def test_layer_list_wins_over_the_interval(config: dict[str, object]) -> None:
+    config |= {"layer_types": [FULL.value] * 4, "full_attention_interval": 2}
+    assert parse_config(config).layers == (FULL,) * 4
+    del config["layer_types"]
+    assert parse_config(config).layers == (LINEAR, FULL, LINEAR, FULL)
+
+
+def test_inverse_frequencies(config: dict[str, object]) -> None:
+    frequencies = parse_config(config).inv_freq
+    assert len(frequencies) == 4  # 32 * 0.25 dims in pairs
+    assert frequencies == pytest.approx([1e7 ** (-j / 4) for j in range(4)], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "given", "tied"),
+    [(True, None, None, True), (True, False, None, False), (False, True, None, True),
+     (None, None, None, False), (True, True, False, False), (False, False, True, True)],
+)  # fmt: skip
+def test_tied_embeddings(
+    config: dict[str, object],
+    outer: bool | None,
+    inner: bool | None,
+    given: bool | None,
+    tied: bool,
+) -> None:
+    del config["tie_word_embeddings"]
+    if inner is not None:
+        config["tie_word_embeddings"] = inner
+    nested: dict[str, object] = {"model_type": "qwen3_5", "text_config": config}
+    if outer is not None:
+        nested["tie_word_embeddings"] = outer
+    assert parse_config(nested, given).is_tied is tied
+
+
+BAD = [
+    ({"hidden_size": None}, "hidden_size is missing"),
+    ({"hidden_size": "64"}, "hidden_size is '64', expected a positive integer"),
+    ({"hidden_size": True}, "hidden_size is True"),
+    ({"vocab_size": 0}, "vocab_size is 0"),
+    ({"vocab_size": 2**40}, "vocab_size is"),
+    ({"head_dim": 32.0}, "head_dim is 32.0"),
+    ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+    ({"linear_num_value_heads": 3}, "linear_num_value_heads 3 is no multiple of"),
+    ({"num_attention_heads": 3}, "num_attention_heads 3 is no multiple of"),
+    ({"attention_bias": True}, "attention_bias is true"),
+    ({"attention_bias": "no"}, "attention_bias is 'no', expected true or false"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"layer_types": ["mamba"] * 4}, "layer_types[3] is 'mamba'"),
+    ({"layer_types": [{}] * 4}, "layer_types[0] is {}"),
+    ({"layer_types": ["full_attention"]}, "expected a list of num_hidden_layers = 4"),
+    ({"layer_types": "full_attention"}, "expected a list"),
+    ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim is 1"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.1}}, "turns 3 dims, expected an even number"),
+    ({"rope_parameters": {"partial_rotary_factor": 2.0}}, "turns 64 dims"),
+    ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta is 'big'"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+    ({"rope_parameters": [1]}, "rope_parameters is [1]"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
+    ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BAD, ids=[words for _, words in BAD])
+def test_refusals(config: dict[str, object], change: dict[str, object], words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        build(config | change)
+    assert words in str(caught.value)
+
+
+def test_one_error_lists_all_problems(config: dict[str, object]) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        build(config | {"hidden_size": None, "hidden_act": "gelu", "num_attention_heads": 3})
+    for words in ("hidden_size", "hidden_act", "num_attention_heads"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("nested", [None, [], "text"])
+def test_nested_config_without_text(nested: object) -> None:
+    with pytest.raises(CheckpointError, match="text_config is missing or not an object"):
+        build({"model_type": "qwen3_5", "text_config": nested})
+
+
+@pytest.mark.parametrize("model_type", [None, "llama", "qwen3_5_moe", ["qwen3_5"]])
+def test_unknown_architecture(config: dict[str, object], model_type: object) -> None:
+    with pytest.raises(CheckpointError, match="supported: qwen3_5_text, qwen3_5") as caught:
+        build(config | {"model_type": model_type})
+    assert repr(model_type) in str(caught.value)
+
+
+# ---- regions and tapes ----
+
+
+@pytest.mark.parametrize("kinds", [[LINEAR], [FULL], [FULL, LINEAR], [LINEAR, FULL, FULL]])
+@pytest.mark.parametrize("has_draft_head", [False, True])
+def test_any_mix_of_layers_records(
+    config: dict[str, object], kinds: list[LayerKind], has_draft_head: bool
+) -> None:
+    config |= {"layer_types": [k.value for k in kinds], "num_hidden_layers": len(kinds)}
+    model = model_for(config, max_positions=300, has_draft_head=has_draft_head)
+    names = {r.name for r in model.lane_regions}
+    assert ("state" in names) == ("window" in names) == (LINEAR in kinds)
+    assert ("keys" in names) == ("values" in names) == (FULL in kinds)
+    assert any(rule.region.name.startswith("draft.") for rule in model.weights) == has_draft_head
+    for phase, rows in model.phases:
+        tape = model.record(phase, rows)
+        used = {view.region for launch in tape.launches for view in launch.operands}
+        known = {*model.lane_regions, *(rule.region for rule in model.weights), *tape.lifetimes()}
+        assert used <= known
+        assert (tape.phase, tape.rows) == (phase, rows)
+
+
+def test_every_region_and_weight_is_used(config: dict[str, object]) -> None:
+    model = build(config)
+    used = {v.region for p in model.phases for n in model.record(*p).launches for v in n.operands}
+    assert {*model.lane_regions, *(rule.region for rule in model.weights)} <= used
+
+
+def test_tied_head_shares_the_embedding(config: dict[str, object]) -> None:
+    def head(is_tied: bool) -> str:
+        model = model_for(config, max_positions=300, is_tied=is_tied)
+        return model.record("sample", 1).launches[0].operand("w").region.name
+
+    assert (head(True), head(False)) == ("embed", "head")
+
+
+def test_attention_partials_follow_the_bucket(config: dict[str, object]) -> None:
+    model = build(config)
+    for rows, spread in ((1, 1), (8, 8), (64, 1), (256, 1)):
+        launch = next(n for n in model.record("prefill", rows).launches if n.op.name == "attention")
+        assert launch.operand("partials").shape == (spread, 4, 2, 34)  # 300 positions: 2 blocks
+
+
+def test_decode_reads_the_sampled_token_and_prefill_has_no_head(config: dict[str, object]) -> None:
+    model = build(config)
+    embed = model.record("decode", 1).launches[0].operand("tokens")
+    assert (embed.region.name, embed.col, embed.shape) == ("cursor", 2, (1,))
+    names = [n.op.name for n in model.record("prefill", 8).launches]
+    assert "sample" not in names and names[-2:] == ["last_row", "advance"]
+
+
+def test_only_what_decides_the_next_logits_is_digested(config: dict[str, object]) -> None:
+    regions = build(config).lane_regions
+    digested = {r.name for r in regions if r.is_digested}
+    assert digested == {"state", "window", "last_hidden", "journal", "keys", "values"}
+    lasting = {r.name for r in regions if r.role in (Role.FIXED, Role.ROWS)}
+    assert lasting - digested == {"cursor", "sampler"}
+
+
+def test_arguments_are_checked(config: dict[str, object]) -> None:
+    parsed = parse_config(config)
+    with pytest.raises(PlanError, match="max_positions"):
+        Qwen35(parsed, max_positions=0, kv_dtype=DType.BF16, has_draft_head=False)
+    with pytest.raises(PlanError, match="kv_dtype is uint8"):
+        Qwen35(parsed, max_positions=8, kv_dtype=DType.U8, has_draft_head=False)
+    with pytest.raises(PlanError, match="no phase 'prefill' of 7 rows"):
+        build(config).record("prefill", 7)
