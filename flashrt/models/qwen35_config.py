@@ -13,10 +13,8 @@ from dataclasses import dataclass
 
 from flashrt.base.errors import CheckpointError
 
-MODEL_TYPES = (
-    "qwen3_5_text",
-    "qwen3_5",
-)  # text only; multimodal, the text fields under text_config
+NESTED_MODEL_TYPE = "qwen3_5"  # multimodal: the text fields lie under text_config
+MODEL_TYPES = ("qwen3_5_text", NESTED_MODEL_TYPE)
 _ROPE_TYPES = (
     "default",
     "mrope",
