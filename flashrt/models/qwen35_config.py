@@ -15,10 +15,7 @@ from flashrt.base.errors import CheckpointError
 
 NESTED_MODEL_TYPE = "qwen3_5"  # multimodal: the text fields lie under text_config
 MODEL_TYPES = ("qwen3_5_text", NESTED_MODEL_TYPE)
-_ROPE_TYPES = (
-    "default",
-    "mrope",
-)  # mrope sections are the identity on text: all three positions are equal
+_ROPE_TYPES = ("default", "mrope")  # mrope is the identity on text: its three positions are equal
 
 
 class LayerKind(enum.StrEnum):

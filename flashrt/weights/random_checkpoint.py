@@ -72,15 +72,14 @@ def write_random_checkpoint(
     Raises CheckpointError if the path is taken, the shape is unknown or the disk refuses.
     """
     target = Path(path)
-    if isinstance(shape, str) and shape not in SHAPES:
-        raise CheckpointError(f"unknown shape {shape!r}; shapes: {', '.join(SHAPES)}")
-    sizes = SHAPES[shape] if isinstance(shape, str) else shape
+    sizes = _sizes(shape)
     if target.exists():
         raise CheckpointError(f"{target}: already exists; remove it or give another path")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
+        config = shape_config(sizes, is_tied=is_tied, has_draft_head=has_draft_head)
         partial.mkdir(parents=True)
-        _write_json(partial / CONFIG_FILE, _config(sizes, is_tied, has_draft_head))
+        _write_json(partial / CONFIG_FILE, config)
         _write_json(partial / GENERATION_FILE, {"_from_model_config": True, "use_cache": True})
         tensors = dict(_tensors(sizes, is_tied, has_draft_head))
         with (partial / WEIGHTS_FILE).open("wb") as file:
@@ -93,7 +92,11 @@ def write_random_checkpoint(
     return target
 
 
-def _config(s: Shape, is_tied: bool, has_draft_head: bool) -> dict[str, object]:
+def shape_config(
+    shape: str | Shape, *, is_tied: bool = True, has_draft_head: bool = False
+) -> dict[str, object]:
+    """The config.json of a shape. Raises CheckpointError if it is unknown."""
+    s = _sizes(shape)
     kinds = [
         "linear_attention" if (i + 1) % _FULL_INTERVAL else "full_attention"
         for i in range(s.n_layers)
@@ -131,6 +134,12 @@ def _config(s: Shape, is_tied: bool, has_draft_head: bool) -> dict[str, object]:
         "tie_word_embeddings": is_tied,
         "vocab_size": s.vocab_size,
     }
+
+
+def _sizes(shape: str | Shape) -> Shape:
+    if isinstance(shape, str) and shape not in SHAPES:
+        raise CheckpointError(f"unknown shape {shape!r}; shapes: {', '.join(SHAPES)}")
+    return SHAPES[shape] if isinstance(shape, str) else shape
 
 
 def _tensors(
