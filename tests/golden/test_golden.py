@@ -44,16 +44,15 @@ def test_last_logits_and_greedy_tokens(
     assert_close(session.logits(), expected.arrays["greedy_logits_last"][prompt], "greedy")
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_logits_of_every_position(
-    session: flashrt.Session, expected: Expected, prompt: int
-) -> None:
-    every = expected.arrays.get(f"logits_all.{prompt}")
-    if every is None:
-        pytest.skip("the set holds only the last logits of this prompt")
-    for position, token in enumerate(expected.prompts[prompt]):
-        session.prefill([token])
-        assert_close(session.logits(), every[position], f"logits_all.{prompt}[{position}]")
+def test_logits_of_every_position(engine: flashrt.Engine, expected: Expected) -> None:
+    recorded = [i for i in PROMPTS if f"logits_all.{i}" in expected.arrays]
+    assert recorded
+    for prompt in recorded:
+        with engine.session() as session:
+            for position, token in enumerate(expected.prompts[prompt]):
+                session.prefill([token])
+                every = expected.arrays[f"logits_all.{prompt}"]
+                assert_close(session.logits(), every[position], f"prompt {prompt} at {position}")
 
 
 def test_states_after_prefill(
