@@ -1,10 +1,11 @@
-"""Every op of the table as a plain numpy formula in float64: what the kernels of all backends are held against.
+"""Every op of the table as a plain numpy formula in float64: what kernels are held against.
 
-IS: written from the model's equations, loops where loops say it best; operands by param name, whole logical arrays.
+IS: written from the model's equations, loops where loops say it best; operands by param name, whole
+logical arrays.
 IS NOT: fast, or exact to the bit. Called by: tests/backend.
 
-A function gets `Operands` and returns the arrays that the op writes. NaN in a result means that the op leaves the
-element as it was: rows at or beyond the valid ones come back as they went in.
+A function gets `Operands` and returns the arrays that the op writes. NaN in a result means that the
+op leaves the element as it was: rows at or beyond the valid ones come back as they went in.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def split(o: Operands, Nq: int, Nk: int, D: int) -> tuple[Array, Array, Array, A
 
 
 def rope(x: Array, position: int, inv_freq: Array) -> Array:
-    """x [n, heads, D], row t at position + t; the angle is rounded to float32, as the model's is."""
+    """x [n, heads, D], row t at position + t; the angle is float32, as the model's is."""
     positions = np.arange(position, position + len(x)).astype(np.float32)
     angle = (positions[:, None] * inv_freq.astype(np.float32)).astype(np.float64)[:, None]
     half = len(inv_freq)

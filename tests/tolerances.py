@@ -1,10 +1,11 @@
 """The one table of tolerances: how far a kernel may be from the reference, by backend and op.
 
-IS: relative errors, rms(difference) / rms(reference) per output, fixed by the arithmetic of each backend.
+IS: relative errors, rms(difference) / rms(reference) per output, fixed by a backend's arithmetic.
 IS NOT: adjustable from outside, nor used where bits must be equal. Called by: tests/backend.
 
-The values are what float32 (cpu) gives, with a factor of about five to spare. On cuda and simt, operands of the matrix
-units are bfloat16, and so is what the ops write as their input (`ACT`): half an ulp of bfloat16 is 2^-9 = 2e-3.
+The values are what float32 (cpu) gives, with a factor of about five to spare. On cuda and simt the
+operands of the matrix units are bfloat16, and so is what ops write as their input (`ACT`):
+half an ulp of bfloat16 is 2^-9 = 2e-3.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.core.backend import Backend, BoundLaunch
-from flashrt.core.op import Launch, Op, Param, bind
+from flashrt.core.op import Launch, Param, bind
 from flashrt.core.region import DType, Layout, Region, Role, View, resolve_dtype
 from flashrt.ops.table import OPS
 
@@ -29,10 +29,10 @@ _NUMPY = {DType.F32: np.float32, DType.I32: np.int32, DType.U32: np.uint32}
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One launch: arrays by param name (float32, or integers), attributes, dtypes where the op leaves a choice.
+    """One launch: arrays by param name, attributes, dtypes where the op leaves a choice.
 
-    An operand that the op only writes is given as its shape; it starts as poison. `margin` columns of poison surround
-    the operands that may be windows of a wider region.
+    An operand that the op only writes is given as its shape; it starts as poison. `margin` columns
+    of poison surround the operands that may be windows of a wider region.
     """
 
     op: str

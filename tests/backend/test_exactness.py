@@ -1,4 +1,4 @@
-"""Promise: the bits of an element do not depend on how rows are batched, on the bucket, or on the number of threads."""
+"""Promise: bits do not depend on how rows are batched, on the bucket, or on the threads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from flashrt.ops.table import OPS
-from tests.backend.cases import all_cases, cursor
+from tests.backend.cases import ODD, all_cases, cursor
 from tests.backend.conftest import make_backend
 from tests.backend.runner import Case, Runner, rng_for
 from tests.backend.test_sample import sample_cases
@@ -17,7 +17,7 @@ from tests.backend.test_sample import sample_cases
 BUCKETS = (1, 8, 64)
 SPREAD_ROWS = 8  # launches of attention with more rows get one row of partials
 _PARAMS = {op.name: op.params for op in OPS}
-CASES = [c for c in all_cases() if c.op != "advance"]
+CASES = all_cases()
 FULL = [c for c in CASES if c.operands["cursor"][1] in (7, 33, 64)]  # type: ignore[index]
 
 
@@ -98,7 +98,7 @@ def test_any_split_gives_the_same_bits(runner: Runner, case: Case) -> None:
 def test_any_number_of_threads_gives_the_same_bits(runner: Runner) -> None:
     if runner.backend.name != "cpu":
         pytest.skip("threads are the cpu's")
-    cases = [*CASES, *sample_cases()]
+    cases = [*CASES, *all_cases(ODD), *sample_cases()]
     try:
         results = []
         for threads in (1, 2, 3):
