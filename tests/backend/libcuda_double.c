@@ -27,7 +27,7 @@ static const char *option(const char *name, const char *otherwise) {
 }
 
 int cuInit(unsigned flags) { return flags ? INVALID_VALUE : atoi(option("DOUBLE_INIT", "0")); }
-int cuDriverGetVersion(int *v) { *v = 13000; return SUCCESS; }
+int cuDriverGetVersion(int *v) { *v = atoi(option("DOUBLE_VERSION", "13000")); return SUCCESS; }
 int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return ordinal ? 101 : SUCCESS; }
 int cuDeviceGetName(char *name, int n, int device) { snprintf(name, n, "Double %d", device); return SUCCESS; }
 int cuDeviceTotalMem(size_t *n, int device) { (void)device; *n = 1 << 30; return SUCCESS; }

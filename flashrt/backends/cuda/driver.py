@@ -57,24 +57,21 @@ class CudaDriver:
 
     def _read_info(self) -> DeviceInfo:
         api, device = self._api, self._device
-        attribute = api.CUdevice_attribute
+        kinds = api.CUdevice_attribute
 
-        def read(name: str) -> int:
-            return int(
-                self._call(
-                    api.cuDeviceGetAttribute, attribute[f"CU_DEVICE_ATTRIBUTE_{name}"], device
-                )
-            )
+        def read(kind: object) -> int:
+            return int(self._call(api.cuDeviceGetAttribute, kind, device))
 
+        major = read(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
+        minor = read(kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
         version = int(self._call(api.cuDriverGetVersion))
-        major, minor = read("COMPUTE_CAPABILITY_MAJOR"), read("COMPUTE_CAPABILITY_MINOR")
         return DeviceInfo(
             name=self._call(api.cuDeviceGetName, 128, device).split(b"\0")[0].decode(),
             arch=f"sm_{major}{minor}",
             memory_bytes=int(self._call(api.cuDeviceTotalMem, device)),
             driver_version=(version // 1000, version % 1000 // 10),
-            multiprocessors=read("MULTIPROCESSOR_COUNT"),
-            max_shared_bytes=read("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
+            multiprocessors=read(kinds.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
+            max_shared_bytes=read(kinds.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
         )
 
     # ---- memory

@@ -1,1 +1,1 @@
-"""The CUDA backend and its kernel sources on any CPU: a driver double and a fiber per CUDA thread."""
+"""The CUDA backend and its kernels on any CPU: a driver double and a fiber per CUDA thread."""

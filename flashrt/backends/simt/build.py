@@ -22,6 +22,7 @@ SHIM = Path(__file__).parent / "shim"
 # No contraction, as for NVRTC; -march=native only for speed: fmaf is exact with and without FMA.
 OPTIONS = (
     "-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-w", "-fno-exceptions",
+    "-Wl,-Bsymbolic",  # a kernel of the name of a libc function (advance) must stay the kernel
 )  # fmt: skip
 WATCHED_OPTIONS = ("-g1", "-fsanitize=thread", "-fno-tree-vectorize", "-DSIMT_RACE")
 _KERNEL = re.compile(
@@ -63,7 +64,8 @@ class ShimCompiler:
             return _run([*command, "-shared", "stub.cpp", "-o", "kernel.so"], unit, folder)
         # In two steps: linked without -fsanitize=thread, or its library would answer the hooks.
         log = _run([*command, "-c", "stub.cpp", "-o", "kernel.o"], unit, folder)
-        return log + _run(["g++", "-shared", "kernel.o", "-o", "kernel.so"], unit, folder)
+        link = ["g++", "-shared", "-Wl,-Bsymbolic", "kernel.o", "-o", "kernel.so"]
+        return log + _run(link, unit, folder)
 
 
 def kernel_names(text: str) -> list[str]:

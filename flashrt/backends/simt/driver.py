@@ -49,11 +49,15 @@ class SimtDriver:
     """`driver_api.Driver` on host memory.
 
     `seed` 0 runs threads and blocks in order; any other seed randomises each launch.
-    `memory_bytes` is the size of the pretended device memory.
+    `memory_bytes` and `multiprocessors` are those of the pretended device.
     """
 
-    def __init__(self, seed: int = 0, memory_bytes: int = 16 << 30) -> None:
-        self.info = DeviceInfo("SIMT shim", "sm_80", memory_bytes, (0, 0), 1, MAX_SHARED_BYTES)
+    def __init__(
+        self, seed: int = 0, memory_bytes: int = 16 << 30, multiprocessors: int = 16
+    ) -> None:
+        self.info = DeviceInfo(
+            "SIMT shim", "sm_80", memory_bytes, (0, 0), multiprocessors, MAX_SHARED_BYTES
+        )
         self.counts: Counter[str] = Counter()
         self._seed = seed
         self._n_runs = 0

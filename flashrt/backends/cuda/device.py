@@ -1,0 +1,367 @@
+"""The CUDA device: core.backend.Backend over a driver and a compiler.
+
+IS: the verbs, on one compute stream. With `driver.CudaDriver` and `nvrtc.Nvrtc` it runs on a GPU,
+with simt's double and shim on any CPU: this code does not know which. Driver memory is allocated at
+open and by `allocate`, never after `seal`.
+IS NOT: geometry (kernels), storage (layouts), driver calls (driver).
+Called by: engine (through core.backend), simt.device, build.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashrt.backends.cuda import kernels, layouts
+from flashrt.backends.cuda.compiler_api import Compiler
+from flashrt.backends.cuda.driver import CudaDriver
+from flashrt.backends.cuda.driver_api import ArgumentBlock, Driver, LaunchConfig
+from flashrt.backends.cuda.graph import CudaGraph, Node
+from flashrt.backends.cuda.library import KernelLibrary
+from flashrt.backends.cuda.nvrtc import Nvrtc
+from flashrt.backends.cuda.sources import Sources
+from flashrt.backends.cuda.staging import Readback, UploadRing
+from flashrt.base.errors import BackendError, SealedError
+from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Storage
+from flashrt.core.copyplan import Copy, CopyPlan, plan_of
+from flashrt.core.digest import DigestTerm
+from flashrt.core.op import Op
+from flashrt.core.region import DType, Region
+
+Precision = Literal["bfloat16", "high"]
+_ACT: Mapping[str, DType] = {"bfloat16": DType.BF16, "high": DType.BF16X2}
+_COPY_BYTES = struct.calcsize(Copy.FORMAT)
+_TERM_BYTES = struct.calcsize(DigestTerm.FORMAT)
+_SUM_BYTES = 16  # (lo, hi)
+_PROGRAMMATIC_DRIVER = (12, 3)  # the first that keeps programmatic edges in graphs
+_MAX_PITCH = (1 << 31) - 1  # of cuMemcpy2D
+
+
+@dataclass(frozen=True, slots=True)
+class Capacities:
+    """Sizes fixed at open, so that nothing is allocated later; larger work goes in pieces."""
+
+    staging_bytes: int = 4 << 20  # a section of the upload ring; a readback buffer
+    copies: int = 4096  # descriptors of one copy launch
+    terms: int = 512  # terms of one digest launch
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """One allocation."""
+
+    name: str
+    address: int
+    nbytes: int
+
+
+class CudaDevice:
+    """See core.backend.Backend for the contract of the verbs."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        compiler: Compiler,
+        precision: Precision = "bfloat16",
+        *,
+        name: str = "cuda",
+        capacities: Capacities | None = None,
+    ) -> None:
+        if precision not in _ACT:
+            raise BackendError(f"precision {precision!r} is not one of {sorted(_ACT)}")
+        self.name = name
+        self.act = _ACT[precision]
+        self.counters = Counters()
+        self.driver = driver
+        self._compiler = compiler
+        self._capacities = capacities or Capacities()
+        self._sources = Sources()
+        self._expansions = dict(kernels.EXPANSIONS)
+        self._library = KernelLibrary(driver, compiler, self._sources)
+        self._n_sms = driver.info.multiprocessors
+        self._is_sealed = False
+        self._is_built = False
+        self._memories: list[DeviceMemory] = []
+        self._graphs: list[CudaGraph] = []
+        self._stream = driver.stream_create()
+        self._capture_stream = driver.stream_create()
+        self._ring = UploadRing(driver, self._stream, self._capacities.staging_bytes)
+        self._readback = Readback(driver, self._stream, self._capacities.staging_bytes)
+        table_bytes = self._capacities.copies * _COPY_BYTES
+        terms_bytes = self._capacities.terms * (_TERM_BYTES + _SUM_BYTES)
+        self._tables = DeviceMemory(
+            "tables", driver.mem_alloc(table_bytes + terms_bytes), table_bytes + terms_bytes
+        )
+        self._terms_at = self._tables.address + table_bytes
+        self._sums_at = self._terms_at + self._capacities.terms * _TERM_BYTES
+
+    # ---- identity and storage
+
+    @property
+    def kernel_digest(self) -> str:
+        """Hash of sources, argument structs, compiler, architecture and activation dtype."""
+        parts = (self._sources.digest(), self._compiler.identity, str(self.act))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        info = self.driver.info
+        version = ".".join(map(str, info.driver_version))
+        memory = f"{info.memory_bytes / 2**30:.1f} GiB"
+        return f"{self.name}: {info.name}, {info.arch}, {memory}, driver for CUDA {version}"
+
+    @property
+    def stream(self) -> int:
+        """The compute stream, for code that launches beside the tapes."""
+        return self._stream
+
+    def storage(self, region: Region) -> Storage:
+        """See Backend."""
+        return layouts.storage(region, self.act)
+
+    def pack(self, region: Region, array: NDArray[np.generic], out: Bytes) -> None:
+        """See Backend."""
+        layouts.pack(region, array, out, self.act)
+
+    def unpack(self, region: Region, raw: Bytes) -> NDArray[np.generic]:
+        """See Backend."""
+        return layouts.unpack(region, raw, self.act)
+
+    def digest_layout(self, region: Region) -> int:
+        """See Backend."""
+        return layouts.digest_layout(region)
+
+    # ---- kernels
+
+    def add_source(
+        self,
+        source: Path | str,
+        expansions: Mapping[str, kernels.Expansion],
+        *,
+        name: str | None = None,
+    ) -> None:
+        """Add a raw CUDA file and how ops expand into its kernels. Before `build`.
+
+        `source` is a path, or the text itself with a `name` such as "scale.cu". Each entry of
+        `expansions` maps an op's name to a function from its shape to launches, as in `kernels`; a
+        kernel gets the op's argument block, struct `<op>_args` of "args.h", by value.
+        Raises SealedError, CompileError (the file name is taken), BackendError (the op has an
+        expansion already, or a text without a name).
+        """
+        self._refuse_if_sealed("add a kernel source")
+        if isinstance(source, Path):
+            name, text = name or source.name, source.read_text()
+        elif name is None:
+            raise BackendError(
+                "add_source: a source given as text needs a name, e.g. name='scale.cu'"
+            )
+        else:
+            text = source
+        if taken := sorted(set(expansions) & set(self._expansions)):
+            raise BackendError(f"add_source({name!r}): ops {taken} have expansions already")
+        self._sources.add(name, text)
+        self._expansions.update(expansions)
+        self._library.forget_units()
+
+    def build(self, ops: Sequence[Op]) -> None:
+        """See Backend. Compiles the copy and digest kernels; others when a capture needs them.
+
+        Raises CompileError, and BackendError for an op without an expansion.
+        """
+        self._refuse_if_sealed("build kernels")
+        if unknown := sorted({op.name for op in ops} - set(self._expansions)):
+            raise BackendError(f"no CUDA kernels for ops {unknown}: see CudaDevice.add_source")
+        self._sources.set_ops(ops)
+        self._library.forget_units()
+        self._prepare([kernels.copy_launch(1, self._n_sms), kernels.digest_launch(1, self._n_sms)])
+        self._is_built = True
+
+    def _prepare(self, launches: Sequence[kernels.KernelLaunch]) -> None:
+        if self._is_sealed and (missing := self._library.missing(launches)):
+            self._refuse_if_sealed(f"compile {missing[0].title}")
+        self._library.prepare(launches)
+        self.counters.compilations = self._library.n_compiled
+
+    def _nodes(self, launches: Sequence[BoundLaunch]) -> list[Node]:
+        """Launches as kernels with packed arguments; compiles what is not compiled yet."""
+        expanded = [
+            (bound, kernels.expand(bound.launch, self.act, self._n_sms, self._expansions))
+            for bound in launches
+        ]
+        self._prepare([kernel for _, several in expanded for kernel in several])
+        nodes = []
+        for bound, several in expanded:
+            block = ArgumentBlock(bound.launch.pack(bound.addresses, self.act))
+            nodes += [self._node(kernel, block, self._may_overlap(kernel)) for kernel in several]
+        return nodes
+
+    def _may_overlap(self, kernel: kernels.KernelLaunch) -> bool:
+        """Programmatic dependent launch: the next kernel is set up while this one still runs."""
+        info = self.driver.info
+        has_it = info.capability >= (9, 0) and info.driver_version >= _PROGRAMMATIC_DRIVER
+        return has_it and self._sources.waits_for_predecessor(kernel.source)
+
+    def _node(
+        self, kernel: kernels.KernelLaunch, block: ArgumentBlock, may_overlap: bool = False
+    ) -> Node:
+        config = LaunchConfig(kernel.grid, kernel.block, kernel.shared_bytes, may_overlap)
+        return Node(kernel.kernel, self._library.function(kernel), config, block)
+
+    # ---- memory
+
+    def allocate(self, name: str, nbytes: int) -> Memory:
+        """See Backend. Raises BackendError with bytes wanted and free."""
+        self._refuse_if_sealed(f"allocate {name}")
+        try:
+            memory = DeviceMemory(name, self.driver.mem_alloc(max(nbytes, 1)), nbytes)
+        except BackendError as error:
+            raise BackendError(f"{self.name}: cannot allocate the {name}: {error}") from error
+        self.counters.allocations += 1
+        self._memories.append(memory)
+        return memory
+
+    def write(self, address: int, data: Bytes) -> None:
+        """See Backend; asynchronous, `data` may change as soon as this returns."""
+        self._ring.upload(address, data)
+
+    def read(self, address: int, out: Bytes) -> None:
+        """See Backend."""
+        self._readback.download(address, out)
+
+    def fill(self, address: int, nbytes: int, byte: int) -> None:
+        """See Backend."""
+        if nbytes:
+            self.driver.fill(address, byte, nbytes, self._stream)
+
+    def copy(self, plan: CopyPlan, src_base: int, dst_base: int) -> None:
+        """See Backend: a single range by the copy engine, several by one launch over a table."""
+        if not plan.copies:
+            return
+        if (
+            len(plan.copies) == 1
+            and max(plan.copies[0].src_pitch, plan.copies[0].dst_pitch) <= _MAX_PITCH
+        ):
+            self._copy_one(plan.copies[0], src_base, dst_base)
+        else:
+            self._require_build()
+            for i in range(0, len(plan.copies), self._capacities.copies):
+                part = plan_of(plan.copies[i : i + self._capacities.copies])
+                self._copy_table(part, src_base, dst_base)
+        self.counters.copies += 1
+        self.counters.copied_bytes += plan.nbytes
+
+    def _copy_one(self, copy: Copy, src_base: int, dst_base: int) -> None:
+        src, dst = src_base + copy.src, dst_base + copy.dst
+        if copy.height == 1:
+            self.driver.copy_on_device(dst, src, copy.width, self._stream)
+            return
+        self.driver.copy_2d(
+            dst, copy.dst_pitch, src, copy.src_pitch, copy.width, copy.height, self._stream
+        )
+
+    def _copy_table(self, plan: CopyPlan, src_base: int, dst_base: int) -> None:
+        """In stream order, so that the one table may be overwritten for the next launch."""
+        table = np.frombuffer(plan.pack(src_base, dst_base), np.uint8)
+        self._ring.upload(self._tables.address, table)
+        arguments = struct.pack(kernels.COPY_ARGS_FORMAT, self._tables.address, len(plan.copies))
+        launch = kernels.copy_launch(plan.nbytes, self._n_sms)
+        self._node(launch, ArgumentBlock(arguments)).launch(self.driver, self._stream)
+
+    def digest(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]:
+        """See Backend."""
+        self._require_build()
+        sums: list[tuple[int, int]] = []
+        for i in range(0, len(terms), self._capacities.terms):
+            sums += self._digest_table(terms[i : i + self._capacities.terms], base)
+        return sums
+
+    def _digest_table(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]:
+        table = np.frombuffer(b"".join(term.pack(base) for term in terms), np.uint8)
+        self._ring.upload(self._terms_at, table)
+        self.fill(self._sums_at, len(terms) * _SUM_BYTES, 0)
+        arguments = struct.pack(
+            kernels.DIGEST_ARGS_FORMAT, self._terms_at, self._sums_at, len(terms)
+        )
+        launch = kernels.digest_launch(len(terms), self._n_sms)
+        self._node(launch, ArgumentBlock(arguments)).launch(self.driver, self._stream)
+        sums = np.empty((len(terms), 2), np.uint64)
+        self.read(self._sums_at, sums.view(np.uint8).reshape(-1))
+        return [(int(lo), int(hi)) for lo, hi in sums]
+
+    # ---- launches
+
+    def capture(self, launches: Sequence[BoundLaunch]) -> Graph:
+        """See Backend. Raises CompileError, BackendError, SealedError."""
+        self._refuse_if_sealed("capture a graph")
+        self._require_build()
+        nodes = self._nodes(launches)
+        graph = CudaGraph(self.driver, self._capture_stream, nodes)
+        self.counters.captures += 1
+        self._graphs.append(graph)
+        return graph
+
+    def replay(self, graph: Graph) -> None:
+        """See Backend; one driver call."""
+        assert isinstance(graph, CudaGraph)
+        graph.replay(self._stream)
+        self.counters.replays += 1
+
+    def eager(self, launches: Sequence[BoundLaunch]) -> None:
+        """See Backend. Synchronises after each launch, so that a failure names its op."""
+        self._require_build()
+        for bound in launches:
+            for node in self._nodes([bound]):
+                try:
+                    node.launch(self.driver, self._stream)
+                    self.driver.stream_sync(self._stream)
+                except BackendError as error:
+                    raise BackendError(f"{bound.launch.op.name}, {node.name}: {error}") from error
+            self.counters.launches += 1
+
+    def sync(self) -> None:
+        """See Backend. Raises BackendError for whatever failed since the last sync."""
+        self.driver.stream_sync(self._stream)
+
+    def seal(self) -> None:
+        """See Backend."""
+        self._is_sealed = True
+
+    def close(self) -> None:
+        """See Backend. Releases everything; the device cannot be used afterwards."""
+        self.driver.stream_sync(self._stream)
+        for graph in self._graphs:
+            graph.close()
+        self._ring.close()
+        self._readback.close()
+        for memory in (*self._memories, self._tables):
+            self.driver.mem_free(memory.address)
+        self._memories, self._graphs = [], []
+        self.driver.stream_destroy(self._capture_stream)
+        self.driver.stream_destroy(self._stream)
+        self.driver.close()
+
+    def _refuse_if_sealed(self, what: str) -> None:
+        if self._is_sealed:
+            raise SealedError(f"{self.name}: cannot {what} after seal; load another engine")
+
+    def _require_build(self) -> None:
+        if not self._is_built:
+            raise BackendError(f"{self.name}: call build() before kernels are used")
+
+
+def open_device(precision: Precision = "bfloat16", ordinal: int = 0) -> CudaDevice:
+    """The GPU of that ordinal. Raises BackendError that says what is missing; see `probe`."""
+    driver = CudaDriver(ordinal)
+    try:
+        return CudaDevice(driver, Nvrtc(driver.info.arch), precision)
+    except BaseException:
+        driver.close()
+        raise
