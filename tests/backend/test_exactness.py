@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from flashrt.backends.cpu import compile as toolchain
 from flashrt.ops.table import OPS
 from tests.backend.cases import ODD, all_cases, cursor
 from tests.backend.conftest import make_backend
@@ -110,3 +112,20 @@ def test_any_number_of_threads_gives_the_same_bits(runner: Runner) -> None:
         for name in runs[0].keys() - {"partials", "work"}:
             for threads, other in zip((2, 3), runs[1:], strict=True):
                 assert_same_bits(runs[0][name], other[name], f"{case} {name}, {threads} threads")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86 architecture")
+def test_any_vector_width_gives_the_same_bits(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels built for plain x86-64: 4 lanes, no fused instructions, fma from the C library."""
+    if runner.backend.name != "cpu":
+        pytest.skip("vectors are the cpu's")
+    narrow = tuple(f.replace("native", "x86-64") for f in toolchain.CFLAGS)
+    monkeypatch.setattr(toolchain, "CFLAGS", narrow)
+    other = Runner(make_backend("cpu", 2))
+    for case in [*CASES, *all_cases(ODD), *sample_cases()]:
+        wide, slim = runner.run(case), other.run(case)
+        for name in wide.keys() - {"partials", "work"}:
+            assert_same_bits(wide[name], slim[name], f"{case} {name}")
