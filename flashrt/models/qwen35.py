@@ -7,8 +7,11 @@ modeling_qwen3_5. IS NOT: config fields (qwen35_config), weight names (qwen35_we
 
 from __future__ import annotations
 
+import itertools
+
 from flashrt.base.errors import PlanError
-from flashrt.core.region import DType, Layout, Operand, Region, Role
+from flashrt.core.op import AttrValue, Op
+from flashrt.core.region import DType, Layout, Operand, Region, Role, View
 from flashrt.core.tape import Tape
 from flashrt.models.model import BUCKETS
 from flashrt.models.qwen35_config import LayerKind, Qwen35Config
@@ -98,154 +101,123 @@ def _lane_regions(c: Qwen35Config, max_positions: int, kv_dtype: DType) -> tuple
 
 
 class _Recorder:
-    """Records one tape. Scratch is named by layer, so that the planner may give its bytes to the
-    next layer.
-    """
+    """Records one tape. Scratch is named by layer: the planner may give its bytes to the next."""
 
     def __init__(
         self, config: Qwen35Config, max_positions: int, regions: dict[str, Region], tape: Tape
     ) -> None:
         self.config = config
         self.n_blocks = -(-max_positions // ops.ATTENTION_BLOCK)
-        self.regions = regions
-        self.cursor = regions["cursor"]
+        self.regions = regions  # of the lane and of the weights, by name
         self.tape = tape
         self.rows = tape.rows
 
     def forward(self, tokens: Operand) -> None:
-        """Rows of tokens through all layers; leaves the last row's final hidden state and moves the
-        cursor.
-        """
-        c, layers = self.config, self.config.layers
-        x = self.tape.scratch("x", self.rows, c.hidden)
-        self.tape.record(
-            ops.EMBED, tokens=tokens, table=self.regions[EMBED], cursor=self.cursor,
-            journal=self.regions["journal"], x=x,
-        )  # fmt: skip
-        h = self._act(f"{layer_name(0)}.h", c.hidden)
-        norm = self.regions[f"{layer_name(0)}.input_norm"]
-        self.tape.record(ops.RMSNORM, x=x, w=norm, cursor=self.cursor, y=h, eps=c.eps)
-        for i, kind in enumerate(layers):
-            at, n_before = layer_name(i), layers[:i].count(kind)
-            is_linear = kind is LayerKind.LINEAR
-            r = (
-                self._linear_attention(at, h, n_before)
-                if is_linear
-                else self._full_attention(at, h, n_before)
-            )
-            h = self._add_norm(f"{at}.mlp.h", x, r, f"{at}.mlp_norm")
+        """Rows of tokens through all layers: leaves the last hidden state, moves the cursor."""
+        c, regions = self.config, self.regions
+        x = self._scratch("x", c.hidden)
+        self._launch(
+            ops.EMBED, tokens=tokens, table=regions[EMBED], journal=regions["journal"], x=x
+        )
+        h = self._activation(f"{layer_name(0)}.h", c.hidden)
+        self._launch(ops.RMSNORM, x=x, w=regions[f"{layer_name(0)}.input_norm"], y=h, eps=c.eps)
+        mixers = {LayerKind.LINEAR: self._linear_attention, LayerKind.FULL: self._full_attention}
+        for i, kind in enumerate(c.layers):
+            at, following = layer_name(i), layer_name(i + 1)
+            r = mixers[kind](at, h, c.layers[:i].count(kind))
+            h = self._add_rmsnorm(f"{at}.mlp.h", x, r, f"{at}.mlp_norm")
             r = self._mlp(at, h)
-            is_last = i + 1 == len(layers)
-            following = "final" if is_last else layer_name(i + 1)
-            h = self._add_norm(
-                f"{following}.h", x, r, FINAL_NORM if is_last else f"{following}.input_norm"
-            )
-        self.tape.record(ops.LAST_ROW, x=h, cursor=self.cursor, y=self.regions["last_hidden"])
-        self.tape.record(ops.ADVANCE, cursor=self.cursor)
+            is_last = i + 1 == len(c.layers)
+            norm = FINAL_NORM if is_last else f"{following}.input_norm"
+            h = self._add_rmsnorm(f"{following}.h", x, r, norm)
+        self._launch(ops.LAST_ROW, x=h, y=regions["last_hidden"])
+        self._launch(ops.ADVANCE)
 
     def sample(self) -> None:
         """Logits of the last hidden state, and the next token from them."""
-        logits = self.regions["logits"]
+        hidden, logits = self.regions["last_hidden"], self.regions["logits"]
         head = self.regions[EMBED if self.config.is_tied else HEAD]
         work = self.tape.scratch("sample.work", 2, self.config.vocab_size)
-        self.tape.record(
-            ops.LINEAR, x=self.regions["last_hidden"], w=head, cursor=self.cursor, y=logits
-        )
-        self.tape.record(
-            ops.SAMPLE,
-            logits=logits,
-            sampler=self.regions["sampler"],
-            work=work,
-            cursor=self.cursor,
-        )
+        self._launch(ops.LINEAR, x=hidden, w=head, y=logits)
+        self._launch(ops.SAMPLE, logits=logits, sampler=self.regions["sampler"], work=work)
 
     def _linear_attention(self, at: str, h: Region, index: int) -> Region:
-        c, tape, cursor = self.config, self.tape, self.cursor
+        """Gated DeltaNet; `index` counts the layers with a recurrent state."""
+        c, weights = self.config, self.regions
         inner, channels = c.value_heads * c.value_dim, c.conv_channels
-        u = self._linear(f"{at}.u", h, f"{at}.in_proj").view()  # columns [qkv | z | b | a]
-        z, b, a = (
-            u.cols(start, start + width)
-            for start, width in (
-                (channels, inner),
-                (channels + inner, c.value_heads),
-                (channels + inner + c.value_heads, c.value_heads),
-            )
+        u = self._linear(f"{at}.u", h, f"{at}.in_proj")
+        qkv, z, b, a = _columns(u, channels, inner, c.value_heads, c.value_heads)
+        y = self._scratch(f"{at}.qkv", channels)
+        window = self.regions["window"].at(index)
+        self._launch(ops.CONV_WINDOW, u=qkv, w=weights[f"{at}.conv"], window=window, y=y)
+        decay = self._scratch(f"{at}.decay", c.value_heads)
+        beta = self._scratch(f"{at}.beta", c.value_heads)
+        self._launch(
+            ops.DELTA_GATES, y=y, a=a, b=b, a_log=weights[f"{at}.a_log"],
+            dt_bias=weights[f"{at}.dt_bias"], decay=decay, beta=beta, key_heads=c.key_heads,
+            key_dim=c.key_dim,
+        )  # fmt: skip
+        o = self._scratch(f"{at}.o", inner)
+        state = self.regions["state"].at(index)
+        self._launch(
+            ops.DELTA_RULE, y=y, decay=decay, beta=beta, state=state, o=o, key_heads=c.key_heads
         )
-        y = tape.scratch(f"{at}.qkv", self.rows, channels)
-        tape.record(
-            ops.CONV_WINDOW, u=u.cols(0, channels), w=self.regions[f"{at}.conv"],
-            window=self.regions["window"].at(index), cursor=cursor, y=y,
-        )  # fmt: skip
-        decay = tape.scratch(f"{at}.decay", self.rows, c.value_heads)
-        beta = tape.scratch(f"{at}.beta", self.rows, c.value_heads)
-        tape.record(
-            ops.DELTA_GATES, y=y, a=a, b=b, a_log=self.regions[f"{at}.a_log"],
-            dt_bias=self.regions[f"{at}.dt_bias"], cursor=cursor, decay=decay, beta=beta,
-            key_heads=c.key_heads, key_dim=c.key_dim,
-        )  # fmt: skip
-        o = tape.scratch(f"{at}.o", self.rows, inner)
-        tape.record(
-            ops.DELTA_RULE, y=y, decay=decay, beta=beta, state=self.regions["state"].at(index),
-            cursor=cursor, o=o, key_heads=c.key_heads,
-        )  # fmt: skip
-        mixed = self._act(f"{at}.mixed", inner)
-        tape.record(
-            ops.GATED_RMSNORM, o=o, z=z, w=self.regions[f"{at}.gated_norm"], cursor=cursor,
-            y=mixed, eps=c.eps,
-        )  # fmt: skip
+        mixed = self._activation(f"{at}.mixed", inner)
+        norm = weights[f"{at}.gated_norm"]
+        self._launch(ops.GATED_RMSNORM, o=o, z=z, w=norm, y=mixed, eps=c.eps)
         return self._linear(f"{at}.r", mixed, f"{at}.out_proj")
 
     def _full_attention(self, at: str, h: Region, index: int) -> Region:
-        c, tape, cursor = self.config, self.tape, self.cursor
-        keys, values = (
-            self.regions[name].span(index * c.kv_heads, c.kv_heads) for name in ("keys", "values")
-        )
+        """Gated attention; `index` counts the layers with keys and values."""
+        c, weights = self.config, self.regions
+        keys = self.regions["keys"].span(index * c.kv_heads, c.kv_heads)
+        values = self.regions["values"].span(index * c.kv_heads, c.kv_heads)
         u = self._linear(f"{at}.u", h, f"{at}.qkv")  # columns [per head: query, gate | k | v]
-        q = tape.scratch(f"{at}.q", self.rows, c.query_heads, c.head_dim)
-        tape.record(
-            ops.ROPE_APPEND, u=u, q_norm=self.regions[f"{at}.q_norm"],
-            k_norm=self.regions[f"{at}.k_norm"], inv_freq=self.regions[INV_FREQ], cursor=cursor,
-            q=q, keys=keys, values=values, eps=c.eps,
+        q = self._scratch(f"{at}.q", c.query_heads, c.head_dim)
+        self._launch(
+            ops.ROPE_APPEND, u=u, q_norm=weights[f"{at}.q_norm"], k_norm=weights[f"{at}.k_norm"],
+            inv_freq=weights[INV_FREQ], q=q, keys=keys, values=values, eps=c.eps,
         )  # fmt: skip
-        partial_rows = self.rows if self.rows <= _SPREAD_ROWS else 1
-        partials = tape.scratch(
-            f"{at}.partials", partial_rows, c.query_heads, self.n_blocks, c.head_dim + 2
-        )
-        mixed = self._act(f"{at}.mixed", c.query_heads * c.head_dim)
-        tape.record(
-            ops.ATTENTION,
-            q=q,
-            u=u,
-            keys=keys,
-            values=values,
-            cursor=cursor,
-            partials=partials,
-            y=mixed,
-        )
+        spread = self.rows if self.rows <= _SPREAD_ROWS else 1
+        partial = (spread, c.query_heads, self.n_blocks, c.head_dim + 2)
+        partials = self.tape.scratch(f"{at}.partials", *partial)
+        mixed = self._activation(f"{at}.mixed", c.query_heads * c.head_dim)
+        self._launch(ops.ATTENTION, q=q, u=u, keys=keys, values=values, partials=partials, y=mixed)
         return self._linear(f"{at}.r", mixed, f"{at}.o_proj")
 
     def _mlp(self, at: str, h: Region) -> Region:
         u = self._linear(f"{at}.mlp.u", h, f"{at}.gate_up")
-        y = self._act(f"{at}.mlp.y", self.config.intermediate)
-        self.tape.record(ops.SILU_MUL, u=u, cursor=self.cursor, y=y)
+        y = self._activation(f"{at}.mlp.y", self.config.intermediate)
+        self._launch(ops.SILU_MUL, u=u, y=y)
         return self._linear(f"{at}.mlp.r", y, f"{at}.down")
 
     def _linear(self, name: str, x: Region, weight: str) -> Region:
         """A new scratch region [rows, N] = x w^T."""
         w = self.regions[weight]
-        y = self.tape.scratch(name, self.rows, w.shape[0])
-        self.tape.record(ops.LINEAR, x=x, w=w, cursor=self.cursor, y=y)
+        y = self._scratch(name, w.shape[0])
+        self._launch(ops.LINEAR, x=x, w=w, y=y)
         return y
 
-    def _add_norm(self, name: str, x: Region, r: Region, norm: str) -> Region:
+    def _add_rmsnorm(self, name: str, x: Region, r: Region, norm: str) -> Region:
         """x += r, and a new activation that holds its norm."""
-        h = self._act(name, self.config.hidden)
-        w = self.regions[norm]
-        self.tape.record(
-            ops.ADD_RMSNORM, x=x, r=r, w=w, cursor=self.cursor, y=h, eps=self.config.eps
-        )
+        h = self._activation(name, self.config.hidden)
+        self._launch(ops.ADD_RMSNORM, x=x, r=r, w=self.regions[norm], y=h, eps=self.config.eps)
         return h
 
-    def _act(self, name: str, columns: int) -> Region:
+    def _launch(self, op: Op, **bindings: Operand | AttrValue) -> None:
+        self.tape.record(op, cursor=self.regions["cursor"], **bindings)
+
+    def _scratch(self, name: str, *columns: int) -> Region:
+        return self.tape.scratch(name, self.rows, *columns)
+
+    def _activation(self, name: str, columns: int) -> Region:
         """Scratch in the backend's activation dtype, as `linear` reads it."""
         return self.tape.scratch(name, self.rows, columns, dtype=DType.ACT)
+
+
+def _columns(u: Region, *widths: int) -> tuple[View, ...]:
+    """Windows over the columns of u, side by side."""
+    stops = tuple(itertools.accumulate(widths))
+    return tuple(
+        u.view().cols(stop - width, stop) for width, stop in zip(widths, stops, strict=True)
+    )
