@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from flashrt.base import tracing
 from flashrt.base.errors import PlanError, SessionError
 from flashrt.base.flags import flags
 from flashrt.core.arena import Arena
@@ -111,6 +113,7 @@ class Engine:
         self._word: Bytes = np.empty(4, np.uint8)
         self.graphs.seal()
         backend.seal()
+        tracing.trace(tracing.PLAN, f"{self.stats()}")
 
     @property
     def device(self) -> str:
@@ -250,7 +253,22 @@ class Engine:
                 progress("graphs", i + 1, total)
 
     def _replay(self, phase: str, rows: int, lane: Lane) -> None:
-        self.graphs.replay(GraphKey(phase, rows, lane.index))
+        if tracing.is_on(tracing.LAUNCHES):
+            self._replay_traced(phase, rows, lane)
+        else:
+            self.graphs.replay(GraphKey(phase, rows, lane.index))
+
+    def _replay_traced(self, phase: str, rows: int, lane: Lane) -> None:
+        """Launch by launch, with microseconds: where a replay spends its time."""
+        for i, bound in enumerate(self.arena.bind(self._tapes[phase, rows], lane.index)):
+            start = time.perf_counter()
+            self.backend.eager([bound])
+            self.backend.sync()
+            spent_us = (time.perf_counter() - start) * 1e6
+            op, dims = bound.launch.op.name, dict(bound.launch.dims)
+            tracing.trace(
+                tracing.LAUNCHES, f"{phase}/{rows} {i:4d} {op:14s} {spent_us:9.1f} us {dims}"
+            )
 
     def _boundary(self) -> None:
         if flags().poison:
@@ -297,7 +315,9 @@ def _fingerprint(
         "model": model.name,
         "weights": report.digest,
         "constants": [r.constant for r in model.weights if r.constant],
-        "launches": [(la.op.name, la.attrs) for t in tapes if t.phase == DECODE for la in t.launches],
+        "launches": [
+            (la.op.name, la.attrs) for t in tapes if t.phase == DECODE for la in t.launches
+        ],
         "kernels": backend.kernel_digest,
         "device": backend.name,
         "act": backend.act,

@@ -1,7 +1,7 @@
 """The error tree: everything flashrt raises on purpose derives from `FlashrtError`.
 
-IS: the names callers catch. IS NOT: formatting or recovery. Each message says what, where, and what to do.
-Called by: every layer.
+IS: the names callers catch. IS NOT: formatting or recovery. Each message says what, where, and what
+to do. Called by: every layer.
 """
 
 

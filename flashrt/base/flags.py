@@ -1,7 +1,7 @@
 """Flags: every FLASHRT_* environment variable, typed, read once; an unknown one is refused.
 
-IS: the only place that reads the environment. IS NOT: options of an engine; those are arguments of `load`.
-Called by: backends (threads, cache folder), engine (debug level), cli.
+IS: the only place that reads the environment. IS NOT: options of an engine; those are arguments of
+`load`. Called by: backends (threads, cache folder), engine (debug level), cli.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Flags:
 
     threads: int = 0  # CPU threads; 0 = the cores this process may run on, at most 16
     cache_dir: Path = Path()  # compiled kernels; default: the user's cache folder
-    debug: int = 0  # 1 device, plan, arena; 2 launches; 3 copies and keys; 4 sources; 5 checks
+    debug: int = 0  # 1 device, plan and arena; 2 a line per launch; 3 copies; see base.tracing
     poison: bool = False  # fill scratch with 0xFF (NaN) at each commit boundary
     cc: str = ""  # C compiler; default $CC, then cc, gcc, clang, zig
 
@@ -51,7 +51,9 @@ def flags() -> Flags:
 
 
 def thread_count() -> int:
-    """Threads of the CPU pool: FLASHRT_THREADS, or the cores this process may run on, at most 16."""
+    """Threads of the CPU pool: FLASHRT_THREADS, or the cores this process may run on, at most
+    16.
+    """
     if flags().threads:
         return flags().threads
     if hasattr(os, "sched_getaffinity"):  # Linux: respects taskset and containers' cpusets

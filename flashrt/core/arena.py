@@ -1,6 +1,8 @@
-"""The arena: one allocation for all mutable state, addressed by the plan; and beside it the weights.
+"""The arena: one allocation for all mutable state, addressed by the plan; and beside it the
+weights.
 
-IS: region -> address, host access to regions, guards and poison. IS NOT: policy. Called by: engine, capsule, tests.
+IS: region -> address, host access to regions, guards and poison. IS NOT: policy. Called by: engine,
+capsule, tests.
 """
 
 from __future__ import annotations
@@ -84,7 +86,9 @@ class Arena:
                 self._fill(slot.offset, slot.storage.nbytes, POISON_BYTE)
 
     def check_guards(self) -> None:
-        """Every guard still holds its pattern. Raises PlanError naming what lies before a broken one."""
+        """Every guard still holds its pattern. Raises PlanError naming what lies before a broken
+        one.
+        """
         raw: Bytes = np.empty(GUARD_NBYTES, np.uint8)
         for offset in self._guards():
             self.backend.read(self.memory.address + offset, raw)

@@ -1,11 +1,12 @@
 """The backend protocol: the few verbs a device has to offer.
 
-IS: the contract that backends/cpu, backends/cuda and backends/simt implement and tests/backend checks.
-IS NOT: policy or model knowledge. Called by: engine and core/capsule.
+IS: the contract that backends/cpu, backends/cuda and backends/simt implement and tests/backend
+checks. IS NOT: policy or model knowledge. Called by: engine and core/capsule.
 
-Contract. Addresses are plain integers into the two allocations (arena, weights). All verbs but `read` and `sync` may be
-asynchronous; they take effect in call order. After `seal` the verbs allocate, compile and capture (`allocate`, `build`,
-`capture`) raise SealedError, and `counters` shows that nothing else did either.
+Contract. Addresses are plain integers into the two allocations (arena, weights). All verbs but
+`read` and `sync` may be asynchronous; they take effect in call order. After `seal` the verbs
+allocate, compile and capture (`allocate`, `build`, `capture`) raise SealedError, and `counters`
+shows that nothing else did either.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ Bytes = NDArray[np.uint8]
 class Storage:
     """How a backend stores a region: `nbytes` in all, `lead_nbytes` per entry of the leading axis.
 
-    For rows: a plane is `lead_nbytes`; `row_nbytes` per position; positions come in granules that can only be moved
-    whole, so plane bytes [g * row_nbytes * granule, ...) hold positions [g * granule, (g + 1) * granule).
+    For rows: a plane is `lead_nbytes`; `row_nbytes` per position; positions come in granules that
+    can only be moved whole, so plane bytes [g * row_nbytes * granule, ...) hold positions [g *
+    granule, (g + 1) * granule).
     """
 
     nbytes: int

@@ -67,7 +67,7 @@ def save(capsule: Capsule, path: str | os.PathLike[str]) -> None:
         "fingerprint": table.fingerprint,
         "position": str(capsule.position),
         "digest": digest,
-        **{_SUM + name: xxhash.xxh3_128_hexdigest(t) for name, t in tensors.items()},
+        **{_SUM + name: xxhash.xxh3_128_hexdigest(t.data) for name, t in tensors.items()},
     }
     if capsule.name is not None:
         metadata["name"] = capsule.name
@@ -121,7 +121,7 @@ def read_tensors(header: BlobHeader) -> dict[str, Bytes]:
     tensors: dict[str, Bytes] = {}
     for name, (shape, first) in header.table.items():
         tensor = whole[first : first + int(np.prod(shape))].reshape(shape)
-        if xxhash.xxh3_128_hexdigest(tensor) != header.sums.get(name):
+        if xxhash.xxh3_128_hexdigest(tensor.data) != header.sums.get(name):
             raise CapsuleError(f"{header.path}: tensor {name!r} is damaged (checksum differs)")
         tensors[name] = tensor
     return tensors
@@ -130,7 +130,8 @@ def read_tensors(header: BlobHeader) -> dict[str, Bytes]:
 def load(table: CapsuleTable, path: str | os.PathLike[str]) -> Capsule:
     """A capsule from a file, into the pool.
 
-    Raises CapsuleError (foreign, truncated, damaged, too long) or PoolFull; nothing is changed then.
+    Raises CapsuleError (foreign, truncated, damaged, too long) or PoolFull; nothing is changed
+    then.
     """
     header = read_header(path)
     if header.fingerprint != table.fingerprint:

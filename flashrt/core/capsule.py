@@ -1,10 +1,12 @@
-"""Capsules: snapshot, restore, fork and drop, as copy plans over regions that are derived from roles.
+"""Capsules: snapshot, restore, fork and drop, as copy plans over regions that are derived from
+roles.
 
-IS: the mechanism, and its contract: validate, then move; an operation happens whole or not at all; nothing allocates but
-blocks of the pool band. IS NOT: policy (when to snapshot, whom to evict) nor files (blob). Called by: session.
+IS: the mechanism, and its contract: validate, then move; an operation happens whole or not at all;
+nothing allocates but blocks of the pool band. IS NOT: policy (when to snapshot, whom to evict) nor
+files (blob). Called by: session.
 
-A capsule holds the whole fixed band of a lane and, through its segment's chain, rows [0, position). Nobody lists state
-by hand: a region is in a capsule because of its role.
+A capsule holds the whole fixed band of a lane and, through its segment's chain, rows [0, position).
+Nobody lists state by hand: a region is in a capsule because of its role.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CapsuleError
+from flashrt.base.tracing import COPIES, trace
 from flashrt.core import digest as digests
 from flashrt.core.arena import Arena
 from flashrt.core.copyplan import Copy, CopyPlan
@@ -103,7 +106,9 @@ class CapsuleTable:
     # -- lane -> capsule ------------------------------------------------------------------------
 
     def snapshot(self, lane: Lane, name: str | None, parent: Capsule | None) -> Capsule:
-        """Freeze a lane at its boundary. Raises PoolFull and changes nothing when there is no room."""
+        """Freeze a lane at its boundary. Raises PoolFull and changes nothing when there is no
+        room.
+        """
         base = lane.base(lane.position)
         start = 0 if base is None else base.stop
         rows_nbytes = 0
@@ -232,7 +237,9 @@ class CapsuleTable:
             raise CapsuleError(f"{capsule} was dropped")
 
     def boundaries(self, lane: Lane, position: int) -> Capsule | Mark | None:
-        """The deepest boundary of the lane's history at or below `position`; None is the empty one."""
+        """The deepest boundary of the lane's history at or below `position`; None is the empty
+        one.
+        """
         marks = [m for m in lane.marks if m.position <= position]
         best: Capsule | Mark | None = marks[-1] if marks else None
         chain = set(chain_of(lane.held))
@@ -300,6 +307,7 @@ class CapsuleTable:
 
     def _run(self, plan: CopyPlan) -> None:
         plan.check(self.arena.plan.nbytes)
+        trace(COPIES, f"{len(plan.copies)} copies, {plan.nbytes} bytes")
         base = self.arena.memory.address
         self.arena.backend.copy(plan, base, base)
 

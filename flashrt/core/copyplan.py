@@ -1,7 +1,8 @@
 """Copy plans: descriptors of 2-D byte copies, computed before anything moves.
 
-IS: pure data; a plan can be checked, counted and compared without touching memory. IS NOT: the copy; a backend runs a
-plan as one batch. Called by: capsule (snapshot, restore, fork), backends (execute), tests (assert bytes).
+IS: pure data; a plan can be checked, counted and compared without touching memory. IS NOT: the
+copy; a backend runs a plan as one batch. Called by: capsule (snapshot, restore, fork), backends
+(execute), tests (assert bytes).
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from flashrt.base.errors import PlanError
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """`height` rows of `width` bytes, from arena offset `src` to arena offset `dst`, each side with its own pitch."""
+    """`height` rows of `width` bytes, from arena offset `src` to arena offset `dst`, each side with
+    its own pitch.
+    """
 
     src: int
     dst: int
@@ -56,7 +59,9 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class CopyPlan:
-    """Copies whose destinations do not overlap any other copy's source or destination: they may run in any order."""
+    """Copies whose destinations do not overlap any other copy's source or destination: they may run
+    in any order.
+    """
 
     copies: tuple[Copy, ...] = ()
 

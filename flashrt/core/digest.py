@@ -1,15 +1,19 @@
-"""The digest: a 128-bit value of live state, position-mixed and independent of the order in which words are visited.
+"""The digest: a 128-bit value of live state, position-mixed and independent of the order in which
+words are visited.
 
-IS: its one definition (numpy), and the terms a backend's kernel is given. IS NOT: the fast path; every backend computes
-it by a kernel. Called by: session/capsule (digest of a lane or a capsule), backends, tests (reference).
+IS: its one definition (numpy), and the terms a backend's kernel is given. IS NOT: the fast path;
+every backend computes it by a kernel. Called by: session/capsule (digest of a lane or a capsule),
+backends, tests (reference).
 
-For each logical element (plane p, row r, column c) with bits v (zero-extended to 64), arithmetic modulo 2^64:
+For each logical element (plane p, row r, column c) with bits v (zero-extended to 64), arithmetic
+modulo 2^64:
 
     key = seed + p * A + r * B + c * C
     lo += fmix(key ^ (v + 1) * D)          hi += fmix((key + E) * D ^ (v + 1) * F)
     fmix(z): z ^= z >> 32; z *= G; z ^= z >> 29; z *= H; z ^= z >> 32
 
-Sums do not depend on the order, so kernels are free to visit elements as they are stored; appended rows add terms.
+Sums do not depend on the order, so kernels are free to visit elements as they are stored; appended
+rows add terms.
 """
 
 from __future__ import annotations
@@ -75,7 +79,9 @@ def _fmix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def digest_reference(
     bits: NDArray[np.unsignedinteger], seed: int, first_row: int = 0
 ) -> tuple[int, int]:
-    """Sums (lo, hi) over bits [planes, rows, cols]; row 0 of the array is absolute row `first_row`."""
+    """Sums (lo, hi) over bits [planes, rows, cols]; row 0 of the array is absolute row
+    `first_row`.
+    """
     planes, rows, cols = bits.shape
     with np.errstate(over="ignore"):
         p = np.arange(planes, dtype=np.uint64)[:, None, None] * np.uint64(A)

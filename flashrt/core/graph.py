@@ -1,7 +1,8 @@
-"""Graphs: captured tapes, keyed by (phase, rows, lane), captured once and replayed for every position.
+"""Graphs: captured tapes, keyed by (phase, rows, lane), captured once and replayed for every
+position.
 
-IS: the table and the seal. IS NOT: capture itself; a backend does it. A key never holds a position: kernels read the
-cursor. Called by: engine.
+IS: the table and the seal. IS NOT: capture itself; a backend does it. A key never holds a position:
+kernels read the cursor. Called by: engine.
 """
 
 from __future__ import annotations

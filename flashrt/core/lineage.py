@@ -1,11 +1,12 @@
 """Lineage: segments of rows shared between capsules, and what of them a lane physically holds.
 
-IS: the tree of segments, and the arithmetic that turns it into copy plans. IS NOT: allocation or policy.
-Called by: capsule.
+IS: the tree of segments, and the arithmetic that turns it into copy plans. IS NOT: allocation or
+policy. Called by: capsule.
 
-A segment holds rows [start, stop) that follow its parent's rows. The rows of a capsule are those of its segment's chain,
-as commits are in git. A lane `holds` a segment up to `intact`: the bytes of rows [0, intact) in the lane's rows band are
-those of that chain, whether or not the lane's position is beyond them. Hence going back to an ancestor moves no rows.
+A segment holds rows [start, stop) that follow its parent's rows. The rows of a capsule are those of
+its segment's chain, as commits are in git. A lane `holds` a segment up to `intact`: the bytes of
+rows [0, intact) in the lane's rows band are those of that chain, whether or not the lane's position
+is beyond them. Hence going back to an ancestor moves no rows.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def chain_of(segment: Segment | None) -> Iterator[Segment]:
 
 @dataclass(slots=True, eq=False)
 class Mark:
-    """A boundary of one lane whose rows need no storing: they are in the lane. `block` has the fixed band."""
+    """A boundary of one lane whose rows need no storing: they are in the lane. `block` has the
+    fixed band.
+    """
 
     position: int
     block: int
@@ -62,8 +65,8 @@ class Mark:
 class Lane:
     """The host's record of one live sequence.
 
-    Invariants: 0 <= position <= len(journal); marks ascend and lie at or below position; rows [0, intact) in the arena
-    are those of `held`'s chain, and intact <= held.stop (0 without held).
+    Invariants: 0 <= position <= len(journal); marks ascend and lie at or below position; rows [0,
+    intact) in the arena are those of `held`'s chain, and intact <= held.stop (0 without held).
     """
 
     index: int
@@ -90,7 +93,9 @@ class Lane:
         self.held, self.intact = segment, intact
 
     def base(self, position: int) -> Segment | None:
-        """The deepest stored segment of the held chain that ends at or below `position` and is intact."""
+        """The deepest stored segment of the held chain that ends at or below `position` and is
+        intact.
+        """
         limit = min(self.intact, position)
         return next((s for s in chain_of(self.held) if s.is_stored and s.stop <= limit), None)
 
@@ -165,9 +170,11 @@ def copies_out(rows: Band, start: int, stop: int, block: int) -> list[Copy]:
 
 
 def copies_in(rows: Band, path: Sequence[Segment], above: int) -> list[Copy]:
-    """Rows at or beyond `above` of the path's segments -> lane rows, each granule from exactly one segment.
+    """Rows at or beyond `above` of the path's segments -> lane rows, each granule from exactly one
+    segment.
 
-    A granule that two segments share is taken from the younger one: it was stored when both had their rows in it.
+    A granule that two segments share is taken from the younger one: it was stored when both had
+    their rows in it.
     """
     copies: list[Copy] = []
     for i, segment in enumerate(path):

@@ -1,12 +1,15 @@
-"""Ops: the signatures of kernels; launches: ops with regions bound; and the argument block both backends read.
+"""Ops: the signatures of kernels; launches: ops with regions bound; and the argument block both
+backends read.
 
-IS: shape, dtype and access checks at record time, and the one definition of a kernel's argument struct.
-IS NOT: code. A backend maps an op's name to its kernel. Called by: ops/table (define), tape (bind), backends (pack).
+IS: shape, dtype and access checks at record time, and the one definition of a kernel's argument
+struct. IS NOT: code. A backend maps an op's name to its kernel. Called by: ops/table (define), tape
+(bind), backends (pack).
 
-The argument block of op `f` is the C struct `f_args` (see `c_struct`): a pointer per param in order, then as int32 the
-dims in order of first appearance, `<param>_stride` for strided params, `<param>_dtype` for params that allow several
-dtypes; then the attributes. An `ACT` pointer is void: its dtype is a constant of the backend. CPU kernels get a pointer
-to the block, CUDA kernels get it by value.
+The argument block of op `f` is the C struct `f_args` (see `c_struct`): a pointer per param in
+order, then as int32 the dims in order of first appearance, `<param>_stride` for strided params,
+`<param>_dtype` for params that allow several dtypes; then the attributes. An `ACT` pointer is void:
+its dtype is a constant of the backend. CPU kernels get a pointer to the block, CUDA kernels get it
+by value.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ _C_TYPE = {
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """One operand of an op: dims are sizes, symbols, or products and sums of symbols (checked, never solved for)."""
+    """One operand of an op: dims are sizes, symbols, or products and sums of symbols (checked,
+    never solved for).
+    """
 
     name: str
     access: Access
@@ -96,7 +101,9 @@ class Op:
 
 
 def c_header(ops: Sequence[Op]) -> str:
-    """All argument structs and dtype codes as one C header, generated so that no offset is kept in step by hand."""
+    """All argument structs and dtype codes as one C header, generated so that no offset is kept in
+    step by hand.
+    """
     enum = ", ".join(f"DTYPE_{d.name} = {d.code}" for d in DType if d is not DType.ACT)
     return f"#pragma once\nenum {{ {enum} }};\n\n" + "\n".join(op.c_struct() for op in ops)
 
@@ -137,7 +144,8 @@ def bind(op: Op, operands: Mapping[str, Operand], attrs: Mapping[str, AttrValue]
     wanted, given = {p.name for p in op.params}, set(operands)
     if wanted != given:
         raise PlanError(
-            f"{op.name}: missing operands {sorted(wanted - given)}, unknown {sorted(given - wanted)}"
+            f"{op.name}: missing operands {sorted(wanted - given)}, "
+            f"unknown {sorted(given - wanted)}"
         )
     names = [a.name for a in op.attrs]
     if set(names) != set(attrs):
@@ -175,7 +183,8 @@ def _check(op: Op, param: Param, view: View) -> None:
         )
     if region.layout is not param.layout:
         raise PlanError(
-            f"{op.name}.{param.name}: wants {param.layout}, region {region.name!r} is {region.layout}"
+            f"{op.name}.{param.name}: wants {param.layout}, "
+            f"region {region.name!r} is {region.layout}"
         )
     has_rows = (
         len(view.shape) > 1

@@ -1,10 +1,11 @@
 """The planner: an offset for every region, once, before anything is allocated.
 
-IS: arithmetic on sizes and lifetimes. IS NOT: memory. The result is checked in tests against an oracle that recomputes
-lifetimes by itself. Called by: engine; read by arena, capsule, view.
+IS: arithmetic on sizes and lifetimes. IS NOT: memory. The result is checked in tests against an
+oracle that recomputes lifetimes by itself. Called by: engine; read by arena, capsule, view.
 
-The arena, low to high: per lane [fixed | rows], per lane io, scratch (overlapped by lifetime, one layout per tape over
-the same bytes), pool. Regions start at multiples of 256 bytes; a guard of 256 bytes follows each one outside scratch.
+The arena, low to high: per lane [fixed | rows], per lane io, scratch (overlapped by lifetime, one
+layout per tape over the same bytes), pool. Regions start at multiples of 256 bytes; a guard of 256
+bytes follows each one outside scratch.
 """
 
 from __future__ import annotations
@@ -134,10 +135,11 @@ def plan_band(regions: Sequence[Region], storage_of: StorageOf) -> Band:
 def place_scratch(
     lifetimes: Mapping[Region, tuple[int, int]], storage_of: StorageOf, base: int
 ) -> tuple[Slot, ...]:
-    """Offsets from `base` for regions with inclusive lifetimes, largest first, lowest gap that fits.
+    """Offsets from `base` for regions with inclusive lifetimes, largest first, lowest gap that
+    fits.
 
-    Two regions whose lifetimes touch never overlap. Greedy by size is the standard heuristic for offset assignment
-    (Pisarchyk and Lee, 2020, arXiv 2001.03288).
+    Two regions whose lifetimes touch never overlap. Greedy by size is the standard heuristic for
+    offset assignment (Pisarchyk and Lee, 2020, arXiv 2001.03288).
     """
     placed: list[tuple[Slot, tuple[int, int]]] = []
     order = sorted(lifetimes, key=lambda r: (-storage_of(r).nbytes, lifetimes[r], r.name))

@@ -7,6 +7,7 @@ Called by: capsule.
 from __future__ import annotations
 
 import bisect
+import itertools
 
 from flashrt.base.errors import PlanError, PoolFull
 from flashrt.core.planner import align
@@ -31,7 +32,9 @@ class Pool:
         return sum(self._used.values())
 
     def take(self, *sizes: int) -> tuple[int, ...]:
-        """Offsets of blocks of the given sizes (0 gives offset -1): all of them, or PoolFull and nothing."""
+        """Offsets of blocks of the given sizes (0 gives offset -1): all of them, or PoolFull and
+        nothing.
+        """
         taken: list[int] = []
         for size in sizes:
             offset = self._take_one(align(size)) if size else -1
@@ -67,7 +70,7 @@ class Pool:
     def check_integrity(self) -> None:
         """Free and used pieces tile the pool. Raises PlanError."""
         pieces = sorted([*self._free, *self._used.items()])
-        gaps = [a for a, b in zip(pieces, pieces[1:], strict=False) if sum(a) != b[0]]
+        gaps = [a for a, b in itertools.pairwise(pieces) if sum(a) != b[0]]
         if gaps or sum(n for _, n in pieces) != self.nbytes:
             raise PlanError(f"pool pieces do not tile it: {gaps}")
 

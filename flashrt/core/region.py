@@ -1,8 +1,9 @@
 """Regions: named, typed ranges of device memory, and views of them that an op can be bound to.
 
-IS: the nouns of the planner: what a range holds (shape, dtype), how it behaves (role), how it is stored (layout).
-IS NOT: memory. A region has no address until the planner gives it an offset and a backend allocates the arena.
-Called by: models (declare), op/tape (bind), planner (lay out), copyplan and capsule (move).
+IS: the nouns of the planner: what a range holds (shape, dtype), how it behaves (role), how it is
+stored (layout). IS NOT: memory. A region has no address until the planner gives it an offset and a
+backend allocates the arena. Called by: models (declare), op/tape (bind), planner (lay out),
+copyplan and capsule (move).
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class Role(enum.StrEnum):
 
 
 class DType(enum.StrEnum):
-    """Element types. `ACT` is whatever the backend feeds its matrix units with (see Backend.act)."""
+    """Element types. `ACT` is whatever the backend feeds its matrix units with (see
+    Backend.act).
+    """
 
     F32 = "float32"
     BF16 = "bfloat16"
@@ -61,12 +64,15 @@ def resolve_dtype(dtype: DType, act: DType) -> DType:
 
 
 class Layout(enum.StrEnum):
-    """What a region is for, so that a backend can choose its storage. The leading axis is always outermost."""
+    """What a region is for, so that a backend can choose its storage. The leading axis is always
+    outermost.
+    """
 
     PLAIN = "plain"  # C order
     MATRIX = "matrix"  # weights [N, K] of `linear`; also gathered by row
     COLUMN_BLOCKS = "column_blocks"  # per-head state [heads, rows, cols], worked on by column
-    ROWS_IN_LANES = "rows_in_lanes"  # ROWS only, [planes, positions, cols]: scanned for dot products with one vector
+    # ROWS only, [planes, positions, cols]: scanned for dot products with one vector
+    ROWS_IN_LANES = "rows_in_lanes"
     COLS_IN_LANES = (
         "cols_in_lanes"  # ROWS only, [planes, positions, cols]: summed over positions with weights
     )
@@ -76,8 +82,8 @@ class Layout(enum.StrEnum):
 class Region:
     """A named typed range.
 
-    `shape` is logical; for role ROWS it is (planes, max_positions, cols). `is_digested` says whether the bytes
-    belong to what the next logits depend on (see `core.digest`).
+    `shape` is logical; for role ROWS it is (planes, max_positions, cols). `is_digested` says
+    whether the bytes belong to what the next logits depend on (see `core.digest`).
     """
 
     name: str
@@ -127,7 +133,9 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A region, or a part of it, as an operand of a launch: a window over axis 0, or over columns of a plain region."""
+    """A region, or a part of it, as an operand of a launch: a window over axis 0, or over columns
+    of a plain region.
+    """
 
     region: Region
     shape: tuple[int, ...]

@@ -1,7 +1,8 @@
 """Tapes: the launches of one graph in order, and the scratch regions that live inside it.
 
-IS: what a model records once per (phase, rows) and an engine captures once per lane. IS NOT: bound to a lane or to
-addresses. Called by: models (record), planner (lifetimes of scratch), engine (capture).
+IS: what a model records once per (phase, rows) and an engine captures once per lane. IS NOT: bound
+to a lane or to addresses. Called by: models (record), planner (lifetimes of scratch), engine
+(capture).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class Tape:
     _scratch: dict[str, Region] = field(default_factory=dict)
 
     def scratch(self, name: str, *shape: int, dtype: DType = DType.F32) -> Region:
-        """A region that lives from the first to the last launch which uses it. One name, one region per tape."""
+        """A region that lives from the first to the last launch which uses it. One name, one region
+        per tape.
+        """
         if name in self._scratch:
             raise PlanError(f"tape {self.phase}/{self.rows}: scratch {name!r} is declared twice")
         region = Region(name, shape, dtype, Role.SCRATCH)
@@ -31,7 +34,9 @@ class Tape:
         return region
 
     def record(self, op: Op, **bindings: Operand | AttrValue) -> None:
-        """Append a launch: operands and attributes by name. Raises PlanError if a shape does not fit."""
+        """Append a launch: operands and attributes by name. Raises PlanError if a shape does not
+        fit.
+        """
         operands = {k: v for k, v in bindings.items() if isinstance(v, Region | View)}
         attrs = {k: v for k, v in bindings.items() if not isinstance(v, Region | View)}
         self.launches.append(bind(op, operands, attrs))
@@ -49,7 +54,8 @@ class Tape:
                     continue
                 if region not in spans and param.access != "w":
                     raise PlanError(
-                        f"{launch.op.name}.{param.name} reads scratch {region.name!r} before it is written"
+                        f"{launch.op.name}.{param.name} reads scratch {region.name!r} before it "
+                        f"is written"
                     )
                 spans[region] = (spans.get(region, (i, i))[0], i)
         if unused := set(self._scratch.values()) - set(spans):

@@ -3,13 +3,14 @@
 IS: names, shapes, dtypes and meanings. IS NOT: code; see backends/cpu/kernels and cuda_src.
 Called by: models (record launches), engine (hands the table to a backend), tests.
 
-Symbols: T rows of the launch (a bucket; `cursor.rows` of them are valid, the others must neither be read nor influence
-anything), H hidden, V vocabulary, S max positions, Nq/Nk query and key/value heads, D head size, Hk/Hv and dk/dv the
-same of the delta rule, C its conv channels (2*Hk*dk + Hv*dv), W conv window (kernel size - 1), I intermediate size.
+Symbols: T rows of the launch (a bucket; `cursor.rows` of them are valid, the others must neither be
+read nor influence anything), H hidden, V vocabulary, S max positions, Nq/Nk query and key/value
+heads, D head size, Hk/Hv and dk/dv the same of the delta rule, C its conv channels (2*Hk*dk +
+Hv*dv), W conv window (kernel size - 1), I intermediate size.
 
-`cursor` is int32[16]: [0] position of the launch's first row, [1] valid rows, [2] last sampled token, the rest 0.
-`sampler` is 16 words: [0] seed low, [1] seed high (uint32), [2] top_k (int32, 0 = off), [3] temperature, [4] top_p,
-[5] min_p (float32), the rest 0.
+`cursor` is int32[16]: [0] position of the launch's first row, [1] valid rows, [2] last sampled
+token, the rest 0. `sampler` is 16 words: [0] seed low, [1] seed high (uint32), [2] top_k (int32, 0
+= off), [3] temperature, [4] top_p, [5] min_p (float32), the rest 0.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ LINEAR = Op(
 )
 CONV_WINDOW = Op(
     "conv_window",
-    "causal depthwise conv of window ++ u, then silu; the window becomes the last W raw rows (w[W] meets the newest)",
+    "causal depthwise conv of window ++ u, then silu; the window becomes the last W raw rows "
+    "(w[W] meets the newest)",
     (
         _f32("u", "r", "T", "C", strided=True),
         _f32("w", "r", "W1", "C"),  # W1 = W + 1 taps, oldest first
@@ -89,7 +91,8 @@ CONV_WINDOW = Op(
 )
 DELTA_GATES = Op(
     "delta_gates",
-    "q = l2norm(q) / sqrt(dk), k = l2norm(k) in place (columns [0, 2*Hk*dk) of y); decay = exp(-exp(a_log) * "
+    "q = l2norm(q) / sqrt(dk), k = l2norm(k) in place (columns [0, 2*Hk*dk) of y); decay = "
+    "exp(-exp(a_log) * "
     "softplus(a + dt_bias)); beta = sigmoid(b)",
     (
         _f32("y", "rw", "T", "C"),
@@ -105,7 +108,8 @@ DELTA_GATES = Op(
 )
 DELTA_RULE = Op(
     "delta_rule",
-    "per value head, row after row: S *= decay; S += k (beta (v - S^T k))^T; o = S^T q; y holds q, k, v; value head h "
+    "per value head, row after row: S *= decay; S += k (beta (v - S^T k))^T; o = S^T q; y holds "
+    "q, k, v; value head h "
     "uses key head h / (Hv / key_heads)",
     (
         _f32("y", "r", "T", "C"),
@@ -131,8 +135,10 @@ GATED_RMSNORM = Op(
 )
 ROPE_APPEND = Op(
     "rope_append",
-    "per row, from u = [per head: q, gate | k | v]: q = rope(rmsnorm(q)), keys[position + t] = rope(rmsnorm(k)), "
-    "values[position + t] = v; the first 2*R2 dims of a head turn, in halves; norm weights hold 1 + weight",
+    "per row, from u = [per head: q, gate | k | v]: q = rope(rmsnorm(q)), keys[position + t] = "
+    "rope(rmsnorm(k)), "
+    "values[position + t] = v; the first 2*R2 dims of a head turn, in halves; norm weights hold "
+    "1 + weight",
     (
         _f32("u", "r", "T", "2*Nq*D+2*Nk*D"),
         _f32("q_norm", "r", "D"),
@@ -147,15 +153,18 @@ ROPE_APPEND = Op(
 )
 ATTENTION = Op(
     "attention",
-    "softmax(q K^T / sqrt(D), causal) V, times sigmoid(gate), the gate read from u (see rope_append); query head h uses "
-    "key/value head h / (Nq / Nk); keys in absolute blocks of 256, partials merged in ascending order",
+    "softmax(q K^T / sqrt(D), causal) V, times sigmoid(gate), the gate read from u (see "
+    "rope_append); query head h uses "
+    "key/value head h / (Nq / Nk); keys in absolute blocks of 256, partials merged in ascending "
+    "order",
     (
         _f32("q", "r", "T", "Nq", "D"),
         _f32("u", "r", "T", "2*Nq*D+2*Nk*D"),
         _rows("keys", "r", Layout.ROWS_IN_LANES),
         _rows("values", "r", Layout.COLS_IN_LANES),
         _CURSOR,
-        # block partials (m, l, o[D]) for launches of few rows, so that blocks can be spread over cores
+        # block partials (m, l, o[D]) for launches of few rows, so that blocks can be spread over
+        # cores
         _f32("partials", "w", "TP", "Nq", "B", "D+2"),
         _act("y", "w", "T", "Nq*D"),
     ),
@@ -177,7 +186,8 @@ ADVANCE = Op(
 )
 SAMPLE = Op(
     "sample",
-    "cursor.token = Gumbel-max over the logits that temperature, top_k, top_p and min_p leave; noise is Philox keyed by "
+    "cursor.token = Gumbel-max over the logits that temperature, top_k, top_p and min_p leave; "
+    "noise is Philox keyed by "
     "(seed, position); temperature 0 = argmax, the lowest id of equals",
     (
         _f32("logits", "r", 1, "V"),
@@ -188,6 +198,5 @@ SAMPLE = Op(
 )
 
 OPS: tuple[Op, ...] = (
-    EMBED, RMSNORM, ADD_RMSNORM, LINEAR, CONV_WINDOW, DELTA_GATES, DELTA_RULE, GATED_RMSNORM, ROPE_APPEND,
-    ATTENTION, SILU_MUL, LAST_ROW, ADVANCE, SAMPLE,
-)  # fmt: skip
+    EMBED, RMSNORM, ADD_RMSNORM, LINEAR, CONV_WINDOW, DELTA_GATES, DELTA_RULE, GATED_RMSNORM,
+    ROPE_APPEND, ATTENTION, SILU_MUL, LAST_ROW, ADVANCE, SAMPLE, )  # fmt: skip

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashrt.base.errors import BackendError, LaneBusy
+from flashrt.base.errors import BackendError, LaneBusy, PlanError
 from flashrt.core import blob
 from flashrt.core.backend import Backend, Progress
 from flashrt.core.capsule import Capsule
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 KvDType = Literal["bfloat16", "float32"]
 Precision = Literal["bfloat16", "high"]
 DRAFT_HEAD_TENSOR, HEAD_TENSOR = "mtp.fc.weight", "lm_head.weight"
+KV_DTYPES: tuple[KvDType, ...] = ("bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda", "simt")
 
 
@@ -85,6 +86,8 @@ def load(
     """
     from flashrt.text.tokenizer import tokenizer_of  # its library is slow to import
 
+    if kv_dtype not in KV_DTYPES:
+        raise PlanError(f"kv_dtype={kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
     source = open_checkpoint(Path(checkpoint))
     has_head = DRAFT_HEAD_TENSOR in source.tensors if draft is None else draft
     model = model_for(

@@ -112,7 +112,9 @@ class Session:
         """
         params = SamplerParams(temperature, top_k, top_p, min_p, seed)
         if draft:
-            raise SessionError(f"generate: draft={draft}, but drafting is not there yet; pass draft=0")
+            raise SessionError(
+                f"generate: draft={draft}, but drafting is not there yet; pass draft=0"
+            )
         if max_tokens < 0:
             raise SessionError(f"generate: max_tokens={max_tokens} is negative")
         stops = frozenset(as_tokens(stop, self._engine.vocab_size).tolist())
@@ -141,9 +143,7 @@ class Session:
     def snapshot(self, name: str | None = None) -> Capsule:
         """Freeze the present state. Raises PoolFull, changing nothing, when there is no room."""
         self._settle()
-        self._parent = self._with_room(
-            lambda: self._table.snapshot(self._lane, name, self._parent)
-        )
+        self._parent = self._with_room(lambda: self._table.snapshot(self._lane, name, self._parent))
         return self._parent
 
     def restore(self, capsule: Capsule, bands: tuple[str, ...] = ("fixed", "rows")) -> None:

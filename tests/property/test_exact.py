@@ -27,7 +27,9 @@ def cold(engine: flashrt.Engine, tokens: list[int]) -> tuple[bytes, str]:
 
 @given(TOKENS, st.data())
 @settings(max_examples=40, deadline=None)
-def test_any_partition_of_a_prompt(engine: flashrt.Engine, tokens: list[int], data: st.DataObject) -> None:
+def test_any_partition_of_a_prompt(
+    engine: flashrt.Engine, tokens: list[int], data: st.DataObject
+) -> None:
     with engine.session() as session:
         at = 0
         while at < len(tokens):
@@ -64,7 +66,9 @@ def test_decode_equals_prefill_of_what_it_yielded(
 
 @given(TOKENS, st.data())
 @settings(max_examples=30, deadline=None)
-def test_rollback_to_any_position(engine: flashrt.Engine, tokens: list[int], data: st.DataObject) -> None:
+def test_rollback_to_any_position(
+    engine: flashrt.Engine, tokens: list[int], data: st.DataObject
+) -> None:
     target = data.draw(st.integers(1, len(tokens)))
     with engine.session() as session:
         session.prefill(tokens)

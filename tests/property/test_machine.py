@@ -83,7 +83,9 @@ class Histories(RuleBasedStateMachine):
         return capsule
 
     @rule(session=sessions, capsule=capsules, is_poisoned=st.booleans())
-    def restore(self, session: flashrt.Session, capsule: flashrt.Capsule, is_poisoned: bool) -> None:
+    def restore(
+        self, session: flashrt.Session, capsule: flashrt.Capsule, is_poisoned: bool
+    ) -> None:
         if self.live(session) and capsule in self.frozen:
             if is_poisoned:
                 self.engine.arena.poison_scratch()
@@ -138,7 +140,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(capsule=capsules)
     def compare_capsule(self, capsule: flashrt.Capsule) -> None:
-        if capsule in self.frozen and self.frozen[capsule]:
+        if self.frozen.get(capsule):
             with self.engine.session() as oracle:
                 oracle.prefill(self.frozen[capsule])
                 assert capsule.digest == oracle.digest()

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "flashrt"
 RANKS = {
     "base": 0, "core": 1, "backends": 2, "ops": 2, "weights": 2, "text": 2, "models": 3,
-    "engine": 4, "session": 5, "serve": 6, "view": 6, "commands": 6, "cli": 6,
+    "engine": 4, "session": 5, "serve": 6, "view": 6, "commands": 7, "cli": 8,
 }  # fmt: skip
 TOP = {"__init__", "__main__"}  # the public face; may import what it exports
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -86,5 +86,7 @@ def test_import_is_light() -> None:
         "heavy = {'torch', 'jax', 'cuda', 'tokenizers', 'rich', 'matplotlib', 'jinja2'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"

@@ -116,5 +116,5 @@ def test_shapes_are_checked_at_record_time(
 def test_a_symbol_has_one_value_per_launch() -> None:
     add = Op("add", "y = x", (Param("x", "r", ("N",)), Param("y", "w", ("N",))))
     a, b = (Region(n, (s,), DType.F32, Role.SCRATCH) for n, s in (("a", 3), ("b", 4)))
-    with pytest.raises(PlanError, match="add.y: N is 3, got 4"):
+    with pytest.raises(PlanError, match=r"add\.y: N is 3, got 4"):
         Tape("decode", 1).record(add, x=a, y=b)

@@ -23,7 +23,7 @@ def test_blocks_never_overlap_and_all_comes_back(steps: list[tuple[bool, int]]) 
                 continue
             if offset >= 0:
                 assert all(offset + n <= o or o + m <= offset for o, m in held.items())
-                assert 512 <= offset and offset + n <= 512 + 16384
+                assert offset >= 512 and offset + n <= 512 + 16384
                 held[offset] = n
         elif held:
             offset = sorted(held)[n % len(held)]

@@ -1,7 +1,8 @@
 """The CPU kernel library: C sources compiled for this machine on first use, cached by content.
 
-IS: finding a compiler, building one shared object, publishing it atomically (two processes may build at once).
-IS NOT: loading or calling it; see `device`. Called by: device (build), build.py (ahead of time).
+IS: finding a compiler, building one shared object, publishing it atomically (two processes may
+build at once). IS NOT: loading or calling it; see `device`. Called by: device (build), build.py
+(ahead of time).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
@@ -37,7 +37,9 @@ def compiler() -> tuple[str, ...]:
     if chosen := flags().cc:
         command = chosen.split()
         if shutil.which(command[0]) is None:
-            raise CompileError(f"C compiler {command[0]!r} from FLASHRT_CC or CC is not on the PATH")
+            raise CompileError(
+                f"C compiler {command[0]!r} from FLASHRT_CC or CC is not on the PATH"
+            )
         return tuple(command)
     for name in ("cc", "gcc", "clang"):
         if shutil.which(name):
@@ -45,7 +47,8 @@ def compiler() -> tuple[str, ...]:
     if importlib.util.find_spec("ziglang"):
         return (sys.executable, "-m", "ziglang", "cc")
     raise CompileError(
-        "no C compiler: install gcc or clang (for instance `apt install gcc`, `xcode-select --install`), "
+        "no C compiler: install gcc or clang (for instance `apt install gcc`, `xcode-select "
+        "--install`), "
         "or `pip install flashrt[zig]`"
     )
 
@@ -66,7 +69,9 @@ def source_digest(ops: Sequence[Op]) -> str:
 def library(ops: Sequence[Op], folder: Path | None = None) -> tuple[Path, bool]:
     """Path of the shared object, built if it is not in the cache; and whether it was built now."""
     key = hashlib.sha256(
-        "\0".join((source_digest(ops), *CFLAGS, *compiler(), _compiler_version(), _machine())).encode()
+        "\0".join(
+            (source_digest(ops), *CFLAGS, *compiler(), _compiler_version(), _machine())
+        ).encode()
     ).hexdigest()[:24]
     folder = folder or flags().cache_dir / "cpu"
     target = folder / f"flashrt-{key}.so"
@@ -77,7 +82,8 @@ def library(ops: Sequence[Op], folder: Path | None = None) -> tuple[Path, bool]:
         _build(ops, target)
     except OSError as error:
         raise CompileError(
-            f"cannot write the kernel cache {folder}: {error}; set FLASHRT_CACHE_DIR to a folder you can write"
+            f"cannot write the kernel cache {folder}: {error}; set FLASHRT_CACHE_DIR to a "
+            f"folder you can write"
         ) from error
     return target, True
 
@@ -93,7 +99,7 @@ def _build(ops: Sequence[Op], target: Path) -> None:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise CompileError(f"{' '.join(command)}\n{result.stderr.strip()[-4000:]}")
-        os.replace(output, target)  # atomic: whoever is second publishes the same bytes
+        output.replace(target)  # atomic: whoever is second publishes the same bytes
 
 
 @functools.cache

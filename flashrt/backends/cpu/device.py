@@ -1,7 +1,7 @@
 """The CPU device: a host arena, the kernel library through ctypes, graphs replayed by one C call.
 
-IS: core.backend.Backend for the host. IS NOT: kernels (kernels/*.c), storage arithmetic (layouts), the compiler (compile).
-Called by: engine (through core.backend), build.py, tests.
+IS: core.backend.Backend for the host. IS NOT: kernels (kernels/*.c), storage arithmetic (layouts),
+the compiler (compile). Called by: engine (through core.backend), build.py, tests.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""How the CPU stores each layout: panels of 32 rows, so that output rows (or keys, or columns) sit in vector lanes.
+"""How the CPU stores each layout: panels of 32 rows, so that output rows (or keys, or columns) sit
+in vector lanes.
 
-IS: sizes, and numpy statements of the index functions in kernels/common.h. IS NOT: the fast packing of weights, which is
-C (kernels/pack.c). Called by: device. Sources: the order is the one measured in docs/exactness.md.
+IS: sizes, and numpy statements of the index functions in kernels/common.h. IS NOT: the fast packing
+of weights, which is C (kernels/pack.c). Called by: device. Sources: the order is the one measured
+in docs/exactness.md.
 """
 
 from __future__ import annotations
