@@ -105,12 +105,15 @@ def load(
     notes = resolve(rules, checkpoint)
     sources = [s for rule in rules for s in rule.sources]
     reader = _Reader(checkpoint, sum(checkpoint.tensors[s.name].nbytes for s in sources), progress)
-    for rule in rules:
-        if rule.is_matrix:
-            for first_row, rows in _matrix_chunks(rule, reader):
-                sink(rule.region, first_row, rows)
-        else:
-            sink(rule.region, 0, _float_array(rule, reader))
+    try:
+        for rule in rules:
+            if rule.is_matrix:
+                for first_row, rows in _matrix_chunks(rule, reader):
+                    sink(rule.region, first_row, rows)
+            else:
+                sink(rule.region, 0, _float_array(rule, reader))
+    finally:
+        checkpoint.close()
     return LoadReport(reader.hash.hexdigest(), reader.total_nbytes, notes)
 
 
