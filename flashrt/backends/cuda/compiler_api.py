@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from flashrt.base.errors import CompileError
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -63,13 +65,21 @@ def cache_key(unit: Unit, identity: str) -> str:
 
 
 def publish(path: Path, data: bytes) -> None:
-    """Write a cache file so that no other process ever sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a cache file so that no other process ever sees a part of it. Raises CompileError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise CompileError(
+            f"cannot write the kernel cache {path.parent}: {error}; set FLASHRT_CACHE_DIR to a "
+            "folder that can be written"
+        ) from error
+    temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary.replace(path)
+    except OSError as error:
+        raise CompileError(f"cannot write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,209 @@
+"""Ahead of time: `python build.py cpu`, `python build.py cuda --arch sm_90,sm_120 --out DIR`.
+
+IS: what would be compiled at load, compiled now, and for CUDA what each kernel takes: registers,
+shared memory, spills. Needs neither a GPU nor a driver. The folder of --out is a kernel cache:
+point FLASHRT_CACHE_DIR at it, on this machine or another. IS NOT: needed; `flashrt.load` compiles what is
+missing. Called by: people who ship images, CI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+
+from flashrt.backends.cpu import compile as cpu_compile
+from flashrt.backends.cuda import kernels
+from flashrt.backends.cuda.compiler_api import Unit
+from flashrt.backends.cuda.nvrtc import Nvrtc, resources
+from flashrt.backends.cuda.sources import Sources
+from flashrt.base.errors import FlashrtError
+from flashrt.base.flags import flags, thread_count
+from flashrt.core.op import Launch
+from flashrt.core.region import DType
+from flashrt.models import model_for
+from flashrt.ops import OPS
+from flashrt.weights.checkpoint import open_checkpoint
+from flashrt.weights.random_checkpoint import SHAPES, shape_config
+
+ARCHS: Final = (
+    "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121",
+)  # fmt: skip
+# Kernel variants depend on the device's size: from Orin to Blackwell.
+MULTIPROCESSORS: Final = (8, 20, 48, 84, 108, 132, 148, 188)
+PRECISIONS: Final = {"bfloat16": DType.BF16, "high": DType.BF16X2}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One kernel in the report."""
+
+    arch: str
+    source: str
+    kernel: str
+    defines: str
+    registers: int
+    static_shared_bytes: int
+    dynamic_shared_bytes: int
+    stack_bytes: int
+    spill_bytes: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except FlashrtError as error:
+        print(f"build.py: {error}", file=sys.stderr)
+        return 1
+
+
+def build_cpu(arguments: argparse.Namespace) -> int:
+    """Compile the CPU kernel library."""
+    started = time.perf_counter()
+    path, was_built = cpu_compile.library(OPS, arguments.out and arguments.out / "cpu")
+    how = f"built in {time.perf_counter() - started:.1f} s" if was_built else "up to date"
+    print(f"{path}: {how}")
+    return 0
+
+
+def build_cuda(arguments: argparse.Namespace) -> int:
+    """Compile all kernels that a model needs, for each architecture."""
+    launches = _launches(arguments)
+    rows: list[Row] = []
+    for arch in arguments.arch:
+        started = time.perf_counter()
+        compiler = Nvrtc(arch, arguments.out and arguments.out / "cuda")
+        made = compile_all(compiler, launches)
+        rows += made
+        seconds = time.perf_counter() - started
+        print(
+            f"{arch}: {len(made)} kernels by {compiler.identity.split(' --')[0]}, {seconds:.1f} s"
+        )
+    report(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    spilling = sorted({f"{row.kernel} ({row.arch})" for row in rows if row.spill_bytes})
+    if spilling:
+        print(f"spills: {', '.join(spilling)}")
+    return 1 if spilling and arguments.no_spills else 0
+
+
+def compile_all(compiler: Nvrtc, launches: Sequence[kernels.KernelLaunch]) -> list[Row]:
+    """Compile the launches' units, several at a time; a row per kernel that is launched."""
+    sources = Sources()
+    sources.set_ops(OPS)
+    by_unit: dict[Unit, dict[str, int]] = {}  # kernel -> most dynamic shared memory
+    for launch in launches:
+        wanted = by_unit.setdefault(sources.unit(launch), {})
+        wanted[launch.kernel] = max(wanted.get(launch.kernel, 0), launch.shared_bytes)
+    with ThreadPoolExecutor(thread_count()) as pool:
+        binaries = list(pool.map(compiler.compile, by_unit))
+    rows = []
+    for (unit, wanted), binary in zip(by_unit.items(), binaries, strict=True):
+        defines = " ".join(f"{name}={value}" for name, value in unit.defines)
+        for found in resources(binary.log):
+            if found.kernel in wanted:
+                rows.append(
+                    Row(
+                        compiler.arch, unit.name, found.kernel, defines, found.registers,
+                        found.shared_bytes, wanted[found.kernel], found.stack_bytes,
+                        found.spill_bytes,
+                    )
+                )  # fmt: skip
+    return sorted(rows, key=lambda row: (row.source, row.kernel, row.defines))
+
+
+def report(rows: Iterable[Row]) -> None:
+    """A table of what kernels take."""
+    table = Table("arch", "kernel", "defines", "registers", "static", "dynamic", "stack", "spills")
+    for row in rows:
+        style = "bold red" if row.spill_bytes else ""
+        numbers = (
+            row.registers, row.static_shared_bytes, row.dynamic_shared_bytes, row.stack_bytes,
+            row.spill_bytes,
+        )  # fmt: skip
+        table.add_row(row.arch, row.kernel, row.defines, *map(str, numbers), style=style)
+    # A log file has no width; wide enough for the longest defines then.
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+def _launches(arguments: argparse.Namespace) -> list[kernels.KernelLaunch]:
+    """Every distinct kernel variant of a model's tapes, on devices of any size."""
+    found: dict[kernels.KernelLaunch, None] = {}
+    for n_sms in MULTIPROCESSORS:
+        for launch in (kernels.copy_launch(1, n_sms), kernels.digest_launch(1, n_sms)):
+            found[launch] = None
+    for act in (PRECISIONS[name] for name in arguments.precision):
+        for recorded in _recorded(arguments):
+            for n_sms in MULTIPROCESSORS:
+                found.update(dict.fromkeys(kernels.expand(recorded, act, n_sms)))
+    return list(found)
+
+
+def _recorded(arguments: argparse.Namespace) -> list[Launch]:
+    if arguments.checkpoint is not None:
+        config = dict(open_checkpoint(arguments.checkpoint).config)
+    else:
+        config = shape_config(arguments.shape)
+    model = model_for(
+        config, max_positions=arguments.max_positions, kv_dtype=DType(arguments.kv_dtype)
+    )
+    return [launch for phase in model.phases for launch in model.record(*phase).launches]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="build.py", description="Compile kernels ahead of time, without a GPU."
+    )
+    commands = parser.add_subparsers(required=True)
+    cache = f"a kernel cache to fill (default: {flags().cache_dir})"
+
+    cpu = commands.add_parser("cpu", help="the CPU kernel library, for this machine")
+    cpu.add_argument("--out", type=Path, metavar="DIR", help=cache)
+    cpu.set_defaults(run=build_cpu)
+
+    cuda = commands.add_parser("cuda", help="cubins for a model, and what each kernel takes")
+    cuda.add_argument(
+        "--arch", type=_archs, default=ARCHS, metavar="LIST",
+        help=f"architectures, separated by commas (default: {','.join(ARCHS)})",
+    )  # fmt: skip
+    cuda.add_argument("--out", type=Path, metavar="DIR", help=cache)
+    which = cuda.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint's shape")
+    which.add_argument("--shape", choices=sorted(SHAPES), default="0.8b", help="default: 0.8b")
+    cuda.add_argument(
+        "--precision", type=_precisions, default=["bfloat16"], metavar="LIST",
+        help=f"of {','.join(PRECISIONS)} (default: bfloat16)",
+    )  # fmt: skip
+    cuda.add_argument("--kv-dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    cuda.add_argument("--max-positions", type=int, default=4096, metavar="N")
+    cuda.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON too")
+    cuda.add_argument("--no-spills", action="store_true", help="fail if a kernel spills registers")
+    cuda.set_defaults(run=build_cuda)
+    return parser
+
+
+def _archs(text: str) -> list[str]:
+    return [name if name.startswith("sm_") else f"sm_{name}" for name in text.split(",")]
+
+
+def _precisions(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(PRECISIONS):
+        raise argparse.ArgumentTypeError(f"unknown {sorted(unknown)}; choose of {[*PRECISIONS]}")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())
