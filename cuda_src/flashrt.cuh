@@ -36,8 +36,8 @@ constexpr unsigned FULL_WARP = 0xffffffffu;
 // cursor words
 constexpr int POSITION = 0, ROWS = 1, TOKEN = 2;
 
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+DEVICE constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
 // ---- programmatic dependent launch
 

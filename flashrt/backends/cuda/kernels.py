@@ -129,7 +129,7 @@ def _linear_many(s: Shape) -> KernelLaunch:
 
 def _conv_window(s: Shape) -> tuple[KernelLaunch, ...]:
     grid = (_ceil(s.dims["C"], 128), _ceil(s.dims["T"], CONV_ROWS), 1)
-    defines = _defines(TAPS=s.dims["W1"], ROWS=CONV_ROWS)
+    defines = _defines(TAPS=s.dims["W1"], ROWS_PER_BLOCK=CONV_ROWS)
     return (KernelLaunch("conv.cu", "conv_window", defines, grid, _x(128)),)
 
 
@@ -204,10 +204,13 @@ def _act(s: Shape) -> Defines:
 
 
 def _sample(s: Shape) -> tuple[KernelLaunch, ...]:
-    blocks = min(_ceil(s.dims["V"], 1024), 64)
+    if s.dims["V"] < 4:
+        raise PlanError(f"sample: needs at least 4 logits, got {s.dims['V']}")
+    blocks = _x(min(_ceil(s.dims["V"], 1024), 64))
     return (
-        KernelLaunch("sample.cu", "sample_scan", (), _x(blocks), _x(256)),
-        KernelLaunch("sample.cu", "sample_choose", (), _x(1), _x(1024)),
+        KernelLaunch("sample.cu", "sample_scan", (), blocks, _x(256)),
+        KernelLaunch("sample.cu", "sample_cut", (), _x(1), _x(1024)),
+        KernelLaunch("sample.cu", "sample_pick", (), blocks, _x(256)),
     )
 
 

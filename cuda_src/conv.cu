@@ -1,0 +1,47 @@
+// conv.cu - causal depthwise convolution over a window of earlier rows.
+//
+// Contract: y[t] = silu(sum_j w[j] x[t - W + j]) with x = window ++ u, W = TAPS - 1; then the window becomes the last W
+//           valid rows of x, raw.
+// Shapes:   u [T, C] (strided), w [TAPS, C] oldest first, window [W, C], y [T, C], all float.
+// Order:    taps in ascending order, one fma each.
+// Launch:   grid (C / 128, T / ROWS_PER_BLOCK), a thread per channel. Blocks of the first rows are the only ones that read the
+//           window, so they also write it.
+#include "flashrt.cuh"
+
+constexpr int W = TAPS - 1;
+
+KERNEL(128) conv_window(ARGS conv_window_args a) {
+  begin();
+  int c = blockIdx.x * 128 + threadIdx.x, first = blockIdx.y * ROWS_PER_BLOCK, rows = a.cursor[ROWS];
+  if (c >= a.C || first >= rows) return;
+  const float* u = a.u + c;
+  float w[TAPS], x[TAPS];  // x: the rows under the taps
+#pragma unroll
+  for (int j = 0; j < TAPS; j++) w[j] = a.w[(size_t)j * a.C + c];
+#pragma unroll
+  for (int j = 0; j < W; j++) {
+    int t = first - W + j;
+    x[j] = t < 0 ? a.window[(size_t)(W + t) * a.C + c] : u[(size_t)t * a.u_stride];
+  }
+  if (first == 0) {  // rows [rows - W, rows) of u; negative ones are rows of the old window
+    float kept[W];
+#pragma unroll
+    for (int j = 0; j < W; j++) {
+      int t = rows - W + j;
+      kept[j] = t < 0 ? a.window[(size_t)(W + t) * a.C + c] : u[(size_t)t * a.u_stride];
+    }
+#pragma unroll
+    for (int j = 0; j < W; j++) a.window[(size_t)j * a.C + c] = kept[j];
+  }
+  int last = min(first + ROWS_PER_BLOCK, rows);
+#pragma unroll 4
+  for (int t = first; t < last; t++) {
+    x[W] = u[(size_t)t * a.u_stride];
+    float sum = w[0] * x[0];
+#pragma unroll
+    for (int j = 1; j < TAPS; j++) sum = fmaf(w[j], x[j], sum);
+    a.y[(size_t)t * a.C + c] = silu(sum);
+#pragma unroll
+    for (int j = 0; j < W; j++) x[j] = x[j + 1];
+  }
+}

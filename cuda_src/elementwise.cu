@@ -1,0 +1,32 @@
+// elementwise.cu - silu_mul, last_row, advance: no sums, no order.
+//
+// silu_mul: y = silu(u[:, :I]) u[:, I:] for valid rows; u [T, 2I] float, y [T, I] activations. Grid (I / 1024, T).
+// last_row: y = x[rows - 1]; x [T, H], y [1, H] activations. Grid (H / 256).
+// advance:  cursor.position += cursor.rows. One warp.
+#include "flashrt.cuh"
+
+KERNEL(256) silu_mul(ARGS silu_mul_args a) {
+  begin();
+  int t = blockIdx.y, c = 4 * (blockIdx.x * 256 + threadIdx.x);
+  if (t >= a.cursor[ROWS] || c >= a.I) return;
+  const float *gate = a.u + (size_t)t * 2 * a.I + c, *up = gate + a.I;
+  act_t* y = (act_t*)a.y + (size_t)t * a.I + c;
+  if (a.I % 4 == 0) {
+    float4 g = *reinterpret_cast<const float4*>(gate), v = *reinterpret_cast<const float4*>(up);
+    store_act4(y, silu(g.x) * v.x, silu(g.y) * v.y, silu(g.z) * v.z, silu(g.w) * v.w);
+  } else {
+    for (int i = 0; i < 4 && c + i < a.I; i++) y[i] = to_act(silu(gate[i]) * up[i]);
+  }
+}
+
+KERNEL(256) last_row(ARGS last_row_args a) {
+  begin();
+  int c = blockIdx.x * 256 + threadIdx.x, row = a.cursor[ROWS] - 1;
+  if (row < 0 || c >= a.H) return;
+  ((act_t*)a.y)[c] = ((const act_t*)a.x)[(size_t)row * a.H + c];
+}
+
+KERNEL(32) advance(ARGS advance_args a) {
+  begin();
+  if (threadIdx.x == 0) a.cursor[POSITION] += a.cursor[ROWS];
+}

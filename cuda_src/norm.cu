@@ -1,0 +1,88 @@
+// norm.cu - rmsnorm and add_rmsnorm over the hidden size.
+//
+// Contract: y = x rsqrt(mean(x^2) + eps) w per row; add_rmsnorm first does x += r. Rows at or beyond cursor.rows are
+//           left alone. w holds 1 + weight.
+// Shapes:   x, r [T, H] float, w [H] float, y [T, H] activations.
+// Order:    thread i sums vectors i, i + THREADS, ... in ascending order, then block_sum. Fixed by H alone.
+// Launch:   block per row, the row in registers: WIDTH * VECTORS * THREADS >= H.
+#include "flashrt.cuh"
+
+struct Row {
+  float v[VECTORS][WIDTH];
+};
+
+DEVICE void load(float (&v)[WIDTH], const float* p) {
+  if constexpr (WIDTH == 4) {
+    float4 q = *reinterpret_cast<const float4*>(p);
+    v[0] = q.x;
+    v[WIDTH - 3] = q.y;
+    v[WIDTH - 2] = q.z;
+    v[WIDTH - 1] = q.w;
+  } else {
+    v[0] = *p;
+  }
+}
+
+// Index of the first element of vector j of this thread; at or beyond H: none.
+DEVICE int column(int j) { return WIDTH * (j * THREADS + (int)threadIdx.x); }
+
+DEVICE void normalize(const Row& row, const float* w, act_t* y, int H, float eps) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++)
+    if (column(j) < H)
+#pragma unroll
+      for (int i = 0; i < WIDTH; i++) sum = fmaf(row.v[j][i], row.v[j][i], sum);
+  float scale = rsqrt_f32(block_sum<THREADS / 32>(sum) / (float)H + eps);
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    int c = column(j);
+    if (c >= H) continue;
+    float g[WIDTH];
+    load(g, w + c);
+    if constexpr (WIDTH == 4) {
+      store_act4(y + c, row.v[j][0] * scale * g[0], row.v[j][WIDTH - 3] * scale * g[WIDTH - 3],
+                 row.v[j][WIDTH - 2] * scale * g[WIDTH - 2], row.v[j][WIDTH - 1] * scale * g[WIDTH - 1]);
+    } else {
+      y[c] = to_act(row.v[j][0] * scale * g[0]);
+    }
+  }
+}
+
+KERNEL(THREADS) rmsnorm(ARGS rmsnorm_args a) {
+  begin();
+  int t = blockIdx.x;
+  if (t >= a.cursor[ROWS]) return;
+  const float* x = a.x + (size_t)t * a.H;
+  Row row;
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++)
+    if (column(j) < a.H) load(row.v[j], x + column(j));
+  normalize(row, a.w, (act_t*)a.y + (size_t)t * a.H, a.H, a.eps);
+}
+
+KERNEL(THREADS) add_rmsnorm(ARGS add_rmsnorm_args a) {
+  begin();
+  int t = blockIdx.x;
+  if (t >= a.cursor[ROWS]) return;
+  float* x = a.x + (size_t)t * a.H;
+  const float* r = a.r + (size_t)t * a.H;
+  Row row;
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    int c = column(j);
+    if (c >= a.H) continue;
+    float more[WIDTH];
+    load(row.v[j], x + c);
+    load(more, r + c);
+#pragma unroll
+    for (int i = 0; i < WIDTH; i++) row.v[j][i] = row.v[j][i] + more[i];
+    if constexpr (WIDTH == 4) {
+      float(&v)[WIDTH] = row.v[j];
+      *reinterpret_cast<float4*>(x + c) = make_float4(v[0], v[WIDTH - 3], v[WIDTH - 2], v[WIDTH - 1]);
+    } else {
+      x[c] = row.v[j][0];
+    }
+  }
+  normalize(row, a.w, (act_t*)a.y + (size_t)t * a.H, a.H, a.eps);
+}
