@@ -1,0 +1,251 @@
+"""The command line: `flashrt` or `python -m flashrt`.
+
+IS: arguments, help texts, and how errors leave the process (0 fine, 1 a check failed, 2 a
+FlashrtError or wrong arguments, 130 interrupted). IS NOT: the commands; see commands/. Called by:
+the `flashrt` script, __main__.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from flashrt.base.errors import FlashrtError
+from flashrt.commands.checkpoints import EngineOptions
+from flashrt.commands.demo import demo
+from flashrt.commands.doctor import doctor
+from flashrt.commands.inspect import inspect
+from flashrt.commands.plan import plan
+from flashrt.commands.run import Sampling, run
+from flashrt.weights.random_checkpoint import SHAPES
+
+Command = Callable[[argparse.Namespace], int]
+OK, CHECK_FAILED, REFUSED, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+
+_DESCRIPTION = """\
+flashrt runs Qwen3.5 hybrid models (Gated DeltaNet + attention) without torch, and can snapshot,
+restore, fork and roll back a running session: complete, and exact to the bit.
+"""
+_EXAMPLES = """\
+examples:
+  flashrt demo                                   see it work, with no model at hand
+  flashrt run ~/models/Qwen3.5-0.8B --prompt "The capital of France is"
+  flashrt plan --shape 0.8b --svg arena.svg      where everything will lie in memory
+  flashrt inspect ~/models/Qwen3.5-0.8B          layers, tensors, memory by context length
+  flashrt doctor                                 what is installed, what is missing
+
+`flashrt COMMAND --help` tells more. Environment: FLASHRT_THREADS, FLASHRT_CACHE_DIR, FLASHRT_CC.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    command: Command | None = options.command
+    if command is None:
+        parser.print_help()
+        return OK
+    try:
+        return command(options)
+    except FlashrtError as error:
+        sys.stderr.write(f"flashrt: {error}\n")
+        return REFUSED
+    except KeyboardInterrupt:
+        sys.stderr.write("flashrt: interrupted\n")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as in `flashrt plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all commands."""
+    parser = _Parser(prog="flashrt", description=_DESCRIPTION, epilog=_EXAMPLES)
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+    _add_demo(commands)
+    _add_run(commands)
+    _add_plan(commands)
+    _add_inspect(commands)
+    _add_doctor(commands)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Keeps the line breaks of descriptions and examples."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)  # type: ignore[arg-type]
+
+
+_Commands = argparse._SubParsersAction  # its public name is missing in argparse
+
+
+def _add(
+    commands: _Commands[_Parser], name: str, command: Command, purpose: str, examples: str
+) -> argparse.ArgumentParser:
+    epilog = "examples:\n" + "\n".join(f"  flashrt {line}" for line in examples.splitlines())
+    parser = commands.add_parser(name, help=purpose, description=purpose, epilog=epilog)
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_engine_options(parser: argparse.ArgumentParser, max_positions: int = 4096) -> None:
+    defaults = EngineOptions(max_positions=max_positions)
+    group = parser.add_argument_group("engine")
+    group.add_argument("--device", default=defaults.device, help="auto, cpu (default: auto)")
+    group.add_argument(
+        "--max-positions", type=_count, default=max_positions, metavar="N",
+        help=f"tokens that a session can hold (default: {max_positions})",
+    )  # fmt: skip
+    group.add_argument(
+        "--lanes", type=_count, default=1, metavar="N", help="live sessions (default: 1)"
+    )
+    group.add_argument(
+        "--kv-dtype", choices=("bfloat16", "float32"), default=defaults.kv_dtype,
+        help="of keys and values (default: bfloat16)",
+    )  # fmt: skip
+    group.add_argument(
+        "--pool-bytes", type=int, metavar="N", help="room for capsules (default: 2 lanes' worth of "
+        "rows and 16 fixed bands)",
+    )  # fmt: skip
+
+
+def _engine_options(options: argparse.Namespace) -> EngineOptions:
+    return EngineOptions(
+        device=options.device,
+        max_positions=options.max_positions,
+        lanes=options.lanes,
+        kv_dtype=options.kv_dtype,
+        pool_bytes=options.pool_bytes,
+    )
+
+
+def _add_demo(commands: _Commands[_Parser]) -> None:
+    def command(options: argparse.Namespace) -> int:
+        return demo(options.checkpoint, options.tokens, options.device, options.out, options.json)
+
+    parser = _add(
+        commands, "demo", command,
+        "Prefill a long prompt, snapshot it, branch, roll back, and check every bit on the way.",
+        "demo\ndemo --checkpoint ~/models/Qwen3.5-0.8B --tokens 2048\ndemo --json > demo.json",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="DIR",
+        help="Hugging Face checkpoint directory (default: a small random one, cached)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens", type=_count, metavar="N", help="length of the prompt (default: 8192, less on a "
+        "checkpoint that is slow here)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto, cpu (default: auto)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), metavar="DIR",
+        help="folder of arena.svg and session-tree.svg (default: out)",
+    )  # fmt: skip
+    _add_json(parser)
+
+
+def _add_run(commands: _Commands[_Parser]) -> None:
+    def command(options: argparse.Namespace) -> int:
+        sampling = Sampling(
+            max_tokens=options.max_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            seed=options.seed,
+        )
+        engine = _engine_options(options)
+        return run(options.checkpoint, options.prompt, options.tokens, engine, sampling)
+
+    parser = _add(
+        commands, "run", command, "Continue a prompt; text or token ids, streamed.",
+        'run ~/models/Qwen3.5-0.8B --prompt "Once upon a time" --max-tokens 64\n'
+        "run ~/models/Qwen3.5-0.8B --tokens 1,2,3 --temperature 0.7 --seed 7\n"
+        "run ~/models/Qwen3.5-0.8B < prompt.txt",
+    )  # fmt: skip
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint directory")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="text (default: read from stdin)")
+    prompt.add_argument("--tokens", type=_ids, metavar="1,2,3", help="token ids instead of text")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument(
+        "--max-tokens", type=_count, default=128, metavar="N", help="default: 128"
+    )
+    sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
+    sampling.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)"
+    )
+    sampling.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)"
+    )
+    sampling.add_argument("--seed", type=int, default=0, help="default: 0")
+    _add_engine_options(parser)
+
+
+def _add_plan(commands: _Commands[_Parser]) -> None:
+    def command(options: argparse.Namespace) -> int:
+        engine = _engine_options(options)
+        return plan(options.checkpoint, options.shape, engine, options.svg, options.json)
+
+    parser = _add(
+        commands, "plan", command,
+        "Lay out the arena of a model, as a table and a map; loads no weights.",
+        "plan ~/models/Qwen3.5-0.8B --lanes 2\nplan --shape mini --svg arena.svg",
+    )  # fmt: skip
+    parser.add_argument("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="directory")
+    parser.add_argument(
+        "--shape", choices=sorted(SHAPES), help="a named shape instead of a checkpoint"
+    )
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write the map there")
+    _add_engine_options(parser)
+    _add_json(parser)
+
+
+def _add_inspect(commands: _Commands[_Parser]) -> None:
+    def command(options: argparse.Namespace) -> int:
+        return inspect(options.path, options.verify, options.json)
+
+    parser = _add(
+        commands, "inspect", command, "Tell what a checkpoint directory or a capsule file holds.",
+        "inspect ~/models/Qwen3.5-0.8B --verify\ninspect agent.capsule --json",
+    )  # fmt: skip
+    parser.add_argument(
+        "path", type=Path, metavar="PATH", help="checkpoint directory or capsule file"
+    )
+    parser.add_argument("--verify", action="store_true", help="read and check every byte")
+    _add_json(parser)
+
+
+def _add_doctor(commands: _Commands[_Parser]) -> None:
+    def command(options: argparse.Namespace) -> int:
+        return doctor(options.json)
+
+    parser = _add(
+        commands, "doctor", command, "Check what this machine offers and what is missing.", "doctor"
+    )
+    _add_json(parser)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.replace(" ", "").split(",") if word]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,2,3") from None

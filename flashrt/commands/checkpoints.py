@@ -1,0 +1,66 @@
+"""Where a command's model comes from: a checkpoint directory, or a seeded random one in the cache.
+
+IS: the choice between them, and `load` with progress bars. IS NOT: the format (weights.checkpoint)
+or the random values (weights.random_checkpoint). Called by: commands demo, run, bench.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flashrt.base.errors import CheckpointError
+from flashrt.base.flags import flags
+from flashrt.commands.console import progress_bars
+from flashrt.core.backend import Progress
+from flashrt.session.load import SessionEngine, load
+from flashrt.weights import random_checkpoint
+
+KvDType = Literal["bfloat16", "float32"]
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Arguments of `flashrt.load` that the command line offers."""
+
+    device: str = "auto"
+    max_positions: int = 4096
+    lanes: int = 1
+    kv_dtype: KvDType = "bfloat16"
+    pool_bytes: int | None = None
+
+
+def cached_random_checkpoint(shape: str, progress: Progress | None = None) -> tuple[Path, bool]:
+    """A seeded random checkpoint of a named shape; and whether it was written just now.
+
+    It lives in the cache folder under a name that changes with the code that draws its values.
+    """
+    source = Path(random_checkpoint.__file__).read_bytes()
+    version = hashlib.sha256(source).hexdigest()[:8]
+    path = flags().cache_dir / "checkpoints" / f"random-{shape}-seed{SEED}-{version}"
+    if path.is_dir():
+        return path, False
+    try:
+        random_checkpoint.write_random_checkpoint(path, shape, seed=SEED, progress=progress)
+    except CheckpointError:
+        if not path.is_dir():  # else another process was first, with the same bytes
+            raise
+    return path, True
+
+
+def open_engine(checkpoint: Path, options: EngineOptions) -> SessionEngine:
+    """`flashrt.load` with progress bars."""
+    with progress_bars() as progress:
+        progress("engine (compiles its kernels on first use)", 0, 0)
+        return load(
+            checkpoint,
+            device=options.device,
+            max_positions=options.max_positions,
+            lanes=options.lanes,
+            kv_dtype=options.kv_dtype,
+            pool_bytes=options.pool_bytes,
+            progress=progress,
+        )

@@ -1,0 +1,170 @@
+"""`flashrt plan`: where everything will lie in the arena, without loading a weight.
+
+IS: config.json -> model -> plan, as a table, JSON or an SVG map. IS NOT: the planner
+(core.planner). Called by: cli, commands inspect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashrt.backends.cpu.device import CpuDevice
+from flashrt.base.errors import CheckpointError
+from flashrt.commands import console
+from flashrt.commands.checkpoints import EngineOptions
+from flashrt.core.planner import ArenaPlan, Band, Slot, plan_arena, plan_band
+from flashrt.core.region import DType, Region, Role
+from flashrt.core.tape import Tape
+from flashrt.engine import DEFAULT_POOL_FIXED, DEFAULT_POOL_LANES
+from flashrt.models import Model, model_for
+from flashrt.view.arena_map import arena_map, bands, widest
+from flashrt.view.svg import save_svg
+from flashrt.view.units import bytes_text
+from flashrt.weights.checkpoint import CONFIG_FILE, read_json
+from flashrt.weights.random_checkpoint import SHAPES, shape_config
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A model with its arena and weight band laid out, and no memory behind them."""
+
+    model: Model
+    arena: ArenaPlan
+    weights: Band
+    tapes: tuple[Tape, ...]
+
+
+def lay_out(config: Mapping[str, object], options: EngineOptions) -> Planned:
+    """What `flashrt.load` would allocate on the CPU. Raises CheckpointError, PlanError."""
+    model = model_for(config, max_positions=options.max_positions, kv_dtype=DType(options.kv_dtype))
+    storage = CpuDevice().storage  # arithmetic only: no kernel is built, no memory is mapped
+    tapes = tuple(model.record(phase, rows) for phase, rows in model.phases)
+    pool_bytes = options.pool_bytes
+    if pool_bytes is None:
+        fixed, rows = (plan_band(_of(model, r), storage).nbytes for r in (Role.FIXED, Role.ROWS))
+        pool_bytes = DEFAULT_POOL_FIXED * fixed + DEFAULT_POOL_LANES * rows
+    arena = plan_arena(
+        model.lane_regions, tapes, storage, lanes=options.lanes, pool_nbytes=pool_bytes
+    )
+    weights = plan_band([rule.region for rule in model.weights], storage)
+    return Planned(model, arena, weights, tapes)
+
+
+def read_config(checkpoint: Path | None, shape: str | None) -> Mapping[str, object]:
+    """config.json of a directory, or that of a named shape."""
+    if shape is not None:
+        if shape not in SHAPES:
+            raise CheckpointError(f"unknown shape {shape!r}; shapes: {', '.join(SHAPES)}")
+        return shape_config(shape)
+    if checkpoint is None:
+        raise CheckpointError("give a checkpoint directory, or --shape NAME")
+    return read_json(checkpoint / CONFIG_FILE)
+
+
+def plan(
+    checkpoint: Path | None,
+    shape: str | None,
+    options: EngineOptions,
+    svg: Path | None,
+    as_json: bool,
+) -> int:
+    """The command."""
+    planned = lay_out(read_config(checkpoint, shape), options)
+    title = (
+        f"Arena of {shape or (checkpoint and checkpoint.name)}, {options.max_positions:,} positions"
+    )
+    if svg is not None:
+        save_svg(arena_map(planned.arena, widest(planned.tapes), title), svg)
+    if as_json:
+        console.print_json(_document(planned, svg))
+        return 0
+    screen = console.screen()
+    screen.print(console.table(title, _COLUMNS, _rows(planned.arena)))
+    arena = planned.arena
+    saved = arena.scratch_unshared_nbytes - arena.scratch.nbytes
+    screen.print(
+        f"arena    {arena.nbytes:,} bytes ({bytes_text(arena.nbytes)}), one allocation\n"
+        f"weights  {planned.weights.nbytes:,} bytes ({bytes_text(planned.weights.nbytes)}), "
+        f"{len(planned.weights.slots)} regions in an allocation of their own\n"
+        f"scratch  {bytes_text(arena.scratch.nbytes)} serves {len(planned.tapes)} tapes; without "
+        f"overlap {bytes_text(arena.scratch_unshared_nbytes)}: {bytes_text(saved)} saved"
+    )
+    if svg is not None:
+        screen.print(f"map      {svg}")
+    return 0
+
+
+_COLUMNS = ("region", "role", "shape", "dtype", "layout", ">offset", ">bytes")
+
+
+def _rows(arena: ArenaPlan) -> list[list[str]]:
+    rows: list[list[str]] = []
+    for role, label, band in bands(arena):
+        rows.append(
+            [f"[bold]{label}[/]", role, "", "", "", f"{band.offset:,}", f"[bold]{band.nbytes:,}[/]"]
+        )
+        for slot in band.slots:
+            region = slot.region
+            shape = "x".join(map(str, region.shape))
+            nbytes = f"{slot.storage.nbytes:,}"
+            rows.append(
+                [
+                    f"  {region.name}",
+                    "",
+                    shape,
+                    region.dtype,
+                    region.layout,
+                    f"{slot.offset:,}",
+                    nbytes,
+                ]
+            )
+    return rows
+
+
+def _document(planned: Planned, svg: Path | None) -> dict[str, object]:
+    arena = planned.arena
+    return {
+        "model": planned.model.name,
+        "arena_bytes": arena.nbytes,
+        "weights_bytes": planned.weights.nbytes,
+        "scratch_bytes": arena.scratch.nbytes,
+        "scratch_unshared_bytes": arena.scratch_unshared_nbytes,
+        "bands": [
+            {
+                "band": label,
+                "role": role,
+                "offset": band.offset,
+                "bytes": band.nbytes,
+                "regions": [_region(slot) for slot in band.slots],
+            }
+            for role, label, band in bands(arena)
+        ],
+        "tapes": [
+            {
+                "phase": tape.phase,
+                "rows": tape.rows,
+                "launches": len(tape.launches),
+                "scratch": [_region(slot) for slot in arena.tapes[tape.phase, tape.rows]],
+            }
+            for tape in planned.tapes
+        ],
+        "svg": None if svg is None else str(svg),
+    }
+
+
+def _region(slot: Slot) -> dict[str, object]:
+    region = slot.region
+    return {
+        "name": region.name,
+        "shape": region.shape,
+        "dtype": region.dtype,
+        "layout": region.layout,
+        "offset": slot.offset,
+        "bytes": slot.storage.nbytes,
+    }
+
+
+def _of(model: Model, role: Role) -> list[Region]:
+    return [region for region in model.lane_regions if region.role is role]
