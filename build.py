@@ -2,8 +2,8 @@
 
 IS: what would be compiled at load, compiled now, and for CUDA what each kernel takes: registers,
 shared memory, spills. Needs neither a GPU nor a driver. The folder of --out is a kernel cache:
-point FLASHRT_CACHE_DIR at it, on this machine or another. IS NOT: needed; `flashrt.load` compiles what is
-missing. Called by: people who ship images, CI.
+point FLASHRT_CACHE_DIR at it, on this machine or another.
+IS NOT: needed; `flashrt.load` compiles what is missing. Called by: people who ship images, CI.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
  *
  * IS: what lets the real cuda.bindings.driver and flashrt's cuda/driver.py run on a machine without a GPU,
  * so that calling conventions (structs, enums, parameter arrays, result tuples) are checked.
- * IS NOT: a GPU; streams run at once, the only kernel is `add_one`. Called by: test_driver.py.
+ * IS NOT: a GPU; streams run at once; of kernels only `add_one` (and `advance`, of flashrt's own) does anything.
+ * Called by: test_driver.py.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -15,11 +16,12 @@ enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVAL
        INVALID_CONTEXT = 201, NOT_FOUND = 500, NOT_READY = 600, ILLEGAL_ADDRESS = 700 };
 typedef uint64_t Device;
 typedef struct { int32_t *p; int32_t n; } AddOne;  /* the argument block of the only kernel */
-typedef struct { int n; AddOne nodes[16]; } Graph;
+typedef struct { void *kernel; AddOne arguments; } Node;
+typedef struct { int n; Node nodes[16]; } Graph;
 typedef struct { Graph *capturing; } Stream;
 
 static __thread void *current;           /* contexts are per thread */
-static int context, polls, module, function, max_shared, wants_programmatic;
+static int context, polls, module, add_one, advance, nothing, max_shared;
 
 static const char *option(const char *name, const char *otherwise) {
   const char *value = getenv(name);
@@ -86,24 +88,32 @@ int cuEventSynchronize(void *e) { (void)e; return SUCCESS; }
 int cuEventQuery(void *e) { (void)e; return polls-- > 0 ? NOT_READY : SUCCESS; }
 int cuEventElapsedTime(float *ms, void *a, void *b) { (void)a; (void)b; *ms = 1.5f; return SUCCESS; }
 
-int cuModuleLoadData(void **m, const void *image) { *m = &module; return memcmp(image, "cubin", 5) ? INVALID_IMAGE : SUCCESS; }
+int cuModuleLoadData(void **m, const void *image) {
+  *m = &module;
+  return memcmp(image, "cubin", 5) && memcmp(image, "\x7f" "ELF", 4) ? INVALID_IMAGE : SUCCESS;
+}
 int cuModuleGetFunction(void **f, void *m, const char *name) {
-  *f = &function;
-  return m == &module && !strcmp(name, "add_one") ? SUCCESS : NOT_FOUND;
+  *f = !strcmp(name, "add_one") ? &add_one : !strcmp(name, "advance") ? &advance : &nothing;
+  return m == &module && strcmp(name, "missing") ? SUCCESS : NOT_FOUND;
 }
 int cuFuncSetAttribute(void *f, int attribute, int value) {
-  if (f != &function || attribute != 8 || value > 232448) return INVALID_VALUE;
+  if (f != &add_one || attribute != 8 || value > 232448) return INVALID_VALUE;
   max_shared = value;
   return SUCCESS;
 }
-static void run(const AddOne *a) { for (int i = 0; i < a->n; i++) a->p[i]++; }
+static void run(const Node *node) {
+  const AddOne *a = &node->arguments;
+  if (node->kernel == &add_one) for (int i = 0; i < a->n; i++) a->p[i]++;
+  if (node->kernel == &advance) a->p[0] += a->p[1];
+}
 static int launch(void *f, const unsigned *geometry, unsigned shared, Stream *t, void **params) {
-  if (f != &function || (shared > 49152 && (int)shared > max_shared)) return INVALID_VALUE;
-  for (int i = 0; i < 6; i++) if (geometry[i] != (unsigned)(i + 1)) return INVALID_VALUE;  /* grid 1 2 3, block 4 5 6 */
-  AddOne a;
-  memcpy(&a, params[0], sizeof a);
-  if (t->capturing) t->capturing->nodes[t->capturing->n++] = a;
-  else run(&a);
+  if (shared > 49152 && (int)shared > max_shared) return INVALID_VALUE;
+  Node node = {.kernel = f};
+  memcpy(&node.arguments, params[0], f == &add_one ? sizeof node.arguments : sizeof(void *));
+  for (int i = 0; i < 6; i++)  /* add_one: grid 1 2 3, block 4 5 6 */
+    if (f == &add_one && geometry[i] != (unsigned)(i + 1)) return INVALID_VALUE;
+  if (t->capturing) t->capturing->nodes[t->capturing->n++] = node;
+  else run(&node);
   return SUCCESS;
 }
 int cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
@@ -115,7 +125,6 @@ typedef struct { int id; char pad[4]; int value; char rest[60]; } LaunchAttribut
 typedef struct { unsigned geometry[6], shared; Stream *stream; LaunchAttribute *attributes; unsigned n; } LaunchConfig;
 int cuLaunchKernelEx(const LaunchConfig *c, void *f, void **params, void **extra) {
   if (extra || c->n != 1 || c->attributes[0].id != 6 || c->attributes[0].value != 1) return INVALID_VALUE;
-  wants_programmatic++;
   return launch(f, c->geometry, c->shared, c->stream, params);
 }
 
@@ -136,6 +145,9 @@ int cuGraphDebugDotPrint(Graph *g, const char *path, unsigned flags) {
 }
 int cuGraphExecDestroy(Graph *x) { free(x); return SUCCESS; }
 int cuGraphDestroy(Graph *g) { free(g); return SUCCESS; }
+
+/* NVRTC looks for libcuda too, to ask it for undocumented tables; it takes no for an answer. */
+int cuGetExportTable(const void **table, const void *id) { (void)table; (void)id; return NOT_FOUND; }
 
 /* cuda.bindings finds everything through this one. */
 int cuGetProcAddress_v2(const char *name, void **p, int version, uint64_t flags, int *status) {

@@ -361,7 +361,7 @@ errors = []
 for wrong in (
     lambda: driver.mem_alloc(1 << 40),
     lambda: driver.module_load(folder / "bad.cubin"),
-    lambda: driver.module_function(module, "nothing"),
+    lambda: driver.module_function(module, "missing"),
     lambda: driver.allow_shared(function, 1 << 20),
 ):
     try:
@@ -392,8 +392,60 @@ def test_bindings_follow_the_c_conventions(fake_libcuda: Path) -> None:
     memory, image, function, shared = found["errors"]  # type: ignore[misc]
     assert "1,099,511,627,776 bytes wanted, 12,345,678 of" in memory
     assert "INVALID_IMAGE" in image and "update the driver" in image
-    assert "(nothing)" in function and "NOT_FOUND" in function
+    assert "(missing)" in function and "NOT_FOUND" in function
     assert "1048576 bytes of shared memory wanted" in shared
+
+
+DEVICE = """
+import numpy as np
+from flashrt.backends.cuda.device import open_device
+from flashrt.core.backend import BoundLaunch
+from flashrt.core.copyplan import Copy, CopyPlan
+from flashrt.core.op import bind
+from flashrt.core.region import DType, Region, Role
+from flashrt.ops.table import ADVANCE, OPS
+
+device = open_device("high")
+device.build(OPS)
+arena = device.allocate("arena", 1 << 20)
+found["description"] = device.description
+cursor = Region("cursor", (16,), DType.I32, Role.FIXED)
+launches = [BoundLaunch(bind(ADVANCE, {"cursor": cursor}, {}), (arena.address,))] * 2
+graph = device.capture(launches)
+device.seal()
+words = np.zeros(16, np.int32)
+words[:2] = 10, 3
+device.write(arena.address, words.view(np.uint8))
+for _ in range(100):
+    device.replay(graph)
+device.eager(launches)
+device.copy(CopyPlan((Copy(0, 4096, 4),)), arena.address, arena.address)
+device.copy(CopyPlan((Copy(0, 8192, 2, 2, 4, 8),)), arena.address, arena.address)
+device.fill(arena.address + 4, 1, 255)
+device.sync()
+out = np.zeros(16384, np.uint8)
+device.read(arena.address, out)
+found["words"] = [int(out[i : i + 4].view(np.int32)[0]) for i in (0, 4, 4096)]
+found["rows"] = [int(out[i : i + 2].view(np.int16)[0]) for i in (8192, 8200)]
+counts = device.driver.counts
+names = ("cuGraphLaunch", "cuLaunchKernel", "cuLaunchKernelEx", "cuMemAlloc", "cuModuleLoadData")
+found["counts"] = [counts[name] for name in names]
+device.close()
+freed = ("cuMemFree", "cuMemFreeHost", "cuStreamDestroy", "cuGraphExecDestroy", "cuEventDestroy")
+found["freed"] = [counts[name] for name in freed]
+"""
+
+
+def test_device_runs_over_the_bindings(fake_libcuda: Path) -> None:
+    """All of CudaDevice, NVRTC's cubins included; on sm_90 launches are programmatic."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install flashrt[cuda]")
+    found = run_bindings(fake_libcuda, DEVICE)
+    assert found["description"] == "cuda: Double 0, sm_90, 1.0 GiB, driver for CUDA 13.0"
+    after = 10 + 3 * 2 * 101
+    assert found["words"] == [after, 255, after]
+    assert found["rows"] == [after, 3]
+    assert found["counts"] == [100, 0, 4, 2, 3]
+    assert found["freed"] == [2, 3, 2, 1, 6]
 
 
 PROBE = """
