@@ -11,25 +11,31 @@ INLINE const float *raw_row(const conv_window_args *a, int64_t index) {
   return index < a->W ? a->window + index * a->C : a->u + (index - a->W) * a->u_stride;
 }
 
+/* sum = w * x, or sum + w * x */
+INLINE void add_tap(float *sum, const float *w, const float *x, int is_first, int64_t n) {
+  int64_t c = 0;
+  for (; c + VL <= n; c += VL) {
+    vf product = is_first ? v_load(w + c) * v_load(x + c) : v_fma(v_load(w + c), v_load(x + c), v_load(sum + c));
+    v_store(sum + c, product);
+  }
+  for (; c < n; c++) sum[c] = is_first ? w[c] * x[c] : s_fma(w[c], x[c], sum[c]);
+}
+
+INLINE void silu_in_place(float *y, int64_t n) {
+  int64_t c = 0;
+  for (; c + VL <= n; c += VL) v_store(y + c, v_silu(v_load(y + c)));
+  for (; c < n; c++) y[c] = s_silu(y[c]);
+}
+
 void op_conv_window(const conv_window_args *a, int tid, int nt) {
   int rows = rows_of(a->cursor, a->T);
   span blocks = share(ceil_div(a->C, 16), tid, nt); /* whole cache lines per thread */
-  int64_t begin = blocks.begin * 16, end = min_of(blocks.end * 16, a->C);
+  int64_t begin = blocks.begin * 16, end = min_of(blocks.end * 16, a->C), n = end - begin;
   for (int64_t t = 0; t < rows; t++) {
-    float *y = a->y + t * a->C;
-    int64_t c = begin;
-    for (; c + VL <= end; c += VL) {
-      vf sum = v_load(a->w + c) * v_load(raw_row(a, t) + c);
-      for (int64_t tap = 1; tap < a->W1; tap++) {
-        sum = v_fma(v_load(a->w + tap * a->C + c), v_load(raw_row(a, t + tap) + c), sum);
-      }
-      v_store(y + c, v_silu(sum));
-    }
-    for (; c < end; c++) {
-      float sum = a->w[c] * raw_row(a, t)[c];
-      for (int64_t tap = 1; tap < a->W1; tap++) sum = s_fma(a->w[tap * a->C + c], raw_row(a, t + tap)[c], sum);
-      y[c] = s_silu(sum);
-    }
+    float *y = a->y + t * a->C + begin;
+    add_tap(y, a->w + begin, raw_row(a, t) + begin, 1, n);
+    for (int64_t tap = 1; tap < a->W1; tap++) add_tap(y, a->w + tap * a->C + begin, raw_row(a, t + tap) + begin, 0, n);
+    silu_in_place(y, n);
   }
   /* Ascending, and rows >= 1: an old window row is read before it is overwritten. */
   for (int64_t i = 0; rows > 0 && i < a->W; i++) {

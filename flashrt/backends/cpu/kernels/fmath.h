@@ -130,32 +130,60 @@ INLINE sine_cosine s_sincos(float x) {
 
 typedef uint64_t vq __attribute__((vector_size(VL * 4)));
 
-/* High halves of the products with m. */
-INLINE vu v_mul_high(vu x, uint32_t m) {
-  vq even = ((vq)x & 0xffffffffu) * (uint64_t)m, odd = ((vq)x >> 32) * (uint64_t)m;
-  return (vu)((even >> 32) | (odd & 0xffffffff00000000u));
+/* x * m of the low half of each 64-bit lane. */
+INLINE vq v_mul_wide(vq x, uint32_t m) {
+#if defined __AVX512F__
+  return (vq)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(m));
+#elif defined __AVX2__ && defined __FMA__
+  return (vq)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(m));
+#else
+  return (x & 0xffffffffu) * (uint64_t)m;
+#endif
+}
+
+typedef struct {
+  vu high, low;
+} vu_product;
+
+/* Both halves of the products with m. */
+INLINE vu_product v_mul(vu x, uint32_t m) {
+  const vq upper = (vq){} + 0xffffffff00000000u;
+  vq even = v_mul_wide((vq)x, m), odd = v_mul_wide((vq)x >> 32, m);
+  return (vu_product){(vu)((even >> 32) | (odd & upper)), (vu)((even & ~upper) | (odd << 32))};
 }
 
 /* Philox4x32-10 (Salmon et al., SC'11) on VL counters at once; the counters are replaced by the random words. */
 INLINE void v_philox(vu counter[4], uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; round++) {
-    vu high0 = v_mul_high(counter[0], 0xD2511F53u), low0 = counter[0] * 0xD2511F53u;
-    vu high1 = v_mul_high(counter[2], 0xCD9E8D57u), low1 = counter[2] * 0xCD9E8D57u;
-    counter[0] = high1 ^ counter[1] ^ key0;
-    counter[1] = low1;
-    counter[2] = high0 ^ counter[3] ^ key1;
-    counter[3] = low0;
+    vu_product a = v_mul(counter[0], 0xD2511F53u), b = v_mul(counter[2], 0xCD9E8D57u);
+    counter[0] = b.high ^ counter[1] ^ key0;
+    counter[1] = b.low;
+    counter[2] = a.high ^ counter[3] ^ key1;
+    counter[3] = a.low;
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }
 }
 
-/* Standard Gumbel noise -log(-log(1 - v)) from random words: v = (word + 1/2) / 2^32 in float32, at most 1 - 2^-24. The
- * noise that can win comes from small v, where float32 is finest. */
-#define GUMBEL_MAX 22.9f /* -log(2^-33) is 22.87: no noise is larger */
-INLINE vf v_gumbel(vu words) {
+/* Random words as numbers in (0, 1): (word + 1/2) / 2^32 in float32, at most 1 - 2^-24. */
+INLINE vf v_uniform(vu words) {
   vf v = v_fma(__builtin_convertvector(words, vf), v_set(0x1p-32f), v_set(0x1p-33f));
   vf top = v_set(0x1.fffffep-1f);
-  v = v_select(v > top, top, v);
-  return -v_log(-v_log1p(-v));
+  return v_select(v > top, top, v);
+}
+
+/* Standard Gumbel noise from uniform v. The noise that can win comes from small v, where float32 is finest. */
+INLINE vf v_gumbel(vf v) { return -v_log(-v_log1p(-v)); }
+
+/* Whether any lane of a comparison holds. */
+INLINE int v_any(vi mask) {
+#if defined __AVX512F__
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined __AVX2__ && defined __FMA__
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
+  int any = 0;
+  for (int lane = 0; lane < VL; lane++) any |= mask[lane];
+  return any != 0;
+#endif
 }

@@ -79,89 +79,149 @@ static candidate first_largest(const float *x, span s) {
 
 /* ---- filters ---- */
 
-/* Probability relative to the likeliest token, in units of 2^-40. */
-static uint64_t mass_of(float z) { return (uint64_t)(s_exp(z) * 0x1p40f); }
-
-/* Order-preserving bits. */
-static uint32_t key_of(float z) { return s_bits(z) >> 31 ? ~s_bits(z) : s_bits(z) | 0x80000000u; }
-static float value_of(uint32_t key) { return s_from_bits(key >> 31 ? key & 0x7fffffffu : ~key); }
-
-static int is_kept(float z, int32_t id, candidate cut) {
-  return z > cut.value || (z == cut.value && id <= cut.id);
+/* z[i, i + VL), NaN from V on. */
+INLINE vf block_of(const float *z, int i, int V) {
+  if (i + VL <= V) return v_load(z + i);
+  float padded[VL];
+  for (int lane = 0; lane < VL; lane++) padded[lane] = i + lane < V ? z[i + lane] : NAN;
+  return v_load(padded);
 }
 
-/* End of the smallest prefix that weighs at least `target`, a token weighing its mass or 1: a radix select, three digits of
- * the key from the top. `target` is positive and at most the weight of all. */
-static candidate prefix_of_weight(const float *z, int V, int by_mass, uint64_t target) {
+/* Probability relative to the likeliest token, in units of 2^-40. */
+#define MASS_ONE 0x1p40f
+INLINE uint64_t mass_of(float probability) { return (uint64_t)(int64_t)(probability * MASS_ONE); }
+
+/* Order-preserving bits. */
+INLINE uint32_t key_of(float z) { return s_bits(z) >> 31 ? ~s_bits(z) : s_bits(z) | 0x80000000u; }
+INLINE float value_of(uint32_t key) { return s_from_bits(key >> 31 ? key & 0x7fffffffu : ~key); }
+
+INLINE int is_kept(float z, int32_t id, candidate cut) { return z > cut.value || (z == cut.value && id <= cut.id); }
+
+/* Adds to weight[digit] what the tokens with z in [low, high] weigh: their mass, or 1. */
+static void weigh(uint64_t *weight, const float *z, int V, int by_mass, float low, float high, uint32_t shift,
+                  uint32_t last) {
+  for (int i = 0; i < V; i += VL) {
+    vf e = block_of(z, i, V);
+    vi inside = (e >= low) & (e <= high);
+    if (!v_any(inside)) continue;
+    vf p = by_mass ? v_exp(e) : v_set(1.0f / MASS_ONE);
+    for (int lane = 0; lane < VL; lane++) {
+      if (inside[lane]) weight[key_of(e[lane]) >> shift & last] += mass_of(p[lane]);
+    }
+  }
+}
+
+/* Mass of the tokens that a cut keeps. */
+static uint64_t mass_kept(const float *z, int V, candidate cut) {
+  uint64_t total = 0;
+  for (int i = 0; i < V; i += VL) {
+    vf e = block_of(z, i, V);
+    if (!v_any(e >= cut.value)) continue;
+    vf p = v_exp(e);
+    for (int lane = 0; lane < VL; lane++) total += is_kept(e[lane], i + lane, cut) ? mass_of(p[lane]) : 0;
+  }
+  return total;
+}
+
+/* What a prefix has to weigh, given the weights of the first digit. */
+static uint64_t target_of(const float *z, int V, settings set, int by_mass, candidate within, const uint64_t *weight,
+                          uint32_t last) {
+  if (!by_mass) return (uint64_t)set.top_k;
+  uint64_t total = 0;
+  for (uint32_t digit = 0; digit <= last; digit++) total += weight[digit];
+  if (within.value > -INFINITY) total = mass_kept(z, V, within); /* not all equals of the last token are within */
+  uint64_t target = (uint64_t)__builtin_ceil((double)set.top_p * (double)total);
+  return target > 0 ? target : 1;
+}
+
+/* End of the smallest prefix of `within` that holds top_k tokens, or weighs at least top_p of its mass: a radix select,
+ * three digits of the key from the top. */
+static candidate prefix_of(const float *z, int V, settings set, int by_mass, candidate within) {
   static const struct {
-    int shift, bits;
-  } digits[3] = {{21, 11}, {10, 11}, {0, 10}};
-  uint32_t known = 0, mask = 0;
+    uint32_t shift, last;
+  } digits[3] = {{21, (1 << 11) - 1}, {10, (1 << 11) - 1}, {0, (1 << 10) - 1}};
+  uint32_t known = 0;
+  uint64_t target = 0;
+  float low = within.value, high = INFINITY; /* the tokens whose key begins as `known` does */
   for (int pass = 0; pass < 3; pass++) {
     uint64_t weight[1 << 11] = {0};
-    uint32_t shift = (uint32_t)digits[pass].shift, last = (1u << digits[pass].bits) - 1;
-    for (int i = 0; i < V; i++) {
-      uint32_t key = key_of(z[i]);
-      if ((key & mask) == known) weight[key >> shift & last] += by_mass ? mass_of(z[i]) : 1;
-    }
-    uint32_t digit = last;
+    uint32_t shift = digits[pass].shift, digit = digits[pass].last;
+    weigh(weight, z, V, by_mass, low, high, shift, digit);
+    if (pass == 0) target = target_of(z, V, set, by_mass, within, weight, digit);
     for (; digit > 0 && weight[digit] < target; digit--) target -= weight[digit];
     known |= digit << shift;
-    mask |= last << shift;
+    low = s_max(value_of(known), -INFINITY); /* keys beyond those of infinities are NaN: nothing has them */
+    high = s_max(value_of(known | ((1u << shift) - 1)), low);
   }
-  float value = value_of(known);
-  uint64_t one = by_mass ? mass_of(value) : 1;
+  uint64_t one = by_mass ? mass_of(s_exp(low)) : 1;
   int32_t id = -1;
   for (int i = 0; i < V && target > 0; i++) {
-    if (z[i] != value) continue;
+    if (z[i] != low) continue;
     id = i;
     target -= one < target ? one : target;
   }
-  return (candidate){value, id};
+  return (candidate){low, id};
 }
 
-static candidate cut_of(const float *z, int V, settings s) {
+static candidate cut_of(const float *z, int V, settings set) {
   candidate cut = {-INFINITY, V};
-  if (s.top_k > 0 && s.top_k < V) cut = prefix_of_weight(z, V, 0, (uint64_t)s.top_k);
-  if (s.top_p < 1.0f) {
-    uint64_t total = 0;
-    for (int i = 0; i < V; i++) total += is_kept(z[i], i, cut) ? mass_of(z[i]) : 0;
-    uint64_t target = (uint64_t)__builtin_ceil((double)s.top_p * (double)total);
-    cut = prefix_of_weight(z, V, 1, target > 0 ? target : 1);
-  }
+  if (set.top_k > 0 && set.top_k < V) cut = prefix_of(z, V, set, 0, cut);
+  if (set.top_p < 1.0f) cut = prefix_of(z, V, set, 1, cut);
   return cut;
 }
 
 /* ---- noise ---- */
 
-/* Gumbel noise of tokens [first, first + BLOCK), first a multiple of 4. */
-static void noise_of(float out[BLOCK], const uint32_t seed[2], int32_t position, int64_t first) {
-  vu counter[4] = {(vu){} + (uint32_t)position, (vu){} + (uint32_t)(first / 4)};
-  for (int lane = 0; lane < VL; lane++) counter[1][lane] += (uint32_t)lane;
-  counter[2] = counter[3] = (vu){};
-  v_philox(counter, seed[0], seed[1]);
-  for (int word = 0; word < 4; word++) {
-    vf noise = v_gumbel(counter[word]);
-    for (int lane = 0; lane < VL; lane++) out[4 * lane + word] = noise[lane];
-  }
+/* Uniform numbers of tokens [first, first + BLOCK), first a multiple of 4: number `word` of lane `lane` is for token
+ * first + 4 * lane + word. */
+INLINE void uniform_of(vf v[4], const uint32_t seed[2], int32_t position, int64_t first) {
+  static const uint32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  vu words[4] = {(vu){} + (uint32_t)position, v_load_words(lanes) + (uint32_t)(first / 4), (vu){}, (vu){}};
+  v_philox(words, seed[0], seed[1]);
+  UNROLL for (int word = 0; word < 4; word++) v[word] = v_uniform(words[word]);
 }
 
-/* Largest z + noise over the kept tokens of a share. Blocks that cannot win get no noise: none exceeds GUMBEL_MAX. */
+/* The better of `best` and the kept tokens of a block; those that min_p drops are not kept. */
+static candidate better_of_block(candidate best, const float *z, int64_t first, int m, const vf v[4], candidate cut,
+                                 float min_p) {
+  float noise[4][VL];
+  for (int word = 0; word < 4; word++) v_store(noise[word], v_gumbel(v[word]));
+  for (int i = 0; i < m; i++) {
+    int32_t id = (int32_t)first + i;
+    float score = z[id] + noise[i % 4][i / 4];
+    if (z[id] == -INFINITY || !(best.id < 0 || score > best.value)) continue;
+    if (is_kept(z[id], id, cut) && !(s_exp(z[id]) < min_p)) best = (candidate){score, id};
+  }
+  return best;
+}
+
+/* Largest of m numbers, up to BLOCK. */
+static float largest_of_block(const float *z, int m) {
+  float top = -INFINITY;
+  if (m < BLOCK) {
+    for (int i = 0; i < m; i++) top = s_max(z[i], top);
+    return top;
+  }
+  vf wide = v_max(v_max(v_load(z), v_load(z + VL)), v_max(v_load(z + 2 * VL), v_load(z + 3 * VL)));
+  UNROLL for (int lane = 0; lane < VL; lane++) top = s_max(wide[lane], top);
+  return top;
+}
+
+/* Largest z + noise over the kept tokens of a share.
+ *
+ * Most tokens are far too unlikely to win, and need no logarithm: noise is below -log v, so z + noise > best needs
+ * v < exp(z - best). Twice that is asked for, which rounding cannot reach. */
 static candidate noisy_largest(const float *z, span s, candidate cut, settings set, int32_t position) {
   candidate best = {-INFINITY, -1};
   for (int64_t first = s.begin; first < s.end; first += BLOCK) {
     int m = (int)min_of(BLOCK, s.end - first);
-    float top = -INFINITY;
-    for (int i = 0; i < m; i++) top = s_max(z[first + i], top);
-    if (top < cut.value || top == -INFINITY || (best.id >= 0 && top + GUMBEL_MAX < best.value)) continue;
-    float noise[BLOCK];
-    noise_of(noise, set.seed, position, first);
-    for (int i = 0; i < m; i++) {
-      int32_t id = (int32_t)first + i;
-      float score = z[id] + noise[i];
-      if (z[id] == -INFINITY || !(best.id < 0 || score > best.value)) continue;
-      if (is_kept(z[id], id, cut) && !(s_exp(z[id]) < set.min_p)) best = (candidate){score, id};
-    }
+    float top = largest_of_block(z + first, m);
+    if (top < cut.value || top == -INFINITY) continue;
+    vf v[4];
+    uniform_of(v, set.seed, position, first);
+    float limit = best.id < 0 ? INFINITY : 2.0f * s_exp(top - best.value);
+    if (!v_any((v[0] < limit) | (v[1] < limit) | (v[2] < limit) | (v[3] < limit))) continue;
+    best = better_of_block(best, z, first, m, v, cut, set.min_p);
   }
   return best;
 }
