@@ -10,7 +10,9 @@
 
 #ifdef SIMT_HOST
 #define DYNAMIC_SHARED(T, name) T* name = (T*)simt::dynamic_shared
-#define CALLER , int line = __builtin_LINE(), const char *file = __builtin_FILE()  // for the shim's messages
+// For the shim's messages: where a primitive was called.
+#define CALLER , int line = __builtin_LINE(), const char *file = __builtin_FILE()
+#define PASS_CALLER , line, file
 #else
 typedef unsigned char uint8_t;
 typedef unsigned short uint16_t;
@@ -22,6 +24,7 @@ typedef unsigned long long uint64_t;
   extern __shared__ __align__(16) unsigned char shared_[]; \
   T* name = (T*)shared_
 #define CALLER
+#define PASS_CALLER
 #endif
 
 #include "args.h"  // argument structs and dtype codes, generated from the ops
@@ -187,15 +190,15 @@ DEVICE float warp_sum(float v) {  // the same bits in every lane: x + y == y + x
 }
 
 // Warp sums, then added in the order of the warps. All threads of the block call it; once per kernel.
-template <int WARPS>
+template <int N_WARPS>
 DEVICE float block_sum(float v) {
-  __shared__ float part[WARPS];
+  __shared__ float part[N_WARPS];
   v = warp_sum(v);
   if ((threadIdx.x & 31) == 0) part[threadIdx.x >> 5] = v;
   __syncthreads();
   float sum = part[0];
 #pragma unroll
-  for (int w = 1; w < WARPS; w++) sum = sum + part[w];
+  for (int w = 1; w < N_WARPS; w++) sum = sum + part[w];
   return sum;
 }
 
@@ -222,6 +225,15 @@ DEVICE void copy_async16(void* shared, const void* global, bool is_read = true) 
                : "memory");
 #else
   simt::issue_copy(shared, global, 16, is_read ? 16 : 0);
+#endif
+}
+DEVICE void copy_async4(void* shared, const void* global, bool is_read = true) {
+#ifndef SIMT_HOST
+  uint32_t address = (uint32_t)__cvta_generic_to_shared(shared);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(global), "r"(is_read ? 4 : 0)
+               : "memory");
+#else
+  simt::issue_copy(shared, global, 4, is_read ? 4 : 0);
 #endif
 }
 DEVICE void copy_async_commit() {
@@ -255,6 +267,6 @@ DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #else
   const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
-  simt::mma(c, a, b, line, file);
+  simt::mma(c, a, b PASS_CALLER);
 #endif
 }

@@ -47,16 +47,15 @@ DEVICE Operand unpack_operand(uint4 v) { return Operand{{{v.x, v.y}, {v.z, v.w}}
 
 // One step of 16 k: the canonical sequence of mma. The registers of `w` are (row g: two pairs, row g + 8: two pairs).
 DEVICE void multiply_step(float (&c)[4], uint4 w, const Operand& x, int step CALLER) {
-#ifdef SIMT_HOST
-  mma(c, w.x, w.z, w.y, w.w, x.hi[step][0], x.hi[step][1], line, file);
+  mma(c, w.x, w.z, w.y, w.w, x.hi[step][0], x.hi[step][1] PASS_CALLER);
 #if ACT_PAIR
-  mma(c, w.x, w.z, w.y, w.w, x.lo[step][0], x.lo[step][1], line, file);
+  mma(c, w.x, w.z, w.y, w.w, x.lo[step][0], x.lo[step][1] PASS_CALLER);
 #endif
-#else
-  mma(c, w.x, w.z, w.y, w.w, x.hi[step][0], x.hi[step][1]);
-#if ACT_PAIR
-  mma(c, w.x, w.z, w.y, w.w, x.lo[step][0], x.lo[step][1]);
-#endif
-#endif
+}
+
+// sum of slices: the first one is taken as it is, so that the fold starts with s0, not with 0 + s0
+DEVICE void fold(float (&sum)[4], const float (&slice)[4], bool is_first) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) sum[i] = is_first ? slice[i] : sum[i] + slice[i];
 }
 #endif

@@ -103,10 +103,10 @@ def _linear(s: Shape) -> tuple[KernelLaunch, ...]:
 
 def _linear_few(s: Shape) -> KernelLaunch:
     t, n, k = s.dims["T"], s.dims["N"], s.dims["K"]
-    warps = 1
-    while warps < min(16, _ceil(k, K_SLICE)):
-        warps *= 2
     tiles = 1 if t <= 8 else 2 if t <= 16 else 4
+    warps, most = 1, 16 if tiles < 4 else 8  # what the registers of a block allow
+    while warps < min(most, _ceil(k, K_SLICE)):
+        warps *= 2
     defines = _defines(ACT_PAIR=s.act_pair, ALIGNED=int(k % 8 == 0), WARPS=warps, TOKEN_TILES=tiles)
     grid = (_ceil(n, 16), _ceil(t, 8 * tiles), 1)
     return KernelLaunch("linear_few.cu", "linear_few", defines, grid, _x(WARP * warps))

@@ -27,6 +27,7 @@ constexpr int MAX_THREADS = 1024, STACK_BYTES = 64 << 10, DYNAMIC_BYTES = 256 <<
 constexpr int MAX_COPIES = 64;
 constexpr uint64_t LENIENT = 1ull << 63;  // seed bit: threads that exited count as arrived (sm_70 and later)
 constexpr char POISON = char(0xFF);       // NaN in every float format
+constexpr uint64_t STACK_CANARY = 0x5ca1ab1e0ddba11;
 
 enum State : uint8_t { RUNNABLE, AT_BARRIER, IN_WARP_OP, DONE };
 
@@ -237,12 +238,15 @@ inline void report_deadlock() {
   has_failed = 1;
 }
 
+inline uint64_t* stack_canary(int thread) { return (uint64_t*)(stacks + size_t(thread) * STACK_BYTES); }
+
 inline void allocate_once() {
   if (stacks) return;
   stacks = (char*)mmap(nullptr, size_t(MAX_THREADS) * STACK_BYTES, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stacks == MAP_FAILED) abort();
-  for (int i = 0; i < MAX_THREADS; i++) mprotect(stacks + size_t(i) * STACK_BYTES, 4096, PROT_NONE);
+  // A canary per stack, not a guard page: a process may have 65,530 mappings, and loads many libraries.
+  for (int i = 0; i < MAX_THREADS; i++) *stack_canary(i) = STACK_CANARY;
   dynamic_shared = (char*)aligned_alloc(1024, DYNAMIC_BYTES);
   fibers = (Fiber*)aligned_alloc(64, MAX_THREADS * sizeof(Fiber));
   async_copies = (AsyncCopies*)calloc(MAX_THREADS, sizeof(AsyncCopies));
@@ -307,6 +311,11 @@ inline int launch(void (*run)(void**), const unsigned* geometry, unsigned dynami
     for (int j = 0; j < CANARY_BYTES && !has_failed; j++)
       if (dynamic_shared[dynamic_nbytes + j] != POISON) {
         snprintf(error, size, "dynamic shared memory written past its end (+%d bytes)", j);
+        has_failed = 1;
+      }
+    for (unsigned j = 0; j < n_threads && !has_failed; j++)
+      if (*stack_canary(j) != STACK_CANARY) {
+        snprintf(error, size, "thread %u needs more than %d bytes of stack", j, STACK_BYTES);
         has_failed = 1;
       }
     if (has_failed) {

@@ -1,0 +1,125 @@
+// delta_rule.cu - the gated delta rule, row after row, with the state in registers.
+//
+// Contract: per value head, for each valid row: S *= decay; S += k (beta (v - S^T k))^T; o = S^T q. y holds q, k, v; value
+//           head h uses key head h / (Hv / key_heads). The state is read once and written once per launch.
+// Shapes:   y [T, C], decay and beta [T, Hv], state [Hv, KEY_DIM, VALUE_DIM], o [T, Hv * VALUE_DIM], all float.
+// Order:    a column's sum over KEY_DIM: lane p of 8 takes rows 32 j + 4 p + i, a chain over j for each i, then
+//           (c0 + c1) + (c2 + c3), then over p by pairs: 1, 2, 4 apart. The same for one row and for many.
+// Launch:   grid (VALUE_DIM / 16, Hv), 4 warps of 4 columns x 8 lanes. Rows come through shared memory, TILE_ROWS at a
+//           time by cp.async, the next ones while these are worked on. The chain from row to row is what takes time:
+//           few lanes per column keep it short, few columns per block keep all multiprocessors busy.
+#include "flashrt.cuh"
+
+constexpr int COLUMNS = 16, TILE_ROWS = 8, THREADS = 128;
+constexpr int STEPS = ceil_div(KEY_DIM, 32), PADDED = 32 * STEPS;  // rows per lane: 4 * STEPS
+constexpr int UNIT = KEY_DIM % 4 == 0 && VALUE_DIM % 4 == 0 ? 4 : 1;  // floats per cp.async
+
+struct Tile {
+  float k[TILE_ROWS][PADDED], q[TILE_ROWS][PADDED], v[TILE_ROWS][COLUMNS];
+  float decay[TILE_ROWS], beta[TILE_ROWS];
+};
+
+DEVICE void copy_unit(float* to, const float* from, bool is_read) {
+  if constexpr (UNIT == 4)
+    copy_async16(to, from, is_read);
+  else
+    copy_async4(to, from, is_read);
+}
+
+// `to` [rows][width] = columns [0, width) of `from`, zeros at and beyond `limit`
+template <int WIDTH>
+DEVICE void load_rows(float (*to)[WIDTH], const float* from, int stride, int rows, int limit) {
+  for (int i = threadIdx.x; i < rows * (WIDTH / UNIT); i += THREADS) {
+    int t = i / (WIDTH / UNIT), c = i % (WIDTH / UNIT) * UNIT;
+    bool is_in = c < limit;
+    copy_unit(&to[t][c], from + (size_t)t * stride + (is_in ? c : 0), is_in);
+  }
+}
+
+DEVICE void load_tile(Tile& tile, const delta_rule_args& a, int head, int column, int first, int rows) {
+  int n = min(TILE_ROWS, rows - first), key_head = head / (a.Hv / a.key_heads), keys = a.key_heads * KEY_DIM;
+  const float* y = a.y + (size_t)first * a.C;
+  load_rows(tile.q, y + key_head * KEY_DIM, a.C, n, KEY_DIM);
+  load_rows(tile.k, y + keys + key_head * KEY_DIM, a.C, n, KEY_DIM);
+  load_rows(tile.v, y + 2 * keys + head * VALUE_DIM + column, a.C, n, VALUE_DIM - column);
+  int t = threadIdx.x;
+  if (t < n) {
+    copy_async4(&tile.decay[t], a.decay + (size_t)(first + t) * a.Hv + head);
+    copy_async4(&tile.beta[t], a.beta + (size_t)(first + t) * a.Hv + head);
+  }
+}
+
+// x . s over KEY_DIM, the same bits in the 8 lanes of a column
+DEVICE float dot(const float4 (&x)[STEPS], const float (&s)[STEPS][4]) {
+  float c[4] = {};
+#pragma unroll
+  for (int j = 0; j < STEPS; j++) {
+    c[0] = fmaf(x[j].x, s[j][0], c[0]);
+    c[1] = fmaf(x[j].y, s[j][1], c[1]);
+    c[2] = fmaf(x[j].z, s[j][2], c[2]);
+    c[3] = fmaf(x[j].w, s[j][3], c[3]);
+  }
+  float sum = (c[0] + c[1]) + (c[2] + c[3]);
+#pragma unroll
+  for (int o = 4; o < 32; o <<= 1) sum = sum + __shfl_xor_sync(FULL_WARP, sum, o);
+  return sum;
+}
+
+KERNEL(128) delta_rule(ARGS delta_rule_args a) {
+  __shared__ __align__(16) Tile tiles[2];
+  begin();
+  int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, p = lane >> 2, c = 4 * warp + (lane & 3);
+  int rows = a.cursor[ROWS], head = blockIdx.y, first_column = blockIdx.x * COLUMNS, column = first_column + c;
+  if (rows <= 0) return;
+  load_tile(tiles[0], a, head, first_column, 0, rows);
+  copy_async_commit();
+  float s[STEPS][4];
+  float* state = a.state + (size_t)head * KEY_DIM * VALUE_DIM + column;
+#pragma unroll
+  for (int j = 0; j < STEPS; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int r = 32 * j + 4 * p + i;
+      s[j][i] = r < KEY_DIM && column < VALUE_DIM ? state[r * VALUE_DIM] : 0.0f;
+    }
+  for (int first = 0; first < rows; first += TILE_ROWS) {
+    const Tile& tile = tiles[first / TILE_ROWS & 1];
+    copy_async_wait<0>();
+    __syncthreads();  // this tile is there, and nobody reads the other one
+    int next = first + TILE_ROWS;
+    if (next < rows) load_tile(tiles[next / TILE_ROWS & 1], a, head, first_column, next, rows);
+    copy_async_commit();
+    int n = min(TILE_ROWS, rows - first);
+    for (int t = 0; t < n; t++) {
+      float4 k[STEPS], q[STEPS];
+#pragma unroll
+      for (int j = 0; j < STEPS; j++) {
+        k[j] = *reinterpret_cast<const float4*>(&tile.k[t][32 * j + 4 * p]);
+        q[j] = *reinterpret_cast<const float4*>(&tile.q[t][32 * j + 4 * p]);
+      }
+      float decay = tile.decay[t];
+#pragma unroll
+      for (int j = 0; j < STEPS; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) s[j][i] = s[j][i] * decay;
+      float delta = tile.beta[t] * (tile.v[t][c] - dot(k, s));
+#pragma unroll
+      for (int j = 0; j < STEPS; j++) {
+        s[j][0] = fmaf(k[j].x, delta, s[j][0]);
+        s[j][1] = fmaf(k[j].y, delta, s[j][1]);
+        s[j][2] = fmaf(k[j].z, delta, s[j][2]);
+        s[j][3] = fmaf(k[j].w, delta, s[j][3]);
+      }
+      float o = dot(q, s);
+      if (p == 0 && column < VALUE_DIM) a.o[((size_t)(first + t) * a.Hv + head) * VALUE_DIM + column] = o;
+    }
+  }
+  copy_async_wait<0>();
+#pragma unroll
+  for (int j = 0; j < STEPS; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int r = 32 * j + 4 * p + i;
+      if (r < KEY_DIM && column < VALUE_DIM) state[r * VALUE_DIM] = s[j][i];
+    }
+}
