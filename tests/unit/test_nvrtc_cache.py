@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 from flashrt.backends.cuda.compiler_api import Unit, cache_key, publish
 from flashrt.backends.cuda.kernels import KernelLaunch
 from flashrt.backends.cuda.nvrtc import OPTIONS, Nvrtc, resources
-from flashrt.backends.cuda.sources import Sources
+from flashrt.backends.cuda.sources import Sources, shipped
 from flashrt.base.errors import CompileError
 from flashrt.core.op import Op, Param
 
@@ -171,6 +172,19 @@ def test_a_new_op_recompiles_only_what_uses_it() -> None:
     assert sources.unit(launch("one.cu")) == before[0]
     assert "two_args" in dict(sources.unit(launch("two.cu")).headers)["args.h"]
     assert sources.digest() != before[1]
+
+
+@pytest.mark.parametrize("name", sorted(name for name in shipped() if name.endswith(".cu")))
+def test_shipped_kernels_wait_for_their_predecessor(name: str) -> None:
+    """They are launched before it ends: none may return, or read the cursor, before begin."""
+    bodies = re.findall(
+        r"^KERNEL\(\w+\)\s+(\w+)\([^)]*\) \{\n(.*?)^\}", shipped()[name], re.M | re.S
+    )
+    assert bodies, f"{name} has no kernel"
+    for kernel, body in bodies:
+        before, begin, _ = body.partition("begin();")
+        assert begin, f"{kernel} does not wait"
+        assert not re.search(r"\breturn\b|cursor", before), kernel
 
 
 def test_sources_are_named_once() -> None:

@@ -28,6 +28,7 @@ from flashrt.backends.cuda.library import KernelLibrary
 from flashrt.backends.cuda.nvrtc import Nvrtc
 from flashrt.backends.cuda.sources import Sources
 from flashrt.backends.cuda.staging import Readback, UploadRing
+from flashrt.backends.cuda.views import CPU, CUDA, DeviceArray, view
 from flashrt.base.errors import BackendError, SealedError
 from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Storage
 from flashrt.core.copyplan import Copy, CopyPlan, plan_of
@@ -72,14 +73,17 @@ class CudaDevice:
         precision: Precision = "bfloat16",
         *,
         name: str = "cuda",
+        is_host: bool = False,
         capacities: Capacities | None = None,
     ) -> None:
+        """`is_host`: device memory is host memory, and may be seen by numpy."""
         if precision not in _ACT:
             raise BackendError(f"precision {precision!r} is not one of {sorted(_ACT)}")
         self.name = name
         self.act = _ACT[precision]
         self.counters = Counters()
         self.driver = driver
+        self._device_type = CPU if is_host else CUDA
         self._compiler = compiler
         self._capacities = capacities or Capacities()
         self._sources = Sources()
@@ -138,6 +142,13 @@ class CudaDevice:
     def digest_layout(self, region: Region) -> int:
         """See Backend."""
         return layouts.digest_layout(region)
+
+    def view(self, region: Region, address: int) -> DeviceArray:
+        """A region at an address, for other libraries, without a copy.
+
+        Raises BackendError for a matrix, which is stored as tensor cores read it.
+        """
+        return view(region, address, self.act, self._device_type, self._stream, self)
 
     # ---- kernels
 

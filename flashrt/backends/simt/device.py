@@ -41,5 +41,6 @@ class SimtDevice(CudaDevice):
             ShimCompiler(cache, is_watched=is_watched),
             precision,
             name="simt",
+            is_host=True,
             capacities=capacities,
         )
