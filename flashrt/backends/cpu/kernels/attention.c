@@ -43,8 +43,10 @@ static inline int seen_in_block(const query_set *s, int j, int64_t block) {
 
 /* ---- tiles ---- */
 
-/* scores[t][32 keys] of n_tokens queries; q is [t][D], keys is a granule [D][32]. */
-INLINE void score_tile(const int dtype, const int n_tokens, const void *keys, const float *q, int D, float *scores) {
+/* The first tile to come to a granule also fetches what follows it.
+ * scores[t][32 keys] of n_tokens queries; q is [t][D], keys is a granule [D][32]. */
+INLINE void score_tile(const int dtype, const int n_tokens, const void *keys, const float *q, int D, float *scores,
+                       int is_first) {
   const int n_groups = n_tokens * 2 <= TOKENS && PARTS > 1 ? 2 : 1, n_vectors = n_groups * GROUP_VECTORS;
   for (int part = 0; part < PARTS; part += n_groups) {
     const void *w[MAX_VECTORS];
@@ -56,7 +58,8 @@ INLINE void score_tile(const int dtype, const int n_tokens, const void *keys, co
       UNROLL
       for (int t = 0; t < n_tokens; t++) c.low[v][t] = c.high[v][t] = (vf){0};
     }
-    extend_chains(&c, dtype, n_vectors, n_tokens, w, q, D, 1, D);
+    const char *ahead = is_first ? ahead_of(keys, dtype, n_groups, part, D) : NULL;
+    extend_chains(&c, dtype, n_vectors, n_tokens, w, q, D, 1, D, ahead);
     UNROLL
     for (int v = 0; v < n_vectors; v++) {
       float *out = scores + first_lane(part + v / GROUP_VECTORS, v);
@@ -71,7 +74,7 @@ INLINE void score_tile(const int dtype, const int n_tokens, const void *keys, co
 
 /* o[t][32 columns] continued by n_keys values with weights p[t][key]; values is one column block [32 keys][32]. */
 INLINE void value_tile(const int dtype, const int n_tokens, const void *values, const float *p, int n_keys, float *o,
-                       int64_t width) {
+                       int64_t width, int is_first) {
   const int n_groups = n_tokens * 2 <= TOKENS && PARTS > 1 ? 2 : 1, n_vectors = n_groups * GROUP_VECTORS;
   for (int part = 0; part < PARTS; part += n_groups) {
     const void *w[MAX_VECTORS];
@@ -86,7 +89,8 @@ INLINE void value_tile(const int dtype, const int n_tokens, const void *values, 
         c.high[v][t] = v_load(o + t * width + lane + 16);
       }
     }
-    extend_chains(&c, dtype, n_vectors, n_tokens, w, p, ATTENTION_BLOCK, 1, n_keys);
+    const char *ahead = is_first ? ahead_of(values, dtype, n_groups, part, n_keys) : NULL;
+    extend_chains(&c, dtype, n_vectors, n_tokens, w, p, ATTENTION_BLOCK, 1, n_keys, ahead);
     UNROLL
     for (int v = 0; v < n_vectors; v++) {
       float *out = o + first_lane(part + v / GROUP_VECTORS, v);
@@ -99,15 +103,17 @@ INLINE void value_tile(const int dtype, const int n_tokens, const void *values, 
   }
 }
 
-#define TILE(n)                                                                                                    \
-  static void score_f32_##n(const void *k, const float *q, int D, float *s) { score_tile(DTYPE_F32, n, k, q, D, s); }   \
-  static void score_bf16_##n(const void *k, const float *q, int D, float *s) { score_tile(DTYPE_BF16, n, k, q, D, s); } \
-  static void value_f32_##n(const void *v, const float *p, int n_keys, float *o, int64_t width) {                  \
-    value_tile(DTYPE_F32, n, v, p, n_keys, o, width);                                                              \
-  }                                                                                                                \
-  static void value_bf16_##n(const void *v, const float *p, int n_keys, float *o, int64_t width) {                 \
-    value_tile(DTYPE_BF16, n, v, p, n_keys, o, width);                                                             \
+typedef void (*score_function)(const void *keys, const float *q, int D, float *scores, int is_first);
+typedef void (*value_function)(const void *values, const float *p, int n_keys, float *o, int64_t width, int is_first);
+
+#define TILE_OF(name, dtype, n)                                                                                         \
+  static void score_##name##_##n(const void *keys, const float *q, int D, float *scores, int is_first) {               \
+    score_tile(dtype, n, keys, q, D, scores, is_first);                                                                \
+  }                                                                                                                    \
+  static void value_##name##_##n(const void *values, const float *p, int n_keys, float *o, int64_t width, int is_first) { \
+    value_tile(dtype, n, values, p, n_keys, o, width, is_first);                                                       \
   }
+#define TILE(n) TILE_OF(f32, DTYPE_F32, n) TILE_OF(bf16, DTYPE_BF16, n)
 TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
 #if defined __AVX512F__
 TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
@@ -116,9 +122,9 @@ TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
 #else
 #define TILES(kind) {0, kind##_1, kind##_2, kind##_3, kind##_4, kind##_5, kind##_6}
 #endif
-static void (*const score_tiles[2][TOKENS + 1])(const void *, const float *, int, float *) = {
+static const score_function score_tiles[2][TOKENS + 1] = {
     [DTYPE_F32] = TILES(score_f32), [DTYPE_BF16] = TILES(score_bf16)};
-static void (*const value_tiles[2][TOKENS + 1])(const void *, const float *, int, float *, int64_t) = {
+static const value_function value_tiles[2][TOKENS + 1] = {
     [DTYPE_F32] = TILES(value_f32), [DTYPE_BF16] = TILES(value_bf16)};
 
 /* ---- one block ---- */
@@ -134,7 +140,7 @@ static void block_scores(query_set *s, int64_t block, int n_keys) {
     const void *granule = element_at(a->keys, index, a->keys_dtype);
     for (int j = 0; j < s->n; j += TOKENS) {
       int n = (int)min_of(TOKENS, s->n - j);
-      score_tiles[a->keys_dtype][n](granule, s->q + (int64_t)j * a->D, a->D, s->p + j * ATTENTION_BLOCK + key);
+      score_tiles[a->keys_dtype][n](granule, s->q + (int64_t)j * a->D, a->D, s->p + j * ATTENTION_BLOCK + key, j == 0);
     }
   }
 }
@@ -203,7 +209,7 @@ static void block_values(query_set *s, int64_t block, int n_keys) {
       if (common) {
         for (int64_t col = 0; col < s->width; col += LANES) {
           value_tiles[a->values_dtype][n](element_at(granule, col * LANES, a->values_dtype),
-                                          s->p + j * ATTENTION_BLOCK + key, common, o + col, s->width);
+                                          s->p + j * ATTENTION_BLOCK + key, common, o + col, s->width, j == 0);
         }
       }
       add_values_seen_by_some(s, block, j, n, granule, key + common, end);

@@ -5,12 +5,16 @@
  *
  * Tiles (tile.h) are swept in one of two ways:
  *   n <= DIRECT_ROWS  weights are streamed once; x is read where it lies.
- *   more              x is packed to [slice][tile][k][token] by all threads; slices go outermost, so that a slice of x stays
- *                     in L2 while the panels pass. Scratch: n * K * 4 bytes; without it, rows go directly, more slowly.
+ *   more              slices go outermost, so that a slice of x stays in L2 while the panels pass. Where rows of x are long,
+ *                     x is first packed to [slice][tile][k][token] by all threads. Scratch: n * K * 4 bytes; without it, x
+ *                     is read where it lies, more slowly.
  */
 #include "tile.h"
 
-enum { DIRECT_ROWS = 8 };
+enum {
+  DIRECT_ROWS = 8,
+  DIRECT_K = 2 * SLICE /* rows of x this short do not fall on the same few sets of the cache */
+};
 
 typedef struct {
   const uint16_t *w; /* the panel of the first group, at the slice's first k */
@@ -44,10 +48,18 @@ INLINE void tile(const tile_job *job, const int n_groups, const int n_tokens, co
     col[v] = group / PARTS * LANES + lane;
     w[v] = job->w + group / PARTS * job->panel_elements + lane_offset(lane, DTYPE_BF16);
     UNROLL
-    for (int t = 0; t < n_tokens; t++) c.low[v][t] = c.high[v][t] = (vf){0};
+    for (int t = 0; t < n_tokens; t++) {
+      c.low[v][t] = c.high[v][t] = (vf){0};
+      __builtin_prefetch(job->y + t * job->y_stride + col[v], 1);
+    }
   }
-  if (is_packed) extend_chains(&c, DTYPE_BF16, n_vectors, n_tokens, w, job->x, 1, n_tokens, job->n_k);
-  else extend_chains(&c, DTYPE_BF16, n_vectors, n_tokens, w, job->x, job->x_stride, 1, job->n_k);
+  if (is_packed) {
+    extend_chains(&c, DTYPE_BF16, n_vectors, n_tokens, w, job->x, 1, n_tokens, job->n_k, NULL);
+  } else {
+    /* One token streams best as it is. */
+    const char *ahead = n_tokens > 1 ? ahead_of(w[0], DTYPE_BF16, n_groups, job->first_part, job->n_k) : NULL;
+    extend_chains(&c, DTYPE_BF16, n_vectors, n_tokens, w, job->x, job->x_stride, 1, job->n_k, ahead);
+  }
   UNROLL
   for (int v = 0; v < n_vectors; v++) {
     UNROLL
@@ -136,12 +148,12 @@ static void panels_slice(const token_tiles *x, int64_t panel, int n_panels, int6
 }
 
 void op_linear(const linear_args *a, int tid, int nt) {
-  token_tiles x = {a, NULL, rows_of(a->cursor, a->T), 0};
-  if (x.n <= 0) return;
-  x.n_tiles = (int)ceil_div(x.n, TOKENS);
-  int64_t K = a->K, step = SLICE;
-  if (x.n > DIRECT_ROWS) {
-    float *packed = flashrt_scratch(x.n * K * (int64_t)sizeof(float));
+  int n_rows = rows_of(a->cursor, a->T);
+  if (n_rows <= 0) return;
+  token_tiles x = {a, NULL, n_rows, (int)ceil_div(n_rows, TOKENS)};
+  int64_t K = a->K, band = n_rows > DIRECT_ROWS ? SLICE : K; /* k that all panels go through before the next */
+  if (n_rows > DIRECT_ROWS && K > DIRECT_K) {
+    float *packed = flashrt_scratch(n_rows * K * (int64_t)sizeof(float));
     if (packed) {
       pack_tokens(&x, packed, tid, nt);
       x.packed = packed;
@@ -150,11 +162,10 @@ void op_linear(const linear_args *a, int tid, int nt) {
   }
   enum { PANELS = MAX_GROUPS > PARTS ? MAX_GROUPS / PARTS : 1 }; /* at once */
   span mine = share(ceil_div(a->N, LANES), tid, nt);
-  if (!x.packed) step = K;
-  for (int64_t band = 0; band < K; band += step) {
+  for (int64_t begin = 0; begin < K; begin += band) {
     for (int64_t panel = mine.begin; panel < mine.end; panel += PANELS) {
       int n_panels = (int)min_of(PANELS, mine.end - panel);
-      for (int64_t k0 = band; k0 < min_of(band + step, K); k0 += SLICE) panels_slice(&x, panel, n_panels, k0);
+      for (int64_t k0 = begin; k0 < min_of(begin + band, K); k0 += SLICE) panels_slice(&x, panel, n_panels, k0);
     }
   }
 }

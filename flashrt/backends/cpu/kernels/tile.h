@@ -46,11 +46,26 @@ INLINE void load_lanes(const void *w, int64_t index, const int dtype, vf *low, v
   }
 }
 
+/* What to prefetch while n_k steps of `part` are read from w on. A tile that takes all parts of its lanes at once reads
+ * memory at an even pace: a little ahead. One that takes them in turn would wait for memory in its first pass only: there
+ * each pass asks for its part of what comes next. */
+INLINE const char *ahead_of(const void *w, const int dtype, const int n_groups, int part, int n_k) {
+  enum { NEAR = 1 << 10, FAR = 16 << 10 /* bytes; measured */ };
+  int64_t part_nbytes = (int64_t)n_k * (LANES * (dtype == DTYPE_BF16 ? 2 : 4) / PARTS);
+  return (const char *)w + (n_groups < PARTS ? FAR + part % PARTS * part_nbytes : NEAR);
+}
+
 /* chain = fma(w[k], x[k], chain) for k in [0, n_k); w[v] is vector v at k = 0, x of token t is x[t * t_step + k * k_step].
+ * From `ahead` on, unless NULL, as many bytes are prefetched as are read.
  * dtype, n_vectors, n_tokens are constants where this is inlined. */
 INLINE void extend_chains(chains *c, const int dtype, const int n_vectors, const int n_tokens, const void *const *w,
-                          const float *x, const int64_t t_step, const int64_t k_step, int n_k) {
+                          const float *x, const int64_t t_step, const int64_t k_step, int n_k, const char *ahead) {
+  const int bytes_per_k = n_vectors * VL * 2 * (dtype == DTYPE_BF16 ? 2 : 4);
   for (int64_t k = 0; k < n_k; k++) {
+    if (ahead) {
+      UNROLL
+      for (int b = 0; b < bytes_per_k; b += 64) __builtin_prefetch(ahead + k * bytes_per_k + b);
+    }
     UNROLL
     for (int v = 0; v < n_vectors; v++) {
       vf low, high;
@@ -61,6 +76,8 @@ INLINE void extend_chains(chains *c, const int dtype, const int n_vectors, const
         c->low[v][t] = v_fma(low, xt, c->low[v][t]);
         c->high[v][t] = v_fma(high, xt, c->high[v][t]);
       }
+      /* x is loaded anew for each vector: held in registers across them, it would push chains out. */
+      if (n_tokens > 1) __asm__ volatile("" ::: "memory");
     }
   }
 }
