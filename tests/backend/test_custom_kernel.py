@@ -1,4 +1,4 @@
-"""A user's own kernel: a raw file, an op and an expansion; compiled, captured, named in errors.
+"""A user's own kernel: a raw file, an op and an expansion; compiled, captured, named in errors."""
 
 from __future__ import annotations
 
