@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flashrt.base.errors import FlashrtError
+from flashrt.commands.bench import BenchOptions, bench
 from flashrt.commands.checkpoints import EngineOptions
 from flashrt.commands.demo import demo
 from flashrt.commands.doctor import doctor
@@ -35,6 +36,7 @@ examples:
   flashrt run ~/models/Qwen3.5-0.8B --prompt "The capital of France is"
   flashrt plan --shape 0.8b --svg arena.svg      where everything will lie in memory
   flashrt inspect ~/models/Qwen3.5-0.8B          layers, tensors, memory by context length
+  flashrt bench --shape mini                     speed beside this machine's own limits
   flashrt doctor                                 what is installed, what is missing
 
 `flashrt COMMAND --help` tells more. Environment: FLASHRT_THREADS, FLASHRT_CACHE_DIR, FLASHRT_CC.
@@ -71,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_plan(commands)
     _add_inspect(commands)
+    _add_bench(commands)
     _add_doctor(commands)
     return parser
 
@@ -221,6 +224,53 @@ def _add_inspect(commands: _Commands[_Parser]) -> None:
     )
     parser.add_argument("--verify", action="store_true", help="read and check every byte")
     _add_json(parser)
+
+
+def _add_bench(commands: _Commands[_Parser]) -> None:
+    def command(options: argparse.Namespace) -> int:
+        return bench(
+            BenchOptions(
+                shape=options.shape,
+                checkpoint=options.checkpoint,
+                lengths=options.lengths,
+                repeats=options.repeats,
+                device=options.device,
+            ),
+            options.json,
+            options.plot,
+        )
+
+    parser = _add(
+        commands, "bench", command,
+        "Measure prefill, decode, snapshot, restore, rollback and time to first token,\n"
+        "beside the limits of this machine, measured in the same run.",
+        "bench\nbench --shape 0.8b --lengths 512,2048 --json bench.json --plot bench.png\n"
+        "bench --checkpoint ~/models/Qwen3.5-0.8B",
+    )  # fmt: skip
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--shape",
+        choices=sorted(SHAPES),
+        default="mini",
+        help="a seeded random checkpoint (default: mini)",
+    )
+    model.add_argument("--checkpoint", type=Path, metavar="DIR", help="your own checkpoint")
+    parser.add_argument(
+        "--lengths",
+        type=_ids,
+        metavar="N,N",
+        help="context lengths (default: by shape, to end within minutes)",
+    )
+    parser.add_argument(
+        "--repeats", type=_count, default=3, metavar="N", help="of each median (default: 3)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu (default: auto)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all figures there (- is stdout)"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw them (.png or .svg; needs matplotlib)"
+    )
 
 
 def _add_doctor(commands: _Commands[_Parser]) -> None:

@@ -14,16 +14,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions, cached_random_checkpoint, open_engine
 from flashrt.commands.demo_report import show
 from flashrt.commands.demo_story import Start, State, Step, Story, state_of
 from flashrt.commands.plan import lay_out, read_config
+from flashrt.commands.timing import Tokens, prefill, synthetic_tokens, timed
 from flashrt.core.backend import Progress
 from flashrt.core.capsule import Capsule
 from flashrt.session.load import SessionEngine
@@ -38,10 +37,6 @@ TURN, ANSWER = 32, 48  # tokens of a tool result; of the model's answer
 ROLLBACK = 17  # how far into the turn the rollback goes: no boundary was ever there
 BUDGET_S = 15.0  # the prompt is halved until its prefill should fit
 REPEATS = 3  # of a warm start; the median counts
-_PIECE = 1024  # tokens between two looks at the progress bar
-
-Tokens = NDArray[np.int32]
-T = TypeVar("T")
 
 
 def demo(checkpoint: Path | None, tokens: int | None, device: str, out: Path, as_json: bool) -> int:
@@ -100,8 +95,8 @@ class _Stage:
         n_prompt = longest if is_fixed else self._affordable(longest)
         prompt, turns = self._tokens(n_prompt), [self._tokens(TURN) for _ in range(3)]
         story.prompt_tokens, story.turn_tokens, story.answer_tokens = n_prompt, TURN, ANSWER
-        story.prefill_s = self._prefill(self.main, prompt, "prompt")
-        root, story.snapshot_s, _ = self._timed(lambda: self.main.snapshot("prompt"))
+        story.prefill_s = prefill(self.main, prompt, self.progress, "prompt")
+        root, story.snapshot_s, _ = timed(self.engine, lambda: self.main.snapshot("prompt"))
         story.capsule_bytes = root.nbytes
         branches = self._branch(root, turns)
         self._file(branches[0])
@@ -127,7 +122,7 @@ class _Stage:
         first = self._answer(main, turns[0], "branch A")
         self._step("restore the prompt", main, lambda: main.restore(root))
         second = self._answer(main, turns[1], "branch B")
-        other, seconds, moved = self._timed(lambda: main.fork(root))
+        other, seconds, moved = timed(self.engine, lambda: main.fork(root))
         self.pending.append(("fork the prompt to another lane", state_of(other), seconds, moved))
         third = self._answer(other, turns[2], "branch C")
         other.close()
@@ -156,7 +151,7 @@ class _Stage:
         """
         truth: dict[int, State] = {}
         with self.engine.session() as cold:
-            self._prefill(cold, tokens[:n_prompt], "cold prefill, to compare")
+            prefill(cold, tokens[:n_prompt], self.progress, "cold prefill, to compare")
             stops = {state.position for _, state, _, _ in self.pending} | {n_prompt + TURN}
             for stop in sorted(stops):
                 cold.prefill(tokens[cold.position : stop])
@@ -187,7 +182,7 @@ class _Stage:
         """Time to first token at one length, cold and warm. Returns the greedy answer, cold."""
         with self.engine.session() as cold:
             started = time.perf_counter()
-            self._prefill(cold, prompt, f"cold start at {len(prompt):,}")
+            prefill(cold, prompt, self.progress, f"cold start at {len(prompt):,}")
             cold.prefill(turn)
             answer = list(cold.generate(1))
             cold_s = time.perf_counter() - started
@@ -217,7 +212,7 @@ class _Stage:
         with self.engine.session() as other:
             other.prefill(turn[::-1])
             started = time.perf_counter()
-            _, restore_s, moved = self._timed(lambda: other.restore(capsule))
+            _, restore_s, moved = timed(self.engine, lambda: other.restore(capsule))
             other.prefill(turn)
             next(other.generate(1))
             warm_s = time.perf_counter() - started
@@ -236,27 +231,18 @@ class _Stage:
     # -- tools ----------------------------------------------------------------------------------
 
     def _tokens(self, count: int) -> Tokens:
-        """Synthetic ids: the work does not depend on their meaning."""
-        return self.random.integers(0, self.engine.vocab_size, count, dtype=np.int32)
+        return synthetic_tokens(self.random, self.engine.vocab_size, count)
 
     def _affordable(self, longest: int) -> int:
         """A length whose prefill should fit the budget on this machine, by a short trial."""
         trial = self._tokens(min(256, longest))
         self.main.prefill(trial)  # the first touch of memory is not typical
         self.main.rollback(0)
-        seconds = self._prefill(self.main, trial, "trial")
+        seconds = prefill(self.main, trial, self.progress, "trial")
         self.main.rollback(0)
         while longest > 1024 and seconds * longest / len(trial) > BUDGET_S:
             longest //= 2
         return longest
-
-    def _prefill(self, session: Session, tokens: Tokens, what: str) -> float:
-        """In pieces, for the progress bar: the bits do not depend on them. Returns seconds."""
-        started = time.perf_counter()
-        for start in range(0, len(tokens), _PIECE):
-            session.prefill(tokens[start : start + _PIECE])
-            self.progress(what, min(start + _PIECE, len(tokens)), len(tokens))
-        return time.perf_counter() - started
 
     def _answer(self, session: Session, turn: Tokens, name: str) -> Capsule:
         session.prefill(turn)
@@ -264,13 +250,6 @@ class _Stage:
             pass
         return session.snapshot(name)
 
-    def _timed(self, act: Callable[[], T]) -> tuple[T, float, int]:
-        """What it returned, seconds, bytes that copies moved."""
-        before = self.engine.stats()["copied_bytes"]
-        started = time.perf_counter()
-        result = act()
-        return result, time.perf_counter() - started, self.engine.stats()["copied_bytes"] - before
-
     def _step(self, what: str, session: Session, act: Callable[[], None]) -> None:
-        _, seconds, moved = self._timed(act)
+        _, seconds, moved = timed(self.engine, act)
         self.pending.append((what, state_of(session), seconds, moved))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from flashrt.backends.cpu import compile as toolchain
 from flashrt.backends.cpu import layouts
+from flashrt.backends.cpu.limits import CpuLimits
 from flashrt.base.errors import BackendError, SealedError
 from flashrt.base.flags import thread_count
 from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Storage
@@ -85,6 +86,10 @@ class CpuDevice:
     def description(self) -> str:
         """One line for people."""
         return f"cpu, {self.threads} threads, kernels {self._digest[:12]}"
+
+    def limits(self) -> CpuLimits:
+        """Measures of this machine, for benchmarks; after `build`."""
+        return CpuLimits(self._c, self.threads)
 
     def storage(self, region: Region) -> Storage:
         """See Backend."""

@@ -1,0 +1,114 @@
+"""The bench's document as a picture: four panels over context length.
+
+IS: figures -> PNG or SVG by matplotlib, which is optional. IS NOT: measurement.
+Called by: commands bench.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flashrt.base.errors import FlashrtError
+
+OURS, LIMIT, WARM, REFERENCE = "#2f6fb0", "#8c959f", "#c8741a", "#3d8f57"
+Document = Mapping[str, Any]
+
+
+def plot(document: Document, path: Path) -> Path:
+    """Draw and write. Raises FlashrtError without matplotlib or when it cannot be written."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FlashrtError(
+            "a plot needs matplotlib: pip install 'flashrt[plot]'; the tables and --json do not"
+        ) from error
+    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    (prefill, decode), (starts, copies) = figure.subplots(2, 2)
+    _prefill(prefill, document)
+    _decode(decode, document)
+    _starts(starts, document)
+    _copies(copies, document)
+    for axes in figure.axes:
+        _finish(axes, document)
+    machine = document["machine"]
+    figure.suptitle(
+        f"{document['model']} on {document['device']}: {machine['processor']}, "
+        f"{document['threads']} threads, {document['date'][:10]}",
+        fontsize=11,
+    )
+    if document["reference"]:
+        figure.supxlabel(f"reference: {document['reference_note']}", fontsize=8, color="#656d76")
+    try:
+        figure.savefig(path, dpi=130)
+    except (OSError, ValueError) as error:
+        raise FlashrtError(f"cannot write {path}: {error}; give a .png or .svg path") from error
+    return path
+
+
+def _prefill(axes: Any, document: Document) -> None:
+    axes.set_title("prefill, tokens/s")
+    _line(axes, document, "prefill_tokens_per_s", "flashrt", OURS)
+    if document["limits"]["fma_flops"] is not None:
+        peak = [r["prefill_tokens_per_s"] / r["prefill_of_fma_peak"] for r in document["rows"]]
+        axes.plot(_lengths(document), peak, "--", color=LIMIT, label="multiply-add peak")
+    _reference(axes, document, "prefill_tokens_per_s")
+
+
+def _decode(axes: Any, document: Document) -> None:
+    axes.set_title("decode, tokens/s")
+    _line(axes, document, "decode_tokens_per_s", "flashrt", OURS)
+    if document["limits"]["stream_s"] is not None:
+        limit = [1 / document["limits"]["stream_s"]] * len(document["rows"])
+        axes.plot(_lengths(document), limit, "--", color=LIMIT, label="reading the weights once")
+    _reference(axes, document, "decode_tokens_per_s")
+
+
+def _starts(axes: Any, document: Document) -> None:
+    axes.set_title("time to first token, ms")
+    _line(axes, document, "ttft_cold_s", "cold prefill", OURS, scale=1e3)
+    _line(axes, document, "ttft_warm_s", "warm: restore + turn", WARM, scale=1e3)
+    _reference(axes, document, "ttft_warm_s", scale=1e3)
+    axes.set_yscale("log")
+
+
+def _copies(axes: Any, document: Document) -> None:
+    axes.set_title("snapshot, restore, rollback, ms")
+    _line(axes, document, "snapshot_s", "snapshot, everything", OURS, scale=1e3)
+    _line(axes, document, "restore_s", "restore, everything", WARM, scale=1e3)
+    _line(axes, document, "restore_ancestor_s", "restore of an ancestor", REFERENCE, scale=1e3)
+    _line(axes, document, "rollback_s", "rollback, with replay", "#8a63b8", scale=1e3)
+    memcpy = [1e3 * row["memcpy_s"] for row in document["rows"]]
+    axes.plot(_lengths(document), memcpy, "--", color=LIMIT, label="memcpy of everything")
+    axes.set_yscale("log")
+
+
+def _line(
+    axes: Any, document: Document, key: str, label: str, color: str, scale: float = 1.0
+) -> None:
+    values = [scale * row[key] for row in document["rows"]]
+    axes.plot(_lengths(document), values, "o-", color=color, label=label, markersize=4.5)
+
+
+def _reference(axes: Any, document: Document, key: str, scale: float = 1.0) -> None:
+    known = {int(n): scale * v for n, v in document["reference"].get(key, {}).items()}
+    shown = {n: v for n, v in known.items() if n in _lengths(document)}
+    if shown:
+        axes.plot(*zip(*shown.items(), strict=True), "D", color=REFERENCE, label="reference")
+
+
+def _lengths(document: Document) -> list[int]:
+    return [row["tokens"] for row in document["rows"]]
+
+
+def _finish(axes: Any, document: Document) -> None:
+    lengths = _lengths(document)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axes.minorticks_off()
+    axes.set_xlabel("tokens of context")
+    axes.set_ylim(bottom=None if axes.get_yscale() == "log" else 0)
+    axes.grid(color="#d8dee4", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
