@@ -10,17 +10,20 @@ from collections.abc import Iterator
 import pytest
 
 from flashrt.backends.cpu.device import CpuDevice
+from flashrt.backends.simt.device import SimtDevice
 from flashrt.core.backend import Backend
 from tests.backend.runner import Runner
 
-BACKENDS = ("cpu",)
+BACKENDS = ("cpu",)  # which of those that `make_backend` knows every test here runs on
 
 
 def make_backend(name: str, threads: int | None = None) -> Backend:
     """A new device by name; `threads` matters to the cpu alone."""
     if name == "cpu":
         return CpuDevice(threads)
-    raise ValueError(f"no backend {name!r}; there are {BACKENDS}")
+    if name == "simt":
+        return SimtDevice()
+    raise ValueError(f"no backend {name!r}; there are cpu and simt")
 
 
 @pytest.fixture(scope="session", params=BACKENDS)
