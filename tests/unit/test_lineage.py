@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -142,3 +143,66 @@ def test_copies_are_checked_before_they_run() -> None:
         Copy(0, 0, width=8, height=2, src_pitch=4, dst_pitch=8)
     with pytest.raises(flashrt.FlashrtError, match="leaves the arena"):
         CopyPlan((Copy(0, 90, 20),)).check(100)
+
+
+def test_a_granule_is_copied_from_one_segment_only(
+    engine: flashrt.Engine, session: flashrt.Session
+) -> None:
+    for stop in (50, 101, 170):  # boundaries inside granules of 32
+        session.prefill(range(session.position, stop))
+        leaf = session.snapshot()
+    with engine.session() as other:
+        engine.poison_lane(other._lane)
+        plan = engine.capsules.plan_restore(other._lane, leaf)
+        written = [
+            (c.dst + i * c.dst_pitch, c.dst + i * c.dst_pitch + c.width)
+            for c in plan
+            for i in range(c.height)
+        ]
+        written.sort()
+        assert len(plan.copies) > 7  # fixed, and three segments of three row regions
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(written))
+        other.restore(leaf)
+        assert other.digest() == session.digest()
+
+
+def test_waypoints_of_another_history_are_forgotten(
+    engine: flashrt.Engine, session: flashrt.Session
+) -> None:
+    session.prefill(range(200))
+    ones = session.snapshot()
+    session.rollback(10)
+    for _ in range(10):  # waypoints of this history lie elsewhere than those of `ones`
+        session.prefill([7] * 19)
+    assert session._lane.marks
+    session.restore(ones)
+    session.rollback(190)
+    with engine.session() as oracle:
+        oracle.prefill(range(190))
+        assert session.digest() == oracle.digest()
+
+
+def test_a_fork_holds_only_the_rows_it_copied(
+    engine: flashrt.Engine, session: flashrt.Session
+) -> None:
+    session.prefill(range(100))
+    parent = session.snapshot()
+    session.prefill(range(100, 180))
+    child = session.snapshot()
+    session.restore(parent)  # the lane still holds the child's rows, beyond its position
+    with session.fork() as twin:
+        engine.capsules.plan_restore(twin._lane, child)
+        twin.restore(child)
+        assert twin.digest() == child.digest
+
+
+def test_parents_follow_the_session(session: flashrt.Session) -> None:
+    session.prefill(range(50))
+    first = session.snapshot()
+    session.prefill(range(50))
+    second = session.snapshot()
+    assert (first.parent, second.parent) == (None, first)
+    session.rollback(70)
+    assert session.snapshot().parent is first
+    session.rollback(20)
+    assert session.snapshot().parent is None
