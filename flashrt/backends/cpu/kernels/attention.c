@@ -1,39 +1,46 @@
-/* attention: causal softmax(q K^T / sqrt(D)) V, times sigmoid(gate), over absolute blocks of 256 keys.
+/* attention: causal softmax(q K^T / sqrt(D)) V, times sigmoid(gate), in absolute blocks of 256 keys.
  *
  * Order, per query and head. In a block, over the keys [0, n) of it that the query sees:
  *   s = chain over d of fma(k[d], q[d] * scale) from +0      m_b = max s      p = exp(s - m_b)
- *   l_b = p summed over 16 lanes (key i in lane i % 16), then the tree (i, i + 8), (i, i + 4), (i, i + 2), (i, i + 1)
+ *   l_b = p summed over 16 lanes (key i in lane i % 16), then over a tree of halves: i with i + 8,
+ *         i + 4, i + 2, i + 1
  *   o_b = chain over keys of fma(v, p) from +0
  * Blocks are merged in ascending order, from m = -inf, l = o = 0:
- *   M = max(m, m_b); f = exp(m - M); g = exp(m_b - M); o = fma(o_b, g, o * f); l = fma(l_b, g, l * f)
- * and y = (o / l + 0) * sigmoid(gate). A block's partial depends on nothing outside the block; so one query may have its
- * blocks spread over threads, and many queries may walk through them one by one, and the bits are the same.
+ *   M = max(m, m_b)      f = exp(m - M)      g = exp(m_b - M)
+ *   o = fma(o_b, g, o * f)      l = fma(l_b, g, l * f)
+ * and y = (o / l + 0) * sigmoid(gate). A block's partial depends on nothing outside the block: one
+ * query may have its blocks spread over threads, many queries may walk through them one by one, and
+ * the bits are the same.
  *
- * Keys that a query does not see are not visited by its chains; positions at or beyond the last query are read at most as
- * lanes whose result is selected away, so they may hold anything.
+ * Keys that a query does not see are not visited by its chains; positions at or beyond the last
+ * query are read at most as lanes whose result is selected away, so they may hold anything.
  *
- * The queries of one key/value head, [token][head of the group], are worked on in sets of up to MAX_QUERIES, so that 32
- * keys or values go to L1 once for all of them. All buffers are on the stack, about 200 KB.
+ * The queries of one key/value head, [token][head of the group], are worked on in sets of up to
+ * MAX_QUERIES, so that 32 keys or values go to L1 once for all of them. All buffers are on the
+ * stack, about 200 KB; D is at most QUERY_FLOATS.
  */
 #include "tile.h"
 
 enum { MAX_QUERIES = 48, QUERY_FLOATS = MAX_QUERIES * 256, SUM_LANES = 16 };
 
-/* Queries [first, first + n) of one key/value head; query j is token j / group, head kv_head * group + j % group. */
+/* Queries [first, first + n) of one key/value head; query j is token j / group, head
+ * kv_head * group + j % group. */
 typedef struct {
   const attention_args *a;
   int64_t kv_head, first;
   int n, group;
   int64_t width; /* D, rounded up to whole column blocks: the row pitch of o */
   float m[MAX_QUERIES], l[MAX_QUERIES], block_m[MAX_QUERIES], block_l[MAX_QUERIES];
-  float q[QUERY_FLOATS];                 /* [query][D], scaled */
+  float q[QUERY_FLOATS];                  /* [query][D], scaled */
   float p[MAX_QUERIES * ATTENTION_BLOCK]; /* [query][key]: scores, then probabilities */
-  float block_o[QUERY_FLOATS];           /* [query][width] */
+  float block_o[QUERY_FLOATS];            /* [query][width] */
   float o[QUERY_FLOATS];
 } query_set;
 
 static inline int64_t token_of(const query_set *s, int j) { return (s->first + j) / s->group; }
-static inline int64_t head_of(const query_set *s, int j) { return s->kv_head * s->group + (s->first + j) % s->group; }
+static inline int64_t head_of(const query_set *s, int j) {
+  return s->kv_head * s->group + (s->first + j) % s->group;
+}
 
 /* Keys of a block [256 b, 256 b + 256) that query j sees. */
 static inline int seen_in_block(const query_set *s, int j, int64_t block) {
@@ -45,9 +52,10 @@ static inline int seen_in_block(const query_set *s, int j, int64_t block) {
 
 /* The first tile to come to a granule also fetches what follows it.
  * scores[t][32 keys] of n_tokens queries; q is [t][D], keys is a granule [D][32]. */
-INLINE void score_tile(const int dtype, const int n_tokens, const void *keys, const float *q, int D, float *scores,
-                       int is_first) {
-  const int n_groups = n_tokens * 2 <= TOKENS && PARTS > 1 ? 2 : 1, n_vectors = n_groups * GROUP_VECTORS;
+INLINE void score_tile(const int dtype, const int n_tokens, const void *keys, const float *q, int D,
+                       float *scores, int is_first) {
+  const int n_groups = n_tokens * 2 <= TOKENS && PARTS > 1 ? 2 : 1,
+            n_vectors = n_groups * GROUP_VECTORS;
   for (int part = 0; part < PARTS; part += n_groups) {
     const void *w[MAX_VECTORS];
     chains c;
@@ -72,10 +80,12 @@ INLINE void score_tile(const int dtype, const int n_tokens, const void *keys, co
   }
 }
 
-/* o[t][32 columns] continued by n_keys values with weights p[t][key]; values is one column block [32 keys][32]. */
-INLINE void value_tile(const int dtype, const int n_tokens, const void *values, const float *p, int n_keys, float *o,
-                       int64_t width, int is_first) {
-  const int n_groups = n_tokens * 2 <= TOKENS && PARTS > 1 ? 2 : 1, n_vectors = n_groups * GROUP_VECTORS;
+/* o[t][32 columns] continued by n_keys values with weights p[t][key]; values is one column block
+ * [32 keys][32]. */
+INLINE void value_tile(const int dtype, const int n_tokens, const void *values, const float *p,
+                       int n_keys, float *o, int64_t width, int is_first) {
+  const int n_groups = n_tokens * 2 <= TOKENS && PARTS > 1 ? 2 : 1,
+            n_vectors = n_groups * GROUP_VECTORS;
   for (int part = 0; part < PARTS; part += n_groups) {
     const void *w[MAX_VECTORS];
     chains c;
@@ -103,29 +113,44 @@ INLINE void value_tile(const int dtype, const int n_tokens, const void *values, 
   }
 }
 
-typedef void (*score_function)(const void *keys, const float *q, int D, float *scores, int is_first);
-typedef void (*value_function)(const void *values, const float *p, int n_keys, float *o, int64_t width, int is_first);
+typedef void (*score_function)(const void *keys, const float *q, int D, float *scores,
+                               int is_first);
+typedef void (*value_function)(const void *values, const float *p, int n_keys, float *o,
+                               int64_t width, int is_first);
 
-#define TILE_OF(name, dtype, n)                                                                                         \
-  static void score_##name##_##n(const void *keys, const float *q, int D, float *scores, int is_first) {               \
-    score_tile(dtype, n, keys, q, D, scores, is_first);                                                                \
-  }                                                                                                                    \
-  static void value_##name##_##n(const void *values, const float *p, int n_keys, float *o, int64_t width, int is_first) { \
-    value_tile(dtype, n, values, p, n_keys, o, width, is_first);                                                       \
+#define TILE_OF(name, dtype, n)                                                            \
+  static void score_##name##_##n(const void *keys, const float *q, int D, float *scores,   \
+                                 int is_first) {                                           \
+    score_tile(dtype, n, keys, q, D, scores, is_first);                                    \
+  }                                                                                        \
+  static void value_##name##_##n(const void *values, const float *p, int n_keys, float *o, \
+                                 int64_t width, int is_first) {                            \
+    value_tile(dtype, n, values, p, n_keys, o, width, is_first);                           \
   }
 #define TILE(n) TILE_OF(f32, DTYPE_F32, n) TILE_OF(bf16, DTYPE_BF16, n)
-TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+TILE(1)
+TILE(2)
+TILE(3)
+TILE(4)
+TILE(5)
+TILE(6)
+#define UP_TO_6(kind) 0, kind##_1, kind##_2, kind##_3, kind##_4, kind##_5, kind##_6
 #if defined __AVX512F__
-TILE(7) TILE(8) TILE(9) TILE(10) TILE(11) TILE(12)
-#define TILES(kind) {0, kind##_1, kind##_2, kind##_3, kind##_4, kind##_5, kind##_6, \
-                     kind##_7, kind##_8, kind##_9, kind##_10, kind##_11, kind##_12}
+TILE(7)
+TILE(8)
+TILE(9)
+TILE(10)
+TILE(11)
+TILE(12)
+#define TILES(kind) \
+  {UP_TO_6(kind), kind##_7, kind##_8, kind##_9, kind##_10, kind##_11, kind##_12}
 #else
-#define TILES(kind) {0, kind##_1, kind##_2, kind##_3, kind##_4, kind##_5, kind##_6}
+#define TILES(kind) {UP_TO_6(kind)}
 #endif
-static const score_function score_tiles[2][TOKENS + 1] = {
-    [DTYPE_F32] = TILES(score_f32), [DTYPE_BF16] = TILES(score_bf16)};
-static const value_function value_tiles[2][TOKENS + 1] = {
-    [DTYPE_F32] = TILES(value_f32), [DTYPE_BF16] = TILES(value_bf16)};
+static const score_function score_tiles[2][TOKENS + 1] = {[DTYPE_F32] = TILES(score_f32),
+                                                          [DTYPE_BF16] = TILES(score_bf16)};
+static const value_function value_tiles[2][TOKENS + 1] = {[DTYPE_F32] = TILES(value_f32),
+                                                          [DTYPE_BF16] = TILES(value_bf16)};
 
 /* ---- one block ---- */
 
@@ -136,16 +161,19 @@ static inline const void *element_at(const void *base, int64_t index, int dtype)
 static void block_scores(query_set *s, int64_t block, int n_keys) {
   const attention_args *a = s->a;
   for (int key = 0; key < n_keys; key += LANES) {
-    int64_t index = keys_index(s->kv_head, block * ATTENTION_BLOCK + key, 0, a->S, a->D, a->keys_dtype);
+    int64_t index =
+        keys_index(s->kv_head, block * ATTENTION_BLOCK + key, 0, a->S, a->D, a->keys_dtype);
     const void *granule = element_at(a->keys, index, a->keys_dtype);
     for (int j = 0; j < s->n; j += TOKENS) {
       int n = (int)min_of(TOKENS, s->n - j);
-      score_tiles[a->keys_dtype][n](granule, s->q + (int64_t)j * a->D, a->D, s->p + j * ATTENTION_BLOCK + key, j == 0);
+      score_tiles[a->keys_dtype][n](granule, s->q + (int64_t)j * a->D, a->D,
+                                    s->p + j * ATTENTION_BLOCK + key, j == 0);
     }
   }
 }
 
-/* Scores of one query -> probabilities; sets m_b and l_b. Lanes at or beyond n_seen may hold anything, and become 0. */
+/* Scores of one query -> probabilities; sets m_b and l_b. Lanes at or beyond n_seen may hold
+ * anything, and become 0. */
 static void block_softmax(float *p, int n_seen, float *block_m, float *block_l) {
   enum { VECTORS = SUM_LANES / VL };
   int end = (int)ceil_div(n_seen, SUM_LANES) * SUM_LANES;
@@ -174,8 +202,10 @@ static void block_softmax(float *p, int n_seen, float *block_m, float *block_l) 
   *block_l = lanes[0];
 }
 
-/* The queries of a tile see different numbers of keys: those beyond what all see are added one by one. */
-static void add_values_seen_by_some(query_set *s, int64_t block, int j0, int n, const void *values, int key, int end) {
+/* The queries of a tile see different numbers of keys: those beyond what all see are added one by
+ * one. */
+static void add_values_seen_by_some(query_set *s, int64_t block, int j0, int n, const void *values,
+                                    int key, int end) {
   for (; key < end; key++) {
     int lane = key % LANES;
     for (int j = j0; j < j0 + n; j++) {
@@ -185,8 +215,9 @@ static void add_values_seen_by_some(query_set *s, int64_t block, int j0, int n, 
         vf low, high;
         int64_t first = (col / LANES * LANES + lane) * LANES; /* that key of the column block */
         if (col % LANES >= LANES / 2) continue;
-        load_lanes(element_at(values, first + lane_offset((int)(col % LANES), s->a->values_dtype), s->a->values_dtype), 0,
-                   s->a->values_dtype, &low, &high);
+        load_lanes(element_at(values, first + lane_offset((int)(col % LANES), s->a->values_dtype),
+                              s->a->values_dtype),
+                   0, s->a->values_dtype, &low, &high);
         float *o = s->block_o + j * s->width + col;
         v_store(o, v_fma(low, p, v_load(o)));
         v_store(o + 16, v_fma(high, p, v_load(o + 16)));
@@ -199,7 +230,8 @@ static void block_values(query_set *s, int64_t block, int n_keys) {
   const attention_args *a = s->a;
   memset(s->block_o, 0, (size_t)(s->n * s->width) * sizeof(float));
   for (int key = 0; key < n_keys; key += LANES) {
-    int64_t index = values_index(s->kv_head, block * ATTENTION_BLOCK + key, 0, a->S, a->D, a->values_dtype);
+    int64_t index =
+        values_index(s->kv_head, block * ATTENTION_BLOCK + key, 0, a->S, a->D, a->values_dtype);
     const void *granule = element_at(a->values, index, a->values_dtype);
     for (int j = 0; j < s->n; j += TOKENS) {
       int n = (int)min_of(TOKENS, s->n - j); /* the first sees the least, the last the most */
@@ -209,7 +241,8 @@ static void block_values(query_set *s, int64_t block, int n_keys) {
       if (common) {
         for (int64_t col = 0; col < s->width; col += LANES) {
           value_tiles[a->values_dtype][n](element_at(granule, col * LANES, a->values_dtype),
-                                          s->p + j * ATTENTION_BLOCK + key, common, o + col, s->width, j == 0);
+                                          s->p + j * ATTENTION_BLOCK + key, common, o + col,
+                                          s->width, j == 0);
         }
       }
       add_values_seen_by_some(s, block, j, n, granule, key + common, end);
@@ -217,7 +250,8 @@ static void block_values(query_set *s, int64_t block, int n_keys) {
   }
 }
 
-/* Partials of one block for all queries of the set. A query that sees nothing of it has l_b = 0 and is left alone. */
+/* Partials of one block for all queries of the set. A query that sees nothing of it has l_b = 0
+ * and is left alone. */
 static void attend_block(query_set *s, int64_t block) {
   int n_keys = seen_in_block(s, s->n - 1, block);
   block_scores(s, block, n_keys);
@@ -231,10 +265,12 @@ static void attend_block(query_set *s, int64_t block) {
 
 /* ---- merge and finish ---- */
 
-static void merge(float *m, float *l, float *o, float block_m, float block_l, const float *block_o, int D) {
+static void merge(float *m, float *l, float *o, float block_m, float block_l, const float *block_o,
+                  int D) {
   float max = s_max(*m, block_m), f = s_exp(*m - max), g = s_exp(block_m - max);
   int d = 0;
-  for (; d + VL <= D; d += VL) v_store(o + d, v_fma(v_load(block_o + d), v_set(g), v_load(o + d) * f));
+  for (; d + VL <= D; d += VL)
+    v_store(o + d, v_fma(v_load(block_o + d), v_set(g), v_load(o + d) * f));
   for (; d < D; d++) o[d] = s_fma(block_o[d], g, o[d] * f);
   *l = s_fma(block_l, g, *l * f);
   *m = max;
@@ -244,13 +280,15 @@ static void finish(const attention_args *a, int64_t token, int64_t head, float l
   int64_t D = a->D, u_cols = 2 * D * (a->Nq + a->Nk), d = 0;
   const float *gate = a->u + token * u_cols + head * 2 * D + D;
   float *y = (float *)a->y + (token * a->Nq + head) * D;
-  for (; d + VL <= D; d += VL) v_store(y + d, (v_load(o + d) / l + 0.0f) * v_sigmoid(v_load(gate + d)));
+  for (; d + VL <= D; d += VL)
+    v_store(y + d, (v_load(o + d) / l + 0.0f) * v_sigmoid(v_load(gate + d)));
   for (; d < D; d++) y[d] = (o[d] / l + 0.0f) * s_sigmoid(gate[d]);
 }
 
 /* ---- work ---- */
 
-static void begin_queries(query_set *s, const attention_args *a, int64_t kv_head, int64_t first, int n) {
+static void begin_queries(query_set *s, const attention_args *a, int64_t kv_head, int64_t first,
+                          int n) {
   s->a = a;
   s->kv_head = kv_head;
   s->first = first;
@@ -286,26 +324,32 @@ static void attend_by_sets(const attention_args *a, int n_rows, int64_t set_size
         attend_block(&s, block);
         for (int j = 0; j < n; j++) {
           if (!seen_in_block(&s, j, block)) continue;
-          merge(&s.m[j], &s.l[j], s.o + j * s.width, s.block_m[j], s.block_l[j], s.block_o + j * s.width, a->D);
+          merge(&s.m[j], &s.l[j], s.o + j * s.width, s.block_m[j], s.block_l[j],
+                s.block_o + j * s.width, a->D);
         }
       }
-      for (int j = 0; j < n; j++) finish(a, token_of(&s, j), head_of(&s, j), s.l[j], s.o + j * s.width);
+      for (int j = 0; j < n; j++)
+        finish(a, token_of(&s, j), head_of(&s, j), s.l[j], s.o + j * s.width);
     }
   }
 }
 
-/* Few queries: (key/value head, block, set) units over threads, partials [token][head][block][m, l, o] through memory. */
-static void attend_by_blocks(const attention_args *a, int n_rows, int64_t set_size, int tid, int nt) {
+/* Few queries: (key/value head, block, set) units over threads, partials [token][head][block][m,
+ * l, o] through memory. */
+static void attend_by_blocks(const attention_args *a, int n_rows, int64_t set_size, int tid,
+                             int nt) {
   query_set s;
   int64_t group = a->Nq / a->Nk, n_queries = n_rows * group, position = position_of(a->cursor);
-  int64_t n_blocks = ceil_div(position + n_rows, ATTENTION_BLOCK), n_sets = ceil_div(n_queries, set_size), D = a->D;
+  int64_t n_blocks = ceil_div(position + n_rows, ATTENTION_BLOCK),
+          n_sets = ceil_div(n_queries, set_size), D = a->D;
   span mine = share(a->Nk * n_blocks * n_sets, tid, nt);
   for (int64_t unit = mine.begin; unit < mine.end; unit++) {
     int64_t first = unit % n_sets * set_size, block = unit / n_sets % n_blocks;
     begin_queries(&s, a, unit / n_sets / n_blocks, first, (int)min_of(set_size, n_queries - first));
     attend_block(&s, block);
     for (int j = 0; j < s.n; j++) {
-      float *partial = a->partials + ((token_of(&s, j) * a->Nq + head_of(&s, j)) * a->B + block) * (D + 2);
+      float *partial =
+          a->partials + ((token_of(&s, j) * a->Nq + head_of(&s, j)) * a->B + block) * (D + 2);
       partial[0] = s.block_m[j];
       partial[1] = s.block_l[j];
       memcpy(partial + 2, s.block_o + j * s.width, (size_t)D * sizeof(float));

@@ -1,10 +1,12 @@
-/* What every CPU kernel shares: the calling convention, the split of work over threads, and where an element is stored.
+/* What every CPU kernel shares: the calling convention, the split of work over threads, and where
+ * an element is stored.
  *
- * IS: the ABI of `op_<name>` and the index functions of the storage layouts. IS NOT: arithmetic (vec.h) or the threads
- * themselves (pool.h). Included by: every file here.
+ * IS: the ABI of `op_<name>` and the index functions of the storage layouts. IS NOT: arithmetic
+ * (vec.h) or the threads themselves (pool.h). Included by: every file here.
  *
- * An op `f` is `void op_f(const f_args *a, int tid, int nt)`, called by all nt threads of the pool at once; the replay puts
- * a barrier after each launch. A kernel that needs one inside calls flashrt_barrier(nt), on all threads alike.
+ * An op `f` is `void op_f(const f_args *a, int tid, int nt)`, called by all nt threads of the pool
+ * at once; the replay puts a barrier after each launch. A kernel that needs one inside calls
+ * flashrt_barrier(nt), on all threads alike.
  * Rows at or beyond rows_of(...) are neither read nor written.
  */
 #pragma once
@@ -17,7 +19,7 @@
 
 enum {
   SLICE = 256,          /* k per partial sum of `linear` */
-  LANES = 32,           /* rows of a matrix panel, positions or columns of a granule, columns of a state block */
+  LANES = 32,           /* matrix rows of a panel, positions of a granule, columns of a block */
   ATTENTION_BLOCK = 256 /* keys per partial softmax, in absolute positions */
 };
 
@@ -26,11 +28,13 @@ enum {
 static inline int32_t position_of(const int32_t *cursor) { return cursor[0]; }
 static inline int rows_of(const int32_t *cursor, int T) { return cursor[1] < T ? cursor[1] : T; }
 
-/* Waits until all nt threads of the launch have come here; what they wrote before is then visible. See pool.h. */
+/* Waits until all nt threads of the launch have come here; what they wrote before is then visible.
+ * See pool.h. */
 void flashrt_barrier(int nt);
 
-/* Scratch shared by all threads of a launch, its bytes undefined at the start of each. NULL when more is asked for than
- * flashrt_workspace() has reserved. Needs of the kernels: linear, see linear.c; the others none. */
+/* Scratch shared by all threads of a launch, its bytes undefined at the start of each. NULL when
+ * more is asked for than flashrt_workspace() has reserved. Needs of the kernels: linear, see
+ * linear.c; the others none. */
 void *flashrt_scratch(int64_t nbytes);
 
 /* Units [begin, end) of n that fall to thread tid of nt. */
@@ -38,7 +42,9 @@ typedef struct {
   int64_t begin, end;
 } span;
 
-static inline span share(int64_t n, int tid, int nt) { return (span){n * tid / nt, n * (tid + 1) / nt}; }
+static inline span share(int64_t n, int tid, int nt) {
+  return (span){n * tid / nt, n * (tid + 1) / nt};
+}
 
 static inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -56,7 +62,8 @@ static inline uint16_t to_bf16(float x) {
 }
 
 static inline float load_as_float(const void *base, int64_t index, int dtype) {
-  return dtype == DTYPE_BF16 ? from_bf16(((const uint16_t *)base)[index]) : ((const float *)base)[index];
+  return dtype == DTYPE_BF16 ? from_bf16(((const uint16_t *)base)[index])
+                             : ((const float *)base)[index];
 }
 static inline void store_float(void *base, int64_t index, int dtype, float x) {
   if (dtype == DTYPE_BF16) ((uint16_t *)base)[index] = to_bf16(x);
@@ -65,9 +72,11 @@ static inline void store_float(void *base, int64_t index, int dtype, float x) {
 
 /* ---- storage: where a logical element lies, counted in elements ---- */
 
-/* Place of lane 0..31 in a group of 32. bfloat16 is interleaved: word r holds lane r low and lane r + 16 high, so that a
- * shift and a mask turn one load into two vectors of consecutive lanes. */
-static inline int lane_slot(int lane, int dtype) { return dtype == DTYPE_BF16 ? (lane & 15) * 2 + (lane >> 4) : lane; }
+/* Place of lane 0..31 in a group of 32. bfloat16 is interleaved: word r holds lane r low and lane
+ * r + 16 high, so that a shift and a mask turn one load into two vectors of consecutive lanes. */
+static inline int lane_slot(int lane, int dtype) {
+  return dtype == DTYPE_BF16 ? (lane & 15) * 2 + (lane >> 4) : lane;
+}
 
 /* MATRIX [N, K] bf16: [ceil(N / 32)][K][32 rows], rows beyond N zero. */
 static inline int64_t matrix_index(int64_t n, int64_t k, int64_t K) {
@@ -80,14 +89,16 @@ static inline int64_t state_index(int64_t head, int64_t i, int64_t j, int64_t dk
 }
 
 /* ROWS_IN_LANES [planes, S, D]: [planes][ceil(S / 32)][D][32 positions]. */
-static inline int64_t keys_index(int64_t plane, int64_t position, int64_t d, int64_t S, int64_t D, int dtype) {
+static inline int64_t keys_index(int64_t plane, int64_t position, int64_t d, int64_t S, int64_t D,
+                                 int dtype) {
   int64_t granule = plane * ceil_div(S, LANES) + position / LANES;
   return (granule * D + d) * LANES + lane_slot((int)(position % LANES), dtype);
 }
 
-/* COLS_IN_LANES [planes, S, D]: [planes][ceil(S / 32)][ceil(D / 32)][32 positions][32 columns]. What lies in the columns
- * beyond D is never used. */
-static inline int64_t values_index(int64_t plane, int64_t position, int64_t d, int64_t S, int64_t D, int dtype) {
+/* COLS_IN_LANES [planes, S, D]: [planes][ceil(S / 32)][ceil(D / 32)][32 positions][32 columns].
+ * What lies in the columns beyond D is never used. */
+static inline int64_t values_index(int64_t plane, int64_t position, int64_t d, int64_t S, int64_t D,
+                                   int dtype) {
   int64_t granule = plane * ceil_div(S, LANES) + position / LANES;
   int64_t block = granule * ceil_div(D, LANES) + d / LANES;
   return (block * LANES + position % LANES) * LANES + lane_slot((int)(d % LANES), dtype);

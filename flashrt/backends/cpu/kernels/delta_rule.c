@@ -1,17 +1,22 @@
 /* delta_rule: the gated delta rule, row after row, state in float32.
  *
  * Order, per value head and column, chains over i = 0 .. dk - 1 ascending:
- *   kv = chain fma(k_i, S_i, kv) from +0        the decay is applied to the sum, which saves a product per element
+ *   kv = chain fma(k_i, S_i, kv) from +0        the decay is applied to the sum, which saves a
+ *   product per element
  *   delta = beta * fma(-decay, kv, v)
  *   S_i = fma(k_i, delta, decay * S_i)          o = chain fma(q_i, S_i, o) from +0
- * One pass over the state per row: while S_i is in a register it also feeds the kv chain of the next row. The chains are the
- * same for one row and for many.
+ * One pass over the state per row: while S_i is in a register it also feeds the kv chain of the
+ * next row. The chains are the same for one row and for many.
  *
- * A unit of work is (value head, 32 columns): [dk][32] floats, 16 KB at dk = 128, in L1 through all rows.
+ * A unit of work is (value head, 32 columns): [dk][32] floats, 16 KB at dk = 128, in L1 through
+ * all rows.
  */
 #include "common.h"
 
-enum { STRIP = 2 * VL < 16 ? 16 : 2 * VL, STRIP_VECTORS = STRIP / VL }; /* columns whose chains fill the registers */
+enum {
+  STRIP = 2 * VL < 16 ? 16 : 2 * VL,
+  STRIP_VECTORS = STRIP / VL
+}; /* columns whose chains fill the registers */
 
 typedef struct {
   vf v[STRIP_VECTORS];
@@ -50,13 +55,15 @@ static strip dot_state(const float *S, const float *k, int dk) {
   strip kv = {{{0}}};
   for (int i = 0; i < dk; i++) {
     UNROLL
-    for (int j = 0; j < STRIP_VECTORS; j++) kv.v[j] = v_fma(v_set(k[i]), v_load(S + i * LANES + j * VL), kv.v[j]);
+    for (int j = 0; j < STRIP_VECTORS; j++)
+      kv.v[j] = v_fma(v_set(k[i]), v_load(S + i * LANES + j * VL), kv.v[j]);
   }
   return kv;
 }
 
-/* Updates the state by one row; returns its o, and in kv the sums of the next row if there is one. */
-INLINE strip update_state(float *S, int dk, head_row row, const float *k_next, strip delta, strip *kv, const int has_next) {
+/* Updates the state by one row; returns its o, and in kv the sums of the next row, if any. */
+INLINE strip update_state(float *S, int dk, head_row row, const float *k_next, strip delta,
+                          strip *kv, const int has_next) {
   strip o = {{{0}}}, next = {{{0}}};
   vf decay = v_set(row.decay);
   for (int i = 0; i < dk; i++) {

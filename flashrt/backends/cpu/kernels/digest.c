@@ -1,14 +1,16 @@
-/* The state digest. IS: the sums that core/digest.py defines, over elements as they are stored. IS NOT: the definition, nor
- * the folding into hexadecimal digits. Called by: the device, via ctypes.
+/* The state digest. IS: the sums that core/digest.py defines, over elements as they are stored. IS
+ * NOT: the definition, nor the folding into hexadecimal digits. Called by: the device, via ctypes.
  *
- * Terms are added modulo 2^64, so any order gives the same sums: elements are visited in storage order, by all threads.
+ * Terms are added modulo 2^64, so any order gives the same sums: elements are visited in storage
+ * order, by all threads.
  */
 #include <stdatomic.h>
 
 #include "common.h"
 #include "pool.h"
 
-/* Rows [start, stop) of a region; fields in the order of DigestTerm.FORMAT, the offset made an address. */
+/* Rows [start, stop) of a region; fields in the order of DigestTerm.FORMAT, the offset made an
+ * address. */
 typedef struct {
   uint64_t address, seed;
   int64_t planes, start, stop, origin, cols, pitch, elem_nbytes, layout;
@@ -30,30 +32,34 @@ INLINE uint64_t mix(uint64_t z) {
   return z ^ z >> 32;
 }
 
-/* One run of n elements whose keys are key, key + step, key + 2 step, ...: along columns step is C, along rows it is B. */
-#define DEFINE_RUN(name, type)                                                       \
+/* One run of n elements whose keys are key, key + step, key + 2 step, ...: along columns step is
+ * C, along rows it is B. */
+#define DEFINE_RUN(name, type)                                                        \
   static digest_sums name(const type *bits, int64_t n, uint64_t key, uint64_t step) { \
-    digest_sums sums = {0, 0};                                                       \
-    for (int64_t i = 0; i < n; i++) {                                                \
-      uint64_t k = key + (uint64_t)i * step, v = (uint64_t)bits[i] + 1;              \
-      sums.lo += mix(k ^ v * D);                                                     \
-      sums.hi += mix((k + E) * D ^ v * F);                                           \
-    }                                                                                \
-    return sums;                                                                     \
+    digest_sums sums = {0, 0};                                                        \
+    for (int64_t i = 0; i < n; i++) {                                                 \
+      uint64_t k = key + (uint64_t)i * step, v = (uint64_t)bits[i] + 1;               \
+      sums.lo += mix(k ^ v * D);                                                      \
+      sums.hi += mix((k + E) * D ^ v * F);                                            \
+    }                                                                                 \
+    return sums;                                                                      \
   }
 DEFINE_RUN(run_of_16, uint16_t)
 DEFINE_RUN(run_of_32, uint32_t)
 
-static digest_sums run(const char *base, int64_t index, int64_t n, uint64_t key, uint64_t step, int64_t elem_nbytes) {
+static digest_sums run(const char *base, int64_t index, int64_t n, uint64_t key, uint64_t step,
+                       int64_t elem_nbytes) {
   if (elem_nbytes == 2) return run_of_16((const uint16_t *)base + index, n, key, step);
   return run_of_32((const uint32_t *)base + index, n, key, step);
 }
 
-/* A group of 32 lanes of which [first, last) count. Pairs of bfloat16 are put back in the order of lanes. */
-static digest_sums lanes(const char *base, int64_t index, int first, int last, uint64_t key, uint64_t step,
-                         int64_t elem_nbytes) {
+/* A group of 32 lanes of which [first, last) count. Pairs of bfloat16 are put back in the order of
+ * lanes. */
+static digest_sums lanes(const char *base, int64_t index, int first, int last, uint64_t key,
+                         uint64_t step, int64_t elem_nbytes) {
   uint16_t natural[LANES];
-  if (elem_nbytes != 2) return run(base, index + first, last - first, key + (uint64_t)first * step, step, elem_nbytes);
+  if (elem_nbytes != 2)
+    return run(base, index + first, last - first, key + (uint64_t)first * step, step, elem_nbytes);
   for (int lane = 0; lane < LANES; lane++) {
     natural[lane] = ((const uint16_t *)base)[index + lane_slot(lane, DTYPE_BF16)];
   }
@@ -66,14 +72,16 @@ static void add(digest_sums *sums, digest_sums more) {
 }
 
 /* Columns [begin, end) of plain rows. */
-static digest_sums plain_row(const flashrt_digest_term *t, const char *plane, uint64_t key, int64_t row, int64_t begin,
-                             int64_t end) {
+static digest_sums plain_row(const flashrt_digest_term *t, const char *plane, uint64_t key,
+                             int64_t row, int64_t begin, int64_t end) {
   int64_t index = (row - t->origin) * t->cols + begin;
-  return run(plane, index, end - begin, key + (uint64_t)row * B + (uint64_t)begin * C, C, t->elem_nbytes);
+  return run(plane, index, end - begin, key + (uint64_t)row * B + (uint64_t)begin * C, C,
+             t->elem_nbytes);
 }
 
 /* The rows of one granule that lie in [start, stop). `granule` counts from row `origin`. */
-static digest_sums granule_rows(const flashrt_digest_term *t, const char *plane, uint64_t key, int64_t granule) {
+static digest_sums granule_rows(const flashrt_digest_term *t, const char *plane, uint64_t key,
+                                int64_t granule) {
   int64_t row = t->origin + granule * LANES;
   int first = (int)max_of(t->start - row, 0), last = (int)min_of(t->stop - row, LANES);
   int64_t col_blocks = ceil_div(t->cols, LANES);
@@ -81,7 +89,8 @@ static digest_sums granule_rows(const flashrt_digest_term *t, const char *plane,
   if (t->layout == ROWS_IN_LANES) {
     for (int64_t col = 0; col < t->cols; col++) {
       uint64_t k = key + (uint64_t)row * B + (uint64_t)col * C;
-      add(&sums, lanes(plane, (granule * t->cols + col) * LANES, first, last, k, B, t->elem_nbytes));
+      add(&sums,
+          lanes(plane, (granule * t->cols + col) * LANES, first, last, k, B, t->elem_nbytes));
     }
     return sums;
   }
@@ -89,7 +98,8 @@ static digest_sums granule_rows(const flashrt_digest_term *t, const char *plane,
     int n_cols = (int)min_of(t->cols - block * LANES, LANES);
     for (int r = first; r < last; r++) {
       uint64_t k = key + (uint64_t)(row + r) * B + (uint64_t)block * LANES * C;
-      add(&sums, lanes(plane, ((granule * col_blocks + block) * LANES + r) * LANES, 0, n_cols, k, C, t->elem_nbytes));
+      add(&sums, lanes(plane, ((granule * col_blocks + block) * LANES + r) * LANES, 0, n_cols, k, C,
+                       t->elem_nbytes));
     }
   }
   return sums;
@@ -106,8 +116,9 @@ static digest_sums term_part(const flashrt_digest_term *t, int tid, int nt) {
   enum { CHUNK = 4096 };
   int64_t first_granule = (t->start - t->origin) / LANES;
   int64_t chunks = ceil_div(t->cols, CHUNK);
-  int64_t units_per_plane = t->layout == PLAIN ? (t->stop - t->start) * chunks
-                                               : ceil_div(t->stop - t->origin, LANES) - first_granule;
+  int64_t units_per_plane = t->layout == PLAIN
+                                ? (t->stop - t->start) * chunks
+                                : ceil_div(t->stop - t->origin, LANES) - first_granule;
   digest_sums sums = {0, 0};
   if (t->start >= t->stop) return sums;
   span mine = share(t->planes * units_per_plane, tid, nt);
@@ -117,7 +128,8 @@ static digest_sums term_part(const flashrt_digest_term *t, int tid, int nt) {
     uint64_t key = t->seed + (uint64_t)p * A;
     if (t->layout == PLAIN) {
       int64_t begin = unit % chunks * CHUNK;
-      add(&sums, plain_row(t, plane, key, t->start + unit / chunks, begin, min_of(begin + CHUNK, t->cols)));
+      add(&sums, plain_row(t, plane, key, t->start + unit / chunks, begin,
+                           min_of(begin + CHUNK, t->cols)));
     } else {
       add(&sums, granule_rows(t, plane, key, first_granule + unit));
     }
@@ -136,9 +148,10 @@ static void digest_body(void *argument, int tid, int nt) {
 
 /* out [n][2]: sums lo and hi of each term. */
 void flashrt_digest(const flashrt_digest_term *terms, int n, uint64_t (*out)[2]) {
-  digest_batch batch = {terms, n, (_Atomic uint64_t(*)[2])out};
+  digest_batch batch = {terms, n, (_Atomic uint64_t (*)[2])out};
   int64_t n_elements = 0;
-  for (int i = 0; i < n; i++) n_elements += terms[i].planes * (terms[i].stop - terms[i].start) * terms[i].cols;
+  for (int i = 0; i < n; i++)
+    n_elements += terms[i].planes * (terms[i].stop - terms[i].start) * terms[i].cols;
   memset(out, 0, (size_t)n * sizeof *out);
   pool_run_if(n_elements >= WORTH_SHARING, digest_body, &batch);
 }

@@ -1,5 +1,7 @@
-/* The machine's own limits, measured by the same threads as the kernels: what benchmarks put beside each number.
- * IS: multiply-add peak, read bandwidth, an empty launch. IS NOT: timing; the caller has the clock. Called by: benchmarks.
+/* The machine's own limits, measured by the same threads as the kernels: what benchmarks put
+ * beside each number.
+ * IS: multiply-add peak, read bandwidth, an empty launch. IS NOT: timing; the caller has the
+ * clock. Called by: benchmarks.
  */
 #include "common.h"
 #include "pool.h"
@@ -35,7 +37,8 @@ static void count_body(void *argument, int tid, int nt) {
   if (!tid) team_size = nt;
 }
 
-/* Runs `iterations` rounds of independent fused multiply-adds on every thread; returns the FLOP done. */
+/* Runs `iterations` rounds of independent fused multiply-adds on every thread; returns the FLOP
+ * done. */
 double flashrt_fma_peak(long iterations) {
   limit_job job = {NULL, iterations};
   pool_run(count_body, NULL);

@@ -1,13 +1,14 @@
 /* linear: y = x w^T, bf16 weights in panels of 32 rows, float32 activations.
  *
- * Order: output rows sit in vector lanes, so each output is a chain of scalar fma. y = ((s0 + s1) + s2) + ..., each s a chain
- * over 256 ascending k from +0. Width, tile shape, rows in the launch and threads decide only which chains run side by side.
+ * Order: output rows sit in vector lanes, so each output is a chain of scalar fma:
+ * y = ((s0 + s1) + s2) + ..., each s a chain over 256 ascending k from +0. Width, tile shape, rows
+ * in the launch and threads decide only which chains run side by side.
  *
  * Tiles (tile.h) are swept in one of two ways:
- *   n <= DIRECT_ROWS  weights are streamed once; x is read where it lies.
- *   more              slices go outermost, so that a slice of x stays in L2 while the panels pass. Where rows of x are long,
- *                     x is first packed to [slice][tile][k][token] by all threads. Scratch: n * K * 4 bytes; without it, x
- *                     is read where it lies, more slowly.
+ *   n <= DIRECT_ROWS  weights are streamed once.
+ *   more              slices go outermost: a slice of x stays in L2 while the panels pass.
+ * x is read where it lies, unless there are many long rows: those are first packed to
+ * [slice][tile][k][token] by all threads. Scratch: n * K * 4 bytes; without it, nothing is packed.
  */
 #include "tile.h"
 
@@ -22,7 +23,7 @@ typedef struct {
   const float *x; /* packed: [k][token]; direct: [token][x_stride] */
   int64_t x_stride;
   int n_k;
-  float *y; /* column 0 of that panel */
+  float *y;                 /* column 0 of that panel */
   int64_t y_stride, n_cols; /* columns of y from there on that exist */
   int first_part;           /* which part of its panel the first group is */
   int is_first_slice;
@@ -57,8 +58,10 @@ INLINE void tile(const tile_job *job, const int n_groups, const int n_tokens, co
     extend_chains(&c, DTYPE_BF16, n_vectors, n_tokens, w, job->x, 1, n_tokens, job->n_k, NULL);
   } else {
     /* One token streams best as it is. */
-    const char *ahead = n_tokens > 1 ? ahead_of(w[0], DTYPE_BF16, n_groups, job->first_part, job->n_k) : NULL;
-    extend_chains(&c, DTYPE_BF16, n_vectors, n_tokens, w, job->x, job->x_stride, 1, job->n_k, ahead);
+    const char *ahead =
+        n_tokens > 1 ? ahead_of(w[0], DTYPE_BF16, n_groups, job->first_part, job->n_k) : NULL;
+    extend_chains(&c, DTYPE_BF16, n_vectors, n_tokens, w, job->x, job->x_stride, 1, job->n_k,
+                  ahead);
   }
   UNROLL
   for (int v = 0; v < n_vectors; v++) {
@@ -71,26 +74,50 @@ INLINE void tile(const tile_job *job, const int n_groups, const int n_tokens, co
   }
 }
 
-#define TILE(groups, tokens)                                                                                    \
-  static void direct_##groups##x##tokens(const tile_job *job) { tile(job, groups, tokens, 0); }                 \
+#define TILE(groups, tokens)                                                                    \
+  static void direct_##groups##x##tokens(const tile_job *job) { tile(job, groups, tokens, 0); } \
   static void packed_##groups##x##tokens(const tile_job *job) { tile(job, groups, tokens, 1); }
-TILE(4, 1) TILE(2, 1) TILE(2, 2) TILE(2, 3) TILE(1, 1) TILE(1, 2) TILE(1, 3) TILE(1, 4) TILE(1, 5) TILE(1, 6)
+TILE(4, 1)
+TILE(2, 1)
+TILE(2, 2)
+TILE(2, 3)
+TILE(1, 1)
+TILE(1, 2)
+TILE(1, 3)
+TILE(1, 4)
+TILE(1, 5)
+TILE(1, 6)
 #if defined __AVX512F__
-TILE(4, 2) TILE(4, 3) TILE(2, 4) TILE(2, 5) TILE(2, 6)
-TILE(1, 7) TILE(1, 8) TILE(1, 9) TILE(1, 10) TILE(1, 11) TILE(1, 12)
+TILE(4, 2)
+TILE(4, 3)
+TILE(2, 4)
+TILE(2, 5)
+TILE(2, 6)
+TILE(1, 7)
+TILE(1, 8)
+TILE(1, 9)
+TILE(1, 10)
+TILE(1, 11)
+TILE(1, 12)
 #endif
 
 typedef void (*tile_function)(const tile_job *);
-#define ROW_OF_6(way, g) way##_##g##x1, way##_##g##x2, way##_##g##x3, way##_##g##x4, way##_##g##x5, way##_##g##x6
-/* [groups][tokens]; fewer groups are always there, more only for as few tokens as leave registers for them. */
+#define ROW_OF_6(way, g) \
+  way##_##g##x1, way##_##g##x2, way##_##g##x3, way##_##g##x4, way##_##g##x5, way##_##g##x6
+/* [groups][tokens]; fewer groups are always there, more only for as few tokens as leave registers
+ * for them. */
 #if defined __AVX512F__
-#define TILES(way)                                                                                         \
-  {[1] = {0, ROW_OF_6(way, 1), way##_1x7, way##_1x8, way##_1x9, way##_1x10, way##_1x11, way##_1x12},       \
-   [2] = {0, ROW_OF_6(way, 2)},                                                                            \
-   [4] = {0, way##_4x1, way##_4x2, way##_4x3}}
+#define TILES(way)                                                          \
+  {                                                                         \
+    [1] = {0,         ROW_OF_6(way, 1), way##_1x7,  way##_1x8,              \
+           way##_1x9, way##_1x10,       way##_1x11, way##_1x12},            \
+    [2] = {0, ROW_OF_6(way, 2)}, [4] = {0, way##_4x1, way##_4x2, way##_4x3} \
+  }
 #else
-#define TILES(way)                                                                                         \
-  {[1] = {0, ROW_OF_6(way, 1)}, [2] = {0, way##_2x1, way##_2x2, way##_2x3}, [4] = {0, way##_4x1}}
+#define TILES(way)                                                                                \
+  {                                                                                               \
+    [1] = {0, ROW_OF_6(way, 1)}, [2] = {0, way##_2x1, way##_2x2, way##_2x3}, [4] = {0, way##_4x1} \
+  }
 #endif
 static const tile_function direct_tiles[MAX_GROUPS + 1][TOKENS + 1] = TILES(direct);
 static const tile_function packed_tiles[MAX_GROUPS + 1][TOKENS + 1] = TILES(packed);
@@ -103,8 +130,12 @@ typedef struct {
   int n, n_tiles;
 } token_tiles;
 
-static inline int first_token(const token_tiles *x, int tile) { return (int)((int64_t)x->n * tile / x->n_tiles); }
-static inline int slice_length(const token_tiles *x, int64_t k0) { return (int)min_of(SLICE, x->a->K - k0); }
+static inline int first_token(const token_tiles *x, int tile) {
+  return (int)((int64_t)x->n * tile / x->n_tiles);
+}
+static inline int slice_length(const token_tiles *x, int64_t k0) {
+  return (int)min_of(SLICE, x->a->K - k0);
+}
 static inline int64_t packed_offset(const token_tiles *x, int64_t k0, int tile) {
   return x->n * k0 + (int64_t)first_token(x, tile) * slice_length(x, k0);
 }
@@ -131,8 +162,12 @@ static void pack_tokens(const token_tiles *x, float *packed, int tid, int nt) {
 static void panels_slice(const token_tiles *x, int64_t panel, int n_panels, int64_t k0) {
   const linear_args *a = x->a;
   int64_t K = a->K, N = a->N;
-  tile_job job = {.w = (const uint16_t *)a->w + (panel * K + k0) * LANES, .panel_elements = K * LANES,
-                  .x_stride = K, .n_k = slice_length(x, k0), .y_stride = N, .n_cols = N - panel * LANES,
+  tile_job job = {.w = (const uint16_t *)a->w + (panel * K + k0) * LANES,
+                  .panel_elements = K * LANES,
+                  .x_stride = K,
+                  .n_k = slice_length(x, k0),
+                  .y_stride = N,
+                  .n_cols = N - panel * LANES,
                   .is_first_slice = k0 == 0};
   for (int t = 0; t < x->n_tiles; t++) {
     int m0 = first_token(x, t), n_tokens = first_token(x, t + 1) - m0;
@@ -141,7 +176,8 @@ static void panels_slice(const token_tiles *x, int64_t panel, int n_panels, int6
     int n_groups = MAX_GROUPS;
     for (job.first_part = 0; job.first_part < n_panels * PARTS; job.first_part += n_groups) {
       const tile_function(*tiles)[TOKENS + 1] = x->packed ? packed_tiles : direct_tiles;
-      while (job.first_part + n_groups > n_panels * PARTS || !tiles[n_groups][n_tokens]) n_groups /= 2;
+      while (job.first_part + n_groups > n_panels * PARTS || !tiles[n_groups][n_tokens])
+        n_groups /= 2;
       tiles[n_groups][n_tokens](&job);
     }
   }
@@ -151,7 +187,9 @@ void op_linear(const linear_args *a, int tid, int nt) {
   int n_rows = rows_of(a->cursor, a->T);
   if (n_rows <= 0) return;
   token_tiles x = {a, NULL, n_rows, (int)ceil_div(n_rows, TOKENS)};
-  int64_t K = a->K, band = n_rows > DIRECT_ROWS ? SLICE : K; /* k that all panels go through before the next */
+  int64_t K = a->K, band = n_rows > DIRECT_ROWS
+                               ? SLICE
+                               : K; /* k that all panels go through before the next */
   if (n_rows > DIRECT_ROWS && K > DIRECT_K) {
     float *packed = flashrt_scratch(n_rows * K * (int64_t)sizeof(float));
     if (packed) {
@@ -165,7 +203,8 @@ void op_linear(const linear_args *a, int tid, int nt) {
   for (int64_t begin = 0; begin < K; begin += band) {
     for (int64_t panel = mine.begin; panel < mine.end; panel += PANELS) {
       int n_panels = (int)min_of(PANELS, mine.end - panel);
-      for (int64_t k0 = begin; k0 < min_of(begin + band, K); k0 += SLICE) panels_slice(&x, panel, n_panels, k0);
+      for (int64_t k0 = begin; k0 < min_of(begin + band, K); k0 += SLICE)
+        panels_slice(&x, panel, n_panels, k0);
     }
   }
 }

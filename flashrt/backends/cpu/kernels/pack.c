@@ -1,5 +1,6 @@
-/* Weights to panels and back. IS: the MATRIX layout of common.h, at the speed of memory: reading a checkpoint is mostly this.
- * IS NOT: file reading or dtype conversion. Called by: the device, via ctypes.
+/* Weights to panels and back. IS: the MATRIX layout of common.h, at the speed of memory: reading a
+ * checkpoint is mostly this. IS NOT: file reading or dtype conversion. Called by: the device, via
+ * ctypes.
  */
 #include "common.h"
 #include "pool.h"
@@ -19,7 +20,8 @@ static void pack_block(const matrix_pair *m, int64_t panel, int64_t k0, int64_t 
   const uint16_t *src = m->src + row * K;
   if (m->N - row >= LANES) {
     for (int64_t k = k0; k < k1; k++) {
-      for (int r = 0; r < 16; r++) words[k * 16 + r] = src[r * K + k] | (uint32_t)src[(r + 16) * K + k] << 16;
+      for (int r = 0; r < 16; r++)
+        words[k * 16 + r] = src[r * K + k] | (uint32_t)src[(r + 16) * K + k] << 16;
     }
     return;
   }
@@ -39,13 +41,25 @@ static void pack_body(void *argument, int tid, int nt) {
   }
 }
 
+/* Row pairs of a panel, back to two rows each. */
+static void unpack_panel(const matrix_pair *m, int64_t panel, int64_t k0, int64_t k1) {
+  const uint32_t *words = (const uint32_t *)(m->src + panel * m->K * LANES);
+  for (int r = 0; r < 16; r++) {
+    int64_t row = panel * LANES + r;
+    uint16_t *low = m->dst + row * m->K, *high = low + 16 * m->K;
+    for (int64_t k = k0; k < k1; k++) {
+      if (row < m->N) low[k] = (uint16_t)words[k * 16 + r];
+      if (row + 16 < m->N) high[k] = (uint16_t)(words[k * 16 + r] >> 16);
+    }
+  }
+}
+
 static void unpack_body(void *argument, int tid, int nt) {
   const matrix_pair *m = argument;
-  span mine = share(m->N, tid, nt);
-  for (int64_t k0 = 0; k0 < m->K; k0 += K_BLOCK) {
-    for (int64_t n = mine.begin; n < mine.end; n++) {
-      for (int64_t k = k0; k < min_of(k0 + K_BLOCK, m->K); k++) m->dst[n * m->K + k] = m->src[matrix_index(n, k, m->K)];
-    }
+  span mine = share(ceil_div(m->N, LANES), tid, nt);
+  for (int64_t panel = mine.begin; panel < mine.end; panel++) {
+    for (int64_t k = 0; k < m->K; k += K_BLOCK)
+      unpack_panel(m, panel, k, min_of(k + K_BLOCK, m->K));
   }
 }
 

@@ -1,7 +1,9 @@
-/* The thread pool. IS: the implementation of pool.h, flashrt_barrier and the scratch that kernels share. IS NOT: work.
+/* The thread pool. IS: the implementation of pool.h, flashrt_barrier and the scratch that kernels
+ * share. IS NOT: work.
  *
- * A region is: the caller bumps `generation`, everyone runs the body, everyone meets at the barrier. After fork() the child
- * has one thread, as POSIX leaves it; it keeps working, alone, until it calls flashrt_pool_start.
+ * A region is: the caller bumps `generation`, everyone runs the body, everyone meets at the
+ * barrier. After fork() the child has one thread, as POSIX leaves it; it keeps working, alone,
+ * until it calls flashrt_pool_start.
  */
 #define _GNU_SOURCE
 #include <limits.h>
@@ -38,7 +40,8 @@ static struct {
   _Alignas(CACHE_LINE) atomic_uint n_arrived;
 } pool = {.n_threads = 1};
 
-static pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER; /* held through a region, a start and a stop */
+static pthread_mutex_t turn =
+    PTHREAD_MUTEX_INITIALIZER; /* held through a region, a start and a stop */
 static struct {
   void *base;
   int64_t nbytes;
@@ -58,7 +61,9 @@ static inline void relax(void) {
 static void sleep_while(wait_word *word, unsigned seen) {
   syscall(SYS_futex, &word->value, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
 }
-static void wake_all(wait_word *word) { syscall(SYS_futex, &word->value, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0); }
+static void wake_all(wait_word *word) {
+  syscall(SYS_futex, &word->value, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+}
 #else
 static pthread_mutex_t bed = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t alarm_bell = PTHREAD_COND_INITIALIZER;
@@ -85,7 +90,8 @@ static void wait_while(wait_word *word, unsigned seen) {
   atomic_fetch_sub(&word->sleepers, 1);
 }
 
-/* Sequentially consistent against the sleeper's count: either we see the sleeper, or it sees the new value. */
+/* Sequentially consistent against the sleeper's count: either we see the sleeper, or it sees the
+ * new value. */
 static void advance(wait_word *word) {
   atomic_fetch_add(&word->value, 1);
   if (atomic_load(&word->sleepers)) wake_all(word);
@@ -146,7 +152,9 @@ static void after_fork_in_child(void) {
   forget_threads();
   pthread_mutex_unlock(&turn);
 }
-static void watch_forks(void) { pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); }
+static void watch_forks(void) {
+  pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+}
 
 static int spins_of(int n_threads) {
   if (n_threads > sysconf(_SC_NPROCESSORS_ONLN)) return 1; /* whoever we wait for needs this core */
@@ -174,8 +182,8 @@ void flashrt_pool_stop(void) {
   pthread_mutex_unlock(&turn);
 }
 
-/* Threads [1, n_threads) are started, those of an earlier start are stopped. 0, or -1 when the system refuses; then the pool
- * has one thread. */
+/* Threads [1, n_threads) are started, those of an earlier start are stopped. 0, or -1 when the
+ * system refuses; then the pool has one thread. */
 int flashrt_pool_start(int n_threads) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
   if (n_threads < 1 || n_threads > MAX_THREADS) return -1;
@@ -199,8 +207,9 @@ int flashrt_pool_start(int n_threads) {
 
 /* ---- scratch ---- */
 
-/* Reserves at least nbytes for flashrt_scratch, touched once so that no launch meets a page fault. 0, or -1: no memory, and
- * what was reserved before stays. To be called before kernels run, never by them. */
+/* Reserves at least nbytes for flashrt_scratch, touched once so that no launch meets a page fault.
+ * 0, or -1: no memory, and what was reserved before stays. To be called before kernels run, never
+ * by them. */
 int64_t flashrt_workspace(int64_t nbytes) {
   pthread_mutex_lock(&turn);
   int status = 0;

@@ -1,16 +1,19 @@
 /* The thread pool: n threads run one function at once, the caller being thread 0.
  *
- * IS: start, stop, run, barrier. IS NOT: a queue or a scheduler: work is split by (tid, nt) alone, so which thread does what
- * never depends on timing. Included by: runtime.c and whoever runs something on all threads outside a replay.
+ * IS: start, stop, run, barrier. IS NOT: a queue or a scheduler: work is split by (tid, nt) alone,
+ * so which thread does what never depends on timing. Included by: runtime.c and whoever runs
+ * something on all threads outside a replay.
  *
- * Waiting spins for about 30 us, then sleeps in the kernel: a replay's barriers are a fraction of a microsecond apart, and a
- * thread that spins longer takes the core from whoever it waits for when cores are shared.
+ * Waiting spins for about 30 us, then sleeps in the kernel: a replay's barriers are a fraction of
+ * a microsecond apart, and a thread that spins longer takes the core from whoever it waits for
+ * when cores are shared.
  */
 #pragma once
 
 typedef void (*pool_body)(void *argument, int tid, int nt);
 
-/* Runs body on all threads and returns when all are done. One region at a time; other callers wait their turn. */
+/* Runs body on all threads and returns when all are done. One region at a time; other callers wait
+ * their turn. */
 void pool_run(pool_body body, void *argument);
 
 /* Runs body on the calling thread alone when the work is too small to share. */

@@ -1,11 +1,14 @@
 /* What the host calls besides kernels: replay a launch list, move a batch of copies, fill.
  *
- * IS: the C half of the device's verbs. IS NOT: threads (pool.c), the digest (digest.c). Called by: the device, via ctypes.
+ * IS: the C half of the device's verbs. IS NOT: threads (pool.c), the digest (digest.c). Called
+ * by: the device, via ctypes.
  */
 #include "common.h"
 #include "pool.h"
 
-enum { WORTH_SHARING = 128 << 10 }; /* bytes; below, waking a sleeping thread costs more than it brings */
+enum {
+  WORTH_SHARING = 128 << 10
+}; /* bytes; below, waking a sleeping thread costs more than it brings */
 
 /* ---- replay ---- */
 
@@ -58,7 +61,8 @@ static void copy_part(const flashrt_copy_desc *c, uint64_t begin, uint64_t end) 
   }
 }
 
-/* Threads take equal shares of the bytes of the whole batch, whatever its pieces; cuts fall on cache lines of a piece. */
+/* Threads take equal shares of the bytes of the whole batch, whatever its pieces; cuts fall on
+ * cache lines of a piece. */
 static void copy_body(void *argument, int tid, int nt) {
   const copy_batch *batch = argument;
   span mine = share((int64_t)batch->nbytes, tid, nt);
@@ -73,7 +77,8 @@ static void copy_body(void *argument, int tid, int nt) {
   }
 }
 
-/* Copies of a batch do not overlap each other (core/copyplan.py says so), so they may run in any order. */
+/* Copies of a batch do not overlap each other (core/copyplan.py says so), so they may run in any
+ * order. */
 void flashrt_copy(const flashrt_copy_desc *copies, int n) {
   copy_batch batch = {copies, n, 0};
   for (int i = 0; i < n; i++) batch.nbytes += copies[i].width * copies[i].height;

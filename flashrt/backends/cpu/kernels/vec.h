@@ -1,10 +1,13 @@
 /* Vectors of VL floats with the same bits at every width: AVX-512, AVX2, NEON, or plain C.
  *
- * IS: loads, stores, one fused multiply-add, exp. Everything else is the operators of GCC's vector extensions (+ - * / and
- * comparisons), which round each lane as scalar code does. Every v_f has a scalar twin s_f of the same operations in the
- * same order, so a tail done by s_f equals the lane that v_f would have filled.
- * IS NOT: a maths library (see fmath.h), nor horizontal sums: a sum over lanes has an order, and kernels spell it out.
- * Included by: every kernel. Built with -ffp-contract=off: a fused operation is written v_fma or s_fma, never implied.
+ * IS: loads, stores, one fused multiply-add, exp. Everything else is the operators of GCC's vector
+ * extensions (+ - * / and comparisons), which round each lane as scalar code does. Every v_f has a
+ * scalar twin s_f of the same operations in the same order, so a tail done by s_f equals the lane
+ * that v_f would have filled.
+ * IS NOT: a maths library (see fmath.h), nor horizontal sums: a sum over lanes has an order, and
+ * kernels spell it out.
+ * Included by: every kernel. Built with -ffp-contract=off: a fused operation is written v_fma or
+ * s_fma, never implied.
  */
 #pragma once
 #include <math.h>
@@ -77,9 +80,10 @@ INLINE vf v_max(vf a, vf b) {
 #endif
 }
 
-/* exp, about 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2 (Cody and Waite), a polynomial in r, then two exact steps of
- * scaling, so that results below the smallest normal number round once instead of vanishing. exp(-inf) = 0, overflow is
- * inf, NaN stays NaN. n comes from adding 1.5 * 2^23, whose last bits then hold it: no conversion instruction differs. */
+/* exp, about 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2 (Cody and Waite), a polynomial in r, then
+ * two exact steps of scaling, so that results below the smallest normal number round once instead
+ * of vanishing. exp(-inf) = 0, overflow is inf, NaN stays NaN. n comes from adding 1.5 * 2^23,
+ * whose last bits then hold it: no conversion instruction differs. */
 #define EXP_LOW -104.0f /* exp(-104) rounds to 0 */
 #define EXP_HIGH 100.0f /* exp(100) is inf */
 #define EXP_ROUND 12582912.0f
@@ -138,7 +142,8 @@ INLINE float s_exp(float x) {
   p = s_fma(p, r * r, r) + 1.0f;
   int32_t exponent = (int32_t)(s_bits(shifted) - EXP_ROUND_BITS);
   int32_t half = exponent >> 1;
-  return p * s_from_bits((uint32_t)(half + 127) << 23) * s_from_bits((uint32_t)(exponent - half + 127) << 23);
+  return p * s_from_bits((uint32_t)(half + 127) << 23) *
+         s_from_bits((uint32_t)(exponent - half + 127) << 23);
 }
 
 /* 1 / (1 + exp(-x)) */
