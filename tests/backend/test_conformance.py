@@ -198,6 +198,40 @@ def test_work_behind_a_busy_stream_stays_in_order(bench: Bench) -> None:
     bench.check()
 
 
+# ---- planted faults: what the driver double is for
+
+
+def test_an_upload_ring_that_does_not_wait_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimtDevice(capacities=SMALL)
+    memory = device.allocate("arena", 1 << 20)
+    monkeypatch.setattr(device.driver, "event_sync", lambda event: None)
+    for i in range(16):  # each fills a section of the ring, of which there are four
+        device.write(memory.address + 65_536 * i, np.full(65_536, i, np.uint8))
+    monkeypatch.undo()
+    out = np.empty(1 << 20, np.uint8)
+    device.read(memory.address, out)
+    assert (out[::65_536] != np.arange(16)).sum() == 12, "the last four writes alone survive"
+    device.close()
+
+
+def test_a_readback_that_does_not_wait_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimtDevice(capacities=SMALL)
+    memory = device.allocate("arena", 4096)
+    device.write(memory.address, np.full(4096, 5, np.uint8))
+    monkeypatch.setattr(device.driver, "event_sync", lambda event: None)
+    out = np.empty(4096, np.uint8)
+    device.read(memory.address, out)
+    assert not (out == 5).any()
+    monkeypatch.undo()
+    device.close()
+
+
+def test_close_twice_is_fine() -> None:
+    device = SimtDevice(capacities=SMALL)
+    device.close()
+    device.close()
+
+
 # ---- digest
 
 

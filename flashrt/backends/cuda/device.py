@@ -30,6 +30,7 @@ from flashrt.backends.cuda.sources import Sources
 from flashrt.backends.cuda.staging import Readback, UploadRing
 from flashrt.backends.cuda.views import CPU, CUDA, DeviceArray, view
 from flashrt.base.errors import BackendError, SealedError
+from flashrt.base.tracing import PLAN, trace
 from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Storage
 from flashrt.core.copyplan import Copy, CopyPlan, plan_of
 from flashrt.core.digest import DigestTerm
@@ -92,6 +93,7 @@ class CudaDevice:
         self._n_sms = driver.info.multiprocessors
         self._is_sealed = False
         self._is_built = False
+        self._is_closed = False
         self._memories: list[DeviceMemory] = []
         self._graphs: list[CudaGraph] = []
         self._stream = driver.stream_create()
@@ -105,6 +107,7 @@ class CudaDevice:
         )
         self._terms_at = self._tables.address + table_bytes
         self._sums_at = self._terms_at + self._capacities.terms * _TERM_BYTES
+        trace(PLAN, f"{self.description}, act {self.act}")
 
     # ---- identity and storage
 
@@ -347,6 +350,9 @@ class CudaDevice:
 
     def close(self) -> None:
         """See Backend. Releases everything; the device cannot be used afterwards."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         self.driver.stream_sync(self._stream)
         for graph in self._graphs:
             graph.close()

@@ -15,6 +15,7 @@ from flashrt.backends.cuda.driver_api import DEFAULT_SHARED_BYTES, Driver
 from flashrt.backends.cuda.kernels import KernelLaunch
 from flashrt.backends.cuda.sources import Sources
 from flashrt.base.flags import thread_count
+from flashrt.base.tracing import PLAN, trace
 
 
 @dataclass(slots=True)
@@ -73,6 +74,8 @@ class KernelLibrary:
 
     def _load(self, unit: Unit, binary: Binary) -> None:
         self.n_compiled += not binary.was_cached
+        if not binary.was_cached:
+            trace(PLAN, f"compiled {unit.title} -> {binary.path}")
         self._loaded[unit] = _Loaded(self._driver.module_load(binary.path))
 
     def _unit(self, launch: KernelLaunch) -> Unit:

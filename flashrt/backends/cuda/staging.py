@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 
-import numpy as np
-
 from flashrt.backends.cuda.driver_api import Driver
+from flashrt.base.errors import BackendError
 from flashrt.core.backend import Bytes
 
 _ALIGNMENT = 64
@@ -71,10 +70,13 @@ class Readback:
         self._events = [driver.event_create() for _ in range(2)]
 
     def download(self, address: int, out: Bytes) -> None:
-        """Fill `out`; returns when it is there, after everything earlier in the stream."""
+        """Fill `out`; returns when it is there, after everything earlier in the stream.
+
+        Raises BackendError for an array that is not contiguous.
+        """
+        if not out.flags.c_contiguous:
+            raise BackendError(f"read: the array of {out.nbytes} bytes is not contiguous")
         flat = out.reshape(-1)
-        if flat.size and not np.shares_memory(flat, out):
-            raise ValueError("read needs a contiguous array")
         flying: deque[tuple[int, int]] = deque()  # (buffer, start) of copies under way
         for i, start in enumerate(range(0, flat.size, self._buffer_bytes)):
             if len(flying) == len(self._buffers):
