@@ -174,8 +174,9 @@ def _attention(s: Shape) -> tuple[KernelLaunch, ...]:
     defines = _defines(
         ACT_PAIR=s.act_pair, CACHE_F32=int(is_f32), HEAD_DIM=d, GROUP=group, COLUMN_TILES=tiles
     )
-    row_bytes = 2 * (_ceil(d, 64) * 64 + ATTENTION_KEYS) * (1 + s.act_pair)  # q and p of a column
-    shared = 8 * tiles * (row_bytes + 8 * 2 * 4)  # and a maximum and a sum of each of 8 warps
+    # per column: q and p; five running values; and of each of 8 warps a maximum and a sum
+    column_bytes = 2 * (_ceil(d, 64) * 64 + ATTENTION_KEYS) * (1 + s.act_pair) + 4 * (5 + 8 * 2)
+    shared = 8 * tiles * column_bytes
     n_groups = _ceil(t, 8 * tiles // group)
     if is_few:
         few, grid = "attention_few.cu", (s.dims["B"], nk, n_groups)

@@ -1,0 +1,321 @@
+// attention.cuh - one block of 256 keys for the queries of one key head: scores, softmax, weighted values.
+//
+// Shared by attention_few (blocks of keys side by side, merged afterwards) and attention_many (one after the other), so
+// that a query's bits are the same in both, alone or in company.
+//
+// Columns of mma are queries: column c is row first_row + c / GROUP, query head c % GROUP of the key head. Keys are the
+// 16-row operand of the scores, value columns that of the weighted sum, and both come from memory straight into
+// registers: which key or column a row of mma stands for is free, so lanes take what lies together.
+//   scores:  warp w has keys 32 w .. 32 w + 31; lane 4g + t loads 8 consecutive dims of keys 4g .. 4g + 3.
+//   values:  warp w has dims 32 w .. 32 w + 31; lane 4g + t loads 4 consecutive dims of keys 8t .. 8t + 7 of 32.
+//
+// Canonical order. A score: ascending dims, 16 per mma; then times 1 / sqrt(D). Maximum of the block: exact. Sum of the
+// block: keys 4g .. 4g + 3 as (p0 + p1) + (p2 + p3), over g by pairs 1, 2, 4 apart, over warps in order. Weighted sum:
+// ascending keys, 16 per mma. Within each mma step: hi times hi; key or value hi times lo of the pair; lo of a float
+// cache times hi. Blocks are merged in ascending order by `merge_factors`.
+//
+// Cache rows at or beyond position + rows are not read (they may be NaN); weights of hidden keys are selected to be 0.
+#pragma once
+
+constexpr int BLOCK_KEYS = 256, WARPS = 8, THREADS = 32 * WARPS, COLUMNS = 8 * COLUMN_TILES;
+constexpr int BLOCK_ROWS = COLUMNS / GROUP;               // rows of queries per block
+constexpr int DIM_GROUPS = ceil_div(HEAD_DIM, 32);
+constexpr int Q_VECTORS = round_up(HEAD_DIM, 64) / 8;     // uint4 per column
+constexpr int P_VECTORS = BLOCK_KEYS / 8;
+constexpr int PARTS = 1 + ACT_PAIR;                       // hi, lo
+
+#if CACHE_F32
+typedef float cache_t;
+#else
+typedef uint16_t cache_t;
+#endif
+
+struct Columns {
+  float block_max[COLUMNS], max[COLUMNS], sum[COLUMNS];
+  float2 factor[COLUMNS];  // of what was merged before, and of the block; x < 0: the block is hidden
+  float warp_max[WARPS][COLUMNS], warp_sum[WARPS][COLUMNS];
+};
+
+struct Shared {
+  uint4 q[PARTS][COLUMNS][Q_VECTORS];
+  uint4 p[PARTS][COLUMNS][P_VECTORS];
+  Columns columns;
+};
+
+// Where vector v of a column lies: 8 lanes of a 16-byte access (2 columns, 4 vectors) and of an 8-byte one (4 even
+// columns, 2 vectors) meet different banks.
+DEVICE int swizzle(int column, int v) { return v ^ ((column & 6) ^ (column & 1) << 2); }
+
+struct Queries {
+  int first_row, rows, position;  // rows: valid rows of the launch
+
+  DEVICE int row(int column) const { return first_row + column / GROUP; }
+  // The last key that a column sees; -1 for columns without a query.
+  DEVICE int last_key(int column) const {
+    return column < BLOCK_ROWS * GROUP && row(column) < rows ? position + row(column) : -1;
+  }
+};
+
+// ---- queries
+
+DEVICE void load_queries(Shared& s, const attention_args& a, const Queries& queries, int key_head) {
+  for (int i = threadIdx.x; i < COLUMNS * Q_VECTORS; i += THREADS) {
+    int c = i / Q_VECTORS, v = i % Q_VECTORS;
+    float x[8] = {};
+    if (queries.last_key(c) >= 0 && 8 * v < HEAD_DIM) {
+      const float* q = a.q + ((size_t)queries.row(c) * a.Nq + key_head * GROUP + c % GROUP) * HEAD_DIM + 8 * v;
+      float4 first = reinterpret_cast<const float4*>(q)[0], second = reinterpret_cast<const float4*>(q)[1];
+      x[0] = first.x, x[1] = first.y, x[2] = first.z, x[3] = first.w;
+      x[4] = second.x, x[5] = second.y, x[6] = second.z, x[7] = second.w;
+    }
+    uint32_t hi[4], lo[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) bf16_split(x[2 * k], x[2 * k + 1], hi[k], lo[k]);
+    s.q[0][c][swizzle(c, v)] = make_uint4(hi[0], hi[1], hi[2], hi[3]);
+    if (ACT_PAIR) s.q[PARTS - 1][c][swizzle(c, v)] = make_uint4(lo[0], lo[1], lo[2], lo[3]);
+  }
+}
+
+// ---- operands from the caches
+
+// 8 dims of a key, as two steps of mma want them
+struct KeyVector {
+#if CACHE_F32
+  float4 first, second;
+#else
+  uint4 bits;
+#endif
+};
+
+DEVICE KeyVector load_key(const cache_t* keys, int key, int dim, int limit) {
+  bool is_in = key < limit && dim < HEAD_DIM;
+  const cache_t* p = keys + (size_t)(is_in ? key : 0) * HEAD_DIM + dim;
+#if CACHE_F32
+  constexpr float4 zero = {0, 0, 0, 0};
+  const float4* v = reinterpret_cast<const float4*>(p);
+  return {is_in ? v[0] : zero, is_in ? v[1] : zero};
+#else
+  constexpr uint4 zero = {0, 0, 0, 0};
+  return {is_in ? *reinterpret_cast<const uint4*>(p) : zero};
+#endif
+}
+
+// The registers of a key for the parts of the cache: hi, and lo of floats.
+DEVICE void unpack_key(const KeyVector& v, uint4& hi, uint4& lo) {
+#if CACHE_F32
+  bf16_split(v.first.x, v.first.y, hi.x, lo.x);
+  bf16_split(v.first.z, v.first.w, hi.y, lo.y);
+  bf16_split(v.second.x, v.second.y, hi.z, lo.z);
+  bf16_split(v.second.z, v.second.w, hi.w, lo.w);
+#else
+  hi = v.bits;
+  lo = v.bits;  // not used
+#endif
+}
+
+// 4 dims of a value row
+struct ValueVector {
+#if CACHE_F32
+  float4 dims;
+#else
+  uint2 bits;
+#endif
+};
+
+DEVICE ValueVector load_value(const cache_t* values, int key, int dim, int limit) {
+  bool is_in = key < limit && dim < HEAD_DIM;
+  const cache_t* p = values + (size_t)(is_in ? key : 0) * HEAD_DIM + dim;
+#if CACHE_F32
+  constexpr float4 zero = {0, 0, 0, 0};
+  return {is_in ? *reinterpret_cast<const float4*>(p) : zero};
+#else
+  constexpr uint2 zero = {0, 0};
+  return {is_in ? *reinterpret_cast<const uint2*>(p) : zero};
+#endif
+}
+
+DEVICE void unpack_value(const ValueVector& v, uint2& hi, uint2& lo) {
+#if CACHE_F32
+  bf16_split(v.dims.x, v.dims.y, hi.x, lo.x);
+  bf16_split(v.dims.z, v.dims.w, hi.y, lo.y);
+#else
+  hi = v.bits;
+  lo = v.bits;  // not used
+#endif
+}
+
+// ---- scores
+
+typedef float Accumulator[2][COLUMN_TILES][4];
+
+// One step of 16 dims for 32 keys (two tiles) and all columns; k: per key the two registers of the step.
+DEVICE void score_step(Accumulator& s, const uint32_t (&k)[4][2], const uint4 (&b)[COLUMN_TILES], int step) {
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int j = 0; j < COLUMN_TILES; j++)
+      mma(s[i][j], k[2 * i][0], k[2 * i + 1][0], k[2 * i][1], k[2 * i + 1][1], step ? b[j].z : b[j].x,
+          step ? b[j].w : b[j].y);
+}
+
+DEVICE void scores(Accumulator& s, const Shared& shared, const cache_t* keys, int first_key, int limit) {
+  constexpr int AHEAD = CACHE_F32 || COLUMN_TILES > 2 ? 1 : 3;  // groups of 32 dims in flight
+  int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, key = first_key + 4 * g;
+  KeyVector loaded[AHEAD + 1][4];
+#pragma unroll
+  for (int d = 0; d < AHEAD; d++)
+#pragma unroll
+    for (int m = 0; m < 4; m++) loaded[d][m] = load_key(keys, key + m, 32 * d + 8 * t, limit);
+#pragma unroll
+  for (int d = 0; d < DIM_GROUPS; d++) {
+    if (d + AHEAD < DIM_GROUPS)
+#pragma unroll
+      for (int m = 0; m < 4; m++)
+        loaded[(d + AHEAD) % (AHEAD + 1)][m] = load_key(keys, key + m, 32 * (d + AHEAD) + 8 * t, limit);
+    uint4 hi[4], lo[4], q[PARTS][COLUMN_TILES];
+#pragma unroll
+    for (int m = 0; m < 4; m++) unpack_key(loaded[d % (AHEAD + 1)][m], hi[m], lo[m]);
+#pragma unroll
+    for (int j = 0; j < COLUMN_TILES; j++)
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) q[part][j] = shared.q[part][8 * j + g][swizzle(g, 4 * d + t)];
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
+      uint32_t k[4][2], rest[4][2];
+#pragma unroll
+      for (int m = 0; m < 4; m++) {
+        k[m][0] = step ? hi[m].z : hi[m].x;
+        k[m][1] = step ? hi[m].w : hi[m].y;
+        rest[m][0] = step ? lo[m].z : lo[m].x;
+        rest[m][1] = step ? lo[m].w : lo[m].y;
+      }
+      score_step(s, k, q[0], step);
+      if (ACT_PAIR) score_step(s, k, q[PARTS - 1], step);
+      if (CACHE_F32) score_step(s, rest, q[0], step);
+    }
+  }
+}
+
+// ---- softmax of the block
+
+// Accumulators -> weights in shared memory, block maxima and the warps' sums. All threads call it; after it, and a
+// barrier, `p` and `warp_sum` are there. first_key: of this warp.
+DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int first_key) {
+  Columns& columns = shared.columns;
+  int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, key = first_key + 4 * g;
+  const float scale = 1.0f / sqrtf((float)HEAD_DIM);
+#pragma unroll
+  for (int j = 0; j < COLUMN_TILES; j++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {  // the lane's keys 4g .. 4g + 3 of column 8j + 2t + e
+      int column = 8 * j + 2 * t + e, last = queries.last_key(column);
+      float largest = -INF;
+#pragma unroll
+      for (int m = 0; m < 4; m++) {
+        float& x = s[m >> 1][j][e + 2 * (m & 1)];
+        x = key + m <= last ? x * scale : -INF;
+        largest = fmaxf(largest, x);
+      }
+#pragma unroll
+      for (int o = 4; o < 32; o <<= 1) largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, o));
+      if (g == 0) columns.warp_max[warp][column] = largest;
+    }
+  __syncthreads();
+  if (threadIdx.x < COLUMNS) {
+    float largest = columns.warp_max[0][threadIdx.x];
+#pragma unroll
+    for (int w = 1; w < WARPS; w++) largest = fmaxf(largest, columns.warp_max[w][threadIdx.x]);
+    columns.block_max[threadIdx.x] = largest;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < COLUMN_TILES; j++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      int column = 8 * j + 2 * t + e;
+      float largest = columns.block_max[column], p[4];
+#pragma unroll
+      for (int m = 0; m < 4; m++) {
+        float x = s[m >> 1][j][e + 2 * (m & 1)];
+        p[m] = x > -INF ? exp_f32(x - largest) : 0.0f;
+      }
+      float sum = (p[0] + p[1]) + (p[2] + p[3]);
+#pragma unroll
+      for (int o = 4; o < 32; o <<= 1) sum = sum + __shfl_xor_sync(FULL_WARP, sum, o);
+      if (g == 0) columns.warp_sum[warp][column] = sum;
+      uint2 hi, lo;
+      bf16_split(p[0], p[1], hi.x, lo.x);
+      bf16_split(p[2], p[3], hi.y, lo.y);
+      int v = swizzle(column, 4 * warp + g / 2);
+      reinterpret_cast<uint2*>(&shared.p[0][column][v])[g & 1] = hi;
+      if (ACT_PAIR) reinterpret_cast<uint2*>(&shared.p[PARTS - 1][column][v])[g & 1] = lo;
+    }
+}
+
+DEVICE float block_sum_of(const Columns& columns, int column) {
+  float sum = columns.warp_sum[0][column];
+#pragma unroll
+  for (int w = 1; w < WARPS; w++) sum = sum + columns.warp_sum[w][column];
+  return sum;
+}
+
+// ---- weighted values
+
+// o[i][j][e + 2h]: dim 32 * dim_group + 4g + 2i + h of column 8j + 2t + e.
+DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* values, int first_key, int limit,
+                         int dim_group) {
+  int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, dim = 32 * dim_group + 4 * g;
+  ValueVector loaded[2][8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) loaded[0][i] = load_value(values, first_key + 8 * t + i, dim, limit);
+#pragma unroll
+  for (int group = 0; group < BLOCK_KEYS / 32; group++) {
+    if (group + 1 < BLOCK_KEYS / 32)
+#pragma unroll
+      for (int i = 0; i < 8; i++)
+        loaded[(group + 1) % 2][i] = load_value(values, first_key + 32 * (group + 1) + 8 * t + i, dim, limit);
+    uint2 hi[8], lo[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) unpack_value(loaded[group % 2][i], hi[i], lo[i]);
+    uint4 p[PARTS][COLUMN_TILES];
+#pragma unroll
+    for (int j = 0; j < COLUMN_TILES; j++)
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) p[part][j] = shared.p[part][8 * j + g][swizzle(g, 4 * group + t)];
+#pragma unroll
+    for (int step = 0; step < 2; step++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {  // dims 4g + 2i (rows 0..7 of the tile) and 4g + 2i + 1 (rows 8..15)
+        auto pick = [&](const uint2(&v)[8], int pair, uint32_t halves) {
+          const uint2 &first = v[4 * step + 2 * pair], &second = v[4 * step + 2 * pair + 1];
+          return __byte_perm(i ? first.y : first.x, i ? second.y : second.x, halves);
+        };
+        auto add = [&](const uint2(&v)[8], const uint4(&b)[COLUMN_TILES]) {
+          uint32_t a0 = pick(v, 0, 0x5410), a1 = pick(v, 0, 0x7632), a2 = pick(v, 1, 0x5410), a3 = pick(v, 1, 0x7632);
+#pragma unroll
+          for (int j = 0; j < COLUMN_TILES; j++)
+            mma(o[i][j], a0, a1, a2, a3, step ? b[j].z : b[j].x, step ? b[j].w : b[j].y);
+        };
+        add(hi, p[0]);
+        if (ACT_PAIR) add(hi, p[PARTS - 1]);
+        if (CACHE_F32) add(lo, p[0]);
+      }
+  }
+}
+
+// ---- merging blocks, and the result
+
+struct Factors {
+  float max, before, block;  // the new maximum; what multiplies the sums so far; what multiplies the block's
+};
+
+DEVICE Factors merge_factors(float max_before, float block_max) {
+  float largest = fmaxf(max_before, block_max);
+  return {largest, exp_f32(max_before - largest), exp_f32(block_max - largest)};
+}
+
+DEVICE float merge(float sum, float block, float factor_before, float factor_block) {
+  return fmaf(sum, factor_before, block * factor_block);
+}
+
+DEVICE float gated(float o, float sum, float gate) { return o / sum * sigmoid(gate); }

@@ -1,0 +1,96 @@
+// attention_few.cu - attention for few rows: blocks of keys side by side, then a merge.
+//
+// Contract: y = softmax(q K^T / sqrt(D), causal) V, times sigmoid(gate), for valid rows. Query head h uses key head
+//           h / GROUP; row t sees keys [0, position + t].
+// Shapes:   q [T, Nq, D], u [T, 2 Nq D + 2 Nk D] (gates beside queries), keys and values [Nk, S, D], partials [TP, Nq, B,
+//           D + 2] = (maximum, sum, o[D]) per block of 256 keys, y [T, Nq * D] activations.
+// Order:    attention.cuh. One graph serves every position: the grid covers the whole cache, blocks beyond it return.
+// Launch:   attention_partial: grid (B, Nk, T / BLOCK_ROWS), 256 threads. attention_merge: grid (Nq, T), a thread per dim.
+#include "flashrt.cuh"
+#include "attention.cuh"
+
+KERNEL(256) attention_partial(ARGS attention_args a) {
+  DYNAMIC_SHARED(Shared, pointer);
+  Shared& shared = *pointer;
+  begin();
+  int block = blockIdx.x, key_head = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  Queries queries = {(int)blockIdx.z * BLOCK_ROWS, a.cursor[ROWS], a.cursor[POSITION]};
+  int limit = queries.position + queries.rows, first_key = block * BLOCK_KEYS;
+  if (queries.first_row >= queries.rows || first_key >= limit) return;
+  size_t plane = (size_t)key_head * a.S * HEAD_DIM;
+  load_queries(shared, a, queries, key_head);
+  __syncthreads();
+
+  Accumulator s = {};
+  scores(s, shared, (const cache_t*)a.keys + plane, first_key + 32 * warp, limit);
+  softmax(s, shared, queries, first_key + 32 * warp);
+  __syncthreads();
+
+  auto partial = [&](int column) {
+    int head = key_head * GROUP + column % GROUP;
+    return a.partials + (((size_t)queries.row(column) * a.Nq + head) * a.B + block) * (HEAD_DIM + 2);
+  };
+  if (threadIdx.x < COLUMNS && queries.last_key(threadIdx.x) >= first_key) {
+    float2 statistics = {shared.columns.block_max[threadIdx.x], block_sum_of(shared.columns, threadIdx.x)};
+    *reinterpret_cast<float2*>(partial(threadIdx.x)) = statistics;
+  }
+  if (warp >= DIM_GROUPS) return;
+  Accumulator o = {};
+  weigh_values(o, shared, (const cache_t*)a.values + plane, first_key, limit, warp);
+  int g = lane >> 2, t = lane & 3, dim = 32 * warp + 4 * g;
+#pragma unroll
+  for (int j = 0; j < COLUMN_TILES; j++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      int column = 8 * j + 2 * t + e;
+      if (queries.last_key(column) < first_key || dim >= HEAD_DIM) continue;
+      float2* to = reinterpret_cast<float2*>(partial(column) + 2 + dim);
+      to[0] = {o[0][j][e], o[0][j][e + 2]};
+      to[1] = {o[1][j][e], o[1][j][e + 2]};
+    }
+}
+
+constexpr int BATCH = 32;  // blocks merged at a time
+
+KERNEL(256) attention_merge(ARGS attention_args a) {
+  begin();
+  __shared__ float before[BATCH], factor[BATCH], sums[BATCH];
+  int head = blockIdx.x, row = blockIdx.y, d = threadIdx.x;
+  if (row >= a.cursor[ROWS]) return;
+  int n_blocks = (a.cursor[POSITION] + row) / BLOCK_KEYS + 1;
+  const float* partials = a.partials + ((size_t)row * a.Nq + head) * a.B * (HEAD_DIM + 2);
+  float max = -INF, sum = 0.0f, o = 0.0f;
+  for (int first = 0; first < n_blocks; first += BATCH) {
+    int n = min(BATCH, n_blocks - first);
+    const float* batch = partials + (size_t)first * (HEAD_DIM + 2);
+    float block[BATCH];
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) block[i] = i < n && d < HEAD_DIM ? batch[i * (HEAD_DIM + 2) + 2 + d] : 0.0f;
+    if (threadIdx.x < 32) {  // maxima so far: a scan over the lanes' blocks; exact, so any shape will do
+      int i = threadIdx.x;
+      float own = i < n ? batch[i * (HEAD_DIM + 2)] : -INF, largest = fmaxf(own, max);
+#pragma unroll
+      for (int k = 1; k < 32; k <<= 1) {
+        float left = __shfl_up_sync(FULL_WARP, largest, k);
+        if (i >= k) largest = fmaxf(largest, left);
+      }
+      float left = __shfl_up_sync(FULL_WARP, largest, 1);
+      Factors f = merge_factors(i ? left : max, own);
+      before[i] = f.before;
+      factor[i] = f.block;
+      sums[i] = i < n ? batch[i * (HEAD_DIM + 2) + 1] : 0.0f;
+      max = __shfl_sync(FULL_WARP, largest, 31);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < BATCH; i++)
+      if (i < n) {
+        sum = merge(sum, sums[i], before[i], factor[i]);
+        o = merge(o, block[i], before[i], factor[i]);
+      }
+    __syncthreads();
+  }
+  if (d >= HEAD_DIM) return;
+  const float* u = a.u + (size_t)row * (2 * a.Nq + 2 * a.Nk) * HEAD_DIM + (2 * head + 1) * HEAD_DIM;
+  ((act_t*)a.y)[((size_t)row * a.Nq + head) * HEAD_DIM + d] = to_act(gated(o, sum, u[d]));
+}
