@@ -14,48 +14,22 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_package_is_listed() -> None:
-    listed = set(tomllib.loads((ROOT /
-    "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]) found = "
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    ""
-    "{
-    ".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "flashrt").rglob("__init__.py") }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(project["tool"]["setuptools"]["packages"])
+    found = {
+        ".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "flashrt").rglob("__init__.py")
+    }
     assert listed == found | {"flashrt.cuda_src"}
 
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_sources(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True)
+    wheel_command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q"]
+    subprocess.run([*wheel_command, "-w", str(tmp_path), str(ROOT)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = [p for p in (ROOT / "flashrt").rglob("*") if p.suffix in (".py", ".c", ".h")]
     assert {str(p.relative_to(ROOT)) for p in wanted} <= names
     cuda = {f"flashrt/cuda_src/{p.name}" for p in (ROOT / "cuda_src").iterdir() if p.is_file()}
-    assert cuda and cuda <= names
+    assert cuda
+    assert cuda <= names
