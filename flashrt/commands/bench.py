@@ -34,7 +34,7 @@ from flashrt.view.bench_plot import plot
 LENGTHS = {"tiny": [256, 1024], "mini": [512, 2048, 8192, 16384], "0.8b": [512, 2048]}
 CHECKPOINT_LENGTHS = [512, 2048]
 _ROOM = 256  # positions beyond the longest prompt, for turns and decoding
-_BIG_COPY_NBYTES = 256 << 20  # far beyond any cache
+_BIG_COPY_NBYTES = 128 << 20  # far beyond any cache
 
 # What llama.cpp reached on the same shapes, to compare with: (tokens, value). See _REFERENCE_NOTE.
 REFERENCE: dict[str, dict[str, dict[int, float]]] = {

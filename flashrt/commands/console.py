@@ -61,7 +61,7 @@ def print_json(value: object) -> None:
 def progress_bars() -> Iterator[Progress]:
     """A progress callback that draws one bar per `what` on stderr, and clears them at the end.
 
-    A total of 0 means that the end is not known.
+    A total of 0 means that the end is not known. Where stderr is no terminal, nothing is drawn.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -69,7 +69,8 @@ def progress_bars() -> Iterator[Progress]:
         TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
     )
-    with Bars(*columns, console=screen(is_error=True), transient=True) as bars:
+    console = screen(is_error=True)
+    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks = {}
 
         def report(what: str, done: int, total: int) -> None:

@@ -21,7 +21,7 @@ from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions, cached_random_checkpoint, open_engine
 from flashrt.commands.demo_report import show
 from flashrt.commands.demo_story import Start, State, Step, Story, state_of
-from flashrt.commands.plan import lay_out, read_config
+from flashrt.commands.plan import lay_out, model_of
 from flashrt.commands.timing import Tokens, prefill, synthetic_tokens, timed
 from flashrt.core.backend import Progress
 from flashrt.core.capsule import Capsule
@@ -30,6 +30,7 @@ from flashrt.session.session import Session
 from flashrt.view.arena_map import arena_map, widest
 from flashrt.view.session_tree import bytes_alone, session_tree
 from flashrt.view.svg import save_svg
+from flashrt.weights.checkpoint import open_checkpoint
 
 SHAPE = "mini"
 LENGTHS = (512, 2048, 8192)  # prompts of the comparison cold / warm; the last is the story's
@@ -71,7 +72,7 @@ def _random_checkpoint() -> Path:
 def _engine_options(path: Path, device: str, max_positions: int) -> EngineOptions:
     """Three lanes; a pool for two prompts (one comes from a file), branches and waypoints."""
     options = EngineOptions(device, max_positions, pool_bytes=0)
-    lane = lay_out(read_config(path, None), options).arena.lanes[0]
+    lane = lay_out(model_of(open_checkpoint(path), options), options).arena.lanes[0]
     pool_bytes = 3 * lane.rows.nbytes + 24 * lane.fixed.nbytes
     return EngineOptions(device, max_positions, lanes=3, pool_bytes=pool_bytes)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from flashrt.base.errors import CheckpointError
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions
-from flashrt.commands.plan import lay_out
+from flashrt.commands.plan import lay_out, model_of
 from flashrt.core import blob
 from flashrt.core.region import Region
 from flashrt.session.load import DRAFT_HEAD_TENSOR
@@ -68,7 +68,8 @@ def _checkpoint(path: Path, is_verified: bool) -> dict[str, Any]:
 
 def _memory(checkpoint: Checkpoint, context: int) -> dict[str, int]:
     """Bytes at a context length, one lane, no room for capsules."""
-    planned = lay_out(checkpoint.config, EngineOptions(max_positions=context, pool_bytes=0))
+    options = EngineOptions(max_positions=context, pool_bytes=0)
+    planned = lay_out(model_of(checkpoint, options), options)
     lane = planned.arena.lanes[0]
     return {
         "positions": context,
@@ -82,7 +83,7 @@ def _memory(checkpoint: Checkpoint, context: int) -> dict[str, int]:
 
 def _verify_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Names, shapes and dtypes against the model; every value read. Raises CheckpointError."""
-    rules = lay_out(checkpoint.config, EngineOptions()).model.weights
+    rules = model_of(checkpoint, EngineOptions()).weights
     resolve(rules, checkpoint)
     bad: list[str] = []
 

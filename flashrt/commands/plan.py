@@ -1,7 +1,7 @@
 """`flashrt plan`: where everything will lie in the arena, without loading a weight.
 
 IS: config.json -> model -> plan, as a table, JSON or an SVG map. IS NOT: the planner
-(core.planner). Called by: cli, commands inspect.
+(core.planner). Called by: cli, inspect, demo.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from flashrt.core.region import DType, Region, Role
 from flashrt.core.tape import Tape
 from flashrt.engine import DEFAULT_POOL_FIXED, DEFAULT_POOL_LANES
 from flashrt.models import Model, model_for
+from flashrt.session.load import DRAFT_HEAD_TENSOR, HEAD_TENSOR
 from flashrt.view.arena_map import arena_map, bands, widest
 from flashrt.view.svg import save_svg
 from flashrt.view.units import bytes_text
-from flashrt.weights.checkpoint import CONFIG_FILE, read_json
-from flashrt.weights.random_checkpoint import SHAPES, shape_config
+from flashrt.weights.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint, read_json
+from flashrt.weights.random_checkpoint import shape_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +37,19 @@ class Planned:
     tapes: tuple[Tape, ...]
 
 
-def lay_out(config: Mapping[str, object], options: EngineOptions) -> Planned:
-    """What `flashrt.load` would allocate on the CPU. Raises CheckpointError, PlanError."""
-    model = model_for(config, max_positions=options.max_positions, kv_dtype=DType(options.kv_dtype))
+def model_of(checkpoint: Checkpoint, options: EngineOptions) -> Model:
+    """The model that `flashrt.load` would build; from the headers of the weight files."""
+    return model_for(
+        checkpoint.config,
+        max_positions=options.max_positions,
+        kv_dtype=DType(options.kv_dtype),
+        has_draft_head=DRAFT_HEAD_TENSOR in checkpoint.tensors,
+        is_tied=HEAD_TENSOR not in checkpoint.tensors,
+    )
+
+
+def lay_out(model: Model, options: EngineOptions) -> Planned:
+    """What `flashrt.load` would allocate on the CPU. Raises PlanError."""
     storage = CpuDevice().storage  # arithmetic only: no kernel is built, no memory is mapped
     tapes = tuple(model.record(phase, rows) for phase, rows in model.phases)
     pool_bytes = options.pool_bytes
@@ -52,15 +63,17 @@ def lay_out(config: Mapping[str, object], options: EngineOptions) -> Planned:
     return Planned(model, arena, weights, tapes)
 
 
-def read_config(checkpoint: Path | None, shape: str | None) -> Mapping[str, object]:
-    """config.json of a directory, or that of a named shape."""
+def _model(checkpoint: Path | None, shape: str | None, options: EngineOptions) -> Model:
+    """Of a named shape, of a checkpoint, or of a directory with nothing but a config.json."""
     if shape is not None:
-        if shape not in SHAPES:
-            raise CheckpointError(f"unknown shape {shape!r}; shapes: {', '.join(SHAPES)}")
-        return shape_config(shape)
-    if checkpoint is None:
+        config: Mapping[str, object] = shape_config(shape)
+    elif checkpoint is None:
         raise CheckpointError("give a checkpoint directory, or --shape NAME")
-    return read_json(checkpoint / CONFIG_FILE)
+    elif any(checkpoint.glob("*.safetensors")):
+        return model_of(open_checkpoint(checkpoint), options)
+    else:
+        config = read_json(checkpoint / CONFIG_FILE)
+    return model_for(config, max_positions=options.max_positions, kv_dtype=DType(options.kv_dtype))
 
 
 def plan(
@@ -71,7 +84,7 @@ def plan(
     as_json: bool,
 ) -> int:
     """The command."""
-    planned = lay_out(read_config(checkpoint, shape), options)
+    planned = lay_out(_model(checkpoint, shape, options), options)
     title = (
         f"Arena of {shape or (checkpoint and checkpoint.name)}, {options.max_positions:,} positions"
     )

@@ -24,7 +24,7 @@ def plot(document: Document, path: Path) -> Path:
         raise FlashrtError(
             "a plot needs matplotlib: pip install 'flashrt[plot]'; the tables and --json do not"
         ) from error
-    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    figure: Any = Figure(figsize=(11, 7.2), layout="constrained")
     (prefill, decode), (starts, copies) = figure.subplots(2, 2)
     _prefill(prefill, document)
     _decode(decode, document)
@@ -33,6 +33,7 @@ def plot(document: Document, path: Path) -> Path:
     for axes in figure.axes:
         _finish(axes, document)
     machine = document["machine"]
+    figure.get_layout_engine().set(hspace=0.06, wspace=0.05)
     figure.suptitle(
         f"{document['model']} on {document['device']}: {machine['processor']}, "
         f"{document['threads']} threads, {document['date'][:10]}",
@@ -95,7 +96,12 @@ def _reference(axes: Any, document: Document, key: str, scale: float = 1.0) -> N
     known = {int(n): scale * v for n, v in document["reference"].get(key, {}).items()}
     shown = {n: v for n, v in known.items() if n in _lengths(document)}
     if shown:
-        axes.plot(*zip(*shown.items(), strict=True), "D", color=REFERENCE, label="reference")
+        axes.plot(
+            *zip(*shown.items(), strict=True),
+            "D",
+            color=REFERENCE,
+            label="llama.cpp f16 (see below)",
+        )
 
 
 def _lengths(document: Document) -> list[int]:
@@ -108,7 +114,9 @@ def _finish(axes: Any, document: Document) -> None:
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.minorticks_off()
     axes.set_xlabel("tokens of context")
-    axes.set_ylim(bottom=None if axes.get_yscale() == "log" else 0)
+    low, high = axes.get_ylim()
+    is_log = axes.get_yscale() == "log"
+    axes.set_ylim(low if is_log else 0, high * (6 if is_log else 1.25))  # room for the legend
     axes.grid(color="#d8dee4", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)

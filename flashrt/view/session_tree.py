@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from flashrt.core.capsule import Capsule
+from flashrt.core.lineage import segment_layout
 from flashrt.view.svg import FONT_NARROW, Drawing
 from flashrt.view.units import bytes_text
 
@@ -96,8 +97,8 @@ def _second_line(capsule: Capsule, lanes: Mapping[str, Capsule]) -> str:
 
 
 def bytes_alone(capsule: Capsule) -> int:
-    """Bytes of a capsule that shared nothing: the fixed band and all rows of its chain."""
-    nbytes, at = capsule.table.fixed_nbytes, capsule.segment
-    while at is not None:
-        nbytes, at = nbytes + at.nbytes, at.parent
-    return nbytes
+    """Bytes of a capsule that shared nothing: the fixed band and all rows below its position."""
+    if not capsule.position:
+        return capsule.table.fixed_nbytes
+    rows = capsule.table.arena.lane(0).rows
+    return capsule.table.fixed_nbytes + segment_layout(rows, 0, capsule.position)[1]

@@ -16,7 +16,7 @@ def significant(value: float, digits: int = 3) -> str:
     """A number with about `digits` significant digits, never in exponent form; large ones whole."""
     if not math.isfinite(value):
         return str(value)
-    magnitude = math.floor(math.log10(abs(value))) if value else 0
+    magnitude = int(f"{value:.{digits - 1}e}".partition("e")[2])  # after rounding: 9.996 is 10.0
     return f"{value:,.{max(0, digits - 1 - magnitude)}f}"
 
 

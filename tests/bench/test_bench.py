@@ -1,0 +1,87 @@
+"""The bench measures what it says. No assertion here depends on how fast anything is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import flashrt
+from flashrt import cli
+from flashrt.commands.bench import BenchOptions, bench
+from flashrt.commands.bench_work import prefill_flop, streamed_bytes
+
+TINY = Path(__file__).parents[1] / "golden" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def engine() -> flashrt.Engine:
+    return flashrt.load(TINY, device="cpu", max_positions=320, draft=False)
+
+
+def test_every_figure_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, picture = tmp_path / "bench.json", tmp_path / "bench.svg"
+    pytest.importorskip("matplotlib")
+    options = BenchOptions(checkpoint=TINY, lengths=[128, 64], repeats=1, device="cpu")
+    assert bench(options, path, picture) == 0
+    printed = capsys.readouterr().out
+    document = json.loads(path.read_text())
+    assert picture.read_text().lstrip().startswith("<?xml")
+    assert [row["tokens"] for row in document["rows"]] == [64, 128]
+    for row in document["rows"]:
+        assert row["is_exact"]
+        assert all(value > 0 for key, value in row.items() if key not in ("is_exact", "samples"))
+        assert row["inter_token_p50_s"] <= row["inter_token_p99_s"]
+        assert f"{row['tokens']:,}" in printed
+    assert {"command", "date", "device", "threads", "machine", "versions", "limits"} <= set(
+        document
+    )
+    assert all(value > 0 for value in document["limits"].values())
+    assert "of FMA peak" in printed
+    assert "of memcpy" in printed
+
+
+def test_bytes_are_those_of_the_copy_plans(
+    engine: flashrt.Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--checkpoint", str(TINY), "--lengths", "64", "--repeats", "1", "--device", "cpu"]
+    assert cli.main(["bench", *arguments, "--json", "-"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    session = engine.session()
+    session.prefill(range(64))
+    capsule = session.snapshot()
+    fixed = engine.stats()["fixed_bytes"]
+    assert row["restore_ancestor_bytes"] == fixed
+    assert row["snapshot_bytes"] == row["restore_bytes"]
+    assert fixed < row["restore_bytes"] <= capsule.nbytes
+    assert row["snapshot_turn_bytes"] < row["snapshot_bytes"]
+
+
+def test_work_counted_from_tapes_is_work_counted_by_hand(engine: flashrt.Engine) -> None:
+    config = json.loads((TINY / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    q, k, d = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    hk, hv = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    dk, dv = config["linear_key_head_dim"], config["linear_value_head_dim"]
+    linear = hidden * (2 * hk * dk + 2 * hv * dv + 2 * hv) + hv * dv * hidden + 3 * hv * dk * dv
+    full = hidden * (2 * q * d + 2 * k * d) + q * d * hidden
+    kinds = config["layer_types"]
+    n_linear, n_full = kinds.count("linear_attention"), kinds.count("full_attention")
+    per_token = 2 * (n_linear * linear + n_full * full + len(kinds) * 3 * hidden * inner)
+    for n in (1, 7, 100):
+        pairs = n * (n + 1) // 2
+        expected = per_token * n + n_full * 4 * q * d * pairs
+        assert prefill_flop(engine.model, n) == expected
+
+
+def test_a_token_streams_all_weights_but_a_gathered_table(engine: flashrt.Engine) -> None:
+    tied = streamed_bytes(engine.model, engine.backend)
+    total = sum(slot.storage.nbytes for slot in engine.arena.weights.slots)
+    assert tied == total  # the head of this checkpoint is the table, and is read in whole
+    untied = flashrt.load(
+        TINY.with_name("tiny-untied-odd"), device="cpu", max_positions=64, draft=False
+    )
+    total = sum(slot.storage.nbytes for slot in untied.arena.weights.slots)
+    (table,) = [s for s in untied.arena.weights.slots if "embed" in s.region.name]
+    assert streamed_bytes(untied.model, untied.backend) == total - table.storage.nbytes
