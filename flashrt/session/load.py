@@ -28,6 +28,7 @@ KvDType = Literal["bfloat16", "float32"]
 Precision = Literal["bfloat16", "high"]
 DRAFT_HEAD_TENSOR, HEAD_TENSOR = "mtp.fc.weight", "lm_head.weight"
 KV_DTYPES: tuple[KvDType, ...] = ("bfloat16", "float32")
+PRECISIONS: tuple[Precision, ...] = ("bfloat16", "high")
 DEVICES = ("auto", "cpu", "cuda", "simt")
 
 
@@ -109,10 +110,26 @@ def load(
     )
 
 
-def open_backend(device: str, precision: str = "bfloat16") -> Backend:
-    """The backend by name. Raises BackendError for an unknown name or an unusable device."""
+def open_backend(device: str, precision: Precision = "bfloat16") -> Backend:
+    """The backend by name. Raises BackendError for an unknown name or an unusable device.
+
+    CUDA is imported only where it is asked for: by "cuda", and by "auto", which falls back to the
+    CPU (`flashrt doctor` says why).
+    """
     if device not in DEVICES:
         raise BackendError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
+    if precision not in PRECISIONS:
+        raise BackendError(f"precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    if device == "simt":
+        from flashrt.backends.simt.device import SimtDevice
+
+        return SimtDevice(precision)
+    if device != "cpu":
+        from flashrt.backends.cuda.device import open_device
+        from flashrt.backends.cuda.probe import probe
+
+        if device == "cuda" or probe().is_usable:
+            return open_device(precision)
     from flashrt.backends.cpu.device import CpuDevice
 
     return CpuDevice()
