@@ -51,3 +51,7 @@ class SessionError(FlashrtError):
 
 class TokenError(SessionError):
     """Token ids are not integers in [0, vocab_size)."""
+
+
+class StoreError(CapsuleError):
+    """A capsule store, or something in it, cannot be read or written; nothing was changed."""

@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 from flashrt.base.errors import CapsuleError
 from flashrt.core.backend import Bytes
 from flashrt.core.capsule import Capsule, CapsuleTable
+from flashrt.core.extent import Extent
+from flashrt.core.image import fixed_image, row_parts, rows_image, stamp_gaps
 from flashrt.core.lineage import Segment, path_to, segment_layout
 
 FORMAT = "flashrt-capsule-1"
@@ -166,17 +168,14 @@ def expected_table(table: CapsuleTable, position: int) -> dict[str, tuple[int, .
 
 
 def _fixed(table: CapsuleTable, capsule: Capsule) -> dict[str, Bytes]:
-    arena, fixed = table.arena, table.arena.lane(0).fixed
-    tensors: dict[str, Bytes] = {}
-    for slot in fixed.slots:
-        raw: Bytes = np.empty(slot.storage.nbytes, np.uint8)
-        arena.backend.read(arena.memory.address + capsule.block + slot.offset - fixed.offset, raw)
-        tensors[f"fixed/{slot.region.name}"] = raw
-    return tensors
+    fixed = table.arena.lane(0).fixed
+    image = fixed_image(table.arena, capsule.fixed)
+    first = fixed.offset
+    return {f"fixed/{s.region.name}": image[s.offset - first : s.stop - first] for s in fixed.slots}
 
 
 def _rows(table: CapsuleTable, capsule: Capsule) -> dict[str, Bytes]:
-    arena, rows = table.arena, table.arena.lane(0).rows
+    rows = table.arena.lane(0).rows
     if not capsule.position:
         return {}
     whole, _ = segment_layout(rows, 0, capsule.position)
@@ -184,12 +183,11 @@ def _rows(table: CapsuleTable, capsule: Capsule) -> dict[str, Bytes]:
         b.slot.region.name: np.zeros((b.planes, b.width), np.uint8) for b in whole
     }
     for segment in path_to(capsule.segment, 0):  # the younger one last: it owns a shared granule
-        raw: Bytes = np.empty(segment.nbytes, np.uint8)
-        arena.backend.read(arena.memory.address + segment.block, raw)
-        for b in segment_layout(rows, segment.start, segment.stop)[0]:
-            part = raw[b.offset : b.offset + b.planes * b.width].reshape(b.planes, b.width)
-            at = b.start * b.slot.storage.row_nbytes
-            tensors[b.slot.region.name][:, at : at + b.width] = part
+        blocks, _ = segment_layout(rows, segment.start, segment.stop)
+        parts = row_parts(blocks, rows_image(table.arena, segment))
+        for b in blocks:
+            name, at = b.slot.region.name, b.start * b.slot.storage.row_nbytes
+            tensors[name][:, at : at + b.width] = parts[name]
     return {f"rows/{name}": tensor for name, tensor in tensors.items()}
 
 
@@ -198,25 +196,30 @@ def _insert(table: CapsuleTable, header: BlobHeader, tensors: Mapping[str, Bytes
     blocks, rows_nbytes = (
         segment_layout(plan.rows, 0, header.position) if header.position else ([], 0)
     )
-    fixed, block = table.pool.take(table.fixed_nbytes, rows_nbytes)
-    base = arena.memory.address
+    fixed: Bytes = np.empty(table.fixed_nbytes, np.uint8)
     for slot in plan.fixed.slots:
-        at = base + fixed + slot.offset - plan.fixed.offset
-        arena.backend.write(at, np.ascontiguousarray(tensors[f"fixed/{slot.region.name}"]))
+        first = slot.offset - plan.fixed.offset
+        fixed[first : first + slot.storage.nbytes] = tensors[f"fixed/{slot.region.name}"]
+    stamp_gaps(arena, fixed)
+    fixed_block, block = table.pool.take(table.fixed_nbytes, rows_nbytes)
+    base = arena.memory.address
+    arena.backend.write(base + fixed_block, fixed)
     segment = None
     if header.position:
         for b in blocks:
             data = np.ascontiguousarray(tensors[f"rows/{b.slot.region.name}"]).reshape(-1)
             arena.backend.write(base + block + b.offset, data)
-        tokens = _journal(table, tensors, header.position)
-        segment = Segment(None, 0, header.position, tokens, block, rows_nbytes, refs=1)
+        tokens = _journal(tensors, header.position)
+        rows = Extent(rows_nbytes, block)
+        segment = Segment(None, 0, header.position, tokens, rows, refs=1)
     nbytes = table.fixed_nbytes + rows_nbytes
-    capsule = Capsule(table, segment, fixed, nbytes, header.name, None)
+    extent = Extent(table.fixed_nbytes, fixed_block)
+    capsule = Capsule(table, segment, extent, nbytes, header.name, None, header.digest)
     table.capsules.add(capsule)
     return capsule
 
 
-def _journal(table: CapsuleTable, tensors: Mapping[str, Bytes], position: int) -> NDArray[np.int32]:
+def _journal(tensors: Mapping[str, Bytes], position: int) -> NDArray[np.int32]:
     """The host's copy of the tokens; the device's is the rows region that declares them."""
     return tensors[f"rows/{JOURNAL}"].reshape(-1)[: 4 * position].copy().view(np.int32)
 

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CapsuleError
 from flashrt.base.tracing import COPIES, trace
-from flashrt.core import digest as digests
 from flashrt.core.arena import Arena
-from flashrt.core.copyplan import Copy, CopyPlan
+from flashrt.core.backend import Bytes
+from flashrt.core.copyplan import Copy, CopyPlan, RestorePlan, Write
+from flashrt.core.extent import Extent, Shelf, Tier
 from flashrt.core.lineage import (
     Lane,
     Mark,
@@ -38,7 +39,7 @@ from flashrt.core.lineage import (
 )
 from flashrt.core.planner import Band, Slot
 from flashrt.core.pool import Pool
-from flashrt.core.region import resolve_dtype
+from flashrt.core.state_digest import device_digest, lane_digest
 
 
 @dataclass(slots=True, eq=False)
@@ -47,10 +48,12 @@ class Capsule:
 
     table: CapsuleTable
     segment: Segment | None  # None: no rows, position 0
-    block: int  # fixed band in the pool, -1 once dropped
+    fixed: Extent  # the fixed band
     nbytes: int  # its own: fixed band, and rows that no ancestor holds
     name: str | None
     parent: Capsule | None  # the capsule that its lane descends from
+    known_digest: str | None = None  # kept when the bytes leave the device
+    is_pinned: bool = False  # eviction leaves it where it is
 
     @property
     def position(self) -> int:
@@ -65,12 +68,14 @@ class Capsule:
     @property
     def is_dropped(self) -> bool:
         """Whether its memory was given back."""
-        return self.block < 0
+        return not self.fixed.is_stored
 
     @property
     def tier(self) -> str:
-        """Where its bytes are."""
-        return "dropped" if self.is_dropped else "device"
+        """Where its bytes are: device, host or disk, the slowest that a restore reads from."""
+        if self.is_dropped:
+            return "dropped"
+        return min((e.tier for e in extents_of(self)), key=lambda tier: tier.speed).value
 
     @property
     def digest(self) -> str:
@@ -83,6 +88,23 @@ class Capsule:
 
         blob.save(self, path)
 
+    def to(self, tier: str) -> None:
+        """Move it to "device", "host" or "disk"; see core.tier. Whole or not at all.
+
+        Rows that a capsule on a faster tier needs stay there. Raises PoolFull, or CapsuleError for
+        an unknown tier, a dropped capsule, or a disk that cannot be written or read.
+        """
+        from flashrt.core import tier as tiers  # tier imports this module
+
+        tiers.move(self, tier)
+
+    def prefetch(self) -> None:
+        """Ask for bytes on slow tiers to be brought near, without moving them."""
+        self.table.check(self)
+        for extent in extents_of(self):
+            if extent.source is not None:
+                extent.source.prefetch()
+
     def drop(self) -> None:
         """Give its memory back; rows that descendants need stay. A second drop does nothing."""
         self.table.drop(self)
@@ -90,6 +112,11 @@ class Capsule:
     def __repr__(self) -> str:
         label = f" {self.name!r}" if self.name else ""
         return f"<Capsule{label} position={self.position} nbytes={self.nbytes} {self.tier}>"
+
+
+def extents_of(capsule: Capsule) -> list[Extent]:
+    """The fixed band, then the rows of the chain, youngest first."""
+    return [capsule.fixed, *(s.rows for s in chain_of(capsule.segment))]
 
 
 class CapsuleTable:
@@ -102,6 +129,7 @@ class CapsuleTable:
         self.pool = Pool(arena.plan.pool.offset, arena.plan.pool.nbytes)
         self.capsules: set[Capsule] = set()
         self.fixed_nbytes = arena.lane(0).fixed.nbytes
+        self.shelf: Shelf | None = None  # the disk tier, if there is one
 
     # -- lane -> capsule ------------------------------------------------------------------------
 
@@ -119,7 +147,8 @@ class CapsuleTable:
         copies = [self._fixed_out(lane, fixed)]
         if rows_nbytes:
             tokens = lane.journal[start : lane.position].copy()
-            segment = Segment(base, start, lane.position, tokens, block, rows_nbytes)
+            rows = Extent(rows_nbytes, block)
+            segment = Segment(base, start, lane.position, tokens, rows)
             copies += copies_out(self._rows(lane), start, lane.position, block)
         self._run(CopyPlan(tuple(copies)))
         if rows_nbytes:
@@ -128,7 +157,10 @@ class CapsuleTable:
                 base.refs += 1
         if segment is not None:
             segment.refs += 1
-        capsule = Capsule(self, segment, fixed, self.fixed_nbytes + rows_nbytes, name, parent)
+        nbytes = self.fixed_nbytes + rows_nbytes
+        capsule = Capsule(self, segment, Extent(self.fixed_nbytes, fixed), nbytes, name, parent)
+        if not all(e.is_on_device for e in extents_of(capsule)):
+            capsule.known_digest = lane_digest(self.arena, lane)
         self.capsules.add(capsule)
         return capsule
 
@@ -142,31 +174,32 @@ class CapsuleTable:
 
     # -- capsule -> lane ------------------------------------------------------------------------
 
-    def plan_restore(self, lane: Lane, capsule: Capsule) -> CopyPlan:
+    def plan_restore(self, lane: Lane, capsule: Capsule) -> RestorePlan:
         """What a restore would move: the fixed band, and rows that the lane does not hold already.
 
-        Raises CapsuleError for a dropped or foreign capsule.
+        Raises CapsuleError for a dropped or foreign capsule, or bytes that cannot be read.
         """
         self.check(capsule)
         fixed = self.arena.lane(lane.index).fixed
-        return CopyPlan((Copy(capsule.block, fixed.offset, fixed.nbytes),)) + self._rows_in(
-            lane, capsule
-        )
+        copy = Copy(0, fixed.offset, fixed.nbytes)
+        return self._plan([(capsule.fixed, copy), *self._rows_in(lane, capsule)])
 
-    def plan_restore_rows(self, lane: Lane, capsule: Capsule, cursor: Slot) -> CopyPlan:
+    def plan_restore_rows(self, lane: Lane, capsule: Capsule, cursor: Slot) -> RestorePlan:
         """Rows and the cursor only: an incomplete restore, for the ablation."""
         self.check(capsule)
         fixed = self.arena.lane(lane.index).fixed
-        there = capsule.block + cursor.offset - self.arena.lane(0).fixed.offset
+        there = cursor.offset - self.arena.lane(0).fixed.offset
         here = fixed.slot(cursor.region.name).offset
-        copies = (Copy(there, here, cursor.storage.nbytes),)
-        return CopyPlan(copies) + self._rows_in(lane, capsule)
+        copy = Copy(there, here, cursor.storage.nbytes)
+        return self._plan([(capsule.fixed, copy), *self._rows_in(lane, capsule)])
 
-    def restore(self, lane: Lane, capsule: Capsule, plan: CopyPlan | None = None) -> CopyPlan:
+    def restore(self, lane: Lane, capsule: Capsule, plan: RestorePlan | None = None) -> RestorePlan:
         """Put a lane into a capsule's state; returns what was moved."""
         plan = plan or self.plan_restore(lane, capsule)
         shared = shared_rows(lane, capsule.segment)
-        self._run(plan)
+        self._run(plan.device)
+        for write in plan.writes:
+            self.arena.backend.write(self.arena.memory.address + write.dst, write.data)
         self._forget_marks(lane, min(shared, lane.position))
         if shared < capsule.position:
             lane.hold(capsule.segment, capsule.position)
@@ -217,8 +250,7 @@ class CapsuleTable:
             return
         if capsule.table is not self:
             raise CapsuleError(f"{capsule} belongs to another engine")
-        self.pool.give(capsule.block)
-        capsule.block = -1
+        capsule.fixed.give_back(self.pool)
         self.capsules.discard(capsule)
         release(capsule.segment, self.pool)
 
@@ -252,35 +284,26 @@ class CapsuleTable:
 
     def digest_lane(self, lane: Lane) -> str:
         """Digest of a lane's live state."""
-        plan = self.arena.lane(lane.index)
-        terms = [self._fixed_term(s, s.offset) for s in plan.fixed.slots if s.region.is_digested]
-        for slot in plan.rows.slots:
-            if slot.region.is_digested and lane.position:
-                pitch = slot.storage.lead_nbytes
-                terms.append(self._rows_term(slot, slot.offset, 0, lane.position, 0, pitch))
-        return self._digest(terms, lane.position)
+        return lane_digest(self.arena, lane)
 
     def digest_capsule(self, capsule: Capsule) -> str:
-        """Digest of a capsule's state, from its stored bytes."""
+        """Digest of a capsule's state: from its bytes on the device, else as known from before."""
         self.check(capsule)
-        plan = self.arena.lane(0)
-        shift = capsule.block - plan.fixed.offset
-        digested = [s for s in plan.fixed.slots if s.region.is_digested]
-        terms = [self._fixed_term(s, s.offset + shift) for s in digested]
-        for segment in chain_of(capsule.segment):
-            for b in segment_layout(plan.rows, segment.start, segment.stop)[0]:
-                if b.slot.region.is_digested:
-                    at = segment.block + b.offset
-                    span = (segment.start, segment.stop, b.start, b.width)
-                    terms.append(self._rows_term(b.slot, at, *span))
-        return self._digest(terms, capsule.position)
+        if all(e.is_on_device for e in extents_of(capsule)):
+            return device_digest(self.arena, capsule.fixed, capsule.segment)
+        assert capsule.known_digest is not None, "kept by whoever moved bytes off the device"
+        return capsule.known_digest
+
+    def used_nbytes(self, tier: Tier) -> int:
+        """Bytes of capsules in a tier, shared rows counted once; marks not counted."""
+        extents = {e for c in self.capsules for e in extents_of(c)}
+        return sum(e.nbytes for e in extents if e.tier is tier)
 
     def check_integrity(self) -> None:
         """Reference counts and pool blocks add up. Raises PlanError or CapsuleError."""
         self.pool.check_integrity()
         segments = {s for c in self.capsules for s in chain_of(c.segment)}
         marks = sum(len(lane.marks) for lane in self.lanes)
-        used = sum(s.nbytes for s in segments) + (len(self.capsules) + marks) * self.fixed_nbytes
         for segment in segments:
             capsules = sum(c.segment is segment for c in self.capsules)
             children = sum(s.parent is segment for s in segments)
@@ -288,6 +311,7 @@ class CapsuleTable:
                 raise CapsuleError(
                     f"segment [{segment.start}, {segment.stop}): refs {segment.refs}"
                 )
+        used = self.used_nbytes(Tier.DEVICE) + marks * self.fixed_nbytes
         if used != self.pool.used_nbytes:
             raise CapsuleError(f"pool holds {self.pool.used_nbytes} bytes, capsules {used}")
 
@@ -300,10 +324,27 @@ class CapsuleTable:
         fixed = self.arena.lane(lane.index).fixed
         return Copy(fixed.offset, block, fixed.nbytes)
 
-    def _rows_in(self, lane: Lane, capsule: Capsule) -> CopyPlan:
+    def _rows_in(self, lane: Lane, capsule: Capsule) -> list[tuple[Extent, Copy]]:
         shared = shared_rows(lane, capsule.segment)
         path = path_to(capsule.segment, shared)
-        return CopyPlan(tuple(copies_in(self._rows(lane), path, shared)))
+        return [(segment.rows, c) for segment, c in copies_in(self._rows(lane), path, shared)]
+
+    def _plan(self, moves: Iterable[tuple[Extent, Copy]]) -> RestorePlan:
+        """Copies from the pool, and writes of bytes that are read and checked here."""
+        copies: list[Copy] = []
+        writes: list[Write] = []
+        images: dict[Extent, Bytes] = {}
+        for extent, c in moves:
+            if extent.is_on_device:
+                copies.append(replace(c, src=c.src + extent.block))
+                continue
+            if extent not in images:
+                images[extent] = extent.need_source().read()
+            for i in range(c.height):
+                first = c.src + i * c.src_pitch
+                data = images[extent][first : first + c.width]
+                writes.append(Write(c.dst + i * c.dst_pitch, data))
+        return RestorePlan(CopyPlan(tuple(copies)), tuple(writes))
 
     def _run(self, plan: CopyPlan) -> None:
         plan.check(self.arena.plan.nbytes)
@@ -315,33 +356,6 @@ class CapsuleTable:
         for mark in [m for m in lane.marks if m.position > above]:
             self.drop_mark(lane, mark)
 
-    def _fixed_term(self, slot: Slot, offset: int) -> digests.DigestTerm:
-        item = resolve_dtype(slot.region.dtype, self.arena.backend.act).nbytes
-        cols = slot.storage.nbytes // item
-        seed = digests.region_seed(slot.region.name)
-        return digests.DigestTerm(offset, seed, 1, 0, 1, 0, cols, slot.storage.nbytes, item, 0)
-
-    def _rows_term(
-        self, slot: Slot, offset: int, start: int, stop: int, origin: int, pitch: int
-    ) -> digests.DigestTerm:
-        region = slot.region
-        return digests.DigestTerm(
-            offset=offset,
-            seed=digests.region_seed(region.name),
-            planes=region.shape[0],
-            start=start,
-            stop=stop,
-            origin=origin,
-            cols=region.shape[2],
-            pitch=pitch,
-            elem_nbytes=resolve_dtype(region.dtype, self.arena.backend.act).nbytes,
-            layout=self.arena.backend.digest_layout(region),
-        )
-
-    def _digest(self, terms: list[digests.DigestTerm], position: int) -> str:
-        sums = self.arena.backend.digest(terms, self.arena.memory.address)
-        return digests.finish(sums, position)
-
 
 def release(segment: Segment | None, pool: Pool) -> None:
     """One reference less; a segment without any gives its block back, and so on up the chain."""
@@ -349,6 +363,5 @@ def release(segment: Segment | None, pool: Pool) -> None:
         segment.refs -= 1
         if segment.refs:
             return
-        pool.give(segment.block)
-        segment.block = -1
+        segment.rows.give_back(pool)
         segment = segment.parent

@@ -11,6 +11,9 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flashrt.base.errors import PlanError
 
 
@@ -96,6 +99,35 @@ class CopyPlan:
         for c in self.copies:
             if c.src_span[1] > arena_nbytes or c.dst_span[1] > arena_nbytes:
                 raise PlanError(f"{c} leaves the arena of {arena_nbytes} bytes")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Write:
+    """Bytes from the host to an arena offset."""
+
+    dst: int
+    data: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePlan:
+    """Copies within the device, and writes from the host: destinations do not overlap."""
+
+    device: CopyPlan
+    writes: tuple[Write, ...] = ()
+
+    @property
+    def copies(self) -> tuple[Copy, ...]:
+        """Those within the device."""
+        return self.device.copies
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes moved by the whole plan."""
+        return self.device.nbytes + sum(w.data.nbytes for w in self.writes)
+
+    def __iter__(self) -> Iterator[Copy]:
+        return iter(self.device)
 
 
 def plan_of(copies: Iterable[Copy]) -> CopyPlan:

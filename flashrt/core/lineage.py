@@ -18,25 +18,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.core.copyplan import Copy
+from flashrt.core.extent import Extent
 from flashrt.core.planner import Band, Slot, align
 
 
 @dataclass(slots=True, eq=False)
 class Segment:
-    """Rows [start, stop) after `parent`; in the pool at `block` while anybody refers to it."""
+    """Rows [start, stop) after `parent`; stored in some tier while anybody refers to it."""
 
     parent: Segment | None
     start: int
     stop: int
     tokens: NDArray[np.int32]  # [stop - start]
-    block: int
-    nbytes: int
+    rows: Extent
     refs: int = 0  # capsules and living child segments
 
     @property
     def is_stored(self) -> bool:
-        """Whether the pool still has the rows; identity outlives storage."""
-        return self.block >= 0
+        """Whether some tier still has the rows; identity outlives storage."""
+        return self.rows.is_stored
 
     def chain(self) -> Iterator[Segment]:
         """This segment, its parent, and so on to the first."""
@@ -169,14 +169,14 @@ def copies_out(rows: Band, start: int, stop: int, block: int) -> list[Copy]:
     ]
 
 
-def copies_in(rows: Band, path: Sequence[Segment], above: int) -> list[Copy]:
+def copies_in(rows: Band, path: Sequence[Segment], above: int) -> list[tuple[Segment, Copy]]:
     """Rows at or beyond `above` of the path's segments -> lane rows, each granule from exactly one
-    segment.
+    segment. A copy's source is an offset within its segment's bytes.
 
     A granule that two segments share is taken from the younger one: it was stored when both had
     their rows in it.
     """
-    copies: list[Copy] = []
+    copies: list[tuple[Segment, Copy]] = []
     for i, segment in enumerate(path):
         blocks, _ = segment_layout(rows, segment.start, segment.stop)
         for b in blocks:
@@ -185,16 +185,15 @@ def copies_in(rows: Band, path: Sequence[Segment], above: int) -> list[Copy]:
             stop = b.stop if i + 1 == len(path) else segment.stop // g * g
             if start >= stop:
                 continue
-            copies.append(
-                Copy(
-                    src=segment.block + b.offset + (start - b.start) * row_nbytes,
-                    dst=b.slot.offset + start * row_nbytes,
-                    width=(stop - start) * row_nbytes,
-                    height=b.planes,
-                    src_pitch=b.width,
-                    dst_pitch=b.slot.storage.lead_nbytes,
-                )
+            copy = Copy(
+                src=b.offset + (start - b.start) * row_nbytes,
+                dst=b.slot.offset + start * row_nbytes,
+                width=(stop - start) * row_nbytes,
+                height=b.planes,
+                src_pitch=b.width,
+                dst_pitch=b.slot.storage.lead_nbytes,
             )
+            copies.append((segment, copy))
     return copies
 
 

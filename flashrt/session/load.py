@@ -18,6 +18,7 @@ from flashrt.core.lineage import Lane
 from flashrt.core.region import DType
 from flashrt.engine import Engine
 from flashrt.models import model_for
+from flashrt.session.objects import Spill
 from flashrt.session.session import Session
 from flashrt.weights.checkpoint import open_checkpoint
 
@@ -40,6 +41,7 @@ class SessionEngine(Engine):
         super().__init__(*arguments, **options)
         self.tokenizer = tokenizer
         self._free = self.lanes[::-1]
+        self.capsules.shelf = Spill()
 
     def session(self) -> Session:
         """An empty session on a free lane. Raises LaneBusy when there is none."""

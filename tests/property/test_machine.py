@@ -118,6 +118,16 @@ class Histories(RuleBasedStateMachine):
             session.rollback(position)
             del self.history[session][position:]
 
+    @rule(capsule=capsules, tier=st.sampled_from(["device", "host", "disk"]))
+    def move(self, capsule: flashrt.Capsule, tier: str) -> None:
+        if capsule in self.frozen:
+            try:
+                capsule.to(tier)
+            except flashrt.PoolFull:
+                assert tier == "device"
+            else:
+                assert capsule.tier == tier
+
     @rule(capsule=consumes(capsules))
     def drop(self, capsule: flashrt.Capsule) -> None:
         if self.frozen.pop(capsule, None) is not None:

@@ -1,0 +1,102 @@
+"""Moving capsules between tiers: device, host, disk.
+
+IS: the mechanism, validate then move: sources are read and checked, room is taken and files are
+written before the first extent changes hands; a failure changes nothing. IS NOT: policy (whom to
+move when). Called by: capsule.
+
+A capsule takes along its fixed band, and those segments of its chain that no capsule on a faster
+tier needs: a demoted ancestor leaves its rows where its descendants read them. Rows on a slower
+tier are brought along, so that afterwards `capsule.tier` is the tier asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashrt.base.errors import CapsuleError
+from flashrt.core.backend import Bytes
+from flashrt.core.capsule import Capsule, CapsuleTable
+from flashrt.core.extent import Extent, HostBytes, Source, Tier
+from flashrt.core.image import fixed_image, rows_image
+from flashrt.core.lineage import Segment, chain_of
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    extent: Extent
+    segment: Segment | None  # whose rows; None: a fixed band
+
+
+def move(capsule: Capsule, tier: str) -> None:
+    """See Capsule.to."""
+    table = capsule.table
+    table.check(capsule)
+    try:
+        target = Tier(tier)
+    except ValueError:
+        raise CapsuleError(f"tier {tier!r} is unknown; choose one of {', '.join(Tier)}") from None
+    items = to_move(capsule, target)
+    if not items:
+        return
+    if capsule.known_digest is None:
+        capsule.known_digest = table.digest_capsule(capsule)
+    images = [_image(table, item) for item in items]
+    if target is Tier.DEVICE:
+        _to_device(table, items, images)
+    else:
+        sources = _shelve(table, images) if target is Tier.DISK else [_keep(i) for i in images]
+        for item, source in zip(items, sources, strict=True):
+            item.extent.give_back(table.pool)
+            item.extent.source = source
+
+
+def to_move(capsule: Capsule, target: Tier) -> list[_Item]:
+    """The extents that `capsule.to(target)` moves."""
+    items = [_Item(capsule.fixed, None)] if capsule.fixed.tier is not target else []
+    needed = {
+        segment
+        for other in capsule.table.capsules
+        if other is not capsule and other.fixed.tier.speed > target.speed
+        for segment in chain_of(other.segment)
+    }
+    for segment in chain_of(capsule.segment):
+        speed = segment.rows.tier.speed
+        if speed < target.speed or (speed > target.speed and segment not in needed):
+            items.append(_Item(segment.rows, segment))
+    return items
+
+
+def _image(table: CapsuleTable, item: _Item) -> Bytes:
+    if item.segment is None:
+        return fixed_image(table.arena, item.extent)
+    return rows_image(table.arena, item.segment)
+
+
+def _to_device(table: CapsuleTable, items: list[_Item], images: list[Bytes]) -> None:
+    backend, base = table.arena.backend, table.arena.memory.address
+    blocks = table.pool.take(*(item.extent.nbytes for item in items))
+    for block, image in zip(blocks, images, strict=True):
+        backend.write(base + block, image)
+    backend.sync()  # the images may go now
+    for item, block in zip(items, blocks, strict=True):
+        item.extent.give_back(table.pool)
+        item.extent.block = block
+
+
+def _keep(image: Bytes) -> Source:
+    """An image of its own in host memory, whatever the mapping behind it."""
+    return HostBytes(image if image.flags.owndata else image.copy())
+
+
+def _shelve(table: CapsuleTable, images: list[Bytes]) -> list[Source]:
+    if table.shelf is None:
+        raise CapsuleError("there is no disk tier; open the engine with flashrt.load")
+    sources: list[Source] = []
+    try:
+        for image in images:
+            sources.append(table.shelf.put(image))
+    except BaseException:
+        for source in sources:
+            source.release()
+        raise
+    return sources

@@ -1,0 +1,116 @@
+"""Objects: immutable byte strings named by their content, and the disk tier made of them.
+
+IS: put (a content that is there already costs a look), read (checked each time), the spill folder
+of a process. IS NOT: which objects make a capsule (manifest). Called by: store, load.
+
+The name is the xxh3-128 of the bytes: it finds damage, not malice; who can write to a store is
+trusted.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import xxhash
+
+from flashrt.base.errors import CapsuleError, StoreError
+from flashrt.core.backend import Bytes
+from flashrt.core.extent import Source, Tier
+from flashrt.session.folder import Directory, Folder, Remote
+
+OBJECTS = "objects"
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+def object_id(data: Bytes) -> str:
+    """32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(data.data)
+
+
+def object_name(digest: str) -> str:
+    """The file of an object. Raises StoreError unless `digest` is 32 hex digits."""
+    if not _ID.fullmatch(digest):
+        raise StoreError(f"{digest!r} is not an object id (32 hex digits)")
+    return f"{OBJECTS}/{digest[:2]}/{digest[2:]}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredObject:
+    """A source on the disk tier."""
+
+    folder: Folder
+    digest: str
+    nbytes: int
+    released: Callable[[str], None] | None = None  # None: others may need it; the sweeper decides
+
+    @property
+    def tier(self) -> Tier:
+        """Disk."""
+        return Tier.DISK
+
+    def read(self) -> Bytes:
+        """The bytes, mapped and checked. Raises StoreError when gone or damaged."""
+        name = object_name(self.digest)
+        data = self.folder.read(name)
+        if data.nbytes != self.nbytes or object_id(data) != self.digest:
+            if isinstance(self.folder, Remote):
+                self.folder.forget(name)
+            raise StoreError(
+                f"{self.folder.url}/{name} is damaged: {data.nbytes} bytes that do not match "
+                f"their name, expected {self.nbytes}; run `flashrt store verify`"
+            )
+        return data
+
+    def prefetch(self) -> None:
+        """Into the page cache, or the local cache of a remote store."""
+        self.folder.prefetch(object_name(self.digest))
+
+    def release(self) -> None:
+        """Tell the owner, if there is one."""
+        if self.released is not None:
+            self.released(self.digest)
+
+
+def put(folder: Folder, data: Bytes) -> tuple[StoredObject, bool]:
+    """An object, written unless it is there; and whether it was written."""
+    digest = object_id(data)
+    name = object_name(digest)
+    is_new = folder.size(name) != data.nbytes
+    if is_new:
+        folder.write(name, data)
+    return StoredObject(folder, digest, data.nbytes), is_new
+
+
+class Spill:
+    """The disk tier of one process: a folder of its own, gone when the process ends."""
+
+    def __init__(self, parent: Path | None = None) -> None:
+        """`parent`: where the folder will be made; default: the system's temporary folder."""
+        self._parent = parent
+        self._folder: Directory | None = None
+        self._users: Counter[str] = Counter()
+
+    def put(self, data: Bytes) -> Source:
+        """See core.extent.Shelf. Raises CapsuleError when it cannot be written."""
+        if self._folder is None:
+            try:
+                path = Path(tempfile.mkdtemp(prefix="flashrt-spill-", dir=self._parent))
+            except OSError as error:
+                raise CapsuleError(f"cannot make a folder for the disk tier: {error}") from error
+            self._folder = Directory(path)
+            weakref.finalize(self, shutil.rmtree, path, ignore_errors=True)
+        stored, _ = put(self._folder, data)
+        self._users[stored.digest] += 1
+        return replace(stored, released=self._release)
+
+    def _release(self, digest: str) -> None:
+        self._users[digest] -= 1
+        if not self._users[digest] and self._folder is not None:
+            self._folder.delete(object_name(digest))

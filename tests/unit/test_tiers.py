@@ -1,0 +1,180 @@
+"""Tiers: capsules between device, host and disk; lineage stays whole; a failure changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flashrt
+from flashrt.core.extent import Tier
+from flashrt.core.image import rows_image
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TIERS = ("device", "host", "disk")
+
+
+@pytest.mark.parametrize("first", TIERS)
+@pytest.mark.parametrize("second", TIERS)
+def test_restore_straight_from_any_tier(
+    engine: flashrt.Engine, session: flashrt.Session, first: str, second: str
+) -> None:
+    session.prefill(range(100))
+    session.snapshot("root")
+    session.prefill(range(45))
+    leaf = session.snapshot("leaf")
+    expected = session.digest(), list(session.generate(6))
+    for tier in (first, second):
+        leaf.to(tier)
+        assert (leaf.tier, leaf.digest) == (tier, expected[0])
+        engine.capsules.check_integrity()
+        engine.poison_lane(session._lane)
+        session.restore(leaf)
+        assert (session.digest(), list(session.generate(6))) == expected
+        engine.arena.check_guards()
+
+
+def test_a_demoted_ancestor_leaves_its_rows_to_its_descendants(
+    engine: flashrt.Engine, session: flashrt.Session
+) -> None:
+    session.prefill(range(100))
+    root = session.snapshot("root")
+    session.prefill(range(30))
+    leaf = session.snapshot("leaf")
+    used = engine.capsules.used_nbytes(Tier.DEVICE)
+    root.to("disk")
+    assert (root.tier, leaf.tier) == ("disk", "device")
+    assert engine.capsules.used_nbytes(Tier.DISK) == engine.stats()["fixed_bytes"]
+    session.restore(root)
+    assert session.digest() == root.digest
+    leaf.to("host")  # nobody on the device needs the root's rows now
+    assert engine.capsules.used_nbytes(Tier.DEVICE) == 0
+    assert engine.capsules.used_nbytes(Tier.HOST) == used - engine.stats()["fixed_bytes"]
+    session.prefill([5])
+    child = session.snapshot("child")  # its rows follow rows of the host tier
+    assert (child.parent, child.tier) == (root, "host")
+    assert child.digest == session.digest()
+    root.drop()
+    for capsule in (child, leaf):
+        engine.poison_lane(session._lane)
+        session.restore(capsule)
+        assert session.digest() == capsule.digest
+    child.to("device")
+    assert (child.tier, leaf.tier) == ("device", "host")
+    assert engine.capsules.digest_capsule(child) == child.known_digest
+
+
+def test_a_full_pool_keeps_a_capsule_where_it_is(engine: flashrt.Engine) -> None:
+    fixed = engine.stats()["fixed_bytes"]
+    small = flashrt.load(GOLDEN / "tiny", device="cpu", max_positions=400, pool_bytes=3 * fixed)
+    session = small.session()
+    session.prefill([1, 2, 3])
+    first = session.snapshot()
+    first.to("host")
+    session.prefill([4])
+    second = session.snapshot()
+    with pytest.raises(flashrt.PoolFull):
+        while True:
+            session.snapshot()
+    used = small.stats()["pool_used_bytes"]
+    with pytest.raises(flashrt.PoolFull):
+        first.to("device")
+    assert (first.tier, second.tier) == ("host", "host")
+    assert small.stats()["pool_used_bytes"] == used
+    small.capsules.check_integrity()
+
+
+def test_a_full_disk_changes_nothing(
+    engine: flashrt.Engine, session: flashrt.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.prefill(range(40))
+    capsule = session.snapshot()
+    calls: list[int] = []
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) > 4:  # the fixed band still fits
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(flashrt.CapsuleError, match="No space left"):
+        capsule.to("disk")
+    monkeypatch.undo()
+    assert capsule.tier == "device"
+    engine.capsules.check_integrity()
+    capsule.to("disk")
+    assert capsule.tier == "disk"
+
+
+def test_damage_on_disk_is_found_before_anything_moves(
+    session: flashrt.Session, tmp_path: Path
+) -> None:
+    session.prefill(range(40))
+    capsule = session.snapshot()
+    capsule.to("disk")
+    session.prefill([9])
+    digest = session.digest()
+    source = capsule.fixed.source
+    path = Path(source.folder.url, "objects", source.digest[:2], source.digest[2:])
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    for call in (lambda: session.restore(capsule), lambda: capsule.to("device")):
+        with pytest.raises(flashrt.CapsuleError, match="damaged"):
+            call()
+    assert (session.digest(), capsule.tier) == (digest, "disk")
+    path.unlink()
+    with pytest.raises(flashrt.CapsuleError, match="cannot read"):
+        capsule.save(tmp_path / "c")
+
+
+def test_spilled_bytes_go_with_their_capsules(
+    engine: flashrt.Engine, session: flashrt.Session
+) -> None:
+    session.prefill(range(40))
+    first, second = session.snapshot(), session.snapshot()  # equal bytes
+    first.to("disk")
+    second.to("disk")
+    folder = Path(first.fixed.source.folder.url, "objects")
+    assert len([p for p in folder.rglob("*") if p.is_file()]) == 2
+    first.drop()
+    session.restore(second)
+    second.drop()
+    assert [p for p in folder.rglob("*") if p.is_file()] == []
+
+
+def test_images_do_not_depend_on_what_lay_there_before(
+    engine: flashrt.Engine, session: flashrt.Session
+) -> None:
+    """Dead rows of the last granule, padding and gaps are canonical."""
+    images = []
+    for detour in ([], [7] * 150, [3] * 60):
+        session.rollback(0)
+        engine.poison_lane(session._lane)
+        engine.capsules.reset(session._lane)
+        session.prefill(detour)
+        session.rollback(0)
+        session.prefill(range(70))
+        capsule = session.snapshot()
+        images.append(rows_image(engine.arena, capsule.segment).tobytes())
+        capsule.drop()
+    assert len(set(images)) == 1
+    assert np.frombuffer(images[0], np.uint8).any()
+
+
+def test_unknown_tiers_and_dropped_capsules_are_refused(session: flashrt.Session) -> None:
+    session.prefill([1])
+    capsule = session.snapshot()
+    with pytest.raises(flashrt.CapsuleError, match="device, host, disk"):
+        capsule.to("tape")
+    capsule.to("host")
+    capsule.prefetch()
+    capsule.drop()
+    assert capsule.tier == "dropped"
+    with pytest.raises(flashrt.CapsuleError, match="dropped"):
+        capsule.to("device")
