@@ -104,7 +104,8 @@ def c_header(ops: Sequence[Op]) -> str:
     """All argument structs and dtype codes as one C header, generated so that no offset is kept in
     step by hand.
     """
-    enum = ", ".join(f"DTYPE_{d.name} = {d.code}" for d in DType if d is not DType.ACT)
+    stored = [d for d in DType if d not in (DType.ACT, DType.ACT_WIDE)]
+    enum = ", ".join(f"DTYPE_{d.name} = {d.code}" for d in stored)
     return f"#pragma once\nenum {{ {enum} }};\n\n" + "\n".join(op.c_struct() for op in ops)
 
 
@@ -176,7 +177,8 @@ def _check(op: Op, param: Param, view: View) -> None:
         raise PlanError(
             f"{op.name}.{param.name}: wants {param.dims}, region {region.name!r} is {view.shape}"
         )
-    if region.dtype not in param.dtypes:
+    dtype = DType.ACT if region.dtype is DType.ACT_WIDE else region.dtype
+    if dtype not in param.dtypes:
         wanted = ", ".join(param.dtypes)
         raise PlanError(
             f"{op.name}.{param.name}: wants {wanted}, region {region.name!r} is {region.dtype}"

@@ -38,6 +38,7 @@ class DType(enum.StrEnum):
     U32 = "uint32"
     U8 = "uint8"
     ACT = "act"
+    ACT_WIDE = "act_wide"
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +60,13 @@ _DTYPE_CODE = {
 
 
 def resolve_dtype(dtype: DType, act: DType) -> DType:
-    """`ACT` as the backend's activation dtype, any other dtype as it is."""
+    """`ACT` and `ACT_WIDE` as what the backend feeds its matrix units with, others as they are.
+
+    `ACT_WIDE` is for activations whose rounding to one bfloat16 would show: a pair where `ACT` is
+    one, else the same.
+    """
+    if dtype is DType.ACT_WIDE:
+        return DType.BF16X2 if act is DType.BF16 else act
     return act if dtype is DType.ACT else dtype
 
 

@@ -119,7 +119,7 @@ class _Recorder:
         self._launch(
             ops.EMBED, tokens=tokens, table=regions[EMBED], journal=regions["journal"], x=x
         )
-        h = self._activation(f"{layer_name(0)}.h", c.hidden)
+        h = self._activation(f"{layer_name(0)}.h", c.hidden, _input_dtype(c, 0))
         self._launch(ops.RMSNORM, x=x, w=regions[f"{layer_name(0)}.input_norm"], y=h, eps=c.eps)
         mixers = {LayerKind.LINEAR: self._linear_attention, LayerKind.FULL: self._full_attention}
         for i, kind in enumerate(c.layers):
@@ -129,7 +129,7 @@ class _Recorder:
             r = self._mlp(at, h)
             is_last = i + 1 == len(c.layers)
             norm = FINAL_NORM if is_last else f"{following}.input_norm"
-            h = self._add_rmsnorm(f"{following}.h", x, r, norm)
+            h = self._add_rmsnorm(f"{following}.h", x, r, norm, _input_dtype(c, i + 1))
         self._launch(ops.LAST_ROW, x=h, y=regions["last_hidden"])
         self._launch(ops.ADVANCE)
 
@@ -198,9 +198,11 @@ class _Recorder:
         self._launch(ops.LINEAR, x=x, w=w, y=y)
         return y
 
-    def _add_rmsnorm(self, name: str, x: Region, r: Region, norm: str) -> Region:
+    def _add_rmsnorm(
+        self, name: str, x: Region, r: Region, norm: str, dtype: DType = DType.ACT
+    ) -> Region:
         """x += r, and a new activation that holds its norm."""
-        h = self._activation(name, self.config.hidden)
+        h = self._activation(name, self.config.hidden, dtype)
         self._launch(ops.ADD_RMSNORM, x=x, r=r, w=self.regions[norm], y=h, eps=self.config.eps)
         return h
 
@@ -210,9 +212,20 @@ class _Recorder:
     def _scratch(self, name: str, *columns: int) -> Region:
         return self.tape.scratch(name, self.rows, *columns)
 
-    def _activation(self, name: str, columns: int) -> Region:
+    def _activation(self, name: str, columns: int, dtype: DType = DType.ACT) -> Region:
         """Scratch in the backend's activation dtype, as `linear` reads it."""
-        return self.tape.scratch(name, self.rows, columns, dtype=DType.ACT)
+        return self.tape.scratch(name, self.rows, columns, dtype=dtype)
+
+
+def _input_dtype(c: Qwen35Config, layer: int) -> DType:
+    """Of a layer's normalised input.
+
+    A delta rule with few tokens behind it writes o = beta v (k . q), where k . q may cancel, and
+    the norm that follows amplifies what is left of it: rounding its input to bfloat16 makes most
+    of a model's error, so it goes in wide. The last layer's output feeds the head.
+    """
+    is_delta = layer < len(c.layers) and c.layers[layer] is LayerKind.LINEAR
+    return DType.ACT_WIDE if is_delta else DType.ACT
 
 
 def _columns(u: Region, *widths: int) -> tuple[View, ...]:

@@ -59,8 +59,8 @@ class Shape:
 
     @property
     def act_pair(self) -> int:
-        """1 if activations are hi + lo pairs (precision "high")."""
-        return int(self.act is DType.BF16X2)
+        """1 if the launch's activations are hi + lo pairs: precision "high", or ACT_WIDE."""
+        return int(DType.BF16X2 in self.dtypes.values())
 
 
 Expansion = Callable[[Shape], tuple[KernelLaunch, ...]]

@@ -53,7 +53,7 @@ def digest_layout(region: Region) -> int:
 def pack(region: Region, array: NDArray[np.generic], out: Bytes, act: DType) -> None:
     """Logical array -> storage bytes. float32 for an activation region is rounded, or split."""
     dtype = resolve_dtype(region.dtype, act)
-    a = _to_dtype(array, dtype) if region.dtype is DType.ACT else array
+    a = _to_dtype(array, dtype) if region.dtype in (DType.ACT, DType.ACT_WIDE) else array
     bits = np.ascontiguousarray(a).view(_BITS[dtype.nbytes])
     stored = out.view(_BITS[dtype.nbytes])
     if region.layout is not Layout.MATRIX:
