@@ -7,6 +7,7 @@ Called by: users, cli.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,6 +88,33 @@ def load(
     precision: of cuda and simt. progress(what, done, total) is called while loading.
     Raises CheckpointError, BackendError, PlanError.
     """
+    return load_on(
+        lambda: open_backend(device, precision),
+        checkpoint,
+        max_positions=max_positions,
+        lanes=lanes,
+        kv_dtype=kv_dtype,
+        pool_bytes=pool_bytes,
+        draft=draft,
+        progress=progress,
+    )
+
+
+def load_on(
+    backend: Callable[[], Backend],
+    checkpoint: str | os.PathLike[str],
+    *,
+    max_positions: int = 4096,
+    lanes: int = 1,
+    kv_dtype: KvDType = "bfloat16",
+    pool_bytes: int | None = None,
+    draft: bool | None = None,
+    progress: Progress | None = None,
+) -> SessionEngine:
+    """`load` on a backend of your own making, opened once config and options are known to be fine.
+
+    For a simt device with a seed, a CPU device with its own number of threads, or a new backend.
+    """
     from flashrt.text.tokenizer import tokenizer_of  # its library is slow to import
 
     if kv_dtype not in KV_DTYPES:
@@ -100,11 +128,10 @@ def load(
         has_draft_head=has_head,
         is_tied=HEAD_TENSOR not in source.tensors,
     )
-    backend = open_backend(device, precision)
     return SessionEngine(
         model,
         source,
-        backend,
+        backend(),
         lanes=lanes,
         pool_bytes=pool_bytes,
         progress=progress,
