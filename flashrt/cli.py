@@ -8,6 +8,7 @@ the `flashrt` script, __main__.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,10 +18,11 @@ from flashrt.base.errors import FlashrtError
 from flashrt.commands.bench import BenchOptions, bench
 from flashrt.commands.checkpoints import EngineOptions
 from flashrt.commands.demo import demo
-from flashrt.commands.doctor import doctor
+from flashrt.commands.doctor import doctor, version_of
 from flashrt.commands.inspect import inspect
 from flashrt.commands.plan import plan
 from flashrt.commands.run import Sampling, run
+from flashrt.session.load import DEVICES, PRECISIONS
 from flashrt.weights.random_checkpoint import SHAPES
 
 Command = Callable[[argparse.Namespace], int]
@@ -67,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all commands."""
     parser = _Parser(prog="flashrt", description=_DESCRIPTION, epilog=_EXAMPLES)
+    version = version_of("flashrt") or "of a checkout"
+    parser.add_argument("--version", action="version", version=f"flashrt {version}")
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     _add_demo(commands)
@@ -100,7 +104,6 @@ def _add(
 def _add_engine_options(parser: argparse.ArgumentParser, max_positions: int = 4096) -> None:
     defaults = EngineOptions(max_positions=max_positions)
     group = parser.add_argument_group("engine")
-    group.add_argument("--device", default=defaults.device, help="auto, cpu (default: auto)")
     group.add_argument(
         "--max-positions", type=_count, default=max_positions, metavar="N",
         help=f"tokens that a session can hold (default: {max_positions})",
@@ -118,9 +121,21 @@ def _add_engine_options(parser: argparse.ArgumentParser, max_positions: int = 40
     )  # fmt: skip
 
 
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("device")
+    group.add_argument(
+        "--device", choices=DEVICES, default="auto",
+        help="auto (default) is cuda where it is usable, else cpu; simt runs the CUDA sources on "
+        "the CPU, to verify them, slowly",
+    )  # fmt: skip
+    group.add_argument(
+        "--precision", choices=PRECISIONS, default="bfloat16",
+        help="of activations on cuda and simt (default: bfloat16)",
+    )  # fmt: skip
+
+
 def _engine_options(options: argparse.Namespace) -> EngineOptions:
     return EngineOptions(
-        device=options.device,
         max_positions=options.max_positions,
         lanes=options.lanes,
         kv_dtype=options.kv_dtype,
@@ -130,7 +145,8 @@ def _engine_options(options: argparse.Namespace) -> EngineOptions:
 
 def _add_demo(commands: _Commands[_Parser]) -> None:
     def command(options: argparse.Namespace) -> int:
-        return demo(options.checkpoint, options.tokens, options.device, options.out, options.json)
+        engine = EngineOptions(options.device, options.precision)
+        return demo(options.checkpoint, options.tokens, engine, options.out, options.json)
 
     parser = _add(
         commands, "demo", command,
@@ -145,7 +161,7 @@ def _add_demo(commands: _Commands[_Parser]) -> None:
         "--tokens", type=_count, metavar="N", help="length of the prompt (default: 8192, less on a "
         "checkpoint that is slow here)",
     )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu (default: auto)")
+    _add_device(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("out"), metavar="DIR",
         help="folder of arena.svg and session-tree.svg (default: out)",
@@ -163,7 +179,8 @@ def _add_run(commands: _Commands[_Parser]) -> None:
             min_p=options.min_p,
             seed=options.seed,
         )
-        engine = _engine_options(options)
+        device = {"device": options.device, "precision": options.precision}
+        engine = dataclasses.replace(_engine_options(options), **device)
         return run(options.checkpoint, options.prompt, options.tokens, engine, sampling)
 
     parser = _add(
@@ -190,6 +207,7 @@ def _add_run(commands: _Commands[_Parser]) -> None:
     )
     sampling.add_argument("--seed", type=int, default=0, help="default: 0")
     _add_engine_options(parser)
+    _add_device(parser)
 
 
 def _add_plan(commands: _Commands[_Parser]) -> None:
@@ -234,7 +252,7 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
                 checkpoint=options.checkpoint,
                 lengths=options.lengths,
                 repeats=options.repeats,
-                device=options.device,
+                engine=EngineOptions(options.device, options.precision),
             ),
             options.json,
             options.plot,
@@ -264,7 +282,7 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
     parser.add_argument(
         "--repeats", type=_count, default=3, metavar="N", help="of each median (default: 3)"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu (default: auto)")
+    _add_device(parser)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write all figures there (- is stdout)"
     )

@@ -13,7 +13,7 @@ import shlex
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,24 +63,26 @@ class BenchOptions:
     checkpoint: Path | None = None
     lengths: list[int] | None = None
     repeats: int = 3
-    device: str = "auto"
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 def bench(options: BenchOptions, json_path: Path | None, plot_path: Path | None) -> int:
     """The command. Returns 1 if a restored state was not the one that was saved."""
-    started = time.perf_counter()
+    started, load_average = time.perf_counter(), _load_average()
     if options.checkpoint is None:
         with console.progress_bars() as progress:
             path, _ = cached_random_checkpoint(options.shape, progress)
         lengths = options.lengths or LENGTHS[options.shape]
     else:
         path, lengths = options.checkpoint, options.lengths or CHECKPOINT_LENGTHS
-    engine = open_engine(path, EngineOptions(options.device, max(lengths) + _ROOM, lanes=2))
+    room = replace(options.engine, max_positions=max(lengths) + _ROOM, lanes=2)
+    engine = open_engine(path, room)
     limits = _Limits(engine)
     with console.progress_bars() as progress:
         limits.measure()
-        rows = Bench(engine, options.repeats, progress).run(lengths, limits.measure)
+        rows = Bench(engine, options.repeats, progress, limits.memcpy).run(lengths, limits.measure)
     document = _document(options, engine, limits, rows)
+    document["load_average"] = load_average
     document["seconds"] = time.perf_counter() - started
     engine.close()
     if json_path is not None and str(json_path) == "-":
@@ -92,6 +94,11 @@ def bench(options: BenchOptions, json_path: Path | None, plot_path: Path | None)
     if plot_path is not None:
         console.screen(is_error=True).print(f"plot: {plot(document, plot_path)}")
     return 0 if all(row.is_exact for row in rows) else 1
+
+
+def _load_average() -> float | None:
+    """Processes that wanted to run in the last minute, before ours; None where nobody counts."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 class _Limits:
@@ -119,10 +126,15 @@ class _Limits:
             self.copy_s += [copy.seconds() for _ in range(3)]
             copy.close()
 
+    def memcpy(self, nbytes: int) -> MemcpyLimit | None:
+        """What a restore of so many bytes is compared with: host memory only."""
+        return None if self.cpu is None else MemcpyLimit(nbytes, thread_count())
+
     def summary(self) -> dict[str, float | None]:
         """Medians; the memory rates count bytes read (stream) and bytes copied (memcpy) once."""
         if self.cpu is None:
-            return {"fma_flops": None, "stream_s": None, "streamed_bytes": self.streamed_bytes}
+            unknown = ("fma_flops", "stream_s", "read_bytes_per_s", "memcpy_bytes_per_s")
+            return {"streamed_bytes": self.streamed_bytes, **dict.fromkeys(unknown)}
         stream_s = statistics.median(self.stream_s)
         return {
             "fma_flops": statistics.median(self.fma_flops),
@@ -143,6 +155,7 @@ def _document(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": f"random, {options.shape}" if is_named else str(options.checkpoint),
         "device": engine.device,
+        "precision": options.engine.precision,
         "threads": thread_count(),
         "machine": {
             "processor": cpu_name(),
@@ -165,7 +178,8 @@ def _document(
 def _row(engine: SessionEngine, limits: dict[str, float | None], at: AtLength) -> dict[str, Any]:
     """Medians and ratios at one length, with all samples."""
     samples = asdict(at)
-    medians = {k: statistics.median(v) for k, v in samples.items() if isinstance(v, list)}
+    medians = {k: statistics.median(v) for k, v in samples.items() if isinstance(v, list) and v}
+    memcpy_s = medians.get("memcpy_s")
     flop = prefill_flop(engine.model, at.tokens)
     peak, stream_s = limits["fma_flops"], limits["stream_s"]
     decode_s = statistics.fmean(at.inter_token_s)  # every token counts, slow ones too
@@ -181,7 +195,7 @@ def _row(engine: SessionEngine, limits: dict[str, float | None], at: AtLength) -
         "inter_token_p99_s": _percentile(at.inter_token_s, 0.99),
         "decoded_tokens": len(at.inter_token_s),
         "restore_bytes_per_s": restore_rate,
-        "restore_of_memcpy": medians["memcpy_s"] / medians["restore_s"],
+        "restore_of_memcpy": None if memcpy_s is None else memcpy_s / medians["restore_s"],
         "ttft_ratio": medians["ttft_cold_s"] / medians["ttft_warm_s"],
         **{k: v for k, v in medians.items() if k != "inter_token_s"},
         **{k: v for k, v in samples.items() if k.endswith("_bytes")},

@@ -17,7 +17,6 @@ from functools import partial
 import numpy as np
 
 from flashrt.backends.cpu.limits import MemcpyLimit
-from flashrt.base.flags import thread_count
 from flashrt.commands.timing import Tokens, prefill, synthetic_tokens, timed
 from flashrt.core.backend import Progress
 from flashrt.core.capsule import Capsule
@@ -44,7 +43,7 @@ class AtLength:
     snapshot_turn_bytes: int = 0
     restore_s: list[float] = field(default_factory=list)
     restore_bytes: int = 0
-    memcpy_s: list[float] = field(default_factory=list)  # of restore_bytes
+    memcpy_s: list[float] = field(default_factory=list)  # of restore_bytes; empty without a limit
     restore_ancestor_s: list[float] = field(default_factory=list)
     restore_ancestor_bytes: int = 0
     rollback_s: list[float] = field(default_factory=list)
@@ -54,8 +53,15 @@ class AtLength:
 class Bench:
     """Two lanes: `main` grows; the other holds something else and receives full restores."""
 
-    def __init__(self, engine: SessionEngine, repeats: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        engine: SessionEngine,
+        repeats: int,
+        progress: Progress,
+        memcpy: Callable[[int], MemcpyLimit | None],
+    ) -> None:
         self.engine = engine
+        self.memcpy = memcpy
         self.repeats = repeats
         self.progress = progress
         self.random = np.random.default_rng(0)
@@ -73,7 +79,7 @@ class Bench:
             for at in found:
                 what = f"prefill to {at.tokens:,}, run {repeat + 1} of {self.repeats}"
                 piece = prompt[self.main.position : at.tokens]
-                elapsed += prefill(self.main, piece, self.progress, what)
+                elapsed += prefill(self.engine, self.main, piece, self.progress, what)
                 at.prefill_s.append(elapsed)
                 capsule = self._snapshot(at) if repeat == 0 else self.main.snapshot()
                 at.ttft_cold_s.append(elapsed + self._turn(self.main))
@@ -160,9 +166,10 @@ class Bench:
                 self._turn(other)
                 at.ttft_warm_s.append(time.perf_counter() - started)
                 at.restore_bytes = moved
-                memcpy = memcpy or MemcpyLimit(moved, thread_count())
-                other.prefill(self.turn)  # something between, as before a restore
-                at.memcpy_s.append(memcpy.seconds())
+                memcpy = memcpy or self.memcpy(moved)
+                if memcpy is not None:
+                    other.prefill(self.turn)  # something between, as before a restore
+                    at.memcpy_s.append(memcpy.seconds())
             if memcpy is not None:
                 memcpy.close()
             other.restore(capsule)

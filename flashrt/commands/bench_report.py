@@ -32,12 +32,19 @@ def show(document: Document) -> None:
             f"({bytes_text(limits['streamed_bytes'])} in {seconds_text(limits['stream_s'])}), "
             f"{rate_text(limits['memcpy_bytes_per_s'])} memcpy of a large range"
         )
+    if (load := document["load_average"]) is not None and load > 0.5:
+        screen.print(
+            f"[yellow]The machine was busy before this run (load average {load:.1f}): "
+            "figures are lower than they would be.[/]"
+        )
     screen.print()
     screen.print(_speed(document))
     screen.print(_starts(document))
-    screen.print(_capsules(document))
-    if document["reference"]:
-        screen.print(_against(document))
+    screen.print(_restores(document))
+    screen.print(_snapshots(document))
+    against = _against(document)
+    if against.row_count:
+        screen.print(against)
     notes = [
         "Medians. Decode: tokens over the time of all of them; ITL: inter-token latency.",
         f"Warm: full restore into a lane that holds another text, {document['turn_tokens']} "
@@ -105,29 +112,43 @@ def _against(document: Document) -> Table:
     return console.table(f"Reference: {document['reference_note']}", columns, rows)
 
 
-def _capsules(document: Document) -> Table:
+def _restores(document: Document) -> Table:
+    columns = (
+        ">tokens", ">restore", ">bytes", ">bytes/s", ">of memcpy", ">to an ancestor", ">bytes",
+    )  # fmt: skip
+    rows = [
+        [
+            f"{row['tokens']:,}",
+            seconds_text(row["restore_s"]),
+            bytes_text(row["restore_bytes"]),
+            rate_text(row["restore_bytes_per_s"]),
+            _fraction(row["restore_of_memcpy"]),
+            seconds_text(row["restore_ancestor_s"]),
+            bytes_text(row["restore_ancestor_bytes"]),
+        ]
+        for row in document["rows"]
+    ]
+    return console.table("Restore: everything; to an ancestor, whose rows are there", columns, rows)
+
+
+def _snapshots(document: Document) -> Table:
     ahead, back = document["rollback_tokens"]
     columns = (
-        ">tokens", ">snapshot", ">bytes", ">restore", ">bytes", ">of memcpy", ">to an ancestor",
-        ">bytes", ">snapshot of a turn", ">bytes", f">back {back} of {ahead}",
+        ">tokens", ">snapshot", ">bytes", ">snapshot of a turn", ">bytes",
+        f">back {back} of {ahead}",
     )  # fmt: skip
     rows = [
         [
             f"{row['tokens']:,}",
             seconds_text(row["snapshot_s"]),
             bytes_text(row["snapshot_bytes"]),
-            seconds_text(row["restore_s"]),
-            bytes_text(row["restore_bytes"]),
-            _fraction(row["restore_of_memcpy"]),
-            seconds_text(row["restore_ancestor_s"]),
-            bytes_text(row["restore_ancestor_bytes"]),
             seconds_text(row["snapshot_turn_s"]),
             bytes_text(row["snapshot_turn_bytes"]),
             seconds_text(row["rollback_s"]),
         ]
         for row in document["rows"]
     ]
-    return console.table("Capsules", columns, rows)
+    return console.table("Snapshot: everything; of a turn. Rollback, with replay", columns, rows)
 
 
 def _fraction(value: float | None) -> str:

@@ -9,16 +9,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from flashrt.base.errors import CheckpointError
 from flashrt.base.flags import flags
 from flashrt.commands.console import progress_bars
 from flashrt.core.backend import Progress
-from flashrt.session.load import SessionEngine, load
+from flashrt.session.load import KvDType, Precision, SessionEngine, load
 from flashrt.weights import random_checkpoint
 
-KvDType = Literal["bfloat16", "float32"]
 SEED = 0
 
 
@@ -27,6 +25,7 @@ class EngineOptions:
     """Arguments of `flashrt.load` that the command line offers."""
 
     device: str = "auto"
+    precision: Precision = "bfloat16"
     max_positions: int = 4096
     lanes: int = 1
     kv_dtype: KvDType = "bfloat16"
@@ -58,6 +57,7 @@ def open_engine(checkpoint: Path, options: EngineOptions) -> SessionEngine:
         return load(
             checkpoint,
             device=options.device,
+            precision=options.precision,
             max_positions=options.max_positions,
             lanes=options.lanes,
             kv_dtype=options.kv_dtype,

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from flashrt.core.backend import Progress
 from flashrt.view.units import bytes_text
@@ -32,20 +33,24 @@ def screen(*, is_error: bool = False) -> Console:
     return made
 
 
-def table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = ""
-) -> Table:
-    """A table; a column whose name begins with `>` is on the right, one with `~` may wrap."""
-    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, caption=note or None)
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table that narrows by wrapping words, never figures.
+
+    A column whose name begins with `>` holds figures, to the right; one with `~` may break words.
+    """
+    made = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
     made.show_header = any(columns)
-    made.title_style, made.caption_style, made.caption_justify = "bold", "dim", "left"
-    for name in columns:
-        is_right, may_wrap = name.startswith(">"), name.startswith("~")
+    for i, name in enumerate(columns):
+        is_figure, may_break = name.startswith(">"), name.startswith("~")
+        header, cells = name.lstrip(">~"), [Text.from_markup(row[i]).plain for row in rows]
+        whole = cells if is_figure else [word for cell in cells for word in cell.split()]
         made.add_column(
-            name.lstrip(">~"),
-            justify="right" if is_right else "left",
-            no_wrap=not may_wrap,
-            overflow="fold" if may_wrap else "ellipsis",
+            header,
+            justify="right" if is_figure else "left",
+            overflow="fold",
+            min_width=None if may_break else max(map(len, [*header.split(), *whole]), default=1),
         )
     for row in rows:
         made.add_row(*row)

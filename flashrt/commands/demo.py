@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +40,14 @@ BUDGET_S = 15.0  # the prompt is halved until its prefill should fit
 REPEATS = 3  # of a warm start; the median counts
 
 
-def demo(checkpoint: Path | None, tokens: int | None, device: str, out: Path, as_json: bool) -> int:
+def demo(
+    checkpoint: Path | None, tokens: int | None, options: EngineOptions, out: Path, as_json: bool
+) -> int:
     """The command. Returns 1 if a check failed."""
     started = time.perf_counter()
     path = checkpoint or _random_checkpoint()
     longest = max(tokens or LENGTHS[-1], 2 * TURN)
-    engine = open_engine(path, _engine_options(path, device, longest + TURN + ANSWER + 1))
+    engine = open_engine(path, _with_room(path, options, longest + TURN + ANSWER + 1))
     story = Story(str(path), checkpoint is None, engine.device)
     with console.progress_bars() as progress:
         _Stage(engine, story, progress).play(longest, is_fixed=tokens is not None, out=out)
@@ -69,12 +71,11 @@ def _random_checkpoint() -> Path:
     return path
 
 
-def _engine_options(path: Path, device: str, max_positions: int) -> EngineOptions:
+def _with_room(path: Path, options: EngineOptions, max_positions: int) -> EngineOptions:
     """Three lanes; a pool for two prompts (one comes from a file), branches and waypoints."""
-    options = EngineOptions(device, max_positions, pool_bytes=0)
+    options = replace(options, max_positions=max_positions, lanes=3)
     lane = lay_out(model_of(open_checkpoint(path), options), options).arena.lanes[0]
-    pool_bytes = 3 * lane.rows.nbytes + 24 * lane.fixed.nbytes
-    return EngineOptions(device, max_positions, lanes=3, pool_bytes=pool_bytes)
+    return replace(options, pool_bytes=3 * lane.rows.nbytes + 24 * lane.fixed.nbytes)
 
 
 class _Stage:
@@ -96,7 +97,7 @@ class _Stage:
         n_prompt = longest if is_fixed else self._affordable(longest)
         prompt, turns = self._tokens(n_prompt), [self._tokens(TURN) for _ in range(3)]
         story.prompt_tokens, story.turn_tokens, story.answer_tokens = n_prompt, TURN, ANSWER
-        story.prefill_s = prefill(self.main, prompt, self.progress, "prompt")
+        story.prefill_s = prefill(self.engine, self.main, prompt, self.progress, "prompt")
         root, story.snapshot_s, _ = timed(self.engine, lambda: self.main.snapshot("prompt"))
         story.capsule_bytes = root.nbytes
         branches = self._branch(root, turns)
@@ -152,7 +153,7 @@ class _Stage:
         """
         truth: dict[int, State] = {}
         with self.engine.session() as cold:
-            prefill(cold, tokens[:n_prompt], self.progress, "cold prefill, to compare")
+            prefill(self.engine, cold, tokens[:n_prompt], self.progress, "cold prefill, to compare")
             stops = {state.position for _, state, _, _ in self.pending} | {n_prompt + TURN}
             for stop in sorted(stops):
                 cold.prefill(tokens[cold.position : stop])
@@ -183,7 +184,7 @@ class _Stage:
         """Time to first token at one length, cold and warm. Returns the greedy answer, cold."""
         with self.engine.session() as cold:
             started = time.perf_counter()
-            prefill(cold, prompt, self.progress, f"cold start at {len(prompt):,}")
+            prefill(self.engine, cold, prompt, self.progress, f"cold start at {len(prompt):,}")
             cold.prefill(turn)
             answer = list(cold.generate(1))
             cold_s = time.perf_counter() - started
@@ -239,7 +240,7 @@ class _Stage:
         trial = self._tokens(min(256, longest))
         self.main.prefill(trial)  # the first touch of memory is not typical
         self.main.rollback(0)
-        seconds = prefill(self.main, trial, self.progress, "trial")
+        seconds = prefill(self.engine, self.main, trial, self.progress, "trial")
         self.main.rollback(0)
         while longest > 1024 and seconds * longest / len(trial) > BUDGET_S:
             longest //= 2

@@ -109,30 +109,21 @@ def plan(
     return 0
 
 
-_COLUMNS = ("region", "role", "shape", "dtype", "layout", ">offset", ">bytes")
+_COLUMNS = ("region", "shape", "dtype", "~layout", ">offset", ">bytes")
 
 
 def _rows(arena: ArenaPlan) -> list[list[str]]:
+    """A line per band, which is named by its role, and below it one per region."""
     rows: list[list[str]] = []
-    for role, label, band in bands(arena):
+    for _, label, band in bands(arena):
         rows.append(
-            [f"[bold]{label}[/]", role, "", "", "", f"{band.offset:,}", f"[bold]{band.nbytes:,}[/]"]
+            [f"[bold]{label}[/]", "", "", "", f"{band.offset:,}", f"[bold]{band.nbytes:,}[/]"]
         )
         for slot in band.slots:
             region = slot.region
             shape = "x".join(map(str, region.shape))
-            nbytes = f"{slot.storage.nbytes:,}"
-            rows.append(
-                [
-                    f"  {region.name}",
-                    "",
-                    shape,
-                    region.dtype,
-                    region.layout,
-                    f"{slot.offset:,}",
-                    nbytes,
-                ]
-            )
+            place = [f"{slot.offset:,}", f"{slot.storage.nbytes:,}"]
+            rows.append([region.name, shape, region.dtype, region.layout, *place])
     return rows
 
 

@@ -26,15 +26,19 @@ def timed(engine: SessionEngine, act: Callable[[], T]) -> tuple[T, float, int]:
     before = engine.stats()["copied_bytes"]
     started = time.perf_counter()
     result = act()
+    engine.backend.sync()
     return result, time.perf_counter() - started, engine.stats()["copied_bytes"] - before
 
 
-def prefill(session: Session, tokens: Tokens, progress: Progress, what: str) -> float:
+def prefill(
+    engine: SessionEngine, session: Session, tokens: Tokens, progress: Progress, what: str
+) -> float:
     """In pieces, for the progress bar: the bits do not depend on them. Returns seconds."""
     seconds = 0.0
     for start in range(0, len(tokens), _PIECE):
         begun = time.perf_counter()
         session.prefill(tokens[start : start + _PIECE])
+        engine.backend.sync()
         seconds += time.perf_counter() - begun
         progress(what, min(start + _PIECE, len(tokens)), len(tokens))
     return seconds

@@ -35,7 +35,7 @@ def arena_map(plan: ArenaPlan, tape: Tape, title: str) -> str:
     y = _legend(drawing, plan, 74)
     y = _overview(drawing, plan, y + 34)
     lane = plan.lanes[0]
-    more = f" (lanes 1 to {len(plan.lanes) - 1} alike)" if len(plan.lanes) > 1 else ""
+    more = f" (one of {len(plan.lanes)} lanes, all alike)" if len(plan.lanes) > 1 else ""
     for role, band, what in (
         ("fixed", lane.fixed, "the state that a token rewrites; a restore copies it in one piece"),
         ("rows", lane.rows, "the state that grows; capsules share it by segments"),

@@ -80,8 +80,9 @@ def _copies(axes: Any, document: Document) -> None:
     _line(axes, document, "restore_s", "restore, everything", WARM, scale=1e3)
     _line(axes, document, "restore_ancestor_s", "restore of an ancestor", REFERENCE, scale=1e3)
     _line(axes, document, "rollback_s", "rollback, with replay", "#8a63b8", scale=1e3)
-    memcpy = [1e3 * row["memcpy_s"] for row in document["rows"]]
-    axes.plot(_lengths(document), memcpy, "--", color=LIMIT, label="memcpy of everything")
+    if all("memcpy_s" in row for row in document["rows"]):
+        memcpy = [1e3 * row["memcpy_s"] for row in document["rows"]]
+        axes.plot(_lengths(document), memcpy, "--", color=LIMIT, label="memcpy of everything")
     axes.set_yscale("log")
 
 

@@ -11,6 +11,7 @@ import flashrt
 from flashrt import cli
 from flashrt.commands.bench import BenchOptions, bench
 from flashrt.commands.bench_work import prefill_flop, streamed_bytes
+from flashrt.commands.checkpoints import EngineOptions
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 
@@ -23,7 +24,9 @@ def engine() -> flashrt.Engine:
 def test_every_figure_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, picture = tmp_path / "bench.json", tmp_path / "bench.svg"
     pytest.importorskip("matplotlib")
-    options = BenchOptions(checkpoint=TINY, lengths=[128, 64], repeats=1, device="cpu")
+    options = BenchOptions(
+        checkpoint=TINY, lengths=[128, 64], repeats=1, engine=EngineOptions("cpu")
+    )
     assert bench(options, path, picture) == 0
     printed = capsys.readouterr().out
     document = json.loads(path.read_text())
