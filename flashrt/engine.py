@@ -29,6 +29,7 @@ from flashrt.core.backend import Backend, Bytes, Progress
 from flashrt.core.capsule import CapsuleTable
 from flashrt.core.graph import GraphKey, GraphTable
 from flashrt.core.lineage import Lane
+from flashrt.core.op import Op
 from flashrt.core.planner import ArenaPlan, Band, plan_arena, plan_band
 from flashrt.core.region import Region, Role
 from flashrt.core.tape import Tape
@@ -94,8 +95,8 @@ class Engine:
         self.backend = backend
         self.checkpoint = checkpoint
         self.max_positions = _max_positions(model)
-        backend.build(OPS)
         tapes = [model.record(phase, rows) for phase, rows in model.phases]
+        backend.build(_with_own_ops(tapes))
         plan = self._plan(tapes, lanes, pool_bytes)
         weights = plan_band([r.region for r in model.weights], backend.storage)
         self.arena = Arena(backend, plan, weights)
@@ -296,6 +297,12 @@ class Engine:
     def _read_token(self, lane: Lane) -> int:
         self.backend.read(self._cursor_address(lane, _TOKEN_WORD), self._word)
         return int(self._word.view(np.int32)[0])
+
+
+def _with_own_ops(tapes: Sequence[Tape]) -> tuple[Op, ...]:
+    """The table of ops, and ops outside it that a model records: kernels of the user's own."""
+    recorded = dict.fromkeys(launch.op for tape in tapes for launch in tape.launches)
+    return (*OPS, *(op for op in recorded if op not in OPS))
 
 
 def _max_positions(model: Model) -> int:

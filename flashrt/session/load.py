@@ -18,7 +18,7 @@ from flashrt.core.capsule import Capsule
 from flashrt.core.lineage import Lane
 from flashrt.core.region import DType
 from flashrt.engine import Engine
-from flashrt.models import model_for
+from flashrt.models import Model, model_for
 from flashrt.session.objects import Spill
 from flashrt.session.session import Session
 from flashrt.weights.checkpoint import open_checkpoint
@@ -109,11 +109,13 @@ def load_on(
     kv_dtype: KvDType = "bfloat16",
     pool_bytes: int | None = None,
     draft: bool | None = None,
+    adapt: Callable[[Model], Model] | None = None,
     progress: Progress | None = None,
 ) -> SessionEngine:
     """`load` on a backend of your own making, opened once config and options are known to be fine.
 
-    For a simt device with a seed, a CPU device with its own number of threads, or a new backend.
+    For a simt device with a seed, a device with kernels of your own, or a new backend. `adapt` may
+    wrap the model, to add regions and launches (examples/custom_kernel.py).
     """
     from flashrt.text.tokenizer import tokenizer_of  # its library is slow to import
 
@@ -129,7 +131,7 @@ def load_on(
         is_tied=HEAD_TENSOR not in source.tensors,
     )
     return SessionEngine(
-        model,
+        adapt(model) if adapt is not None else model,
         source,
         backend(),
         lanes=lanes,

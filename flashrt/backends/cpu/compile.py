@@ -58,19 +58,21 @@ def sources() -> list[Path]:
     return sorted(p for p in KERNELS.iterdir() if p.suffix in (".c", ".h"))
 
 
-def source_digest(ops: Sequence[Op]) -> str:
+def source_digest(ops: Sequence[Op], extra: Sequence[Path] = ()) -> str:
     """Hash of everything that decides the kernels' bits but the compiler."""
     text = hashlib.sha256(c_header(ops).encode())
-    for path in sources():
+    for path in (*sources(), *extra):
         text.update(path.name.encode() + b"\0" + path.read_bytes())
     return text.hexdigest()
 
 
-def library(ops: Sequence[Op], folder: Path | None = None) -> tuple[Path, bool]:
+def library(
+    ops: Sequence[Op], folder: Path | None = None, extra: Sequence[Path] = ()
+) -> tuple[Path, bool]:
     """Path of the shared object, built if it is not in the cache; and whether it was built now."""
     key = hashlib.sha256(
         "\0".join(
-            (source_digest(ops), *CFLAGS, *compiler(), _compiler_version(), _machine())
+            (source_digest(ops, extra), *CFLAGS, *compiler(), _compiler_version(), _machine())
         ).encode()
     ).hexdigest()[:24]
     folder = folder or flags().cache_dir / "cpu"
@@ -79,7 +81,7 @@ def library(ops: Sequence[Op], folder: Path | None = None) -> tuple[Path, bool]:
         return target, False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _build(ops, target)
+        _build(ops, target, extra)
     except OSError as error:
         raise CompileError(
             f"cannot write the kernel cache {folder}: {error}; set FLASHRT_CACHE_DIR to a "
@@ -88,12 +90,12 @@ def library(ops: Sequence[Op], folder: Path | None = None) -> tuple[Path, bool]:
     return target, True
 
 
-def _build(ops: Sequence[Op], target: Path) -> None:
+def _build(ops: Sequence[Op], target: Path, extra: Sequence[Path]) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as temporary:
         work = Path(temporary)
         (work / "ops.h").write_text(c_header(ops))
         output = work / target.name
-        files = [str(p) for p in sources() if p.suffix == ".c"]
+        files = [str(p) for p in (*sources(), *extra) if p.suffix == ".c"]
         include = (f"-I{work}", f"-I{KERNELS}")
         command = [*compiler(), *CFLAGS, *WARNINGS, *include, *files, "-o", str(output), "-lm"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -11,6 +11,7 @@ import mmap
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,7 @@ class CpuDevice:
         self.threads = threads or thread_count()
         self.counters = Counters()
         self._lib: ctypes.CDLL | None = None
+        self._own_sources: list[Path] = []
         self._memories: dict[str, HostMemory] = {}
         self._is_sealed = False
         self._workspace = 0
@@ -112,16 +114,24 @@ class CpuDevice:
         """See Backend."""
         return LAYOUT_CODE[region.layout]
 
+    def add_source(self, source: Path) -> None:
+        """Add a C file with kernels of your own, `void op_<name>(const <name>_args *, int, int)`.
+
+        Before `build`; see kernels/common.h for the contract.
+        """
+        self._refuse_if_sealed("add a kernel source")
+        self._own_sources.append(source)
+
     def build(self, ops: Sequence[Op]) -> None:
         """See Backend."""
         self._refuse_if_sealed("build kernels")
-        path, was_built = toolchain.library(ops)
+        path, was_built = toolchain.library(ops, extra=self._own_sources)
         self.counters.compilations += was_built
         try:
             self._lib = ctypes.CDLL(str(path))
         except OSError as error:
             raise BackendError(f"cannot load {path}: {error}; delete the file") from error
-        self._digest = toolchain.source_digest(ops)
+        self._digest = toolchain.source_digest(ops, self._own_sources)
         _declare(self._lib)
         self.resize(self.threads)
 
