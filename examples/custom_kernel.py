@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-import flashrt
 from flashrt.backends.cpu.device import CpuDevice
 from flashrt.core.backend import Backend
 from flashrt.core.op import Op, Param
