@@ -13,10 +13,7 @@ import numpy as np
 import pytest
 
 from flashrt.backends.simt.device import SimtDevice
-from flashrt.core.region import DType
-from flashrt.models import model_for
-from flashrt.session.load import HEAD_TENSOR, Precision, SessionEngine
-from flashrt.weights.checkpoint import open_checkpoint
+from flashrt.session.load import Precision, SessionEngine, load_on
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "tiny"
 N_TOKENS = 39  # over buckets, granules and mma tiles, on none of their boundaries
@@ -24,14 +21,7 @@ SCHEDULES = (0, 1, 2, 3, 4)  # 0: threads and blocks in order
 
 
 def load(device: SimtDevice, max_positions: int = 128) -> SessionEngine:
-    source = open_checkpoint(CHECKPOINT)
-    model = model_for(
-        source.config,
-        max_positions=max_positions,
-        kv_dtype=DType.BF16,
-        is_tied=HEAD_TENSOR not in source.tensors,
-    )
-    return SessionEngine(model, source, device, lanes=2, pool_bytes=None, tokenizer=None)
+    return load_on(lambda: device, CHECKPOINT, max_positions=max_positions, lanes=2, draft=False)
 
 
 def prompt(engine: SessionEngine) -> list[int]:
