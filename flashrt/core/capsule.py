@@ -42,7 +42,7 @@ from flashrt.core.pool import Pool
 from flashrt.core.state_digest import device_digest, lane_digest
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Capsule:
     """An immutable state at a commit boundary; made by `CapsuleTable.snapshot`."""
 

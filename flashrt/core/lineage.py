@@ -22,7 +22,7 @@ from flashrt.core.extent import Extent
 from flashrt.core.planner import Band, Slot, align
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Segment:
     """Rows [start, stop) after `parent`; stored in some tier while anybody refers to it."""
 

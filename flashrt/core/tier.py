@@ -11,6 +11,7 @@ tier are brought along, so that afterwards `capsule.tier` is the tier asked for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flashrt.base.errors import CapsuleError
@@ -48,6 +49,14 @@ def move(capsule: Capsule, tier: str) -> None:
         for item, source in zip(items, sources, strict=True):
             item.extent.give_back(table.pool)
             item.extent.source = source
+
+
+def settle(capsule: Capsule, sources: Mapping[Extent, Source]) -> None:
+    """Move to the disk tier what is there already: `sources` has a copy of each extent."""
+    capsule.known_digest = capsule.digest
+    for item in to_move(capsule, Tier.DISK):
+        item.extent.give_back(capsule.table.pool)
+        item.extent.source = sources[item.extent]
 
 
 def to_move(capsule: Capsule, target: Tier) -> list[_Item]:

@@ -147,7 +147,9 @@ class Directory:
                 raise
             _sync_folder(path.parent)
         except OSError as error:
-            raise StoreError(f"cannot write {path}: {error}; nothing was left there") from error
+            raise StoreError(
+                f"cannot write {path}: {error}; nothing half-written was left"
+            ) from error
 
     def size(self, name: str) -> int | None:
         """See Folder."""

@@ -55,6 +55,11 @@ class StoredObject:
         """Disk."""
         return Tier.DISK
 
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a file of the right size."""
+        return self.folder.size(object_name(self.digest)) == self.nbytes
+
     def read(self) -> Bytes:
         """The bytes, mapped and checked. Raises StoreError when gone or damaged."""
         name = object_name(self.digest)

@@ -1,0 +1,349 @@
+"""The store: capsules that outlive the process, in a folder that works like git's.
+
+IS: publish (save), load, names, and the search for the longest stored prefix of a prompt.
+    format               what this folder is
+    objects/ab/cdef...   segments' rows, segments' tokens, fixed bands; named by content
+    capsules/FINGERPRINT/POSITION-TOKENS-ID.json    manifests
+    refs/NAME            one line: the manifest that a name stands for
+IS NOT: files (folder), sweeping and checking (upkeep), the choice between ways (reuse). Called by:
+users, cli.
+
+Order of writes: objects, manifest, name. So whatever is seen is whole, and a killed writer leaves
+objects that nobody refers to. A capsule that is loaded stays on the disk tier until it is restored.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashrt.base.errors import CapsuleError, StoreError
+from flashrt.core import tier as tiers
+from flashrt.core.capsule import Capsule, CapsuleTable
+from flashrt.core.extent import Extent, Source
+from flashrt.core.image import fixed_image, rows_image
+from flashrt.core.lineage import Segment, chain_of, segment_layout
+from flashrt.engine import Engine
+from flashrt.session import manifest as manifests
+from flashrt.session.admission import check_state
+from flashrt.session.folder import Folder, open_folder
+from flashrt.session.manifest import Manifest, ObjectRef, Place, SegmentRecord
+from flashrt.session.objects import StoredObject, put
+from flashrt.session.opening import Opened, open_session
+from flashrt.session.reuse import Rates
+
+if TYPE_CHECKING:
+    from flashrt.session.load import SessionEngine
+    from flashrt.session.session import Session
+
+FORMAT = b"flashrt-store-1\n"
+FORMAT_FILE, REFS = "format", "refs"
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What `Store.save` did."""
+
+    place: Place
+    new_objects: int
+    new_nbytes: int
+    shared_nbytes: int  # in the store already
+
+
+@dataclass(slots=True)
+class _Known:
+    """What a process knows of the segments of one engine: none is written or made twice."""
+
+    records: weakref.WeakKeyDictionary[Segment, SegmentRecord] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    segments: weakref.WeakValueDictionary[tuple[Segment | None, str], Segment] = field(
+        default_factory=weakref.WeakValueDictionary
+    )
+    capsules: weakref.WeakKeyDictionary[Capsule, Place] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+
+
+class Store:
+    """A repository of capsules. Several processes may use one at the same time."""
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        """A directory (made at the first save), or an fsspec URL such as s3://bucket/store.
+
+        Raises StoreError when there is something else.
+        """
+        self.folder: Folder = open_folder(os.fspath(url))
+        if self.folder.size(FORMAT_FILE) is not None:
+            found = self.folder.read(FORMAT_FILE)[:64].tobytes()
+            if found != FORMAT:
+                raise StoreError(
+                    f"{self.folder.url}: format {found!r}, this version reads {FORMAT!r}"
+                )
+        self.rates = Rates()
+        self._known: weakref.WeakKeyDictionary[CapsuleTable, _Known] = weakref.WeakKeyDictionary()
+
+    # -- publishing -----------------------------------------------------------------------------
+
+    def save(self, capsule: Capsule, name: str | None = None) -> Saved:
+        """Publish a capsule, whole or not at all; objects that are there are not written again.
+
+        `name`: a ref for it (default: the capsule's name); a ref that exists moves. Raises
+        CapsuleError for a dropped capsule, StoreError when the store cannot be written.
+        """
+        table = capsule.table
+        table.check(capsule)
+        name = capsule.name if name is None else name
+        ref = None if name is None else _ref_file(name)
+        known = self._known.setdefault(table, _Known())
+        with self.folder.publishing():
+            if self.folder.size(FORMAT_FILE) is None:
+                self.folder.write(FORMAT_FILE, np.frombuffer(FORMAT, np.uint8))
+            tally = [0, 0, 0]
+            segments = [self._publish(table, known, s, tally) for s in _oldest_first(capsule)]
+            fixed = self._put(fixed_image(table.arena, capsule.fixed), tally)
+            made = Manifest(
+                fingerprint=table.fingerprint,
+                position=capsule.position,
+                tokens_digest=manifests.tokens_digest(capsule.tokens),
+                digest=capsule.digest,
+                parent=self._parent_id(capsule, known),
+                fixed=fixed,
+                segments=tuple(segments),
+            )
+            place, text = made.encode()
+            if self.folder.size(place.name) is None:
+                self.folder.write(place.name, text)
+            if ref is not None:
+                self.folder.write(ref, np.frombuffer(f"{place.name}\n".encode(), np.uint8))
+        known.capsules[capsule] = place
+        return Saved(place, *tally)
+
+    def settle(self, capsule: Capsule) -> Saved:
+        """Publish a capsule and move it to the disk tier: its bytes are in the store."""
+        saved = self.save(capsule)
+        known = self._known[capsule.table]
+        made = self.manifest(saved.place)
+        sources: dict[Extent, Source] = {capsule.fixed: self._source(made.fixed)}
+        for segment in chain_of(capsule.segment):
+            sources[segment.rows] = self._source(known.records[segment].rows)
+        tiers.settle(capsule, sources)
+        return saved
+
+    # -- questions ------------------------------------------------------------------------------
+
+    def places(self, fingerprint: str | None = None) -> list[Place]:
+        """All capsules, or those of a fingerprint; by fingerprint, position, id."""
+        below = manifests.CAPSULES + (f"/{fingerprint}" if fingerprint else "")
+        found = (manifests.place_of(e.name) for e in self.folder.list(below))
+        return [p for p in found if p is not None]
+
+    def refs(self) -> dict[str, Place]:
+        """Names and what they stand for; a name whose capsule was removed is left out."""
+        there = {p.name: p for p in self.places()}
+        found: dict[str, Place] = {}
+        for entry in self.folder.list(REFS):
+            target = self.folder.read(entry.name)[:256].tobytes().decode("utf-8", "replace").strip()
+            if target in there:
+                found[urllib.parse.unquote(entry.name.removeprefix(f"{REFS}/"))] = there[target]
+        return found
+
+    def resolve(self, which: str) -> Place:
+        """The capsule that a name or the beginning of an id (at least 4 digits) stands for.
+
+        Raises StoreError when there is none, or more than one.
+        """
+        refs = self.refs()
+        if which in refs:
+            return refs[which]
+        matching = [p for p in self.places() if len(which) >= 4 and p.id.startswith(which)]
+        if len(matching) != 1:
+            what = (
+                f"{len(matching)} capsules' ids begin with" if matching else "no capsule is called"
+            )
+            raise StoreError(
+                f"{self.folder.url}: {what} {which!r}; `flashrt store ls` lists what is there"
+            )
+        return matching[0]
+
+    def manifest(self, place: Place) -> Manifest:
+        """The checked manifest of a capsule. Raises StoreError."""
+        return manifests.decode(place, self.folder.read(place.name))
+
+    def find(self, fingerprint: str, tokens: NDArray[np.int32]) -> list[Place]:
+        """Stored capsules whose tokens are a prefix of `tokens`, deepest first.
+
+        One listing, and no file is read: names carry positions and digests of tokens.
+        """
+        places = [p for p in self.places(fingerprint) if 0 < p.position <= len(tokens)]
+        digests = manifests.prefix_digests(tokens, sorted({p.position for p in places}))
+        found = [p for p in places if digests[p.position] == p.tokens_digest]
+        return sorted(found, key=lambda p: (-p.position, p.id))
+
+    # -- loading --------------------------------------------------------------------------------
+
+    def load(self, engine: Engine, which: str | Place) -> Capsule:
+        """A stored capsule, on the disk tier; rows that the engine knows already are shared.
+
+        Raises StoreError or CapsuleError for what is missing, damaged or foreign; nothing is
+        changed then.
+        """
+        place = which if isinstance(which, Place) else self.resolve(which)
+        found, table = self.manifest(place), engine.capsules
+        where = f"{self.folder.url}/{place.name}"
+        self._check(engine, found, where)
+        tokens = [self._tokens(s) for s in found.segments]
+        together = np.concatenate(tokens) if tokens else np.empty(0, np.int32)
+        if manifests.tokens_digest(together) != found.tokens_digest:
+            raise StoreError(f"{where}: its tokens do not match their digest")
+        fixed = self._source(found.fixed)
+        slot = table.arena.lane(0).fixed.slot("cursor")
+        first = slot.offset - table.arena.lane(0).fixed.offset
+        cursor = fixed.read()[first : first + slot.storage.nbytes]
+        check_state(where, cursor, together, found.position, engine.vocab_size)
+        known = self._known.setdefault(table, _Known())
+        segment: Segment | None = None
+        for record, part in zip(found.segments, tokens, strict=True):
+            segment = self._segment(known, segment, record, part)
+        if segment is not None:
+            segment.refs += 1
+        own = found.segments[-1].rows.nbytes if found.segments else 0
+        extent = Extent(found.fixed.nbytes, source=fixed)
+        nbytes = found.fixed.nbytes + own
+        capsule = Capsule(table, segment, extent, nbytes, self._name_of(place), None, found.digest)
+        table.capsules.add(capsule)
+        known.capsules[capsule] = place
+        return capsule
+
+    def remove(self, which: str | Place) -> Place:
+        """Forget a capsule and its names; its objects go with the next sweep."""
+        place = which if isinstance(which, Place) else self.resolve(which)
+        for name, target in self.refs().items():
+            if target == place:
+                self.folder.delete(_ref_file(name))
+        self.folder.delete(place.name)
+        return place
+
+    # -- sessions -------------------------------------------------------------------------------
+
+    def open_session(
+        self,
+        engine: SessionEngine,
+        tokens: Iterable[int] | NDArray[np.integer],
+        *,
+        session: Session | None = None,
+        marks: Iterable[int] = (),
+        every: int | None = None,
+    ) -> Opened:
+        """A session whose tokens are `tokens`, with as little prefill as the store allows.
+
+        `session`: one that is live already and may be close by (default: a free lane). `marks`:
+        positions of message and tool-call ends; `every`: a number of tokens; a capsule is published
+        at each of them that is passed. Raises LaneBusy, SessionError, TokenError. A stored capsule
+        that cannot be read is passed over, and `decision.reason` says so.
+        """
+        return open_session(self, engine, tokens, session, marks, every)
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _publish(
+        self, table: CapsuleTable, known: _Known, segment: Segment, tally: list[int]
+    ) -> SegmentRecord:
+        record = known.records.get(segment)
+        if record is not None and all(self._has(r) for r in (record.rows, record.tokens)):
+            tally[2] += record.rows.nbytes + record.tokens.nbytes
+            return record
+        tokens = np.ascontiguousarray(segment.tokens, "<i4").view(np.uint8)
+        rows = self._put(rows_image(table.arena, segment), tally)
+        record = SegmentRecord(segment.start, segment.stop, rows, self._put(tokens, tally))
+        known.records[segment] = record
+        known.segments[segment.parent, rows.digest] = segment
+        return record
+
+    def _put(self, data: NDArray[np.uint8], tally: list[int]) -> ObjectRef:
+        stored, is_new = put(self.folder, data)
+        tally[0] += is_new
+        tally[1 if is_new else 2] += stored.nbytes
+        return ObjectRef(stored.digest, stored.nbytes)
+
+    def _has(self, ref: ObjectRef) -> bool:
+        return self._source(ref).is_there
+
+    def _source(self, ref: ObjectRef) -> StoredObject:
+        return StoredObject(self.folder, ref.digest, ref.nbytes)
+
+    def _parent_id(self, capsule: Capsule, known: _Known) -> str | None:
+        parent = capsule.parent
+        while parent is not None:
+            place = known.capsules.get(parent)
+            if place is not None and self.folder.size(place.name) is not None:
+                return place.id
+            parent = parent.parent
+        return None
+
+    def _check(self, engine: Engine, found: Manifest, where: str) -> None:
+        table = engine.capsules
+        if found.fingerprint != table.fingerprint:
+            raise CapsuleError(
+                f"{where}: made by another model, precision, plan or kernel version: its "
+                f"fingerprint is {found.fingerprint}, the engine's {table.fingerprint}"
+            )
+        if found.position > engine.max_positions:
+            raise CapsuleError(
+                f"{where}: position {found.position} > max_positions {engine.max_positions}; load "
+                "the engine with a larger max_positions"
+            )
+        rows = table.arena.lane(0).rows
+        sizes = [segment_layout(rows, s.start, s.stop)[1] for s in found.segments]
+        if [s.rows.nbytes for s in found.segments] != sizes or (
+            found.fixed.nbytes != table.fixed_nbytes
+        ):
+            raise StoreError(f"{where}: sizes of its objects do not fit the engine's plan")
+        gone = [ref.digest for ref in found.objects if not self._has(ref)]
+        if gone:
+            raise StoreError(f"{where}: objects {gone} are missing or have another size")
+
+    def _tokens(self, record: SegmentRecord) -> NDArray[np.int32]:
+        raw = self._source(record.tokens).read()
+        return raw.view("<i4").astype(np.int32)
+
+    def _segment(
+        self,
+        known: _Known,
+        parent: Segment | None,
+        record: SegmentRecord,
+        tokens: NDArray[np.int32],
+    ) -> Segment:
+        """The engine's segment of these rows; made, or given its bytes back, when it has none."""
+        segment = known.segments.get((parent, record.rows.digest))
+        if segment is None:
+            rows = Extent(record.rows.nbytes)
+            segment = Segment(parent, record.start, record.stop, tokens, rows)
+            known.segments[parent, record.rows.digest] = segment
+            known.records[segment] = record
+        if not segment.is_stored:
+            segment.rows.source = self._source(record.rows)
+            if parent is not None:
+                parent.refs += 1
+        return segment
+
+    def _name_of(self, place: Place) -> str | None:
+        return next((name for name, target in self.refs().items() if target == place), None)
+
+
+def _oldest_first(capsule: Capsule) -> list[Segment]:
+    return list(chain_of(capsule.segment))[::-1]
+
+
+def _ref_file(name: str) -> str:
+    quoted = urllib.parse.quote(name, safe="")
+    if not 0 < len(quoted) <= 200:
+        raise StoreError(f"{name!r} is not a name: 1 to 200 bytes when percent-encoded")
+    return f"{REFS}/{quoted.replace('.', '%2E', 1) if quoted.startswith('.') else quoted}"
