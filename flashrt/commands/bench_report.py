@@ -108,7 +108,7 @@ def _against(document: Document) -> Table:
                 text = significant if is_rate else seconds_text
                 cells = [what, f"{row['tokens']:,}", text(reference), text(row[key])]
                 rows.append([*cells, f"{significant(times)} x"])
-    columns = ("", ">tokens", ">llama.cpp f16", ">flashrt", ">better by")
+    columns = ("", ">tokens", ">llama.cpp f16", ">flashrt", ">speed ratio")
     return console.table(f"Reference: {document['reference_note']}", columns, rows)
 
 

@@ -36,7 +36,7 @@ SHAPE = "mini"
 LENGTHS = (512, 2048, 8192)  # prompts of the comparison cold / warm; the last is the story's
 TURN, ANSWER = 32, 48  # tokens of a tool result; of the model's answer
 ROLLBACK = 17  # how far into the turn the rollback goes: no boundary was ever there
-BUDGET_S = 15.0  # the prompt is halved until its prefill should fit
+BUDGET_S = 6.0  # the prompt is halved until its prefill should fit
 REPEATS = 3  # of a warm start; the median counts
 
 

@@ -81,7 +81,9 @@ def _compiler() -> Finding:
 def _kernels() -> Finding:
     device = CpuDevice()
     try:
-        device.build(OPS)
+        with console.progress_bars() as progress:
+            progress("kernels (compiled on first use)", 0, 0)
+            device.build(OPS)
     except FlashrtError as error:
         return ("cpu device", str(error), False)
     was_built = "compiled just now" if device.counters.compilations else "from the cache"

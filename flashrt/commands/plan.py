@@ -94,7 +94,8 @@ def plan(
         console.print_json(_document(planned, svg))
         return 0
     screen = console.screen()
-    screen.print(console.table(title, _COLUMNS, _rows(planned.arena)))
+    stored = f"{title}, as the CPU stores it"
+    screen.print(console.table(stored, _COLUMNS, _rows(planned.arena)))
     arena = planned.arena
     saved = arena.scratch_unshared_nbytes - arena.scratch.nbytes
     screen.print(

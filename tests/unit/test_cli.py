@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import safetensors
+import tokenizers
 
 import flashrt
 from flashrt import cli
@@ -107,6 +108,27 @@ def test_run_streams_what_a_session_generates(capsys: Capture) -> None:
 def test_run_needs_ids_where_there_is_no_tokenizer(capsys: Capture) -> None:
     assert "--tokens 1,2,3" in refusal(capsys, "run", TINY, "--prompt", "hello")
     assert "token 512 at index 1" in refusal(capsys, "run", TINY, "--tokens", "1,512")
+
+
+def test_run_reads_and_writes_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    checkpoint = tmp_path / "with-tokenizer"
+    shutil.copytree(TINY, checkpoint)
+    words = {f"w{i}": i for i in range(512)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    arguments = ["run", str(checkpoint), "--max-positions", "64", "--max-tokens", "6"]
+    assert cli.main([*arguments, "--prompt", "w5 w6 w7"]) == 0
+    from_argument = capsys.readouterr().out
+    session = flashrt.load(TINY, device="cpu", max_positions=64).session()
+    session.prefill([5, 6, 7])
+    assert from_argument.split() == [f"w{token}" for token in session.generate(6)]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w5 w6\nw7"))
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == from_argument
+    assert "the prompt is empty" in refusal(capsys, *arguments, "--prompt", "")
 
 
 # -- plan and inspect -----------------------------------------------------------------------------
