@@ -93,6 +93,8 @@ def build_cuda(arguments: argparse.Namespace) -> int:
     report(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(rows))
     spilling = sorted({f"{row.kernel} ({row.arch})" for row in rows if row.spill_bytes})
     if spilling:
         print(f"spills: {', '.join(spilling)}")
@@ -136,6 +138,25 @@ def report(rows: Iterable[Row]) -> None:
         table.add_row(row.arch, row.kernel, row.defines, *map(str, numbers), style=style)
     # A log file has no width; wide enough for the longest defines then.
     Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Registers of each kernel (a row) on each architecture (a column), spilled bytes in bold."""
+    archs = list(dict.fromkeys(row.arch for row in rows))
+    cells = {
+        (row.kernel, row.defines, row.arch): f"{row.registers}"
+        + (f" **+{row.spill_bytes}**" if row.spill_bytes else "")
+        for row in rows
+    }
+    shared = {(r.kernel, r.defines): (r.static_shared_bytes, r.dynamic_shared_bytes) for r in rows}
+    lines = [
+        f"| kernel | defines | shared, bytes | {' | '.join(archs)} |",
+        f"|---|---|---:|{'---:|' * len(archs)}",
+    ]
+    for (kernel, defines), (static, dynamic) in shared.items():
+        registers = " | ".join(cells.get((kernel, defines, arch), "") for arch in archs)
+        lines.append(f"| {kernel} | {defines} | {static} + {dynamic} | {registers} |")
+    return "\n".join(lines) + "\n"
 
 
 def _launches(arguments: argparse.Namespace) -> list[kernels.KernelLaunch]:
@@ -189,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     cuda.add_argument("--kv-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     cuda.add_argument("--max-positions", type=int, default=4096, metavar="N")
     cuda.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON too")
+    cuda.add_argument("--markdown", type=Path, metavar="FILE", help="write it as Markdown too")
     cuda.add_argument("--no-spills", action="store_true", help="fail if a kernel spills registers")
     cuda.set_defaults(run=build_cuda)
     return parser

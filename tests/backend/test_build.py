@@ -1,0 +1,82 @@
+"""build.py: every kernel compiles for every architecture without a GPU, and says what it takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import build
+from flashrt.backends.cuda.kernels import EXPANSIONS
+from flashrt.backends.cuda.nvrtc import Nvrtc
+from flashrt.core.region import DType
+
+QUICK = ("sm_90",)
+
+
+@pytest.fixture(autouse=True)
+def nvrtc() -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install flashrt[cuda]")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    status = build.main(arguments)
+    printed = capsys.readouterr()
+    return status, printed.out + printed.err
+
+
+def test_every_kernel_is_compiled_and_reported(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    status, text = run(
+        capsys, "cuda", "--arch", "sm_90", "--shape", "tiny", "--no-spills",
+        "--json", str(tmp_path / "rows.json"), "--markdown", str(tmp_path / "rows.md"),
+    )  # fmt: skip
+    assert status == 0, text
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    kernels = {row["kernel"] for row in rows}
+    missing = [op for op in EXPANSIONS if not any(kernel.startswith(op) for kernel in kernels)]
+    assert not missing
+    assert {"copy_batch", "digest_terms"} <= kernels
+    assert all(0 < row["registers"] <= 255 for row in rows)
+    assert all(row["spill_bytes"] == 0 for row in rows)
+    table = (tmp_path / "rows.md").read_text().splitlines()
+    assert table[0].endswith("| sm_90 |")
+    assert len(table) == 2 + len(rows)
+
+
+def test_the_output_folder_is_a_kernel_cache(tmp_path: Path) -> None:
+    launches = [build.kernels.copy_launch(1, 108), build.kernels.digest_launch(1, 108)]
+    compiler = Nvrtc("sm_90", tmp_path / "cuda")
+    build.compile_all(compiler, launches)
+    first = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")}
+    assert len(first) == 2
+    build.compile_all(Nvrtc("sm_90", tmp_path / "cuda"), launches)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")} == first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [arch for arch in build.ARCHS if arch not in QUICK])
+def test_kernels_compile_for_every_architecture(
+    arch: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, text = run(capsys, "cuda", "--arch", arch, "--shape", "mini", "--no-spills")
+    assert status == 0, text
+
+
+def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = run(capsys, "cuda", "--arch", "sm_10", "--shape", "tiny")
+    assert status == 1
+    assert "cannot compile for sm_10" in text
+    with pytest.raises(SystemExit):
+        run(capsys, "cuda", "--precision", "half")
+    assert "unknown ['half']" in capsys.readouterr().err
+
+
+def test_precisions_and_devices_widen_the_set_of_variants() -> None:
+    arguments = build._parser().parse_args(["cuda", "--shape", "tiny"])
+    both = build._parser().parse_args(["cuda", "--shape", "tiny", "--precision", "bfloat16,high"])
+    few, many = build._launches(arguments), build._launches(both)
+    assert set(few) < set(many)
+    assert build.PRECISIONS["high"] is DType.BF16X2
