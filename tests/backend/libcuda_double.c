@@ -17,7 +17,7 @@ enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVAL
 typedef uint64_t Device;
 typedef struct { int32_t *p; int32_t n; } AddOne;  /* the argument block of the only kernel */
 typedef struct { void *kernel; AddOne arguments; } Node;
-typedef struct { int n; Node nodes[16]; } Graph;
+typedef struct { int n; Node nodes[4096]; } Graph;
 typedef struct { Graph *capturing; } Stream;
 
 static __thread void *current;           /* contexts are per thread */
@@ -97,7 +97,7 @@ int cuModuleGetFunction(void **f, void *m, const char *name) {
   return m == &module && strcmp(name, "missing") ? SUCCESS : NOT_FOUND;
 }
 int cuFuncSetAttribute(void *f, int attribute, int value) {
-  if (f != &add_one || attribute != 8 || value > 232448) return INVALID_VALUE;
+  if ((f != &add_one && f != &nothing) || attribute != 8 || value > 232448) return INVALID_VALUE;
   max_shared = value;
   return SUCCESS;
 }

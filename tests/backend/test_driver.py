@@ -285,13 +285,17 @@ def fake_libcuda(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_bindings(folder: Path, code: str, **environment: str) -> dict[str, object]:
+def run_bindings(folder: Path, code: str, *arguments: str, **environment: str) -> dict[str, object]:
     """Run `code` in a process of its own over the double; it leaves its findings in `found`."""
     script = f"import json\nfound = {{}}\n{code}\nprint(json.dumps(found))\n"
     root = str(HERE.parents[1])
     variables = {**os.environ, "LD_LIBRARY_PATH": str(folder), "PYTHONPATH": root, **environment}
     done = subprocess.run(
-        [sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, *arguments],
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, object] = json.loads(done.stdout)
@@ -446,6 +450,48 @@ def test_device_runs_over_the_bindings(fake_libcuda: Path) -> None:
     assert found["rows"] == [after, 3]
     assert found["counts"] == [100, 0, 4, 2, 3]
     assert found["freed"] == [2, 3, 2, 1, 6]
+
+
+MODEL = """
+import sys
+import flashrt
+
+engine = flashrt.load(sys.argv[1], device="auto", max_positions=64, draft=False)
+found["device"] = engine.device
+counts = engine.backend.driver.counts
+session = engine.session()
+session.prefill(range(40))
+capsule = session.snapshot()
+session.prefill([1])
+before = counts.copy()
+session.prefill([2])
+used = counts - before
+found["used"] = {name: used[name] for name in sorted(used)}
+session.restore(capsule)
+found["position"] = session.position
+names = ("cuGraphInstantiate", "cuGraphUpload", "cuMemAlloc", "cuLaunchKernelEx", "cuLaunchKernel")
+found["counts"] = {name: counts[name] for name in names}
+found["graphs"] = engine.stats()["graphs"]
+engine.close()
+"""
+
+
+def test_a_model_loads_and_captures_over_the_bindings(fake_libcuda: Path) -> None:
+    """Load, capture, replay, snapshot and restore with cubins for sm_90; kernels do nothing."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install flashrt[cuda]")
+    found = run_bindings(fake_libcuda, MODEL, str(HERE.parent / "golden" / "tiny"))
+    assert found["device"] == "cuda", "auto takes the GPU where there is one"
+    assert found["position"] == 40
+    used = found["used"]
+    assert isinstance(used, dict)
+    assert used.pop("cuMemcpyHtoDAsync") <= 3, "tokens, and what of the cursor changed"
+    assert used == {"cuGraphLaunch": 1}
+    counts = found["counts"]
+    assert isinstance(counts, dict)
+    assert counts["cuGraphInstantiate"] == counts["cuGraphUpload"] == found["graphs"]
+    assert counts["cuMemAlloc"] == 3, "arena, weights, and the tables of the device"
+    assert counts["cuLaunchKernelEx"] > 200, "captured launches may start early on sm_90"
+    assert counts["cuLaunchKernel"] <= 2, "the copy kernel, for snapshot and restore"
 
 
 PROBE = """
