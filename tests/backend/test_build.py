@@ -12,8 +12,6 @@ from flashrt.backends.cuda.kernels import EXPANSIONS
 from flashrt.backends.cuda.nvrtc import Nvrtc
 from flashrt.core.region import DType
 
-QUICK = ("sm_90",)
-
 
 @pytest.fixture(autouse=True)
 def nvrtc() -> None:
@@ -54,15 +52,6 @@ def test_the_output_folder_is_a_kernel_cache(tmp_path: Path) -> None:
     assert len(first) == 2
     build.compile_all(Nvrtc("sm_90", tmp_path / "cuda"), launches)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")} == first
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [arch for arch in build.ARCHS if arch not in QUICK])
-def test_kernels_compile_for_every_architecture(
-    arch: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, text = run(capsys, "cuda", "--arch", arch, "--shape", "mini", "--no-spills")
-    assert status == 0, text
 
 
 def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -319,7 +319,7 @@ class CudaDriver:
 
 def _import_api() -> ModuleType:
     try:
-        from cuda.bindings import driver  # noqa: PLC0415 - `import flashrt` must not touch CUDA
+        from cuda.bindings import driver  # here, for `import flashrt` must not touch CUDA
     except ImportError as error:
         raise BackendError(
             "the CUDA backend needs cuda-python: pip install 'flashrt[cuda]', or use device='cpu' "

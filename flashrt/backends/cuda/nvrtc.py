@@ -141,7 +141,7 @@ def _number(pattern: str, text: str) -> int:
 
 def _import_api() -> ModuleType:
     try:
-        from cuda.bindings import nvrtc  # noqa: PLC0415 - `import flashrt` must not touch CUDA
+        from cuda.bindings import nvrtc  # here, for `import flashrt` must not touch CUDA
     except ImportError as error:
         raise BackendError(
             f"compiling CUDA kernels needs NVRTC: pip install 'flashrt[cuda]' [{error}]"
