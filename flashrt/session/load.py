@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashrt.base.errors import BackendError, LaneBusy, PlanError
+from flashrt.base.errors import BackendError, LaneBusy, PlanError, PoolFull
 from flashrt.core import blob
 from flashrt.core.backend import Backend, Progress
 from flashrt.core.capsule import Capsule
@@ -59,7 +59,18 @@ class SessionEngine(Engine):
         Raises CapsuleError when the file is foreign, truncated or damaged, or its position lies
         beyond max_positions; PoolFull when there is no room. Nothing is changed then.
         """
-        return blob.load(self.capsules, path)
+        return self.with_room(lambda: blob.load(self.capsules, path))
+
+    def with_room(self, take: Callable[[], Capsule]) -> Capsule:
+        """`take()`, waypoints giving way: they cost only speed, so drop them oldest first."""
+        while True:
+            try:
+                return take()
+            except PoolFull:
+                lane = max(self.lanes, key=lambda lane: len(lane.marks))
+                if not lane.marks:
+                    raise
+                self.capsules.drop_mark(lane, lane.marks[0])
 
     def release(self, lane: Lane) -> None:
         """Take a lane back from its session; what rows it holds may save its next user copies."""

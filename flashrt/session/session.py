@@ -10,7 +10,7 @@ the state after it (`_settle`): the last token of a turn costs nothing until it 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -143,7 +143,10 @@ class Session:
     def snapshot(self, name: str | None = None) -> Capsule:
         """Freeze the present state. Raises PoolFull, changing nothing, when there is no room."""
         self._settle()
-        self._parent = self._with_room(lambda: self._table.snapshot(self._lane, name, self._parent))
+        parent = self._parent
+        self._parent = self._engine.with_room(
+            lambda: self._table.snapshot(self._lane, name, parent)
+        )
         return self._parent
 
     def restore(self, capsule: Capsule, bands: tuple[str, ...] = ("fixed", "rows")) -> None:
@@ -285,17 +288,6 @@ class Session:
         gone = set(waypoints.superfluous([m.position for m in marks], position))
         for mark in [m for m in marks if m.position in gone]:
             self._table.drop_mark(self._lane, mark)
-
-    def _with_room(self, take: Callable[[], Capsule]) -> Capsule:
-        """Waypoints give way to capsules: drop them oldest first until `take` finds room."""
-        while True:
-            try:
-                return take()
-            except PoolFull:
-                lane = max(self._table.lanes, key=lambda lane: len(lane.marks))
-                if not lane.marks:
-                    raise
-                self._table.drop_mark(lane, lane.marks[0])
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -16,15 +16,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from flashrt.base.errors import CompileError
-from flashrt.base.flags import flags
+from flashrt.base.flags import flags, thread_count
 from flashrt.core.op import Op, c_header
 
 KERNELS = Path(__file__).with_name("kernels")
 # No -ffast-math, no contraction: bits are decided by the sources alone.
-CFLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=off", "-pthread")
+CFLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-ffp-contract=off", "-pthread")
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unused-parameter")
 
 
@@ -94,14 +95,24 @@ def _build(ops: Sequence[Op], target: Path, extra: Sequence[Path]) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as temporary:
         work = Path(temporary)
         (work / "ops.h").write_text(c_header(ops))
-        output = work / target.name
-        files = [str(p) for p in (*sources(), *extra) if p.suffix == ".c"]
         include = (f"-I{work}", f"-I{KERNELS}")
-        command = [*compiler(), *CFLAGS, *WARNINGS, *include, *files, "-o", str(output), "-lm"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise CompileError(f"{' '.join(command)}\n{result.stderr.strip()[-4000:]}")
+        files = [p for p in (*sources(), *extra) if p.suffix == ".c"]
+        objects = [str(work / f"{i}-{p.stem}.o") for i, p in enumerate(files)]
+        commands = [
+            (*compiler(), *CFLAGS, *WARNINGS, *include, "-c", str(p), "-o", o)
+            for p, o in zip(files, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(thread_count()) as pool:
+            list(pool.map(_run, commands))
+        output = work / target.name
+        _run((*compiler(), *CFLAGS, "-shared", *objects, "-o", str(output), "-lm"))
         output.replace(target)  # atomic: whoever is second publishes the same bytes
+
+
+def _run(command: Sequence[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise CompileError(f"{' '.join(command)}\n{result.stderr.strip()[-4000:]}")
 
 
 @functools.cache
