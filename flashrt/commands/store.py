@@ -1,0 +1,243 @@
+"""`flashrt store`: what a store of capsules holds, as a list or a tree; check it, sweep it.
+
+IS: listings with sizes; remove and sweep. IS NOT: the store (session.store). Called by: cli.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from rich.markup import escape
+from rich.tree import Tree
+
+from flashrt.commands import console
+from flashrt.session import upkeep
+from flashrt.session.manifest import Manifest, Place
+from flashrt.session.store import Store
+from flashrt.view.units import bytes_text
+
+ID_DIGITS = 8
+
+
+class Subparsers(Protocol):
+    """What argparse's add_subparsers returns, as far as it is needed here."""
+
+    def add_parser(self, name: str, **options: Any) -> argparse.ArgumentParser: ...
+
+
+def register(commands: Subparsers) -> None:
+    """Add `store` and its subcommands to the command line."""
+    purpose = "Look into a store of capsules: list, tree, check, sweep, remove."
+    examples = (
+        "examples:\n  flashrt store ls ~/capsules\n  flashrt store tree s3://bucket/capsules\n"
+        '  flashrt store show ~/capsules "system prompt"\n  flashrt store verify ~/capsules\n'
+        "  flashrt store rm ~/capsules 3fa2c1d0 && flashrt store gc ~/capsules"
+    )
+    parser = commands.add_parser("store", help=purpose, description=purpose, epilog=examples)
+    parser.set_defaults(command=lambda options: _help(parser))
+    actions = parser.add_subparsers(title="actions", metavar="ACTION")
+    _add(actions, "ls", "list capsules", lambda o: ls(Store(o.store), o.json))
+    _add(
+        actions,
+        "tree",
+        "who descends from whom, and what each one adds",
+        lambda o: tree(Store(o.store)),
+    )
+    show_parser = _add(
+        actions, "show", "one capsule", lambda o: show(Store(o.store), o.which, o.json)
+    )
+    show_parser.add_argument("which", metavar="CAPSULE", help="a name, or the beginning of an id")
+    _add(actions, "verify", "read and check every byte", lambda o: verify(Store(o.store), o.json))
+    _add(
+        actions, "gc", "remove objects that no capsule needs", lambda o: gc(Store(o.store), o.json)
+    )
+    rm_parser = _add(
+        actions, "rm", "forget capsules", lambda o: rm(Store(o.store), o.which, o.json)
+    )
+    rm_parser.add_argument("which", nargs="+", metavar="CAPSULE", help="names or ids")
+
+
+def ls(store: Store, as_json: bool) -> int:
+    """The command: all capsules, by position."""
+    rows = _rows(store)
+    if as_json:
+        console.print_json(rows)
+        return 0
+    sums = upkeep.totals(store)
+    table = [
+        [r["id"][:ID_DIGITS], escape(r["names"]), f"{r['position']:,}", bytes_text(r["own_bytes"]),
+         bytes_text(r["bytes"]), r["fingerprint"][:ID_DIGITS]]
+        for r in rows
+    ]  # fmt: skip
+    columns = ("id", "~name", ">position", ">own", ">with all rows", "model")
+    note = (
+        f"{sums.capsules} capsules in {bytes_text(sums.stored_nbytes)}; "
+        f"as separate copies: {bytes_text(sums.separate_nbytes)}"
+    )
+    screen = console.screen()
+    screen.print(console.table(f"Store {store.folder.url}", columns, table))
+    screen.print(note)
+    return 0
+
+
+def tree(store: Store) -> int:
+    """The command: lineage as a picture in text."""
+    rows = {r["id"]: r for r in _rows(store)}
+    picture = Tree(f"[bold]{store.folder.url}[/]")
+    branches: dict[str, Tree] = {}
+
+    def branch(row: Mapping[str, Any]) -> Tree:
+        if row["id"] not in branches:
+            parent = rows.get(row["parent"]) or _nearest(row, rows)
+            trunk = picture if parent is None else branch(parent)
+            branches[row["id"]] = trunk.add(_label(row))
+        return branches[row["id"]]
+
+    for row in sorted(rows.values(), key=lambda r: (r["position"], r["id"])):
+        branch(row)
+    console.screen().print(picture)
+    return 0
+
+
+def show(store: Store, which: str, as_json: bool) -> int:
+    """The command: one capsule and its objects."""
+    place = store.resolve(which)
+    manifest, names = store.manifest(place), _names(store).get(place, [])
+    found: dict[str, Any] = {
+        "id": place.id,
+        "names": names,
+        "position": manifest.position,
+        "fingerprint": manifest.fingerprint,
+        "digest": manifest.digest,
+        "tokens_digest": manifest.tokens_digest,
+        "parent": manifest.parent,
+        "fixed": {"object": manifest.fixed.digest, "bytes": manifest.fixed.nbytes},
+        "segments": [
+            {"start": s.start, "stop": s.stop, "object": s.rows.digest, "bytes": s.rows.nbytes}
+            for s in manifest.segments
+        ],
+    }
+    if as_json:
+        console.print_json(found)
+        return 0
+    plain = ("id", "digest", "fingerprint", "tokens_digest", "parent")
+    facts = [["names", escape(", ".join(names)) or "none"], ["position", f"{manifest.position:,}"]]
+    facts += [[key.replace("_", " "), str(found[key] or "none")] for key in plain]
+    screen = console.screen()
+    screen.print(console.table(f"Capsule {which}", ("", "~"), facts))
+    objects = [["fixed", manifest.fixed.digest, bytes_text(manifest.fixed.nbytes)]]
+    objects += [
+        [f"rows {s.start:,} to {s.stop:,}", s.rows.digest, bytes_text(s.rows.nbytes)]
+        for s in manifest.segments
+    ]
+    screen.print(console.table("Objects", ("what", "object", ">bytes"), objects))
+    return 0
+
+
+def verify(store: Store, as_json: bool) -> int:
+    """The command; 1 when there are problems."""
+    found = upkeep.verify(store)
+    if as_json:
+        console.print_json(dataclasses.asdict(found))
+    else:
+        screen = console.screen()
+        for problem in found.problems:
+            screen.print(f"[bold red]problem[/] {escape(problem)}")
+        verdict = "[green]whole[/]" if not found.problems else f"{len(found.problems)} problems"
+        screen.print(
+            f"{store.folder.url}: {verdict}; {found.capsules} capsules, {found.objects} objects, "
+            f"{bytes_text(found.nbytes)} read, {bytes_text(found.unused_nbytes)} unused"
+        )
+    return 1 if found.problems else 0
+
+
+def gc(store: Store, as_json: bool) -> int:
+    """The command: sweep."""
+    swept = upkeep.sweep(store)
+    if as_json:
+        console.print_json({"objects": swept.objects, "bytes": swept.nbytes, "names": swept.names})
+    else:
+        console.screen().print(
+            f"removed {swept.objects} objects, {bytes_text(swept.nbytes)}, and {swept.names} names"
+        )
+    return 0
+
+
+def rm(store: Store, which: Iterable[str], as_json: bool) -> int:
+    """The command: all or none of them."""
+    places = [store.resolve(w) for w in which]
+    for place in places:
+        store.remove(place)
+    if as_json:
+        console.print_json([p.id for p in places])
+    else:
+        listed = ", ".join(p.id[:ID_DIGITS] for p in places)
+        console.screen().print(f"forgot {listed}; `flashrt store gc` frees the space")
+    return 0
+
+
+def _rows(store: Store) -> list[dict[str, Any]]:
+    names = _names(store)
+    return [_row(p, store.manifest(p), names.get(p, [])) for p in store.places()]
+
+
+def _row(place: Place, manifest: Manifest, names: list[str]) -> dict[str, Any]:
+    last = manifest.segments[-1].rows.nbytes if manifest.segments else 0
+    return {
+        "id": place.id,
+        "names": ", ".join(names),
+        "position": place.position,
+        "own_bytes": manifest.fixed.nbytes + last,
+        "bytes": sum(ref.nbytes for ref in manifest.objects),
+        "fingerprint": place.fingerprint,
+        "own_start": manifest.segments[-1].start if manifest.segments else 0,
+        "parent": manifest.parent,
+        "chain": [s.rows.digest for s in manifest.segments],
+    }
+
+
+def _names(store: Store) -> dict[Place, list[str]]:
+    names: dict[Place, list[str]] = {}
+    for name, place in sorted(store.refs().items()):
+        names.setdefault(place, []).append(name)
+    return names
+
+
+def _nearest(
+    row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, Any] | None:
+    """The deepest capsule that has the first segments of one whose parent was removed."""
+    chain = row["chain"]
+    above = [r for r in rows.values() if 0 < len(r["chain"]) < len(chain)]
+    on_path = [r for r in above if chain[: len(r["chain"])] == r["chain"]]
+    return max(on_path, key=lambda r: (r["position"], r["id"]), default=None)
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    since = row["position"] - row["own_start"]
+    name = f"[bold]{escape(row['names'])}[/] " if row["names"] else ""
+    return (
+        f"{name}[dim]{row['id'][:ID_DIGITS]}[/] position {row['position']:,} (+{since:,}), "
+        f"{bytes_text(row['own_bytes'])}"
+    )
+
+
+def _add(
+    actions: Subparsers, name: str, purpose: str, command: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    parser = actions.add_parser(name, help=purpose, description=purpose)
+    parser.set_defaults(command=command)
+    parser.add_argument("store", metavar="STORE", help="a folder, or an fsspec URL")
+    if name != "tree":
+        parser.add_argument(
+            "--json", action="store_true", help="one JSON document on stdout instead"
+        )
+    return parser
+
+
+def _help(parser: argparse.ArgumentParser) -> int:
+    parser.print_help()
+    return 0
