@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from flashrt.backends.cpu.device import CpuDevice
 from tests.backend.cases import cursor, randn, weights
 from tests.backend.runner import Case, Runner, rng_for
 
-SLICE = 256
+CHAIN, SLICE = 64, 256
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +47,26 @@ def chain(a: Sequence[float], b: Sequence[float]) -> np.float32:
     return np.float32(total)
 
 
-@pytest.mark.parametrize("K", [1, 96, 256, 257, 1030])
-def test_linear_adds_slices_of_256(cpu: Runner, K: int) -> None:
+def in_order(partials: Iterable[np.float32]) -> np.float32:
+    """((p0 + p1) + p2) + ..., each sum rounded."""
+    return functools.reduce(lambda total, partial: np.float32(total + partial), partials)
+
+
+@pytest.mark.parametrize("K", [1, 64, 96, 256, 257, 1030])
+def test_linear_adds_chains_of_64_in_slices_of_256(cpu: Runner, K: int) -> None:
     T, n, N = 16, 13, 45
     rng = rng_for("cpu exact", K)
     x, w = randn(rng, T, K), weights(rng, N, K)
     y = cpu.run(Case("linear", {"x": x, "w": w, "cursor": cursor(5, n), "y": (T, N)}))["y"]
     for t, col in [(0, 0), (n - 1, N - 1), (6, 15), (7, 16), (12, 32)]:
         slices = [
-            chain(w[col, k : k + SLICE].tolist(), x[t, k : k + SLICE].tolist())
+            in_order(
+                chain(w[col, c : c + CHAIN].tolist(), x[t, c : c + CHAIN].tolist())
+                for c in range(k, min(k + SLICE, K), CHAIN)
+            )
             for k in range(0, K, SLICE)
         ]
-        total = slices[0]
-        for partial in slices[1:]:
-            total = np.float32(total + partial)
+        total = in_order(slices)
         assert y[t, col].view(np.uint32) == total.view(np.uint32), (t, col)
 
 

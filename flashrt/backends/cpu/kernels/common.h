@@ -18,7 +18,8 @@
 #include "vec.h"
 
 enum {
-  SLICE = 256,          /* k per partial sum of `linear` */
+  CHAIN = 64,           /* k per chain of fma of `linear` */
+  SLICE = 4 * CHAIN,    /* k per partial sum of `linear` */
   LANES = 32,           /* matrix rows of a panel, positions of a granule, columns of a block */
   ATTENTION_BLOCK = 256 /* keys per partial softmax, in absolute positions */
 };

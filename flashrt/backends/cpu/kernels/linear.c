@@ -1,8 +1,9 @@
 /* linear: y = x w^T, bf16 weights in panels of 32 rows, float32 activations.
  *
  * Order: output rows sit in vector lanes, so each output is a chain of scalar fma:
- * y = ((s0 + s1) + s2) + ..., each s a chain over 256 ascending k from +0. Width, tile shape, rows
- * in the launch and threads decide only which chains run side by side.
+ * y = ((s0 + s1) + s2) + ..., one s per 256 ascending k; s = ((c0 + c1) + c2) + ..., each c a chain
+ * over 64 ascending k from +0 (one chain over all 256 would round twice as much). Width, tile shape,
+ * rows in the launch and threads decide only which chains run side by side.
  *
  * Tiles (tile.h) are swept in one of two ways:
  *   n <= DIRECT_ROWS  weights are streamed once.
@@ -38,38 +39,64 @@ INLINE void fold(float *y, int64_t n_cols, vf s, int is_first_slice) {
   for (int i = 0; i < n_cols; i++) y[i] = is_first_slice ? s[i] : y[i] + s[i];
 }
 
+/* sum = c, or sum += c. */
+INLINE void add_chains(chains *sum, const chains *c, int is_first, const int n_vectors,
+                       const int n_tokens) {
+  UNROLL
+  for (int v = 0; v < n_vectors; v++) {
+    UNROLL
+    for (int t = 0; t < n_tokens; t++) {
+      sum->low[v][t] = is_first ? c->low[v][t] : sum->low[v][t] + c->low[v][t];
+      sum->high[v][t] = is_first ? c->high[v][t] : sum->high[v][t] + c->high[v][t];
+    }
+  }
+}
+
 INLINE void tile(const tile_job *job, const int n_groups, const int n_tokens, const int is_packed) {
   const int n_vectors = n_groups * GROUP_VECTORS;
+  const int64_t t_step = is_packed ? 1 : job->x_stride, k_step = is_packed ? n_tokens : 1;
   const void *w[MAX_VECTORS];
   int64_t col[MAX_VECTORS];
-  chains c;
+  chains sum;
   UNROLL
   for (int v = 0; v < n_vectors; v++) {
     int group = job->first_part + v / GROUP_VECTORS, lane = first_lane(group, v);
     col[v] = group / PARTS * LANES + lane;
     w[v] = job->w + group / PARTS * job->panel_elements + lane_offset(lane, DTYPE_BF16);
     UNROLL
-    for (int t = 0; t < n_tokens; t++) {
-      c.low[v][t] = c.high[v][t] = (vf){0};
-      __builtin_prefetch(job->y + t * job->y_stride + col[v], 1);
-    }
+    for (int t = 0; t < n_tokens; t++) __builtin_prefetch(job->y + t * job->y_stride + col[v], 1);
   }
-  if (is_packed) {
-    extend_chains(&c, DTYPE_BF16, n_vectors, n_tokens, w, job->x, 1, n_tokens, job->n_k, NULL);
-  } else {
-    /* One token streams best as it is. */
-    const char *ahead =
-        n_tokens > 1 ? ahead_of(w[0], DTYPE_BF16, n_groups, job->first_part, job->n_k) : NULL;
-    extend_chains(&c, DTYPE_BF16, n_vectors, n_tokens, w, job->x, job->x_stride, 1, job->n_k,
-                  ahead);
+  /* One token streams best as it is. */
+  const char *ahead = NULL;
+  if (!is_packed && n_tokens > 1) {
+    ahead = ahead_of(w[0], DTYPE_BF16, n_groups, job->first_part, job->n_k);
+  }
+  for (int k = 0; k < job->n_k; k += CHAIN) {
+    chains c;
+    UNROLL
+    for (int v = 0; v < n_vectors; v++) {
+      UNROLL
+      for (int t = 0; t < n_tokens; t++) c.low[v][t] = c.high[v][t] = (vf){0};
+    }
+    const float *x = job->x + k * k_step;
+    int n_k = (int)min_of(CHAIN, job->n_k - k);
+    if (n_k == CHAIN) { /* a constant: the loop is unrolled without a rest */
+      extend_chains(&c, DTYPE_BF16, n_vectors, n_tokens, w, x, t_step, k_step, CHAIN, ahead);
+    } else {
+      extend_chains(&c, DTYPE_BF16, n_vectors, n_tokens, w, x, t_step, k_step, n_k, ahead);
+    }
+    add_chains(&sum, &c, k == 0, n_vectors, n_tokens);
+    UNROLL
+    for (int v = 0; v < n_vectors; v++) w[v] = (const uint16_t *)w[v] + CHAIN * LANES;
+    if (ahead) ahead += CHAIN * n_vectors * VL * 2 * (int)sizeof(uint16_t);
   }
   UNROLL
   for (int v = 0; v < n_vectors; v++) {
     UNROLL
     for (int t = 0; t < n_tokens; t++) {
       float *y = job->y + t * job->y_stride + col[v];
-      fold(y, job->n_cols - col[v], c.low[v][t], job->is_first_slice);
-      fold(y + 16, job->n_cols - col[v] - 16, c.high[v][t], job->is_first_slice);
+      fold(y, job->n_cols - col[v], sum.low[v][t], job->is_first_slice);
+      fold(y + 16, job->n_cols - col[v] - 16, sum.high[v][t], job->is_first_slice);
     }
   }
 }

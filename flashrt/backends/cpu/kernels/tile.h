@@ -69,6 +69,7 @@ INLINE void extend_chains(chains *c, const int dtype, const int n_vectors, const
                           const void *const *w, const float *x, const int64_t t_step,
                           const int64_t k_step, int n_k, const char *ahead) {
   const int bytes_per_k = n_vectors * VL * 2 * (dtype == DTYPE_BF16 ? 2 : 4);
+  UNROLL_4
   for (int64_t k = 0; k < n_k; k++) {
     if (ahead) {
       UNROLL
