@@ -145,8 +145,10 @@ class CpuDevice:
         """See Backend."""
         self._refuse_if_sealed(f"allocate {name}")
         self.counters.allocations += 1
-        self._memories[name] = HostMemory(nbytes)
-        return self._memories[name]
+        memory = self._memories[name] = HostMemory(nbytes)
+        if self._lib is not None:  # touched by all threads now: no page fault while serving
+            self._lib.flashrt_fill(memory.address, nbytes, 0)
+        return memory
 
     def write(self, address: int, data: Bytes) -> None:
         """See Backend."""
