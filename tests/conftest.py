@@ -20,6 +20,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--oracle", action="append", default=[], type=Path, help="one more golden set (a folder)"
     )
     parser.addoption("--device", default="cpu", help="the device of the golden tests")
+    parser.addoption("--fuzz", default=400, type=int, help="mutations per fuzz test")
+    parser.addoption("--fuzz-seed", default=1, type=int, help="where their sequence begins")
     parser.addoption(
         "--test-limit", default=120.0, type=float, help="seconds until a test is taken for hung"
     )

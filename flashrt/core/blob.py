@@ -11,11 +11,13 @@ xxh3-128 per tensor, and one over all metadata and the tensor table.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -54,6 +56,9 @@ class BlobHeader:
         return sum(int(np.prod(shape)) for shape, _ in self.table.values())
 
 
+Admission = Callable[[BlobHeader, Mapping[str, Bytes], NDArray[np.int32]], None]
+
+
 def save(capsule: Capsule, path: str | os.PathLike[str]) -> None:
     """Write a capsule. The file appears whole or not at all.
 
@@ -86,35 +91,60 @@ def read_header(path: str | os.PathLike[str]) -> BlobHeader:
     try:
         if not file.is_file():
             raise CapsuleError(f"{file}: no such file")
-        with safetensors.safe_open(file, framework="np") as opened:
-            metadata = opened.metadata() or {}
         with file.open("rb") as raw:
+            nbytes = os.fstat(raw.fileno()).st_size
             start = int.from_bytes(raw.read(8), "little")
-            header = json.loads(raw.read(start))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CapsuleError(f"{file}: not a whole safetensors file: {error}") from error
-    if metadata.get("format") != FORMAT:
-        found = metadata.get("format")
-        raise CapsuleError(f"{file}: format {found!r}, this version reads {FORMAT!r}")
+            if not 2 <= start <= nbytes - 8:
+                raise ValueError(f"a header of {start} bytes in a file of {nbytes}")
+            header = json.loads(raw.read(start), object_pairs_hook=_without_duplicates)
+        metadata = header.pop("__metadata__")
+        table = _table(header, 8 + start, nbytes)
+        if metadata.get("format") != FORMAT:
+            found = metadata.get("format")
+            raise CapsuleError(f"{file}: format {found!r}, this version reads {FORMAT!r}")
+        expected = _header_sum(metadata, {name: shape for name, (shape, _) in table.items()})
+        if metadata.get("header") != expected:
+            raise CapsuleError(f"{file}: the header does not match its checksum; it is damaged")
+        return BlobHeader(
+            path=file,
+            fingerprint=metadata["fingerprint"],
+            position=int(metadata["position"]),
+            name=metadata.get("name"),
+            digest=metadata["digest"],
+            parent_digest=metadata.get("parent_digest"),
+            table=table,
+            sums={n.removeprefix(_SUM): s for n, s in metadata.items() if n.startswith(_SUM)},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CapsuleError(f"{file}: not a whole capsule file: {error!r}") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name occurs twice in the header")
+    return dict(pairs)
+
+
+def _table(
+    header: Mapping[str, Any], first: int, nbytes: int
+) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Tensors that tile [first, nbytes) without gap or overlap. Raises ValueError."""
     table: dict[str, tuple[tuple[int, ...], int]] = {}
+    spans: list[tuple[int, int]] = []
     for name, entry in header.items():
-        if name != "__metadata__":
-            if entry["dtype"] != "U8":
-                raise CapsuleError(f"{file}: tensor {name!r} is {entry['dtype']}, expected U8")
-            table[name] = (tuple(entry["shape"]), 8 + start + entry["data_offsets"][0])
-    expected = _header_sum(metadata, {name: shape for name, (shape, _) in table.items()})
-    if metadata.get("header") != expected:
-        raise CapsuleError(f"{file}: the header does not match its checksum; the file is damaged")
-    return BlobHeader(
-        path=file,
-        fingerprint=metadata["fingerprint"],
-        position=int(metadata["position"]),
-        name=metadata.get("name"),
-        digest=metadata["digest"],
-        parent_digest=metadata.get("parent_digest"),
-        table=table,
-        sums={n.removeprefix(_SUM): s for n, s in metadata.items() if n.startswith(_SUM)},
-    )
+        shape, (start, stop) = entry["shape"], entry["data_offsets"]
+        if entry["dtype"] != "U8" or not 1 <= len(shape) <= 2:
+            raise ValueError(f"tensor {name!r} is {entry['dtype']} {shape}")
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+            raise ValueError(f"tensor {name!r} has sizes or offsets that are not counts")
+        if math.prod(shape) != stop - start:
+            raise ValueError(f"tensor {name!r} of {shape} has {stop - start} bytes")
+        table[name] = tuple(shape), first + start
+        spans.append((start, stop))
+    ends = [0, *(stop for _, stop in sorted(spans))]
+    if [start for start, _ in sorted(spans)] != ends[:-1] or ends[-1] != nbytes - first:
+        raise ValueError("tensors do not tile the file")
+    return table
 
 
 def read_tensors(header: BlobHeader) -> dict[str, Bytes]:
@@ -129,11 +159,13 @@ def read_tensors(header: BlobHeader) -> dict[str, Bytes]:
     return tensors
 
 
-def load(table: CapsuleTable, path: str | os.PathLike[str]) -> Capsule:
+def load(
+    table: CapsuleTable, path: str | os.PathLike[str], admit: Admission | None = None
+) -> Capsule:
     """A capsule from a file, into the pool.
 
-    Raises CapsuleError (foreign, truncated, damaged, too long) or PoolFull; nothing is changed
-    then.
+    `admit` looks at what was read and may refuse it. Raises CapsuleError (foreign, truncated,
+    damaged, too long) or PoolFull; nothing is changed then.
     """
     header = read_header(path)
     if header.fingerprint != table.fingerprint:
@@ -152,7 +184,10 @@ def load(table: CapsuleTable, path: str | os.PathLike[str]) -> Capsule:
     if found != wanted:
         wrong = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
         raise CapsuleError(f"{header.path}: tensors {wrong} do not fit the engine's plan")
-    return _insert(table, header, read_tensors(header))
+    tensors = read_tensors(header)
+    if admit is not None:
+        admit(header, tensors, _journal(tensors, header.position))
+    return _insert(table, header, tensors)
 
 
 def expected_table(table: CapsuleTable, position: int) -> dict[str, tuple[int, ...]]:
@@ -221,6 +256,8 @@ def _insert(table: CapsuleTable, header: BlobHeader, tensors: Mapping[str, Bytes
 
 def _journal(tensors: Mapping[str, Bytes], position: int) -> NDArray[np.int32]:
     """The host's copy of the tokens; the device's is the rows region that declares them."""
+    if not position:
+        return np.empty(0, np.int32)
     return tensors[f"rows/{JOURNAL}"].reshape(-1)[: 4 * position].copy().view(np.int32)
 
 

@@ -7,18 +7,22 @@ Called by: users, cli.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flashrt.base.errors import BackendError, LaneBusy, PlanError, PoolFull
 from flashrt.core import blob
-from flashrt.core.backend import Backend, Progress
+from flashrt.core.backend import Backend, Bytes, Progress
 from flashrt.core.capsule import Capsule
 from flashrt.core.lineage import Lane
 from flashrt.core.region import DType
 from flashrt.engine import Engine
 from flashrt.models import Model, model_for
+from flashrt.session.admission import check_state
 from flashrt.session.objects import Spill
 from flashrt.session.session import Session
 from flashrt.weights.checkpoint import open_checkpoint
@@ -59,7 +63,7 @@ class SessionEngine(Engine):
         Raises CapsuleError when the file is foreign, truncated or damaged, or its position lies
         beyond max_positions; PoolFull when there is no room. Nothing is changed then.
         """
-        return self.with_room(lambda: blob.load(self.capsules, path))
+        return self.with_room(lambda: blob.load(self.capsules, path, self._admit))
 
     def with_room(self, take: Callable[[], Capsule]) -> Capsule:
         """`take()`, waypoints giving way: they cost only speed, so drop them oldest first."""
@@ -71,6 +75,15 @@ class SessionEngine(Engine):
                 if not lane.marks:
                     raise
                 self.capsules.drop_mark(lane, lane.marks[0])
+
+    def _admit(
+        self,
+        header: blob.BlobHeader,
+        tensors: Mapping[str, Bytes],
+        tokens: NDArray[np.int32],
+    ) -> None:
+        cursor = tensors["fixed/cursor"]
+        check_state(str(header.path), cursor, tokens, header.position, self.vocab_size)
 
     def release(self, lane: Lane) -> None:
         """Take a lane back from its session; what rows it holds may save its next user copies."""
