@@ -166,15 +166,13 @@ DEVICE void scores(Accumulator& s, const Shared& shared, const cache_t* keys, in
   for (int d = 0; d < AHEAD; d++)
 #pragma unroll
     for (int m = 0; m < 4; m++) loaded[d][m] = load_key(keys, key + m, 32 * d + 8 * t, limit);
-#pragma unroll
+#pragma unroll AHEAD + 1
   for (int d = 0; d < DIM_GROUPS; d++) {
-    if (d + AHEAD < DIM_GROUPS)
 #pragma unroll
-      for (int m = 0; m < 4; m++)
-        loaded[(d + AHEAD) % (AHEAD + 1)][m] = load_key(keys, key + m, 32 * (d + AHEAD) + 8 * t, limit);
+    for (int m = 0; m < 4; m++) loaded[AHEAD][m] = load_key(keys, key + m, 32 * (d + AHEAD) + 8 * t, limit);
     uint4 hi[4], lo[4], q[PARTS][COLUMN_TILES];
 #pragma unroll
-    for (int m = 0; m < 4; m++) unpack_key(loaded[d % (AHEAD + 1)][m], hi[m], lo[m]);
+    for (int m = 0; m < 4; m++) unpack_key(loaded[0][m], hi[m], lo[m]);
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; j++)
 #pragma unroll
@@ -193,6 +191,10 @@ DEVICE void scores(Accumulator& s, const Shared& shared, const cache_t* keys, in
       if (ACT_PAIR) score_step(s, k, q[PARTS - 1], step);
       if (CACHE_F32) score_step(s, rest, q[0], step);
     }
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+      for (int m = 0; m < 4; m++) loaded[i][m] = loaded[i + 1][m];
   }
 }
 
@@ -265,18 +267,21 @@ DEVICE float block_sum_of(const Columns& columns, int column) {
 DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* values, int first_key, int limit,
                          int dim_group) {
   int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, dim = 32 * dim_group + 4 * g;
-  ValueVector loaded[2][8];
+  ValueVector next[8];
 #pragma unroll
-  for (int i = 0; i < 8; i++) loaded[0][i] = load_value(values, first_key + 8 * t + i, dim, limit);
-#pragma unroll
+  for (int i = 0; i < 8; i++) next[i] = load_value(values, first_key + 8 * t + i, dim, limit);
+#pragma unroll 2
   for (int group = 0; group < BLOCK_KEYS / 32; group++) {
-    if (group + 1 < BLOCK_KEYS / 32)
+    ValueVector loaded[8];
 #pragma unroll
-      for (int i = 0; i < 8; i++)
-        loaded[(group + 1) % 2][i] = load_value(values, first_key + 32 * (group + 1) + 8 * t + i, dim, limit);
+    for (int i = 0; i < 8; i++) {
+      loaded[i] = next[i];
+      if (group + 1 < BLOCK_KEYS / 32)
+        next[i] = load_value(values, first_key + 32 * (group + 1) + 8 * t + i, dim, limit);
+    }
     uint2 hi[8], lo[8];
 #pragma unroll
-    for (int i = 0; i < 8; i++) unpack_value(loaded[group % 2][i], hi[i], lo[i]);
+    for (int i = 0; i < 8; i++) unpack_value(loaded[i], hi[i], lo[i]);
     uint4 p[PARTS][COLUMN_TILES];
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; j++)

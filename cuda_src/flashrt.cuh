@@ -218,22 +218,22 @@ DEVICE uint4 load_stream(const void* p) {
 }
 
 // Copies 16 bytes from global to shared memory, or fills them with zeros without reading.
-DEVICE void copy_async16(void* shared, const void* global, bool is_read = true) {
+DEVICE void copy_async16(void* shared, const void* global, bool is_read = true CALLER) {
 #ifndef SIMT_HOST
   uint32_t address = (uint32_t)__cvta_generic_to_shared(shared);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(is_read ? 16 : 0)
                : "memory");
 #else
-  simt::issue_copy(shared, global, 16, is_read ? 16 : 0);
+  simt::issue_copy(shared, global, 16, is_read ? 16 : 0 PASS_CALLER);
 #endif
 }
-DEVICE void copy_async4(void* shared, const void* global, bool is_read = true) {
+DEVICE void copy_async4(void* shared, const void* global, bool is_read = true CALLER) {
 #ifndef SIMT_HOST
   uint32_t address = (uint32_t)__cvta_generic_to_shared(shared);
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(global), "r"(is_read ? 4 : 0)
                : "memory");
 #else
-  simt::issue_copy(shared, global, 4, is_read ? 4 : 0);
+  simt::issue_copy(shared, global, 4, is_read ? 4 : 0 PASS_CALLER);
 #endif
 }
 DEVICE void copy_async_commit() {

@@ -6,7 +6,7 @@
 // 16-byte load of x at 8t serves both steps.
 //
 // Canonical order of each output: chains of K_SLICE k in ascending steps, each from zero; their sums folded in order,
-// ((s0 + s1) + s2) + ...; for pairs (precision "high") each step adds x_hi, then x_lo. Fixed by K alone.
+// ((0 + s0) + s1) + ...; for pairs (precision "high") each step adds x_hi, then x_lo. Fixed by K alone.
 #pragma once
 
 constexpr int K_CHUNK = 32, K_SLICE = 256, SLICE_CHUNKS = K_SLICE / K_CHUNK;
@@ -53,9 +53,8 @@ DEVICE void multiply_step(float (&c)[4], uint4 w, const Operand& x, int step CAL
 #endif
 }
 
-// sum of slices: the first one is taken as it is, so that the fold starts with s0, not with 0 + s0
-DEVICE void fold(float (&sum)[4], const float (&slice)[4], bool is_first) {
+DEVICE void fold(float (&sum)[4], const float (&slice)[4]) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) sum[i] = is_first ? slice[i] : sum[i] + slice[i];
+  for (int i = 0; i < 4; i++) sum[i] = sum[i] + slice[i];
 }
 #endif

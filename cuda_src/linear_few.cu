@@ -69,7 +69,7 @@ KERNEL(THREADS) linear_few(ARGS linear_args a) {
   int rows = a.cursor[ROWS];
   if (first_token >= rows) return;
 
-  float sum[TOKEN_TILES][4];
+  float sum[TOKEN_TILES][4] = {};
   for (int s0 = 0; s0 < n_slices; s0 += WARPS) {
     float c[TOKEN_TILES][4] = {};
     int first = (s0 + warp) * SLICE_CHUNKS, next = first + WARPS * SLICE_CHUNKS;
@@ -79,7 +79,7 @@ KERNEL(THREADS) linear_few(ARGS linear_args a) {
     multiply_half(c, back, first + HALF_CHUNKS, n_chunks, x, first_token + g, rows, t, K);
     if (WARPS == 1) {
 #pragma unroll
-      for (int j = 0; j < TOKEN_TILES; j++) fold(sum[j], c[j], s0 == 0);
+      for (int j = 0; j < TOKEN_TILES; j++) fold(sum[j], c[j]);
       continue;
     }
 #pragma unroll
@@ -89,7 +89,7 @@ KERNEL(THREADS) linear_few(ARGS linear_args a) {
     if (warp == 0)
       for (int w = 0; w < min(WARPS, n_slices - s0); w++)
 #pragma unroll
-        for (int j = 0; j < TOKEN_TILES; j++) fold(sum[j], part[w][j][lane], s0 + w == 0);
+        for (int j = 0; j < TOKEN_TILES; j++) fold(sum[j], part[w][j][lane]);
     __syncthreads();  // `part` is written again
   }
   if (warp != 0) return;

@@ -96,7 +96,8 @@ KERNEL(THREADS) linear_many(ARGS linear_args a) {
     if (s < tile.n_chunks) load_stage(w_stages + s * W_STAGE, x_stages + s * X_STAGE, tile, s);
     copy_async_commit();
   }
-  float c[ROW_TILES][TOKEN_TILES][4] = {}, sum[ROW_TILES][TOKEN_TILES][4];
+  float c[ROW_TILES][TOKEN_TILES][4] = {}, sum[ROW_TILES][TOKEN_TILES][4] = {};
+#pragma unroll 1
   for (int chunk = 0; chunk < tile.n_chunks; chunk++) {
     copy_async_wait<STAGES - 2>();
     __syncthreads();  // this chunk is there, and the stage of the chunk before is free
@@ -111,7 +112,7 @@ KERNEL(THREADS) linear_many(ARGS linear_args a) {
       for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
         for (int j = 0; j < TOKEN_TILES; j++) {
-          fold(sum[r][j], c[r][j], chunk < SLICE_CHUNKS);
+          fold(sum[r][j], c[r][j]);
 #pragma unroll
           for (int i = 0; i < 4; i++) c[r][j][i] = 0.0f;
         }

@@ -24,7 +24,10 @@ ARENA_BYTES = 48 << 20
 ALIGNMENT = 256
 Array = NDArray[Any]
 _OPS = {op.name: op for op in OPS}
-_NUMPY = {DType.F32: np.float32, DType.I32: np.int32, DType.U32: np.uint32}
+_NUMPY = {
+    DType.F32: np.float32, DType.I32: np.int32, DType.U32: np.uint32,
+    DType.BF16X2: np.float32,  # the backend splits what it is given, and adds up what it gives
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,19 @@ class Runner:
         self.backend.sync()
         return {name: self._read(view, offsets[name]) for name, view in views.items()}
 
+    def stored(self, case: Case) -> dict[str, Array]:
+        """The arrays of a case as the backend holds them: rounded where it stores less."""
+        views = self._views(case)
+        return {
+            name: self._rounded(views[name].region, array)
+            for name, array in case.operands.items()
+            if isinstance(array, np.ndarray)
+        }
+
+    def dtype(self, case: Case, name: str) -> DType:
+        """How the backend stores an operand of a case."""
+        return self._dtype(self._views(case)[name].region)
+
     def poison(self, case: Case) -> dict[str, Array]:
         """What `run` returns for operands that nothing has written: all bits set."""
         return {
@@ -151,6 +167,13 @@ class Runner:
 
     def _all_ones(self, view: View) -> NDArray[np.uint8]:
         return np.full(self.backend.storage(view.region).nbytes, 0xFF, np.uint8)
+
+    def _rounded(self, region: Region, array: Array) -> Array:
+        """An array of any shape, through the dtype of a region and back."""
+        flat = Region(region.name, array.shape, region.dtype, Role.IO)
+        raw = np.empty(self.backend.storage(flat).nbytes, np.uint8)
+        self.backend.pack(flat, self._encode(flat, array), raw)
+        return self._decode(flat, raw)
 
     def _encode(self, region: Region, array: Array) -> Array:
         dtype = self._dtype(region)

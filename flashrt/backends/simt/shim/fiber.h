@@ -48,7 +48,8 @@ struct AsyncCopies {
   struct Copy {
     void* dst;
     const void* src;
-    int nbytes, valid;
+    int nbytes, valid, line;
+    const char* file;
   };
   int n, n_groups, group_end[MAX_COPIES];
   Copy copy[MAX_COPIES];
@@ -242,9 +243,10 @@ inline uint64_t* stack_canary(int thread) { return (uint64_t*)(stacks + size_t(t
 
 inline void allocate_once() {
   if (stacks) return;
-  stacks = (char*)mmap(nullptr, size_t(MAX_THREADS) * STACK_BYTES, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (stacks == MAP_FAILED) abort();
+  void* memory = mmap(nullptr, size_t(MAX_THREADS + 1) * STACK_BYTES, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) abort();
+  stacks = (char*)memory + STACK_BYTES;  // below the first one is room for what overflows it
   // A canary per stack, not a guard page: a process may have 65,530 mappings, and loads many libraries.
   for (int i = 0; i < MAX_THREADS; i++) *stack_canary(i) = STACK_CANARY;
   dynamic_shared = (char*)aligned_alloc(1024, DYNAMIC_BYTES);

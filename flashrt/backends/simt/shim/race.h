@@ -7,7 +7,7 @@
 #ifndef SIMT_RACE
 
 namespace simt {
-inline void note_write(void*, size_t) {}
+inline void note_write(void*, size_t, int, const char*) {}
 }  // namespace simt
 
 #else
@@ -30,7 +30,9 @@ SIMT_UNWATCHED inline bool clashes(const Seen& s, unsigned t) {
   return !is_ordered_in_warp;
 }
 
-SIMT_UNWATCHED __attribute__((noinline)) inline void touch(void* address, size_t nbytes, bool is_write, void* pc) {
+// The place is a source line, or the address of an instruction, from which the driver finds the line.
+SIMT_UNWATCHED __attribute__((noinline)) inline void touch(void* address, size_t nbytes, bool is_write, void* pc,
+                                                           int line = 0, const char* file = nullptr) {
   uintptr_t a = (uintptr_t)address, base;
   size_t n_static = _end - __bss_start;
   if (a - (uintptr_t)__bss_start < n_static)
@@ -46,11 +48,15 @@ SIMT_UNWATCHED __attribute__((noinline)) inline void touch(void* address, size_t
     Shadow& s = shadow[i];
     bool after_write = clashes(s.write, t);
     if (after_write || (is_write && clashes(s.read, t))) {
+      char place[256];
       Dl_info info;
-      dladdr(pc, &info);
-      fail("race: thread %u %s shared memory that thread %u %s since the last barrier, at +0x%lx", t,
+      if (file)
+        snprintf(place, sizeof place, "%s:%d", file, line);
+      else if (dladdr(pc, &info))
+        snprintf(place, sizeof place, "+0x%lx", (uintptr_t)pc - 1 - (uintptr_t)info.dli_fbase);
+      fail("race: thread %u %s shared memory that thread %u %s since the last barrier, at %s", t,
            is_write ? "writes" : "reads", after_write ? s.write.thread : s.read.thread,
-           after_write ? "wrote" : "read", (uintptr_t)pc - 1 - (uintptr_t)info.dli_fbase);
+           after_write ? "wrote" : "read", place);
     }
     Seen& e = is_write ? s.write : s.read;
     bool is_concurrent = e.block_epoch == block_epoch &&
@@ -60,8 +66,8 @@ SIMT_UNWATCHED __attribute__((noinline)) inline void touch(void* address, size_t
 }
 
 // What the hooks do not see: writes by cp.async.
-SIMT_UNWATCHED __attribute__((noinline)) inline void note_write(void* address, size_t nbytes) {
-  touch(address, nbytes, true, __builtin_return_address(0));
+SIMT_UNWATCHED inline void note_write(void* address, size_t nbytes, int line, const char* file) {
+  touch(address, nbytes, true, nullptr, line, file);
 }
 }  // namespace simt
 

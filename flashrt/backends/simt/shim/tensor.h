@@ -47,14 +47,15 @@ inline void mma(float* c, const uint32_t* a, const uint32_t* b, int line, const 
 }
 
 // The destination is poison until the group is waited for.
-inline void issue_copy(void* dst, const void* src, int nbytes, int valid) {
+inline void issue_copy(void* dst, const void* src, int nbytes, int valid, int line, const char* file) {
   AsyncCopies& p = async_copies[current->linear];
-  if (p.n == MAX_COPIES) fail("thread %u: more than %d cp.async in flight", current->linear, MAX_COPIES);
+  if (p.n == MAX_COPIES)
+    fail("%s:%d: more than %d cp.async in flight in thread %u", file, line, MAX_COPIES, current->linear);
   if ((uintptr_t)dst % nbytes || (valid && (uintptr_t)src % nbytes))
-    fail("cp.async: misaligned address in thread %u", current->linear);
-  note_write(dst, nbytes);
+    fail("%s:%d: cp.async with a misaligned address in thread %u", file, line, current->linear);
+  note_write(dst, nbytes, line, file);
   memset(dst, POISON, nbytes);
-  p.copy[p.n++] = {dst, src, nbytes, valid};
+  p.copy[p.n++] = {dst, src, nbytes, valid, line, file};
 }
 
 inline void commit_copies() {
@@ -69,7 +70,7 @@ inline void wait_copies(int pending) {
   int n_done = p.n_groups > pending ? p.n_groups - pending : 0, n = n_done ? p.group_end[n_done - 1] : 0;
   for (int i = 0; i < n; i++) {
     AsyncCopies::Copy& c = p.copy[i];
-    note_write(c.dst, c.nbytes);
+    note_write(c.dst, c.nbytes, c.line, c.file);
     memset(c.dst, 0, c.nbytes);
     if (c.valid) memcpy(c.dst, c.src, c.valid);
   }

@@ -1,0 +1,286 @@
+"""The SIMT shim finds what it promises to find: planted faults, each caught; real kernels, clean.
+
+IS: faults in tiny kernels (the checks of the shim itself), faults planted into the shipped sources
+(would the suite notice?), random schedules, the race detector over every kernel. IS NOT: a check
+of results, see test_ops. Called by: pytest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flashrt.backends.cuda.compiler_api import Binary, Compiler, Unit
+from flashrt.backends.cuda.device import Capacities, CudaDevice
+from flashrt.backends.cuda.driver_api import ArgumentBlock, LaunchConfig
+from flashrt.backends.cuda.sources import shipped
+from flashrt.backends.simt import kernel as simt_kernel
+from flashrt.backends.simt.build import ShimCompiler, kernel_names
+from flashrt.backends.simt.device import SimtDevice
+from flashrt.backends.simt.driver import SimtDriver
+from flashrt.base.errors import BackendError, CompileError
+from flashrt.ops import OPS
+from tests.backend.cases import all_cases, attention, delta_rule, linear, randn
+from tests.backend.runner import Case, Runner, rng_for
+from tests.backend.test_sample import sample_case, sampler
+
+SEEDS = range(1, 7)  # random schedules; 0 is in order
+
+# ---- tiny kernels: what the shim refuses
+
+HEADER = (
+    ("args.h", "#pragma once\n"),
+    ("flashrt.cuh", shipped()["flashrt.cuh"]),
+)
+TINY = """
+#include "flashrt.cuh"
+struct tiny_args { float *x, *y; };
+KERNEL(64) tiny(ARGS tiny_args a) {
+  int i = threadIdx.x;
+  __shared__ __align__(16) float s[64];
+  DYNAMIC_SHARED(float, d);
+  %s
+}
+"""
+CLEAN = """
+  copy_async4(s + i, a.x + i);
+  copy_async_commit();
+  copy_async_wait<0>();
+  __syncthreads();
+  d[i] = s[63 - i];
+  a.y[i] = warp_sum(d[i]);
+"""
+REFUSED = {
+    "exit before a barrier": (
+        "if (i >= 48) return; __syncthreads(); a.y[i] = 1;",
+        r"deadlock: 16 of 64 threads exited; 48 wait at barrier tiny.cu:\d+",
+    ),
+    "divergent barriers": (
+        "if (i < 32) __syncthreads();\n else __syncthreads();\n a.y[i] = 1;",
+        r"divergent barrier 0: thread \d+ at tiny.cu:\d+, thread \d+ at tiny.cu:\d+",
+    ),
+    "part of a warp in a shuffle": (
+        "if (i & 1) a.y[i] = __shfl_xor_sync(FULL_WARP, 1.0f, 1);",
+        "absent lanes 55555555",
+    ),
+    "a lane outside the mask": (
+        "if (i & 1) a.y[i] = __shfl_xor_sync(0xaaaaaaaau, 1.0f, 1);",
+        "shuffle reads lane .* outside mask aaaaaaaa",
+    ),
+    "warps that disagree": (
+        "a.y[i] = i & 1 ? __shfl_sync(FULL_WARP, 1.0f, 0)\n : __shfl_sync(FULL_WARP, 1.0f, 1);",
+        "warp . disagrees",
+    ),
+    "a copy never waited for": (
+        "copy_async4(s + i, a.x + i); copy_async_commit(); a.y[i] = 1;",
+        "ended with 1 cp.async never waited for",
+    ),
+    "a misaligned copy": (
+        "copy_async16(s, a.x + 1); copy_async_commit(); copy_async_wait<0>();",
+        "misaligned address",
+    ),
+    "past the end of dynamic shared memory": (
+        "d[i + 1] = 0; a.y[i] = d[i];",
+        "dynamic shared memory written past its end",
+    ),
+    "too much stack": (
+        "volatile float big[17000]; for (int k = 0; k < 17000; k++) big[k] = i; a.y[i] = big[5];",
+        "needs more than 65536 bytes of stack",
+    ),
+    "a trap": ("if (i == 7) __trap();", r"tiny.cu:\d+: __trap in thread 7"),
+}
+
+
+def run_tiny(
+    body: str, folder: Path, seed: int = 0, *, is_watched: bool = False
+) -> NDArray[np.float32]:
+    compiler = ShimCompiler(folder, is_watched=is_watched)
+    binary = compiler.compile(Unit("tiny.cu", TINY % body, headers=HEADER))
+    kernel = simt_kernel.find(binary.path, ctypes.CDLL(str(binary.path)), "tiny")
+    x, y = np.arange(64, dtype=np.float32), np.zeros(64, np.float32)
+    block = ArgumentBlock(np.array([x.ctypes.data, y.ctypes.data], np.uint64).tobytes())
+    kernel.run(LaunchConfig((2, 1, 1), (64, 1, 1), 256), block, seed)
+    return y
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_a_clean_kernel_runs(tmp_path: Path, seed: int, is_watched: bool) -> None:
+    y = run_tiny(CLEAN, tmp_path, seed, is_watched=is_watched)
+    assert y.tolist() == [float(sum(range(32, 64)))] * 32 + [float(sum(range(32)))] * 32
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_the_shim_refuses(fault: str, tmp_path: Path) -> None:
+    body, message = REFUSED[fault]
+    with pytest.raises(BackendError, match=message):
+        run_tiny(body, tmp_path)
+
+
+def test_a_copy_read_too_early_is_poison(tmp_path: Path) -> None:
+    y = run_tiny(CLEAN.replace("copy_async_wait<0>();", "") + "copy_async_wait<0>();", tmp_path)
+    assert np.isnan(y).all()
+
+
+def test_shared_memory_starts_as_poison(tmp_path: Path) -> None:
+    assert np.isnan(run_tiny("a.y[i] = s[i] + d[i];", tmp_path)).all()
+
+
+def test_the_race_detector_sees_a_lost_update_that_no_schedule_shows(tmp_path: Path) -> None:
+    body = "if (i == 0) s[0] = 0; __syncthreads(); s[0] += 1; __syncthreads(); a.y[i] = s[0];"
+    assert run_tiny(body, tmp_path).tolist() == [64.0] * 64
+    with pytest.raises(BackendError, match=r"race: thread \d+ .* at .*tiny\.cu:\d+"):
+        run_tiny(body, tmp_path, is_watched=True)
+
+
+def test_the_race_detector_sees_copies(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="race: thread 32 "):
+        run_tiny(CLEAN.replace("__syncthreads();", ""), tmp_path, is_watched=True)
+
+
+def test_a_kernel_that_does_not_compile_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match="no_such_thing"):
+        run_tiny("no_such_thing();", tmp_path)
+
+
+def test_kernel_names() -> None:
+    text = 'extern "C" __global__ void __launch_bounds__(128)\na(int x) {}\nKERNEL(32) b(ARGS c d)'
+    assert kernel_names(text) == ["a", "b"]
+    assert all(kernel_names(source) for name, source in shipped().items() if name.endswith(".cu"))
+
+
+# ---- faults planted into the shipped kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Plant:
+    """A fault: `old` in a source becomes `new`, and the case on which it shows."""
+
+    source: str
+    old: str
+    new: str
+    case: Case
+
+
+@dataclass(frozen=True, slots=True)
+class PlantingCompiler:
+    """A compiler that changes one source on the way."""
+
+    inner: Compiler
+    plant: Plant
+
+    @property
+    def identity(self) -> str:
+        return self.inner.identity
+
+    def compile(self, unit: Unit) -> Binary:
+        if unit.name == self.plant.source:
+            assert unit.text.count(self.plant.old) == 1, f"{self.plant.old!r} is not in the source"
+            unit = replace(unit, text=unit.text.replace(self.plant.old, self.plant.new))
+        return self.inner.compile(unit)
+
+
+FIRST_BARRIER = "    __syncthreads();\n    if (warp == 0)"
+PLANTS = {
+    "few tokens: no barrier before the fold": Plant(
+        "linear_few.cu", FIRST_BARRIER, "    if (warp == 0)", linear(3, 3, 1024, 16)
+    ),
+    "few tokens: no barrier after the fold": Plant(
+        "linear_few.cu", "__syncthreads();  // `part`", "// `part`", linear(3, 3, 4352, 16)
+    ),
+    "many tokens: no barrier before a stage is filled again": Plant(
+        "linear_many.cu", "__syncthreads();  // this", "// this", linear(64, 33, 288, 32)
+    ),
+    "many tokens: a stage read before its copies are waited for": Plant(
+        "linear_many.cu", "wait<STAGES - 2>", "wait<STAGES - 1>", linear(64, 33, 288, 32)
+    ),
+    "delta rule: a tile read before its copies are waited for": Plant(
+        "delta_rule.cu",
+        "copy_async_wait<0>();\n    __syncthreads();",
+        "__syncthreads();",
+        delta_rule(7, 7, (1, 2), (32, 16)),
+    ),
+    "delta rule: sums over the wrong lanes": Plant(
+        "delta_rule.cu", "o = 4; o < 32", "o = 2; o < 16", delta_rule(7, 7, (1, 2), (32, 16))
+    ),
+    "attention: no barrier before the weights are read": Plant(
+        "attention_few.cu",
+        "first_key + 32 * warp);\n  __syncthreads();",
+        "first_key + 32 * warp);",
+        attention(3, 3, (4, 2), 32, 200, 300, "bf16"),
+    ),
+}
+
+
+def run_planted(
+    plant: Plant, compiler: Compiler, seed: int, *, is_planted: bool
+) -> NDArray[np.generic]:
+    """The op's outputs as one array."""
+    if is_planted:
+        compiler = PlantingCompiler(compiler, plant)
+    device = CudaDevice(
+        SimtDriver(seed, 16 << 30, 16), compiler, name="simt", is_host=True,
+        capacities=Capacities(staging_bytes=1 << 20),
+    )  # fmt: skip
+    after = Runner(device).run(plant.case)
+    device.close()
+    outputs = [name for name, given in plant.case.operands.items() if isinstance(given, tuple)]
+    return np.concatenate([after[n].reshape(-1) for n in outputs if n != "partials"])
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_planted_fault_shows_in_some_schedule(name: str, tmp_path: Path) -> None:
+    plant, compiler = PLANTS[name], ShimCompiler(tmp_path)
+    right = run_planted(plant, compiler, 0, is_planted=False)
+    assert np.isfinite(right[: right.size // 4]).all()
+    for seed in SEEDS:
+        again = run_planted(plant, compiler, seed, is_planted=False)
+        assert np.array_equal(again, right, equal_nan=True)
+    found = []
+    for seed in (0, *SEEDS):
+        try:
+            wrong = run_planted(plant, compiler, seed, is_planted=True)
+        except BackendError:
+            found.append(seed)
+        else:
+            found += [seed] * (not np.array_equal(wrong, right, equal_nan=True))
+    assert found, f"{name}: no schedule shows it"
+
+
+@pytest.mark.parametrize("name", [name for name in PLANTS if "no barrier" in name])
+def test_the_race_detector_names_a_missing_barrier(name: str, tmp_path: Path) -> None:
+    compiler = ShimCompiler(tmp_path, is_watched=True)
+    with pytest.raises(BackendError, match=r"race: thread \d+ .*\.cuh?:\d+"):
+        run_planted(PLANTS[name], compiler, 0, is_planted=True)
+
+
+# ---- the race detector over every kernel
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "high"])
+def watched(request: pytest.FixtureRequest) -> Runner:
+    return Runner(SimtDevice(request.param, is_watched=True, seed=5))
+
+
+def few_and_many(op: str) -> list[Case]:
+    """A case of few rows and the one of most."""
+    cases = [case for case in all_cases() if case.op == op]
+    cases.sort(key=lambda c: np.asarray(c.operands["cursor"])[1])
+    return [cases[len(cases) // 3], cases[-1]]
+
+
+@pytest.mark.parametrize("op", [op.name for op in OPS if op.name not in ("advance", "sample")])
+def test_every_kernel_is_free_of_races(watched: Runner, op: str) -> None:
+    for case in few_and_many(op):
+        watched.run(case)
+
+
+@pytest.mark.parametrize("words", [sampler(0.0), sampler(0.8), sampler(0.8, 20, 0.9, 0.01)])
+def test_sampling_is_free_of_races(watched: Runner, words: NDArray[np.uint32]) -> None:
+    logits = randn(rng_for("races"), 3000, scale=3)
+    assert 0 <= watched.run(sample_case(logits, words))["cursor"][2] < logits.size

@@ -1,0 +1,108 @@
+"""Every CUDA kernel compiles for every supported architecture, without a GPU, and spills nothing.
+
+IS: NVRTC over the variants that real model sizes lead to, and the report of ptxas. IS NOT: running
+them, nor the cache (test_nvrtc_cache). Called by: pytest; the quick suite takes one variant of each
+kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flashrt.backends.cuda import kernels
+from flashrt.backends.cuda.kernels import KernelLaunch, Shape
+from flashrt.backends.cuda.nvrtc import Nvrtc, resources
+from flashrt.backends.cuda.sources import Sources, shipped
+from flashrt.backends.simt.build import kernel_names
+from flashrt.core.region import DType
+from flashrt.ops import OPS
+
+ARCHS = (
+    "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121",
+)  # fmt: skip
+MAX_SHARED_BYTES = 99 << 10  # of sm_86, sm_89 and sm_120, the least of all
+
+# hidden, heads and state of the model sizes from 0.8B to 27B
+SIZES = {
+    "H": 2560, "V": 248_320, "S": 4096, "B": 16, "I": 9216, "D": 256, "Nq": 16, "Nk": 4, "R2": 32,
+    "Hv": 32, "dk": 128, "dv": 128, "C": 8192, "W": 3, "W1": 4, "K": 2560, "N": 9216,
+}  # fmt: skip
+ATTRS = {"key_heads": 16, "key_dim": 128, "eps": 1e-6}
+
+
+def shape(op: str, rows: int, act: DType, cache: DType, n_sms: int, **dims: int) -> Shape:
+    sizes = {**SIZES, "T": rows, "TP": rows if rows <= 8 else 1, **dims}
+    if op == "gated_rmsnorm":
+        sizes["C"] = sizes["Hv"] * sizes["dv"]
+    return Shape(op, sizes, {"keys": cache, "values": cache}, ATTRS, act, n_sms)
+
+
+def variants(*, is_full: bool) -> Iterator[KernelLaunch]:
+    """Launches of all ops: one variant of each kernel, or all that these sizes lead to."""
+    yield kernels.copy_launch(1 << 20, 132)
+    yield kernels.digest_launch(4, 132)
+    acts = (DType.BF16, DType.BF16X2) if is_full else (DType.BF16,)
+    caches = (DType.BF16, DType.F32) if is_full else (DType.BF16,)
+    rows = (1, 4, 8, 16, 32, 512) if is_full else (1, 512)
+    for op, expansion in kernels.EXPANSIONS.items():
+        for act in acts:
+            for cache in caches:
+                for n in rows:
+                    yield from expansion(shape(op, n, act, cache, 132))
+    if is_full:
+        for act in acts:
+            for k, n_sms in ((256, 16), (1024, 132), (9216, 132)):
+                for n in rows:
+                    yield from kernels.EXPANSIONS["linear"](
+                        shape("linear", n, act, DType.BF16, n_sms, K=k)
+                    )
+            for group in (3, 6):
+                sizes = {"Nq": 4 * group, "Nk": 4}
+                for n in rows:
+                    yield from kernels.EXPANSIONS["attention"](
+                        shape("attention", n, act, DType.BF16, 16, **sizes)
+                    )
+
+
+def compile_all(arch: str, launches: Iterator[KernelLaunch]) -> dict[str, int]:
+    """Spilled bytes by kernel and defines; only kernels that are launched count."""
+    nvrtc = Nvrtc(arch)
+    sources = Sources()
+    sources.set_ops(OPS)
+    spills: dict[str, int] = {}
+    for launch in launches:
+        unit = sources.unit(launch)
+        title = f"{launch.kernel}: {unit.title}"
+        if title in spills:
+            continue
+        report = {found.kernel: found for found in resources(nvrtc.compile(unit).log)}
+        taken = report[launch.kernel]
+        spills[title] = taken.spill_bytes
+        assert launch.shared_bytes + taken.shared_bytes <= MAX_SHARED_BYTES, title
+    return {title: n for title, n in spills.items() if n}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needs_nvrtc() -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install flashrt[cuda]")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_compiles_without_spills(arch: str) -> None:
+    assert compile_all(arch, variants(is_full=False)) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
+def test_every_variant_compiles_without_spills(arch: str) -> None:
+    assert compile_all(arch, variants(is_full=True)) == {}
+
+
+def test_every_kernel_is_reached() -> None:
+    launched = {(v.source, v.kernel) for v in variants(is_full=False)}
+    for name, text in shipped().items():
+        if Path(name).suffix == ".cu":
+            assert {(name, kernel) for kernel in kernel_names(text)} <= launched
