@@ -23,6 +23,7 @@ from flashrt.core.region import DType
 from flashrt.engine import Engine
 from flashrt.models import Model, model_for
 from flashrt.session.admission import check_state
+from flashrt.session.eviction import Budgets, make_room
 from flashrt.session.objects import Spill
 from flashrt.session.session import Session
 from flashrt.weights.checkpoint import open_checkpoint
@@ -47,6 +48,7 @@ class SessionEngine(Engine):
         self.tokenizer = tokenizer
         self._free = self.lanes[::-1]
         self.capsules.shelf = Spill()
+        self.budgets = Budgets()
 
     def session(self) -> Session:
         """An empty session on a free lane. Raises LaneBusy when there is none."""
@@ -66,15 +68,20 @@ class SessionEngine(Engine):
         return self.with_room(lambda: blob.load(self.capsules, path, self._admit))
 
     def with_room(self, take: Callable[[], Capsule]) -> Capsule:
-        """`take()`, waypoints giving way: they cost only speed, so drop them oldest first."""
+        """`take()`, waypoints giving way: they cost only speed, so drop them oldest first; then
+        capsules, to slower tiers, as far as `budgets` allow.
+        """
         while True:
             try:
                 return take()
             except PoolFull:
                 lane = max(self.lanes, key=lambda lane: len(lane.marks))
-                if not lane.marks:
+                if lane.marks:
+                    self.capsules.drop_mark(lane, lane.marks[0])
+                    continue
+                busy = [lane for lane in self.lanes if lane not in self._free]
+                if not make_room(self.capsules, self.budgets, busy):
                     raise
-                self.capsules.drop_mark(lane, lane.marks[0])
 
     def _admit(
         self,
