@@ -22,6 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="the device of the golden tests")
     parser.addoption("--fuzz", default=400, type=int, help="mutations per fuzz test")
     parser.addoption("--fuzz-seed", default=1, type=int, help="where their sequence begins")
+    parser.addoption("--kills", default=20, type=int, help="processes killed in the crash test")
+    parser.addoption("--seconds", default=5.0, type=float, help="length of the concurrency test")
     parser.addoption(
         "--test-limit", default=120.0, type=float, help="seconds until a test is taken for hung"
     )

@@ -223,12 +223,22 @@ class Store:
         return capsule
 
     def remove(self, which: str | Place) -> Place:
-        """Forget a capsule and its names; its objects go with the next sweep."""
-        place = which if isinstance(which, Place) else self.resolve(which)
-        for name, target in self.refs().items():
-            if target == place:
+        """Forget a name, and the capsule when it was its last; by id, the capsule and all names.
+
+        Its objects go with the next sweep. Raises StoreError when there is no such capsule.
+        """
+        with self.folder.sweeping():  # or a save under another name could find it and lose it
+            refs = self.refs()
+            place = which if isinstance(which, Place) else self.resolve(which)
+            names = [name for name, target in refs.items() if target == place]
+            if isinstance(which, str) and which in refs:
+                names.remove(which)
+                self.folder.delete(_ref_file(which))
+                if names:
+                    return place
+            for name in names:
                 self.folder.delete(_ref_file(name))
-        self.folder.delete(place.name)
+            self.folder.delete(place.name)
         return place
 
     # -- sessions -------------------------------------------------------------------------------

@@ -266,7 +266,11 @@ def test_names(session: flashrt.Session, store: Store) -> None:
     moved = store.save(session.snapshot(), "..")
     assert store.resolve("..") == moved.place != saved.place
     store.remove("..")
-    assert ".." not in store.refs()
+    assert ".." not in store.refs() and moved.place not in store.places()
+    store.remove(".")
+    assert saved.place in store.places()  # it has other names
+    store.remove(saved.place.id)
+    assert store.refs() == {}
     for name in ("../x", "a//b", "/etc/passwd", "a/../b", "", ".hidden"):
         with pytest.raises(StoreError, match="is not a name of a file"):
             store.folder.read(name)
