@@ -27,21 +27,22 @@ DEVICE void copy_vectors(uint4* dst, const uint4* src, int n, int lane) {
 KERNEL(256) copy_batch(ARGS copy_batch_args a) {
   begin();
   int lane = threadIdx.x & 31;
-  uint64_t warp = blockIdx.x * 8 + (threadIdx.x >> 5), n_warps = gridDim.x * 8, base = 0;
+  // pieces are numbered through all copies; this warp takes those congruent to its number: `first` is the next one,
+  // counted from the start of the copy at hand
+  uint32_t n_warps = gridDim.x * 8, first = blockIdx.x * 8 + (threadIdx.x >> 5);
   for (int i = 0; i < a.n; i++) {
     const uint64_t* d = a.table + 6 * i;
-    uint64_t src = d[0], dst = d[1], width = d[2], height = d[3], src_pitch = d[4], dst_pitch = d[5];
-    uint64_t per_row = (width + PIECE_BYTES - 1) / PIECE_BYTES, n_pieces = per_row * height;
-    // pieces are numbered through all copies; this warp takes those congruent to its number
-    for (uint64_t p = (warp + n_warps - base % n_warps) % n_warps; p < n_pieces; p += n_warps) {
-      uint64_t row = p / per_row, at = p % per_row * PIECE_BYTES;
-      uint64_t n = min(width - at, PIECE_BYTES);
+    uint64_t src = d[0], dst = d[1], width = d[2], src_pitch = d[4], dst_pitch = d[5];
+    uint32_t per_row = (uint32_t)((width + PIECE_BYTES - 1) / PIECE_BYTES), n_pieces = per_row * (uint32_t)d[3];
+    uint32_t p = first;
+    for (; p < n_pieces; p += n_warps) {
+      uint64_t row = p / per_row, at = p % per_row * PIECE_BYTES, n = min(width - at, PIECE_BYTES);
       char* to = (char*)(dst + row * dst_pitch + at);
       const char* from = (const char*)(src + row * src_pitch + at);
       uint64_t n_vectors = (((uint64_t)to | (uint64_t)from) & 15) == 0 ? n / 16 : 0;
       copy_vectors((uint4*)to, (const uint4*)from, (int)n_vectors, lane);
       for (uint64_t b = n_vectors * 16 + lane; b < n; b += 32) to[b] = from[b];
     }
-    base += n_pieces;
+    first = p - n_pieces;
   }
 }

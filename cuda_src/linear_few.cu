@@ -3,7 +3,8 @@
 // Contract: y[t][n] for t < cursor.rows; other rows are neither read nor written.
 // Shapes:   x [T, K] activations, w [N, K] as in linear.cuh, y [T, N] float.
 // Order:    linear.cuh. Warp w takes slices w, w + WARPS, ...; warp 0 folds them in order through shared memory.
-// Launch:   grid (N / 16, T / (8 * TOKEN_TILES)), WARPS warps. A warp loads half a slice of weights (4 KB) while it
+// Launch:   grid (N / 16, T / (8 * TOKEN_TILES)), WARPS warps: few, so that blocks of one multiprocessor overlap, unless
+//           there are too few row tiles to fill the device. A warp loads half a slice of weights (4 KB) while it
 //           multiplies the other half; the first one before it waits for the kernel that makes x.
 #include "flashrt.cuh"
 #include "linear.cuh"
@@ -56,7 +57,7 @@ DEVICE void multiply_half(float (&c)[TOKEN_TILES][4], const uint4 (&w)[HALF_VECT
 }
 
 KERNEL(THREADS) linear_few(ARGS linear_args a) {
-  __shared__ __align__(16) float part[WARPS][TOKEN_TILES][32][4];
+  __shared__ __align__(16) float part[2][WARPS][TOKEN_TILES][32][4];  // by turns
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   int K = a.K, n_chunks = ceil_div(K, K_CHUNK), n_slices = ceil_div(K, K_SLICE);
   int first_token = blockIdx.y * 8 * TOKEN_TILES;
@@ -72,7 +73,7 @@ KERNEL(THREADS) linear_few(ARGS linear_args a) {
   float sum[TOKEN_TILES][4] = {};
   for (int s0 = 0; s0 < n_slices; s0 += WARPS) {
     float c[TOKEN_TILES][4] = {};
-    int first = (s0 + warp) * SLICE_CHUNKS, next = first + WARPS * SLICE_CHUNKS;
+    int first = (s0 + warp) * SLICE_CHUNKS, next = first + WARPS * SLICE_CHUNKS, turn = s0 / WARPS & 1;
     load_half(back, tile, first + HALF_CHUNKS, n_chunks);
     multiply_half(c, front, first, n_chunks, x, first_token + g, rows, t, K);
     load_half(front, tile, next, n_chunks);
@@ -84,13 +85,12 @@ KERNEL(THREADS) linear_few(ARGS linear_args a) {
     }
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; j++)
-      *reinterpret_cast<float4*>(part[warp][j][lane]) = make_float4(c[j][0], c[j][1], c[j][2], c[j][3]);
-    __syncthreads();
+      *reinterpret_cast<float4*>(part[turn][warp][j][lane]) = make_float4(c[j][0], c[j][1], c[j][2], c[j][3]);
+    __syncthreads();  // nobody writes this turn's part again before warp 0 has passed the next barrier
     if (warp == 0)
       for (int w = 0; w < min(WARPS, n_slices - s0); w++)
 #pragma unroll
-        for (int j = 0; j < TOKEN_TILES; j++) fold(sum[j], part[w][j][lane]);
-    __syncthreads();  // `part` is written again
+        for (int j = 0; j < TOKEN_TILES; j++) fold(sum[j], part[turn][w][j][lane]);
   }
   if (warp != 0) return;
 #pragma unroll

@@ -185,13 +185,12 @@ class PlantingCompiler:
         return self.inner.compile(unit)
 
 
-FIRST_BARRIER = "    __syncthreads();\n    if (warp == 0)"
 PLANTS = {
     "few tokens: no barrier before the fold": Plant(
-        "linear_few.cu", FIRST_BARRIER, "    if (warp == 0)", linear(3, 3, 1024, 16)
+        "linear_few.cu", "__syncthreads();  // nobody", "// nobody", linear(3, 3, 1024, 16)
     ),
-    "few tokens: no barrier after the fold": Plant(
-        "linear_few.cu", "__syncthreads();  // `part`", "// `part`", linear(3, 3, 4352, 16)
+    "few tokens: no barrier between folds, for parts take no turns": Plant(
+        "linear_few.cu", "turn = s0 / WARPS & 1", "turn = 0", linear(3, 3, 4352, 16)
     ),
     "many tokens: no barrier before a stage is filled again": Plant(
         "linear_many.cu", "__syncthreads();  // this", "// this", linear(64, 33, 288, 32)

@@ -104,8 +104,12 @@ def _linear(s: Shape) -> tuple[KernelLaunch, ...]:
 def _linear_few(s: Shape) -> KernelLaunch:
     t, n, k = s.dims["T"], s.dims["N"], s.dims["K"]
     tiles = 1 if t <= 8 else 2 if t <= 16 else 4
-    warps, most = 1, 16 if tiles < 4 else 8  # what the registers of a block allow
-    while warps < min(most, _ceil(k, K_SLICE)):
+    slices, row_tiles = _ceil(k, K_SLICE), _ceil(n, 16)
+    # 16 warps per multiprocessor keep enough weights in flight: several small blocks if there are
+    # row tiles for them, larger ones if not; registers allow 8 warps of 4 tiles
+    most = min(8 if tiles == 4 else 16, 1 << (slices - 1).bit_length())
+    warps = min(4, most)
+    while warps < most and warps * row_tiles < 16 * s.n_sms:
         warps *= 2
     defines = _defines(ACT_PAIR=s.act_pair, ALIGNED=int(k % 8 == 0), WARPS=warps, TOKEN_TILES=tiles)
     grid = (_ceil(n, 16), _ceil(t, 8 * tiles), 1)
