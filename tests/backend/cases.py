@@ -74,7 +74,7 @@ def add_rmsnorm(T: int, n: int, H: int) -> Case:
 def linear(T: int, n: int, K: int, N: int) -> Case:
     rng = rng_for("linear", T, n, K, N)
     operands = {
-        "x": valid(weights(rng, T, K), n), "w": weights(rng, N, K),
+        "x": valid(randn(rng, T, K), n), "w": weights(rng, N, K),
         "cursor": cursor(5, n), "y": (T, N),
     }  # fmt: skip
     return Case("linear", operands)
@@ -169,7 +169,7 @@ def silu_mul(T: int, n: int, I: int) -> Case:  # noqa: E741
 
 
 def last_row(T: int, n: int, H: int) -> Case:
-    x = valid(weights(rng_for("last_row", T, n, H), T, H), n)
+    x = valid(randn(rng_for("last_row", T, n, H), T, H), n)
     return Case("last_row", {"x": x, "cursor": cursor(5, n), "y": (1, H)})
 
 

@@ -1,6 +1,6 @@
 """Backends for the tests of this folder: each that this machine can open.
 
-IS: the factory `make_backend` and the fixtures `device` and `runner`. IS NOT: tests.
+IS: the factory `make_backend` and the fixtures `device`, `runner` and `cpu`. IS NOT: tests.
 """
 
 from __future__ import annotations
@@ -10,25 +10,42 @@ from collections.abc import Iterator
 import pytest
 
 from flashrt.backends.cpu.device import CpuDevice
+from flashrt.backends.cuda.device import Precision, open_device
+from flashrt.backends.cuda.probe import probe
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.core.backend import Backend
 from tests.backend.runner import Runner
 
-BACKENDS = ("cpu",)  # which of those that `make_backend` knows every test here runs on
+# Every test here runs on each of them; "-high" is precision "high".
+BACKENDS = (
+    "cpu",
+    "simt",
+    "simt-high",
+    pytest.param("cuda", marks=pytest.mark.gpu),
+    pytest.param("cuda-high", marks=pytest.mark.gpu),
+)
 
 
 def make_backend(name: str, threads: int | None = None) -> Backend:
     """A new device by name; `threads` matters to the cpu alone."""
-    if name == "cpu":
-        return CpuDevice(threads)
-    if name == "simt":
-        return SimtDevice()
-    raise ValueError(f"no backend {name!r}; there are cpu and simt")
+    precision: Precision = "high" if name.endswith("-high") else "bfloat16"
+    kind = name.removesuffix("-high")
+    if kind == "simt":
+        return SimtDevice(precision)
+    if kind == "cuda":
+        return open_device(precision)
+    if name != "cpu":
+        raise ValueError(
+            f"no backend {name!r}; there are cpu, and simt and cuda with or without -high"
+        )
+    return CpuDevice(threads)
 
 
 @pytest.fixture(scope="session", params=BACKENDS)
 def device(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """An open backend, not yet built."""
+    if request.param.startswith("cuda") and not (status := probe()).is_usable:
+        pytest.skip(str(status))
     backend = make_backend(request.param)
     yield backend
     backend.close()
@@ -38,3 +55,11 @@ def device(request: pytest.FixtureRequest) -> Iterator[Backend]:
 def runner(device: Backend) -> Runner:
     """Runs single launches on the backend, all ops built."""
     return Runner(device)
+
+
+@pytest.fixture(scope="session")
+def cpu() -> Iterator[Runner]:
+    """The cpu, for the others to be held against."""
+    backend = make_backend("cpu")
+    yield Runner(backend)
+    backend.close()
