@@ -361,12 +361,22 @@ def test_a_store_in_a_place_that_is_none(session: flashrt.Session, tmp_path: Pat
         Store("nosuch://bucket/x")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_may_not_be_written(session: flashrt.Session, tmp_path: Path) -> None:
-    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
     session.prefill([1])
-    with pytest.raises(StoreError, match="Permission denied"):
-        Store(tmp_path).save(session.snapshot())
+    capsule, digest, user = session.snapshot(), session.digest(), os.geteuid()
+    try:
+        if user == 0:  # root may write anywhere
+            os.seteuid(65534)
+        with pytest.raises(StoreError, match="Permission denied"):
+            Store(folder / "store").save(capsule)
+        with pytest.raises(flashrt.CapsuleError, match="Permission denied"):
+            capsule.save(folder / "c")
+    finally:
+        os.seteuid(user)
+    assert (capsule.tier, session.digest(), list(folder.iterdir())) == ("device", digest, [])
 
 
 def test_open_session_goes_the_cheapest_way(

@@ -1,0 +1,174 @@
+"""Resume after a restart: time to the first token from a store on disk, beside a cold prefill.
+
+IS: measurements by prompt length, and what reading the same files into memory takes, in one run.
+IS NOT: choice of model or document (bench). Called by: bench.
+
+"From disk" is a session on a lane that holds nothing: open the store, find the prefix, read, check
+every checksum, restore, sample a token. "cached": the files are in the page cache; "evicted": the
+kernel was asked to forget them first, which it may refuse on some filesystems.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from flashrt.commands import console
+from flashrt.commands.timing import Tokens, prefill, synthetic_tokens
+from flashrt.core.backend import Progress
+from flashrt.session.load import SessionEngine
+from flashrt.session.reuse import Action
+from flashrt.session.session import Session
+from flashrt.session.store import Store
+from flashrt.view.units import bytes_text, percent_text, rate_text, seconds_text
+
+LENGTHS = (2048, 8192, 16384)
+REPEATS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """One prompt length. Times in seconds: medians, except for the prefill, which ran once."""
+
+    tokens: int
+    nbytes: int  # of the capsule's objects
+    cold_s: float  # prefill and first token
+    save_s: float  # publish, with every fsync
+    cached_s: float
+    evicted_s: float
+    restore_s: float  # from the page cache into the lane, checked; no search, no sampling; best
+    read_s: float  # the same files, read into memory that is there, in turns with restore; best
+
+    @property
+    def restore_share(self) -> float:
+        """Speed of restore as a share of that of reading the files."""
+        return self.read_s / self.restore_s
+
+
+def measure(
+    engine: SessionEngine, folder: Path, lengths: Sequence[int], progress: Progress
+) -> list[Resume]:
+    """One row per length; the engine needs room for one token more than the longest.
+
+    `folder` is made, and removed at the end.
+    """
+    rng, rows = np.random.default_rng(7), []
+    try:
+        for length in lengths:
+            tokens = synthetic_tokens(rng, engine.vocab_size, length)
+            rows.append(_measure_one(engine, folder / str(length), tokens, progress))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return rows
+
+
+def table(rows: Sequence[Resume]) -> Table:
+    """As shown to people."""
+    columns = (
+        ">prompt", ">capsule", ">cold", ">from disk, cached", ">evicted", ">faster",
+        ">restore", ">share of a file read", ">save",
+    )  # fmt: skip
+    lines = [
+        [
+            f"{r.tokens:,}",
+            bytes_text(r.nbytes),
+            seconds_text(r.cold_s),
+            seconds_text(r.cached_s),
+            seconds_text(r.evicted_s),
+            f"{r.cold_s / r.cached_s:,.0f} x",
+            rate_text(r.nbytes / r.restore_s),
+            percent_text(r.restore_share),
+            seconds_text(r.save_s),
+        ]
+        for r in rows
+    ]
+    return console.table("First token after a restart", columns, lines)
+
+
+def _measure_one(engine: SessionEngine, folder: Path, tokens: Tokens, progress: Progress) -> Resume:
+    with engine.session() as session:
+        cold_s = prefill(engine, session, tokens, progress, f"cold {len(tokens):,}")
+        cold_s += _seconds(lambda: _first_token(session))
+        expected = session.tokens[-1]
+        session.rollback(len(tokens))
+        capsule = session.snapshot()
+    store = Store(folder)
+    save_s = _seconds(lambda: store.save(capsule))
+    capsule.drop()
+    files = [p for p in folder.rglob("objects/*/*") if p.is_file()]
+
+    def resume() -> None:
+        with _empty_session(engine) as fresh:
+            opened = Store(folder).open_session(engine, tokens, session=fresh)
+            assert opened.decision.action is Action.RESTORE
+            assert _first_token(fresh) == expected
+        _drop_all(engine)
+
+    def restore() -> float:
+        capsule = Store(folder).load(engine, Store(folder).places()[0])
+        with _empty_session(engine) as fresh:
+            seconds = _seconds(lambda: fresh.restore(capsule))
+        capsule.drop()
+        return seconds
+
+    buffers = [np.ones(p.stat().st_size, np.uint8) for p in files]
+
+    def read() -> None:
+        for path, buffer in zip(files, buffers, strict=True):
+            with path.open("rb", buffering=0) as file:
+                file.readinto(buffer.data)
+
+    restores, reads = [], []
+    for _ in range(4 * REPEATS):  # in turns: others may use the machine, too
+        restores.append(restore())
+        reads.append(_seconds(read))
+    evicted = []
+    for _ in range(REPEATS):
+        _evict(files)
+        evicted.append(_seconds(resume))
+    return Resume(
+        tokens=len(tokens),
+        nbytes=sum(b.nbytes for b in buffers),
+        cold_s=cold_s,
+        save_s=save_s,
+        cached_s=statistics.median(_seconds(resume) for _ in range(REPEATS)),
+        evicted_s=statistics.median(evicted),
+        restore_s=min(restores),
+        read_s=min(reads),
+    )
+
+
+def _first_token(session: Session) -> int:
+    return next(session.generate(1))
+
+
+def _empty_session(engine: SessionEngine) -> Session:
+    """On a lane that holds no rows, as after a restart."""
+    session = engine.session()
+    session._lane.hold(None, 0)
+    return session
+
+
+def _drop_all(engine: SessionEngine) -> None:
+    for capsule in list(engine.capsules.capsules):
+        capsule.drop()
+
+
+def _evict(files: Sequence[Path]) -> None:
+    for path in files:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _seconds(act: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
