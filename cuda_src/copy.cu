@@ -18,7 +18,7 @@ DEVICE void copy_vectors(uint4* dst, const uint4* src, int n, int lane) {
   uint4 v[VECTORS];
 #pragma unroll
   for (int i = 0; i < VECTORS; i++)
-    if (lane + 32 * i < n) v[i] = load_stream(src + lane + 32 * i);
+    if (lane + 32 * i < n) v[i] = src[lane + 32 * i];
 #pragma unroll
   for (int i = 0; i < VECTORS; i++)
     if (lane + 32 * i < n) dst[lane + 32 * i] = v[i];

@@ -116,18 +116,49 @@ def _linear_few(s: Shape) -> KernelLaunch:
     return KernelLaunch("linear_few.cu", "linear_few", defines, grid, _x(WARP * warps))
 
 
+@dataclass(frozen=True, slots=True)
+class ManyTile:
+    """A block of `linear_many`: warps along rows of W and along tokens, mma tiles per warp."""
+
+    warps_n: int
+    warps_t: int
+    row_tiles: int
+    token_tiles: int
+    efficiency: float  # of a multiprocessor full of such blocks, against the largest: an estimate
+
+    @property
+    def rows(self) -> int:
+        """Rows of W per block."""
+        return 16 * self.warps_n * self.row_tiles
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per block."""
+        return 8 * self.warps_t * self.token_tiles
+
+    def cost(self, n: int, t: int, n_sms: int) -> float:
+        """Time in arbitrary units: work of the multiprocessor with most blocks."""
+        blocks = _ceil(n, self.rows) * _ceil(t, self.tokens)
+        return _ceil(blocks, n_sms) * self.rows * self.tokens / self.efficiency
+
+
+MANY_TILES: Final = (
+    ManyTile(2, 4, 4, 4, 1.0),
+    ManyTile(2, 2, 4, 4, 0.95),
+    ManyTile(2, 2, 2, 4, 0.75),
+)
+
+
 def _linear_many(s: Shape) -> KernelLaunch:
     t, n, k = s.dims["T"], s.dims["N"], s.dims["K"]
-    is_large = _ceil(n, 128) * _ceil(t, 128) >= s.n_sms
-    warps_n, warps_t, row_tiles, token_tiles = (2, 4, 4, 4) if is_large else (2, 2, 2, 4)
-    rows, tokens = 16 * warps_n * row_tiles, 8 * warps_t * token_tiles
+    tile = min(MANY_TILES, key=lambda tile: tile.cost(n, t, s.n_sms))
     defines = _defines(
-        ACT_PAIR=s.act_pair, ALIGNED=int(k % 8 == 0), WARPS_N=warps_n, WARPS_T=warps_t,
-        ROW_TILES=row_tiles, TOKEN_TILES=token_tiles, STAGES=MANY_STAGES,
+        ACT_PAIR=s.act_pair, ALIGNED=int(k % 8 == 0), WARPS_N=tile.warps_n, WARPS_T=tile.warps_t,
+        ROW_TILES=tile.row_tiles, TOKEN_TILES=tile.token_tiles, STAGES=MANY_STAGES,
     )  # fmt: skip
-    grid = (_ceil(n, rows), _ceil(t, tokens), 1)
-    shared = MANY_STAGES * 64 * (rows + tokens * (1 + s.act_pair))
-    block = _x(WARP * warps_n * warps_t)
+    grid = (_ceil(n, tile.rows), _ceil(t, tile.tokens), 1)
+    shared = MANY_STAGES * 64 * (tile.rows + tile.tokens * (1 + s.act_pair))
+    block = _x(WARP * tile.warps_n * tile.warps_t)
     return KernelLaunch("linear_many.cu", "linear_many", defines, grid, block, shared)
 
 
