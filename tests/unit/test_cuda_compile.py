@@ -25,6 +25,8 @@ ARCHS = (
 )  # fmt: skip
 MAX_SHARED_BYTES = 99 << 10  # of sm_86, sm_89 and sm_120, the least of all
 
+BESIDE_THE_OPS = ("limits.cu", "random_fill.cu")  # for benchmarks: no expansion, no defines
+
 # hidden, heads and state of the model sizes from 0.8B to 27B
 SIZES = {
     "H": 2560, "V": 248_320, "S": 4096, "B": 16, "I": 9216, "D": 256, "Nq": 16, "Nk": 4, "R2": 32,
@@ -44,6 +46,9 @@ def variants(*, is_full: bool) -> Iterator[KernelLaunch]:
     """Launches of all ops: one variant of each kernel, or all that these sizes lead to."""
     yield kernels.copy_launch(1 << 20, 132)
     yield kernels.digest_launch(4, 132)
+    for name in BESIDE_THE_OPS:
+        for kernel in kernel_names(shipped()[name]):
+            yield KernelLaunch(name, kernel, (), (1, 1, 1), (256, 1, 1))
     acts = (DType.BF16, DType.BF16X2) if is_full else (DType.BF16,)
     caches = (DType.BF16, DType.F32) if is_full else (DType.BF16,)
     rows = (1, 4, 8, 16, 32, 512) if is_full else (1, 512)
