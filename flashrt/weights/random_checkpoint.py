@@ -46,12 +46,19 @@ class Shape:
     linear_heads: tuple[int, int, int]  # key heads, value heads, size
     vocab_size: int
     rope_theta: float = 1e7
+    is_tied: bool = True  # the head is the embedding table
 
 
+# The named sizes are those of config.json of Qwen/Qwen3.5-0.8B, -4B, -9B and -27B on the Hugging
+# Face hub. Each was checked by its sum: 0.75, 4.2, 8.95 and 26.9 billion parameters without the
+# vision tower and the draft head.
 SHAPES = {
     "tiny": Shape(64, 4, 128, (4, 2, 32), (2, 4, 16), 512),
     "mini": Shape(256, 8, 768, (4, 2, 64), (4, 8, 64), 4096),
     "0.8b": Shape(1024, 24, 3584, (8, 2, 256), (16, 16, 128), 248320),
+    "4b": Shape(2560, 32, 9216, (16, 4, 256), (16, 32, 128), 248320),
+    "9b": Shape(4096, 32, 12288, (16, 4, 256), (16, 32, 128), 248320, is_tied=False),
+    "27b": Shape(5120, 64, 17408, (24, 4, 256), (16, 48, 128), 248320, is_tied=False),
 }
 _CONV_TAPS, _FULL_INTERVAL = 4, 4
 
@@ -61,18 +68,20 @@ def write_random_checkpoint(
     shape: str | Shape = "tiny",
     *,
     seed: int = 0,
-    is_tied: bool = True,
+    is_tied: bool | None = None,
     has_draft_head: bool = False,
     ssm_dtype: Literal["F32", "BF16"] = "F32",
     progress: Progress | None = None,
 ) -> Path:
     """Write a checkpoint directory; it appears under its name when it is whole. Returns its path.
 
-    `ssm_dtype` is that of A_log and linear_attn.norm.weight: F32 in released checkpoints.
+    `is_tied`: None = as the shape says. `ssm_dtype` is that of A_log and linear_attn.norm.weight:
+    F32 in released checkpoints.
     Raises CheckpointError if the path is taken, the shape is unknown or the disk refuses.
     """
     target = Path(path)
-    sizes = _sizes(shape)
+    sizes = sizes_of(shape)
+    is_tied = sizes.is_tied if is_tied is None else is_tied
     if target.exists():
         raise CheckpointError(f"{target}: already exists; remove it or give another path")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
@@ -81,9 +90,9 @@ def write_random_checkpoint(
         partial.mkdir(parents=True)
         _write_json(partial / CONFIG_FILE, config)
         _write_json(partial / GENERATION_FILE, {"_from_model_config": True, "use_cache": True})
-        tensors = dict(_tensors(sizes, is_tied, has_draft_head))
+        tensors = dict(tensor_shapes(sizes, is_tied, has_draft_head))
         with (partial / WEIGHTS_FILE).open("wb") as file:
-            _write_tensors(file, tensors, _Draw(seed, sizes.hidden, is_tied), ssm_dtype, progress)
+            _write_tensors(file, tensors, Draw(seed, sizes.hidden, is_tied), ssm_dtype, progress)
         partial.rename(target)
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written: {error}") from error
@@ -93,10 +102,12 @@ def write_random_checkpoint(
 
 
 def shape_config(
-    shape: str | Shape, *, is_tied: bool = True, has_draft_head: bool = False
+    shape: str | Shape, *, is_tied: bool | None = None, has_draft_head: bool = False
 ) -> dict[str, object]:
-    """The config.json of a shape. Raises CheckpointError if it is unknown."""
-    s = _sizes(shape)
+    """The config.json of a shape (`is_tied`: None = as it says). Raises CheckpointError if it is
+    unknown.
+    """
+    s = sizes_of(shape)
     kinds = [
         "linear_attention" if (i + 1) % _FULL_INTERVAL else "full_attention"
         for i in range(s.n_layers)
@@ -131,18 +142,19 @@ def shape_config(
             "rope_theta": s.rope_theta,
             "rope_type": "default",
         },
-        "tie_word_embeddings": is_tied,
+        "tie_word_embeddings": s.is_tied if is_tied is None else is_tied,
         "vocab_size": s.vocab_size,
     }
 
 
-def _sizes(shape: str | Shape) -> Shape:
+def sizes_of(shape: str | Shape) -> Shape:
+    """A shape by its name, or as it is. Raises CheckpointError if it is unknown."""
     if isinstance(shape, str) and shape not in SHAPES:
         raise CheckpointError(f"unknown shape {shape!r}; shapes: {', '.join(SHAPES)}")
     return SHAPES[shape] if isinstance(shape, str) else shape
 
 
-def _tensors(
+def tensor_shapes(
     s: Shape, is_tied: bool, has_draft_head: bool
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes, in file order."""
@@ -200,7 +212,7 @@ def _mlp(s: Shape) -> dict[str, tuple[int, ...]]:
     }
 
 
-class _Draw:
+class Draw:
     """Values of tensors: each has a generator of its own, keyed by (seed, name), so order and
     chunks do not matter.
     """
@@ -224,7 +236,7 @@ class _Draw:
             uniform = np.random.Generator(bits).random(size)
             yield np.log(uniform + 0.01).astype(np.float32)
             return
-        mean, std = self._moments(name, shape)
+        mean, std = self.moments(name, shape)
         table = (mean + std * self.quantiles).astype(np.float32)
         values = table if len(shape) == 1 else table.astype(ml_dtypes.bfloat16).view(np.uint16)
         for start in range(0, size, CHUNK_SIZE):
@@ -234,7 +246,8 @@ class _Draw:
                 index, mode="clip"
             )  # in range anyway; `clip` spares a check per index
 
-    def _moments(self, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    def moments(self, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+        """Mean and standard deviation of a tensor's values; A_log has neither."""
         if name.endswith("dt_bias"):
             return -1.0, 1.0
         if name.endswith(
@@ -254,7 +267,7 @@ class _Draw:
 def _write_tensors(
     file: BinaryIO,
     tensors: dict[str, tuple[int, ...]],
-    draw: _Draw,
+    draw: Draw,
     ssm_dtype: str,
     progress: Progress | None,
 ) -> None:

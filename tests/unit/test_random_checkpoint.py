@@ -43,7 +43,7 @@ def test_shape_of_the_released_small_model() -> None:
     config = shape_config("0.8b")
     model = model_for(config, max_positions=4096)
     names = {s.name: s.shape for rule in model.weights for s in rule.sources}
-    assert names == dict(random_checkpoint._tensors(SHAPES["0.8b"], True, False))
+    assert names == dict(random_checkpoint.tensor_shapes(SHAPES["0.8b"], True, False))
     assert sum(np.prod(shape) for shape in names.values()) == 752_393_024
 
 
