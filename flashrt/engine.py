@@ -159,6 +159,7 @@ class Engine:
     def sample(self, lane: Lane, params: SamplerParams) -> int:
         """Logits of the present boundary, and a token sampled from them."""
         self.set_sampler(lane, params)
+        self._set_rows(lane, 1)  # kernels take the rows of a launch from the cursor
         self._replay(SAMPLE, 1, lane)
         return self._read_token(lane)
 
