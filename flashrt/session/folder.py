@@ -103,8 +103,10 @@ def checked(name: str) -> str:
 class Directory:
     """A folder of the local filesystem."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, is_durable: bool = True) -> None:
+        """`is_durable`: files outlive a loss of power; a folder of one process need not."""
         self.root = root.absolute()
+        self._is_durable = is_durable
 
     @property
     def url(self) -> str:
@@ -140,12 +142,13 @@ class Directory:
                     rest = data.data.cast("B")
                     while len(rest):
                         rest = rest[file.write(rest) :]
-                    os.fsync(file.fileno())
+                    if self._is_durable:
+                        os.fsync(file.fileno())
                 temporary.replace(path)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-            _sync_folder(path.parent)
+            self._sync(path.parent)
         except OSError as error:
             raise StoreError(
                 f"cannot write {path}: {error}; nothing half-written was left"
@@ -216,7 +219,15 @@ class Directory:
     def _make(self, folder: Path) -> None:
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
-            _sync_folder(folder.parent)
+            self._sync(folder.parent)
+
+    def _sync(self, folder: Path) -> None:
+        if self._is_durable:
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 class Remote:
@@ -320,11 +331,3 @@ class Remote:
             return call()
         except Exception as error:  # every filesystem has errors of its own
             raise StoreError(f"cannot {what}: {error}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

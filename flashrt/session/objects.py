@@ -109,7 +109,7 @@ class Spill:
                 path = Path(tempfile.mkdtemp(prefix="flashrt-spill-", dir=self._parent))
             except OSError as error:
                 raise CapsuleError(f"cannot make a folder for the disk tier: {error}") from error
-            self._folder = Directory(path)
+            self._folder = Directory(path, is_durable=False)
             weakref.finalize(self, shutil.rmtree, path, ignore_errors=True)
         stored, _ = put(self._folder, data)
         self._users[stored.digest] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hypothesis.stateful import (
 )
 
 import flashrt
+from flashrt.session.store import Store
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LANES = 4  # the last one is the oracle's
@@ -31,6 +33,7 @@ class Histories(RuleBasedStateMachine):
     """Each session's tokens are tracked by a list; its state must be that of a cold prefill."""
 
     engine: Any = None
+    folder = tempfile.TemporaryDirectory(prefix="flashrt-test-store-")
     sessions: Bundle[Any] = Bundle("sessions")
     capsules: Bundle[Any] = Bundle("capsules")
 
@@ -40,6 +43,7 @@ class Histories(RuleBasedStateMachine):
             Histories.engine = flashrt.load(
                 GOLDEN / "tiny", device="cpu", max_positions=LIMIT, lanes=LANES
             )
+        self.store = Store(Histories.folder.name)
         self.history: dict[flashrt.Session, list[int]] = {}
         self.frozen: dict[flashrt.Capsule, list[int]] = {}
         first = self.engine.session()
@@ -127,6 +131,15 @@ class Histories(RuleBasedStateMachine):
                 assert tier == "device"
             else:
                 assert capsule.tier == tier
+
+    @rule(target=capsules, capsule=capsules)
+    def store_and_load(self, capsule: flashrt.Capsule) -> Any:
+        if capsule not in self.frozen:
+            return multiple()
+        loaded = self.store.load(self.engine, self.store.save(capsule).place)
+        assert loaded.tokens.tolist() == self.frozen[capsule]
+        self.frozen[loaded] = list(self.frozen[capsule])
+        return loaded
 
     @rule(capsule=consumes(capsules))
     def drop(self, capsule: flashrt.Capsule) -> None:
