@@ -55,29 +55,34 @@ def embed(T: int, n: int, V: int, H: int, position: int, S: int) -> Case:
     return Case("embed", operands)
 
 
-def rmsnorm(T: int, n: int, H: int) -> Case:
+def wide(name: str, is_wide: bool) -> dict[str, DType]:
+    """An activation operand as a pair, where the backend has bfloat16 for the others."""
+    return {name: DType.ACT_WIDE} if is_wide else {}
+
+
+def rmsnorm(T: int, n: int, H: int, is_wide: bool = False) -> Case:
     rng = rng_for("rmsnorm", T, n, H)
     x = randn(rng, T, H) * np.logspace(-4, 1, T, dtype=np.float32)[:, None]
     operands = {"x": valid(x, n), "w": 1 + randn(rng, H), "cursor": cursor(5, n), "y": (T, H)}
-    return Case("rmsnorm", operands, {"eps": EPS})
+    return Case("rmsnorm", operands, {"eps": EPS}, wide("y", is_wide))
 
 
-def add_rmsnorm(T: int, n: int, H: int) -> Case:
+def add_rmsnorm(T: int, n: int, H: int, is_wide: bool = False) -> Case:
     rng = rng_for("add_rmsnorm", T, n, H)
     operands = {
         "x": valid(randn(rng, T, H), n), "r": valid(randn(rng, T, H), n), "w": 1 + randn(rng, H),
         "cursor": cursor(5, n), "y": (T, H),
     }  # fmt: skip
-    return Case("add_rmsnorm", operands, {"eps": EPS})
+    return Case("add_rmsnorm", operands, {"eps": EPS}, wide("y", is_wide))
 
 
-def linear(T: int, n: int, K: int, N: int) -> Case:
+def linear(T: int, n: int, K: int, N: int, is_wide: bool = False) -> Case:
     rng = rng_for("linear", T, n, K, N)
     operands = {
         "x": valid(randn(rng, T, K), n), "w": weights(rng, N, K),
         "cursor": cursor(5, n), "y": (T, N),
     }  # fmt: skip
-    return Case("linear", operands)
+    return Case("linear", operands, dtypes=wide("x", is_wide))
 
 
 def conv_window(T: int, n: int, C: int, W: int, margin: tuple[int, int]) -> Case:
@@ -184,14 +189,18 @@ DELTA: Shapes = (
     {"heads": (2, 4), "size": (16, 16)},
     {"heads": (3, 3), "size": (32, 16)},
     {"heads": (1, 2), "size": (100, 60)},
+    {"heads": (1, 2), "size": (128, 128)},
 )
 GRID: Grid = (
     (embed, (
         {"V": 77, "H": 96, "position": 0, "S": 70}, {"V": 500, "H": 40, "position": 31, "S": 100},
     )),
-    (rmsnorm, ({"H": 96}, {"H": 1024}, {"H": 200})),
-    (add_rmsnorm, ({"H": 96}, {"H": 200})),
-    (linear, ({"K": 96, "N": 200}, {"K": 200, "N": 77}, {"K": 520, "N": 33})),
+    (rmsnorm, ({"H": 96}, {"H": 1024}, {"H": 200}, {"H": 256, "is_wide": True})),
+    (add_rmsnorm, ({"H": 96}, {"H": 200}, {"H": 256, "is_wide": True})),
+    (linear, (
+        {"K": 96, "N": 200}, {"K": 200, "N": 77}, {"K": 520, "N": 33},
+        {"K": 264, "N": 40, "is_wide": True},
+    )),
     (conv_window, ({"C": 240, "W": 3, "margin": (0, 0)}, {"C": 64, "W": 1, "margin": (8, 16)})),
     (delta_gates, tuple(shape | {"margin": (i, 2 * i)} for i, shape in enumerate(DELTA))),
     (delta_rule, DELTA),
@@ -211,18 +220,22 @@ GRID: Grid = (
         {"heads": (6, 3), "D": 80, "position": 13, "S": 77, "kv": "f32"},
         {"heads": (2, 1), "D": 256, "position": 240, "S": 700, "kv": "bf16"},
         {"heads": (2, 2), "D": 32, "position": 600, "S": 700, "kv": "f32"},
+        {"heads": (12, 1), "D": 64, "position": 250, "S": 600, "kv": "bf16"},
+        {"heads": (4, 1), "D": 128, "position": 230, "S": 600, "kv": "f32"},
     )),
     (silu_mul, ({"I": 200}, {"I": 1024})),
     (last_row, ({"H": 96}, {"H": 200})),
 )  # fmt: skip
 
-# Sizes that are no multiple of anything: for backends whose kernels have scalar tails (cpu).
+# Sizes that are no multiple of anything, for scalar tails.
 ODD: Grid = (
     (embed, ({"V": 33, "H": 7, "position": 5, "S": 75},)),
     (rmsnorm, ({"H": 7}, {"H": 251})),
     (add_rmsnorm, ({"H": 33},)),
+    (linear, ({"K": 33, "N": 5},)),
     (conv_window, ({"C": 37, "W": 3, "margin": (5, 3)},)),
     (delta_gates, ({"heads": (2, 18), "size": (9, 5), "margin": (1, 0)},)),
+    (delta_rule, ({"heads": (1, 3), "size": (9, 5)},)),
     (gated_rmsnorm, ({"heads": 3, "dv": 21, "margin": (1, 1)},)),
     (rope_append, ({"heads": (2, 1), "D": 33, "R2": 5, "position": 31, "S": 99, "kv": "bf16"},)),
     (silu_mul, ({"I": 37},)),

@@ -22,6 +22,7 @@ from flashrt.ops.table import OPS
 
 ARENA_BYTES = 48 << 20
 ALIGNMENT = 256
+POISON = 0xFF  # NaN in every float format
 Array = NDArray[Any]
 _OPS = {op.name: op for op in OPS}
 _NUMPY = {
@@ -75,12 +76,17 @@ class Runner:
         backend.build(OPS)
         self.memory = backend.allocate("arena", ARENA_BYTES)
 
-    def run(self, case: Case, *, is_captured: bool = False) -> dict[str, Array]:
-        """All operands after the launch, as logical arrays; bfloat16 widened to float32."""
+    def run(
+        self, case: Case, *, is_captured: bool = False, poison: int = POISON
+    ) -> dict[str, Array]:
+        """All operands after the launch, as logical arrays; bfloat16 widened to float32.
+
+        `poison` is the byte that lies wherever the case writes nothing.
+        """
         views, attrs = self._views(case), dict(case.attrs)
         launch = bind(_OPS[case.op], views, attrs)
         offsets, used = self._offsets(views)
-        self.backend.fill(self.memory.address, used, 0xFF)
+        self.backend.fill(self.memory.address, used, poison)
         for name, array in case.operands.items():
             if isinstance(array, np.ndarray):
                 self._write(views[name], offsets[name], array, case.margin)
@@ -153,7 +159,7 @@ class Runner:
         if array.shape != region.shape:  # a window of a wider region: NaN beside it
             whole = np.full(region.shape, np.nan, np.float32)
             whole[..., view.col : view.col + view.shape[-1]] = array
-        raw = np.full(self.backend.storage(region).nbytes, 0xFF, np.uint8)
+        raw = np.full(self.backend.storage(region).nbytes, POISON, np.uint8)
         self.backend.pack(region, self._encode(region, whole), raw)
         self.backend.write(self.memory.address + offset, raw)
 
@@ -166,7 +172,7 @@ class Runner:
         )
 
     def _all_ones(self, view: View) -> NDArray[np.uint8]:
-        return np.full(self.backend.storage(view.region).nbytes, 0xFF, np.uint8)
+        return np.full(self.backend.storage(view.region).nbytes, POISON, np.uint8)
 
     def _rounded(self, region: Region, array: Array) -> Array:
         """An array of any shape, through the dtype of a region and back."""

@@ -1,8 +1,12 @@
-"""Promise: bits do not depend on how rows are batched, on the bucket, or on the threads."""
+"""Promise: bits do not depend on how rows are batched, on the bucket, or on the threads.
+
+Nor, on simt, on the order in which threads and blocks run, or on the tiles a device is given.
+"""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,8 +14,11 @@ import pytest
 from numpy.typing import NDArray
 
 from flashrt.backends.cpu import compile as toolchain
+from flashrt.backends.cuda.device import Precision
+from flashrt.backends.simt.device import SimtDevice
+from flashrt.core.region import DType
 from flashrt.ops.table import OPS
-from tests.backend.cases import ODD, all_cases, cursor
+from tests.backend.cases import ODD, all_cases, attention, cursor, linear
 from tests.backend.conftest import make_backend
 from tests.backend.runner import Case, Runner, rng_for
 from tests.backend.test_sample import sample_cases
@@ -95,6 +102,80 @@ def test_any_split_gives_the_same_bits(runner: Runner, case: Case) -> None:
         for name, array in in_pieces(runner, case, pieces, rng).items():
             at_once = whole[name][:n] if has_rows(case, name) else whole[name]
             assert_same_bits(at_once, array, f"{case} {name} in pieces {pieces}")
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_dead_values_do_not_matter(runner: Runner, case: Case) -> None:
+    """Rows beyond the valid ones, rows of the caches nobody wrote, workspace: NaN or anything."""
+    rng = rng_for("dead", str(case))
+    other = {}
+    for name, array in case.operands.items():
+        if isinstance(array, np.ndarray) and array.dtype == np.float32:
+            loud = rng.standard_normal(array.shape).astype(np.float32) * 1e3
+            other[name] = np.where(np.isnan(array), loud, array)
+    clean, dirty = runner.run(case), runner.run(case.but(**other), poison=0x47)  # 51,015.28
+    for param in _PARAMS[case.op]:
+        if param.access != "r" and param.name != "partials":
+            array = clean[param.name]
+            kept = np.isfinite(array) if array.dtype == np.float32 else array != -1  # as poison
+            assert kept.any()
+            assert_same_bits(
+                clean[param.name][kept], dirty[param.name][kept], f"{case} {param.name}"
+            )
+
+
+def few_and_many() -> list[Case]:
+    """Launches of which backends have a kernel for few rows and one for many."""
+    linears = [linear(70, 20, K, N) for K, N in ((96, 40), (520, 33), (1030, 16))]
+    caches = (((4, 2), 32, 245, "bf16"), ((6, 2), 80, 250, "f32"), ((2, 1), 256, 509, "bf16"))
+    attentions = [
+        attention(70, 20, heads, D, position, 600, kv) for heads, D, position, kv in caches
+    ]
+    return [*linears, *attentions]
+
+
+@pytest.mark.parametrize(
+    "case", few_and_many(), ids=lambda c: "-".join(map(str, (c.op, *_shape(c, "y"))))
+)
+def test_kernels_for_few_and_many_rows_agree(runner: Runner, case: Case) -> None:
+    """The same 20 rows in launches of 20 to 70, with and without partials side by side."""
+    n = 20
+    whole = runner.run(case)["y"][:n]
+    for T in (20, 32, 33, 64):
+        operands = {
+            name: _piece(case, name, 0, n, T) for name in case.operands if has_rows(case, name)
+        }
+        same = case.but(**operands)
+        variants = [same]
+        if "partials" in case.operands and n == T and runner.backend.name != "cpu":
+            variants.append(same.but(partials=(T, *_shape(case, "partials")[1:])))
+        for variant in variants:
+            assert_same_bits(whole, runner.run(variant)["y"][:n], f"{case} in {T} rows")
+
+
+@pytest.fixture(scope="session")
+def others(runner: Runner) -> Iterator[list[Runner]]:
+    """simt devices whose threads and blocks run in random orders, of several sizes."""
+    if runner.backend.name != "simt":
+        pytest.skip("schedules can be chosen on simt alone")
+    precision: Precision = "high" if runner.backend.act is DType.BF16X2 else "bfloat16"
+    devices = [
+        SimtDevice(precision, seed=seed, multiprocessors=size)
+        for seed, size in ((1, 16), (2, 108), (3, 1), (4, 1000))
+    ]
+    yield [Runner(device) for device in devices]
+    for device in devices:
+        device.close()
+
+
+@pytest.mark.parametrize("case", [*CASES, *all_cases(ODD), *few_and_many()], ids=str)
+def test_any_schedule_gives_the_same_bits(runner: Runner, others: list[Runner], case: Case) -> None:
+    """And any size of the device, which chooses tiles."""
+    in_order = runner.run(case)
+    for other in others:
+        after = other.run(case)
+        for name in in_order.keys() - {"partials", "work"}:
+            assert_same_bits(in_order[name], after[name], f"{case} {name}")
 
 
 def test_any_number_of_threads_gives_the_same_bits(runner: Runner) -> None:

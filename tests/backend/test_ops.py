@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from flashrt.base.errors import PlanError
 from flashrt.core.region import DType
 from flashrt.ops.table import OPS
-from tests.backend.cases import ODD, advance, all_cases, cursor, embed, randn
+from tests.backend.cases import ODD, advance, all_cases, attention, cursor, embed, randn
 from tests.backend.runner import Case, Runner, rng_for
+from tests.backend.test_sample import sample_case, sampler
 from tests.reference import REFERENCE, Operands
 from tests.tolerances import tolerance
 
@@ -75,6 +77,40 @@ def test_op_equals_reference(runner: Runner, case: Case) -> None:
 @pytest.mark.parametrize("case", ODD_CASES, ids=str)
 def test_op_equals_reference_at_odd_sizes(runner: Runner, case: Case) -> None:
     check(runner, case, runner.run(case))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_op_equals_the_cpu(runner: Runner, cpu: Runner, case: Case) -> None:
+    """From the same inputs, as far as the two tolerances go."""
+    if runner.backend.name == "cpu":
+        pytest.skip("this is the cpu")
+    case = case.but(**runner.stored(case))
+    ours, theirs = runner.run(case), cpu.run(case)
+    for name, param in _PARAMS[case.op].items():
+        if param.access == "r" or name in WORKSPACE:
+            continue
+        is_set = ~np.isnan(theirs[name])
+        assert np.array_equal(is_set, ~np.isnan(ours[name])), f"{case} {name}: other elements"
+        error = relative_error(ours[name][is_set], theirs[name][is_set])
+        most = allowed(runner, case, name) + allowed(cpu, case, name)
+        assert error <= most, f"{case} {name}: {error:.2e} from the cpu"
+
+
+@pytest.mark.parametrize(
+    ("case", "what"),
+    [
+        (attention(7, 7, (2, 1), 36, 5, 77, "bf16"), "head size 36 must be a multiple of 8"),
+        (attention(64, 7, (2, 1), 264, 5, 77, "f32"), "head size 264 .* up to 256"),
+        (attention(7, 7, (33, 1), 32, 5, 77, "bf16"), "33 query heads per key head at most 32"),
+        (sample_case(np.zeros(3, np.float32), sampler(0)), "at least 4 logits, got 3"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.op,
+)
+def test_sizes_without_a_kernel_are_refused(runner: Runner, case: Case, what: str) -> None:
+    if runner.backend.name == "cpu":
+        pytest.skip("the cpu has kernels for all sizes")
+    with pytest.raises(PlanError, match=what):
+        runner.run(case)
 
 
 def test_every_op_has_a_reference_and_cases() -> None:
