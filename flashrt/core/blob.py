@@ -53,7 +53,7 @@ class BlobHeader:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(int(np.prod(shape)) for shape, _ in self.table.values())
+        return sum(math.prod(shape) for shape, _ in self.table.values())
 
 
 Admission = Callable[[BlobHeader, Mapping[str, Bytes], NDArray[np.int32]], None]
@@ -149,13 +149,17 @@ def _table(
 
 def read_tensors(header: BlobHeader) -> dict[str, Bytes]:
     """The tensors, mapped and verified. Raises CapsuleError naming a tensor that is damaged."""
-    whole = np.memmap(header.path, np.uint8, mode="r")
+    try:
+        whole = np.memmap(header.path, np.uint8, mode="r")
+    except (OSError, ValueError) as error:
+        raise CapsuleError(f"{header.path}: cannot be mapped: {error}") from error
     tensors: dict[str, Bytes] = {}
     for name, (shape, first) in header.table.items():
-        tensor = whole[first : first + int(np.prod(shape))].reshape(shape)
-        if xxhash.xxh3_128_hexdigest(tensor.data) != header.sums.get(name):
+        tensor = whole[first : first + math.prod(shape)]
+        is_whole = tensor.size == math.prod(shape)  # or the file was replaced since
+        if not is_whole or xxhash.xxh3_128_hexdigest(tensor.data) != header.sums.get(name):
             raise CapsuleError(f"{header.path}: tensor {name!r} is damaged (checksum differs)")
-        tensors[name] = tensor
+        tensors[name] = tensor.reshape(shape)
     return tensors
 
 

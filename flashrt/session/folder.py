@@ -185,8 +185,13 @@ class Directory:
 
     def prefetch(self, name: str) -> None:
         """See Folder: the kernel reads ahead into the page cache."""
-        with contextlib.suppress(OSError), (self.root / checked(name)).open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        path = self.root / checked(name)
+        with (
+            contextlib.suppress(OSError, ValueError),
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapping,
+        ):
+            mapping.madvise(mmap.MADV_WILLNEED)
 
     @contextlib.contextmanager
     def publishing(self) -> Iterator[None]:

@@ -112,7 +112,7 @@ def _go(
             boundary = decision.boundary
             assert boundary is not None
             try:
-                session.restore(_capsule(store, engine, boundary))
+                _restore(store, engine, session, boundary)
             except CapsuleError as error:
                 candidates.remove(boundary)
                 passed_over += f"; passed over {boundary.position:,}: {error}"
@@ -120,11 +120,17 @@ def _go(
         return replace(decision, reason=decision.reason + passed_over)
 
 
-def _capsule(store: Store, engine: SessionEngine, boundary: Boundary) -> Capsule:
-    if isinstance(boundary.key, Place):
-        return store.load(engine, boundary.key)
-    assert isinstance(boundary.key, Capsule), "made in _candidates"
-    return boundary.key
+def _restore(store: Store, engine: SessionEngine, session: Session, boundary: Boundary) -> None:
+    if isinstance(boundary.key, Capsule):
+        session.restore(boundary.key)
+        return
+    assert isinstance(boundary.key, Place), "made in _candidates"
+    loaded = store.load(engine, boundary.key)
+    try:
+        session.restore(loaded)
+    except CapsuleError:
+        loaded.drop()
+        raise
 
 
 def _candidates(

@@ -59,6 +59,7 @@ def test_another_engine_continues_with_the_same_bits(
     list(session.generate(5, temperature=1.0, seed=3))
     store.save(session.snapshot(), "here")
     capsule = Store(store.folder.url).load(other, "here")
+    capsule.prefetch()
     assert (capsule.tier, capsule.name, capsule.position) == ("disk", "here", session.position)
     assert capsule.tokens.tolist() == session.tokens.tolist()
     other.poison_lane(elsewhere._lane)
@@ -424,6 +425,7 @@ def test_open_session_passes_over_what_it_cannot_read(
         opened = store.open_session(engine, PREFIX, session=fresh)
         assert (opened.decision.action, opened.decision.position) == (Action.RESTORE, 100)
         assert "passed over 150" in opened.decision.reason
+        assert [c.position for c in engine.capsules.capsules] == [100]
         session.prefill(PREFIX[150:])
         assert fresh.digest() == session.digest()
 
