@@ -1,10 +1,10 @@
 """The engine: a model, its weights and a backend; planned, loaded, captured and sealed.
 
-IS: the verbs on lanes (prefill, decode, sample), each one graph replay. IS NOT: sessions, policy or
-files of capsules; see session/. Called by: session.
+IS: the verbs on lanes (prefill, decode, sample, draft, verify, commit), a graph replay each. IS
+NOT: sessions, policy or files of capsules; see session/. Called by: session.
 
 Per step: write io -> replay(key) -> read io -> commit. After `seal` nothing allocates, compiles or
-captures.
+captures. An interrupt between replay and commit leaves the device ahead: see `recover`.
 """
 
 from __future__ import annotations
@@ -35,46 +35,24 @@ from flashrt.core.region import Region, Role
 from flashrt.core.tape import Tape
 from flashrt.models import Model
 from flashrt.ops import OPS
-from flashrt.ops.table import SAMPLER_WORDS
+from flashrt.ops.sampler import SamplerParams
 from flashrt.weights.checkpoint import Checkpoint
 from flashrt.weights.loader import LoadReport, load
 
 PREFILL, DECODE, SAMPLE = "prefill", "decode", "sample"
+DRAFT, DRAFT_NEXT, VERIFY, COMMIT = "draft", "draft_next", "verify", "commit"
 _POSITION_WORD, _ROWS_WORD, _TOKEN_WORD = 0, 1, 2
 DEFAULT_POOL_FIXED = 16  # capsules' fixed bands that a default pool has room for
 DEFAULT_POOL_LANES = 2  # lanes' worth of rows that a default pool has room for, besides
 
 
-@dataclass(frozen=True, slots=True)
-class SamplerParams:
-    """What turns logits into a token, together with the position; see op `sample`."""
+@dataclass(slots=True)
+class DraftCounters:
+    """What drafting has come to since loading; each verify also yields one token undrafted."""
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name}={value} is not in {wanted}"
-            for name, value, wanted, is_fine in (
-                ("temperature", self.temperature, "[0, inf)", 0 <= self.temperature < np.inf),
-                ("top_k", self.top_k, "[0, 2^31)", 0 <= self.top_k < 1 << 31),
-                ("top_p", self.top_p, "(0, 1]", 0 < self.top_p <= 1),
-                ("min_p", self.min_p, "[0, 1]", 0 <= self.min_p <= 1),
-                ("seed", self.seed, "[0, 2^64)", 0 <= self.seed < 1 << 64),
-            )
-            if not is_fine
-        ]
-        if problems:
-            raise SessionError(f"sampling parameters: {'; '.join(problems)}")
-
-    def pack(self) -> bytes:
-        """The sampler region's bytes."""
-        seeds = (self.seed & 0xFFFFFFFF, self.seed >> 32)
-        head = struct.pack("@2Ii3f", *seeds, self.top_k, self.temperature, self.top_p, self.min_p)
-        return head.ljust(4 * SAMPLER_WORDS, b"\0")
+    verifies: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Engine:
@@ -111,7 +89,11 @@ class Engine:
         self._capture(tapes, progress)
         self._rows: list[int] = [-1] * lanes  # rows word in each lane's cursor; -1 = unknown
         self._sampler: list[SamplerParams | None] = [None] * lanes
-        self._word: Bytes = np.empty(4, np.uint8)
+        self._in_flight: dict[int, NDArray[np.int32]] = {}  # by lane: what its replay commits
+        self.draft_counters = DraftCounters()
+        self._commit_rows = max(
+            (rows for phase, rows in model.phases if phase == COMMIT), default=0
+        )
         self.graphs.seal()
         backend.seal()
         tracing.trace(tracing.PLAN, f"{self.stats()}")
@@ -125,6 +107,11 @@ class Engine:
     def vocab_size(self) -> int:
         """Number of token ids."""
         return self.model.vocab_size
+
+    @property
+    def max_draft(self) -> int:
+        """The longest draft; 0 without a draft head."""
+        return max((rows for phase, rows in self.model.phases if phase == VERIFY), default=1) - 1
 
     # -- verbs ----------------------------------------------------------------------------------
 
@@ -142,19 +129,12 @@ class Engine:
         n = len(tokens)
         rows = bucket or next(b for b in self.model.buckets if b >= n)
         self._write_io(lane, "tokens", tokens)
-        self._set_rows(lane, n)
-        self._replay(PREFILL, rows, lane)
-        lane.commit(tokens)
-        self._boundary()
+        self._replay_commit(PREFILL, rows, lane, tokens)
 
     def decode(self, lane: Lane, token: int) -> int:
         """Feed the token sampled last (it is on the device), commit it, sample the next."""
-        self._set_rows(lane, 1)
-        self._replay(DECODE, 1, lane)
-        lane.commit(np.array([token], np.int32))
-        following = self._read_token(lane)
-        self._boundary()
-        return following
+        self._replay_commit(DECODE, 1, lane, np.array([token], np.int32))
+        return self._read_token(lane)
 
     def sample(self, lane: Lane, params: SamplerParams) -> int:
         """Logits of the present boundary, and a token sampled from them."""
@@ -163,23 +143,78 @@ class Engine:
         self._replay(SAMPLE, 1, lane)
         return self._read_token(lane)
 
+    def draft(self, lane: Lane, n_tokens: int) -> None:
+        """Guess what follows the token sampled last (it is on the device), n tokens ahead.
+
+        Leaves nothing but guesses: the state is as before. n_tokens is in [1, max_draft], and
+        position + n_tokens within max_positions.
+        """
+        for i in range(n_tokens):
+            self._replay(DRAFT_NEXT if i else DRAFT, 1, lane)
+            self._boundary()
+
+    def verify(self, lane: Lane, rows: int) -> list[int]:
+        """The token sampled last and rows - 1 drafted ones through the model; state as before.
+
+        Returns the tokens that decoding would have sampled after each row, up to the first that
+        differs from what was drafted, that one included: so at least one, and `commit` may take as
+        many rows as there are tokens.
+        """
+        bucket = min(r for phase, r in self.model.phases if phase == VERIFY and r >= rows)
+        self._set_rows(lane, rows)
+        self._replay(VERIFY, bucket, lane)
+        verdict = self._read_io(lane, "verdict", rows + 1)
+        n = int(verdict[0])
+        self.draft_counters.verifies += 1
+        self.draft_counters.drafted += rows - 1
+        self.draft_counters.accepted += n - 1
+        self._boundary()
+        return [int(token) for token in verdict[1 : n + 1]]
+
+    def commit(self, lane: Lane, tokens: NDArray[np.int32]) -> None:
+        """The first rows of the last verify, which were for `tokens`, become state."""
+        self._replay_commit(COMMIT, self._commit_rows, lane, tokens)
+
+    def recover(self, lane: Lane) -> None:
+        """After an interrupt: if a replay was finished on the device but not committed by the host,
+        commit it.
+        """
+        tokens = self._in_flight.pop(lane.index, None)
+        if tokens is not None:
+            self._rows[lane.index] = -1
+            if self._read_cursor(lane, _POSITION_WORD) == lane.position + len(tokens):
+                lane.commit(tokens)
+
     def set_sampler(self, lane: Lane, params: SamplerParams) -> None:
         """Write the sampler's parameters into the lane."""
-        if self._sampler[lane.index] != params:
-            slot = self.arena.lane(lane.index).fixed.slot("sampler")
-            data = np.frombuffer(params.pack(), np.uint8)
-            self.backend.write(self.arena.memory.address + slot.offset, data)
-            self._sampler[lane.index] = params
+        if self._sampler[lane.index] == params:
+            return
+        if params.adjusts_logits and self.device != "cpu":
+            raise SessionError(
+                f"{self.device}: logit bias and penalties are on the cpu only so far"
+            )
+        self._sampler[lane.index] = None  # until both are written
+        for name, data in (("sampler", params.pack()), ("bias", params.pack_bias())):
+            slot = self.arena.lane(lane.index).fixed.slot(name)
+            address = self.arena.memory.address + slot.offset
+            self.backend.write(address, np.frombuffer(data, np.uint8))
+        self._sampler[lane.index] = params
 
     def logits(self, lane: Lane) -> NDArray[np.float32]:
         """The logits region, [vocab_size]: of the last decode or sample."""
         array = self.arena.read(self.arena.lane(lane.index).io.slot("logits"))
         return np.asarray(array, np.float32).reshape(-1)
 
+    def verify_logits(self, lane: Lane, row: int) -> NDArray[np.float32]:
+        """Logits after one row of the last verify, [vocab_size]."""
+        array = self._read_io(lane, "verify_logits", self.vocab_size, row * self.vocab_size)
+        return array.view(np.float32)
+
     def forget_host_view(self, lane: Lane) -> None:
         """After a restore, cursor and sampler are not what the host wrote last."""
         self._rows[lane.index] = -1
         self._sampler[lane.index] = None
+        self._in_flight.pop(lane.index, None)
 
     # -- white box ------------------------------------------------------------------------------
 
@@ -198,6 +233,8 @@ class Engine:
         plan, pool = self.arena.plan, self.capsules.pool
         return {
             **dataclasses.asdict(self.backend.counters),
+            **dataclasses.asdict(self.draft_counters),
+            "mean_accepted": self.draft_counters.accepted / max(1, self.draft_counters.verifies),
             "device": self.device,
             "graphs": len(self.graphs.graphs),
             "lanes": len(self.lanes),
@@ -276,6 +313,22 @@ class Engine:
         if flags().poison:
             self.arena.poison_scratch()
 
+    def _replay_commit(self, phase: str, rows: int, lane: Lane, tokens: NDArray[np.int32]) -> None:
+        """A replay after which the tokens are history, on the device and here."""
+        self._in_flight[lane.index] = tokens
+        self._set_rows(lane, len(tokens))
+        self._replay(phase, rows, lane)
+        lane.commit(tokens)
+        self._in_flight.pop(lane.index, None)
+        self._boundary()
+
+    def _read_io(self, lane: Lane, name: str, words: int, first: int = 0) -> NDArray[np.int32]:
+        slot = self.arena.lane(lane.index).io.slot(name)
+        out = np.empty(words, np.int32)
+        address = self.arena.memory.address + slot.offset + 4 * first
+        self.backend.read(address, out.view(np.uint8))
+        return out
+
     def _write_io(self, lane: Lane, name: str, array: NDArray[np.int32]) -> None:
         slot = self.arena.lane(lane.index).io.slot(name)
         data = np.ascontiguousarray(array).view(np.uint8)
@@ -287,6 +340,7 @@ class Engine:
 
     def _set_rows(self, lane: Lane, rows: int) -> None:
         if self._rows[lane.index] != rows:
+            self._rows[lane.index] = -1  # until it is written
             self.write_cursor(lane, _ROWS_WORD, rows)
             self._rows[lane.index] = rows
 
@@ -296,8 +350,12 @@ class Engine:
         self.backend.write(self._cursor_address(lane, word), data)
 
     def _read_token(self, lane: Lane) -> int:
-        self.backend.read(self._cursor_address(lane, _TOKEN_WORD), self._word)
-        return int(self._word.view(np.int32)[0])
+        return self._read_cursor(lane, _TOKEN_WORD)
+
+    def _read_cursor(self, lane: Lane, word: int) -> int:
+        out: Bytes = np.empty(4, np.uint8)
+        self.backend.read(self._cursor_address(lane, word), out)
+        return int(out.view(np.int32)[0])
 
 
 def _with_own_ops(tapes: Sequence[Tape]) -> tuple[Op, ...]:

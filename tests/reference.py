@@ -88,6 +88,10 @@ def conv_window(o: Operands) -> Results:
     return {"y": o.padded("y", silu(y)), "window": raw[len(raw) - len(window) :]}
 
 
+def conv_verify(o: Operands) -> Results:
+    return {"y": conv_window(o)["y"]}
+
+
 def delta_gates(o: Operands) -> Results:
     heads, size = int(o.attrs["key_heads"]), int(o.attrs["key_dim"])
     y = o.valid("y").copy()
@@ -121,6 +125,10 @@ def delta_rule(o: Operands) -> Results:
     return {"o": o.padded("o", out), "state": S}
 
 
+def delta_verify(o: Operands) -> Results:
+    return {"o": delta_rule(o)["o"]}
+
+
 def gated_rmsnorm(o: Operands) -> Results:
     w = o["w"]
     x, z = (o.valid(name).reshape(-1, len(w)) for name in ("o", "z"))
@@ -150,7 +158,7 @@ def rope_append(o: Operands) -> Results:
     (_, Nq, D), (Nk, _, _) = o["q"].shape, o["keys"].shape
     q, _, k, v = split(o, Nq, Nk, D)
     q, k = (normed(x, o.attrs["eps"]) * o[w] for x, w in ((q, "q_norm"), (k, "k_norm")))
-    q, k = (rope(x, o.position, o["inv_freq"]) for x in (q, k))
+    q, k = (rope(x, o.position - int(o.attrs["shift"]), o["inv_freq"]) for x in (q, k))
     keys, values = (np.full(o[name].shape, np.nan) for name in ("keys", "values"))
     at = slice(o.position, o.position + len(k))
     keys[:, at], values[:, at] = k.swapaxes(0, 1), v.swapaxes(0, 1)
@@ -160,12 +168,14 @@ def rope_append(o: Operands) -> Results:
 def attention(o: Operands) -> Results:
     (_, Nq, D), (Nk, _, _) = o["q"].shape, o["keys"].shape
     q, gate = o.valid("q"), split(o, Nq, Nk, D)[1]
-    y = np.empty(q.shape)
+    y = np.zeros(q.shape)
     for t, h in np.ndindex(len(q), Nq):
-        seen, plane = o.position + t + 1, h // (Nq // Nk)
-        score = o["keys"][plane, :seen] @ q[t, h] / np.sqrt(D)
+        seen, plane = slice(int(o.attrs["shift"]), o.position + t + 1), h // (Nq // Nk)
+        if seen.stop <= seen.start:
+            continue
+        score = o["keys"][plane, seen] @ q[t, h] / np.sqrt(D)
         p = np.exp(score - score.max())
-        y[t, h] = (p / p.sum()) @ o["values"][plane, :seen]
+        y[t, h] = (p / p.sum()) @ o["values"][plane, seen]
     return {"y": o.padded("y", (y * sigmoid(gate)).reshape(len(q), -1))}
 
 
@@ -222,11 +232,30 @@ def filtered(z: Array, top_k: int, top_p: float, min_p: float) -> NDArray[np.boo
     return out
 
 
+def adjusted(
+    logits: Array,
+    sampler: NDArray[np.uint32],
+    bias: NDArray[np.uint32],
+    history: NDArray[np.generic],
+) -> Array:
+    """Logits with bias, and with penalties for tokens that stand in the history."""
+    repetition, presence, frequency = (float(x) for x in sampler[6:9].view(np.float32))
+    repetition = repetition or 1.0
+    x = logits.copy()
+    for token, value in bias[: int(sampler[9])]:
+        x[token] += float(np.array(value).view(np.float32))
+    count = np.bincount(history.astype(int), minlength=len(x))
+    penalised = np.where(x > 0, x / repetition, x * repetition) - presence - frequency * count
+    return np.where(count > 0, penalised, x)
+
+
 def scores(logits: Array, sampler: NDArray[np.uint32], position: int) -> Array:
-    """What the sampled token is the arg max of; -inf for tokens that a filter drops."""
+    """What the sampled token is the arg max of, given adjusted logits; -inf for tokens that a
+    filter drops.
+    """
     top_k = int(sampler[2:3].view(np.int32)[0])
     temperature, top_p, min_p = (float(x) for x in sampler[3:6].view(np.float32))
-    if not temperature > 0:
+    if not temperature > 0 or logits.max() == np.inf:
         return logits
     z = logits / temperature
     noise = gumbel(len(z), (int(sampler[0]), int(sampler[1])), position)
@@ -235,10 +264,64 @@ def scores(logits: Array, sampler: NDArray[np.uint32], position: int) -> Array:
 
 def sample(o: Operands) -> Results:
     cursor = o["cursor"].astype(np.float64)
-    logits = o["logits"][0]
-    is_nan = bool(np.isnan(logits).any())
-    sampler = np.ascontiguousarray(o.arrays["sampler"], np.uint32)
-    cursor[2] = -1 if is_nan else int(np.argmax(scores(logits, sampler, o.position)))
+    if cursor[1] < 1:
+        return {}
+    sampler, bias = (np.ascontiguousarray(o.arrays[n], np.uint32) for n in ("sampler", "bias"))
+    logits = adjusted(o["logits"][0], sampler, bias, o.arrays["journal"][0, : o.position, 0])
+    is_refused = bool(np.isnan(logits).any()) or logits.max() == -np.inf
+    cursor[2] = -1 if is_refused else int(np.argmax(scores(logits, sampler, o.position)))
+    return {"cursor": cursor}
+
+
+# ---- drafting ----
+
+POSITION, ROWS, TOKEN = range(3)  # words of a cursor
+
+
+def draft_input(o: Operands) -> Results:
+    tokens = o.valid("tokens").astype(int)
+    before = np.concatenate([o["last"], o.valid("hidden")])[: len(tokens)]
+    parts = ((o["table"][tokens], "w_token"), (before, "w_hidden"))
+    y = np.concatenate([normed(x, o.attrs["eps"]) * o[w] for x, w in parts], axis=1)
+    return {"y": o.padded("y", y)}
+
+
+def draft_begin(o: Operands) -> Results:
+    draft = np.zeros(o["draft"].shape)
+    draft[: TOKEN + 1] = o["cursor"][POSITION], 1, o["cursor"][TOKEN]
+    return {"draft": draft}
+
+
+def draft_note(o: Operands) -> Results:
+    results = {name: np.full(o[name].shape, np.nan) for name in ("draft", "journal", "drafted")}
+    position, token = int(o["draft"][POSITION]), max(0, int(o["draft"][TOKEN]))
+    results["draft"][TOKEN] = token
+    if position - o.position < len(o["drafted"]):
+        results["drafted"][position - o.position] = token
+    if position < o["journal"].shape[1]:
+        results["journal"][0, position, 0] = token
+    return results
+
+
+def verify_cursors(o: Operands) -> Results:
+    samples = np.zeros(o["samples"].shape)
+    for t in range(o.rows("samples")):
+        samples[t, : ROWS + 1] = o.position + t + 1, 1
+    return {"samples": samples}
+
+
+def accept(o: Operands) -> Results:
+    sampled, drafted = o.valid("samples")[:, TOKEN], o.valid("drafted")
+    agree = np.append(np.cumprod(drafted[1:] == sampled[:-1]), 0)
+    n = 1 + int(agree.sum())
+    verdict = np.full(o["verdict"].shape, np.nan)
+    verdict[: n + 1] = n, *sampled[:n]
+    return {"verdict": verdict}
+
+
+def take_token(o: Operands) -> Results:
+    cursor = o["cursor"].astype(np.float64)
+    cursor[TOKEN] = o.valid("samples")[-1, TOKEN]
     return {"cursor": cursor}
 
 
@@ -246,6 +329,7 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
     f.__name__: f
     for f in (
         embed, rmsnorm, add_rmsnorm, linear, conv_window, delta_gates, delta_rule, gated_rmsnorm,
-        rope_append, attention, silu_mul, last_row, advance, sample,
+        rope_append, attention, silu_mul, last_row, advance, sample, conv_verify, delta_verify,
+        draft_input, draft_begin, draft_note, verify_cursors, accept, take_token,
     )
 }  # fmt: skip

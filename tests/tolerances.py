@@ -18,9 +18,13 @@ from typing import Final
 from flashrt.core.region import DType
 
 FLOAT32: Final = 1e-6
-_COPIES: Final = frozenset({"embed", "last_row", "advance", "sample"})  # exact
+_COPIES: Final = frozenset({  # exact
+    "embed", "last_row", "advance", "sample", "draft_begin", "draft_note", "verify_cursors",
+    "accept", "take_token",
+})  # fmt: skip
 _INSIDE: Final[dict[str, dict[DType, float]]] = {  # other ops: FLOAT32, whatever ACT is
     "delta_rule": {DType.F32: 2e-6, DType.BF16: 2e-6, DType.BF16X2: 2e-6},
+    "delta_verify": {DType.F32: 2e-6, DType.BF16: 2e-6, DType.BF16X2: 2e-6},
     "attention": {DType.F32: 2e-6, DType.BF16: 6e-3, DType.BF16X2: 1.5e-5},
 }
 _STORED: Final[dict[DType, float]] = {DType.BF16: 2.5e-3, DType.BF16X2: 6e-6}

@@ -9,8 +9,10 @@ heads, D head size, Hk/Hv and dk/dv the same of the delta rule, C its conv chann
 Hv*dv), W conv window (kernel size - 1), I intermediate size.
 
 `cursor` is int32[16]: [0] position of the launch's first row, [1] valid rows, [2] last sampled
-token, the rest 0. `sampler` is 16 words: [0] seed low, [1] seed high (uint32), [2] top_k (int32, 0
-= off), [3] temperature, [4] top_p, [5] min_p (float32), the rest 0.
+token, the rest 0. `sampler` and `bias` are the parameters of sampling: see ops/sampler.
+
+Drafting has a cursor of its own (`draft`), and one per row of a verify (`samples`), of the same
+words: so its launches are those of decoding, with another cursor.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from flashrt.core.region import DType, Layout
 
 CURSOR_WORDS = 16
 SAMPLER_WORDS = 16
+BIAS_ENTRIES = 512  # tokens that may have a logit bias
 ATTENTION_BLOCK = 256  # keys per partial softmax, in absolute positions
 ACT = (DType.ACT,)
 KV = (DType.F32, DType.BF16)
@@ -41,6 +44,25 @@ def _matrix(name: str, *dims: int | str) -> Param:
 
 def _rows(name: str, access: Access, layout: Layout) -> Param:
     return Param(name, access, ("Nk", "S", "D"), KV, layout)
+
+
+def _words(name: str, access: Access, *dims: int | str) -> Param:
+    return Param(name, access, dims, (DType.I32,))
+
+
+_CONV = (  # what both ops on the window read first
+    _f32("u", "r", "T", "C", strided=True),
+    _f32("w", "r", "W1", "C"),  # W1 = W + 1 taps, oldest first
+)
+_DELTA = (
+    _f32("y", "r", "T", "C"),
+    _f32("decay", "r", "T", "Hv"),
+    _f32("beta", "r", "T", "Hv"),
+)
+
+
+def _state(access: Access) -> Param:
+    return Param("state", access, ("Hv", "dk", "dv"), (DType.F32,), Layout.COLUMN_BLOCKS)
 
 
 EMBED = Op(
@@ -81,13 +103,12 @@ CONV_WINDOW = Op(
     "conv_window",
     "causal depthwise conv of window ++ u, then silu; the window becomes the last W raw rows "
     "(w[W] meets the newest)",
-    (
-        _f32("u", "r", "T", "C", strided=True),
-        _f32("w", "r", "W1", "C"),  # W1 = W + 1 taps, oldest first
-        _f32("window", "rw", "W", "C"),
-        _CURSOR,
-        _f32("y", "w", "T", "C"),
-    ),
+    (*_CONV, _f32("window", "rw", "W", "C"), _CURSOR, _f32("y", "w", "T", "C")),
+)
+CONV_VERIFY = Op(
+    "conv_verify",
+    "y as of conv_window, bit for bit; the window stays as it is",
+    (*_CONV, _f32("window", "r", "W", "C"), _CURSOR, _f32("y", "w", "T", "C")),
 )
 DELTA_GATES = Op(
     "delta_gates",
@@ -111,14 +132,13 @@ DELTA_RULE = Op(
     "per value head, row after row: S *= decay; S += k (beta (v - S^T k))^T; o = S^T q; y holds "
     "q, k, v; value head h "
     "uses key head h / (Hv / key_heads)",
-    (
-        _f32("y", "r", "T", "C"),
-        _f32("decay", "r", "T", "Hv"),
-        _f32("beta", "r", "T", "Hv"),
-        Param("state", "rw", ("Hv", "dk", "dv"), (DType.F32,), Layout.COLUMN_BLOCKS),
-        _CURSOR,
-        _f32("o", "w", "T", "Hv*dv"),
-    ),
+    (*_DELTA, _state("rw"), _CURSOR, _f32("o", "w", "T", "Hv*dv")),
+    (Attr("key_heads"),),
+)
+DELTA_VERIFY = Op(
+    "delta_verify",
+    "o as of delta_rule, bit for bit; the state stays as it is",
+    (*_DELTA, _state("r"), _CURSOR, _f32("o", "w", "T", "Hv*dv")),
     (Attr("key_heads"),),
 )
 GATED_RMSNORM = Op(
@@ -137,8 +157,8 @@ ROPE_APPEND = Op(
     "rope_append",
     "per row, from u = [per head: q, gate | k | v]: q = rope(rmsnorm(q)), keys[position + t] = "
     "rope(rmsnorm(k)), "
-    "values[position + t] = v; the first 2*R2 dims of a head turn, in halves; norm weights hold "
-    "1 + weight",
+    "values[position + t] = v; the first 2*R2 dims of a head turn, in halves, by the angle of "
+    "position + t - shift; norm weights hold 1 + weight",
     (
         _f32("u", "r", "T", "2*Nq*D+2*Nk*D"),
         _f32("q_norm", "r", "D"),
@@ -149,14 +169,14 @@ ROPE_APPEND = Op(
         _rows("keys", "rw", Layout.ROWS_IN_LANES),
         _rows("values", "rw", Layout.COLS_IN_LANES),
     ),
-    (Attr("eps", "float32"),),
+    (Attr("eps", "float32"), Attr("shift")),
 )
 ATTENTION = Op(
     "attention",
     "softmax(q K^T / sqrt(D), causal) V, times sigmoid(gate), the gate read from u (see "
     "rope_append); query head h uses "
-    "key/value head h / (Nq / Nk); keys in absolute blocks of 256, partials merged in ascending "
-    "order",
+    "key/value head h / (Nq / Nk); rows below `shift` are no keys; keys in absolute blocks of 256, "
+    "partials merged in ascending order",
     (
         _f32("q", "r", "T", "Nq", "D"),
         _f32("u", "r", "T", "2*Nq*D+2*Nk*D"),
@@ -168,6 +188,7 @@ ATTENTION = Op(
         _f32("partials", "w", "TP", "Nq", "B", "D+2"),
         _act("y", "w", "T", "Nq*D"),
     ),
+    (Attr("shift"),),
 )
 SILU_MUL = Op(
     "silu_mul",
@@ -186,17 +207,74 @@ ADVANCE = Op(
 )
 SAMPLE = Op(
     "sample",
-    "cursor.token = Gumbel-max over the logits that temperature, top_k, top_p and min_p leave; "
-    "noise is Philox keyed by "
-    "(seed, position); temperature 0 = argmax, the lowest id of equals",
+    "cursor.token = Gumbel-max over the logits that temperature, top_k, top_p and min_p leave, "
+    "after bias and penalties over the journal below the position; noise is Philox keyed by "
+    "(seed, position); temperature 0 = argmax, the lowest id of equals; -1 for NaN",
     (
         _f32("logits", "r", 1, "V"),
         Param("sampler", "r", (SAMPLER_WORDS,), (DType.U32,)),
+        Param("bias", "r", (BIAS_ENTRIES, 2), (DType.U32,)),
+        _words("journal", "r", 1, "S", 1),
         _f32("work", "w", 2, "V"),
-        Param("cursor", "rw", (CURSOR_WORDS,), (DType.I32,)),
+        _words("cursor", "rw", CURSOR_WORDS),
     ),
+)
+DRAFT_INPUT = Op(
+    "draft_input",
+    "y[t] = [rmsnorm(table[tokens[t]]) | rmsnorm(h[t - 1])], h[-1] = last; norm weights hold "
+    "1 + weight",
+    (
+        _words("tokens", "r", "T"),
+        _matrix("table", "V", "H"),
+        _act("hidden", "r", "T", "H"),
+        _act("last", "r", 1, "H"),
+        _f32("w_token", "r", "H"),
+        _f32("w_hidden", "r", "H"),
+        _CURSOR,
+        _act("y", "w", "T", "2*H"),
+    ),
+    (Attr("eps", "float32"),),
+)
+DRAFT_BEGIN = Op(
+    "draft_begin",
+    "draft = cursor, of one row",
+    (_CURSOR, _words("draft", "w", CURSOR_WORDS)),
+)
+DRAFT_NOTE = Op(
+    "draft_note",
+    "drafted[draft.position - cursor.position] = journal[draft.position] = draft.token, which "
+    "becomes 0 if it is no token",
+    (
+        _CURSOR,
+        _words("draft", "rw", CURSOR_WORDS),
+        _words("journal", "rw", 1, "S", 1),
+        _words("drafted", "rw", "N"),
+    ),
+)
+VERIFY_CURSORS = Op(
+    "verify_cursors",
+    "samples[t] = a cursor of one row at position + t + 1; of no row if row t is not valid",
+    (_CURSOR, _words("samples", "w", "T", CURSOR_WORDS)),
+)
+ACCEPT = Op(
+    "accept",
+    "verdict = [n, tokens that were sampled after each of the n accepted rows]: row 0, and the "
+    "longest run of drafted tokens that equal what was sampled before them",
+    (
+        _words("drafted", "r", "T"),
+        _words("samples", "r", "T", CURSOR_WORDS),
+        _CURSOR,
+        _words("verdict", "w", "T+1"),
+    ),
+)
+TAKE_TOKEN = Op(
+    "take_token",
+    "cursor.token = samples[rows - 1].token",
+    (_words("samples", "r", "T", CURSOR_WORDS), _words("cursor", "rw", CURSOR_WORDS)),
 )
 
 OPS: tuple[Op, ...] = (
     EMBED, RMSNORM, ADD_RMSNORM, LINEAR, CONV_WINDOW, DELTA_GATES, DELTA_RULE, GATED_RMSNORM,
-    ROPE_APPEND, ATTENTION, SILU_MUL, LAST_ROW, ADVANCE, SAMPLE, )  # fmt: skip
+    ROPE_APPEND, ATTENTION, SILU_MUL, LAST_ROW, ADVANCE, SAMPLE, CONV_VERIFY, DELTA_VERIFY,
+    DRAFT_INPUT, DRAFT_BEGIN, DRAFT_NOTE, VERIFY_CURSORS, ACCEPT, TAKE_TOKEN,
+)  # fmt: skip

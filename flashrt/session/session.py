@@ -4,13 +4,13 @@ IS: validation and policy over an engine's verbs; the public face of a lane. IS 
 or file formats. Called by: users, serve, cli.
 
 A token that `generate` yields is history at once, but fed to the model only when something needs
-the state after it (`_settle`): the last token of a turn costs nothing until it is built upon.
+the state after it (`tail`): the last token of a turn costs nothing until it is built upon.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from flashrt.base.errors import CapsuleError, PoolFull, SessionError, TokenError
 from flashrt.core.capsule import Capsule
 from flashrt.core.lineage import Lane, Mark
-from flashrt.engine import SamplerParams
+from flashrt.ops.sampler import SamplerParams
 from flashrt.session import waypoints
+from flashrt.session.speculate import Draft, DraftLength
+from flashrt.session.tail import Tail
 
 if TYPE_CHECKING:
     from flashrt.session.load import SessionEngine
@@ -36,9 +38,8 @@ class Session:
         self._table = engine.capsules
         self._lane = lane
         self._parent: Capsule | None = None
-        self._pending: int | None = None  # yielded, not yet fed; it is the device's last sample
-        self._sampled: tuple[SamplerParams, int] | None = None  # next token, if already known
-        self._has_logits = False  # the logits region belongs to the present boundary
+        self._tail = Tail(engine, lane, self._place_waypoint)
+        self._adaptive = DraftLength("auto" if engine.max_draft else 0, engine.max_draft)
         self._epoch = 0  # counts changes from outside a generator
         self._is_closed = False
 
@@ -47,14 +48,12 @@ class Session:
     @property
     def position(self) -> int:
         """Number of committed tokens, the position of the next."""
-        return self._lane.position + (self._pending is not None)
+        return self._tail.end
 
     @property
     def tokens(self) -> NDArray[np.int32]:
         """All committed tokens, int32 [position]."""
-        if self._pending is None:
-            return self._lane.tokens
-        return np.append(self._lane.tokens, np.int32(self._pending))
+        return np.append(self._lane.tokens, np.array(self._tail.pending, np.int32))
 
     @property
     def is_closed(self) -> bool:
@@ -74,9 +73,26 @@ class Session:
         self._settle()
         if self.position == 0:
             raise SessionError("logits: the session is empty; prefill at least one token first")
-        if not self._has_logits:
-            self._sample(SamplerParams())
-        return self._engine.logits(self._lane)
+        logits = self._tail.logits(self.position)
+        if logits is None:
+            self._tail.sample(SamplerParams())
+            logits = self._engine.logits(self._lane)
+        return logits
+
+    def logprobs(self, top: int = 0) -> tuple[float, list[tuple[int, float]]]:
+        """Log of the probability, at temperature 1 and without filters, bias or penalties, of the
+        token that `generate` yielded last; and the `top` likeliest tokens with theirs.
+
+        To be asked between tokens of `generate`: raises SessionError once something else ran.
+        """
+        self._check_open()
+        logits = self._tail.logits(self.position - 1) if self._tail.pending else None
+        if logits is None:
+            raise SessionError("logprobs: ask right after generate has yielded a token")
+        wide = logits.astype(np.float64) - logits.max()
+        logs = wide - np.log(np.exp(wide).sum())
+        best = np.argsort(-logs, kind="stable")[:top]
+        return float(logs[self._tail.pending[-1]]), [(int(i), float(logs[i])) for i in best]
 
     # -- going on -------------------------------------------------------------------------------
 
@@ -99,43 +115,56 @@ class Session:
         top_p: float = 1.0,
         seed: int = 0,
         stop: Iterable[int] = (),
-        draft: int = 0,
+        draft: Draft = 0,
         *,
         min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
     ) -> Iterator[int]:
         """Sample up to `max_tokens` tokens; each is history when it is yielded.
 
-        temperature 0 is greedy. A token is a function of the logits, these parameters, the seed and
-        its position. A token in `stop` ends generation and is not committed. Closing the iterator
-        early leaves exactly what was yielded. Raises SessionError for bad parameters, an empty
-        session, a lane that is full, or if the session is changed by other calls meanwhile.
+        temperature 0 is greedy. A token is a function of the logits, these parameters, the tokens
+        before it and its position; penalties count all committed tokens. draft: how many tokens to
+        guess and verify at once, or "auto"; it changes the speed and nothing else. A token in
+        `stop` ends generation and is not committed. Closing the iterator early leaves exactly what
+        was yielded. Raises SessionError for bad parameters, an empty session, a lane that is full,
+        or if the session is changed by other calls meanwhile.
         """
-        params = SamplerParams(temperature, top_k, top_p, min_p, seed)
-        if draft:
-            raise SessionError(
-                f"generate: draft={draft}, but drafting is not there yet; pass draft=0"
-            )
+        bias = tuple(sorted((logit_bias or {}).items()))
+        as_tokens([token for token, _ in bias], self._engine.vocab_size)
+        params = SamplerParams(
+            temperature, top_k, top_p, min_p, seed,
+            repetition_penalty, presence_penalty, frequency_penalty, bias,
+        )  # fmt: skip
+        length = DraftLength(draft, self._engine.max_draft)
         if max_tokens < 0:
             raise SessionError(f"generate: max_tokens={max_tokens} is negative")
         stops = frozenset(as_tokens(stop, self._engine.vocab_size).tolist())
         self._check_open()
         if self.position == 0:
             raise SessionError("generate: the session is empty; prefill at least one token first")
-        return self._generate(max_tokens, params, stops)
+        if draft == "auto":
+            length = self._adaptive
+        return self._generate(max_tokens, params, stops, length)
 
     def _generate(
-        self, max_tokens: int, params: SamplerParams, stops: frozenset[int]
+        self, max_tokens: int, params: SamplerParams, stops: frozenset[int], draft: DraftLength
     ) -> Iterator[int]:
         epoch = self._epoch
-        for _ in range(max_tokens):
+        for wanted in range(max_tokens, 0, -1):
             if self._epoch != epoch:
                 raise SessionError("generate: the session was changed meanwhile; start another one")
             self._check_room(1, "generate")
-            self._settle(params)
-            token = self._next_token(params)
+            token = self._tail.next(params, draft, wanted)
+            if token < 0:
+                raise SessionError(
+                    f"generate: the logits at position {self.position} hold NaN, or leave no token"
+                )
             if token in stops:
                 return
-            self._pending, self._sampled = token, None
+            self._tail.take()
             yield token
 
     # -- capsules -------------------------------------------------------------------------------
@@ -201,10 +230,9 @@ class Session:
         if target == self.position:
             self._settle()
             return
-        self._pending = None
-        if target == self._lane.position:
+        if target >= self._lane.position:
             self._epoch += 1
-            self._sampled = None
+            self._tail.cut(target)
             return
         journal = self._lane.journal[:target].copy()
         boundary = self._table.boundaries(self._lane, target)
@@ -223,7 +251,6 @@ class Session:
         """Give the lane back. Capsules stay. A second close does nothing."""
         if not self._is_closed:
             self._is_closed = True
-            self._pending = None
             self._engine.release(self._lane)
 
     def __enter__(self) -> Session:
@@ -239,42 +266,21 @@ class Session:
         if not len(tokens):
             return
         self._epoch += 1
-        self._has_logits, self._sampled = False, None
         for start, stop in self._engine.chunks(len(tokens)):
             self._engine.prefill(self._lane, tokens[start:stop])
+            self._tail.clear()
             self._place_waypoint()
 
-    def _settle(self, params: SamplerParams | None = None) -> None:
-        """Feed the pending token, if there is one; the same replay samples what follows it."""
+    def _settle(self) -> None:
+        """All history becomes state."""
         self._check_open()
-        if self._pending is None:
-            return
-        params = params or SamplerParams()
-        self._engine.set_sampler(self._lane, params)
-        token, self._pending = self._pending, None
-        following = self._engine.decode(self._lane, token)
-        self._sampled, self._has_logits = (params, following), True
-        self._place_waypoint()
-
-    def _next_token(self, params: SamplerParams) -> int:
-        if self._sampled is not None and self._sampled[0] == params:
-            token = self._sampled[1]
-        else:
-            token = self._sample(params)
-        if token < 0:
-            raise SessionError(f"generate: the logits at position {self.position} hold NaN")
-        return token
-
-    def _sample(self, params: SamplerParams) -> int:
-        token = self._engine.sample(self._lane, params)
-        self._sampled, self._has_logits = (params, token), True
-        return token
+        self._tail.settle()
 
     def _moved(self) -> None:
         """The lane is somewhere else: nothing that the host remembers of the device holds."""
-        self._pending, self._sampled, self._has_logits = None, None, False
-        self._epoch += 1
         self._engine.forget_host_view(self._lane)
+        self._tail.clear()
+        self._epoch += 1
 
     def _place_waypoint(self) -> None:
         marks, position = self._lane.marks, self._lane.position
@@ -292,6 +298,7 @@ class Session:
     def _check_open(self) -> None:
         if self._is_closed:
             raise SessionError("the session is closed; open another with engine.session()")
+        self._engine.recover(self._lane)
 
     def _check_room(self, n_tokens: int, what: str) -> None:
         self._check_open()

@@ -137,7 +137,15 @@ def inverse_frequencies(R2: int, theta: float = 1e7) -> NDArray[np.float32]:
 
 
 def rope_append(
-    T: int, n: int, heads: tuple[int, int], D: int, R2: int, position: int, S: int, kv: str
+    T: int,
+    n: int,
+    heads: tuple[int, int],
+    D: int,
+    R2: int,
+    position: int,
+    S: int,
+    kv: str,
+    shift: int = 0,
 ) -> Case:
     Nq, Nk = heads
     rng = rng_for("rope_append", T, n, heads, D, position)
@@ -147,24 +155,32 @@ def rope_append(
         "cursor": cursor(position, n), "q": (T, Nq, D), "keys": (Nk, S, D), "values": (Nk, S, D),
     }  # fmt: skip
     dtypes = {"keys": KV[kv], "values": KV[kv]}
-    return Case("rope_append", operands, {"eps": EPS}, dtypes)
+    return Case("rope_append", operands, {"eps": EPS, "shift": shift}, dtypes)
 
 
 def attention(
-    T: int, n: int, heads: tuple[int, int], D: int, position: int, S: int, kv: str
+    T: int,
+    n: int,
+    heads: tuple[int, int],
+    D: int,
+    position: int,
+    S: int,
+    kv: str,
+    shift: int = 0,
 ) -> Case:
     Nq, Nk = heads
     rng = rng_for("attention", T, n, heads, D, position)
     store = weights if kv == "bf16" else randn
     keys, values = store(rng, Nk, S, D), store(rng, Nk, S, D)
     keys[:, position + n :] = values[:, position + n :] = np.nan
+    keys[:, :shift] = values[:, :shift] = np.nan
     blocks = -(-S // ATTENTION_BLOCK)
     operands = {
         "q": valid(randn(rng, T, Nq, D), n), "u": valid(randn(rng, T, 2 * (Nq + Nk) * D), n),
         "keys": keys, "values": values, "cursor": cursor(position, n),
         "partials": (T if T <= 8 else 1, Nq, blocks, D + 2), "y": (T, Nq * D),
     }  # fmt: skip
-    return Case("attention", operands, dtypes={"keys": KV[kv], "values": KV[kv]})
+    return Case("attention", operands, {"shift": shift}, {"keys": KV[kv], "values": KV[kv]})
 
 
 def silu_mul(T: int, n: int, I: int) -> Case:  # noqa: E741

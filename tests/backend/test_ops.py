@@ -12,6 +12,7 @@ from flashrt.base.errors import PlanError
 from flashrt.core.region import DType
 from flashrt.ops.table import OPS
 from tests.backend.cases import ODD, advance, all_cases, attention, cursor, embed, randn
+from tests.backend.draft_cases import drafting_cases
 from tests.backend.runner import Case, Runner, rng_for
 from tests.backend.test_sample import sample_case, sampler
 from tests.reference import REFERENCE, Operands
@@ -116,7 +117,9 @@ def test_sizes_without_a_kernel_are_refused(runner: Runner, case: Case, what: st
 def test_every_op_has_a_reference_and_cases() -> None:
     names = {op.name for op in OPS}
     assert set(REFERENCE) == names
-    assert {c.op for c in CASES} | {"sample"} == names  # sample: see test_sample
+    assert {c.op for c in (*CASES, *drafting_cases())} | {
+        "sample"
+    } == names  # sample: see test_sample
 
 
 def test_replay_equals_eager(runner: Runner) -> None:
@@ -144,5 +147,6 @@ def test_rope_is_accurate_at_large_positions(runner: Runner) -> None:
         "k_norm": np.ones(D, np.float32), "inv_freq": (0.8 ** np.arange(16)).astype(np.float32),
         "cursor": cursor(position, 1), "q": (1, 1, D), "keys": (1, S, D), "values": (1, S, D),
     }  # fmt: skip
-    case = Case("rope_append", operands, {"eps": 1e-6}, {"keys": DType.BF16, "values": DType.BF16})
+    dtypes = {"keys": DType.BF16, "values": DType.BF16}
+    case = Case("rope_append", operands, {"eps": 1e-6, "shift": 0}, dtypes)
     check(runner, case, runner.run(case))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from flashrt.core.region import DType
-from flashrt.ops.table import SAMPLER_WORDS
+from flashrt.ops.sampler import SamplerParams
+from flashrt.ops.table import BIAS_ENTRIES, SAMPLER_WORDS
 from tests.backend.cases import cursor, randn
 from tests.backend.runner import Case, Runner, rng_for
-from tests.reference import filtered, gumbel, philox, scores
+from tests.reference import adjusted, filtered, gumbel, philox, scores
 
 Logits = NDArray[np.float32]
 
@@ -32,16 +34,33 @@ def sampler(
     words = np.zeros(SAMPLER_WORDS, np.uint32)
     words[:2] = seed & 0xFFFFFFFF, seed >> 32
     words[2:3].view(np.int32)[0] = top_k
-    words[3:6].view(np.float32)[:] = temperature, top_p, min_p
+    words[3:7].view(np.float32)[:] = temperature, top_p, min_p, 1.0
     return words
 
 
-def sample_case(logits: Logits, words: NDArray[np.uint32], position: int = 11) -> Case:
+def sample_case(
+    logits: Logits,
+    words: NDArray[np.uint32],
+    position: int = 11,
+    bias: NDArray[np.uint32] | None = None,
+    history: Sequence[int] = (),
+) -> Case:
+    """A launch at `position`; the journal holds `history`, and garbage from the position on."""
+    journal = np.full((1, max(position, 1) + 3, 1), np.iinfo(np.int32).min, np.int32)
+    journal[0, :position, 0] = [*history, *[0] * position][:position]
     operands = {
         "logits": logits[None], "sampler": words, "work": (2, len(logits)),
-        "cursor": cursor(position, 1),
+        "bias": np.zeros((BIAS_ENTRIES, 2), np.uint32) if bias is None else bias,
+        "journal": journal, "cursor": cursor(position, 1),
     }  # fmt: skip
     return Case("sample", operands)
+
+
+def params_case(logits: Logits, params: SamplerParams, history: Sequence[int]) -> Case:
+    """A launch with packed parameters after a history."""
+    words = np.frombuffer(params.pack(), np.uint32)
+    bias = np.frombuffer(params.pack_bias(), np.uint32).reshape(BIAS_ENTRIES, 2)
+    return sample_case(logits, words, len(history), bias, history)
 
 
 def sample(runner: Runner, logits: Logits, words: NDArray[np.uint32], position: int = 11) -> int:
@@ -139,6 +158,91 @@ def test_frequencies_follow_the_softmax(runner: Runner) -> None:
     assert (
         np.sum((counts - n * p) ** 2 / (n * p)) < 18.5
     )  # chi-squared, 4 degrees of freedom, p = 0.001
+
+
+PENALTIES = (
+    SamplerParams(repetition_penalty=1.7),
+    SamplerParams(presence_penalty=0.8, frequency_penalty=0.3),
+    SamplerParams(presence_penalty=-0.5, repetition_penalty=0.6),
+    SamplerParams(logit_bias=((3, 2.5), (0, -np.inf), (511, -1.0))),
+    SamplerParams(1.1, 40, 0.9, 0.02, 77, 1.3, 0.2, 0.1, ((5, 1.0), (9, -np.inf))),
+)
+
+
+@pytest.mark.parametrize("params", PENALTIES)
+def test_penalties_and_bias(runner: Runner, params: SamplerParams) -> None:
+    """Against numpy, token by token: the history grows by what was sampled."""
+    if runner.backend.name != "cpu":
+        pytest.skip("bias and penalties are on the cpu only so far")
+    rng, history, compared = rng_for("penalties", params), [1, 1, 5], 0
+    words = np.frombuffer(params.pack(), np.uint32)
+    bias = np.frombuffer(params.pack_bias(), np.uint32).reshape(BIAS_ENTRIES, 2)
+    base = randn(rng, 512, scale=2)
+    base[[0, 3]] += 6, 4  # so that a bias on them shows
+    for _ in range(40):
+        logits = base + randn(rng, 512, scale=0.3)
+        token = int(runner.run(params_case(logits, params, history))["cursor"][2])
+        x = adjusted(logits.astype(np.float64), words, bias, np.array(history))
+        score = scores(x, words, len(history))
+        order = np.argsort(score)
+        if score[order[-1]] - score[order[-2]] > 1e-4:  # else a tie within rounding
+            assert token == order[-1]
+            compared += 1
+        history.append(token)
+    assert compared > 30
+
+
+def test_a_neutral_penalty_changes_nothing(runner: Runner) -> None:
+    """The journal is not even read."""
+    logits, params = randn(rng_for("neutral"), 700), SamplerParams(0.9, 30, 0.9, 0.0, 4)
+    plain = sample(runner, logits, np.frombuffer(params.pack(), np.uint32), 5)
+    for history in ([0] * 5, [-1, 9999999, 3, 2, 1]):
+        assert int(runner.run(params_case(logits, params, history))["cursor"][2]) == plain
+
+
+def test_penalties_work_on_infinities(runner: Runner) -> None:
+    if runner.backend.name != "cpu":
+        pytest.skip("infinities are handled on the cpu only so far")
+    logits = randn(rng_for("infinities"), 300)
+    logits[[40, 200]] = np.inf
+    for temperature in (0.0, 0.7, 3.0):
+        assert sample(runner, logits, sampler(temperature)) == 40
+        params = SamplerParams(temperature, repetition_penalty=2, logit_bias=((7, -np.inf),))
+        assert int(runner.run(params_case(logits, params, [40, 7]))["cursor"][2]) == 40
+        forbidden = np.full(300, -np.inf, np.float32)
+        assert sample(runner, forbidden, sampler(temperature)) == -1
+        clash = SamplerParams(temperature, logit_bias=((40, -np.inf),))  # inf - inf
+        assert int(runner.run(params_case(logits, clash, [1]))["cursor"][2]) == -1
+
+
+def test_an_invalid_row_is_left_alone(runner: Runner) -> None:
+    if runner.backend.name != "cpu":
+        pytest.skip("a cursor of no rows is drafting's")
+    case = sample_case(np.full(64, np.nan, np.float32), sampler(0.0))
+    assert int(runner.run(case.but(cursor=cursor(11, 0)))["cursor"][2]) == 7
+
+
+def test_frequencies_with_filters_follow_the_renormalised_softmax(runner: Runner) -> None:
+    """Chi-squared over fixed seeds, for each filter that leaves several tokens."""
+    if runner.backend.name != "cpu":
+        pytest.skip("thousands of launches; the others are held against the reference")
+    rng, n = rng_for("chi"), 1200
+    logits = randn(rng, 12, scale=1.2)
+    for words in (
+        sampler(0.7, top_k=5), sampler(1.3, top_p=0.8), sampler(1.0, min_p=0.15),
+        sampler(1.5, top_k=8, top_p=0.9, min_p=0.05),
+    ):  # fmt: skip
+        top_k = int(words[2])
+        temperature, top_p, min_p = (float(x) for x in words[3:6].view(np.float32))
+        z = logits.astype(np.float64) / temperature
+        p = np.where(filtered(z, top_k, top_p, min_p), np.exp(z - z.max()), 0)
+        p /= p.sum()
+        drawn = [sample(runner, logits, words, position=i) for i in range(n)]
+        counts, kept = np.bincount(drawn, minlength=12), p > 0
+        assert counts[~kept].sum() == 0
+        statistic = np.sum((counts[kept] - n * p[kept]) ** 2 / (n * p[kept]))
+        freedom = int(kept.sum()) - 1
+        assert statistic < freedom + 4 * np.sqrt(2 * freedom) + 6  # beyond p = 0.001
 
 
 def test_noise_depends_on_seed_and_position() -> None:

@@ -128,7 +128,8 @@ def test_rope(runner: Runner, model: Golden) -> None:
     x = model["rope.in"].swapaxes(0, 1)  # [T, Nq, D]
     T, Nq, _ = x.shape
     scale = np.sqrt(np.mean(x.astype(np.float64) ** 2, -1, keepdims=True) + EPS)
-    after = launch(runner, "rope_append", T, rope_operands(model, queries_only(x), Nq, 1), eps=EPS)
+    operands = rope_operands(model, queries_only(x), Nq, 1)
+    after = launch(runner, "rope_append", T, operands, eps=EPS, shift=0)
     assert_near(runner, after["q"] * scale, model["rope.out"].swapaxes(0, 1))
 
 
@@ -203,11 +204,11 @@ def test_full_attention(runner: Runner, model: Golden) -> None:
     u = linear(runner, model["in"], np.concatenate([q, k, v]))
     norms = {n: 1 + model.weight("full_layer", f"{part}.{n}.weight") for n in ("q_norm", "k_norm")}
     turned = launch(
-        runner, "rope_append", len(u), rope_operands(model, u, Nq, Nk, **norms), eps=EPS
+        runner, "rope_append", len(u), rope_operands(model, u, Nq, Nk, **norms), eps=EPS, shift=0
     )
     blocks = -(-128 // ATTENTION_BLOCK)
     operands = {n: turned[n] for n in ("q", "keys", "values")} | {
         "u": u, "partials": (1, Nq, blocks, D + 2), "y": (len(u), Nq * D),
     }  # fmt: skip
-    mixed = launch(runner, "attention", len(u), operands)["y"]
+    mixed = launch(runner, "attention", len(u), operands, shift=0)["y"]
     assert_near(runner, linear(runner, mixed, o), model["self_attn.out"])

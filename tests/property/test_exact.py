@@ -47,7 +47,6 @@ def test_any_row_bucket(engine: flashrt.Engine, tail: list[int], tokens: list[in
         with engine.session() as session:
             session.prefill(tokens)
             engine.prefill(session._lane, np.array(tail, np.int32), bucket)
-            session._has_logits = False
             seen.add(fingerprint_of(session))
     assert seen == {cold(engine, tokens + tail)}
 
@@ -114,7 +113,6 @@ def test_without_a_region_the_restore_is_incomplete(engine: flashrt.Engine) -> N
         session.restore(capsule)
         assert fingerprint_of(session) == before
         engine.arena.write(slot, np.zeros_like(saved))  # as if the region had been scratch
-        session._has_logits = False
         assert session.digest() != before[1]
         session.prefill([5])
         with engine.session() as other:

@@ -18,7 +18,12 @@ def small() -> flashrt.Engine:
     """Room for about four capsules on the device."""
     fixed = flashrt.load(GOLDEN / "tiny", device="cpu", max_positions=400).stats()["fixed_bytes"]
     return flashrt.load(
-        GOLDEN / "tiny", device="cpu", max_positions=400, lanes=2, pool_bytes=6 * fixed
+        GOLDEN / "tiny",
+        device="cpu",
+        max_positions=400,
+        lanes=2,
+        draft=False,
+        pool_bytes=6 * fixed,
     )
 
 

@@ -95,7 +95,7 @@ def test_a_second_snapshot_at_the_same_boundary_shares_all_rows(
 def test_a_full_pool_refuses_and_changes_nothing(engine: flashrt.Engine) -> None:
     fixed = engine.stats()["fixed_bytes"]
     small = flashrt.load(
-        GOLDEN / "tiny", device="cpu", max_positions=400, pool_bytes=fixed + 80_000
+        GOLDEN / "tiny", device="cpu", max_positions=400, pool_bytes=fixed + 130_000
     )
     session = small.session()
     session.prefill(range(200))

@@ -147,8 +147,9 @@ def test_any_mix_of_layers_records(
         assert (tape.phase, tape.rows) == (phase, rows)
 
 
-def test_every_region_and_weight_is_used(config: dict[str, object]) -> None:
-    model = build(config)
+@pytest.mark.parametrize("has_draft_head", [False, True])
+def test_every_region_and_weight_is_used(config: dict[str, object], has_draft_head: bool) -> None:
+    model = model_for(config, max_positions=300, has_draft_head=has_draft_head)
     used = {v.region for p in model.phases for n in model.record(*p).launches for v in n.operands}
     assert {*model.lane_regions, *(rule.region for rule in model.weights)} <= used
 
@@ -177,11 +178,13 @@ def test_decode_reads_the_sampled_token_and_prefill_has_no_head(config: dict[str
 
 
 def test_only_what_decides_the_next_logits_is_digested(config: dict[str, object]) -> None:
-    regions = build(config).lane_regions
-    digested = {r.name for r in regions if r.is_digested}
-    assert digested == {"state", "window", "last_hidden", "journal", "keys", "values"}
-    lasting = {r.name for r in regions if r.role in (Role.FIXED, Role.ROWS)}
-    assert lasting - digested == {"cursor", "sampler"}
+    for has_draft_head in (False, True):
+        regions = model_for(config, max_positions=300, has_draft_head=has_draft_head).lane_regions
+        digested = {r.name for r in regions if r.is_digested}
+        head = {"draft_keys", "draft_values"} if has_draft_head else set()
+        assert digested == {"state", "window", "last_hidden", "journal", "keys", "values"} | head
+        lasting = {r.name for r in regions if r.role in (Role.FIXED, Role.ROWS)}
+        assert lasting - digested == {"cursor", "sampler", "bias"}
 
 
 def test_arguments_are_checked(config: dict[str, object]) -> None:

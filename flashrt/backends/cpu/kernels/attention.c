@@ -1,6 +1,7 @@
 /* attention: causal softmax(q K^T / sqrt(D)) V, times sigmoid(gate), in absolute blocks of 256 keys.
  *
- * Order, per query and head. In a block, over the keys [0, n) of it that the query sees:
+ * Order, per query and head. In a block, over the keys of it that the query sees, which are those of
+ * rows [shift, its own]:
  *   s = chain over d of fma(k[d], q[d] * scale) from +0      m_b = max s      p = exp(s - m_b)
  *   l_b = p summed over 16 lanes (key i in lane i % 16), then over a tree of halves: i with i + 8,
  *         i + 4, i + 2, i + 1
@@ -12,8 +13,8 @@
  * query may have its blocks spread over threads, many queries may walk through them one by one, and
  * the bits are the same.
  *
- * Keys that a query does not see are not visited by its chains; positions at or beyond the last
- * query are read at most as lanes whose result is selected away, so they may hold anything.
+ * Keys that a query does not see are not visited by its chains; they are read at most as lanes whose
+ * result is selected away, so they may hold anything. A query that sees no key at all gives 0.
  *
  * The queries of one key/value head, [token][head of the group], are worked on in sets of up to
  * MAX_QUERIES, so that 32 keys or values go to L1 once for all of them. All buffers are on the
@@ -42,10 +43,16 @@ static inline int64_t head_of(const query_set *s, int j) {
   return s->kv_head * s->group + (s->first + j) % s->group;
 }
 
-/* Keys of a block [256 b, 256 b + 256) that query j sees. */
+/* Query j sees keys [hidden_in_block, seen_in_block) of a block [256 b, 256 b + 256). */
 static inline int seen_in_block(const query_set *s, int j, int64_t block) {
   int64_t seen = position_of(s->a->cursor) + token_of(s, j) + 1 - block * ATTENTION_BLOCK;
   return (int)max_of(0, min_of(seen, ATTENTION_BLOCK));
+}
+static inline int hidden_in_block(const query_set *s, int64_t block) {
+  return (int)max_of(0, min_of(s->a->shift - block * ATTENTION_BLOCK, ATTENTION_BLOCK));
+}
+static inline int sees_block(const query_set *s, int j, int64_t block) {
+  return seen_in_block(s, j, block) > hidden_in_block(s, block);
 }
 
 /* ---- tiles ---- */
@@ -172,11 +179,12 @@ static void block_scores(query_set *s, int64_t block, int n_keys) {
   }
 }
 
-/* Scores of one query -> probabilities; sets m_b and l_b. Lanes at or beyond n_seen may hold
- * anything, and become 0. */
-static void block_softmax(float *p, int n_seen, float *block_m, float *block_l) {
+/* Scores of one query -> probabilities; sets m_b and l_b. Lanes below n_hidden, and at or beyond
+ * n_seen, may hold anything, and become 0. */
+static void block_softmax(float *p, int n_hidden, int n_seen, float *block_m, float *block_l) {
   enum { VECTORS = SUM_LANES / VL };
   int end = (int)ceil_div(n_seen, SUM_LANES) * SUM_LANES;
+  for (int i = 0; i < n_hidden; i++) p[i] = -INFINITY;
   for (int i = n_seen; i < end; i++) p[i] = -INFINITY;
   vf max[VECTORS], sum[VECTORS];
   float lanes[SUM_LANES];
@@ -235,14 +243,16 @@ static void block_values(query_set *s, int64_t block, int n_keys) {
     const void *granule = element_at(a->values, index, a->values_dtype);
     for (int j = 0; j < s->n; j += TOKENS) {
       int n = (int)min_of(TOKENS, s->n - j); /* the first sees the least, the last the most */
-      int common = (int)max_of(0, min_of(LANES, seen_in_block(s, j, block) - key));
+      int skip = (int)max_of(0, min_of(LANES, hidden_in_block(s, block) - key));
+      int common = (int)max_of(skip, min_of(LANES, seen_in_block(s, j, block) - key));
       int end = (int)min_of(key + LANES, seen_in_block(s, j + n - 1, block));
       float *o = s->block_o + j * s->width;
-      if (common) {
+      if (common > skip) {
         for (int64_t col = 0; col < s->width; col += LANES) {
-          value_tiles[a->values_dtype][n](element_at(granule, col * LANES, a->values_dtype),
-                                          s->p + j * ATTENTION_BLOCK + key, common, o + col,
-                                          s->width, j == 0);
+          int64_t index = (col + skip) * LANES;
+          value_tiles[a->values_dtype][n](element_at(granule, index, a->values_dtype),
+                                          s->p + j * ATTENTION_BLOCK + key + skip, common - skip,
+                                          o + col, s->width, j == 0);
         }
       }
       add_values_seen_by_some(s, block, j, n, granule, key + common, end);
@@ -256,9 +266,10 @@ static void attend_block(query_set *s, int64_t block) {
   int n_keys = seen_in_block(s, s->n - 1, block);
   block_scores(s, block, n_keys);
   for (int j = 0; j < s->n; j++) {
-    int n_seen = seen_in_block(s, j, block);
     s->block_l[j] = 0;
-    if (n_seen) block_softmax(s->p + j * ATTENTION_BLOCK, n_seen, &s->block_m[j], &s->block_l[j]);
+    if (!sees_block(s, j, block)) continue;
+    block_softmax(s->p + j * ATTENTION_BLOCK, hidden_in_block(s, block), seen_in_block(s, j, block),
+                  &s->block_m[j], &s->block_l[j]);
   }
   block_values(s, block, n_keys);
 }
@@ -276,7 +287,9 @@ static void merge(float *m, float *l, float *o, float block_m, float block_l, co
   *m = max;
 }
 
+/* l is 0, and o zeros, if the query sees nothing. */
 static void finish(const attention_args *a, int64_t token, int64_t head, float l, const float *o) {
+  if (l == 0) l = 1;
   int64_t D = a->D, u_cols = 2 * D * (a->Nq + a->Nk), d = 0;
   const float *gate = a->u + token * u_cols + head * 2 * D + D;
   float *y = (float *)a->y + (token * a->Nq + head) * D;
@@ -320,10 +333,10 @@ static void attend_by_sets(const attention_args *a, int n_rows, int64_t set_size
       memset(s.o, 0, (size_t)(n * s.width) * sizeof(float));
       for (int j = 0; j < n; j++) s.m[j] = -INFINITY, s.l[j] = 0;
       int64_t n_seen = position + token_of(&s, n - 1) + 1;
-      for (int64_t block = 0; block * ATTENTION_BLOCK < n_seen; block++) {
+      for (int64_t block = a->shift / ATTENTION_BLOCK; block * ATTENTION_BLOCK < n_seen; block++) {
         attend_block(&s, block);
         for (int j = 0; j < n; j++) {
-          if (!seen_in_block(&s, j, block)) continue;
+          if (!sees_block(&s, j, block)) continue;
           merge(&s.m[j], &s.l[j], s.o + j * s.width, s.block_m[j], s.block_l[j],
                 s.block_o + j * s.width, a->D);
         }
@@ -361,9 +374,9 @@ static void attend_by_blocks(const attention_args *a, int n_rows, int64_t set_si
     int64_t token = unit / a->Nq, seen = position + token + 1;
     float m = -INFINITY, l = 0, *o = s.o;
     memset(o, 0, (size_t)D * sizeof(float));
-    for (int64_t block = 0; block * ATTENTION_BLOCK < seen; block++) {
+    for (int64_t block = a->shift / ATTENTION_BLOCK; block * ATTENTION_BLOCK < seen; block++) {
       const float *partial = a->partials + (unit * a->B + block) * (D + 2);
-      merge(&m, &l, o, partial[0], partial[1], partial + 2, (int)D);
+      if (partial[1] != 0) merge(&m, &l, o, partial[0], partial[1], partial + 2, (int)D);
     }
     finish(a, token, unit % a->Nq, l, o);
   }

@@ -1,4 +1,4 @@
-/* conv_window: causal depthwise convolution over the last W raw rows and the new ones, then silu.
+/* conv_window, conv_verify: causal depthwise convolution over the last W raw rows and the new ones, then silu.
  *
  * IS: channels are split over threads, so each thread owns the window of its channels; per output one chain over taps,
  * oldest first. IS NOT: aware of which channels are queries, keys or values. Called by: the launch list of a graph.
@@ -27,20 +27,35 @@ INLINE void silu_in_place(float *y, int64_t n) {
   for (; c < n; c++) y[c] = s_silu(y[c]);
 }
 
-void op_conv_window(const conv_window_args *a, int tid, int nt) {
-  int rows = rows_of(a->cursor, a->T);
-  span blocks = share(ceil_div(a->C, 16), tid, nt); /* whole cache lines per thread */
-  int64_t begin = blocks.begin * 16, end = min_of(blocks.end * 16, a->C), n = end - begin;
+static span channels_of(int64_t C, int tid, int nt) {
+  span blocks = share(ceil_div(C, 16), tid, nt); /* whole cache lines per thread */
+  return (span){blocks.begin * 16, min_of(blocks.end * 16, C)};
+}
+
+static void convolve(const conv_window_args *a, span channels, int rows) {
+  int64_t begin = channels.begin, n = channels.end - begin;
   for (int64_t t = 0; t < rows; t++) {
     float *y = a->y + t * a->C + begin;
     add_tap(y, a->w + begin, raw_row(a, t) + begin, 1, n);
     for (int64_t tap = 1; tap < a->W1; tap++) add_tap(y, a->w + tap * a->C + begin, raw_row(a, t + tap) + begin, 0, n);
     silu_in_place(y, n);
   }
+}
+
+void op_conv_window(const conv_window_args *a, int tid, int nt) {
+  int rows = rows_of(a->cursor, a->T);
+  span channels = channels_of(a->C, tid, nt);
+  convolve(a, channels, rows);
   /* Ascending, and rows >= 1: an old window row is read before it is overwritten. */
   for (int64_t i = 0; rows > 0 && i < a->W; i++) {
     const float *from = raw_row(a, i + rows);
     float *to = a->window + i * a->C;
-    for (int64_t c = begin; c < end; c++) to[c] = from[c];
+    for (int64_t c = channels.begin; c < channels.end; c++) to[c] = from[c];
   }
+}
+
+void op_conv_verify(const conv_verify_args *v, int tid, int nt) {
+  conv_window_args a = {.u = v->u, .w = v->w, .window = (float *)v->window, .cursor = v->cursor, .y = v->y, .T = v->T,
+                        .C = v->C, .W1 = v->W1, .W = v->W, .u_stride = v->u_stride}; /* the window is only read */
+  convolve(&a, channels_of(a.C, tid, nt), rows_of(a.cursor, a.T));
 }

@@ -1,4 +1,4 @@
-/* delta_rule: the gated delta rule, row after row, state in float32.
+/* delta_rule, delta_verify: the gated delta rule, row after row, state in float32.
  *
  * Order, per value head and column, chains over i = 0 .. dk - 1 ascending:
  *   kv = chain fma(k_i, S_i, kv) from +0        the decay is applied to the sum, which saves a
@@ -81,9 +81,8 @@ INLINE strip update_state(float *S, int dk, head_row row, const float *k_next, s
   return o;
 }
 
-/* All rows of one strip of columns of one head; col is its first column. */
-static void run_strip(const delta_rule_args *a, int64_t head, int col, int n_rows) {
-  float *S = a->state + state_index(head, 0, col, a->dk, a->dv);
+/* All rows of one strip of columns of one head, S its state; col is its first column. */
+static void run_strip(const delta_rule_args *a, float *S, int64_t head, int col, int n_rows) {
   int n_cols = (int)min_of(STRIP, a->dv - col), dk = a->dk;
   head_row row = head_row_at(a, 0, head);
   strip kv = dot_state(S, row.k, dk);
@@ -104,13 +103,26 @@ static void run_strip(const delta_rule_args *a, int64_t head, int col, int n_row
   }
 }
 
-void op_delta_rule(const delta_rule_args *a, int tid, int nt) {
+/* `copy`, if not NULL, holds one block of state [dk][32]: rows then change that instead of the state. */
+static void run_blocks(const delta_rule_args *a, float *copy, int tid, int nt) {
   int n_rows = rows_of(a->cursor, a->T);
   int64_t blocks = ceil_div(a->dv, LANES);
   if (n_rows <= 0) return;
   span mine = share(a->Hv * blocks, tid, nt);
   for (int64_t unit = mine.begin; unit < mine.end; unit++) {
+    int64_t head = unit / blocks;
     int first = (int)(unit % blocks) * LANES, end = (int)min_of(first + LANES, a->dv);
-    for (int col = first; col < end; col += STRIP) run_strip(a, unit / blocks, col, n_rows);
+    float *S = a->state + state_index(head, 0, first, a->dk, a->dv);
+    if (copy) S = memcpy(copy, S, (size_t)a->dk * LANES * sizeof(float));
+    for (int col = first; col < end; col += STRIP) run_strip(a, S + (col - first), head, col, n_rows);
   }
+}
+
+void op_delta_rule(const delta_rule_args *a, int tid, int nt) { run_blocks(a, NULL, tid, nt); }
+
+void op_delta_verify(const delta_verify_args *v, int tid, int nt) {
+  float copy[(int64_t)v->dk * LANES];
+  delta_rule_args a = {.y = v->y, .decay = v->decay, .beta = v->beta, .state = (float *)v->state, .cursor = v->cursor,
+                       .o = v->o, .T = v->T, .C = v->C, .Hv = v->Hv, .dk = v->dk, .dv = v->dv, .key_heads = v->key_heads};
+  run_blocks(&a, copy, tid, nt); /* so that the state is only read */
 }

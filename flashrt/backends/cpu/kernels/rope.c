@@ -24,7 +24,7 @@ INLINE void turn(const place *at, const float *x, const float *w, void (*put)(co
   int D = at->a->D, R2 = at->a->R2;
   float scale = inverse_rms(x, D, at->a->eps);
   for (int j = 0; j < R2; j++) {
-    sine_cosine by = s_sincos((float)at->position * at->a->inv_freq[j]);
+    sine_cosine by = s_sincos((float)(at->position - at->a->shift) * at->a->inv_freq[j]);
     float low = x[j] * scale * w[j], high = x[j + R2] * scale * w[j + R2];
     put(at, j, s_fma(low, by.cosine, -(high * by.sine)));
     put(at, j + R2, s_fma(high, by.cosine, low * by.sine));

@@ -1,11 +1,11 @@
 /* sample: the next token from one row of logits.
  *
- * IS: the arg max at temperature 0; otherwise top_k, top_p and min_p on z = (logit - largest) / temperature, then
+ * IS: logits with bias and penalties (ops/sampler.py), then the arg max at temperature 0; otherwise top_k, top_p and min_p on z = (logit - largest) / temperature, then
  * Gumbel-max. The noise of a token depends on (seed, position, token) alone: Philox with the seed as key and the counter
  * (position, token / 4, 0, 0), word token % 4. Tokens are ordered by z, equals by lower id; a filter keeps a prefix of
  * that order, so it is one cut (z, id). Masses are integers: their sums do not depend on an order.
- * IS NOT: a check of logits. A NaN among them, or a largest one that is not finite when sampling, gives token -1, which
- * the host turns into an error. Called by: the launch list of a graph. V is at least 4.
+ * IS NOT: a check of logits. A NaN among them, or nothing but -inf, gives token -1, which the host turns into an error; +inf
+ * wins at any temperature, as in the limit. Called by: the launch list of a graph. V is at least 4.
  */
 #include "common.h"
 #include "fmath.h"
@@ -20,12 +20,14 @@ typedef struct {
 typedef struct {
   uint32_t seed[2];
   int32_t top_k;
-  float temperature, top_p, min_p;
+  float temperature, top_p, min_p, repetition, presence, frequency;
+  int32_t n_bias;
 } settings;
 
 static settings settings_of(const uint32_t *words) {
   settings s;
   memcpy(&s, words, sizeof s);
+  if (s.repetition == 0) s.repetition = 1; /* words that are all 0 are greedy */
   return s;
 }
 
@@ -226,26 +228,60 @@ static candidate noisy_largest(const float *z, span s, candidate cut, settings s
   return best;
 }
 
+/* ---- bias and penalties ---- */
+
+static int is_adjusting(settings set) {
+  return set.n_bias > 0 || set.repetition != 1 || set.presence != 0 || set.frequency != 0;
+}
+
+/* A share of the logits into row 0 of `work`; row 1 counts tokens of the journal meanwhile. */
+static void adjust(const sample_args *a, settings set, span mine) {
+  float *x = a->work, *count = a->work + a->V;
+  for (int64_t i = mine.begin; i < mine.end; i++) {
+    x[i] = a->logits[i];
+    count[i] = 0;
+  }
+  for (int e = 0; e < set.n_bias; e++) {
+    int64_t id = a->bias[2 * e];
+    if (mine.begin <= id && id < mine.end) x[id] += s_from_bits(a->bias[2 * e + 1]);
+  }
+  for (int64_t position = 0; position < position_of(a->cursor); position++) {
+    int64_t id = a->journal[position];
+    if (mine.begin <= id && id < mine.end) count[id] += 1;
+  }
+  for (int64_t i = mine.begin; i < mine.end; i++) {
+    if (count[i] == 0) continue;
+    x[i] = x[i] > 0 ? x[i] / set.repetition : x[i] * set.repetition;
+    x[i] -= set.presence + set.frequency * count[i];
+  }
+}
+
 /* ---- the launch ---- */
 
 void op_sample(const sample_args *a, int tid, int nt) {
   settings set = settings_of(a->sampler);
+  if (rows_of(a->cursor, 1) < 1) return;
   int parts = a->V >= 2 * (nt + 1) ? nt : 1; /* what row 1 of `work` has places for */
   span blocks = tid < parts ? share(ceil_div(a->V, SHARE), tid, parts) : (span){0, 0};
   span mine = {blocks.begin * SHARE, min_of(blocks.end * SHARE, a->V)};
 
-  if (tid < parts) put(a, tid, first_largest(a->logits, mine));
+  const float *logits = a->logits;
+  if (is_adjusting(set)) {
+    adjust(a, set, mine);
+    flashrt_barrier(nt); /* counts have been read before row 1 is written again */
+    logits = a->work;
+  }
+  if (tid < parts) put(a, tid, first_largest(logits, mine));
   flashrt_barrier(nt);
   candidate best = best_of(a, parts);
-  int is_greedy = !(set.temperature > 0), is_valid = best.value == best.value;
-  if (!is_greedy && !(__builtin_fabsf(best.value) < INFINITY)) is_valid = 0;
+  int is_greedy = !(set.temperature > 0) || best.value == INFINITY, is_valid = best.value > -INFINITY; /* false for NaN */
   if (is_greedy || !is_valid) {
     if (tid == 0) a->cursor[2] = is_valid ? best.id : -1;
     return;
   }
 
   float *z = a->work;
-  for (int64_t i = mine.begin; i < mine.end; i++) z[i] = (a->logits[i] - best.value) / set.temperature + 0.0f; /* no -0 */
+  for (int64_t i = mine.begin; i < mine.end; i++) z[i] = (logits[i] - best.value) / set.temperature + 0.0f; /* no -0 */
   flashrt_barrier(nt);
   candidate cut = {-INFINITY, a->V};
   if (set.top_k > 0 || set.top_p < 1.0f) {

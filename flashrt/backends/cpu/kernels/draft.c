@@ -1,0 +1,79 @@
+/* draft_*, verify_cursors, accept, take_token: what drafting needs beside the kernels of a forward
+ * pass.
+ *
+ * IS: the head's input, and bookkeeping on cursors, a few words each. IS NOT: the choice of how many
+ * tokens to draft. Called by: the launch list of a graph.
+ */
+#include "common.h"
+#include "fmath.h"
+
+/* y = x * scale * w, as rmsnorm; y may be x */
+INLINE void scale_row(float *y, const float *x, const float *w, float scale, int n) {
+  int i = 0;
+  for (; i + VL <= n; i += VL) v_store(y + i, v_load(x + i) * scale * v_load(w + i));
+  for (; i < n; i++) y[i] = x[i] * scale * w[i];
+}
+
+/* The embedding is gathered into its place first, then normalised there. */
+void op_draft_input(const draft_input_args *a, int tid, int nt) {
+  span units = share(2 * (int64_t)rows_of(a->cursor, a->T), tid, nt);
+  int H = a->H;
+  for (int64_t unit = units.begin; unit < units.end; unit++) {
+    int64_t t = unit / 2;
+    float *y = (float *)a->y + unit * H;
+    if (unit % 2) {
+      const float *h = (const float *)(t ? a->hidden : a->last) + max_of(t - 1, 0) * H;
+      scale_row(y, h, a->w_hidden, inverse_rms(h, H, a->eps), H);
+    } else {
+      int32_t token = a->tokens[t];
+      int is_known = token >= 0 && token < a->V;
+      const uint16_t *row = a->table + matrix_index(is_known ? token : 0, 0, H);
+      for (int64_t k = 0; k < H; k++) y[k] = is_known ? from_bf16(row[k * LANES]) : NAN;
+      scale_row(y, y, a->w_token, inverse_rms(y, H, a->eps), H);
+    }
+  }
+}
+
+enum { POSITION, ROWS, TOKEN, CURSOR_WORDS = 16 };
+
+void op_draft_begin(const draft_begin_args *a, int tid, int nt) {
+  if (tid > 0) return;
+  memset(a->draft, 0, CURSOR_WORDS * sizeof(int32_t));
+  a->draft[POSITION] = a->cursor[POSITION];
+  a->draft[ROWS] = 1;
+  a->draft[TOKEN] = a->cursor[TOKEN];
+}
+
+void op_draft_note(const draft_note_args *a, int tid, int nt) {
+  if (tid > 0) return;
+  int32_t position = a->draft[POSITION], index = position - a->cursor[POSITION];
+  if (a->draft[TOKEN] < 0) a->draft[TOKEN] = 0; /* a guess may be wrong, but not no token */
+  if (index < a->N) a->drafted[index] = a->draft[TOKEN];
+  if (position < a->S) a->journal[position] = a->draft[TOKEN];
+}
+
+void op_verify_cursors(const verify_cursors_args *a, int tid, int nt) {
+  if (tid > 0) return;
+  memset(a->samples, 0, (size_t)a->T * CURSOR_WORDS * sizeof(int32_t));
+  for (int t = 0; t < rows_of(a->cursor, a->T); t++) {
+    int32_t *sample = a->samples + t * CURSOR_WORDS;
+    sample[POSITION] = a->cursor[POSITION] + t + 1;
+    sample[ROWS] = 1;
+  }
+}
+
+void op_accept(const accept_args *a, int tid, int nt) {
+  if (tid > 0) return;
+  int rows = rows_of(a->cursor, a->T), n = 0;
+  for (int is_agreed = 1; n < rows && is_agreed; n++) {
+    int32_t sampled = a->samples[n * CURSOR_WORDS + TOKEN];
+    a->verdict[1 + n] = sampled;
+    is_agreed = n + 1 < rows && a->drafted[n + 1] == sampled;
+  }
+  a->verdict[0] = n;
+}
+
+void op_take_token(const take_token_args *a, int tid, int nt) {
+  int rows = rows_of(a->cursor, a->T);
+  if (tid == 0 && rows > 0) a->cursor[TOKEN] = a->samples[(rows - 1) * CURSOR_WORDS + TOKEN];
+}

@@ -1,0 +1,149 @@
+"""The tail: tokens beyond a lane's boundary, known to the host but not yet in the device's state.
+
+IS: which of them are history, how they get into the state, and what comes next. IS NOT: the draft
+length (speculate), or validation (session). Called by: session.
+
+    committed            pending               ahead
+  0 ......... lane.position ........... end ............ base + len(known)
+
+A token is history as soon as `take` moved `end` past it, and fed only when something needs the
+state after it. A verify leaves the state as it was, but the device keeps the rows that agreed: they
+are committed when they are needed, and only those that are history by then. So an iterator closed
+early, or an interrupt, leaves exactly what was yielded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashrt.core.lineage import Lane
+from flashrt.engine import Engine
+from flashrt.ops.sampler import SamplerParams
+from flashrt.session.speculate import DraftLength
+
+_NONE = range(0)
+
+
+class Tail:
+    """Of one session. `committed` is called whenever the lane's boundary has moved."""
+
+    def __init__(self, engine: Engine, lane: Lane, committed: Callable[[], None]) -> None:
+        self._engine = engine
+        self._lane = lane
+        self._committed = committed
+        self.clear()
+
+    def clear(self) -> None:
+        """The lane is at a boundary that nothing here knows."""
+        self._base = self._end = self._lane.position
+        self._known: list[int] = []  # tokens at positions base, base + 1, ...
+        self._params: SamplerParams | None = None  # of known tokens that are ahead
+        self._kept = _NONE  # positions whose rows the device can commit without another pass
+        self._logits_at = -1  # boundary whose logits are in the logits region
+
+    @property
+    def end(self) -> int:
+        """One past the last token that is history."""
+        return max(self._end, self._lane.position)
+
+    @property
+    def pending(self) -> list[int]:
+        """History that is not committed yet."""
+        return self._known[self._lane.position - self._base : self.end - self._base]
+
+    def cut(self, end: int) -> None:
+        """Less history: `end` is in [lane.position, self.end]."""
+        self._end = end
+
+    def take(self) -> None:
+        """The token that `next` returned is history."""
+        self._end = self.end + 1
+
+    def next(self, params: SamplerParams, draft: DraftLength, wanted: int) -> int:
+        """The token after `end`; -1 if the logits are NaN. `wanted`: how many will be, at most."""
+        if self._has_ahead and self._params != params:
+            self.settle(params)
+        if self._has_ahead and self._params != params:
+            self.sample(params)
+        elif not self._has_ahead:
+            if self.end > self._lane.position:
+                self._step(params, draft, wanted)
+            else:
+                self.sample(params)
+        return self._known[self.end - self._base]
+
+    def settle(self, params: SamplerParams | None = None) -> None:
+        """Commit all history; what follows it is sampled by the way, if that costs nothing."""
+        self._commit_kept()
+        if self.pending:  # one token at most: the one that the device sampled last
+            self._decode(params or self._params or SamplerParams())
+
+    def sample(self, params: SamplerParams) -> None:
+        """Logits of the boundary, and a token ahead; nothing is pending."""
+        token = self._engine.sample(self._lane, params)
+        self._restart([token], params)
+        self._logits_at = self._lane.position
+
+    def logits(self, boundary: int) -> NDArray[np.float32] | None:
+        """Logits that choose the token at `boundary`, float32 [vocab_size], where the device still
+        has them.
+        """
+        if boundary == self._logits_at:
+            return self._engine.logits(self._lane)
+        if boundary - 1 in self._kept:
+            return self._engine.verify_logits(self._lane, boundary - 1 - self._kept.start)
+        return None
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    @property
+    def _has_ahead(self) -> bool:
+        return self._base <= self.end < self._base + len(self._known)
+
+    def _restart(self, known: list[int], params: SamplerParams) -> None:
+        """Known tokens begin at the lane's boundary."""
+        self._base, self._end = self._lane.position, self.end
+        self._known, self._params, self._kept = known, params, _NONE
+
+    def _commit_kept(self) -> None:
+        """As many pending tokens as the device has kept rows of."""
+        n = min(len(self.pending), len(self._kept))
+        if not n or self._lane.position != self._kept.start:
+            return
+        if n < len(self._kept):  # the device's token is the one after; more is not known to it
+            del self._known[self._kept.start + n + 1 - self._base :]
+        self._engine.commit(self._lane, np.array(self.pending[:n], np.int32))
+        self._committed()
+
+    def _decode(self, params: SamplerParams) -> None:
+        self._engine.set_sampler(self._lane, params)
+        following = self._engine.decode(self._lane, self.pending[0])
+        self._restart([following], params)
+        self._logits_at = self._lane.position
+        self._committed()
+
+    def _step(self, params: SamplerParams, draft: DraftLength, wanted: int) -> None:
+        """Feed what is pending, and so learn at least one token more."""
+        start = time.perf_counter()
+        self._commit_kept()
+        if not self.pending:
+            self.sample(params)
+            return
+        lane = self._lane
+        length = draft.next(min(wanted, self._engine.max_positions - lane.position) - 1)
+        n_accepted = 0
+        if length:
+            first = self.pending[0]
+            self._engine.set_sampler(lane, params)
+            self._engine.draft(lane, length)
+            sampled = self._engine.verify(lane, length + 1)
+            self._restart([first, *sampled], params)
+            self._kept = range(lane.position, lane.position + len(sampled))
+            n_accepted = len(sampled) - 1
+        else:
+            self._decode(params)
+        draft.record(length, n_accepted, time.perf_counter() - start)
