@@ -29,7 +29,7 @@ class LimitSizes:
     """How much is moved and multiplied."""
 
     buffer_bytes: int = 1 << 30  # far beyond any cache
-    mma_steps: int = 4096
+    mma_steps: int = 32768  # some milliseconds: long enough for the power limit to speak
     repeats: int = 7
 
 
