@@ -53,13 +53,6 @@ def add_kernels(device: CudaDevice) -> None:
     device.add_source(folder() / "limits.cu", limits)
 
 
-def launches(n_sms: int) -> tuple[KernelLaunch, ...]:
-    """One launch of each kernel, to compile them without a device."""
-    kernels = (("random_fill.cu", "random_fill"), ("limits.cu", "copy_stream"),
-               ("limits.cu", "read_stream"), ("limits.cu", "mma_rate"))  # fmt: skip
-    return tuple(_launch(source, kernel, n_sms) for source, kernel in kernels)
-
-
 def random_fill(address: int, nbytes: int, seed: int, deviation: float) -> BoundLaunch:
     """Random bfloat16 of a standard deviation over [address, address + nbytes), whole vectors."""
     scale = deviation / BYTE_SUM_DEVIATION

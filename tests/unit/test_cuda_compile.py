@@ -17,7 +17,6 @@ from flashrt.backends.cuda.kernels import KernelLaunch, Shape
 from flashrt.backends.cuda.nvrtc import Nvrtc, resources
 from flashrt.backends.cuda.sources import Sources, shipped
 from flashrt.backends.simt.build import kernel_names
-from flashrt.commands import gpu_bench_kernels
 from flashrt.core.region import DType
 from flashrt.ops import OPS
 
@@ -47,7 +46,6 @@ def variants(*, is_full: bool) -> Iterator[KernelLaunch]:
     """Launches of all ops: one variant of each kernel, or all that these sizes lead to."""
     yield kernels.copy_launch(1 << 20, 132)
     yield kernels.digest_launch(4, 132)
-    yield from gpu_bench_kernels.launches(132)
     for name in BESIDE_THE_OPS:
         for kernel in kernel_names(shipped()[name]):
             yield KernelLaunch(name, kernel, (), (1, 1, 1), (256, 1, 1))
