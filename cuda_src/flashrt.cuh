@@ -112,7 +112,7 @@ DEVICE void store_act4(act_t* p, float x, float y, float z, float w) {  // p: al
 }
 #endif
 
-// ---- elementary functions: polynomials after Cephes, about 1 ulp
+// ---- elementary functions: polynomials after Cephes; exp within 1 ulp, sine and cosine 2, log 3
 
 // exp(0) is exactly 1; 0 below -87, infinite above 88.3.
 DEVICE float exp_f32(float x) {
