@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flashrt.base.errors import FlashrtError
+from flashrt.commands import replay, store
 from flashrt.commands.bench import BenchOptions, bench
 from flashrt.commands.checkpoints import EngineOptions
 from flashrt.commands.demo import demo
@@ -39,6 +40,7 @@ examples:
   flashrt plan --shape 0.8b --svg arena.svg      where everything will lie in memory
   flashrt inspect ~/models/Qwen3.5-0.8B          layers, tensors, memory by context length
   flashrt bench --shape mini                     speed beside this machine's own limits
+  flashrt store ls ~/capsules                    saved sessions that share what they have in common
   flashrt doctor                                 what is installed, what is missing
 
 `flashrt COMMAND --help` tells more. Environment: FLASHRT_THREADS, FLASHRT_CACHE_DIR, FLASHRT_CC.
@@ -78,6 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_inspect(commands)
     _add_bench(commands)
+    store.register(commands)
+    replay.register(commands)
     _add_doctor(commands)
     return parser
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from rich.markup import escape
 from rich.tree import Tree
 
+from flashrt.base.errors import StoreError
 from flashrt.commands import console
 from flashrt.session import upkeep
 from flashrt.session.manifest import Manifest, Place
@@ -39,23 +40,23 @@ def register(commands: Subparsers) -> None:
     parser = commands.add_parser("store", help=purpose, description=purpose, epilog=examples)
     parser.set_defaults(command=lambda options: _help(parser))
     actions = parser.add_subparsers(title="actions", metavar="ACTION")
-    _add(actions, "ls", "list capsules", lambda o: ls(Store(o.store), o.json))
+    _add(actions, "ls", "list capsules", lambda o: ls(_open(o.store), o.json))
     _add(
         actions,
         "tree",
         "who descends from whom, and what each one adds",
-        lambda o: tree(Store(o.store)),
+        lambda o: tree(_open(o.store)),
     )
     show_parser = _add(
-        actions, "show", "one capsule", lambda o: show(Store(o.store), o.which, o.json)
+        actions, "show", "one capsule", lambda o: show(_open(o.store), o.which, o.json)
     )
     show_parser.add_argument("which", metavar="CAPSULE", help="a name, or the beginning of an id")
-    _add(actions, "verify", "read and check every byte", lambda o: verify(Store(o.store), o.json))
+    _add(actions, "verify", "read and check every byte", lambda o: verify(_open(o.store), o.json))
     _add(
-        actions, "gc", "remove objects that no capsule needs", lambda o: gc(Store(o.store), o.json)
+        actions, "gc", "remove objects that no capsule needs", lambda o: gc(_open(o.store), o.json)
     )
     rm_parser = _add(
-        actions, "rm", "forget capsules", lambda o: rm(Store(o.store), o.which, o.json)
+        actions, "rm", "forget capsules", lambda o: rm(_open(o.store), o.which, o.json)
     )
     rm_parser.add_argument("which", nargs="+", metavar="CAPSULE", help="names or ids")
 
@@ -177,6 +178,14 @@ def rm(store: Store, which: Iterable[str], as_json: bool) -> int:
         listed = ", ".join(p.id[:ID_DIGITS] for p in places)
         console.screen().print(f"forgot {listed}; `flashrt store gc` frees the space")
     return 0
+
+
+def _open(url: str) -> Store:
+    """A store that is there. Raises StoreError."""
+    store = Store(url)
+    if not store.is_there:
+        raise StoreError(f"there is no store at {store.folder.url}; the first save makes one")
+    return store
 
 
 def _rows(store: Store) -> list[dict[str, Any]]:

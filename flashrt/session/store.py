@@ -81,7 +81,7 @@ class Store:
         Raises StoreError when there is something else.
         """
         self.folder: Folder = open_folder(os.fspath(url))
-        if self.folder.size(FORMAT_FILE) is not None:
+        if self.is_there:
             found = self.folder.read(FORMAT_FILE)[:64].tobytes()
             if found != FORMAT:
                 raise StoreError(
@@ -89,6 +89,11 @@ class Store:
                 )
         self.rates = Rates()
         self._known: weakref.WeakKeyDictionary[CapsuleTable, _Known] = weakref.WeakKeyDictionary()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether something was saved here ever."""
+        return self.folder.size(FORMAT_FILE) is not None
 
     # -- publishing -----------------------------------------------------------------------------
 
@@ -104,7 +109,7 @@ class Store:
         ref = None if name is None else _ref_file(name)
         known = self._known.setdefault(table, _Known())
         with self.folder.publishing():
-            if self.folder.size(FORMAT_FILE) is None:
+            if not self.is_there:
                 self.folder.write(FORMAT_FILE, np.frombuffer(FORMAT, np.uint8))
             tally = [0, 0, 0]
             segments = [self._publish(table, known, s, tally) for s in _oldest_first(capsule)]

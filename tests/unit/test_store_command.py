@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import flashrt
+from flashrt import cli
 from flashrt.commands import store as command
 from flashrt.session.store import Store
 
@@ -57,6 +58,15 @@ def test_tree(run: Run) -> None:
     run("rm", "root [bold]")
     _, text = run("tree")
     assert "leaf" in text and "root" not in text.split("\n", 1)[1]
+
+
+def test_a_store_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for action in ("ls", "tree", "verify", "gc"):
+        assert cli.main(["store", action, str(tmp_path / "absent")]) == cli.REFUSED
+        assert "there is no store at" in capsys.readouterr().err
+    assert not (tmp_path / "absent").exists()
+    assert cli.main(["store"]) == cli.OK
+    assert "tree" in capsys.readouterr().out
 
 
 def test_show(run: Run, session: flashrt.Session) -> None:
