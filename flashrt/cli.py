@@ -20,6 +20,7 @@ from flashrt.commands.bench import BenchOptions, bench
 from flashrt.commands.checkpoints import EngineOptions
 from flashrt.commands.demo import demo
 from flashrt.commands.doctor import doctor, version_of
+from flashrt.commands.gpu_bench import GpuBenchOptions, gpu_bench
 from flashrt.commands.inspect import inspect
 from flashrt.commands.plan import plan
 from flashrt.commands.run import Sampling, run
@@ -250,6 +251,8 @@ def _add_inspect(commands: _Commands[_Parser]) -> None:
 
 def _add_bench(commands: _Commands[_Parser]) -> None:
     def command(options: argparse.Namespace) -> int:
+        if options.device in ("cuda", "simt") and options.checkpoint is None:
+            return _gpu_bench(options)
         return bench(
             BenchOptions(
                 shape=options.shape,
@@ -267,7 +270,7 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
         "Measure prefill, decode, snapshot, restore, rollback and time to first token,\n"
         "beside the limits of this machine, measured in the same run.",
         "bench\nbench --shape 0.8b --lengths 512,2048 --json bench.json --plot bench.png\n"
-        "bench --checkpoint ~/models/Qwen3.5-0.8B",
+        "bench --checkpoint ~/models/Qwen3.5-0.8B\nbench --device cuda --shape 27b --out measured",
     )  # fmt: skip
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
@@ -292,6 +295,29 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
     )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw them (.png or .svg; needs matplotlib)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="with --device cuda and a shape, in place of "
+        "--json and --plot: folder of the report (default: docs/measured)",
+    )  # fmt: skip
+
+
+def _gpu_bench(options: argparse.Namespace) -> int:
+    """Random weights of a shape are drawn on the device, and times are the device's."""
+    if options.json or options.plot:
+        raise FlashrtError(
+            f"bench --device {options.device}: --out DIR takes the JSON and the plot, in place of "
+            "--json and --plot"
+        )
+    return gpu_bench(
+        GpuBenchOptions(
+            shape=options.shape,
+            device=options.device,
+            precision=options.precision,
+            lengths=tuple(options.lengths or ()),
+            repeats=options.repeats,
+            out=options.out,
+        )
     )
 
 

@@ -72,7 +72,7 @@ def bench(options: BenchOptions, json_path: Path | None, plot_path: Path | None)
     if options.checkpoint is None:
         with console.progress_bars() as progress:
             path, _ = cached_random_checkpoint(options.shape, progress)
-        lengths = options.lengths or LENGTHS[options.shape]
+        lengths = options.lengths or LENGTHS.get(options.shape, CHECKPOINT_LENGTHS)
     else:
         path, lengths = options.checkpoint, options.lengths or CHECKPOINT_LENGTHS
     room = replace(options.engine, max_positions=max(lengths) + _ROOM, lanes=2)
