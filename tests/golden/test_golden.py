@@ -21,7 +21,13 @@ def expected(golden_set: Path) -> Expected:
 @pytest.fixture(scope="module")
 def engine(golden_set: Path, pytestconfig: pytest.Config) -> Iterator[flashrt.Engine]:
     device = pytestconfig.getoption("--device")
-    engine = flashrt.load(golden_set, device=device, max_positions=1024, kv_dtype="float32")
+    engine = flashrt.load(
+        golden_set,
+        device=device,
+        max_positions=1024,
+        kv_dtype="float32",
+        precision="high",  # of cuda and simt; the cpu has one alone
+    )
     yield engine
     engine.close()
 
