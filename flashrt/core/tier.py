@@ -86,7 +86,6 @@ def _to_device(table: CapsuleTable, items: list[_Item], images: list[Bytes]) -> 
     blocks = table.pool.take(*(item.extent.nbytes for item in items))
     for block, image in zip(blocks, images, strict=True):
         backend.write(base + block, image)
-    backend.sync()  # the images may go now
     for item, block in zip(items, blocks, strict=True):
         item.extent.give_back(table.pool)
         item.extent.block = block

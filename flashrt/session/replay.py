@@ -11,6 +11,7 @@ is left out of the replay, and the report says so.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,13 +24,13 @@ from numpy.typing import NDArray
 
 from flashrt.base.errors import SessionError
 from flashrt.core.capsule import Capsule
-from flashrt.engine import SamplerParams
 from flashrt.session.session import Session, as_tokens
 
 if TYPE_CHECKING:
     from flashrt.session.load import SessionEngine
 
 FORMAT = "flashrt-journal-1"
+OPTIONS = frozenset(inspect.signature(Session.generate).parameters) - {"self", "max_tokens"}
 LIMIT, STOPPED, INTERRUPTED = "limit", "stop", "interrupt"
 
 
@@ -97,24 +98,15 @@ class Recorder:
         self.session.prefill(array)
         self._step("prefill", tokens=array.tolist())
 
-    def generate(
-        self,
-        max_tokens: int,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Iterable[int] = (),
-        *,
-        min_p: float = 0.0,
-    ) -> Iterator[int]:
-        """See Session.generate; the line is written when the iterator ends or is closed."""
-        stops = sorted(int(token) for token in stop)
-        sampler = SamplerParams(temperature, top_k, top_p, min_p, seed)
-        stream = self.session.generate(
-            max_tokens, temperature, top_k, top_p, seed, stops, min_p=min_p
-        )
-        return self._recorded(stream, max_tokens, sampler, stops)
+    def generate(self, max_tokens: int, **options: Any) -> Iterator[int]:
+        """See Session.generate for the options, by name; the line is written when the iterator
+        ends or is closed.
+        """
+        plain = {**options, "stop": sorted(int(token) for token in options.get("stop", ()))}
+        if plain.get("logit_bias") is not None:
+            plain["logit_bias"] = sorted(plain["logit_bias"].items())
+        stream = self.session.generate(max_tokens, **{**options, "stop": plain["stop"]})
+        return self._recorded(stream, max_tokens, plain)
 
     def rollback(self, position: int) -> None:
         """See Session.rollback."""
@@ -132,7 +124,7 @@ class Recorder:
         self.close()
 
     def _recorded(
-        self, stream: Iterator[int], max_tokens: int, sampler: SamplerParams, stops: list[int]
+        self, stream: Iterator[int], max_tokens: int, options: Mapping[str, object]
     ) -> Iterator[int]:
         out: list[int] = []
         end = INTERRUPTED
@@ -142,14 +134,7 @@ class Recorder:
                 yield token
             end = LIMIT if len(out) == max_tokens else STOPPED
         finally:
-            self._step(
-                "generate",
-                max_tokens=max_tokens,
-                sampler=asdict(sampler),
-                stop=stops,
-                tokens=out,
-                end=end,
-            )
+            self._step("generate", max_tokens=max_tokens, options=options, tokens=out, end=end)
 
     def _step(self, do: str, **fields: object) -> None:
         position, digest = self.session.position, self.session.digest()
@@ -221,16 +206,10 @@ def _run(session: Session, step: Step, vocab_size: int) -> str | None:
     elif step.do == "rollback":
         session.rollback(fields["to"])
     else:
-        sampler = SamplerParams(**fields["sampler"])
-        stream = session.generate(
-            fields["max_tokens"],
-            sampler.temperature,
-            sampler.top_k,
-            sampler.top_p,
-            sampler.seed,
-            fields["stop"],
-            min_p=sampler.min_p,
-        )
+        options = dict(fields["options"])
+        if options.get("logit_bias") is not None:
+            options["logit_bias"] = dict(options["logit_bias"])
+        stream = session.generate(fields["max_tokens"], **options)
         expected = fields["tokens"]
         for i, token in enumerate(expected):
             found = next(stream, None)
@@ -249,16 +228,16 @@ def _step(line: int, fields: dict[str, Any]) -> Step:
     wanted: dict[str, set[str]] = {
         "prefill": {"tokens"},
         "rollback": {"to"},
-        "generate": {"max_tokens", "sampler", "stop", "tokens", "end"},
+        "generate": {"max_tokens", "options", "tokens", "end"},
     }
     do, position, digest = fields.pop("do"), fields.pop("position"), fields.pop("digest")
     if set(fields) != wanted[do]:
         raise ValueError(f"line {line}: {do} has {sorted(fields)}, expected {sorted(wanted[do])}")
-    lists = [fields[name] for name in ("tokens", "stop") if name in fields]
-    if not all(isinstance(part, list) for part in lists):
-        raise ValueError(f"line {line}: tokens and stop are lists of ids")
+    if "tokens" in fields and not isinstance(fields["tokens"], list):
+        raise ValueError(f"line {line}: tokens is a list of ids")
     if do == "generate":
-        SamplerParams(**fields["sampler"])
         if not isinstance(fields["max_tokens"], int):
             raise ValueError(f"line {line}: max_tokens is {fields['max_tokens']!r}")
+        if unknown := set(fields["options"]) - OPTIONS:
+            raise ValueError(f"line {line}: unknown options {sorted(unknown)}")
     return Step(line, do, fields, int(position), str(digest))

@@ -25,7 +25,7 @@ def recorded(
     path = tmp_path / "a.journal"
     with Recorder(engine, session, path) as told:
         told.prefill([3, 1, 4])
-        stream = told.generate(20, temperature=0.9, top_k=40, seed=11)
+        stream = told.generate(20, temperature=0.9, top_k=40, seed=11, logit_bias={7: 1.5})
         heard = [next(stream) for _ in range(6)]
         stream.close()  # the user speaks
         told.prefill([9, 9])
@@ -53,6 +53,7 @@ def test_the_same_bits(engine: flashrt.Engine, recorded: tuple[flashrt.Capsule, 
         (2, {"tokens": [3, 1, 5]}, r"line 2 \(prefill\): digest"),
         (3, {"tokens": [1, 2, 3]}, r"line 3 \(generate\): token 0 is"),
         (5, {"to": 43}, r"line 5 \(rollback\): position 43, recorded 44"),
+        (3, {"options": {"seed": 3, "temperature": 2.0}}, r"line 3 \(generate\): token \d"),
         (6, {"max_tokens": 9}, r"line 6 \(generate\): went on with token"),
         (8, {"digest": "0" * 32}, r"line 8 \(generate\): digest"),
     ],
@@ -97,6 +98,7 @@ def test_what_cannot_be_replayed_is_refused(
         "", "x\n", "{}\n", "[]\n", head.replace("journal-1", "journal-2") + "\n",
         whole + '{"do": "dance", "position": 1, "digest": ""}\n', whole + "[]\n",
         whole + '{"do": "prefill", "position": 1, "digest": ""}\n',
+        whole.replace('"seed": 11', '"sead": 11'),
         whole + '{"do": "prefill", "tokens": 5, "position": 1, "digest": ""}\n',
         head.replace('"device"', '"devices"') + "\n" + rest, "[" * 100_000 + "\n",
     ):  # fmt: skip

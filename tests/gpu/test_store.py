@@ -1,4 +1,4 @@
-"""Tiers, files and store on the raw CUDA kernels' engine: the same bits, guards whole."""
+"""Tiers, files and store with the CUDA kernels: the same bits, guards whole."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import flashrt
+from flashrt.backends.cuda.device import Precision
 from flashrt.session import upkeep
 from flashrt.session.store import Store
 
@@ -14,10 +15,12 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "high"])
-def test_capsules_outlive_their_engine(precision: str, tmp_path: Path) -> None:
+def test_capsules_outlive_their_engine(
+    device_name: str, precision: Precision, tmp_path: Path
+) -> None:
     first, second = (
         flashrt.load(
-            GOLDEN / "tiny", device="simt", max_positions=n, lanes=lanes, precision=precision
+            GOLDEN / "tiny", device=device_name, max_positions=n, lanes=lanes, precision=precision
         )
         for n, lanes in ((96, 2), (128, 1))
     )
