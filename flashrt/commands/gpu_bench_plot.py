@@ -80,9 +80,12 @@ def _finish(axes: Any) -> None:
     axes.set_xscale("log", base=2)
     ticks = sorted({x for line in axes.get_lines() for x in line.get_xdata()})
     axes.set_xticks(ticks, [f"{int(x):,}" for x in ticks])
-    axes.minorticks_off()
+    axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.set_xlabel("tokens of context")
     axes.grid(color="#d8dee4", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+    if ticks and axes.get_yscale() == "log":
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (high / low) ** 0.35)  # room for the legend
     if ticks:
-        axes.legend(fontsize=7, frameon=False, ncols=2)
+        axes.legend(fontsize=7, frameon=False, ncols=3, loc="upper left")
