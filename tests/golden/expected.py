@@ -28,6 +28,8 @@ class Expected:
     cache_prompt: int | None  # the prompt whose states after prefill are in `arrays`
     arrays: dict[str, NDArray[np.float32]]
     layer_types: list[str]
+    draft_prompt: int  # the prompt that `drafts` and arrays mtp.* continue
+    drafts: list[int]
 
 
 def read_expected(folder: Path) -> Expected:
@@ -37,7 +39,10 @@ def read_expected(folder: Path) -> Expected:
     config = json.loads((folder / "config.json").read_text())
     layer_types = config.get("text_config", config)["layer_types"]
     cache_prompt = info.get("cache_prompt")
-    return Expected(folder, info["prompts"], info["greedy"], cache_prompt, arrays, layer_types)
+    return Expected(
+        folder, info["prompts"], info["greedy"], cache_prompt, arrays, layer_types,
+        info["mtp_prompt"], info["mtp_drafts"],
+    )  # fmt: skip
 
 
 def assert_close(actual: NDArray[np.generic], expected: NDArray[np.float32], what: str) -> None:

@@ -22,11 +22,19 @@ from hypothesis.stateful import (
 
 import flashrt
 from flashrt.session.store import Store
+from tests.property.guessing import guessing, interrupting, truth
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LANES = 4  # the last one is the oracle's
 LIMIT = 360
 TOKENS = st.lists(st.integers(0, 511), min_size=1, max_size=90)
+PARAMS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 1.0, "seed": 7},
+    {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 1 << 40},
+    {"repetition_penalty": 1.3, "logit_bias": {5: 4.0, 9: -np.inf}},
+    {"temperature": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3, "min_p": 0.01},
+)
 
 
 class Histories(RuleBasedStateMachine):
@@ -62,17 +70,56 @@ class Histories(RuleBasedStateMachine):
             session.prefill(tokens)
             self.history[session] += tokens
 
-    @rule(session=sessions, n=st.integers(1, 12), hot=st.booleans(), seed=st.integers(0, 99))
-    def generate(self, session: flashrt.Session, n: int, hot: bool, seed: int) -> None:
-        if self.live(session) and self.history[session] and n <= self.free(session):
-            self.history[session] += session.generate(n, temperature=float(hot), seed=seed)
-
-    @rule(session=sessions, n=st.integers(2, 6))
-    def interrupt(self, session: flashrt.Session, n: int) -> None:
-        if self.live(session) and self.history[session] and n <= self.free(session):
-            stream = session.generate(n)
-            self.history[session].append(next(stream))
+    @rule(
+        session=sessions,
+        n=st.integers(1, 12),
+        taken=st.integers(0, 12),
+        params=st.sampled_from(PARAMS),
+        draft=st.one_of(st.just(0), st.integers(1, 8), st.just("auto")),
+        agree=st.sampled_from([0.0, 0.6, 0.9, 1.0]),
+    )
+    def generate(
+        self,
+        session: flashrt.Session,
+        n: int,
+        taken: int,
+        params: dict[str, Any],
+        draft: Any,
+        agree: float,
+    ) -> None:
+        """Drafted or not, closed early or not: the tokens of plain decoding."""
+        if not self.live(session) or not self.history[session] or n > self.free(session):
+            return
+        history = self.history[session]
+        following = truth(self.engine, history, n + 8, **params)
+        with guessing(self.engine, history, following, agree):
+            stream = session.generate(n, draft=draft, **params)
+            got = [token for _, token in zip(range(taken), stream, strict=False)]
             stream.close()
+        assert got == following[: min(n, taken)]
+        history += got
+
+    @rule(
+        session=sessions,
+        after=st.integers(0, 12),
+        is_done=st.booleans(),
+        draft=st.sampled_from([0, 1, 4]),
+    )
+    def interrupt(self, session: flashrt.Session, after: int, is_done: bool, draft: int) -> None:
+        """Ctrl-C before a replay, or between the replay and what the host makes of it."""
+        if not self.live(session) or not self.history[session] or self.free(session) < 8:
+            return
+        history = self.history[session]
+        following = truth(self.engine, history, 16)
+        with (
+            guessing(self.engine, history, following, 0.8),
+            interrupting(self.engine, after, is_done),
+        ):
+            try:
+                for token in session.generate(8, draft=draft):
+                    history.append(token)
+            except KeyboardInterrupt:
+                pass
 
     @rule(target=capsules, session=sessions)
     def snapshot(self, session: flashrt.Session) -> Any:
