@@ -22,7 +22,7 @@ constexpr int BLOCK_ROWS = COLUMNS / GROUP;               // rows of queries per
 constexpr int DIM_GROUPS = ceil_div(HEAD_DIM, 32);
 constexpr int Q_VECTORS = round_up(HEAD_DIM, 64) / 8;     // uint4 per column
 constexpr int P_VECTORS = BLOCK_KEYS / 8;
-constexpr int PARTS = 1 + ACT_PAIR;                       // hi, lo
+constexpr int PARTS = ACT_PARTS;                           // hi, lo
 
 #if CACHE_F32
 typedef float cache_t;
@@ -72,7 +72,7 @@ DEVICE void load_queries(Shared& s, const attention_args& a, const Queries& quer
 #pragma unroll
     for (int k = 0; k < 4; k++) bf16_split(x[2 * k], x[2 * k + 1], hi[k], lo[k]);
     s.q[0][c][swizzle(c, v)] = make_uint4(hi[0], hi[1], hi[2], hi[3]);
-    if (ACT_PAIR) s.q[PARTS - 1][c][swizzle(c, v)] = make_uint4(lo[0], lo[1], lo[2], lo[3]);
+    if (ACT_PARTS > 1) s.q[PARTS - 1][c][swizzle(c, v)] = make_uint4(lo[0], lo[1], lo[2], lo[3]);
   }
 }
 
@@ -188,7 +188,7 @@ DEVICE void scores(Accumulator& s, const Shared& shared, const cache_t* keys, in
         rest[m][1] = step ? lo[m].w : lo[m].y;
       }
       score_step(s, k, q[0], step);
-      if (ACT_PAIR) score_step(s, k, q[PARTS - 1], step);
+      if (ACT_PARTS > 1) score_step(s, k, q[PARTS - 1], step);
       if (CACHE_F32) score_step(s, rest, q[0], step);
     }
 #pragma unroll
@@ -250,7 +250,7 @@ DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int 
       bf16_split(p[2], p[3], hi.y, lo.y);
       int v = swizzle(column, 4 * warp + g / 2);
       reinterpret_cast<uint2*>(&shared.p[0][column][v])[g & 1] = hi;
-      if (ACT_PAIR) reinterpret_cast<uint2*>(&shared.p[PARTS - 1][column][v])[g & 1] = lo;
+      if (ACT_PARTS > 1) reinterpret_cast<uint2*>(&shared.p[PARTS - 1][column][v])[g & 1] = lo;
     }
 }
 
@@ -302,7 +302,7 @@ DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* va
             mma(o[i][j], a0, a1, a2, a3, step ? b[j].z : b[j].x, step ? b[j].w : b[j].y);
         };
         add(hi, p[0]);
-        if (ACT_PAIR) add(hi, p[PARTS - 1]);
+        if (ACT_PARTS > 1) add(hi, p[PARTS - 1]);
         if (CACHE_F32) add(lo, p[0]);
       }
   }

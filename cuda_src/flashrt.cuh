@@ -30,7 +30,7 @@ typedef unsigned long long uint64_t;
 #include "args.h"  // argument structs and dtype codes, generated from the ops
 
 #define DEVICE __device__ __forceinline__
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)  // threads[, blocks at a time]
 #define ARGS const __grid_constant__
 
 constexpr unsigned FULL_WARP = 0xffffffffu;
@@ -91,9 +91,19 @@ DEVICE void bf16_split(float x0, float x1, uint32_t& hi, uint32_t& lo) {
   lo = bf16_pack(x0 - bf16_low(hi), x1 - bf16_high(hi));
 }
 
-// Activations as tensor cores take them: bfloat16, or pairs hi + lo (hi in the low half) for precision "high".
-#ifdef ACT_PAIR
-#if ACT_PAIR
+// x ~ hi + mid + lo: all 24 bits of mantissa
+DEVICE void bf16_split(float x0, float x1, uint32_t& hi, uint32_t& mid, uint32_t& lo) {
+  hi = bf16_pack(x0, x1);
+  bf16_split(x0 - bf16_low(hi), x1 - bf16_high(hi), mid, lo);
+}
+
+// Activations as tensor cores take them, in ACT_PARTS parts: 1 bfloat16; 2 a pair hi + lo (hi in the low half); 3 the
+// bits of a float, which `linear` splits in three where it reads them.
+#ifdef ACT_PARTS
+#if ACT_PARTS == 3
+typedef uint32_t act_t;
+DEVICE act_t to_act(float x) { return __float_as_uint(x); }
+#elif ACT_PARTS == 2
 typedef uint32_t act_t;
 DEVICE act_t to_act(float x) {
   uint32_t hi = bf16_round(x);
@@ -104,7 +114,7 @@ typedef uint16_t act_t;
 DEVICE act_t to_act(float x) { return bf16_round(x); }
 #endif
 DEVICE void store_act4(act_t* p, float x, float y, float z, float w) {  // p: aligned to four elements
-#if ACT_PAIR
+#if ACT_PARTS > 1
   *reinterpret_cast<uint4*>(p) = make_uint4(to_act(x), to_act(y), to_act(z), to_act(w));
 #else
   *reinterpret_cast<uint2*>(p) = make_uint2(bf16_pack(x, y), bf16_pack(z, w));

@@ -6,7 +6,7 @@
 // 16-byte load of x at 8t serves both steps.
 //
 // Canonical order of each output: chains of K_SLICE k in ascending steps, each from zero; their sums folded in order,
-// ((0 + s0) + s1) + ...; for pairs (precision "high") each step adds x_hi, then x_lo. Fixed by K alone.
+// ((0 + s0) + s1) + ...; an x in several parts (ACT_PARTS) is added part by part in each step. Fixed by K alone.
 #pragma once
 
 constexpr int K_CHUNK = 32, K_SLICE = 256, SLICE_CHUNKS = K_SLICE / K_CHUNK;
@@ -19,38 +19,39 @@ DEVICE size_t matrix_quad(int n, int k, int K) {
   return ((chunk * 2 + step) * 32 + lane) * 2 + n % 16 / 8;
 }
 
-#ifdef ACT_PAIR
-// x[k .. k + 7] of one token as b operands: [step][register]; `lo` only for pairs.
+#ifdef ACT_PARTS
+// x[k .. k + 7] of one token as b operands: [part][step][register].
 struct Operand {
-  uint32_t hi[2][2];
-#if ACT_PAIR
-  uint32_t lo[2][2];
-#endif
+  uint32_t part[ACT_PARTS][2][2];
 };
 
-#if ACT_PAIR
+#if ACT_PARTS > 1
 DEVICE Operand unpack_operand(uint4 first, uint4 second) {
   Operand x;
   uint4 v[2] = {first, second};
 #pragma unroll
   for (int s = 0; s < 2; s++) {
-    x.hi[s][0] = __byte_perm(v[s].x, v[s].y, 0x5410);
-    x.hi[s][1] = __byte_perm(v[s].z, v[s].w, 0x5410);
-    x.lo[s][0] = __byte_perm(v[s].x, v[s].y, 0x7632);
-    x.lo[s][1] = __byte_perm(v[s].z, v[s].w, 0x7632);
+#if ACT_PARTS == 3
+    bf16_split(__uint_as_float(v[s].x), __uint_as_float(v[s].y), x.part[0][s][0], x.part[1][s][0], x.part[2][s][0]);
+    bf16_split(__uint_as_float(v[s].z), __uint_as_float(v[s].w), x.part[0][s][1], x.part[1][s][1], x.part[2][s][1]);
+#else
+    x.part[0][s][0] = __byte_perm(v[s].x, v[s].y, 0x5410);
+    x.part[0][s][1] = __byte_perm(v[s].z, v[s].w, 0x5410);
+    x.part[1][s][0] = __byte_perm(v[s].x, v[s].y, 0x7632);
+    x.part[1][s][1] = __byte_perm(v[s].z, v[s].w, 0x7632);
+#endif
   }
   return x;
 }
 #else
-DEVICE Operand unpack_operand(uint4 v) { return Operand{{{v.x, v.y}, {v.z, v.w}}}; }
+DEVICE Operand unpack_operand(uint4 v) { return Operand{{{{v.x, v.y}, {v.z, v.w}}}}; }
 #endif
 
 // One step of 16 k: the canonical sequence of mma. The registers of `w` are (row g: two pairs, row g + 8: two pairs).
 DEVICE void multiply_step(float (&c)[4], uint4 w, const Operand& x, int step CALLER) {
-  mma(c, w.x, w.z, w.y, w.w, x.hi[step][0], x.hi[step][1] PASS_CALLER);
-#if ACT_PAIR
-  mma(c, w.x, w.z, w.y, w.w, x.lo[step][0], x.lo[step][1] PASS_CALLER);
-#endif
+#pragma unroll
+  for (int i = 0; i < ACT_PARTS; i++)
+    mma(c, w.x, w.z, w.y, w.w, x.part[i][step][0], x.part[i][step][1] PASS_CALLER);
 }
 
 DEVICE void fold(float (&sum)[4], const float (&slice)[4]) {

@@ -4,12 +4,15 @@
 // Shapes:   x [T, K] activations, w [N, K] as in linear.cuh, y [T, N] float.
 // Order:    linear.cuh. Warp w takes slices w, w + WARPS, ...; warp 0 folds them in order through shared memory.
 // Launch:   grid (N / 16, T / (8 * TOKEN_TILES)), WARPS warps: few, so that blocks of one multiprocessor overlap, unless
-//           there are too few row tiles to fill the device. A warp loads half a slice of weights (4 KB) while it
-//           multiplies the other half; the first one before it waits for the kernel that makes x.
+//           there are too few row tiles to fill the device. A warp holds a slice of weights (8 KB), and
+//           loads half of the next while it multiplies the other half; the first one it loads before it waits for the
+//           kernel that makes x.
 #include "flashrt.cuh"
 #include "linear.cuh"
 
-constexpr int THREADS = 32 * WARPS, HALF_CHUNKS = SLICE_CHUNKS / 2, HALF_VECTORS = 2 * HALF_CHUNKS;
+// What the registers must leave room for on a multiprocessor: 16 warps, 8 of the widest.
+constexpr int THREADS = 32 * WARPS, MIN_BLOCKS = (TOKEN_TILES == 4 ? 8 : 16) / WARPS;
+constexpr int HALF_CHUNKS = SLICE_CHUNKS / 2, HALF_VECTORS = 2 * HALF_CHUNKS;
 
 // x[token][k .. k + 7]; zeros beyond the valid rows and beyond K
 DEVICE Operand load_x(const act_t* x, bool is_row, int k, int K) {
@@ -17,7 +20,7 @@ DEVICE Operand load_x(const act_t* x, bool is_row, int k, int K) {
 #if ALIGNED
   bool is_in = is_row && k < K;
   const uint4* p = reinterpret_cast<const uint4*>(x + k);
-#if ACT_PAIR
+#if ACT_PARTS > 1
   return unpack_operand(is_in ? p[0] : zero, is_in ? p[1] : zero);
 #else
   return unpack_operand(is_in ? p[0] : zero);
@@ -26,7 +29,7 @@ DEVICE Operand load_x(const act_t* x, bool is_row, int k, int K) {
   act_t v[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) v[i] = is_row && k + i < K ? x[k + i] : 0;
-#if ACT_PAIR
+#if ACT_PARTS > 1
   return unpack_operand(make_uint4(v[0], v[1], v[2], v[3]), make_uint4(v[4], v[5], v[6], v[7]));
 #else
   return unpack_operand(make_uint4(v[0] | v[1] << 16, v[2] | v[3] << 16, v[4] | v[5] << 16, v[6] | v[7] << 16));
@@ -56,7 +59,7 @@ DEVICE void multiply_half(float (&c)[TOKEN_TILES][4], const uint4 (&w)[HALF_VECT
   }
 }
 
-KERNEL(THREADS) linear_few(ARGS linear_args a) {
+KERNEL(THREADS, MIN_BLOCKS) linear_few(ARGS linear_args a) {
   __shared__ __align__(16) float part[2][WARPS][TOKEN_TILES][32][4];  // by turns
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   int K = a.K, n_chunks = ceil_div(K, K_CHUNK), n_slices = ceil_div(K, K_SLICE);
@@ -66,6 +69,7 @@ KERNEL(THREADS) linear_few(ARGS linear_args a) {
 
   uint4 front[HALF_VECTORS], back[HALF_VECTORS];
   load_half(front, tile, warp * SLICE_CHUNKS, n_chunks);  // weights do not depend on the predecessor
+  load_half(back, tile, warp * SLICE_CHUNKS + HALF_CHUNKS, n_chunks);
   begin();
   int rows = a.cursor[ROWS];
   if (first_token >= rows) return;
@@ -74,10 +78,10 @@ KERNEL(THREADS) linear_few(ARGS linear_args a) {
   for (int s0 = 0; s0 < n_slices; s0 += WARPS) {
     float c[TOKEN_TILES][4] = {};
     int first = (s0 + warp) * SLICE_CHUNKS, next = first + WARPS * SLICE_CHUNKS, turn = s0 / WARPS & 1;
-    load_half(back, tile, first + HALF_CHUNKS, n_chunks);
     multiply_half(c, front, first, n_chunks, x, first_token + g, rows, t, K);
     load_half(front, tile, next, n_chunks);
     multiply_half(c, back, first + HALF_CHUNKS, n_chunks, x, first_token + g, rows, t, K);
+    load_half(back, tile, next + HALF_CHUNKS, n_chunks);
     if (WARPS == 1) {
 #pragma unroll
       for (int j = 0; j < TOKEN_TILES; j++) fold(sum[j], c[j]);

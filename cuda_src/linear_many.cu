@@ -16,7 +16,7 @@ constexpr int W_STAGE = BLOCK_TILES * CHUNK_VECTORS, X_STAGE = BLOCK_TOKENS * X_
 
 // Place of vector v of a token: with 8 vectors per row, lanes t = 0..3 of rows 2i and 2i + 1 take v = 2t + h, and the
 // flip of h in odd rows keeps them apart; with 4 per row they are apart.
-DEVICE int x_slot(int token, int v) { return token * X_VECTORS + (ACT_PAIR ? v ^ (token & 1) : v); }
+DEVICE int x_slot(int token, int v) { return token * X_VECTORS + (ACT_PARTS > 1 ? v ^ (token & 1) : v); }
 
 // 8 or 4 elements of x at k, aligned or not, zeros beyond K
 DEVICE uint4 gather(const act_t* x, int k, int K) {
@@ -24,7 +24,7 @@ DEVICE uint4 gather(const act_t* x, int k, int K) {
   uint32_t v[4] = {};
 #pragma unroll
   for (int i = 0; i < N; i++)
-    if (k + i < K) v[i * 4 / N] |= (uint32_t)x[k + i] << (ACT_PAIR ? 0 : 16 * (i & 1));
+    if (k + i < K) v[i * 4 / N] |= (uint32_t)x[k + i] << (ACT_PARTS > 1 ? 0 : 16 * (i & 1));
   return make_uint4(v[0], v[1], v[2], v[3]);
 }
 
@@ -59,7 +59,7 @@ DEVICE void multiply_stage(float (&c)[ROW_TILES][TOKEN_TILES][4], const uint4* w
   Operand b[TOKEN_TILES];
 #pragma unroll
   for (int j = 0; j < TOKEN_TILES; j++) {
-#if ACT_PAIR
+#if ACT_PARTS > 1
     b[j] = unpack_operand(x[x_slot(8 * j + g, 2 * t)], x[x_slot(8 * j + g, 2 * t + 1)]);
 #else
     b[j] = unpack_operand(x[x_slot(8 * j + g, t)]);

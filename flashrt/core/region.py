@@ -62,11 +62,11 @@ _DTYPE_CODE = {
 def resolve_dtype(dtype: DType, act: DType) -> DType:
     """`ACT` and `ACT_WIDE` as what the backend feeds its matrix units with, others as they are.
 
-    `ACT_WIDE` is for activations whose rounding to one bfloat16 would show: a pair where `ACT` is
-    one, else the same.
+    `ACT_WIDE` is for activations whose rounding would show: a bfloat16 pair where `ACT` is one
+    bfloat16, all of a float32 where it is a pair.
     """
     if dtype is DType.ACT_WIDE:
-        return DType.BF16X2 if act is DType.BF16 else act
+        return DType.BF16X2 if act is DType.BF16 else DType.F32
     return act if dtype is DType.ACT else dtype
 
 

@@ -58,9 +58,12 @@ class Shape:
     n_sms: int
 
     @property
-    def act_pair(self) -> int:
-        """1 if the launch's activations are hi + lo pairs: precision "high", or ACT_WIDE."""
-        return int(DType.BF16X2 in self.dtypes.values())
+    def act_parts(self) -> int:
+        """bfloat16 parts that an activation goes into the tensor cores as: 1, 2 or 3."""
+        return _ACT_PARTS[self.act]
+
+
+_ACT_PARTS = {DType.BF16: 1, DType.BF16X2: 2, DType.F32: 3}
 
 
 Expansion = Callable[[Shape], tuple[KernelLaunch, ...]]
@@ -92,7 +95,7 @@ def row_geometry(cols: int) -> tuple[int, int, int]:
 
 def _norm(s: Shape) -> tuple[KernelLaunch, ...]:
     width, vectors, threads = row_geometry(s.dims["H"])
-    defines = _defines(ACT_PAIR=s.act_pair, WIDTH=width, VECTORS=vectors, THREADS=threads)
+    defines = _defines(ACT_PARTS=s.act_parts, WIDTH=width, VECTORS=vectors, THREADS=threads)
     return (KernelLaunch("norm.cu", s.op, defines, _x(s.dims["T"]), _x(threads)),)
 
 
@@ -111,7 +114,9 @@ def _linear_few(s: Shape) -> KernelLaunch:
     warps = min(4, most)
     while warps < most and warps * row_tiles < 16 * s.n_sms:
         warps *= 2
-    defines = _defines(ACT_PAIR=s.act_pair, ALIGNED=int(k % 8 == 0), WARPS=warps, TOKEN_TILES=tiles)
+    defines = _defines(
+        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WARPS=warps, TOKEN_TILES=tiles
+    )
     grid = (_ceil(n, 16), _ceil(t, 8 * tiles), 1)
     return KernelLaunch("linear_few.cu", "linear_few", defines, grid, _x(WARP * warps))
 
@@ -153,11 +158,11 @@ def _linear_many(s: Shape) -> KernelLaunch:
     t, n, k = s.dims["T"], s.dims["N"], s.dims["K"]
     tile = min(MANY_TILES, key=lambda tile: tile.cost(n, t, s.n_sms))
     defines = _defines(
-        ACT_PAIR=s.act_pair, ALIGNED=int(k % 8 == 0), WARPS_N=tile.warps_n, WARPS_T=tile.warps_t,
+        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WARPS_N=tile.warps_n, WARPS_T=tile.warps_t,
         ROW_TILES=tile.row_tiles, TOKEN_TILES=tile.token_tiles, STAGES=MANY_STAGES,
     )  # fmt: skip
     grid = (_ceil(n, tile.rows), _ceil(t, tile.tokens), 1)
-    shared = MANY_STAGES * 64 * (tile.rows + tile.tokens * (1 + s.act_pair))
+    shared = MANY_STAGES * 64 * (tile.rows + tile.tokens * min(s.act_parts, 2))
     block = _x(WARP * tile.warps_n * tile.warps_t)
     return KernelLaunch("linear_many.cu", "linear_many", defines, grid, block, shared)
 
@@ -182,7 +187,7 @@ def _delta_rule(s: Shape) -> tuple[KernelLaunch, ...]:
 
 
 def _gated_rmsnorm(s: Shape) -> tuple[KernelLaunch, ...]:
-    defines = _defines(ACT_PAIR=s.act_pair, VALUE_DIM=s.dims["dv"])
+    defines = _defines(ACT_PARTS=s.act_parts, VALUE_DIM=s.dims["dv"])
     grid = (_ceil(s.dims["C"] // s.dims["dv"], 4), s.dims["T"], 1)
     return (KernelLaunch("gated_norm.cu", "gated_rmsnorm", defines, grid, _x(128)),)
 
@@ -205,12 +210,12 @@ def _attention(s: Shape) -> tuple[KernelLaunch, ...]:
     if is_few:
         tiles = min(4, _ceil(t * group, 8))
     else:
-        tiles = 4 if s.act_pair or is_f32 or _ceil(t, 64 // group) * nk < s.n_sms else 8
+        tiles = 4 if s.act_parts > 1 or is_f32 or _ceil(t, 64 // group) * nk < s.n_sms else 8
     defines = _defines(
-        ACT_PAIR=s.act_pair, CACHE_F32=int(is_f32), HEAD_DIM=d, GROUP=group, COLUMN_TILES=tiles
+        ACT_PARTS=s.act_parts, CACHE_F32=int(is_f32), HEAD_DIM=d, GROUP=group, COLUMN_TILES=tiles
     )
     # per column: q and p; five running values; and of each of 8 warps a maximum and a sum
-    column_bytes = 2 * (_ceil(d, 64) * 64 + ATTENTION_KEYS) * (1 + s.act_pair) + 4 * (5 + 8 * 2)
+    column_bytes = 2 * (_ceil(d, 64) * 64 + ATTENTION_KEYS) * s.act_parts + 4 * (5 + 8 * 2)
     shared = 8 * tiles * column_bytes
     n_groups = _ceil(t, 8 * tiles // group)
     if is_few:
@@ -236,7 +241,7 @@ def _advance(s: Shape) -> tuple[KernelLaunch, ...]:
 
 
 def _act(s: Shape) -> Defines:
-    return _defines(ACT_PAIR=s.act_pair)
+    return _defines(ACT_PARTS=s.act_parts)
 
 
 def _sample(s: Shape) -> tuple[KernelLaunch, ...]:
@@ -286,6 +291,8 @@ def expand(
         for p, v in zip(op.params, launch.operands, strict=True)
     }
     attrs = {a.name: v for a, v in zip(op.attrs, launch.attrs, strict=True)}
+    own = [dtypes[p.name] for p in op.params if p.dtypes == (DType.ACT,)]  # ACT, or ACT_WIDE
+    act = own[0] if own else act
     return expansions[op.name](Shape(op.name, launch.dims, dtypes, attrs, act, n_sms))
 
 
