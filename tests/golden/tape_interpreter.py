@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from flashrt.core.op import Launch
 from flashrt.core.region import DType, Layout, Region, Role, View
 from flashrt.core.tape import Tape
 from flashrt.models import Model
@@ -67,12 +68,20 @@ class TapeInterpreter:
         """All launches of a tape, its scratch poisoned first."""
         self.memory |= {region: _blank(region) for region in tape.lifetimes()}
         for launch in tape.launches:
-            names = [p.name for p in launch.op.params]
-            arrays = dict(zip(names, map(self._array, launch.operands), strict=True))
-            attrs = dict(zip([a.name for a in launch.op.attrs], launch.attrs, strict=True))
-            for name, result in REFERENCE[launch.op.name](Operands(arrays, attrs)).items():
-                is_written = ~np.isnan(result)
-                arrays[name][is_written] = result[is_written]
+            self.launch(launch)
+
+    def launch(self, launch: Launch) -> None:
+        """One launch, on memory as it is."""
+        attrs = dict(zip([a.name for a in launch.op.attrs], launch.attrs, strict=True))
+        arrays = self.operands(launch)
+        for name, result in REFERENCE[launch.op.name](Operands(arrays, attrs)).items():
+            is_written = ~np.isnan(result)
+            arrays[name][is_written] = result[is_written]
+
+    def operands(self, launch: Launch) -> dict[str, Array]:
+        """Windows into memory by param name."""
+        names = [p.name for p in launch.op.params]
+        return dict(zip(names, map(self._array, launch.operands), strict=True))
 
     def _store(self, region: Region, first_row: int, rows: Array) -> None:
         values = rows.view(ml_dtypes.bfloat16) if region.layout is Layout.MATRIX else rows

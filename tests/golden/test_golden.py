@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import flashrt
 from tests.golden.expected import Expected, assert_close, assert_states, read_expected
+from tests.tolerances import POSITION_ABSOLUTE
 
 PROMPTS = range(6)
 
@@ -57,8 +59,10 @@ def test_logits_of_every_position(engine: flashrt.Engine, expected: Expected) ->
         with engine.session() as session:
             for position, token in enumerate(expected.prompts[prompt]):
                 session.prefill([token])
-                every = expected.arrays[f"logits_all.{prompt}"]
-                assert_close(session.logits(), every[position], f"prompt {prompt} at {position}")
+                want = expected.arrays[f"logits_all.{prompt}"][position]
+                worst = float(np.abs(session.logits() - want).max())
+                most = POSITION_ABSOLUTE[engine.backend.act]
+                assert worst <= most, f"prompt {prompt} at {position}: off by {worst:.2e}"
 
 
 def test_states_after_prefill(
