@@ -4,23 +4,26 @@ IS: arithmetic on acceptance and measured time; it decides speed alone, never a 
 drafting or verifying (engine), or which tokens count (tail). Called by: session, tail.
 
 A step that drafts K tokens yields 1 + the drafts that agree. With a[i] the share of drafts at depth
-i that agreed when all before them did, it yields 1 + a[1] + a[1] a[2] + ... tokens on average;
-"auto" takes the K whose expected tokens per second are highest.
+i that agree when all before them did, it yields 1 + a[1] + a[1] a[2] + ... tokens on average;
+"auto" takes the K whose expected tokens per second are highest. A share is counted, recent steps
+more than old ones, and starts out as that of the depth before; a time is averaged, and guessed
+from the nearest length while a length was never tried. Every so often a step tries another length,
+so that an unlucky measurement does not stay.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Final, Literal
 
 from flashrt.base.errors import SessionError
 
 Draft = int | Literal["auto"]
-FORGET: Final = 0.1  # weight of the newest observation
-FIRST_GUESS: Final = 0.6  # acceptance at a depth that was never tried
+KEEP: Final = 0.96  # of what was counted, at each new observation: about the last 25 count
+FIRST_GUESS: Final = 0.6  # acceptance of the first drafted token, until counted
+GUESS_WEIGHT: Final = 3.0  # observations that a guess is worth
+NEWEST: Final = 0.2  # weight of the newest time
 GUESSED_SHARE: Final = 0.15  # time of one more drafted token, in decodes, until measured
-PROBE_EVERY: Final = 32  # steps without drafting until it is tried again
-PROBE_LENGTH: Final = 2
+TRY_EVERY: Final = 16  # steps from one that tries another length to the next
 
 
 class DraftLength:
@@ -39,9 +42,10 @@ class DraftLength:
             raise SessionError(f"generate: draft={draft} is beyond the longest draft, {limit}")
         self.draft = draft
         self.limit = limit
-        self._agree = [FIRST_GUESS] * (limit + 1)  # by depth, [0] unused
+        self._tried = [0.0] * limit  # drafts by depth, all before them having agreed
+        self._agreed = [0.0] * limit  # of those
         self._seconds: dict[int, float] = {}  # of a step, by draft length
-        self._idle = 0  # steps since the last draft
+        self._steps = 0
 
     def next(self, room: int) -> int:
         """Tokens to draft in the next step, at most `room`."""
@@ -50,17 +54,21 @@ class DraftLength:
 
     def record(self, drafted: int, accepted: int, seconds: float) -> None:
         """A step that drafted so many tokens, of which so many agreed, took so long."""
-        self._idle = 0 if drafted else self._idle + 1
-        for depth in range(1, min(drafted, accepted + 1) + 1):
-            agreed = float(depth <= accepted)
-            self._agree[depth] += FORGET * (agreed - self._agree[depth])
+        self._steps += 1
+        for depth in range(min(drafted, accepted + 1)):
+            self._tried[depth] = 1 + KEEP * self._tried[depth]
+            self._agreed[depth] = (depth < accepted) + KEEP * self._agreed[depth]
         known = self._seconds.setdefault(drafted, seconds)
-        self._seconds[drafted] = known + FORGET * (seconds - known)
+        self._seconds[drafted] = known + NEWEST * (seconds - known)
 
     def expected_tokens(self, length: int) -> float:
         """Tokens that a step with so many drafts yields on average."""
-        shares = self._agree[1 : length + 1]
-        return 1 + sum(math.prod(shares[: i + 1]) for i in range(length))
+        share, run, expected = FIRST_GUESS, 1.0, 1.0
+        for agreed, tried in zip(self._agreed[:length], self._tried[:length], strict=True):
+            share = (agreed + GUESS_WEIGHT * share) / (tried + GUESS_WEIGHT)
+            run *= share
+            expected += run
+        return expected
 
     def seconds(self, length: int) -> float:
         """Time of a step, measured or extrapolated from the nearest length that was tried."""
@@ -74,7 +82,9 @@ class DraftLength:
     def _adapted(self) -> int:
         if not self._seconds or self.limit == 0:
             return 0  # measure a plain step first
-        if self._idle >= PROBE_EVERY:
-            return PROBE_LENGTH
         lengths = range(self.limit + 1)
-        return max(lengths, key=lambda length: self.expected_tokens(length) / self.seconds(length))
+        best = max(lengths, key=lambda length: self.expected_tokens(length) / self.seconds(length))
+        if self._steps % TRY_EVERY == 0:
+            others = (best + 1, 0, best - 1)
+            return max(0, others[self._steps // TRY_EVERY % len(others)])
+        return best

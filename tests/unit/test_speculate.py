@@ -7,7 +7,7 @@ import random
 import pytest
 
 import flashrt
-from flashrt.session.speculate import PROBE_EVERY, DraftLength
+from flashrt.session.speculate import TRY_EVERY, DraftLength
 
 
 def run(
@@ -55,7 +55,7 @@ def test_auto_follows_acceptance_and_time(
 def test_auto_tries_again_when_nothing_agreed() -> None:
     length = DraftLength("auto", 8)
     run(length, 200, 0.0, 1.0, 0.1, 0.1)
-    idle = run(length, 2 * PROBE_EVERY + 2, 0.0, 1.0, 0.1, 0.1)
+    idle = run(length, 6 * TRY_EVERY, 0.0, 1.0, 0.1, 0.1)
     assert 1 <= sum(n > 0 for n in idle) <= 3
     assert sum(run(length, 400, 1.0, 1.0, 0.02, 0.02)[200:]) > 200 * 5
 
