@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,65 @@ def _percentile(samples: Sequence[float], fraction: float) -> float:
     return float(np.quantile(np.array(samples), fraction, method="higher"))
 
 
+# ---- targets
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A figure that flashrt means to reach on one device: at least, or at most, a value."""
+
+    shape: str
+    position: int
+    what: str
+    path: tuple[str, ...]  # into a row of the document
+    value: float
+    form: str = "{:.2f}"
+    is_least: bool = True
+
+
+TARGET_DEVICE = "H200"
+TARGETS = (
+    Target("27b", 2048, "decode, weights / copy", ("figures", "decode_weights_of_copy"), 0.80),
+    Target("0.8b", 2048, "decode, weights / copy", ("figures", "decode_weights_of_copy"), 0.50),
+    Target("27b", 16384, "restore, us", ("device", "restore", "us"), 1000, "{:,.0f}", False),
+    Target(
+        "27b", 16384, "restore of an ancestor, us", ("device", "restore_ancestor", "us"), 200,
+        "{:,.0f}", False,
+    ),
+    Target("27b", 16384, "TTFT, cold / warm", ("figures", "ttft_ratio"), 27, "{:.1f}"),
+)  # fmt: skip
+
+
+def targets(document: Document) -> list[str]:
+    """Lines on targets that are set for this shape on this device; none for others."""
+    if TARGET_DEVICE not in document["device"] or document["is_verification_only"]:
+        return []
+    rows = []
+    for target in (t for t in TARGETS if t.shape == document["shape"]):
+        found = _found(document, target)
+        side = "at least" if target.is_least else "at most"
+        goal = f"{side} {target.form.format(target.value)}"
+        if found is None:
+            rows.append([target.what, f"{target.position:,}", goal, "not measured", ""])
+            continue
+        is_met = found >= target.value if target.is_least else found <= target.value
+        verdict = "met" if is_met else "**missed**"
+        rows.append([target.what, f"{target.position:,}", goal, target.form.format(found), verdict])
+    if not rows:
+        return []
+    return ["## Targets", "", *_table(["figure", "position", "target", "found", ""], rows), ""]
+
+
+def _found(document: Document, target: Target) -> float | None:
+    for row in document["rows"]:
+        if row["tokens"] == target.position:
+            value: Any = row
+            for key in target.path:
+                value = value.get(key) if isinstance(value, dict) else None
+            return None if value is None else float(value)
+    return None
+
+
 # ---- Markdown
 
 
@@ -125,7 +185,7 @@ def markdown(document: Document) -> str:
     if document["failed"]:
         lines += ["", "**Failed stages:**", ""]
         lines += [f"- {name}: {reason}" for name, reason in document["failed"].items()]
-    lines += ["", *_lengths_tables(document), "", *_kernel_table(document), ""]
+    lines += ["", *targets(document), *_lengths_tables(document), "", *_kernel_table(document), ""]
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ import pytest
 from flashrt.base.errors import FlashrtError
 from flashrt.commands import gpu_bench as module
 from flashrt.commands.gpu_bench import SIMT_NOTE, GpuBenchOptions, gpu_bench
-from flashrt.commands.gpu_bench_report import markdown
+from flashrt.commands.gpu_bench_report import markdown, targets
 
 
 def test_simt_figures_do_not_go_among_measurements(tmp_path: Path) -> None:
@@ -56,3 +56,18 @@ def test_a_stage_that_fails_takes_nothing_with_it(
     assert document["failed"] == {"device": "RuntimeError: out of luck"}
     assert document["kernels"]
     assert document["rows"][0]["figures"]["ttft_ratio"] > 0
+
+
+def test_targets_are_told_met_or_missed_where_they_are_set() -> None:
+    document = {
+        "shape": "27b", "device": "NVIDIA H200", "is_verification_only": False,
+        "rows": [
+            {"tokens": 2048, "figures": {"decode_weights_of_copy": 0.79}},
+            {"tokens": 16384, "device": {"restore": {"us": 900.0}}, "figures": {}},
+        ],
+    }  # fmt: skip
+    lines = [line for line in targets(document) if line.startswith("|")][2:]
+    assert [line.split(" | ")[-1].strip("| ") for line in lines] == ["**missed**", "met", "", ""]
+    assert sum("not measured" in line for line in lines) == 2
+    assert targets({**document, "device": "NVIDIA H100"}) == []
+    assert targets({**document, "is_verification_only": True}) == []
