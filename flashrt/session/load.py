@@ -24,8 +24,8 @@ from flashrt.engine import Engine
 from flashrt.models import Model, model_for
 from flashrt.session.admission import check_state
 from flashrt.session.eviction import Budgets, make_room
-from flashrt.session.objects import Spill
 from flashrt.session.session import Session
+from flashrt.session.spill import Spill
 from flashrt.weights.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:

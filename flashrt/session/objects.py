@@ -1,7 +1,7 @@
-"""Objects: immutable byte strings named by their content, and the disk tier made of them.
+"""Objects: immutable byte strings named by their content.
 
-IS: put (a content that is there already costs a look), read (checked each time), the spill folder
-of a process. IS NOT: which objects make a capsule (manifest). Called by: store, load.
+IS: put (a content that is there already costs a look), and read (checked each time). IS NOT: which
+objects make a capsule (manifest). Called by: store, spill.
 
 The name is the xxh3-128 of the bytes: it finds damage, not malice; who can write to a store is
 trusted.
@@ -10,20 +10,15 @@ trusted.
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
-import weakref
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import xxhash
 
-from flashrt.base.errors import CapsuleError, StoreError
+from flashrt.base.errors import StoreError
 from flashrt.core.backend import Bytes
-from flashrt.core.extent import Source, Tier
-from flashrt.session.folder import Directory, Folder, Remote
+from flashrt.core.extent import Tier
+from flashrt.session.folder import Folder, Remote
 
 OBJECTS = "objects"
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -43,7 +38,7 @@ def object_name(digest: str) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredObject:
-    """A source on the disk tier."""
+    """A source on the disk tier: in a store, or in a spill folder."""
 
     folder: Folder
     digest: str
@@ -91,31 +86,3 @@ def put(folder: Folder, data: Bytes) -> tuple[StoredObject, bool]:
     if is_new:
         folder.write(name, data)
     return StoredObject(folder, digest, data.nbytes), is_new
-
-
-class Spill:
-    """The disk tier of one process: a folder of its own, gone when the process ends."""
-
-    def __init__(self, parent: Path | None = None) -> None:
-        """`parent`: where the folder will be made; default: the system's temporary folder."""
-        self._parent = parent
-        self._folder: Directory | None = None
-        self._users: Counter[str] = Counter()
-
-    def put(self, data: Bytes) -> Source:
-        """See core.extent.Shelf. Raises CapsuleError when it cannot be written."""
-        if self._folder is None:
-            try:
-                path = Path(tempfile.mkdtemp(prefix="flashrt-spill-", dir=self._parent))
-            except OSError as error:
-                raise CapsuleError(f"cannot make a folder for the disk tier: {error}") from error
-            self._folder = Directory(path, is_durable=False)
-            weakref.finalize(self, shutil.rmtree, path, ignore_errors=True)
-        stored, _ = put(self._folder, data)
-        self._users[stored.digest] += 1
-        return replace(stored, released=self._release)
-
-    def _release(self, digest: str) -> None:
-        self._users[digest] -= 1
-        if not self._users[digest] and self._folder is not None:
-            self._folder.delete(object_name(digest))

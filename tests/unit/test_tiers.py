@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import flashrt
 from flashrt.core.extent import Tier
 from flashrt.core.image import rows_image
+from flashrt.session.spill import Spill
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TIERS = ("device", "host", "disk")
@@ -177,3 +180,26 @@ def test_unknown_tiers_and_dropped_capsules_are_refused(session: flashrt.Session
     assert capsule.tier == "dropped"
     with pytest.raises(flashrt.CapsuleError, match="dropped"):
         capsule.to("device")
+
+
+def test_spill_folders_go_with_their_process(tmp_path: Path) -> None:
+    code = (
+        "import sys, numpy as np, pathlib, os; from flashrt.session.spill import Spill; "
+        "s = Spill(pathlib.Path(sys.argv[1])); "
+        "assert s.put(np.arange(99, dtype=np.uint8)).read()[5] == 5; "
+        "sys.argv[2] == 'die' and os.kill(os.getpid(), 9)"
+    )
+
+    def run(how: str) -> list[Path]:
+        subprocess.run([sys.executable, "-c", code, str(tmp_path), how], check=how != "die")
+        return list(tmp_path.iterdir())
+
+    assert run("end") == []
+    [left] = run("die")
+    alive = Spill(tmp_path)
+    alive.put(np.zeros(9, np.uint8))
+    [mine] = tmp_path.iterdir()
+    assert mine != left
+    assert run("end") == [mine]  # it is locked
+    del alive
+    assert list(tmp_path.iterdir()) == []
