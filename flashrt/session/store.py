@@ -64,7 +64,7 @@ class _Known:
     records: weakref.WeakKeyDictionary[Segment, SegmentRecord] = field(
         default_factory=weakref.WeakKeyDictionary
     )
-    segments: weakref.WeakValueDictionary[tuple[Segment | None, str], Segment] = field(
+    segments: weakref.WeakValueDictionary[tuple[Segment | None, str, int], Segment] = field(
         default_factory=weakref.WeakValueDictionary
     )
     capsules: weakref.WeakKeyDictionary[Capsule, Place] = field(
@@ -152,13 +152,18 @@ class Store:
 
     def refs(self) -> dict[str, Place]:
         """Names and what they stand for; a name whose capsule was removed is left out."""
-        there = {p.name: p for p in self.places()}
-        found: dict[str, Place] = {}
+        targets: dict[str, str] = {}
         for entry in self.folder.list(REFS):
-            target = self.folder.read(entry.name)[:256].tobytes().decode("utf-8", "replace").strip()
-            if target in there:
-                found[urllib.parse.unquote(entry.name.removeprefix(f"{REFS}/"))] = there[target]
-        return found
+            try:
+                text = self.folder.read(entry.name)[:256].tobytes()
+            except StoreError:
+                if self.folder.size(entry.name) is None:  # removed since it was listed
+                    continue
+                raise
+            name = urllib.parse.unquote(entry.name.removeprefix(f"{REFS}/"))
+            targets[name] = text.decode("utf-8", "replace").strip()
+        there = {p.name: p for p in self.places()}  # listed last: they are written before names
+        return {name: there[target] for name, target in targets.items() if target in there}
 
     def resolve(self, which: str) -> Place:
         """The capsule that a name or the beginning of an id (at least 4 digits) stands for.
@@ -279,7 +284,7 @@ class Store:
         rows = self._put(rows_image(table.arena, segment), tally)
         record = SegmentRecord(segment.start, segment.stop, rows, self._put(tokens, tally))
         known.records[segment] = record
-        known.segments[segment.parent, rows.digest] = segment
+        known.segments[segment.parent, rows.digest, segment.stop] = segment
         return record
 
     def _put(self, data: NDArray[np.uint8], tally: list[int]) -> ObjectRef:
@@ -337,11 +342,12 @@ class Store:
         tokens: NDArray[np.int32],
     ) -> Segment:
         """The engine's segment of these rows; made, or given its bytes back, when it has none."""
-        segment = known.segments.get((parent, record.rows.digest))
+        key = (parent, record.rows.digest, record.stop)
+        segment = known.segments.get(key)
         if segment is None:
             rows = Extent(record.rows.nbytes)
             segment = Segment(parent, record.start, record.stop, tokens, rows)
-            known.segments[parent, record.rows.digest] = segment
+            known.segments[key] = segment
             known.records[segment] = record
         if not segment.is_stored:
             segment.rows.source = self._source(record.rows)

@@ -68,17 +68,23 @@ def sweep(store: Store) -> Swept:
 
 
 def verify(store: Store) -> Verdict:
-    """Read everything once. Problems are collected, not raised."""
+    """Read everything once. Problems are collected, not raised; what others remove meanwhile is
+    none.
+    """
     found = Verdict()
-    wanted: dict[ObjectRef, Place] = {}
+    wanted: dict[ObjectRef, list[Place]] = {}
     for place, manifest in _manifests(store, found):
         for ref in manifest.objects:
-            wanted.setdefault(ref, place)
-    for ref, place in wanted.items():
+            wanted.setdefault(ref, []).append(place)
+    for ref, places in wanted.items():
         try:
             StoredObject(store.folder, ref.digest, ref.nbytes).read()
         except StoreError as error:
-            found.problems.append(f"{place.id[:8]} at {place.position}: {error}")
+            found.problems += [
+                f"{place.id[:8]} at {place.position}: {error}"
+                for place in places
+                if store.folder.size(place.name) is not None
+            ][:1]
         found.objects += 1
         found.nbytes += ref.nbytes
     needed = {object_name(ref.digest) for ref in wanted}
@@ -105,6 +111,7 @@ def _manifests(store: Store, found: Verdict) -> list[tuple[Place, Manifest]]:
         try:
             good.append((place, store.manifest(place)))
         except StoreError as error:
-            found.problems.append(str(error))
+            if store.folder.size(place.name) is not None:
+                found.problems.append(str(error))
     found.capsules = len(good)
     return good

@@ -122,6 +122,9 @@ def test_four_processes_share_one_store(
     checked = 0
     while time.monotonic() < until:  # a reader, without any lock
         store = Store(tmp_path / "store")
+        store.refs()
+        if checked % 7 == 0:
+            assert upkeep.verify(store).problems == []
         for place in store.places():
             try:
                 store.manifest(place)
