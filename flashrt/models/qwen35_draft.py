@@ -26,6 +26,9 @@ DRAFT_PHASE, DRAFT_NEXT, VERIFY, COMMIT = "draft", "draft_next", "verify", "comm
 MAX_DRAFT = 8
 MAX_ROWS = MAX_DRAFT + 1  # of a verify: the boundary's token comes first
 VERIFY_BUCKETS = (8, MAX_ROWS)  # 8 tokens are one tile of a matrix unit
+# A guess may come from the first ids alone, which byte-pair encoding gives to the commonest tokens.
+# With a vocabulary of 248,320 the head's matrix is a third of all weights; drafts stream a quarter.
+DRAFT_VOCABULARY = 1 << 16
 PHASES = (
     (DRAFT_PHASE, 1), (DRAFT_NEXT, 1), *((VERIFY, rows) for rows in VERIFY_BUCKETS),
     (COMMIT, MAX_ROWS),
@@ -42,7 +45,7 @@ def lane_regions(c: Qwen35Config, max_positions: int, kv_dtype: DType) -> tuple[
         Region("draft_values", rows, kv_dtype, Role.ROWS, Layout.COLS_IN_LANES, is_digested=True),
         Region("draft_cursor", (ops.CURSOR_WORDS,), DType.I32, Role.IO),
         Region("draft_hidden", (1, c.hidden), DType.ACT, Role.IO),
-        Region("draft_logits", (1, c.vocab_size), DType.F32, Role.IO),
+        Region("draft_logits", (1, _vocabulary(c)), DType.F32, Role.IO),
         Region("drafted", (MAX_ROWS,), DType.I32, Role.IO),
         Region("samples", (MAX_ROWS, ops.CURSOR_WORDS), DType.I32, Role.IO),
         Region("verdict", (MAX_ROWS + 1,), DType.I32, Role.IO),
@@ -57,6 +60,10 @@ def lane_regions(c: Qwen35Config, max_positions: int, kv_dtype: DType) -> tuple[
             Region("verify_beta", (kept, c.value_heads), DType.F32, Role.IO),
         ]
     return tuple(regions)
+
+
+def _vocabulary(c: Qwen35Config) -> int:
+    return min(c.vocab_size, DRAFT_VOCABULARY)
 
 
 def record(
@@ -89,7 +96,7 @@ class _DraftRecorder(Recorder):
         h = self._activation(f"{at}.mlp.h", self.config.hidden)
         r = self._mlp(at, self._add_rmsnorm(x, r, f"{at}.mlp_norm", h))
         self._add_rmsnorm(x, r, f"{DRAFT}.norm", own)
-        logits = self._head(own, regions["draft_logits"])
+        logits = self._head(own, regions["draft_logits"], _vocabulary(self.config))
         self._launch(ops.ADVANCE)
         self._sample(logits, self.cursor)
         self._note(cursor)

@@ -82,15 +82,18 @@ class Recorder:
         logits = self._head(self.regions["last_hidden"], self.regions["logits"])
         self._sample(logits, self.regions["cursor"])
 
-    def _head(self, hidden: Operand, logits: Operand) -> Operand:
+    def _head(self, hidden: Operand, logits: Operand, vocab_size: int | None = None) -> Operand:
+        """Logits of the first `vocab_size` tokens, of all by default."""
         head = self.regions[EMBED if self.config.is_tied else HEAD]
-        self._launch(ops.LINEAR, x=hidden, w=head, y=logits)
+        rows = head.span(0, vocab_size or self.config.vocab_size)
+        self._launch(ops.LINEAR, x=hidden, w=rows, y=logits)
         return logits
 
     def _sample(self, logits: Operand, cursor: Operand) -> None:
         """A token from one row of logits, into a cursor and for its position."""
         regions = self.regions
-        work = self.tape.scratch(f"sample.{len(self.tape.launches)}", 2, self.config.vocab_size)
+        name = f"sample.{len(self.tape.launches)}"
+        work = self.tape.scratch(name, 2, as_view(logits).shape[1])
         self.tape.record(
             ops.SAMPLE, logits=logits, sampler=regions["sampler"], bias=regions["bias"],
             journal=regions["journal"], work=work, cursor=cursor,

@@ -225,6 +225,25 @@ def test_a_generator_that_moves_on_after_a_rollback_is_refused(engine: flashrt.E
         assert outcome(session) == cold(engine, PROMPT + following[:8])
 
 
+@pytest.mark.parametrize("draft", [0, 3])
+def test_logits_that_are_not_numbers_are_reported(engine: flashrt.Engine, draft: int) -> None:
+    with engine.session() as session:
+        session.prefill(PROMPT)
+        capsule = session.snapshot()
+        slot = engine.arena.lane(session._lane.index).fixed.slot("last_hidden")
+        hidden = engine.arena.read(slot)
+        engine.arena.write(slot, np.full_like(hidden, np.nan))
+        with pytest.raises(flashrt.SessionError, match="position 50 hold NaN"):
+            list(session.generate(4, draft=draft))
+        assert session.tokens.tolist() == PROMPT
+        session.restore(capsule)
+        every = dict.fromkeys(range(512), -np.inf)
+        with pytest.raises(flashrt.SessionError, match="leave no token"):
+            list(session.generate(4, draft=draft, logit_bias=every))
+        assert list(session.generate(9, draft=draft)) == truth(engine, PROMPT, 9)
+        capsule.drop()
+
+
 def test_without_the_head(engine: flashrt.Engine) -> None:
     plain = flashrt.load(engine.checkpoint.path, device="cpu", max_positions=200, draft=False)
     names = {s.region.name for s in plain.arena.plan.slots()}
