@@ -139,12 +139,14 @@ def test_loaded_capsules_share_rows_and_know_lineage(
     session.prefill([5, 6])
     store.save(session.snapshot("leaf"))
     leaf, root = store.load(other, "leaf"), store.load(other, "root")
+    other.capsules.check_integrity()
     elsewhere.restore(leaf)
     fixed = other.stats()["fixed_bytes"]
     assert other.capsules.plan_restore(elsewhere._lane, root).nbytes == fixed
     leaf.drop()
     root.drop()
     again = store.load(other, "root")  # the lane still holds its rows
+    other.capsules.check_integrity()
     assert other.capsules.plan_restore(elsewhere._lane, again).nbytes == fixed
     elsewhere.restore(again)
     elsewhere.prefill([8])
