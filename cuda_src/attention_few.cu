@@ -9,7 +9,13 @@
 #include "flashrt.cuh"
 #include "attention.cuh"
 
-KERNEL(256) attention_partial(ARGS attention_args a) {
+#if CACHE_F32  // the split of a float cache takes more registers than two blocks at a time leave
+#define BOUNDS 256, 1
+#else
+#define BOUNDS 256
+#endif
+
+KERNEL(BOUNDS) attention_partial(ARGS attention_args a) {
   DYNAMIC_SHARED(Shared, pointer);
   Shared& shared = *pointer;
   begin();

@@ -58,12 +58,13 @@ def variants(*, is_full: bool) -> Iterator[KernelLaunch]:
                 for n in rows:
                     yield from expansion(shape(op, n, act, cache, 132))
     if is_full:
-        for act in acts:
+        for act in (*acts, DType.F32):  # float32: in three parts
             for k, n_sms in ((256, 16), (1024, 132), (9216, 132)):
                 for n in rows:
                     yield from kernels.EXPANSIONS["linear"](
                         shape("linear", n, act, DType.BF16, n_sms, K=k)
                     )
+        for act in acts:
             for group in (3, 6):
                 sizes = {"Nq": 4 * group, "Nk": 4}
                 for n in rows:
