@@ -15,6 +15,7 @@ from flashrt.core.op import Launch
 from flashrt.core.region import DType
 from flashrt.models import Model, model_for
 from flashrt.weights.checkpoint import Checkpoint, open_checkpoint
+from tests.backend.draft_cases import DEVICES as DRAFTING
 from tests.backend.runner import Case, Runner
 from tests.backend.test_ops import check
 from tests.golden.tape_interpreter import TapeInterpreter
@@ -53,3 +54,21 @@ def test_each_launch_of_prefill_and_decode(runner: Runner, kv_dtype: DType) -> N
     lane.prefill(range(1, 40))
     lane.greedy(3)
     assert lane.checked >= {"embed", "linear", "attention", "delta_rule", "last_row", "sample"}
+
+
+def test_each_launch_of_drafting(runner: Runner) -> None:
+    if runner.backend.name not in DRAFTING:
+        pytest.skip(f"{runner.backend.name} has no drafting kernels yet")
+    checkpoint = open_checkpoint(CHECKPOINT)
+    model = model_for(checkpoint.config, max_positions=128, kv_dtype=DType.F32, has_draft_head=True)
+    lane = Lockstep(model, checkpoint, runner)
+    lane.prefill(range(1, 40))
+    lane.sample()
+    lane.run(model.record("draft", 1))
+    lane.run(model.record("draft_next", 1))
+    lane.lane["cursor"][1] = 3
+    lane.run(model.record("verify", 8))
+    lane.lane["cursor"][1] = int(lane.lane["verdict"][0])
+    lane.run(model.record("commit", 9))
+    ops = {launch.op.name for phase in model.phases for launch in model.record(*phase).launches}
+    assert lane.checked == ops
