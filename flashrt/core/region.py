@@ -20,7 +20,7 @@ class Role(enum.StrEnum):
 
     FIXED = "fixed"  # overwritten in place; a capsule stores all of it
     ROWS = "rows"  # append-only along positions; a capsule stores the rows since its parent
-    IO = "io"  # written by the host, or read by it, around one replay
+    IO = "io"  # between the host and a replay, or from one replay to the next; not state
     SCRATCH = "scratch"  # lives inside one tape; overlapped by lifetime
     POOL = "pool"  # where capsules live
     WEIGHT = "weight"  # immutable, in an allocation of its own

@@ -9,6 +9,7 @@ the state after it (`tail`): the last token of a turn costs nothing until it is 
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -252,6 +253,11 @@ class Session:
         if not self._is_closed:
             self._is_closed = True
             self._engine.release(self._lane)
+
+    def __del__(self) -> None:
+        """A session that nobody holds any more gives its lane back; better say when: `close`."""
+        with contextlib.suppress(AttributeError):  # of an instance whose __init__ did not finish
+            self.close()
 
     def __enter__(self) -> Session:
         return self

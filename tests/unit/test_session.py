@@ -162,3 +162,8 @@ def test_load_refuses_what_it_cannot_do() -> None:
         flashrt.load(GOLDEN / "tiny", device="cpu", max_positions=0)
     with pytest.raises(flashrt.FlashrtError, match="kv_dtype"):
         flashrt.load(GOLDEN / "tiny", device="cpu", kv_dtype="int8")  # type: ignore[arg-type]
+
+
+def test_a_forgotten_session_gives_its_lane_back(engine: flashrt.Engine) -> None:
+    for _ in range(2 * len(engine.lanes)):
+        engine.session().prefill([1])
