@@ -6,6 +6,7 @@ Called by: users, cli.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -53,6 +54,8 @@ class SessionEngine(Engine):
 
     def session(self) -> Session:
         """An empty session on a free lane. Raises LaneBusy when there is none."""
+        if not self._free:
+            gc.collect()  # forgotten sessions give their lanes back
         if not self._free:
             raise LaneBusy(f"all {len(self.lanes)} lanes are in use; close a session, or load more")
         lane = self._free.pop()
