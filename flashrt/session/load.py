@@ -49,13 +49,16 @@ class SessionEngine(Engine):
         super().__init__(*arguments, **options)
         self.tokenizer = tokenizer
         self._free = self.lanes[::-1]
+        self.forgotten: list[Lane] = []  # lanes of sessions that were dropped without `close`
         self.capsules.shelf = Spill()
         self.budgets = Budgets()
 
     def session(self) -> Session:
         """An empty session on a free lane. Raises LaneBusy when there is none."""
         if not self._free:
-            gc.collect()  # forgotten sessions give their lanes back
+            gc.collect()
+        while self.forgotten:
+            self.release(self.forgotten.pop())
         if not self._free:
             raise LaneBusy(f"all {len(self.lanes)} lanes are in use; close a session, or load more")
         lane = self._free.pop()

@@ -255,9 +255,13 @@ class Session:
             self._engine.release(self._lane)
 
     def __del__(self) -> None:
-        """A session that nobody holds any more gives its lane back; better say when: `close`."""
+        """A forgotten session's lane goes to the next one that asks; better say when: `close`.
+
+        Only noted here: a collection may strike in the middle of a change to the pool.
+        """
         with contextlib.suppress(AttributeError):  # of an instance whose __init__ did not finish
-            self.close()
+            if not self._is_closed:
+                self._engine.forgotten.append(self._lane)
 
     def __enter__(self) -> Session:
         return self
