@@ -16,7 +16,10 @@ from pathlib import Path
 
 from flashrt.base.errors import FlashrtError
 from flashrt.commands import replay, store
-from flashrt.commands.bench import BenchOptions, bench
+from flashrt.commands.bench import bench
+from flashrt.commands.bench_document import BenchOptions
+from flashrt.commands.bench_draft import bench_draft
+from flashrt.commands.bench_resume import resume
 from flashrt.commands.checkpoints import EngineOptions
 from flashrt.commands.demo import demo
 from flashrt.commands.doctor import doctor, version_of
@@ -251,35 +254,31 @@ def _add_inspect(commands: _Commands[_Parser]) -> None:
 
 def _add_bench(commands: _Commands[_Parser]) -> None:
     def command(options: argparse.Namespace) -> int:
-        if options.device in ("cuda", "simt") and options.checkpoint is None:
+        is_plain = not (options.resume or options.draft)
+        if is_plain and options.device in ("cuda", "simt") and options.checkpoint is None:
             return _gpu_bench(options)
-        return bench(
-            BenchOptions(
-                shape=options.shape,
-                checkpoint=options.checkpoint,
-                lengths=options.lengths,
-                repeats=options.repeats,
-                engine=EngineOptions(options.device, options.precision),
-            ),
-            options.json,
-            options.plot,
+        wanted = BenchOptions(
+            shape=options.shape,
+            checkpoint=options.checkpoint,
+            lengths=options.lengths,
+            repeats=options.repeats,
+            engine=EngineOptions(options.device, options.precision),
         )
+        if options.draft:
+            if options.plot:
+                raise FlashrtError("bench --draft draws no plot; leave out --plot")
+            return bench_draft(wanted, options.json)
+        return (resume if options.resume else bench)(wanted, options.json, options.plot)
 
     parser = _add(
         commands, "bench", command,
         "Measure prefill, decode, snapshot, restore, rollback and time to first token,\n"
         "beside the limits of this machine, measured in the same run.",
         "bench\nbench --shape 0.8b --lengths 512,2048 --json bench.json --plot bench.png\n"
-        "bench --checkpoint ~/models/Qwen3.5-0.8B\nbench --device cuda --shape 27b --out measured",
+        "bench --checkpoint ~/models/Qwen3.5-0.8B\nbench --device cuda --shape 27b --out measured\n"
+        "bench --resume --plot resume.png\nbench --draft --shape mini --json draft.json",
     )  # fmt: skip
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument(
-        "--shape",
-        choices=sorted(SHAPES),
-        default="mini",
-        help="a seeded random checkpoint (default: mini)",
-    )
-    model.add_argument("--checkpoint", type=Path, metavar="DIR", help="your own checkpoint")
+    _add_bench_choice(parser)
     parser.add_argument(
         "--lengths",
         type=_ids,
@@ -300,6 +299,27 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
         "--out", type=Path, metavar="DIR", help="with --device cuda and a shape, in place of "
         "--json and --plot: folder of the report (default: docs/measured)",
     )  # fmt: skip
+
+
+def _add_bench_choice(parser: argparse.ArgumentParser) -> None:
+    """Which bench, of which model."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--resume", action="store_true", help="instead: the first token after a restart, from a "
+        "store on disk, beside a cold prefill",
+    )  # fmt: skip
+    what.add_argument(
+        "--draft", action="store_true", help="instead: cost of each replay of drafting, and "
+        "tokens/s by draft length, at context --lengths (default: 128)",
+    )  # fmt: skip
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
+        "--shape",
+        choices=sorted(SHAPES),
+        default="mini",
+        help="a seeded random checkpoint (default: mini)",
+    )
+    model.add_argument("--checkpoint", type=Path, metavar="DIR", help="your own checkpoint")
 
 
 def _gpu_bench(options: argparse.Namespace) -> int:

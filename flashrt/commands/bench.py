@@ -1,33 +1,33 @@
 """`flashrt bench`: speed beside this machine's own limits, all measured in one run.
 
-IS: which model, which lengths; measurements to one document, shown as tables, JSON and a plot.
-IS NOT: the measurements (bench_measure) or the tables (bench_report). Called by: cli.
+IS: which lengths; measurements to one document, shown as tables, JSON and a plot. IS NOT: the
+measurements (bench_measure), the tables (bench_report), or which model and what every bench says
+about a run (bench_document). Called by: cli.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import shlex
 import statistics
-import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from flashrt.backends.cpu.device import CpuDevice
 from flashrt.backends.cpu.limits import CpuLimits, MemcpyLimit
-from flashrt.base.errors import FlashrtError
 from flashrt.base.flags import thread_count
 from flashrt.commands import console
+from flashrt.commands.bench_document import (
+    BenchOptions,
+    checkpoint_of,
+    deliver,
+    of_engine,
+    opening,
+)
 from flashrt.commands.bench_measure import AHEAD, BACK, TURN, AtLength, Bench
 from flashrt.commands.bench_report import show
 from flashrt.commands.bench_work import prefill_flop, streamed_bytes
-from flashrt.commands.checkpoints import EngineOptions, cached_random_checkpoint, open_engine
-from flashrt.commands.doctor import cpu_name, version_of
+from flashrt.commands.checkpoints import open_engine
 from flashrt.session.load import SessionEngine
 from flashrt.view.bench_plot import plot
 
@@ -55,50 +55,25 @@ _REFERENCE_NOTE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class BenchOptions:
-    """What to measure."""
-
-    shape: str = "mini"
-    checkpoint: Path | None = None
-    lengths: list[int] | None = None
-    repeats: int = 3
-    engine: EngineOptions = field(default_factory=EngineOptions)
-
-
 def bench(options: BenchOptions, json_path: Path | None, plot_path: Path | None) -> int:
     """The command. Returns 1 if a restored state was not the one that was saved."""
-    started, load_average = time.perf_counter(), _load_average()
-    if options.checkpoint is None:
-        with console.progress_bars() as progress:
-            path, _ = cached_random_checkpoint(options.shape, progress)
-        lengths = options.lengths or LENGTHS.get(options.shape, CHECKPOINT_LENGTHS)
-    else:
-        path, lengths = options.checkpoint, options.lengths or CHECKPOINT_LENGTHS
+    started = time.perf_counter()
+    path = checkpoint_of(options)
+    lengths = options.lengths or options.by_shape(LENGTHS, CHECKPOINT_LENGTHS)
+    facts = opening(options)
     room = replace(options.engine, max_positions=max(lengths) + _ROOM, lanes=2)
     engine = open_engine(path, room)
     limits = _Limits(engine)
     with console.progress_bars() as progress:
         limits.measure()
         rows = Bench(engine, options.repeats, progress, limits.memcpy).run(lengths, limits.measure)
-    document = _document(options, engine, limits, rows)
-    document["load_average"] = load_average
+    document = _document(options, facts, engine, limits, rows)
     document["seconds"] = time.perf_counter() - started
     engine.close()
-    if json_path is not None and str(json_path) == "-":
-        console.print_json(document)
-    else:
-        show(document)
-    if json_path is not None and str(json_path) != "-":
-        _write_json(document, json_path)
+    deliver(document, json_path, show)
     if plot_path is not None:
         console.screen(is_error=True).print(f"plot: {plot(document, plot_path)}")
     return 0 if all(row.is_exact for row in rows) else 1
-
-
-def _load_average() -> float | None:
-    """Processes that wanted to run in the last minute, before ours; None where nobody counts."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 class _Limits:
@@ -146,26 +121,17 @@ class _Limits:
 
 
 def _document(
-    options: BenchOptions, engine: SessionEngine, limits: _Limits, rows: list[AtLength]
+    options: BenchOptions,
+    facts: dict[str, Any],
+    engine: SessionEngine,
+    limits: _Limits,
+    rows: list[AtLength],
 ) -> dict[str, Any]:
     summary = limits.summary()
     is_named = options.checkpoint is None
     return {
-        "command": shlex.join(["flashrt", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": f"random, {options.shape}" if is_named else str(options.checkpoint),
-        "device": engine.device,
-        "precision": options.engine.precision,
-        "threads": thread_count(),
-        "machine": {
-            "processor": cpu_name(),
-            "cores": os.cpu_count(),
-            "system": platform.platform(),
-        },
-        "versions": {n: version_of(n) for n in ("flashrt", "numpy")}
-        | {"python": platform.python_version()},
-        "fingerprint": engine.fingerprint,
-        "weights_bytes": engine.stats()["weights_bytes"],
+        **facts,
+        **of_engine(engine),
         "turn_tokens": TURN,
         "rollback_tokens": [AHEAD, BACK],
         "limits": summary,
@@ -207,10 +173,3 @@ def _percentile(samples: list[float], fraction: float) -> float:
     """The smallest sample that is no smaller than `fraction` of all."""
     ordered = sorted(samples)
     return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]
-
-
-def _write_json(document: dict[str, Any], path: Path) -> None:
-    try:
-        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise FlashrtError(f"cannot write {path}: {error}; give another path") from error

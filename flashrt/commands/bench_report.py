@@ -5,37 +5,24 @@ IS: figures -> what a person reads. IS NOT: measurement. Called by: bench.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from rich.table import Table
 
 from flashrt.commands import console
+from flashrt.commands.bench_document import Document, show_opening
 from flashrt.view.units import bytes_text, percent_text, rate_text, seconds_text, significant
-
-Document = Mapping[str, Any]
 
 
 def show(document: Document) -> None:
     """Print everything on stdout."""
     screen = console.screen()
-    machine, limits = document["machine"], document["limits"]
-    screen.print(
-        f"\n[bold]{document['model']}[/] ({bytes_text(document['weights_bytes'])} of weights) on "
-        f"{document['device']}: {machine['processor']}, {document['threads']} threads, "
-        f"{document['date']}"
-    )
+    limits = document["limits"]
+    show_opening(screen, document)
     if limits["fma_flops"] is not None:
         screen.print(
             f"limits in this run: {significant(limits['fma_flops'] / 1e9)} GFLOP/s multiply-add, "
             f"{rate_text(limits['read_bytes_per_s'])} reading the weights "
             f"({bytes_text(limits['streamed_bytes'])} in {seconds_text(limits['stream_s'])}), "
             f"{rate_text(limits['memcpy_bytes_per_s'])} memcpy of a large range"
-        )
-    if (load := document["load_average"]) is not None and load > 0.5:
-        screen.print(
-            f"[yellow]The machine was busy before this run (load average {load:.1f}): "
-            "figures are lower than they would be.[/]"
         )
     screen.print()
     screen.print(_speed(document))

@@ -1,7 +1,7 @@
 """Resume after a restart: time to the first token from a store on disk, beside a cold prefill.
 
 IS: measurements by prompt length, and what reading the same files into memory takes, in one run.
-IS NOT: choice of model or document (bench). Called by: bench.
+IS NOT: what every bench says about a run (bench_document). Called by: cli.
 
 "From disk" is a session on a lane that holds nothing: open the store, find the prefix, read, check
 every checksum, restore, sample a token. "cached": the files are in the page cache; "evicted": the
@@ -13,24 +13,38 @@ from __future__ import annotations
 import os
 import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
+from flashrt.base.flags import flags
 from flashrt.commands import console
+from flashrt.commands.bench_document import (
+    BenchOptions,
+    Document,
+    checkpoint_of,
+    deliver,
+    of_engine,
+    opening,
+    show_opening,
+)
+from flashrt.commands.checkpoints import open_engine
 from flashrt.commands.timing import Tokens, prefill, synthetic_tokens
 from flashrt.core.backend import Progress
 from flashrt.session.load import SessionEngine
 from flashrt.session.reuse import Action
 from flashrt.session.session import Session
 from flashrt.session.store import Store
+from flashrt.view.resume_plot import plot
 from flashrt.view.units import bytes_text, percent_text, rate_text, seconds_text
 
-LENGTHS = (2048, 8192, 16384)
+LENGTHS = {"tiny": [256, 1024], "mini": [2048, 8192, 16384]}
+CHECKPOINT_LENGTHS = [512, 2048]
 REPEATS = 5
 
 
@@ -59,18 +73,48 @@ class Resume:
         return self.refill_s / self.restore_s
 
 
+def resume(options: BenchOptions, json_path: Path | None, plot_path: Path | None) -> int:
+    """The command. Its store lies in the cache folder while it runs."""
+    path = checkpoint_of(options)
+    lengths = options.lengths or options.by_shape(LENGTHS, CHECKPOINT_LENGTHS)
+    facts = opening(options)
+    engine = open_engine(path, replace(options.engine, max_positions=max(lengths) + 1))
+    flags().cache_dir.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="bench-resume-", dir=flags().cache_dir))
+    with console.progress_bars() as progress:
+        rows = measure(engine, folder, sorted(lengths), progress, options.repeats)
+    document = {
+        **facts,
+        **of_engine(engine),
+        "folder": str(folder.parent),
+        "repeats": options.repeats,
+        "rows": [asdict(row) for row in rows],
+    }
+    engine.close()
+    deliver(document, json_path, lambda told: _show(told, rows))
+    if plot_path is not None:
+        title = f"First token after a restart: {document['model']}, {document['device']}"
+        console.screen(is_error=True).print(f"plot: {plot(document['rows'], plot_path, title)}")
+    return 0
+
+
 def measure(
-    engine: SessionEngine, folder: Path, lengths: Sequence[int], progress: Progress
+    engine: SessionEngine,
+    folder: Path,
+    lengths: Sequence[int],
+    progress: Progress,
+    repeats: int = REPEATS,
 ) -> list[Resume]:
     """One row per length; the engine needs room for one token more than the longest.
 
-    `folder` is made, and removed at the end.
+    `folder` is made, and removed at the end. `repeats` of each median; four times as many restores
+    and reads, of which the best counts.
     """
     rng, rows = np.random.default_rng(7), []
     try:
         for length in lengths:
             tokens = synthetic_tokens(rng, engine.vocab_size, length)
-            rows.append(_measure_one(engine, folder / str(length), tokens, progress))
+            rows.append(_measure_one(engine, folder / str(length), tokens, progress, repeats))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return rows
@@ -100,7 +144,25 @@ def table(rows: Sequence[Resume]) -> Table:
     return console.table("First token after a restart", columns, lines)
 
 
-def _measure_one(engine: SessionEngine, folder: Path, tokens: Tokens, progress: Progress) -> Resume:
+def _show(document: Document, rows: Sequence[Resume]) -> None:
+    screen = console.screen()
+    show_opening(screen, document)
+    screen.print()
+    screen.print(table(rows))
+    notes = [
+        f"Medians of {document['repeats']}; cold and save once; restore, file read and refill: "
+        f"best of {4 * document['repeats']}, taking turns.",
+        "From disk: open the store, find the prefix, read, check every checksum, restore, sample.",
+        "Cached: the files are in the page cache. Evicted: the kernel was asked to forget them.",
+        f"Of a file read, of a refill: beside reading the same files into new memory, and into "
+        f"memory that was touched before. The store was in {document['folder']}.",
+    ]
+    screen.print("[dim]" + "\n".join(notes) + "[/]")
+
+
+def _measure_one(
+    engine: SessionEngine, folder: Path, tokens: Tokens, progress: Progress, repeats: int
+) -> Resume:
     with engine.session() as session:
         cold_s = prefill(engine, session, tokens, progress, f"cold {len(tokens):,}")
         cold_s += _seconds(lambda: _first_token(session))
@@ -134,12 +196,12 @@ def _measure_one(engine: SessionEngine, folder: Path, tokens: Tokens, progress: 
                 file.readinto(buffer.data)
 
     restores, reads, refills = [], [], []
-    for _ in range(4 * REPEATS):  # in turns: others may use the machine, too
+    for _ in range(4 * repeats):  # in turns: others may use the machine, too
         restores.append(restore())
         reads.append(_seconds(lambda: [path.read_bytes() for path in files]))
         refills.append(_seconds(refill))
     evicted = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         _evict(files)
         evicted.append(_seconds(resume))
     return Resume(
@@ -147,7 +209,7 @@ def _measure_one(engine: SessionEngine, folder: Path, tokens: Tokens, progress: 
         nbytes=sum(b.nbytes for b in buffers),
         cold_s=cold_s,
         save_s=save_s,
-        cached_s=statistics.median(_seconds(resume) for _ in range(REPEATS)),
+        cached_s=statistics.median(_seconds(resume) for _ in range(repeats)),
         evicted_s=statistics.median(evicted),
         restore_s=min(restores),
         read_s=min(reads),

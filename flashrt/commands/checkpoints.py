@@ -32,18 +32,23 @@ class EngineOptions:
     pool_bytes: int | None = None
 
 
-def cached_random_checkpoint(shape: str, progress: Progress | None = None) -> tuple[Path, bool]:
+def cached_random_checkpoint(
+    shape: str, progress: Progress | None = None, has_draft_head: bool = False
+) -> tuple[Path, bool]:
     """A seeded random checkpoint of a named shape; and whether it was written just now.
 
     It lives in the cache folder under a name that changes with the code that draws its values.
     """
     source = Path(random_checkpoint.__file__).read_bytes()
     version = hashlib.sha256(source).hexdigest()[:8]
-    path = flags().cache_dir / "checkpoints" / f"random-{shape}-seed{SEED}-{version}"
+    name = f"random-{shape}{'-draft' * has_draft_head}-seed{SEED}-{version}"
+    path = flags().cache_dir / "checkpoints" / name
     if path.is_dir():
         return path, False
     try:
-        random_checkpoint.write_random_checkpoint(path, shape, seed=SEED, progress=progress)
+        random_checkpoint.write_random_checkpoint(
+            path, shape, seed=SEED, has_draft_head=has_draft_head, progress=progress
+        )
     except CheckpointError:
         if not path.is_dir():  # else another process was first, with the same bytes
             raise

@@ -9,7 +9,10 @@ import pytest
 
 import flashrt
 from flashrt import cli
-from flashrt.commands.bench import BenchOptions, bench
+from flashrt.base.flags import Flags
+from flashrt.commands import bench_resume
+from flashrt.commands.bench import bench
+from flashrt.commands.bench_document import BenchOptions
 from flashrt.commands.bench_work import prefill_flop, streamed_bytes
 from flashrt.commands.checkpoints import EngineOptions
 
@@ -88,3 +91,24 @@ def test_a_token_streams_all_weights_but_a_gathered_table(engine: flashrt.Engine
     total = sum(slot.storage.nbytes for slot in untied.arena.weights.slots)
     (table,) = [s for s in untied.arena.weights.slots if "embed" in s.region.name]
     assert streamed_bytes(untied.model, untied.backend) == total - table.storage.nbytes
+
+
+def test_resume_from_the_command_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("matplotlib")
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(bench_resume, "flags", lambda: Flags(cache_dir=cache))
+    path, picture = tmp_path / "resume.json", tmp_path / "resume.svg"
+    arguments = ["--checkpoint", str(TINY), "--device", "cpu", "--lengths", "130,64"]
+    outputs = ["--repeats", "1", "--json", str(path), "--plot", str(picture)]
+    assert cli.main(["bench", "--resume", *arguments, *outputs]) == 0
+    document = json.loads(path.read_text())
+    assert [row["tokens"] for row in document["rows"]] == [64, 130]
+    assert all(value > 0 for row in document["rows"] for value in row.values())
+    assert {"command", "date", "device", "machine", "folder", "repeats"} <= set(document)
+    assert picture.read_text().lstrip().startswith("<?xml")
+    assert "First token after a restart" in capsys.readouterr().out
+    assert not list(cache.iterdir())
