@@ -178,7 +178,7 @@ def test_a_new_op_recompiles_only_what_uses_it() -> None:
 def test_shipped_kernels_wait_for_their_predecessor(name: str) -> None:
     """They are launched before it ends: none may return, or read the cursor, before begin."""
     bodies = re.findall(
-        r"^KERNEL\(\w+\)\s+(\w+)\([^)]*\) \{\n(.*?)^\}", shipped()[name], re.M | re.S
+        r"^KERNEL\([^)]*\)\s+(\w+)\([^)]*\) \{\n(.*?)^\}", shipped()[name], re.M | re.S
     )
     assert bodies, f"{name} has no kernel"
     for kernel, body in bodies:
