@@ -58,9 +58,9 @@ _REFERENCE_NOTE = (
 def bench(options: BenchOptions, json_path: Path | None, plot_path: Path | None) -> int:
     """The command. Returns 1 if a restored state was not the one that was saved."""
     started = time.perf_counter()
+    facts = opening(options)
     path = checkpoint_of(options)
     lengths = options.lengths or options.by_shape(LENGTHS, CHECKPOINT_LENGTHS)
-    facts = opening(options)
     room = replace(options.engine, max_positions=max(lengths) + _ROOM, lanes=2)
     engine = open_engine(path, room)
     limits = _Limits(engine)

@@ -87,10 +87,10 @@ def bench_draft(options: BenchOptions, json_path: Path | None, tokens: int | Non
 
     Raises FlashrtError if the checkpoint has no draft head or the device does not draft.
     """
+    facts = opening(options)
     path = checkpoint_of(options, has_draft_head=True)
     positions = sorted(options.lengths or POSITIONS)
     n_tokens = tokens or options.by_shape(TOKENS, CHECKPOINT_TOKENS)
-    facts = opening(options)
     room = positions[-1] + n_tokens + max(VERIFIED)
     engine = open_engine(path, replace(options.engine, max_positions=room))
     with console.progress_bars() as progress:

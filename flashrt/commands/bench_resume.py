@@ -75,9 +75,9 @@ class Resume:
 
 def resume(options: BenchOptions, json_path: Path | None, plot_path: Path | None) -> int:
     """The command. Its store lies in the cache folder while it runs."""
+    facts = opening(options)
     path = checkpoint_of(options)
     lengths = options.lengths or options.by_shape(LENGTHS, CHECKPOINT_LENGTHS)
-    facts = opening(options)
     engine = open_engine(path, replace(options.engine, max_positions=max(lengths) + 1))
     flags().cache_dir.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-resume-", dir=flags().cache_dir))
