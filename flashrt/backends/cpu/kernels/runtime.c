@@ -7,7 +7,7 @@
 #include "pool.h"
 
 enum {
-  WORTH_SHARING = 128 << 10
+  WORTH_SHARING = 4 << 20
 }; /* bytes; below, waking a sleeping thread costs more than it brings */
 
 /* ---- replay ---- */
