@@ -14,7 +14,8 @@
 // ascending keys, 16 per mma. Within each mma step: hi times hi; key or value hi times lo of the pair; lo of a float
 // cache times hi. Blocks are merged in ascending order by `merge_factors`.
 //
-// Cache rows at or beyond position + rows are not read (they may be NaN); weights of hidden keys are selected to be 0.
+// Cache rows below SHIFT, and at or beyond position + rows, are not read (they may be NaN); weights of hidden keys are
+// selected to be 0. A row below SHIFT sees no key: its result is 0.
 #pragma once
 
 constexpr int BLOCK_KEYS = 256, WARPS = 8, THREADS = 32 * WARPS, COLUMNS = 8 * COLUMN_TILES;
@@ -46,6 +47,9 @@ struct Shared {
 // columns, 2 vectors) meet different banks.
 DEVICE int swizzle(int column, int v) { return v ^ ((column & 6) ^ (column & 1) << 2); }
 
+// Whether a row of the cache is a key at all.
+DEVICE bool is_key(int row) { return SHIFT == 0 || row >= SHIFT; }
+
 struct Queries {
   int first_row, rows, position;  // rows: valid rows of the launch
 
@@ -53,6 +57,11 @@ struct Queries {
   // The last key that a column sees; -1 for columns without a query.
   DEVICE int last_key(int column) const {
     return column < BLOCK_ROWS * GROUP && row(column) < rows ? position + row(column) : -1;
+  }
+  // Whether a column sees a key of the block that begins at `first_key`, which is not all below SHIFT.
+  DEVICE bool sees(int column, int first_key) const {
+    int last = last_key(column);
+    return last >= first_key && is_key(last);
   }
 };
 
@@ -88,7 +97,7 @@ struct KeyVector {
 };
 
 DEVICE KeyVector load_key(const cache_t* keys, int key, int dim, int limit) {
-  bool is_in = key < limit && dim < HEAD_DIM;
+  bool is_in = key < limit && is_key(key) && dim < HEAD_DIM;
   const cache_t* p = keys + (size_t)(is_in ? key : 0) * HEAD_DIM + dim;
 #if CACHE_F32
   constexpr float4 zero = {0, 0, 0, 0};
@@ -123,7 +132,7 @@ struct ValueVector {
 };
 
 DEVICE ValueVector load_value(const cache_t* values, int key, int dim, int limit) {
-  bool is_in = key < limit && dim < HEAD_DIM;
+  bool is_in = key < limit && is_key(key) && dim < HEAD_DIM;
   const cache_t* p = values + (size_t)(is_in ? key : 0) * HEAD_DIM + dim;
 #if CACHE_F32
   constexpr float4 zero = {0, 0, 0, 0};
@@ -215,7 +224,7 @@ DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int 
 #pragma unroll
       for (int m = 0; m < 4; m++) {
         float& x = s[m >> 1][j][e + 2 * (m & 1)];
-        x = key + m <= last ? x * scale : -INF;
+        x = key + m <= last && is_key(key + m) ? x * scale : -INF;
         largest = fmaxf(largest, x);
       }
 #pragma unroll
@@ -323,4 +332,5 @@ DEVICE float merge(float sum, float block, float factor_before, float factor_blo
   return fmaf(sum, factor_before, block * factor_block);
 }
 
-DEVICE float gated(float o, float sum, float gate) { return o / sum * sigmoid(gate); }
+// o and sum are 0 where no key was seen.
+DEVICE float gated(float o, float sum, float gate) { return o / (sum > 0.0f ? sum : 1.0f) * sigmoid(gate); }

@@ -1,7 +1,7 @@
 // attention_few.cu - attention for few rows: blocks of keys side by side, then a merge.
 //
 // Contract: y = softmax(q K^T / sqrt(D), causal) V, times sigmoid(gate), for valid rows. Query head h uses key head
-//           h / GROUP; row t sees keys [0, position + t].
+//           h / GROUP; row t sees keys [SHIFT, position + t]; if there are none, y = 0.
 // Shapes:   q [T, Nq, D], u [T, 2 Nq D + 2 Nk D] (gates beside queries), keys and values [Nk, S, D], partials [TP, Nq, B,
 //           D + 2] = (maximum, sum, o[D]) per block of 256 keys, y [T, Nq * D] activations.
 // Order:    attention.cuh. One graph serves every position: the grid covers the whole cache, blocks beyond it return.
@@ -22,7 +22,8 @@ KERNEL(BOUNDS) attention_partial(ARGS attention_args a) {
   int block = blockIdx.x, key_head = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   Queries queries = {(int)blockIdx.z * BLOCK_ROWS, a.cursor[ROWS], a.cursor[POSITION]};
   int limit = queries.position + queries.rows, first_key = block * BLOCK_KEYS;
-  if (queries.first_row >= queries.rows || first_key >= limit) return;
+  bool is_seen = first_key < limit && is_key(first_key + BLOCK_KEYS - 1);
+  if (queries.first_row >= queries.rows || !is_seen) return;
   size_t plane = (size_t)key_head * a.S * HEAD_DIM;
   load_queries(shared, a, queries, key_head);
   __syncthreads();
@@ -36,7 +37,7 @@ KERNEL(BOUNDS) attention_partial(ARGS attention_args a) {
     int head = key_head * GROUP + column % GROUP;
     return a.partials + (((size_t)queries.row(column) * a.Nq + head) * a.B + block) * (HEAD_DIM + 2);
   };
-  if (threadIdx.x < COLUMNS && queries.last_key(threadIdx.x) >= first_key) {
+  if (threadIdx.x < COLUMNS && queries.sees(threadIdx.x, first_key)) {
     float2 statistics = {shared.columns.block_max[threadIdx.x], block_sum_of(shared.columns, threadIdx.x)};
     *reinterpret_cast<float2*>(partial(threadIdx.x)) = statistics;
   }
@@ -49,7 +50,7 @@ KERNEL(BOUNDS) attention_partial(ARGS attention_args a) {
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       int column = 8 * j + 2 * t + e;
-      if (queries.last_key(column) < first_key || dim >= HEAD_DIM) continue;
+      if (!queries.sees(column, first_key) || dim >= HEAD_DIM) continue;
       float2* to = reinterpret_cast<float2*>(partial(column) + 2 + dim);
       to[0] = {o[0][j][e], o[0][j][e + 2]};
       to[1] = {o[1][j][e], o[1][j][e + 2]};
@@ -63,8 +64,9 @@ KERNEL(256) attention_merge(ARGS attention_args a) {
   __shared__ float before[BATCH], factor[BATCH], sums[BATCH];
   int head = blockIdx.x, row = blockIdx.y, d = threadIdx.x;
   if (row >= a.cursor[ROWS]) return;
-  int n_blocks = (a.cursor[POSITION] + row) / BLOCK_KEYS + 1;
-  const float* partials = a.partials + ((size_t)row * a.Nq + head) * a.B * (HEAD_DIM + 2);
+  int first_block = SHIFT / BLOCK_KEYS, last_key = a.cursor[POSITION] + row;
+  int n_blocks = !is_key(last_key) ? 0 : last_key / BLOCK_KEYS + 1 - first_block;
+  const float* partials = a.partials + (((size_t)row * a.Nq + head) * a.B + first_block) * (HEAD_DIM + 2);
   float max = -INF, sum = 0.0f, o = 0.0f;
   for (int first = 0; first < n_blocks; first += BATCH) {
     int n = min(BATCH, n_blocks - first);

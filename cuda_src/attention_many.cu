@@ -27,7 +27,7 @@ KERNEL(256) attention_rows(ARGS attention_args a) {
   __syncthreads();
 
   Accumulator o = {};
-  for (int first_key = 0; first_key <= last_key; first_key += BLOCK_KEYS) {
+  for (int first_key = SHIFT / BLOCK_KEYS * BLOCK_KEYS; first_key <= last_key; first_key += BLOCK_KEYS) {
     Accumulator block = {};
     scores(block, shared, keys, first_key + 32 * warp, limit);
     softmax(block, shared, queries, first_key + 32 * warp);
@@ -35,7 +35,7 @@ KERNEL(256) attention_rows(ARGS attention_args a) {
     if (threadIdx.x < COLUMNS) {
       int c = threadIdx.x;
       Factors f = merge_factors(columns.max[c], columns.block_max[c]);
-      bool is_hidden = queries.last_key(c) < first_key;
+      bool is_hidden = !queries.sees(c, first_key);
       columns.factor[c] = is_hidden ? make_float2(-1.0f, 0.0f) : make_float2(f.before, f.block);
       if (!is_hidden) {
         columns.sum[c] = merge(columns.sum[c], block_sum_of(columns, c), f.before, f.block);

@@ -1,7 +1,7 @@
 // conv.cu - causal depthwise convolution over a window of earlier rows.
 //
-// Contract: y[t] = silu(sum_j w[j] x[t - W + j]) with x = window ++ u, W = TAPS - 1; then the window becomes the last W
-//           valid rows of x, raw.
+// Contract: y[t] = silu(sum_j w[j] x[t - W + j]) with x = window ++ u, W = TAPS - 1. conv_window: then the window becomes
+//           the last W valid rows of x, raw. conv_verify: the window stays as it is.
 // Shapes:   u [T, C] (strided), w [TAPS, C] oldest first, window [W, C], y [T, C], all float.
 // Order:    taps in ascending order, one fma each.
 // Launch:   grid (C / 128, T / ROWS_PER_BLOCK), a thread per channel. Blocks of the first rows are the only ones that read the
@@ -10,8 +10,9 @@
 
 constexpr int W = TAPS - 1;
 
-KERNEL(128) conv_window(ARGS conv_window_args a) {
-  begin();
+// The block's rows of y; KEEPS: and the window after the last valid row. Args: of either kernel, fields by the same names.
+template <bool KEEPS, class Args>
+DEVICE void convolve(const Args& a) {
   int c = blockIdx.x * 128 + threadIdx.x, first = blockIdx.y * ROWS_PER_BLOCK, rows = a.cursor[ROWS];
   if (c >= a.C || first >= rows) return;
   const float* u = a.u + c;
@@ -23,15 +24,17 @@ KERNEL(128) conv_window(ARGS conv_window_args a) {
     int t = first - W + j;
     x[j] = t < 0 ? a.window[(size_t)(W + t) * a.C + c] : u[(size_t)t * a.u_stride];
   }
-  if (first == 0) {  // rows [rows - W, rows) of u; negative ones are rows of the old window
-    float kept[W];
+  if constexpr (KEEPS) {
+    if (first == 0) {  // rows [rows - W, rows) of u; negative ones are rows of the old window
+      float kept[W];
 #pragma unroll
-    for (int j = 0; j < W; j++) {
-      int t = rows - W + j;
-      kept[j] = t < 0 ? a.window[(size_t)(W + t) * a.C + c] : u[(size_t)t * a.u_stride];
+      for (int j = 0; j < W; j++) {
+        int t = rows - W + j;
+        kept[j] = t < 0 ? a.window[(size_t)(W + t) * a.C + c] : u[(size_t)t * a.u_stride];
+      }
+#pragma unroll
+      for (int j = 0; j < W; j++) a.window[(size_t)j * a.C + c] = kept[j];
     }
-#pragma unroll
-    for (int j = 0; j < W; j++) a.window[(size_t)j * a.C + c] = kept[j];
   }
   int last = min(first + ROWS_PER_BLOCK, rows);
 #pragma unroll 4
@@ -44,4 +47,14 @@ KERNEL(128) conv_window(ARGS conv_window_args a) {
 #pragma unroll
     for (int j = 0; j < W; j++) x[j] = x[j + 1];
   }
+}
+
+KERNEL(128) conv_window(ARGS conv_window_args a) {
+  begin();
+  convolve<true>(a);
+}
+
+KERNEL(128) conv_verify(ARGS conv_verify_args a) {
+  begin();
+  convolve<false>(a);
 }

@@ -1,7 +1,8 @@
 // delta_rule.cu - the gated delta rule, row after row, with the state in registers.
 //
 // Contract: per value head, for each valid row: S *= decay; S += k (beta (v - S^T k))^T; o = S^T q. y holds q, k, v; value
-//           head h uses key head h / (Hv / key_heads). The state is read once and written once per launch.
+//           head h uses key head h / (Hv / key_heads). delta_rule reads the state once and writes it once per launch;
+//           delta_verify gives the same o and leaves the state as it is.
 // Shapes:   y [T, C], decay and beta [T, Hv], state [Hv, KEY_DIM, VALUE_DIM], o [T, Hv * VALUE_DIM], all float.
 // Order:    a column's sum over KEY_DIM: lane p of 8 takes rows 32 j + 4 p + i, a chain over j for each i, then
 //           (c0 + c1) + (c2 + c3), then over p by pairs: 1, 2, 4 apart. The same for one row and for many.
@@ -36,7 +37,8 @@ DEVICE void load_rows(float (*to)[WIDTH], const float* from, int stride, int row
   }
 }
 
-DEVICE void load_tile(Tile& tile, const delta_rule_args& a, int head, int column, int first, int rows) {
+template <class Args>
+DEVICE void load_tile(Tile& tile, const Args& a, int head, int column, int first, int rows) {
   int n = min(TILE_ROWS, rows - first), key_head = head / (a.Hv / a.key_heads), keys = a.key_heads * KEY_DIM;
   const float* y = a.y + (size_t)first * a.C;
   load_rows(tile.q, y + key_head * KEY_DIM, a.C, n, KEY_DIM);
@@ -65,16 +67,17 @@ DEVICE float dot(const float4 (&x)[STEPS], const float (&s)[STEPS][4]) {
   return sum;
 }
 
-KERNEL(128) delta_rule(ARGS delta_rule_args a) {
+// All valid rows of the block's columns; KEEPS: and the state after them. Args: of either kernel, fields by the same names.
+template <bool KEEPS, class Args>
+DEVICE void run_rows(const Args& a) {
   __shared__ __align__(16) Tile tiles[2];
-  begin();
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, p = lane >> 2, c = 4 * warp + (lane & 3);
   int rows = a.cursor[ROWS], head = blockIdx.y, first_column = blockIdx.x * COLUMNS, column = first_column + c;
   if (rows <= 0) return;
   load_tile(tiles[0], a, head, first_column, 0, rows);
   copy_async_commit();
   float s[STEPS][4];
-  float* state = a.state + (size_t)head * KEY_DIM * VALUE_DIM + column;
+  auto state = a.state + (size_t)head * KEY_DIM * VALUE_DIM + column;
 #pragma unroll
   for (int j = 0; j < STEPS; j++)
 #pragma unroll
@@ -115,11 +118,23 @@ KERNEL(128) delta_rule(ARGS delta_rule_args a) {
     }
   }
   copy_async_wait<0>();
+  if constexpr (KEEPS) {
 #pragma unroll
-  for (int j = 0; j < STEPS; j++)
+    for (int j = 0; j < STEPS; j++)
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      int r = 32 * j + 4 * p + i;
-      if (r < KEY_DIM && column < VALUE_DIM) state[r * VALUE_DIM] = s[j][i];
-    }
+      for (int i = 0; i < 4; i++) {
+        int r = 32 * j + 4 * p + i;
+        if (r < KEY_DIM && column < VALUE_DIM) state[r * VALUE_DIM] = s[j][i];
+      }
+  }
+}
+
+KERNEL(128) delta_rule(ARGS delta_rule_args a) {
+  begin();
+  run_rows<true>(a);
+}
+
+KERNEL(128) delta_verify(ARGS delta_verify_args a) {
+  begin();
+  run_rows<false>(a);
 }

@@ -103,15 +103,18 @@ DEVICE void bf16_split(float x0, float x1, uint32_t& hi, uint32_t& mid, uint32_t
 #if ACT_PARTS == 3
 typedef uint32_t act_t;
 DEVICE act_t to_act(float x) { return __float_as_uint(x); }
+DEVICE float from_act(act_t x) { return __uint_as_float(x); }
 #elif ACT_PARTS == 2
 typedef uint32_t act_t;
 DEVICE act_t to_act(float x) {
   uint32_t hi = bf16_round(x);
   return hi | bf16_pack(0.0f, x - bf16_to_float((uint16_t)hi));
 }
+DEVICE float from_act(act_t x) { return bf16_low(x) + bf16_high(x); }
 #else
 typedef uint16_t act_t;
 DEVICE act_t to_act(float x) { return bf16_round(x); }
+DEVICE float from_act(act_t x) { return bf16_to_float(x); }
 #endif
 DEVICE void store_act4(act_t* p, float x, float y, float z, float w) {  // p: aligned to four elements
 #if ACT_PARTS > 1

@@ -1,11 +1,14 @@
-// norm.cu - rmsnorm and add_rmsnorm over the hidden size.
+// norm.cu - rmsnorm, add_rmsnorm and draft_input over the hidden size.
 //
 // Contract: y = x rsqrt(mean(x^2) + eps) w per row; add_rmsnorm first does x += r. Rows at or beyond cursor.rows are
-//           left alone. w holds 1 + weight.
-// Shapes:   x, r [T, H] float, w [H] float, y [T, H] activations.
+//           left alone. w holds 1 + weight. draft_input: y[t] = [norm of table[tokens[t]] | norm of hidden[t - 1]], in
+//           place of hidden[-1] the one row `last`.
+// Shapes:   x, r [T, H] float, w [H] float, y [T, H] activations. draft_input: table [V, H] as linear.cuh stores
+//           matrices, hidden [T, H] and last [1, H] activations, y [T, 2 H].
 // Order:    thread i sums vectors i, i + THREADS, ... in ascending order, then block_sum. Fixed by H alone.
-// Launch:   block per row, the row in registers: WIDTH * VECTORS * THREADS >= H.
+// Launch:   block per row (draft_input: two, one per half), the row in registers: WIDTH * VECTORS * THREADS >= H.
 #include "flashrt.cuh"
+#include "linear.cuh"
 
 struct Row {
   float v[VECTORS][WIDTH];
@@ -21,6 +24,18 @@ DEVICE void load(float (&v)[WIDTH], const float* p) {
   } else {
     v[0] = *p;
   }
+}
+
+DEVICE void load(float (&v)[WIDTH], const act_t* p) {
+#pragma unroll
+  for (int i = 0; i < WIDTH; i++) v[i] = from_act(p[i]);
+}
+
+// Elements of table[token] from k on, a multiple of WIDTH.
+DEVICE void load_embedding(float (&v)[WIDTH], const uint16_t* table, int token, int k, int H) {
+  const uint16_t* quad = table + 4 * matrix_quad(token, k & ~3, H);
+#pragma unroll
+  for (int i = 0; i < WIDTH; i++) v[i] = bf16_to_float(quad[(k & 3) + i]);
 }
 
 // Index of the first element of vector j of this thread; at or beyond H: none.
@@ -85,4 +100,25 @@ KERNEL(THREADS) add_rmsnorm(ARGS add_rmsnorm_args a) {
     }
   }
   normalize(row, a.w, (act_t*)a.y + (size_t)t * a.H, a.H, a.eps);
+}
+
+KERNEL(THREADS) draft_input(ARGS draft_input_args a) {
+  begin();
+  int t = blockIdx.x;
+  bool is_hidden = blockIdx.y;
+  if (t >= a.cursor[ROWS]) return;
+  const act_t* hidden = t ? (const act_t*)a.hidden + (size_t)(t - 1) * a.H : (const act_t*)a.last;
+  int token = a.tokens[t];
+  Row row;
+#pragma unroll
+  for (int j = 0; j < VECTORS; j++) {
+    int c = column(j);
+    if (c >= a.H) continue;
+    if (is_hidden)
+      load(row.v[j], hidden + c);
+    else
+      load_embedding(row.v[j], a.table, token, c, a.H);
+  }
+  act_t* y = (act_t*)a.y + ((size_t)2 * t + is_hidden) * a.H;
+  normalize(row, is_hidden ? a.w_hidden : a.w_token, y, a.H, a.eps);
 }

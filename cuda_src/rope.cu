@@ -2,7 +2,7 @@
 //
 // Contract: per row t and head, from u = [per query head: q, gate | k | v]: q = rope(norm(q)), keys[position + t] =
 //           rope(norm(k)), values[position + t] = v. norm(x) = x rsqrt(mean(x^2) + eps) w. Dims j and j + R2, j < R2, turn
-//           by the angle (position + t) * inv_freq[j]; dims from 2 R2 on pass.
+//           by the angle (position + t - shift) * inv_freq[j]; dims from 2 R2 on pass.
 // Shapes:   u [T, 2 Nq D + 2 Nk D], q_norm and k_norm [D], inv_freq [R2], q [T, Nq, D], float; keys and values [Nk, S, D].
 // Order:    lane l sums elements l, l + 32, ... in ascending order, then warp_sum.
 // Launch:   grid ((Nq + 2 Nk) / 4, T), a warp per head.
@@ -36,7 +36,7 @@ DEVICE void turn(float* head, const float* x, const float* w, const rope_append_
   __syncwarp();
   for (int j = lane; j < a.R2; j += 32) {
     float sine, cosine, first = head[j], second = head[j + a.R2];
-    sincos_f32((float)position * a.inv_freq[j], sine, cosine);
+    sincos_f32((float)(position - a.shift) * a.inv_freq[j], sine, cosine);
     head[j] = first * cosine - second * sine;
     head[j + a.R2] = second * cosine + first * sine;
   }

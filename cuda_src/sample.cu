@@ -1,14 +1,17 @@
 // sample.cu - the next token from one row of logits.
 //
-// Contract: cursor.token = arg max at temperature 0 (the lowest id of equals); otherwise top_k, top_p and min_p on
-//           z = (logit - largest) / temperature, then Gumbel-max. The noise of a token depends on (seed, position, token)
-//           alone: Philox4x32-10, key = seed, counter (position, token / 4, 0, 0), word token % 4. Tokens are ordered by
-//           z, equals by lower id; a filter keeps a prefix of that order, so it is one cut (z, id). A NaN among the
-//           logits, or a largest one that is not finite when sampling, gives token -1: the host turns it into an error.
-// Shapes:   logits [1, V], sampler 16 words, work [2, V], cursor.
-// Order:    maxima are exact and masses are integers: sums do not depend on an order.
-// Launch:   sample_scan (blocks), sample_cut (one block), sample_pick (blocks; the last to finish compares them). They
-//           pass `Scratch` on in `work`, where V >= 4 leaves room for it.
+// Contract: logits changed by bias and penalties; cursor.token = their arg max at temperature 0 (the lowest id of equals);
+//           otherwise top_k, top_p and min_p on z = (logit - largest) / temperature, then Gumbel-max. The noise of a token
+//           depends on (seed, position, token) alone: Philox4x32-10, key = seed, counter (position, token / 4, 0, 0), word
+//           token % 4. Tokens are ordered by z, equals by lower id; a filter keeps a prefix of that order, so it is one
+//           cut (z, id). A NaN among the logits, or nothing but -inf, gives token -1: the host turns it into an error;
+//           +inf wins at any temperature, as in the limit. A cursor of no rows is left alone.
+// Shapes:   logits [1, V], sampler 16 words, bias [.., 2] of (id, float), journal [1, S, 1], work [2, V], cursor.
+// Order:    maxima are exact, counts and masses are integers: they do not depend on an order.
+// Launch:   sample_scan (blocks, each of which owns a run of the tokens, with a counter for each in shared memory),
+//           sample_cut (one block, to which all registers belong), sample_pick (blocks; the last to finish compares them).
+//           Row 0 of `work` takes the logits if bias or penalties change them; row 1 passes `Scratch` on, for which V >= 8
+//           leaves room.
 #include "flashrt.cuh"
 
 constexpr float GUMBEL_MAX = 22.9f;  // -log(2^-33) is 22.87: no noise is larger
@@ -27,13 +30,22 @@ struct Scratch {
 struct Settings {
   uint32_t seed[2];
   int top_k;
-  float temperature, top_p, min_p;
+  float temperature, top_p, min_p, repetition, presence, frequency;
+  int n_bias;
+
+  DEVICE bool is_adjusting() const {
+    return n_bias > 0 || repetition != 1.0f || presence != 0.0f || frequency != 0.0f;
+  }
 };
 
 DEVICE Settings settings_of(const uint32_t* words) {
   return {{words[0], words[1]}, (int)words[2], __uint_as_float(words[3]), __uint_as_float(words[4]),
-          __uint_as_float(words[5])};
+          __uint_as_float(words[5]), words[6] ? __uint_as_float(words[6]) : 1.0f, __uint_as_float(words[7]),
+          __uint_as_float(words[8]), (int)words[9]};
 }
+
+DEVICE Scratch* scratch_of(const sample_args& a) { return (Scratch*)(a.work + round_up(a.V, 2)); }  // aligned to 8
+DEVICE const float* logits_of(const sample_args& a, const Settings& s) { return s.is_adjusting() ? a.work : a.logits; }
 
 // ---- candidates
 
@@ -66,13 +78,48 @@ DEVICE Candidate block_best(Candidate c) {
   return c;
 }
 
+// ---- bias and penalties
+
+// Tokens [first, end) of the logits into row 0 of `work`, changed by bias and by how often each stands in the journal below
+// the position. All threads of the block call it.
+DEVICE void adjust(const sample_args& a, const Settings& s, int first, int end, int* count) {
+  int position = a.cursor[POSITION];
+  for (int i = first + threadIdx.x; i < end; i += 256) {
+    a.work[i] = a.logits[i];
+    count[i - first] = 0;
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < s.n_bias; e += 256) {  // each id once
+    int id = (int)a.bias[2 * e];
+    if (first <= id && id < end) a.work[id] = a.work[id] + __uint_as_float(a.bias[2 * e + 1]);
+  }
+  for (int p = threadIdx.x; p < position; p += 256) {
+    int id = a.journal[p];
+    if (first <= id && id < end) atomicAdd(&count[id - first], 1);
+  }
+  __syncthreads();
+  for (int i = first + threadIdx.x; i < end; i += 256) {
+    int n = count[i - first];
+    if (n == 0) continue;
+    float x = a.work[i];
+    x = x > 0.0f ? x / s.repetition : x * s.repetition;
+    a.work[i] = x - (s.presence + s.frequency * (float)n);
+  }
+}
+
 KERNEL(256) sample_scan(ARGS sample_args a) {
+  DYNAMIC_SHARED(int, count);
   begin();
+  if (a.cursor[ROWS] < 1) return;
+  Settings s = settings_of(a.sampler);
+  int share = ceil_div(a.V, gridDim.x), first = blockIdx.x * share, end = min(first + share, a.V);
+  if (s.is_adjusting()) adjust(a, s, first, end, count);  // a thread reads below what it wrote itself
+  const float* logits = logits_of(a, s);
   Candidate best = none();
 #pragma unroll 4
-  for (int i = blockIdx.x * 256 + threadIdx.x; i < a.V; i += gridDim.x * 256) best = better(best, {a.logits[i], i});
+  for (int i = first + threadIdx.x; i < end; i += 256) best = better(best, {logits[i], i});
   best = block_best<8>(best);
-  if (threadIdx.x == 0) ((Scratch*)a.work)->part[blockIdx.x] = best;
+  if (threadIdx.x == 0) scratch_of(a)->part[blockIdx.x] = best;
 }
 
 // ---- filters: the cut
@@ -194,23 +241,24 @@ DEVICE unsigned long long kept_mass(Histogram& h, const Row& row, Candidate cut)
   return sum;
 }
 
-KERNEL(1024) sample_cut(ARGS sample_args a) {
+KERNEL(1024, 1) sample_cut(ARGS sample_args a) {
   begin();
+  if (a.cursor[ROWS] < 1) return;
   __shared__ Histogram histogram;
-  Scratch* scratch = (Scratch*)a.work;
+  Scratch* scratch = scratch_of(a);
   Settings s = settings_of(a.sampler);
   int n_blocks = min(ceil_div(a.V, 1024), 64);  // of sample_scan
   Candidate best = (int)threadIdx.x < n_blocks ? scratch->part[threadIdx.x] : none();
   best = block_best<32>(best);
-  bool is_greedy = !(s.temperature > 0.0f);
-  bool is_valid = !is_nan(best.value) && (is_greedy || fabsf(best.value) < INF);
+  bool is_greedy = !(s.temperature > 0.0f) || best.value == INF;
+  bool is_valid = best.value > -INF;  // false for NaN
   if (threadIdx.x == 0) {
     scratch->n_finished = 0;
-    scratch->largest = is_valid ? best : none();
+    scratch->largest = is_greedy || !is_valid ? none() : best;  // none: the choice is made
     if (is_greedy || !is_valid) a.cursor[TOKEN] = is_valid ? best.id : -1;
   }
   if (is_greedy || !is_valid) return;
-  Row row = {a.logits, a.V, best.value, s.temperature};
+  Row row = {logits_of(a, s), a.V, best.value, s.temperature};
   Candidate cut = {-INF, a.V};
   if (s.top_k > 0 && s.top_k < a.V) cut = prefix_of_weight(histogram, row, false, (unsigned long long)s.top_k);
   if (s.top_p < 1.0f) {
@@ -248,13 +296,14 @@ DEVICE float gumbel(uint32_t word) {
 KERNEL(256) sample_pick(ARGS sample_args a) {
   begin();
   __shared__ bool is_last;
-  Scratch* scratch = (Scratch*)a.work;
+  if (a.cursor[ROWS] < 1) return;
+  Scratch* scratch = scratch_of(a);
   Settings s = settings_of(a.sampler);
   Candidate largest = scratch->largest;
-  if (!(s.temperature > 0.0f) || largest.id < 0) return;  // sample_cut has chosen
+  if (largest.id < 0) return;  // sample_cut has chosen
   bool is_cut = s.top_k > 0 || s.top_p < 1.0f;
   Candidate cut = is_cut ? scratch->cut : Candidate{-INF, a.V};
-  Row row = {a.logits, a.V, largest.value, s.temperature};
+  Row row = {logits_of(a, s), a.V, largest.value, s.temperature};
   Candidate best = none();
   for (int first = 4 * (blockIdx.x * 256 + threadIdx.x); first < a.V; first += 4 * gridDim.x * 256) {
     float z[4], top = -INF;

@@ -22,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from flashrt.base import tracing
-from flashrt.base.errors import PlanError, SessionError
+from flashrt.base.errors import PlanError
 from flashrt.base.flags import flags
 from flashrt.core.arena import Arena
 from flashrt.core.backend import Backend, Bytes, Progress
@@ -189,10 +189,6 @@ class Engine:
         """Write the sampler's parameters into the lane."""
         if self._sampler[lane.index] == params:
             return
-        if params.adjusts_logits and self.device != "cpu":
-            raise SessionError(
-                f"{self.device}: logit bias and penalties are on the cpu only so far"
-            )
         self._sampler[lane.index] = None  # until both are written
         for name, data in (("sampler", params.pack()), ("bias", params.pack_bias())):
             slot = self.arena.lane(lane.index).fixed.slot(name)

@@ -37,7 +37,6 @@ Precision = Literal["bfloat16", "high"]
 DRAFT_HEAD_TENSOR, HEAD_TENSOR = "mtp.fc.weight", "lm_head.weight"
 KV_DTYPES: tuple[KvDType, ...] = ("bfloat16", "float32")
 PRECISIONS: tuple[Precision, ...] = ("bfloat16", "high")
-DRAFTING_DEVICES = ("cpu",)
 DEVICES = ("auto", "cpu", "cuda", "simt")
 
 
@@ -122,9 +121,9 @@ def load(
 
     device: "cpu", "cuda", "simt", or "auto": cuda where it is usable, else cpu. max_positions:
     tokens per lane. kv_dtype: of keys and values. pool_bytes: room for capsules (default: 16 fixed
-    bands and two lanes' rows). draft: load the draft head; None = where the checkpoint has one and
-    the device drafts. precision: of cuda and simt. progress(what, done, total) is called while
-    loading. Raises CheckpointError, BackendError, PlanError.
+    bands and two lanes' rows). draft: load the draft head; None = where the checkpoint has one.
+    precision: of cuda and simt. progress(what, done, total) is called while loading. Raises
+    CheckpointError, BackendError, PlanError.
     """
     return load_on(
         lambda: open_backend(device, precision),
@@ -160,26 +159,17 @@ def load_on(
     if kv_dtype not in KV_DTYPES:
         raise PlanError(f"kv_dtype={kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
     source = open_checkpoint(Path(checkpoint))
-    models = [
-        model_for(
-            source.config,
-            max_positions=max_positions,
-            kv_dtype=DType(kv_dtype),
-            has_draft_head=has_head,
-            is_tied=HEAD_TENSOR not in source.tensors,
-        )
-        for has_head in (False, DRAFT_HEAD_TENSOR in source.tensors if draft is None else draft)
-    ]
-    opened = backend()
-    drafts = opened.name in DRAFTING_DEVICES
-    if draft and not drafts:
-        opened.close()
-        raise BackendError(f"draft=True: {opened.name} has no drafting kernels yet; leave it out")
-    model = models[drafts]
+    model = model_for(
+        source.config,
+        max_positions=max_positions,
+        kv_dtype=DType(kv_dtype),
+        has_draft_head=DRAFT_HEAD_TENSOR in source.tensors if draft is None else draft,
+        is_tied=HEAD_TENSOR not in source.tensors,
+    )
     return SessionEngine(
         adapt(model) if adapt is not None else model,
         source,
-        opened,
+        backend(),
         lanes=lanes,
         pool_bytes=pool_bytes,
         progress=progress,

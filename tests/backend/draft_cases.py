@@ -26,8 +26,6 @@ from tests.backend.cases import (
 )
 from tests.backend.runner import Case, rng_for
 
-DEVICES = ("cpu",)  # backends that draft
-
 # Rows that are not at the positions they speak of: the draft head's.
 SHIFTED: Grid = (
     (rope_append, (

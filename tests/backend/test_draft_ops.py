@@ -9,7 +9,7 @@ import pytest
 
 from tests.backend.cases import all_cases
 from tests.backend.conftest import make_backend
-from tests.backend.draft_cases import DEVICES, SHIFTED, drafting_cases
+from tests.backend.draft_cases import SHIFTED, drafting_cases
 from tests.backend.runner import Case, Runner, rng_for
 from tests.backend.test_exactness import assert_same_bits, has_rows, in_pieces, row_counts
 from tests.backend.test_ops import bits, check
@@ -18,41 +18,34 @@ SHIFTED_CASES = all_cases(SHIFTED)
 CASES = [*SHIFTED_CASES, *drafting_cases()]
 
 
-@pytest.fixture
-def drafting(runner: Runner) -> Runner:
-    if runner.backend.name not in DEVICES:
-        pytest.skip(f"{runner.backend.name} has no drafting kernels yet")
-    return runner
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_op_of_drafting_equals_reference(drafting: Runner, case: Case) -> None:
-    check(drafting, case, drafting.run(case))
+def test_op_of_drafting_equals_reference(runner: Runner, case: Case) -> None:
+    check(runner, case, runner.run(case))
 
 
 @pytest.mark.parametrize("op", ["conv", "delta"])
-def test_verify_gives_the_bits_of_the_op_that_commits(drafting: Runner, op: str) -> None:
+def test_verify_gives_the_bits_of_the_op_that_commits(runner: Runner, op: str) -> None:
     commits = {"conv_verify": "conv_window", "delta_verify": "delta_rule"}
     for case in [c for c in drafting_cases() if c.op == f"{op}_verify"]:
         out = {"conv": "y", "delta": "o"}[op]
-        verified, committed = drafting.run(case), drafting.run(replace(case, op=commits[case.op]))
+        verified, committed = runner.run(case), runner.run(replace(case, op=commits[case.op]))
         assert np.array_equal(bits(verified[out]), bits(committed[out]))
 
 
 @pytest.mark.parametrize("case", SHIFTED_CASES, ids=str)
-def test_any_split_gives_the_same_bits(drafting: Runner, case: Case) -> None:
+def test_any_split_gives_the_same_bits(runner: Runner, case: Case) -> None:
     n, rng = int(case.operands["cursor"][1]), rng_for("split", str(case))  # type: ignore[arg-type]
     if n < 2:
         pytest.skip("one row cannot be split")
-    whole = drafting.run(case)
+    whole = runner.run(case)
     for pieces in row_counts(rng, n):
-        for name, array in in_pieces(drafting, case, pieces, rng).items():
+        for name, array in in_pieces(runner, case, pieces, rng).items():
             at_once = whole[name][:n] if has_rows(case, name) else whole[name]
             assert_same_bits(at_once, array, f"{case} {name} in pieces {pieces}")
 
 
-def test_any_number_of_threads_gives_the_same_bits(drafting: Runner) -> None:
-    if drafting.backend.name != "cpu":
+def test_any_number_of_threads_gives_the_same_bits(runner: Runner) -> None:
+    if runner.backend.name != "cpu":
         pytest.skip("threads are the cpu's")
     one, three = (Runner(make_backend("cpu", threads)) for threads in (1, 3))
     try:
@@ -64,4 +57,4 @@ def test_any_number_of_threads_gives_the_same_bits(drafting: Runner) -> None:
             for name in first.keys() - {"partials", "work"}:
                 assert_same_bits(first[name], other[name], f"{case} {name}")
     finally:
-        drafting.backend.resize(2)  # type: ignore[attr-defined]
+        runner.backend.resize(2)  # type: ignore[attr-defined]

@@ -26,8 +26,9 @@ from flashrt.backends.simt.driver import SimtDriver
 from flashrt.base.errors import BackendError, CompileError
 from flashrt.ops import OPS
 from tests.backend.cases import all_cases, attention, delta_rule, linear, randn
+from tests.backend.draft_cases import SHIFTED, drafting_cases
 from tests.backend.runner import Case, Runner, rng_for
-from tests.backend.test_sample import sample_case, sampler
+from tests.backend.test_sample import PENALTIES, params_case, sample_case, sampler
 
 SEEDS = range(1, 7)  # random schedules; 0 is in order
 
@@ -268,7 +269,8 @@ def watched(request: pytest.FixtureRequest) -> Runner:
 
 def few_and_many(op: str) -> list[Case]:
     """A case of few rows and the one of most."""
-    cases = [case for case in all_cases() if case.op == op]
+    every = [*all_cases(), *all_cases(SHIFTED), *drafting_cases()]
+    cases = [case for case in every if case.op == op]
     cases.sort(key=lambda c: np.asarray(c.operands["cursor"])[1])
     return [cases[len(cases) // 3], cases[-1]]
 
@@ -283,3 +285,9 @@ def test_every_kernel_is_free_of_races(watched: Runner, op: str) -> None:
 def test_sampling_is_free_of_races(watched: Runner, words: NDArray[np.uint32]) -> None:
     logits = randn(rng_for("races"), 3000, scale=3)
     assert 0 <= watched.run(sample_case(logits, words))["cursor"][2] < logits.size
+
+
+def test_penalties_are_free_of_races(watched: Runner) -> None:
+    logits = randn(rng_for("races"), 3000, scale=3)
+    case = params_case(logits, PENALTIES[-1], [1, 2, 2, 2999, 1] * 70)
+    assert 0 <= watched.run(case)["cursor"][2] < logits.size

@@ -15,7 +15,6 @@ from flashrt.core.op import Launch
 from flashrt.core.region import DType
 from flashrt.models import Model, model_for
 from flashrt.weights.checkpoint import Checkpoint, open_checkpoint
-from tests.backend.draft_cases import DEVICES as DRAFTING
 from tests.backend.runner import Case, Runner
 from tests.backend.test_ops import check
 from tests.golden.tape_interpreter import TapeInterpreter
@@ -57,8 +56,6 @@ def test_each_launch_of_prefill_and_decode(runner: Runner, kv_dtype: DType) -> N
 
 
 def test_each_launch_of_drafting(runner: Runner) -> None:
-    if runner.backend.name not in DRAFTING:
-        pytest.skip(f"{runner.backend.name} has no drafting kernels yet")
     checkpoint = open_checkpoint(CHECKPOINT)
     model = model_for(checkpoint.config, max_positions=128, kv_dtype=DType.F32, has_draft_head=True)
     lane = Lockstep(model, checkpoint, runner)

@@ -24,9 +24,9 @@ def expected(golden_set: Path) -> Expected:
 @pytest.fixture(scope="module")
 def engine(golden_set: Path, pytestconfig: pytest.Config) -> Iterator[flashrt.Engine]:
     device = pytestconfig.getoption("--device")
-    engine = flashrt.load(golden_set, device=device, max_positions=1024, kv_dtype="float32")
-    if not engine.max_draft:
-        pytest.skip(f"{device} does not draft yet")
+    engine = flashrt.load(
+        golden_set, device=device, max_positions=1024, kv_dtype="float32", precision="high"
+    )
     yield engine
     engine.close()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ SIZES = {
     "H": 2560, "V": 248_320, "S": 4096, "B": 16, "I": 9216, "D": 256, "Nq": 16, "Nk": 4, "R2": 32,
     "Hv": 32, "dk": 128, "dv": 128, "C": 8192, "W": 3, "W1": 4, "K": 2560, "N": 9216,
 }  # fmt: skip
-ATTRS = {"key_heads": 16, "key_dim": 128, "eps": 1e-6}
+ATTRS = {"key_heads": 16, "key_dim": 128, "eps": 1e-6, "shift": 0}
 
 
 def shape(op: str, rows: int, act: DType, cache: DType, n_sms: int, **dims: int) -> Shape:
@@ -61,6 +62,10 @@ def variants(*, is_full: bool) -> Iterator[KernelLaunch]:
             for cache in caches:
                 for n in rows:
                     yield from expansion(shape(op, n, act, cache, 132))
+    for act in acts:
+        for cache in caches:  # a draft's: one row, its keys shifted against positions
+            draft = shape("attention", 1, act, cache, 132)
+            yield from kernels.EXPANSIONS["attention"](replace(draft, attrs=ATTRS | {"shift": 1}))
     if is_full:
         for act in (*acts, DType.F32):  # float32: in three parts
             for k, n_sms in ((256, 16), (1024, 132), (9216, 132)):

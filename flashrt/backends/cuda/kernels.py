@@ -11,7 +11,7 @@ give the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from flashrt.base.errors import PlanError
@@ -99,6 +99,10 @@ def _norm(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("norm.cu", s.op, defines, _x(s.dims["T"]), _x(threads)),)
 
 
+def _draft_input(s: Shape) -> tuple[KernelLaunch, ...]:
+    return tuple(replace(k, grid=(s.dims["T"], 2, 1)) for k in _norm(s))
+
+
 def _linear(s: Shape) -> tuple[KernelLaunch, ...]:
     is_few = s.dims["T"] <= FEW_TOKENS
     return (_linear_few(s) if is_few else _linear_many(s),)
@@ -170,7 +174,7 @@ def _linear_many(s: Shape) -> KernelLaunch:
 def _conv_window(s: Shape) -> tuple[KernelLaunch, ...]:
     grid = (_ceil(s.dims["C"], 128), _ceil(s.dims["T"], CONV_ROWS), 1)
     defines = _defines(TAPS=s.dims["W1"], ROWS_PER_BLOCK=CONV_ROWS)
-    return (KernelLaunch("conv.cu", "conv_window", defines, grid, _x(128)),)
+    return (KernelLaunch("conv.cu", s.op, defines, grid, _x(128)),)
 
 
 def _delta_gates(s: Shape) -> tuple[KernelLaunch, ...]:
@@ -183,7 +187,7 @@ def _delta_gates(s: Shape) -> tuple[KernelLaunch, ...]:
 def _delta_rule(s: Shape) -> tuple[KernelLaunch, ...]:
     defines = _defines(KEY_DIM=s.dims["dk"], VALUE_DIM=s.dims["dv"])
     grid = (_ceil(s.dims["dv"], 16), s.dims["Hv"], 1)
-    return (KernelLaunch("delta_rule.cu", "delta_rule", defines, grid, _x(128)),)
+    return (KernelLaunch("delta_rule.cu", s.op, defines, grid, _x(128)),)
 
 
 def _gated_rmsnorm(s: Shape) -> tuple[KernelLaunch, ...]:
@@ -212,8 +216,9 @@ def _attention(s: Shape) -> tuple[KernelLaunch, ...]:
     else:
         tiles = 4 if s.act_parts > 1 or is_f32 or _ceil(t, 64 // group) * nk < s.n_sms else 8
     defines = _defines(
-        ACT_PARTS=s.act_parts, CACHE_F32=int(is_f32), HEAD_DIM=d, GROUP=group, COLUMN_TILES=tiles
-    )
+        ACT_PARTS=s.act_parts, CACHE_F32=int(is_f32), HEAD_DIM=d, GROUP=group, COLUMN_TILES=tiles,
+        SHIFT=int(s.attrs["shift"]),
+    )  # fmt: skip
     # per column: q and p; five running values; and of each of 8 warps a maximum and a sum
     column_bytes = 2 * (_ceil(d, 64) * 64 + ATTENTION_KEYS) * s.act_parts + 4 * (5 + 8 * 2)
     shared = 8 * tiles * column_bytes
@@ -245,14 +250,19 @@ def _act(s: Shape) -> Defines:
 
 
 def _sample(s: Shape) -> tuple[KernelLaunch, ...]:
-    if s.dims["V"] < 4:
-        raise PlanError(f"sample: needs at least 4 logits, got {s.dims['V']}")
-    blocks = _x(min(_ceil(s.dims["V"], 1024), 64))
+    if s.dims["V"] < 8:
+        raise PlanError(f"sample: needs at least 8 logits, got {s.dims['V']}")
+    n_blocks = min(_ceil(s.dims["V"], 1024), 64)
+    blocks, counters_bytes = _x(n_blocks), 4 * _ceil(s.dims["V"], n_blocks)
     return (
-        KernelLaunch("sample.cu", "sample_scan", (), blocks, _x(256)),
+        KernelLaunch("sample.cu", "sample_scan", (), blocks, _x(256), counters_bytes),
         KernelLaunch("sample.cu", "sample_cut", (), _x(1), _x(1024)),
         KernelLaunch("sample.cu", "sample_pick", (), blocks, _x(256)),
     )
+
+
+def _bookkeeping(s: Shape) -> tuple[KernelLaunch, ...]:
+    return (KernelLaunch("draft.cu", s.op, (), _x(1), _x(WARP)),)
 
 
 EXPANSIONS: Final[Mapping[str, Expansion]] = {
@@ -270,13 +280,15 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "last_row": _last_row,
     "advance": _advance,
     "sample": _sample,
+    "conv_verify": _conv_window,
+    "delta_verify": _delta_rule,
+    "draft_input": _draft_input,
+    "draft_begin": _bookkeeping,
+    "draft_note": _bookkeeping,
+    "verify_cursors": _bookkeeping,
+    "accept": _bookkeeping,
+    "take_token": _bookkeeping,
 }
-
-# Ops of the table that have no CUDA kernels yet: a tape that records one cannot be captured.
-PENDING: Final = frozenset({
-    "conv_verify", "delta_verify", "draft_input", "draft_begin", "draft_note", "verify_cursors",
-    "accept", "take_token",
-})  # fmt: skip
 
 
 def expand(
