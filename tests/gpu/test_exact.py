@@ -132,3 +132,21 @@ def test_a_thousand_tokens_ask_the_driver_for_nothing_but_graphs() -> None:
     assert not [c for c in used if "Alloc" in c or "Module" in c or "Capture" in c or "Create" in c]
     for name in ("allocations", "compilations", "captures"):
         assert after[name] == counters[name]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "high"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_drafting_changes_nothing_but_speed(precision: Precision, temperature: float) -> None:
+    require_gpu()
+    engine = load_on(lambda: open_device(precision), TINY, max_positions=256, lanes=1, draft=True)
+    found = set()
+    with engine.session() as session:
+        for draft in (0, 1, 2, 4, 8):
+            session.rollback(0)
+            session.prefill(range(40))
+            tokens = [*session.generate(60, temperature=temperature, seed=3, draft=draft)]
+            found.add((*tokens, session.logits().tobytes(), session.digest()))
+    drafted = engine.stats()["drafted"]
+    engine.close()
+    assert drafted > 0
+    assert len(found) == 1
