@@ -45,13 +45,17 @@ class Histories(RuleBasedStateMachine):
     sessions: Bundle[Any] = Bundle("sessions")
     capsules: Bundle[Any] = Bundle("capsules")
 
+    @staticmethod
+    def load() -> flashrt.Engine:
+        """The engine of all runs."""
+        return flashrt.load(GOLDEN / "tiny", device="cpu", max_positions=LIMIT, lanes=LANES)
+
     @initialize(target=sessions)
     def start(self) -> flashrt.Session:
-        if Histories.engine is None:
-            Histories.engine = flashrt.load(
-                GOLDEN / "tiny", device="cpu", max_positions=LIMIT, lanes=LANES
-            )
-        self.store = Store(Histories.folder.name)
+        kind = type(self)
+        if kind.engine is None:
+            kind.engine = kind.load()
+        self.store = Store(self.folder.name)
         self.history: dict[flashrt.Session, list[int]] = {}
         self.frozen: dict[flashrt.Capsule, list[int]] = {}
         first = self.engine.session()
