@@ -32,6 +32,7 @@ from flashrt.core.op import Launch
 from flashrt.core.region import DType
 from flashrt.models import model_for
 from flashrt.ops import OPS
+from flashrt.session.load import DRAFT_HEAD_TENSOR
 from flashrt.weights.checkpoint import open_checkpoint
 from flashrt.weights.random_checkpoint import SHAPES, shape_config
 
@@ -174,11 +175,15 @@ def _launches(arguments: argparse.Namespace) -> list[kernels.KernelLaunch]:
 
 def _recorded(arguments: argparse.Namespace) -> list[Launch]:
     if arguments.checkpoint is not None:
-        config = dict(open_checkpoint(arguments.checkpoint).config)
+        source = open_checkpoint(arguments.checkpoint)
+        config, has_draft_head = dict(source.config), DRAFT_HEAD_TENSOR in source.tensors
     else:
-        config = shape_config(arguments.shape)
+        config, has_draft_head = shape_config(arguments.shape, has_draft_head=True), True
     model = model_for(
-        config, max_positions=arguments.max_positions, kv_dtype=DType(arguments.kv_dtype)
+        config,
+        max_positions=arguments.max_positions,
+        kv_dtype=DType(arguments.kv_dtype),
+        has_draft_head=has_draft_head,
     )
     return [launch for phase in model.phases for launch in model.record(*phase).launches]
 
