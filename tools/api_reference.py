@@ -1,0 +1,44 @@
+"""Makes the API reference from docstrings, as a folder of static pages.
+
+IS: the choice of modules, and pdoc. IS NOT: prose; that is docs/*.md. Called by: developers, tests.
+
+    python tools/api_reference.py      # -> out/api; needs pdoc: pip install -e '.[docs]'
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pdoc
+import pdoc.render
+
+MODULES = (  # what a user calls, then what a writer of a model, a kernel or a backend meets
+    "flashrt",
+    "flashrt.session.session", "flashrt.session.load", "flashrt.session.store",
+    "flashrt.session.opening", "flashrt.session.replay", "flashrt.session.eviction",
+    "flashrt.session.upkeep", "flashrt.text.tokenizer", "flashrt.text.chat", "flashrt.worlds",
+    "flashrt.engine", "flashrt.core.capsule", "flashrt.core.region", "flashrt.core.op",
+    "flashrt.core.tape", "flashrt.core.planner", "flashrt.core.backend", "flashrt.core.digest",
+    "flashrt.models.model", "flashrt.ops.table", "flashrt.ops.sampler", "flashrt.base.errors",
+    "flashrt.base.flags",
+)  # fmt: skip
+
+
+def build(out: Path) -> None:
+    """Write one page per module, an index and a search index to `out`."""
+    pdoc.render.configure(docformat="markdown", show_source=True, footer_text="flashrt")
+    pdoc.pdoc(*MODULES, output_directory=out)
+
+
+def main() -> None:
+    """Parse arguments, build."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("out/api"), help="folder (default: out/api)")
+    options = parser.parse_args()
+    build(options.out)
+    print(f"{len(MODULES)} modules: {options.out / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()
