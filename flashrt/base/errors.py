@@ -55,3 +55,19 @@ class TokenError(SessionError):
 
 class StoreError(CapsuleError):
     """A capsule store, or something in it, cannot be read or written; nothing was changed."""
+
+
+class ObservationError(SessionError):
+    """An observation is not what the policy takes: shape, dtype, or a value that is not finite."""
+
+
+class DeadlineMissed(SessionError):
+    """An action came later than its deadline, and the loop was told to raise; it may go on."""
+
+
+class RecordingError(SessionError):
+    """A recording of a control loop is foreign, truncated or corrupted, or cannot be written."""
+
+
+class EnvironmentFailed(SessionError):
+    """An environment is closed, failed in a step, or cannot be saved; the loop is at a boundary."""
