@@ -14,9 +14,9 @@ from flashrt.base.errors import (
     LaneBusy,
     PoolFull,
     SessionError,
-    TokenError,
 )
 from flashrt.core.capsule import Capsule
+from flashrt.policy_engine import load_policy
 from flashrt.session.load import SessionEngine as Engine
 from flashrt.session.load import load
 from flashrt.session.session import Session
@@ -32,6 +32,6 @@ __all__ = [
     "PoolFull",
     "Session",
     "SessionError",
-    "TokenError",
     "load",
+    "load_policy",
 ]

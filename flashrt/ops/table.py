@@ -13,6 +13,9 @@ token, the rest 0. `sampler` and `bias` are the parameters of sampling: see ops/
 
 Drafting has a cursor of its own (`draft`), and one per row of a verify (`samples`), of the same
 words: so its launches are those of decoding, with another cursor.
+
+Policies have a cursor of their own words (see ops/policy_cursor), and further symbols: O
+observation, A action, E encoder, M memory, H rows of a chunk of actions; everything is float32.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ CURSOR_WORDS = 16
 SAMPLER_WORDS = 16
 BIAS_ENTRIES = 512  # tokens that may have a logit bias
 ATTENTION_BLOCK = 256  # keys per partial softmax, in absolute positions
+IDENTITY, SILU = 0, 1  # activations of `dense`
+REQUEST_WORDS = 16  # [0] rows of a chunk that a plan is to keep, the rest 0
 ACT = (DType.ACT,)
 KV = (DType.F32, DType.BF16)
 
@@ -273,8 +278,106 @@ TAKE_TOKEN = Op(
     (_words("samples", "r", "T", CURSOR_WORDS), _words("cursor", "rw", CURSOR_WORDS)),
 )
 
+
+def _weights(name: str, *dims: int | str) -> Param:
+    return Param(name, "r", dims, (DType.F32,), Layout.MATRIX)
+
+
+OBSERVE = Op(
+    "observe",
+    "x = [clip((observation - mean) / std, -10, 10) | previous]; cursor.observed = cursor.tick",
+    (
+        _f32("observation", "r", "O"),
+        _f32("mean", "r", "O"),
+        _f32("std", "r", "O"),
+        _f32("previous", "r", "A"),
+        _words("cursor", "rw", CURSOR_WORDS),
+        _f32("x", "w", "O+A"),
+    ),
+)
+DENSE = Op(
+    "dense",
+    "y = f(x w^T + b) per row, f the identity or silu; the order of each sum depends on K alone",
+    (
+        _f32("x", "r", "T", "K"),
+        _weights("w", "N", "K"),
+        _f32("b", "r", "N"),
+        _f32("y", "w", "T", "N"),
+    ),
+    (Attr("activation"),),
+)
+DENSE_ADD = Op(
+    "dense_add",
+    "y += x w^T + b per row",
+    (
+        _f32("x", "r", "T", "K"),
+        _weights("w", "N", "K"),
+        _f32("b", "r", "N"),
+        _f32("y", "rw", "T", "N"),
+    ),
+)
+GRU_CELL = Op(
+    "gru_cell",
+    "r, z = sigmoid(u + v), n = tanh(u + r v), each of its third; memory = (1 - z) n + z memory",
+    (_f32("u", "r", "3*M"), _f32("v", "r", "3*M"), _f32("memory", "rw", "M")),
+)
+FLOW_BEGIN = Op(
+    "flow_begin",
+    "a plan for the observed tick t: context = [memory | encoded]; flow = [x | mask]. In the first "
+    "`committed` rows j, mask is 1 and x the promised action of tick t + j (the previous one for a "
+    "tick that is done); in the others mask is 0 and x standard normal noise, Philox keyed by "
+    "(seed, t). Sets the cursor's words of the plan",
+    (
+        _f32("memory", "r", "M"),
+        _f32("encoded", "r", "E"),
+        _f32("previous", "r", "A"),
+        _f32("queue", "r", "H", "A"),
+        _words("request", "r", REQUEST_WORDS),
+        _words("cursor", "rw", CURSOR_WORDS),
+        _f32("context", "w", "M+E"),
+        _f32("flow", "w", "H*A+H"),
+    ),
+    (Attr("steps"), Attr("execute")),  # Euler steps; rows to execute after the committed ones
+)
+FLOW_STEP = Op(
+    "flow_step",
+    "x += (z w^T + b) / steps in rows whose mask is 0; cursor.plan_steps_left -= 1",
+    (
+        _f32("z", "r", 1, "K"),
+        _weights("w", "N", "K"),
+        _f32("b", "r", "N"),
+        _f32("mask", "r", "H"),
+        _f32("x", "rw", "N"),
+        _words("cursor", "rw", CURSOR_WORDS),
+    ),
+    (Attr("steps"),),
+)
+FLOW_END = Op(
+    "flow_end",
+    "queue = clip(x, -1, 1); cursor.chunk, .stop = those of the plan",
+    (
+        _f32("x", "r", "H*A"),
+        _f32("queue", "w", "H", "A"),
+        _words("cursor", "rw", CURSOR_WORDS),
+    ),
+)
+TAKE_ACTION = Op(
+    "take_action",
+    "previous = the queue's row for cursor.tick, or stays where there is none; action = previous * "
+    "scale + offset; cursor.tick += 1",
+    (
+        _f32("queue", "r", "H", "A"),
+        _f32("scale", "r", "A"),
+        _f32("offset", "r", "A"),
+        _f32("previous", "rw", "A"),
+        _words("cursor", "rw", CURSOR_WORDS),
+        _f32("action", "w", "A"),
+    ),
+)
+
 OPS: tuple[Op, ...] = (
     EMBED, RMSNORM, ADD_RMSNORM, LINEAR, CONV_WINDOW, DELTA_GATES, DELTA_RULE, GATED_RMSNORM,
     ROPE_APPEND, ATTENTION, SILU_MUL, LAST_ROW, ADVANCE, SAMPLE, CONV_VERIFY, DELTA_VERIFY,
-    DRAFT_INPUT, DRAFT_BEGIN, DRAFT_NOTE, VERIFY_CURSORS, ACCEPT, TAKE_TOKEN,
+    DRAFT_INPUT, DRAFT_BEGIN, DRAFT_NOTE, VERIFY_CURSORS, ACCEPT, TAKE_TOKEN, OBSERVE, DENSE,
+    DENSE_ADD, GRU_CELL, FLOW_BEGIN, FLOW_STEP, FLOW_END, TAKE_ACTION,
 )  # fmt: skip

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt.base.errors import BackendError, LaneBusy, PlanError, PoolFull
+from flashrt.backends.choose import DEVICES, PRECISIONS, Precision, open_backend
+from flashrt.base.errors import LaneBusy, PlanError, PoolFull
 from flashrt.core import blob
 from flashrt.core.backend import Backend, Bytes, Progress
 from flashrt.core.capsule import Capsule
@@ -33,11 +34,20 @@ if TYPE_CHECKING:
     from flashrt.text.tokenizer import Tokenizer
 
 KvDType = Literal["bfloat16", "float32"]
-Precision = Literal["bfloat16", "high"]
+__all__ = [
+    "DEVICES",
+    "KV_DTYPES",
+    "PRECISIONS",
+    "KvDType",
+    "Precision",
+    "SessionEngine",
+    "load",
+    "load_on",
+    "open_backend",
+]
+
 DRAFT_HEAD_TENSOR, HEAD_TENSOR = "mtp.fc.weight", "lm_head.weight"
 KV_DTYPES: tuple[KvDType, ...] = ("bfloat16", "float32")
-PRECISIONS: tuple[Precision, ...] = ("bfloat16", "high")
-DEVICES = ("auto", "cpu", "cuda", "simt")
 
 
 class SessionEngine(Engine):
@@ -175,28 +185,3 @@ def load_on(
         progress=progress,
         tokenizer=tokenizer_of(source.path),
     )
-
-
-def open_backend(device: str, precision: Precision = "bfloat16") -> Backend:
-    """The backend by name. Raises BackendError for an unknown name or an unusable device.
-
-    CUDA is imported only where it is asked for: by "cuda", and by "auto", which falls back to the
-    CPU (`flashrt doctor` says why).
-    """
-    if device not in DEVICES:
-        raise BackendError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
-    if precision not in PRECISIONS:
-        raise BackendError(f"precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    if device == "simt":
-        from flashrt.backends.simt.device import SimtDevice
-
-        return SimtDevice(precision)
-    if device != "cpu":
-        from flashrt.backends.cuda.device import open_device
-        from flashrt.backends.cuda.probe import probe
-
-        if device == "cuda" or probe().is_usable:
-            return open_device(precision)
-    from flashrt.backends.cpu.device import CpuDevice
-
-    return CpuDevice()

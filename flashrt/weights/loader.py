@@ -8,7 +8,7 @@ by: engine (load).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +16,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CheckpointError
-from flashrt.core.backend import Progress
+from flashrt.core.arena import Arena
+from flashrt.core.backend import Bytes, Progress
 from flashrt.core.region import Region
 from flashrt.weights.checkpoint import Checkpoint, Tensor
 from flashrt.weights.rules import Source, Transform, WeightRule
@@ -115,6 +116,29 @@ def load(
     finally:
         checkpoint.close()
     return LoadReport(reader.hash.hexdigest(), reader.total_nbytes, notes)
+
+
+def fill_weights(
+    rules: Sequence[WeightRule],
+    checkpoint: Checkpoint,
+    arena: Arena,
+    progress: Progress | None = None,
+) -> LoadReport:
+    """`load` into the weights of an arena, as its backend stores them."""
+    slots, base = {s.region: s for s in arena.weights.slots}, arena.weight_memory.address
+    staging: Bytes = np.empty(0, np.uint8)
+
+    def sink(region: Region, first_row: int, rows: NDArray[np.generic]) -> None:
+        nonlocal staging
+        part, slot = replace(region, shape=rows.shape), slots[region]
+        nbytes = arena.backend.storage(part).nbytes
+        if staging.nbytes < nbytes:
+            staging = np.empty(nbytes, np.uint8)
+        arena.backend.pack(part, rows, staging[:nbytes])
+        at = base + slot.offset + first_row * slot.storage.lead_nbytes
+        arena.backend.write(at, staging[:nbytes])
+
+    return load(rules, checkpoint, sink, progress)
 
 
 class _Reader:

@@ -39,8 +39,8 @@ class Source:
 class WeightRule:
     """One weight region and what fills it: sources, concatenated along axis 0, or constant values.
 
-    Matrices (`Layout.MATRIX`, bfloat16) keep the bits of bfloat16 sources; all else is plain
-    float32. Raises PlanError if the sources cannot fill the region.
+    Matrices in bfloat16 (`Layout.MATRIX`) keep the bits of bfloat16 sources; all else is float32.
+    Raises PlanError if the sources cannot fill the region.
     """
 
     region: Region
@@ -75,7 +75,7 @@ class WeightRule:
     @property
     def is_matrix(self) -> bool:
         """Whether the region is fed to `linear`: bfloat16 rows, loaded in chunks."""
-        return self.region.layout is Layout.MATRIX
+        return self.region.layout is Layout.MATRIX and self.region.dtype is not DType.F32
 
     @property
     def size(self) -> int:
@@ -88,6 +88,12 @@ def matrix(name: str, columns: int, *sources: tuple[str, int]) -> WeightRule:
     parts = tuple(Source(source, (rows, columns)) for source, rows in sources)
     shape = (sum(rows for _, rows in sources), columns)
     return WeightRule(Region(name, shape, DType.BF16, Role.WEIGHT, Layout.MATRIX), parts)
+
+
+def dense(name: str, source: str, rows: int, columns: int) -> WeightRule:
+    """Rule for a float32 matrix [rows, columns], for the op of that name."""
+    region = Region(name, (rows, columns), DType.F32, Role.WEIGHT, Layout.MATRIX)
+    return WeightRule(region, (Source(source, (rows, columns)),))
 
 
 def vector(name: str, source: str, size: int, transform: Transform = Transform.NONE) -> WeightRule:

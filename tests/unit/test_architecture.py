@@ -12,8 +12,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "flashrt"
 RANKS = {
-    "base": 0, "core": 1, "backends": 2, "ops": 2, "weights": 2, "text": 2, "worlds": 2, "models": 3,
-    "engine": 4, "session": 5, "serve": 6, "view": 6, "commands": 7, "cli": 8,
+    "base": 0, "core": 1, "backends": 2, "ops": 2, "weights": 2, "text": 2, "worlds": 2,
+    "models": 3, "engine": 4, "policy_engine": 4, "session": 5, "serve": 6, "view": 6,
+    "commands": 7, "cli": 8,
 }  # fmt: skip
 TOP = {"__init__", "__main__"}  # the public face; may import what it exports
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -7,6 +7,7 @@ the compiler (compile). Called by: engine (through core.backend), build.py, test
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import struct
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, St
 from flashrt.core.copyplan import CopyPlan
 from flashrt.core.digest import LAYOUT_CODE, DigestTerm
 from flashrt.core.op import Op
-from flashrt.core.region import DType, Layout, Region
+from flashrt.core.region import DType, Layout, Region, resolve_dtype
 
 _HUGE = 2 << 20
 _ALIGN = 64  # of argument blocks: one cache line each
@@ -59,6 +60,7 @@ class CpuGraph:
 
     n_launches: int
     table: int
+    is_shared: bool  # among the threads of the pool; else the calling thread runs it alone
     keep: tuple[object, ...] = field(repr=False)
 
 
@@ -68,9 +70,14 @@ class CpuDevice:
     name = "cpu"
     act = DType.F32
 
-    def __init__(self, threads: int | None = None) -> None:
-        """`threads`: size of the pool, FLASHRT_THREADS or the cores at hand by default."""
+    def __init__(self, threads: int | None = None, alone_nbytes: int = 0) -> None:
+        """`threads`: size of the pool, FLASHRT_THREADS or the cores at hand by default.
+
+        `alone_nbytes`: graphs that touch fewer bytes run on the calling thread, without waking the
+        others: for many small replays with pauses between. No bit depends on it.
+        """
         self.threads = threads or thread_count()
+        self._alone_nbytes = alone_nbytes
         self.counters = Counters()
         self._lib: ctypes.CDLL | None = None
         self._own_sources: list[Path] = []
@@ -169,6 +176,10 @@ class CpuDevice:
             self.counters.copies += 1
             self.counters.copied_bytes += plan.nbytes
 
+    def upload(self, plan: CopyPlan, source: Bytes, dst_base: int) -> None:
+        """See Backend."""
+        self._c.flashrt_copy(plan.pack(source.ctypes.data, dst_base), len(plan.copies))
+
     def digest(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]:
         """See Backend."""
         out = np.zeros((len(terms), 2), np.uint64)
@@ -185,7 +196,8 @@ class CpuDevice:
     def replay(self, graph: Graph) -> None:
         """See Backend."""
         assert isinstance(graph, CpuGraph)
-        self._c.flashrt_replay(graph.table, graph.n_launches)
+        run = self._c.flashrt_replay if graph.is_shared else self._c.flashrt_replay_alone
+        run(graph.table, graph.n_launches)
         self.counters.replays += 1
 
     def eager(self, launches: Sequence[BoundLaunch]) -> None:
@@ -230,7 +242,8 @@ class CpuDevice:
             table += struct.pack("@2P", self._function(bound.launch.op), base + offset)
         entries = ctypes.create_string_buffer(bytes(table), len(table))
         self._reserve(launches)
-        return CpuGraph(len(launches), ctypes.addressof(entries), (entries, arguments))
+        is_shared = _touched_nbytes(launches) >= self._alone_nbytes
+        return CpuGraph(len(launches), ctypes.addressof(entries), is_shared, (entries, arguments))
 
     def _function(self, op: Op) -> int:
         try:
@@ -251,6 +264,15 @@ class CpuDevice:
             self._workspace = need
 
 
+def _touched_nbytes(launches: Sequence[BoundLaunch]) -> int:
+    """Bytes of all operands, of each launch anew."""
+    return sum(
+        math.prod(view.shape) * resolve_dtype(view.region.dtype, DType.F32).nbytes
+        for bound in launches
+        for view in bound.launch.operands
+    )
+
+
 def _workspace_nbytes(bound: BoundLaunch) -> int:
     dims = bound.launch.dims
     if "T" not in dims:
@@ -264,6 +286,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     signatures: dict[str, tuple[list[type[Any]], type[Any] | None]] = {
         "flashrt_pool_start": ([integer], integer),
         "flashrt_replay": ([pointer, integer], None),
+        "flashrt_replay_alone": ([pointer, integer], None),
         "flashrt_copy": ([ctypes.c_char_p, integer], None),
         "flashrt_fill": ([pointer, size, integer], None),
         "flashrt_digest": ([ctypes.c_char_p, integer, pointer], None),

@@ -133,6 +133,12 @@ void pool_run(pool_body body, void *argument) {
   pthread_mutex_unlock(&turn);
 }
 
+void pool_run_alone(pool_body body, void *argument) {
+  pthread_mutex_lock(&turn);
+  body(argument, 0, 1);
+  pthread_mutex_unlock(&turn);
+}
+
 void pool_run_if(int is_worth_sharing, pool_body body, void *argument) {
   if (is_worth_sharing) pool_run(body, argument);
   else body(argument, 0, 1);

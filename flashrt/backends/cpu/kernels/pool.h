@@ -16,5 +16,8 @@ typedef void (*pool_body)(void *argument, int tid, int nt);
  * their turn. */
 void pool_run(pool_body body, void *argument);
 
+/* Runs body on the calling thread alone, in turn with the regions: what they share is its own. */
+void pool_run_alone(pool_body body, void *argument);
+
 /* Runs body on the calling thread alone when the work is too small to share. */
 void pool_run_if(int is_worth_sharing, pool_body body, void *argument);

@@ -36,6 +36,12 @@ void flashrt_replay(const flashrt_launch *launches, int n) {
   pool_run(replay_body, &list);
 }
 
+/* The same on the calling thread, for lists too short to wake the others for. */
+void flashrt_replay_alone(const flashrt_launch *launches, int n) {
+  launch_list list = {launches, n};
+  pool_run_alone(replay_body, &list);
+}
+
 /* ---- copies ---- */
 
 /* `height` rows of `width` bytes; the order of fields is that of core/copyplan.py. */

@@ -1,0 +1,43 @@
+"""The choice of a backend by name.
+
+IS: names, and the fall-back of "auto". IS NOT: a backend; those are imported when they are asked
+for. Called by: session.load, policy_engine, examples.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from flashrt.base.errors import BackendError
+from flashrt.core.backend import Backend
+
+Precision = Literal["bfloat16", "high"]
+PRECISIONS: tuple[Precision, ...] = ("bfloat16", "high")
+DEVICES = ("auto", "cpu", "cuda", "simt")
+
+
+def open_backend(
+    device: str, precision: Precision = "bfloat16", *, cpu_alone_nbytes: int = 0
+) -> Backend:
+    """The backend by name. Raises BackendError for an unknown name or an unusable device.
+
+    CUDA is imported only where it is asked for: by "cuda", and by "auto", which falls back to the
+    CPU (`flashrt doctor` says why). `cpu_alone_nbytes`: see CpuDevice.
+    """
+    if device not in DEVICES:
+        raise BackendError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
+    if precision not in PRECISIONS:
+        raise BackendError(f"precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    if device == "simt":
+        from flashrt.backends.simt.device import SimtDevice
+
+        return SimtDevice(precision)
+    if device != "cpu":
+        from flashrt.backends.cuda.device import open_device
+        from flashrt.backends.cuda.probe import probe
+
+        if device == "cuda" or probe().is_usable:
+            return open_device(precision)
+    from flashrt.backends.cpu.device import CpuDevice
+
+    return CpuDevice(alone_nbytes=cpu_alone_nbytes)
