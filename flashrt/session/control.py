@@ -1,0 +1,411 @@
+"""Control loops: a policy at a fixed rate, that can be snapshot, restored, forked and rewound.
+
+IS: what happens in a tick and in the slack after it; boundaries; the deadline policy. IS NOT: the
+policy's arithmetic (an engine's graphs) nor when to plan (control_schedule). Called by: users.
+
+The tick takes in an observation and hands out an action that was planned before. The next chunk is
+planned in the slack, while this one is executed: real-time chunking (see control_schedule). The
+order of all this is fixed by tick numbers alone, so the same observations give the same bits,
+however fast or late anything was; a missed deadline is written down, and told again in a replay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from flashrt.base.errors import DeadlineMissed, LaneBusy, PoolFull, SessionError
+from flashrt.core.capsule import Capsule
+from flashrt.session.control_drive import Drive
+from flashrt.session.control_history import NO_CUT, History, Told
+from flashrt.session.control_intake import Intake
+from flashrt.session.control_options import ControlOptions, OnMiss
+from flashrt.session.control_policy import Array, Policy
+from flashrt.session.control_timing import LoopTiming
+from flashrt.session.recording_file import DIGEST, NO_DIGEST
+
+if TYPE_CHECKING:
+    import os
+
+    from flashrt.session.control_run import RunReport
+    from flashrt.session.environment import Environment
+    from flashrt.session.recording import Recorder
+
+
+class ControlLoop:
+    """A policy on one lane, ticking. Not for use by two threads at once."""
+
+    def __init__(
+        self,
+        engine: Policy,
+        hz: float = 50.0,
+        deadline_ms: float | None = None,
+        on_miss: OnMiss = "hold",
+        *,
+        overlap: int = 1,
+        hold_action: ArrayLike | None = None,
+        seed: int = 0,
+        keep_seconds: float = 5.0,
+        boundary_seconds: float = 0.5,
+    ) -> None:
+        """Takes a free lane of the engine and resets it to `seed`.
+
+        hz: ticks per second, for `rewind` and `run`; a tick itself waits for nothing. deadline_ms:
+        of an action, from the call of `tick`, or from the instant due in `run`; None: none. on_miss
+        says what becomes of a late action: "hold" drops it, and `hold_action` (else the previous
+        action) is executed; "last" hands it out, late; "raise" raises DeadlineMissed. In each case
+        the observation was taken in and the loop goes on. overlap: ticks that a plan is spread
+        over, in [0, min(N, H - N)] of a policy that executes N of H planned actions; 0 plans within
+        the tick. keep_seconds: how far `rewind` reaches. boundary_seconds: between the boundaries
+        it starts from. Raises SessionError for bad options, LaneBusy.
+        """
+        self._options = ControlOptions(
+            hz, deadline_ms, on_miss, overlap, hold_action, keep_seconds, boundary_seconds
+        )
+        config = engine.config
+        self._options.check(config)
+        self._options.check_seed(seed)
+        self._engine = engine
+        self._hold = self._options.hold(config)
+        dims = config.observation_dim, config.action_dim
+        self._history = History(self._options.history_ticks, *dims)
+        self._intake = Intake(config.observation_dim)
+        self._sent = np.zeros(config.action_dim, np.float32)  # the previous action
+        self._is_sent_known = False  # not after a reset or a restore
+        self._is_settled = True  # what the slack is for was done
+        self._recorder: Recorder | None = None
+        self._drive = Drive(engine, overlap)
+        self._is_closed = False
+        self.timing = LoopTiming(engine.stats)
+        self.reset(seed)
+
+    # -- ticking --------------------------------------------------------------------------------
+
+    def tick(self, observation: ArrayLike) -> Array:
+        """The action for an observation: float32 [action_dim], in the environment's units.
+
+        Raises ObservationError for a wrong shape or dtype or a value that is not finite: nothing
+        has happened then. Raises DeadlineMissed under on_miss="raise": the tick has happened.
+        """
+        return self.tick_due(observation, time.perf_counter_ns())
+
+    def tick_due(self, observation: ArrayLike, due_ns: int) -> Array:
+        """The same for an instant of time.perf_counter_ns from which the deadline counts."""
+        self._check_open()
+        started_ns = time.perf_counter_ns()
+        checked = self._intake.check(observation)
+        action = self._step(checked)
+        now_ns = time.perf_counter_ns()
+        limit_ns = self._options.deadline_ns
+        is_late = limit_ns is not None and now_ns - due_ns > limit_ns
+        executed = self._late() if is_late else None
+        self._note(checked, action, executed, is_late=is_late)
+        self.timing.latency.add(now_ns - started_ns)
+        if is_late and self._options.on_miss == "raise":
+            raise DeadlineMissed(
+                f"tick {self.position - 1}: its action came {(now_ns - due_ns) / 1e6:.3f} ms "
+                f"after it was due, {self._options.deadline_ms} ms are allowed; the tick has "
+                "happened, and the loop may go on"
+            )
+        return action if executed is None else executed
+
+    def tick_as_recorded(self, observation: ArrayLike, executed: ArrayLike | None) -> Array:
+        """A tick without a deadline; `executed`: what was executed in place of its action, which
+        was late then. Returns the policy's own action. For replays.
+        """
+        self._check_open()
+        checked = self._intake.check(observation)
+        action = self._step(checked)
+        instead = None if executed is None else np.array(executed, np.float32)
+        if instead is not None:
+            self._engine.override(self._drive.lane, instead)
+        self._note(checked, action, instead, is_late=False)
+        return action
+
+    def slack(self) -> None:
+        """Do what the last tick left to be done: plan ahead, keep a boundary for `rewind`.
+
+        To be called once the action is on its way; whatever was not given time is made up for at
+        the start of the next tick, to the same bits.
+        """
+        if self._is_settled:
+            return
+        self._check_open()
+        started_ns = time.perf_counter_ns()
+        if self._drive.plan_ahead():
+            self.timing.planning.add(time.perf_counter_ns() - started_ns)
+        self._is_settled = True
+        is_boundary = self._history.end % self._options.boundary_ticks == 0
+        if is_boundary:
+            self._keep_boundary()
+        if self._recorder is not None:
+            self._recorder.settled(self._engine.digest(self._drive.lane) if is_boundary else None)
+
+    @property
+    def position(self) -> int:
+        """Ticks since the reset; the number of the tick to come."""
+        return self._drive.schedule.tick
+
+    @property
+    def seed(self) -> int:
+        """Of the noise of plans."""
+        return self._engine.cursor(self._drive.lane).seed
+
+    def digest(self) -> str:
+        """128-bit value of the whole control state, as 32 hex digits."""
+        self._settle()
+        return self._engine.digest(self._drive.lane)
+
+    # -- episodes, interrupts, boundaries -------------------------------------------------------
+
+    def reset(self, seed: int = 0) -> None:
+        """Begin an episode: nothing remembered, nothing promised. The noise of its plans depends on
+        `seed`, in [0, 2**63), and on the tick.
+        """
+        self._check_open()
+        self._options.check_seed(seed)
+        self._drive.reset(seed)
+        self._moved()
+        self._record("reset", seed)
+
+    def set_seed(self, seed: int) -> None:
+        """Other noise for the plans from here on, as for a fork that is to try something else."""
+        self._options.check_seed(seed)
+        self._settle()
+        self._engine.set_seed(self._drive.lane, seed)
+        self._history.clear()
+        self._record("set_seed", seed)
+
+    def interrupt(self, keep: int = 0) -> None:
+        """Drop the rest of the chunk: what comes is planned from the observations to come.
+
+        At most `keep` more of the actions promised are executed; with 0, the next tick plans before
+        it acts, which takes a plan's time.
+        """
+        self._settle()
+        if keep < 0:
+            raise SessionError(f"interrupt: keep={keep} is negative")
+        if not self._history.boundaries:
+            self._keep_boundary()
+        self._history.cut(self._drive.cut(self.position + keep))
+        self._record("interrupt", keep)
+
+    def snapshot(self, name: str | None = None) -> Capsule:
+        """Freeze the whole control state. Raises PoolFull, changing nothing, without room."""
+        self._settle()
+        capsule = self._with_room(name)
+        self._record("snapshot", capsule=capsule)
+        return capsule
+
+    def restore(self, capsule: Capsule) -> None:
+        """Continue from a capsule. `rewind` reaches back to here afterwards, not beyond.
+
+        Raises CapsuleError for a dropped or foreign capsule; nothing has changed then.
+        """
+        self._check_open()
+        self._drive.restore(capsule)
+        self._moved()
+        self._record("restore", capsule=capsule)
+
+    def fork(self, n: int = 1, seeds: Sequence[int] | None = None) -> list[ControlLoop]:
+        """`n` more loops in this one's present state, on free lanes; with `seeds`, each plans with
+        its own noise. Raises LaneBusy, and makes none, when lanes are short.
+        """
+        self._settle()
+        if seeds is not None and len(seeds) != n:
+            raise SessionError(f"fork: {len(seeds)} seeds for {n} loops")
+        loops: list[ControlLoop] = []
+        try:
+            for _ in range(n):
+                loops.append(ControlLoop(self._engine, **self._options.arguments()))
+        except LaneBusy:
+            for loop in loops:
+                loop.close()
+            raise
+        for i, loop in enumerate(loops):
+            loop.adopt(self)
+            if seeds is not None:
+                loop.set_seed(seeds[i])
+        return loops
+
+    def adopt(self, other: ControlLoop) -> None:
+        """Take over the present state of another loop of this engine."""
+        if other._engine is not self._engine:
+            raise SessionError("adopt: the other loop is another engine's")
+        self._check_open()
+        other._settle()
+        if other is not self:
+            self._drive.copy(other._drive)
+            self._moved()
+            self._send(other._sent, is_known=other._is_sent_known)
+            if self._recorder is not None:
+                self._recorder.event("restore", digest=self.digest())
+
+    def rewind(self, seconds: float) -> None:
+        """Go back in time, to the bit: the nearest boundary before, then the ticks since, told
+        again. Raises SessionError, changing nothing, beyond what is kept.
+        """
+        self.rewind_ticks(round(seconds * self._options.hz))
+
+    def rewind_ticks(self, ticks: int) -> None:
+        """The same, by a number of ticks."""
+        self._settle()
+        history = self._history
+        target = history.end - ticks
+        if ticks < 0 or target < history.first:
+            reach = history.end - history.first
+            raise SessionError(
+                f"rewind: {ticks} ticks, of {reach} that can be gone back "
+                f"({reach / self._options.hz:.2f} s); a larger keep_seconds keeps more"
+            )
+        if ticks:
+            start, capsule = history.at_or_before(target)
+            again = [history.told(t) for t in range(start, target)]
+            self._drive.restore(capsule)
+            self._is_sent_known = False
+            for told in again:
+                self._tell_again(told)
+            history.cut_back(target)
+            self._record("rewind", ticks)
+
+    # -- running --------------------------------------------------------------------------------
+
+    def run(
+        self, environment: Environment, seconds: float, rate: float | None = None, seed: int = 0
+    ) -> RunReport:
+        """Drive an environment for some seconds of its time; see control_run.run."""
+        from flashrt.session.control_run import run  # control_run imports this module
+
+        return run(self, environment, seconds, rate, seed)
+
+    @contextlib.contextmanager
+    def record(self, path: str | os.PathLike[str]) -> Iterator[Recorder]:
+        """Write what the loop is told and answers to a file, whole, when the block ends.
+
+        See recording.replay. Raises RecordingError when the file cannot be written.
+        """
+        from flashrt.session.recording import Recorder  # which imports this module
+
+        if self._recorder is not None:
+            raise SessionError("record: the loop is being recorded already")
+        self._settle()
+        self._recorder = recorder = Recorder(self, path)
+        try:
+            yield recorder
+        finally:
+            self._recorder = None
+            if not self._is_closed:
+                recorder.event(DIGEST, digest=self.digest())
+            recorder.write()
+
+    @property
+    def engine(self) -> Policy:
+        """Whose lane this is."""
+        return self._engine
+
+    @property
+    def options(self) -> ControlOptions:
+        """As given."""
+        return self._options
+
+    def stats(self) -> dict[str, Any]:
+        """Counts, quantiles in seconds, and counters of the engine since this loop was made."""
+        return self.timing.summary()
+
+    def close(self) -> None:
+        """Give the lane back. Capsules stay. A second close does nothing."""
+        if not self._is_closed:
+            self._history.clear()
+            self._is_closed = True
+            self._engine.release(self._drive.lane)
+
+    def __enter__(self) -> ControlLoop:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _step(self, observation: Array) -> Array:
+        """What every tick is: the slack of the one before, a boundary to begin with, the graphs."""
+        self.slack()
+        if not self._history.boundaries:
+            self._keep_boundary()
+        self._is_settled = False
+        return self._drive.step(observation)
+
+    def _late(self) -> Array | None:
+        """The deadline policy; what is executed in place of the action, if anything."""
+        self.timing.misses += 1
+        if self._options.on_miss != "hold":
+            return None
+        executed = self._hold
+        if executed is None and self._is_sent_known:
+            executed = self._sent
+        if executed is None:
+            return None
+        self._engine.override(self._drive.lane, executed)
+        return executed.copy()
+
+    def _note(
+        self, observation: Array, action: Array, executed: Array | None, *, is_late: bool
+    ) -> None:
+        self.timing.ticks += 1
+        self._history.add(observation, executed)
+        self._send(action if executed is None else executed)
+        if self._recorder is not None:
+            is_held = executed is not None
+            self._recorder.tick(observation, self._sent, is_held=is_held, is_late=is_late)
+
+    def _send(self, action: Array, *, is_known: bool = True) -> None:
+        self._sent[...] = action
+        self._is_sent_known = is_known
+
+    def _tell_again(self, told: Told) -> None:
+        """A tick of the history, its slack included."""
+        if told.cut != NO_CUT:
+            self._drive.cut(told.cut)
+        self._send(self._drive.step(told.observation))
+        if told.executed is not None:
+            self._engine.override(self._drive.lane, told.executed)
+            self._send(told.executed)
+        self._drive.plan_ahead()
+
+    def _moved(self) -> None:
+        """The lane is somewhere else."""
+        self._is_settled, self._is_sent_known = True, False
+        self._history.clear()
+
+    def _settle(self) -> None:
+        self._check_open()
+        self.slack()
+
+    def _keep_boundary(self) -> None:
+        """A boundary for `rewind`; without room, one that is older gives way, else there is none:
+        only reach is lost.
+        """
+        with contextlib.suppress(PoolFull):
+            self._history.keep(self._with_room(None))
+
+    def _with_room(self, name: str | None) -> Capsule:
+        while True:
+            try:
+                return self._engine.snapshot(self._drive.lane, name)
+            except PoolFull:
+                if not self._history.forget_oldest():
+                    raise
+
+    def _record(self, what: str, value: int = 0, capsule: Capsule | None = None) -> None:
+        if self._recorder is not None:
+            digest = NO_DIGEST if capsule is None else capsule.digest
+            self._recorder.event(what, value, digest)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise SessionError("the control loop is closed; make another one")

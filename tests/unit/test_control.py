@@ -1,0 +1,383 @@
+"""Control loops over a numpy policy: order of verbs, boundaries, rewind, deadlines, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashrt.base.errors import (
+    CapsuleError,
+    DeadlineMissed,
+    LaneBusy,
+    ObservationError,
+    PoolFull,
+    SessionError,
+)
+from flashrt.session import control as module
+from flashrt.session.control import ControlLoop
+from flashrt.session.control_agent import PolicyAgent
+from tests.numpy_policy import NumpyPolicy
+
+RNG = np.random.default_rng(3)
+SEEN = RNG.normal(size=(400, 3)).astype(np.float32)
+
+
+@pytest.fixture
+def engine() -> NumpyPolicy:
+    return NumpyPolicy(lanes=4)
+
+
+def ticks(loop: ControlLoop, start: int, stop: int) -> list[bytes]:
+    return [loop.tick(SEEN[i]).tobytes() for i in range(start, stop)]
+
+
+# -- the schedule -------------------------------------------------------------------------------
+
+
+def plans(engine: NumpyPolicy) -> list[Any]:
+    return [entry for entry in engine.log if entry[0] in ("plan", "begin")]
+
+
+def test_the_first_tick_plans_before_it_acts_and_later_plans_are_made_in_the_slack(
+    engine: NumpyPolicy,
+) -> None:
+    loop = ControlLoop(engine)
+    ticks(loop, 0, 12)
+    loop.slack()
+    assert plans(engine) == [("plan", 0, 0), ("plan", 3, 1), ("plan", 7, 1), ("plan", 11, 1)]
+    assert engine.log.index(("plan", 3, 1)) > engine.log.index(("act", 3))
+    assert engine.log.index(("plan", 3, 1)) < engine.log.index(("observe", 4))
+
+
+def test_without_overlap_plans_are_made_within_ticks(engine: NumpyPolicy) -> None:
+    loop = ControlLoop(engine, overlap=0)
+    ticks(loop, 0, 12)
+    assert plans(engine) == [("plan", 0, 0), ("plan", 4, 0), ("plan", 8, 0)]
+
+
+@pytest.mark.parametrize("overlap", [2, 3, 4])
+def test_a_plan_is_spread_over_the_overlap(engine: NumpyPolicy, overlap: int) -> None:
+    loop = ControlLoop(engine, overlap=overlap)
+    ticks(loop, 0, 4 - overlap + 1)
+    per_slack = []
+    for i in range(4 - overlap + 1, 5):
+        before = len(engine.log)
+        loop.slack()
+        per_slack.append(sum(entry[0] == "step" for entry in engine.log[before:]))
+        loop.tick(SEEN[i])
+    assert plans(engine)[1] == ("begin", 4 - overlap, overlap)
+    assert sum(per_slack) == 5 and max(per_slack) - min(per_slack) <= 1
+    assert len(per_slack) == overlap
+
+
+def test_committed_actions_are_executed_as_promised(engine: NumpyPolicy) -> None:
+    """Whatever the overlap, a plan begun at t changes nothing before t + overlap."""
+    for overlap in (1, 2, 4):
+        loop = ControlLoop(engine, overlap=overlap)
+        loop.tick(SEEN[0])
+        promised = engine.cursor(loop._drive.lane).queue.copy()
+        executed = [loop.tick(SEEN[i]) for i in range(1, 4)]
+        assert np.array_equal(executed, promised[1:4])
+        loop.close()
+
+
+def test_slack_may_be_given_or_not(engine: NumpyPolicy) -> None:
+    given, not_given = ControlLoop(engine, overlap=2), ControlLoop(engine, overlap=2)
+    for i in range(40):
+        assert given.tick(SEEN[i]).tobytes() == not_given.tick(SEEN[i]).tobytes()
+        given.slack()
+        given.slack()
+    assert given.digest() == not_given.digest()
+
+
+def test_an_interrupt_drops_the_chunk(engine: NumpyPolicy) -> None:
+    loop = ControlLoop(engine)
+    ticks(loop, 0, 6)
+    loop.interrupt()
+    loop.tick(SEEN[6])
+    assert plans(engine)[-1] == ("plan", 6, 0)
+
+
+def test_an_interrupt_may_keep_actions_that_were_promised(engine: NumpyPolicy) -> None:
+    loop = ControlLoop(engine)
+    ticks(loop, 0, 5)
+    loop.slack()
+    promised = engine.cursor(loop._drive.lane).queue
+    loop.interrupt(keep=1)
+    assert np.array_equal(loop.tick(SEEN[5]), promised[5 - 3])
+    loop.slack()
+    assert plans(engine)[-1] == ("plan", 5, 1), "from an observation after the interrupt"
+    with pytest.raises(SessionError, match="keep=-1"):
+        loop.interrupt(-1)
+
+
+def test_an_interrupt_never_plans_from_what_was_seen_before(engine: NumpyPolicy) -> None:
+    loop = ControlLoop(engine, overlap=3)
+    for before in range(30):
+        for keep in (0, 1, 2, 5):
+            loop.reset(1)
+            ticks(loop, 0, before)
+            loop.slack()
+            engine.log.clear()
+            loop.interrupt(keep)
+            ticks(loop, before, before + 6)
+            assert all(entry[1] >= before for entry in engine.log if entry[0] != "act")
+
+
+# -- going back ---------------------------------------------------------------------------------
+
+
+def test_restore_continues_to_the_bit(engine: NumpyPolicy) -> None:
+    loop = ControlLoop(engine, overlap=2)
+    for at in range(12):
+        loop.reset(7)
+        ticks(loop, 0, at)
+        capsule = loop.snapshot()
+        expected, digest = ticks(loop, at, at + 30), loop.digest()
+        loop.restore(capsule)
+        assert (ticks(loop, at, at + 30), loop.digest()) == (expected, digest)
+        capsule.drop()
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 3])
+def test_rewind_to_every_tick(engine: NumpyPolicy, overlap: int) -> None:
+    """Exact at boundaries and between them, through interrupts, again and again."""
+    loop = ControlLoop(engine, 10.0, overlap=overlap, keep_seconds=2.0, boundary_seconds=0.7)
+    digests = [loop.digest()]
+    for i in range(60):
+        if i % 11 == 5:
+            loop.interrupt(i % 3)
+        loop.tick(SEEN[i])
+        digests.append(loop.digest())
+    for back in [1, 3, 7, 6, 2, 1]:
+        at = loop.position - back
+        loop.rewind(back / 10)
+        assert (loop.position, loop.digest()) == (at, digests[at])
+    for i in range(40, 60):
+        if i % 11 == 5:
+            loop.interrupt(i % 3)
+        loop.tick(SEEN[i])
+        assert loop.digest() == digests[i + 1]
+
+
+def test_rewind_reaches_what_is_kept_and_no_more(engine: NumpyPolicy) -> None:
+    loop = ControlLoop(engine, 10.0, keep_seconds=2.0, boundary_seconds=0.5)
+    ticks(loop, 0, 57)
+    digest = loop.digest()
+    loop.rewind(2.0)
+    with pytest.raises(SessionError, match="larger keep_seconds"):
+        loop.rewind(10.0)
+    ticks(loop, 37, 57)
+    assert loop.digest() == digest
+    capsule = loop.snapshot()
+    loop.restore(capsule)
+    assert len(engine.capsules) == 1, "boundaries are given back"
+    with pytest.raises(SessionError, match="1 ticks, of 0"):
+        loop.rewind_ticks(1)
+    assert loop.digest() == digest
+
+
+def test_when_the_pool_is_full_boundaries_give_way() -> None:
+    engine = NumpyPolicy(room=3)
+    loop = ControlLoop(engine, 10.0, keep_seconds=20.0, boundary_seconds=0.2)
+    ticks(loop, 0, 30)
+    first = loop.snapshot("first")
+    assert [loop.snapshot(), loop.snapshot()] and len(engine.capsules) == 3
+    with pytest.raises(PoolFull):
+        loop.snapshot()
+    expected = ticks(loop, 30, 60)
+    with pytest.raises(SessionError, match="of 0 that can be"):
+        loop.rewind_ticks(1)
+    loop.restore(first)
+    assert ticks(loop, 30, 60) == expected
+
+
+def test_forks_are_twins_until_they_differ(engine: NumpyPolicy) -> None:
+    loop = ControlLoop(engine)
+    ticks(loop, 0, 9)
+    with pytest.raises(LaneBusy):
+        loop.fork(4)
+    assert len(engine.free) == 3, "none was made"
+    same, other, third = loop.fork(3, seeds=[0, 11, 12])
+    assert ticks(same, 9, 30) == ticks(loop, 9, 30)
+    assert same.digest() == loop.digest()
+    other_actions = ticks(other, 9, 30)
+    assert other_actions != ticks(third, 9, 30)
+    loop.adopt(other)
+    assert loop.digest() == other.digest()
+    with pytest.raises(SessionError, match="2 seeds for 1"):
+        loop.fork(1, seeds=[1, 2])
+    for fork in (same, other, third):
+        fork.close()
+        fork.close()
+    assert len(engine.free) == 3
+    with pytest.raises(SessionError, match="closed"):
+        third.tick(SEEN[0])
+    with pytest.raises(SessionError, match="another engine"):
+        loop.adopt(ControlLoop(NumpyPolicy()))
+
+
+def test_a_foreign_capsule_changes_nothing(engine: NumpyPolicy) -> None:
+    loop = ControlLoop(engine)
+    ticks(loop, 0, 5)
+    digest = loop.digest()
+    foreign = ControlLoop(NumpyPolicy()).snapshot()
+    with pytest.raises(CapsuleError):
+        loop.restore(foreign)
+    assert loop.digest() == digest
+    loop.rewind_ticks(2)
+
+
+# -- bad input, late actions --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("observation", "said"),
+    [
+        (np.zeros(4, np.float32), r"shape \(4,\), the policy takes \(3,\)"),
+        (np.zeros((1, 3), np.float32), r"shape \(1, 3\)"),
+        (np.zeros(3, np.int32), "dtype int32"),
+        (np.zeros(3, np.complex64), "dtype complex64"),
+        (np.array(["a", "b", "c"]), "dtype <U1"),
+        ([0.0, float("nan"), 1.0], r"observation\[1\] is nan"),
+        ([0.0, 1.0, 1e300], r"observation\[2\] is 1e\+300"),
+    ],
+)
+def test_a_bad_observation_changes_nothing(
+    engine: NumpyPolicy, observation: Any, said: str
+) -> None:
+    loop = ControlLoop(engine)
+    for before in (0, 5):
+        ticks(loop, loop.position, before)
+        digest = loop.digest()
+        engine.log.clear()
+        with pytest.raises(ObservationError, match=said):
+            loop.tick(observation)
+        assert loop.digest() == digest and not engine.log
+    loop.tick([0.1, 0.2, 0.3])  # a list of floats will do
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, step_ms: list[float]) -> None:
+    """Time that passes by `step_ms` at each look: a tick looks twice, and once for its caller."""
+    now = [0]
+
+    def look() -> int:
+        now[0] += int((step_ms.pop(0) if step_ms else 0) * 1e6)
+        return now[0]
+
+    monkeypatch.setattr(module.time, "perf_counter_ns", look)
+
+
+def test_hold_executes_the_previous_action(
+    engine: NumpyPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = ControlLoop(engine, deadline_ms=2.0)
+    for i in range(5):
+        sent = loop.tick(SEEN[i])
+        loop.slack()
+    clock(monkeypatch, [0, 0, 3.0])
+    held = loop.tick(SEEN[5])
+    assert held.tobytes() == sent.tobytes() and loop.stats()["misses"] == 1
+    lane = engine.cursor(loop._drive.lane)
+    assert (lane.tick, lane.previous.tobytes()) == (6, held.tobytes())
+    digest = loop.digest()
+    following = ticks(loop, 6, 20)
+    loop.rewind_ticks(15)
+    assert loop.position == 5
+    loop.close()
+
+    again = ControlLoop(engine)
+    ticks(again, 0, 5)
+    again.tick_as_recorded(SEEN[5], held)
+    assert again.digest() == digest
+    assert ticks(again, 6, 20) == following
+    again.rewind_ticks(14)
+    assert again.digest() == digest, "what was executed is told again"
+
+
+def test_hold_executes_the_hold_action(
+    engine: NumpyPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = ControlLoop(engine, deadline_ms=2.0, hold_action=[0.25, -0.5])
+    clock(monkeypatch, [0, 0, 3.0])
+    assert loop.tick(SEEN[0]).tolist() == [0.25, -0.5], "even in the first tick"
+
+
+def test_last_and_raise(engine: NumpyPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    calm, late = ControlLoop(engine), ControlLoop(engine, deadline_ms=1, on_miss="last")
+    strict = ControlLoop(engine, deadline_ms=1, on_miss="raise")
+    clock(monkeypatch, [0] * 3 + [0, 0, 2.0] + [0, 0, 2.0])
+    expected = ticks(calm, 0, 1)
+    assert ticks(late, 0, 1) == expected
+    with pytest.raises(DeadlineMissed, match=r"tick 0: its action came 2\.000 ms .* 1 ms are"):
+        strict.tick(SEEN[0])
+    assert late.stats()["misses"] == strict.stats()["misses"] == 1
+    assert calm.digest() == late.digest() == strict.digest()
+    assert ticks(strict, 1, 20) == ticks(calm, 1, 20)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hz": 0.0},
+        {"hz": float("nan")},
+        {"deadline_ms": -1.0},
+        {"deadline_ms": float("nan")},
+        {"on_miss": "ignore"},
+        {"overlap": 5},
+        {"overlap": -1},
+        {"hold_action": [1.0]},
+        {"hold_action": [1.0, float("inf")]},
+        {"keep_seconds": 0.0},
+        {"boundary_seconds": float("inf")},
+        {"seed": -1},
+    ],
+)
+def test_bad_options_take_no_lane(engine: NumpyPolicy, options: dict[str, Any]) -> None:
+    with pytest.raises(SessionError):
+        ControlLoop(engine, **options)
+    assert len(engine.free) == 4
+
+
+def test_after_an_interruption_the_schedule_is_read_from_the_lane(
+    engine: NumpyPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C right after a graph: the loop goes on from the boundary that the lane is at."""
+    loop = ControlLoop(engine)
+    ticks(loop, 0, 5)
+    tick = engine.tick
+
+    def interrupted(*arguments: Any) -> Any:
+        tick(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "tick", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loop.tick(SEEN[5])
+    monkeypatch.undo()
+    assert loop.position == 6
+    ticks(loop, 6, 12)
+    assert loop.position == 12
+
+
+# -- LeRobot's interface ------------------------------------------------------------------------
+
+
+def test_agent(engine: NumpyPolicy) -> None:
+    loop, plain = ControlLoop(engine), ControlLoop(engine)
+    agent = PolicyAgent(loop, seed=5)
+    plain.reset(5)
+    assert agent.select_action(SEEN[0]).tobytes() == plain.tick(SEEN[0]).tobytes()
+    named = agent.select_action({"observation.state": SEEN[1]})
+    assert named.tobytes() == plain.tick(SEEN[1]).tobytes()
+    batch = agent.select_action({"observation.state": SEEN[2:3]})
+    assert batch.shape == (1, 2) and batch.tobytes() == plain.tick(SEEN[2]).tobytes()
+    agent.reset()
+    plain.reset(6)
+    assert agent.select_action(SEEN[0]).tobytes() == plain.tick(SEEN[0]).tobytes()
+    with pytest.raises(ObservationError, match="batch of 2"):
+        agent.select_action(SEEN[:2])
+    with pytest.raises(ObservationError, match=r"takes 'observation\.state' alone"):
+        agent.select_action({"observation.images.top": SEEN[0], "observation.state": SEEN[0]})
