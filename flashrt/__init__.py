@@ -7,7 +7,6 @@ Importing this package loads neither a device nor a tokenizer; `load` does, when
 """
 
 from flashrt.base.errors import (
-    BackendError,
     CapsuleError,
     CheckpointError,
     FlashrtError,
@@ -17,15 +16,16 @@ from flashrt.base.errors import (
 )
 from flashrt.core.capsule import Capsule
 from flashrt.policy_engine import load_policy
+from flashrt.session.control import ControlLoop
 from flashrt.session.load import SessionEngine as Engine
 from flashrt.session.load import load
 from flashrt.session.session import Session
 
 __all__ = [
-    "BackendError",
     "Capsule",
     "CapsuleError",
     "CheckpointError",
+    "ControlLoop",
     "Engine",
     "FlashrtError",
     "LaneBusy",

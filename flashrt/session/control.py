@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from flashrt.session.control_intake import Intake
 from flashrt.session.control_options import ControlOptions, OnMiss
 from flashrt.session.control_policy import Array, Policy
 from flashrt.session.control_timing import LoopTiming
-from flashrt.session.recording_file import DIGEST, NO_DIGEST
+from flashrt.session.recording_file import NO_DIGEST
 
 if TYPE_CHECKING:
     import os
@@ -64,23 +65,23 @@ class ControlLoop:
         the tick. keep_seconds: how far `rewind` reaches. boundary_seconds: between the boundaries
         it starts from. Raises SessionError for bad options, LaneBusy.
         """
-        self._options = ControlOptions(
+        self.options = ControlOptions(
             hz, deadline_ms, on_miss, overlap, hold_action, keep_seconds, boundary_seconds
         )
         config = engine.config
-        self._options.check(config)
-        self._options.check_seed(seed)
-        self._engine = engine
-        self._hold = self._options.hold(config)
+        self.options.check(config)
+        self.options.check_seed(seed)
+        self.engine = engine
+        self._hold = self.options.hold(config)
         dims = config.observation_dim, config.action_dim
-        self._history = History(self._options.history_ticks, *dims)
+        self._history = History(self.options.history_ticks, *dims)
         self._intake = Intake(config.observation_dim)
         self._sent = np.zeros(config.action_dim, np.float32)  # the previous action
-        self._is_sent_known = False  # not after a reset or a restore
+        self._is_sent_known = False  # to the host; there is none before tick 0
         self._is_settled = True  # what the slack is for was done
-        self._recorder: Recorder | None = None
+        self.recorder: Recorder | None = None
         self._drive = Drive(engine, overlap)
-        self._is_closed = False
+        self.is_closed = False
         self.timing = LoopTiming(engine.stats)
         self.reset(seed)
 
@@ -101,15 +102,15 @@ class ControlLoop:
         checked = self._intake.check(observation)
         action = self._step(checked)
         now_ns = time.perf_counter_ns()
-        limit_ns = self._options.deadline_ns
+        limit_ns = self.options.deadline_ns
         is_late = limit_ns is not None and now_ns - due_ns > limit_ns
         executed = self._late() if is_late else None
         self._note(checked, action, executed, is_late=is_late)
         self.timing.latency.add(now_ns - started_ns)
-        if is_late and self._options.on_miss == "raise":
+        if is_late and self.options.on_miss == "raise":
             raise DeadlineMissed(
                 f"tick {self.position - 1}: its action came {(now_ns - due_ns) / 1e6:.3f} ms "
-                f"after it was due, {self._options.deadline_ms} ms are allowed; the tick has "
+                f"after it was due, {self.options.deadline_ms} ms are allowed; the tick has "
                 "happened, and the loop may go on"
             )
         return action if executed is None else executed
@@ -123,7 +124,7 @@ class ControlLoop:
         action = self._step(checked)
         instead = None if executed is None else np.array(executed, np.float32)
         if instead is not None:
-            self._engine.override(self._drive.lane, instead)
+            self.engine.override(self._drive.lane, instead)
         self._note(checked, action, instead, is_late=False)
         return action
 
@@ -140,11 +141,11 @@ class ControlLoop:
         if self._drive.plan_ahead():
             self.timing.planning.add(time.perf_counter_ns() - started_ns)
         self._is_settled = True
-        is_boundary = self._history.end % self._options.boundary_ticks == 0
+        is_boundary = self._history.end % self.options.boundary_ticks == 0
         if is_boundary:
             self._keep_boundary()
-        if self._recorder is not None:
-            self._recorder.settled(self._engine.digest(self._drive.lane) if is_boundary else None)
+        if self.recorder is not None:
+            self.recorder.settled(self.engine.digest(self._drive.lane) if is_boundary else None)
 
     @property
     def position(self) -> int:
@@ -154,12 +155,12 @@ class ControlLoop:
     @property
     def seed(self) -> int:
         """Of the noise of plans."""
-        return self._engine.cursor(self._drive.lane).seed
+        return self.engine.cursor(self._drive.lane).seed
 
     def digest(self) -> str:
         """128-bit value of the whole control state, as 32 hex digits."""
         self._settle()
-        return self._engine.digest(self._drive.lane)
+        return self.engine.digest(self._drive.lane)
 
     # -- episodes, interrupts, boundaries -------------------------------------------------------
 
@@ -168,16 +169,16 @@ class ControlLoop:
         `seed`, in [0, 2**63), and on the tick.
         """
         self._check_open()
-        self._options.check_seed(seed)
+        self.options.check_seed(seed)
         self._drive.reset(seed)
         self._moved()
         self._record("reset", seed)
 
     def set_seed(self, seed: int) -> None:
         """Other noise for the plans from here on, as for a fork that is to try something else."""
-        self._options.check_seed(seed)
+        self.options.check_seed(seed)
         self._settle()
-        self._engine.set_seed(self._drive.lane, seed)
+        self.engine.set_seed(self._drive.lane, seed)
         self._history.clear()
         self._record("set_seed", seed)
 
@@ -222,7 +223,7 @@ class ControlLoop:
         loops: list[ControlLoop] = []
         try:
             for _ in range(n):
-                loops.append(ControlLoop(self._engine, **self._options.arguments()))
+                loops.append(ControlLoop(self.engine, **self.options.arguments()))
         except LaneBusy:
             for loop in loops:
                 loop.close()
@@ -235,7 +236,7 @@ class ControlLoop:
 
     def adopt(self, other: ControlLoop) -> None:
         """Take over the present state of another loop of this engine."""
-        if other._engine is not self._engine:
+        if other.engine is not self.engine:
             raise SessionError("adopt: the other loop is another engine's")
         self._check_open()
         other._settle()
@@ -243,14 +244,14 @@ class ControlLoop:
             self._drive.copy(other._drive)
             self._moved()
             self._send(other._sent, is_known=other._is_sent_known)
-            if self._recorder is not None:
-                self._recorder.event("restore", digest=self.digest())
+            if self.recorder is not None:
+                self.recorder.event("restore", digest=self.digest())
 
     def rewind(self, seconds: float) -> None:
         """Go back in time, to the bit: the nearest boundary before, then the ticks since, told
         again. Raises SessionError, changing nothing, beyond what is kept.
         """
-        self.rewind_ticks(round(seconds * self._options.hz))
+        self.rewind_ticks(round(seconds * self.options.hz))
 
     def rewind_ticks(self, ticks: int) -> None:
         """The same, by a number of ticks."""
@@ -261,7 +262,7 @@ class ControlLoop:
             reach = history.end - history.first
             raise SessionError(
                 f"rewind: {ticks} ticks, of {reach} that can be gone back "
-                f"({reach / self._options.hz:.2f} s); a larger keep_seconds keeps more"
+                f"({reach / self.options.hz:.2f} s); a larger keep_seconds keeps more"
             )
         if ticks:
             start, capsule = history.at_or_before(target)
@@ -283,35 +284,13 @@ class ControlLoop:
 
         return run(self, environment, seconds, rate, seed)
 
-    @contextlib.contextmanager
-    def record(self, path: str | os.PathLike[str]) -> Iterator[Recorder]:
-        """Write what the loop is told and answers to a file, whole, when the block ends.
-
-        See recording.replay. Raises RecordingError when the file cannot be written.
+    def record(self, path: str | os.PathLike[str]) -> AbstractContextManager[Recorder]:
+        """In a `with` block: what the loop is told and answers goes to a file, written whole when
+        the block ends. See recording.replay. Raises RecordingError when it cannot be written.
         """
-        from flashrt.session.recording import Recorder  # which imports this module
+        from flashrt.session.recording import recorded  # which imports this module
 
-        if self._recorder is not None:
-            raise SessionError("record: the loop is being recorded already")
-        self._settle()
-        self._recorder = recorder = Recorder(self, path)
-        try:
-            yield recorder
-        finally:
-            self._recorder = None
-            if not self._is_closed:
-                recorder.event(DIGEST, digest=self.digest())
-            recorder.write()
-
-    @property
-    def engine(self) -> Policy:
-        """Whose lane this is."""
-        return self._engine
-
-    @property
-    def options(self) -> ControlOptions:
-        """As given."""
-        return self._options
+        return recorded(self, path)
 
     def stats(self) -> dict[str, Any]:
         """Counts, quantiles in seconds, and counters of the engine since this loop was made."""
@@ -319,10 +298,10 @@ class ControlLoop:
 
     def close(self) -> None:
         """Give the lane back. Capsules stay. A second close does nothing."""
-        if not self._is_closed:
+        if not self.is_closed:
             self._history.clear()
-            self._is_closed = True
-            self._engine.release(self._drive.lane)
+            self.is_closed = True
+            self.engine.release(self._drive.lane)
 
     def __enter__(self) -> ControlLoop:
         return self
@@ -337,20 +316,23 @@ class ControlLoop:
         self.slack()
         if not self._history.boundaries:
             self._keep_boundary()
+        has_deadline = self.options.deadline_ms is not None
+        if has_deadline and not self._is_sent_known and self.position > 0:
+            self._send(self.engine.action(self._drive.lane))  # as before a restore
         self._is_settled = False
         return self._drive.step(observation)
 
     def _late(self) -> Array | None:
         """The deadline policy; what is executed in place of the action, if anything."""
         self.timing.misses += 1
-        if self._options.on_miss != "hold":
+        if self.options.on_miss != "hold":
             return None
         executed = self._hold
         if executed is None and self._is_sent_known:
             executed = self._sent
         if executed is None:
             return None
-        self._engine.override(self._drive.lane, executed)
+        self.engine.override(self._drive.lane, executed)
         return executed.copy()
 
     def _note(
@@ -359,9 +341,9 @@ class ControlLoop:
         self.timing.ticks += 1
         self._history.add(observation, executed)
         self._send(action if executed is None else executed)
-        if self._recorder is not None:
+        if self.recorder is not None:
             is_held = executed is not None
-            self._recorder.tick(observation, self._sent, is_held=is_held, is_late=is_late)
+            self.recorder.tick(observation, self._sent, is_held=is_held, is_late=is_late)
 
     def _send(self, action: Array, *, is_known: bool = True) -> None:
         self._sent[...] = action
@@ -373,7 +355,7 @@ class ControlLoop:
             self._drive.cut(told.cut)
         self._send(self._drive.step(told.observation))
         if told.executed is not None:
-            self._engine.override(self._drive.lane, told.executed)
+            self.engine.override(self._drive.lane, told.executed)
             self._send(told.executed)
         self._drive.plan_ahead()
 
@@ -396,16 +378,16 @@ class ControlLoop:
     def _with_room(self, name: str | None) -> Capsule:
         while True:
             try:
-                return self._engine.snapshot(self._drive.lane, name)
+                return self.engine.snapshot(self._drive.lane, name)
             except PoolFull:
                 if not self._history.forget_oldest():
                     raise
 
     def _record(self, what: str, value: int = 0, capsule: Capsule | None = None) -> None:
-        if self._recorder is not None:
+        if self.recorder is not None:
             digest = NO_DIGEST if capsule is None else capsule.digest
-            self._recorder.event(what, value, digest)
+            self.recorder.event(what, value, digest)
 
     def _check_open(self) -> None:
-        if self._is_closed:
+        if self.is_closed:
             raise SessionError("the control loop is closed; make another one")

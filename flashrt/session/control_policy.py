@@ -77,6 +77,10 @@ class Policy(Protocol):
         """The coming tick's action [action_dim], as promised."""
         ...
 
+    def action(self, lane: Lane) -> Array:
+        """The action executed last [action_dim]."""
+        ...
+
     def tick(self, lane: Lane, observation: Array) -> Array:
         """observe and act in one replay."""
         ...

@@ -10,14 +10,15 @@ replay takes as long as it takes, and gives the same actions and digests.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt.base.errors import RecordingError
+from flashrt.base.errors import RecordingError, SessionError
 from flashrt.core.capsule import Capsule
 from flashrt.session.control import ControlLoop
 from flashrt.session.control_policy import Array, Policy
@@ -95,6 +96,21 @@ class Recorder:
         self._observations = _doubled(self._observations)
         self._actions = _doubled(self._actions)
         self._outcomes = np.append(self._outcomes, np.zeros_like(self._outcomes))
+
+
+@contextmanager
+def recorded(loop: ControlLoop, path: str | os.PathLike[str]) -> Iterator[Recorder]:
+    """See ControlLoop.record."""
+    if loop.recorder is not None:
+        raise SessionError("record: the loop is being recorded already")
+    loop.recorder = recorder = Recorder(loop, path)
+    try:
+        yield recorder
+    finally:
+        if not loop.is_closed:
+            recorder.event(DIGEST, digest=loop.digest())
+        loop.recorder = None
+        recorder.write()
 
 
 @dataclass(frozen=True, slots=True)

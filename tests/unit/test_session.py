@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import flashrt
+from flashrt.base.errors import BackendError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 Call = Callable[[flashrt.Session], Any]
@@ -152,7 +153,7 @@ def test_sampling_is_a_function_of_seed_and_position(session: flashrt.Session) -
 
 
 def test_load_refuses_what_it_cannot_do() -> None:
-    with pytest.raises(flashrt.BackendError, match="choose one of"):
+    with pytest.raises(BackendError, match="choose one of"):
         flashrt.load(GOLDEN / "tiny", device="tpu")
     with pytest.raises(flashrt.CheckpointError, match="no such directory"):
         flashrt.load(GOLDEN / "nowhere", device="cpu")
