@@ -21,7 +21,7 @@ from flashrt.commands.bench_document import BenchOptions
 from flashrt.commands.bench_draft import bench_draft
 from flashrt.commands.bench_resume import resume
 from flashrt.commands.checkpoints import EngineOptions
-from flashrt.commands.demo import demo
+from flashrt.commands.demo import DemoOptions, demo
 from flashrt.commands.doctor import doctor, version_of
 from flashrt.commands.gpu_bench import GpuBenchOptions, gpu_bench
 from flashrt.commands.inspect import inspect
@@ -153,22 +153,38 @@ def _engine_options(options: argparse.Namespace) -> EngineOptions:
 
 def _add_demo(commands: _Commands[_Parser]) -> None:
     def command(options: argparse.Namespace) -> int:
-        engine = EngineOptions(options.device, options.precision)
-        return demo(options.checkpoint, options.tokens, engine, options.out, options.json)
+        wanted = DemoOptions(
+            checkpoint=options.checkpoint,
+            is_random=options.random,
+            tokens=options.tokens,
+            seed=options.seed,
+            engine=EngineOptions(options.device, options.precision),
+            out=options.out,
+            as_json=options.json,
+        )
+        return demo(wanted)
 
     parser = _add(
         commands, "demo", command,
-        "Prefill a long prompt, snapshot it, branch, roll back, and check every bit on the way.",
-        "demo\ndemo --checkpoint ~/models/Qwen3.5-0.8B --tokens 2048\ndemo --json > demo.json",
+        "Tell an agent a long prompt, snapshot, branch, roll back, resume in another process;\n"
+        "every answer is shown beside the truth, every bit checked on the way.",
+        "demo\ndemo --seed 7                                      another held-out world\n"
+        "demo --checkpoint ~/models/Qwen3.5-0.8B --tokens 2048   bits and speed of your own model\n"
+        "demo --json > demo.json",
     )  # fmt: skip
-    parser.add_argument(
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument(
         "--checkpoint", type=Path, metavar="DIR",
-        help="Hugging Face checkpoint directory (default: a small random one, cached)",
+        help="Hugging Face checkpoint directory (default: the small trained one that comes along)",
+    )  # fmt: skip
+    model.add_argument("--random", action="store_true", help="a random model, on random token ids")
+    parser.add_argument(
+        "--tokens", type=_count, metavar="N", help="a prompt of N random token ids instead of text "
+        "(default without text: 8192, less on a checkpoint that is slow here)",
     )  # fmt: skip
     parser.add_argument(
-        "--tokens", type=_count, metavar="N", help="length of the prompt (default: 8192, less on a "
-        "checkpoint that is slow here)",
-    )  # fmt: skip
+        "--seed", type=int, default=1, metavar="N", help="which held-out world (default: 1)"
+    )
     _add_device(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("out"), metavar="DIR",

@@ -1,58 +1,60 @@
-"""The demo's findings as tables.
+"""The demo's story as a person reads it: a tree of conversations, tables, a verdict.
 
-IS: Story -> what a person reads. IS NOT: measurement (demo). Called by: demo.
+IS: Story -> rich renderables. IS NOT: measurement. Called by: demo; demo_bits_report shares parts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+
 from flashrt.commands import console
-from flashrt.commands.demo_story import Story
+from flashrt.commands.demo_starts import Start
+from flashrt.commands.demo_story import Asked, Story, Turn
 from flashrt.view.units import bytes_text, seconds_text, significant
+
+SHOWN = 3  # questions of each kind that are shown whole
+_EXCERPT = 150  # characters of the prompt
+_STYLES = {"user": "cyan", "assistant": "bold", "tool": "magenta"}
 
 
 def show(story: Story) -> None:
     """Print everything on stdout."""
     screen = console.screen()
-    rate = significant(story.prompt_tokens / story.prefill_s)
     screen.print(
-        f"\n[bold]An agent's prompt of {story.prompt_tokens:,} tokens[/], prefilled in "
-        f"{seconds_text(story.prefill_s)} ({rate} tokens/s, {story.device}); its capsule: "
-        f"{bytes_text(story.capsule_bytes)} in {seconds_text(story.snapshot_s)}.\n"
+        f"\n[bold]{story.model}[/]: {significant(story.parameters / 1e6)} M parameters, trained on "
+        f"small text worlds; {story.device}. Held-out world {story.seed}.\n"
     )
-    title = f"Three branches from it, each a turn of {story.turn_tokens} tokens and an answer"
-    rows = [
-        [
-            step.what,
-            f"{step.position:,}",
-            seconds_text(step.seconds),
-            bytes_text(step.moved_bytes),
-            console.yes_no(step.is_equal),
-        ]
-        for step in story.steps
-    ]
-    columns = ("", ">position", ">time", ">bytes moved", "bits equal to a cold prefill")
-    screen.print(console.table(title, columns, rows))
-    _show_starts(story)
-    _show_ablation(story)
+    excerpt = story.prompt[:_EXCERPT].rpartition(" ")[0]
+    screen.print(f"[bold]1. A prompt of {story.prompt_tokens:,} tokens[/]: {story.facts} facts, a "
+                 f"tale, {story.hints} hints")  # fmt: skip
+    screen.print(f"   [italic dim]{escape(excerpt)} ...[/]")
+    screen.print(
+        f"   prefilled in {seconds_text(story.prefill_s)} "
+        f"({significant(story.prompt_tokens / story.prefill_s)} tokens/s); its capsule: "
+        f"{bytes_text(story.capsule_bytes)} in {seconds_text(story.snapshot_s)}\n"
+    )
+    screen.print("[bold]2. Three branches from that capsule, and a wrong call taken back[/]")
+    screen.print(_branches(story))
+    screen.print(_steps(story))
+    _show_process(story)
+    screen.print("[bold]4. What keys and values alone would bring back[/]")
+    screen.print(_ablation(story))
+    show_starts(story.starts, story.turn_tokens)
     shared = story.tree_bytes_alone / story.tree_bytes
     screen.print(
-        f"Four capsules take {bytes_text(story.tree_bytes)}; without shared rows "
+        f"All capsules of the tree take {bytes_text(story.tree_bytes)}; without shared rows "
         f"{bytes_text(story.tree_bytes_alone)} ({significant(shared)} times as much)."
     )
-    screen.print(
-        f"A capsule file ({bytes_text(story.file_bytes)}), saved and loaded: bits equal: "
-        f"{console.yes_no(story.file_agrees)}."
-    )
     screen.print(f"Pictures: {', '.join(story.files)}")
-    failed = [claim for claim, is_true in story.checks.items() if not is_true]
-    for claim in failed:
-        screen.print(f"[bold red]FAILED[/] {claim}")
-    if not failed:
-        took = seconds_text(story.seconds)
-        screen.print(f"[bold green]All {len(story.checks)} checks passed[/] in {took}.")
+    show_outcome(story.checks, story.seconds)
 
 
-def _show_starts(story: Story) -> None:
+def show_starts(starts: Sequence[Start], turn_tokens: int) -> None:
+    """The table of cold and warm starts."""
     rows = [
         [
             f"{start.tokens:,}",
@@ -63,9 +65,9 @@ def _show_starts(story: Story) -> None:
             bytes_text(start.restore_bytes),
             console.yes_no(start.is_equal),
         ]
-        for start in story.starts
+        for start in starts
     ]
-    title = f"Time to first token (TTFT) of a turn of {story.turn_tokens} tokens after a prompt"
+    title = f"Time to first token (TTFT) of a turn of {turn_tokens} tokens after a prompt"
     columns = (
         ">prompt", ">TTFT cold", ">TTFT warm", ">ratio", ">restore", ">bytes moved", "bits equal",
     )  # fmt: skip
@@ -78,16 +80,94 @@ def _show_starts(story: Story) -> None:
     screen.print(f"[dim]{note}[/]\n")
 
 
-def _show_ablation(story: Story) -> None:
+def show_outcome(checks: Mapping[str, bool], seconds: float) -> None:
+    """What failed, or that nothing did."""
     screen = console.screen()
-    if story.rows_only_token is not None:
-        outcome = f"[bold]diverges at token {story.rows_only_token}[/]"
-    elif story.rows_only_differs:
-        outcome = f"has other logits, though the first {story.answer_tokens} greedy tokens agree"
-    else:
-        outcome = "[bold red]does not diverge[/]"
+    failed = [claim for claim, is_true in checks.items() if not is_true]
+    for claim in failed:
+        screen.print(f"[bold red]FAILED[/] {claim}")
+    if not failed:
+        took = seconds_text(seconds)
+        screen.print(f"[bold green]All {len(checks)} checks of bits passed[/] in {took}.")
+
+
+def _branches(story: Story) -> Tree:
+    root = Tree(f"[bold]facts[/], position {story.prompt_tokens:,}", guide_style="dim")
+    for branch in story.branches:
+        more = branch.position - story.prompt_tokens
+        at = root.add(
+            f"[bold]{branch.name}[/] [dim]{branch.how}; +{more} tokens, own bytes "
+            f"{bytes_text(branch.own_bytes)}; bits equal to a cold prefill:[/] "
+            f"{console.yes_no(branch.is_equal)}"
+        )
+        _add_turns(at, branch.turns)
+    if story.mishap is not None:
+        mishap = story.mishap
+        at = root.add("[bold]mishap[/] [dim]restored on the same lane[/]")
+        _add_turns(at, [Turn("user", mishap.request)])
+        wrong = at.add(f"[dim]rolled back: {mishap.dropped_tokens} tokens that never happened[/]")
+        _add_turns(wrong, mishap.failed)
+        outcome = "[green]brought[/]" if mishap.is_done else "[red]not brought[/]"
+        again = at.add(f"[dim]again, that place forbidden:[/] {outcome}")
+        _add_turns(again, mishap.instead)
+    return root
+
+
+def _add_turns(at: Tree, turns: Sequence[Turn]) -> None:
+    for turn in turns:
+        text = f"[{_STYLES[turn.role]}]{turn.role:>9}[/]  {escape(turn.text)}"
+        at.add(text if turn.truth is None else f"{text}  {_mark(turn.text, turn.truth)}")
+
+
+def _mark(said: str, truth: str) -> str:
+    return "[green]right[/]" if said == truth else f"[red]wrong[/]: {escape(truth)}"
+
+
+def _steps(story: Story) -> Table:
+    rows = [
+        [
+            step.what,
+            f"{step.position:,}",
+            seconds_text(step.seconds),
+            bytes_text(step.moved_bytes),
+            console.yes_no(step.is_equal),
+        ]
+        for step in story.steps
+    ]
+    columns = ("", ">position", ">time", ">bytes moved", "bits equal to a cold prefill")
+    return console.table("", columns, rows)
+
+
+def _show_process(story: Story) -> None:
+    found = story.process
+    assert found is not None, "the story is complete"
+    screen = console.screen()
+    screen.print("[bold]3. Another process goes on from branch recall, from disk[/]")
     screen.print(
-        f"A KV-only restore (rows without recurrent state), the same turn, then greedy decode: "
-        f"{outcome}.\nA full restore, the same turn, {story.answer_tokens} greedy tokens: equal to "
-        f"cold: {console.yes_no(story.full_agrees)}."
+        f"   {bytes_text(found.saved_bytes)} in the store; engine loaded in "
+        f"{seconds_text(found.loaded_s)}, state restored and checked in "
+        f"{seconds_text(found.restored_s)}; digest equal: {console.yes_no(found.is_equal)}"
     )
+    screen.print(f"   [cyan]     user[/]  {escape(found.question)}")
+    screen.print(
+        f"   [bold]assistant[/]  {escape(found.answer)}  [dim]{seconds_text(found.answered_s)}; "
+        f"same as here:[/] {console.yes_no(found.answer == found.answer_here)}\n"
+    )
+
+
+def _ablation(story: Story) -> Table:
+    rows: list[list[str]] = []
+    for kind, (full, rows_only, asked) in story.scores.items():
+        rows.append([f"[bold]{kind}[/]", "", f"{full} of {asked} right", f"{rows_only} of {asked}"])
+        of_kind = [a for a in story.answers if a.kind == kind]
+        rows += [_asked(a) for a in of_kind[:SHOWN]]
+    columns = ("", "truth", "after a full restore", "after a KV-only restore")
+    return console.table("", columns, rows)
+
+
+def _asked(asked: Asked) -> list[str]:
+    answers = [
+        f"[green]{escape(said)}[/]" if said == asked.truth else f"[red]{escape(said)}[/]"
+        for said in (asked.full, asked.rows_only)
+    ]
+    return [f"  {asked.question}", asked.truth, *answers]

@@ -1,33 +1,35 @@
-"""What the demo found out: measurements, and every claim with the outcome of its check.
+"""What the demo's agent said and what was measured: every answer with the truth beside it, every
+claim with the outcome of its check.
 
-IS: data, and how a state is compared. IS NOT: the acts (demo) or the table (demo_report).
-Called by: demo, demo_report.
+IS: data. IS NOT: the acts (demo_acts) or how they are shown (demo_report). Called by: both, demo.
+
+Answers of the model may be wrong: they are counted and shown. Checks are about bits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flashrt.session.session import Session
+from flashrt.commands.demo_starts import Start
 
 
 @dataclass(frozen=True, slots=True)
-class State:
-    """What two sessions are compared by: the bits of the next logits, and the digest."""
+class Turn:
+    """One message of a branch; `truth` where there is one to compare with, else None."""
 
-    position: int
-    logits: bytes
-    digest: str
+    role: str
+    text: str
+    truth: str | None = None
 
-
-def state_of(session: Session) -> State:
-    """The state of a session at its boundary."""
-    return State(session.position, session.logits().tobytes(), session.digest())
+    @property
+    def is_right(self) -> bool | None:
+        """None where there is nothing to compare with."""
+        return None if self.truth is None else self.text == self.truth
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing that was done to a session, and whether the state is that of a cold prefill."""
+    """One thing that was done with a capsule, and whether the state is that of a cold prefill."""
 
     what: str
     position: int
@@ -37,52 +39,105 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
-    """Time to first token of a turn after a prompt of `tokens`, cold and warm."""
+class Branch:
+    """A conversation that went on from the prompt's capsule."""
 
-    tokens: int
-    cold_s: float
-    restore_s: float
-    restore_bytes: int
-    warm_s: float
-    is_equal: bool  # state after the first token, warm against cold
+    name: str
+    how: str  # how its session came to the prompt
+    turns: list[Turn]
+    position: int
+    own_bytes: int  # of its capsule
+    is_equal: bool  # its end, against a cold prefill of its tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Mishap:
+    """A tool call that failed, taken back, and what the agent did instead."""
+
+    request: str
+    failed: list[Turn]  # call and result, taken back
+    instead: list[Turn]
+    dropped_tokens: int  # that the conversation no longer carries
+    is_done: bool  # whether the thing was brought
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question to a state that was restored whole, and to its keys and values alone."""
+
+    kind: str
+    question: str
+    truth: str
+    full: str
+    rows_only: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewProcess:
+    """What another process found in the store; seconds from its first line to each event."""
+
+    question: str
+    answer: str
+    answer_here: str  # this process's, from the same capsule
+    saved_bytes: int
+    loaded_s: float  # engine ready
+    restored_s: float  # seconds of opening the store and restoring alone
+    answered_s: float  # question and answer alone
+    is_equal: bool  # digests
 
 
 @dataclass(slots=True)
 class Story:
-    """Everything that the demo found out. Seconds and bytes; `*_tokens` are counts."""
+    """Everything that the demo found out. Seconds and bytes."""
 
-    checkpoint: str
-    is_random: bool
+    model: str
+    parameters: int
     device: str
+    seed: int
+    prompt: str = ""  # how it begins
+    facts: int = 0
+    hints: int = 0
     prompt_tokens: int = 0
     prefill_s: float = 0.0
     snapshot_s: float = 0.0
     capsule_bytes: int = 0
-    turn_tokens: int = 0
-    answer_tokens: int = 0
+    answers: list[Asked] = field(default_factory=list)
+    branches: list[Branch] = field(default_factory=list)
+    mishap: Mishap | None = None
     steps: list[Step] = field(default_factory=list)
+    process: NewProcess | None = None
+    rows_only_differs: bool = False  # logits after a KV-only restore and a question
     starts: list[Start] = field(default_factory=list)
+    turn_tokens: int = 0
     tree_bytes: int = 0  # of all capsules, rows shared
     tree_bytes_alone: int = 0  # of all capsules, if each held its own rows
-    rows_only_differs: bool = False  # logits after a turn on a KV-only restore, against cold
-    rows_only_token: int | None = None  # first greedy token that differs; None: none of them
-    full_agrees: bool = False  # logits and greedy tokens after the same turn on a full restore
-    file_agrees: bool = False
-    file_bytes: int = 0
-    seconds: float = 0.0
     files: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def scores(self) -> dict[str, tuple[int, int, int]]:
+        """By kind of question: right after a full restore, right after KV-only, asked."""
+        found: dict[str, tuple[int, int, int]] = {}
+        for a in self.answers:
+            full, rows_only, asked = found.get(a.kind, (0, 0, 0))
+            full, rows_only = full + (a.full == a.truth), rows_only + (a.rows_only == a.truth)
+            found[a.kind] = (full, rows_only, asked + 1)
+        return found
 
     @property
     def checks(self) -> dict[str, bool]:
-        """Every claim, with its outcome."""
-        return {
-            **{f"{s.what}: bits equal to a cold prefill": s.is_equal for s in self.steps},
-            **{
-                f"warm start after {s.tokens:,} tokens: bits equal": s.is_equal for s in self.starts
-            },
-            "full restore and a turn: same logits, same greedy tokens": self.full_agrees,
-            "KV-only restore and a turn: other logits": self.rows_only_differs,
-            "capsule file, saved and loaded: bits equal": self.file_agrees,
-            "branches share the rows of their prompt": self.tree_bytes < self.tree_bytes_alone,
+        """Every claim about bits, with its outcome."""
+        made = {f"{s.what}: bits equal to a cold prefill": s.is_equal for s in self.steps}
+        made |= {
+            f"branch {b.name}: bits equal to a cold prefill": b.is_equal for b in self.branches
         }
+        if self.process is not None:
+            p = self.process
+            made["a new process restored the same digest"] = p.is_equal
+            made["a new process gave the same answer"] = p.answer == p.answer_here
+        made |= {
+            f"warm start after {s.tokens:,} tokens: bits equal": s.is_equal for s in self.starts
+        }
+        made["KV-only restore and a question: other logits"] = self.rows_only_differs
+        made["branches share the rows of their prompt"] = self.tree_bytes < self.tree_bytes_alone
+        return made

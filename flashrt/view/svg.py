@@ -1,7 +1,6 @@
 """A minimal SVG drawing: rectangles, lines, text; legible on light and on dark pages.
 
-IS: elements as strings, one style sheet. IS NOT: layout; see arena_map and session_tree.
-Called by: arena_map, session_tree.
+IS: elements as strings, one style sheet. IS NOT: layout. Called by: the other maps of this folder.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ text { font: 11px ui-sans-serif, system-ui, "Segoe UI", "DejaVu Sans", sans-seri
 .fixed { fill: #e3ab52; } .rows { fill: #74acdf; } .io { fill: #86c292; }
 .scratch { fill: #b7a0dc; } .pool { fill: #79c5bf; } .lane { fill: #f1a1a1; }
 .cell { stroke: #ffffff; stroke-width: 1; }
+.shared { fill: none; stroke: #74acdf; stroke-dasharray: 4 3; }
+.mono { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 10px; }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3; } .page { fill: #0d1117; } .soft { fill: #9198a1; } .on { fill: #10151c; }
   .frame { stroke: #3d444d; } .grid { stroke: #30363d; } .edge { stroke: #7d8590; }

@@ -1,0 +1,298 @@
+"""The demo's acts: an agent is told a long prompt, branches, errs, goes back, and is resumed.
+
+IS: what happens and what is measured. IS NOT: how it is shown (demo_report), or the questions after
+half a restore (demo_ablation). Called by: demo.
+
+Sessions called `cold` never see a capsule: what they compute is the truth about bits. The truth
+about answers comes from the simulators in flashrt.worlds.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashrt.base.errors import FlashrtError
+from flashrt.commands.checkpoints import EngineOptions
+from flashrt.commands.demo_ablation import Ablation
+from flashrt.commands.demo_starts import State, measure_starts, state_of
+from flashrt.commands.demo_story import Branch, Mishap, NewProcess, Step, Story, Turn
+from flashrt.commands.timing import Tokens, prefill, timed
+from flashrt.core.backend import Progress
+from flashrt.session.chat import Chat, Moment, open_chat
+from flashrt.session.load import SessionEngine
+from flashrt.session.store import Store
+from flashrt.view.arena_map import arena_map, widest
+from flashrt.view.session_tree import bytes_alone, session_tree
+from flashrt.view.svg import save_svg
+from flashrt.worlds.building import Building, parse_call
+from flashrt.worlds.document import HELD_OUT, Thing
+from flashrt.worlds.inventory import Inventory
+from flashrt.worlds.moves import Moves
+from flashrt.worlds.updates import goes_to
+
+FACTS, FILLER, HINTS = 120, 30, 12  # of the prompt: facts, sentences of story, hints
+QUESTIONS = 10
+STEPS = 12  # of the walk
+LENGTHS = (512, 2048, 8192)  # prompts of the comparison cold / warm
+MAX_CALLS = 8
+FORBIDDEN = -100.0  # logit bias of a place that was tried in vain
+
+
+class Stage:
+    """An engine with three lanes; `chat` is the agent."""
+
+    def __init__(
+        self, engine: SessionEngine, options: EngineOptions, story: Story, progress: Progress
+    ) -> None:
+        self.engine, self.options, self.story, self.progress = engine, options, story, progress
+        self.chat = open_chat(engine)
+        seed = HELD_OUT + story.seed
+        self.inventory = Inventory(seed, FACTS, FILLER)
+        self.building = _apart_from(self.inventory, seed)
+        self.walker = Moves(seed)
+        self.pending: list[tuple[Tokens, State, Callable[[bool], None]]] = []  # to compare
+
+    def play(self, out: Path) -> None:
+        """All acts, in order."""
+        facts = self._prompt()
+        ends = [self._recall(), self._walk(facts), self._errand(facts)]
+        before = self._mishap(facts)
+        self._resume(ends[0])
+        self._draw(out, [facts, *ends, *before], ends[0])
+        self._ask_the_witness()
+        self._ablation(facts)
+        for moment in (*ends, *before, facts):
+            moment.capsule.drop()
+        self._starts()
+
+    # -- acts -----------------------------------------------------------------------------------
+
+    def _prompt(self) -> Moment:
+        story = self.story
+        story.prompt = f"{self.inventory.prompt()} {self.building.prompt()}"
+        story.facts, story.hints = FACTS, HINTS
+        self.chat.add("system", story.prompt)
+        tokens = np.array(self.chat.tokens(), np.int32)
+        story.prompt_tokens = len(tokens)
+        story.prefill_s = prefill(self.engine, self.chat.session, tokens, self.progress, "prompt")
+        facts, story.snapshot_s, _ = timed(self.engine, lambda: self.chat.snapshot("facts"))
+        story.capsule_bytes = facts.capsule.nbytes
+        return facts
+
+    def _recall(self) -> Moment:
+        """A fact is recalled, changed, recalled."""
+        thing, chat = self.inventory.things[FACTS // 3], self.chat
+        moved_to = self.inventory.places[self.inventory.things[-1]]
+        turns = self._ask(chat, self.inventory.question(thing), self.inventory.answer(thing))
+        said = f"{goes_to(thing, moved_to)} {self.inventory.question(thing)}"
+        turns += self._ask(chat, said, f"the {thing} is in the {moved_to} .")
+        return self._branch("recall", "goes straight on", chat, turns)
+
+    def _walk(self, facts: Moment) -> Moment:
+        """A position after some moves, told in one turn."""
+        self._step("restore the prompt", lambda: self.chat.restore(facts))
+        walker = self.walker
+        said = f"{walker.start()} {walker.walk(STEPS)} {walker.question()}"
+        turns = self._ask(self.chat, said, walker.answer())
+        return self._branch("walk", "restored on the same lane", self.chat, turns)
+
+    def _errand(self, facts: Moment) -> Moment:
+        """A thing is fetched with tools, in a fork."""
+        misled = _misleading(self.building)[0]  # kept for the mishap
+        hidden = [t for t in self.building.things if t in self.building.hidden and t != misled]
+        thing = hidden[0]
+        truth = self.building.right_turns(thing)
+        other = self._step("fork the prompt to another lane", lambda: self.chat.fork(facts))
+        other.add("user", self.building.request(thing))
+        turns = [Turn("user", self.building.request(thing))]
+        turns += self._tools(other, truth)
+        made = self._branch("errand", "forked to another lane", other, turns)
+        other.close()
+        return made
+
+    def _mishap(self, facts: Moment) -> list[Moment]:
+        """The agent looks in the wrong place; that is taken back, and the place forbidden."""
+        chat, building = self.chat, self.building
+        thing = _misleading(building)[0]
+        self._step("restore the prompt again", lambda: chat.restore(facts))
+        chat.add("user", building.request(thing))
+        before = chat.snapshot("before the call")
+        call = chat.reply()
+        chat.add("tool", building.call(call))
+        failed = [Turn("assistant", call), Turn("tool", chat.said[-1][1])]
+        after = chat.snapshot("after the wrong call")
+        self._step("roll back the wrong call", lambda: chat.restore(before))
+        instead = self._tools(chat, [], logit_bias=self._forbidden(parse_call(call)))
+        self.story.mishap = Mishap(
+            request=building.request(thing),
+            failed=failed,
+            instead=instead,
+            dropped_tokens=after.capsule.position - before.capsule.position,
+            is_done=building.is_brought(thing),
+        )
+        done = chat.snapshot("brought" if building.is_brought(thing) else "not brought")
+        return [before, after, done]
+
+    def _resume(self, moment: Moment) -> None:
+        """Another process goes on from a branch, by way of a store on disk."""
+        thing = self.inventory.things[FACTS // 2]
+        question = self.inventory.question(thing)
+        with tempfile.TemporaryDirectory(prefix="flashrt-demo-") as folder:
+            saved = Store(folder).save(moment.capsule, "branch")
+            told = {
+                "checkpoint": str(self.engine.checkpoint.path),
+                "options": {
+                    "device": self.engine.device,
+                    "precision": self.options.precision,
+                    "kv_dtype": self.options.kv_dtype,
+                },
+                "store": folder,
+                "name": "branch",
+                "said": moment.said,
+                "question": question,
+            }
+            found = _in_a_new_process(told)
+        self._step("switch to a branch", lambda: self.chat.restore(moment))
+        self.chat.add("user", question)
+        self.story.process = NewProcess(
+            question=question,
+            answer=found["answer"],
+            answer_here=self.chat.reply(),
+            saved_bytes=saved.new_nbytes,
+            loaded_s=found["loaded_s"],
+            restored_s=found["restored_s"],
+            answered_s=found["answered_s"],
+            is_equal=found["digest"] == moment.capsule.digest,
+        )
+
+    def _ask_the_witness(self) -> None:
+        """Cold prefills of the tokens of every step and branch, and the states compared."""
+        for i, (tokens, state, tell) in enumerate(self.pending):
+            self.progress("cold prefills, to compare", i, len(self.pending))
+            with self.engine.session() as cold:
+                cold.prefill(tokens)
+                tell(state_of(cold) == state)
+        self.progress("cold prefills, to compare", len(self.pending), len(self.pending))
+
+    def _ablation(self, facts: Moment) -> None:
+        seed = HELD_OUT + self.story.seed
+        things = self.inventory.things[:: FACTS // QUESTIONS][:QUESTIONS]
+        ablation = Ablation(self.engine, self.chat, self.progress)
+        ablation.recall(
+            facts, [(self.inventory.question(t), self.inventory.answer(t)) for t in things]
+        )
+        ablation.walks(range(seed, seed + QUESTIONS))
+        ablation.updates(range(seed, seed + QUESTIONS))
+        self.story.answers, self.story.rows_only_differs = ablation.answers, ablation.differs
+
+    def _starts(self) -> None:
+        text = Inventory(HELD_OUT + self.story.seed, 384, 400).prompt()
+        prompt = np.array(self.chat.tokens((("system", text),)), np.int32)
+        turn = np.array(
+            self.chat.tokens(
+                (("user", self.inventory.question(self.inventory.things[0])),), is_asked=True
+            ),
+            np.int32,
+        )
+        self.story.turn_tokens = len(turn)
+        self.chat.close()
+        self.story.starts = measure_starts(self.engine, prompt, LENGTHS, turn, self.progress)
+
+    def _draw(self, out: Path, tree: list[Moment], here: Moment) -> None:
+        engine, story = self.engine, self.story
+        capsules = [moment.capsule for moment in tree]
+        story.tree_bytes = sum(c.nbytes for c in capsules)
+        story.tree_bytes_alone = sum(bytes_alone(c) for c in capsules)
+        tapes = [engine.model.record(phase, rows) for phase, rows in engine.model.phases]
+        title = f"Arena: {len(engine.lanes)} lanes of {engine.max_positions:,} positions"
+        pictures = {
+            "arena.svg": arena_map(engine.arena.plan, widest(tapes), title),
+            "session-tree.svg": session_tree(capsules, {"the agent": here.capsule}),
+        }
+        story.files = [str(save_svg(svg, out / name)) for name, svg in pictures.items()]
+
+    # -- tools ----------------------------------------------------------------------------------
+
+    def _ask(self, chat: Chat, question: str, truth: str) -> list[Turn]:
+        chat.add("user", question)
+        return [Turn("user", question), Turn("assistant", chat.reply(), truth)]
+
+    def _tools(self, chat: Chat, truth: list[str], **sampling: Any) -> list[Turn]:
+        """Assistant turns with tool results between them, until one calls no tool."""
+        turns: list[Turn] = []
+        for i in range(MAX_CALLS):
+            said = chat.reply(**sampling)
+            turns.append(Turn("assistant", said, truth[i] if i < len(truth) else None))
+            if not parse_call(said):
+                break
+            result = self.building.call(said)
+            chat.add("tool", result)
+            turns.append(Turn("tool", result))
+        return turns
+
+    def _forbidden(self, call: list[str]) -> dict[int, float]:
+        """A logit bias against the place of a call."""
+        assert self.engine.tokenizer is not None, "a conversation is open"
+        return {self.engine.tokenizer.encode(f" {word}")[0]: FORBIDDEN for word in call[-1:]}
+
+    def _branch(self, name: str, how: str, chat: Chat, turns: list[Turn]) -> Moment:
+        moment = chat.snapshot(name)
+        position, own = moment.capsule.position, moment.capsule.nbytes
+
+        def tell(is_equal: bool) -> None:
+            self.story.branches.append(Branch(name, how, turns, position, own, is_equal))
+
+        self._note(chat, tell)
+        return moment
+
+    def _step(self, what: str, act: Callable[[], Chat | None]) -> Chat:
+        """Do something to the agent's conversation, or make another one of it."""
+        made, seconds, moved = timed(self.engine, act)
+        chat = made or self.chat
+        position = chat.session.position
+
+        def tell(is_equal: bool) -> None:
+            self.story.steps.append(Step(what, position, seconds, moved, is_equal))
+
+        self._note(chat, tell)
+        return chat
+
+    def _note(self, chat: Chat, tell: Callable[[bool], None]) -> None:
+        self.pending.append((chat.session.tokens, state_of(chat.session), tell))
+
+
+def _apart_from(inventory: Inventory, seed: int) -> Building:
+    """The first building from a seed on that has none of the inventory's things, and a thing whose
+    hint misleads.
+    """
+    known = set(inventory.things)
+    while True:
+        building = Building(seed, HINTS)
+        if known.isdisjoint(building.things) and _misleading(building):
+            return building
+        seed += 1
+
+
+def _misleading(building: Building) -> list[Thing]:
+    """Things that are in the second place of their hint."""
+    return [t for t, (_, second) in building.hints.items() if building.hidden.get(t) == second]
+
+
+def _in_a_new_process(told: dict[str, Any]) -> dict[str, Any]:
+    """What demo_resume found. Raises FlashrtError when it failed."""
+    command = [sys.executable, "-m", "flashrt.commands.demo_resume"]
+    ran = subprocess.run(
+        command, input=json.dumps(told), capture_output=True, text=True, check=False
+    )
+    if ran.returncode:
+        raise FlashrtError(f"the new process failed:\n{ran.stderr}")
+    found: dict[str, Any] = json.loads(ran.stdout)
+    return found
