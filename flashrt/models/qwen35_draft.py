@@ -93,8 +93,7 @@ class _DraftRecorder(Recorder):
         keys, values = regions["draft_keys"], regions["draft_values"]
         x, u, q = self._draft_qkv(token, hidden=own, last=last)
         r = self._attend(at, u, q, keys, values, DRAFT_SHIFT)
-        h = self._activation(f"{at}.mlp.h", self.config.hidden)
-        r = self._mlp(at, self._add_rmsnorm(x, r, f"{at}.mlp_norm", h))
+        r = self._mlp(at, x, r)
         self._add_rmsnorm(x, r, f"{DRAFT}.norm", own)
         logits = self._head(own, regions["draft_logits"], _vocabulary(self.config))
         self._launch(ops.ADVANCE)

@@ -122,14 +122,16 @@ def delta_rule(T: int, n: int, heads: tuple[int, int], size: tuple[int, int]) ->
     return Case("delta_rule", operands, {"key_heads": Hk})
 
 
-def gated_rmsnorm(T: int, n: int, heads: int, dv: int, margin: tuple[int, int]) -> Case:
+def gated_rmsnorm(
+    T: int, n: int, heads: int, dv: int, margin: tuple[int, int], is_wide: bool = False
+) -> Case:
     rng = rng_for("gated_rmsnorm", T, n, heads, dv)
     o = randn(rng, T, heads * dv) * np.logspace(-4, 0, T, dtype=np.float32)[:, None]
     operands = {
         "o": valid(o, n), "z": valid(randn(rng, T, heads * dv, scale=3), n), "w": randn(rng, dv),
         "cursor": cursor(5, n), "y": (T, heads * dv),
     }  # fmt: skip
-    return Case("gated_rmsnorm", operands, {"eps": EPS}, margin=margin)
+    return Case("gated_rmsnorm", operands, {"eps": EPS}, wide("y", is_wide), margin=margin)
 
 
 def inverse_frequencies(R2: int, theta: float = 1e7) -> NDArray[np.float32]:
@@ -183,10 +185,10 @@ def attention(
     return Case("attention", operands, {"shift": shift}, {"keys": KV[kv], "values": KV[kv]})
 
 
-def silu_mul(T: int, n: int, I: int) -> Case:  # noqa: E741
+def silu_mul(T: int, n: int, I: int, is_wide: bool = False) -> Case:  # noqa: E741
     rng = rng_for("silu_mul", T, n, I)
     operands = {"u": valid(randn(rng, T, 2 * I, scale=4), n), "cursor": cursor(5, n), "y": (T, I)}
-    return Case("silu_mul", operands)
+    return Case("silu_mul", operands, dtypes=wide("y", is_wide))
 
 
 def last_row(T: int, n: int, H: int) -> Case:
@@ -223,6 +225,7 @@ GRID: Grid = (
     (gated_rmsnorm, (
         {"heads": 4, "dv": 16, "margin": (0, 0)}, {"heads": 3, "dv": 60, "margin": (4, 4)},
         {"heads": 2, "dv": 128, "margin": (0, 8)},
+        {"heads": 3, "dv": 60, "margin": (0, 4), "is_wide": True},
     )),
     (rope_append, (
         {"heads": (4, 2), "D": 32, "R2": 4, "position": 0, "S": 77, "kv": "bf16"},
@@ -239,7 +242,7 @@ GRID: Grid = (
         {"heads": (12, 1), "D": 64, "position": 250, "S": 600, "kv": "bf16"},
         {"heads": (4, 1), "D": 128, "position": 230, "S": 600, "kv": "f32"},
     )),
-    (silu_mul, ({"I": 200}, {"I": 1024})),
+    (silu_mul, ({"I": 200}, {"I": 1024}, {"I": 264, "is_wide": True})),
     (last_row, ({"H": 96}, {"H": 200})),
 )  # fmt: skip
 
@@ -254,7 +257,7 @@ ODD: Grid = (
     (delta_rule, ({"heads": (1, 3), "size": (9, 5)},)),
     (gated_rmsnorm, ({"heads": 3, "dv": 21, "margin": (1, 1)},)),
     (rope_append, ({"heads": (2, 1), "D": 33, "R2": 5, "position": 31, "S": 99, "kv": "bf16"},)),
-    (silu_mul, ({"I": 37},)),
+    (silu_mul, ({"I": 37}, {"I": 45, "is_wide": True})),
     (last_row, ({"H": 33},)),
 )
 

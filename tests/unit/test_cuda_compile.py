@@ -73,6 +73,8 @@ def variants(*, is_full: bool) -> Iterator[KernelLaunch]:
                     yield from kernels.EXPANSIONS["linear"](
                         shape("linear", n, act, DType.BF16, n_sms, K=k)
                     )
+        for op in ("rmsnorm", "add_rmsnorm", "gated_rmsnorm", "silu_mul"):  # what gives them
+            yield from kernels.EXPANSIONS[op](shape(op, 1, DType.F32, DType.BF16, 132))
         for act in acts:
             for group in (3, 6):
                 sizes = {"Nq": 4 * group, "Nk": 4}
