@@ -151,7 +151,7 @@ class NumpyPolicy:
         c = self.config
         assert s.plan_steps_left > 0
         cond = s.condition.copy()
-        cond[6:] += s.flow.ravel()[: 2 * c.chunk_size]
+        cond[6:] += np.resize(s.flow, 2 * c.chunk_size)
         v = np.tanh(self.outward @ cond).reshape(s.flow.shape)
         keep = (np.arange(c.chunk_size) < s.committed)[:, None]
         s.flow = np.where(keep, s.flow, s.flow + v / c.num_inference_steps)

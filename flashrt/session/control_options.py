@@ -16,6 +16,7 @@ from flashrt.base.errors import SessionError
 from flashrt.session.control_policy import Array, PolicyShape
 
 OnMiss = Literal["hold", "last", "raise"]
+MAX_HISTORY_TICKS = 10_000_000  # beyond that somebody mistook a unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,11 @@ class ControlOptions:
             raise SessionError(
                 f"hz={self.hz}, keep_seconds={self.keep_seconds}, boundary_seconds="
                 f"{self.boundary_seconds}: each is positive and finite"
+            )
+        if self.history_ticks > MAX_HISTORY_TICKS:
+            raise SessionError(
+                f"keep_seconds={self.keep_seconds} and boundary_seconds={self.boundary_seconds} at "
+                f"{self.hz} Hz: more than {MAX_HISTORY_TICKS} ticks"
             )
         if self.deadline_ms is not None and not self.deadline_ms >= 0:
             raise SessionError(f"deadline_ms={self.deadline_ms} is not at least 0")

@@ -183,7 +183,7 @@ def observation_of(given: Any) -> Array:
 
 def command_for(environment: Any) -> Callable[[Array], Any]:
     """What an action is for an environment: an index where its actions are discrete (the policy's
-    are one-hot), else an array of the space's shape and dtype.
+    are one-hot), else an array of the space's shape and dtype, within its bounds.
     """
     if "gymnasium" not in sys.modules:
         return _unchanged
@@ -196,8 +196,8 @@ def command_for(environment: Any) -> Callable[[Array], Any]:
         first = int(space.start)
         return lambda action: first + int(np.argmax(action))
     if isinstance(space, gymnasium.spaces.Box):
-        shape, dtype = space.shape, space.dtype
-        return lambda action: action.reshape(shape).astype(dtype, copy=False)
+        shape, low, high = space.shape, space.low, space.high
+        return lambda action: np.clip(action.reshape(shape), low, high).astype(space.dtype)
     raise EnvironmentFailed(f"{environment}: actions of {space} are not served; Box or Discrete")
 
 
