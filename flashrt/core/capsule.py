@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CapsuleError
-from flashrt.base.tracing import COPIES, trace
+from flashrt.base.tracing import COPIES, is_on, trace
 from flashrt.core.arena import Arena
-from flashrt.core.backend import Bytes
-from flashrt.core.copyplan import Copy, CopyPlan, RestorePlan, Write
+from flashrt.core.copyplan import Copy, CopyPlan
 from flashrt.core.extent import Extent, Shelf, Tier
 from flashrt.core.lineage import (
     Lane,
     Mark,
+    RowBlock,
     Segment,
     chain_of,
     copies_across,
@@ -39,6 +39,7 @@ from flashrt.core.lineage import (
 )
 from flashrt.core.planner import Band, Slot
 from flashrt.core.pool import Pool
+from flashrt.core.restore import RestorePlan, plan_restore
 from flashrt.core.state_digest import device_digest, lane_digest
 
 
@@ -54,6 +55,7 @@ class Capsule:
     parent: Capsule | None  # the capsule that its lane descends from
     known_digest: str | None = None  # kept when the bytes leave the device
     is_pinned: bool = False  # eviction leaves it where it is
+    plans: dict[int, RestorePlan] = field(default_factory=dict)  # the last one of each lane
 
     @property
     def position(self) -> int:
@@ -139,18 +141,17 @@ class CapsuleTable:
         """
         base = lane.base(lane.position)
         start = 0 if base is None else base.stop
+        blocks: list[RowBlock] = []
         rows_nbytes = 0
         if lane.position > start:
-            rows_nbytes = segment_layout(self._rows(lane), start, lane.position)[1]
+            blocks, rows_nbytes = segment_layout(self._rows(lane), start, lane.position)
         fixed, block = self.pool.take(self.fixed_nbytes, rows_nbytes)
+        self._run(self._plan(self._fixed_out(lane, fixed), *copies_out(blocks, block)))
         segment = base
-        copies = [self._fixed_out(lane, fixed)]
         if rows_nbytes:
             tokens = lane.journal[start : lane.position].copy()
             rows = Extent(rows_nbytes, block)
             segment = Segment(base, start, lane.position, tokens, rows)
-            copies += copies_out(self._rows(lane), start, lane.position, block)
-        self._run(CopyPlan(tuple(copies)))
         if rows_nbytes:
             lane.hold(segment, lane.position)
             if base is not None:
@@ -167,7 +168,7 @@ class CapsuleTable:
     def mark(self, lane: Lane) -> Mark:
         """Keep the fixed band of a lane's boundary; its rows are in the lane. Raises PoolFull."""
         (block,) = self.pool.take(self.fixed_nbytes)
-        self._run(CopyPlan((self._fixed_out(lane, block),)))
+        self._run(self._plan(self._fixed_out(lane, block)))
         mark = Mark(lane.position, block)
         lane.marks.append(mark)
         return mark
@@ -180,9 +181,15 @@ class CapsuleTable:
         Raises CapsuleError for a dropped or foreign capsule, or bytes that cannot be read.
         """
         self.check(capsule)
+        shared = shared_rows(lane, capsule.segment)
+        known = capsule.plans.get(lane.index)
+        if known is not None and known.shared == shared and known.is_reusable:
+            return known
         fixed = self.arena.lane(lane.index).fixed
-        copy = Copy(0, fixed.offset, fixed.nbytes)
-        return self._plan([(capsule.fixed, copy), *self._rows_in(lane, capsule)])
+        plan = self._plan_restore(lane, capsule, shared, Copy(0, fixed.offset, fixed.nbytes))
+        if plan.is_reusable:
+            capsule.plans[lane.index] = plan
+        return plan
 
     def plan_restore_rows(self, lane: Lane, capsule: Capsule, cursor: Slot) -> RestorePlan:
         """Rows and the cursor only: an incomplete restore, for the ablation."""
@@ -191,20 +198,22 @@ class CapsuleTable:
         there = cursor.offset - self.arena.lane(0).fixed.offset
         here = fixed.slot(cursor.region.name).offset
         copy = Copy(there, here, cursor.storage.nbytes)
-        return self._plan([(capsule.fixed, copy), *self._rows_in(lane, capsule)])
+        return self._plan_restore(lane, capsule, shared_rows(lane, capsule.segment), copy)
 
     def restore(self, lane: Lane, capsule: Capsule, plan: RestorePlan | None = None) -> RestorePlan:
         """Put a lane into a capsule's state; returns what was moved."""
         plan = plan or self.plan_restore(lane, capsule)
-        shared = shared_rows(lane, capsule.segment)
         self._run(plan.device)
-        for write in plan.writes:
-            self.arena.backend.write(self.arena.memory.address + write.dst, write.data)
+        for upload in plan.uploads:
+            self.arena.backend.upload(upload.plan, upload.source, self.arena.memory.address)
+        shared, segment = plan.shared, capsule.segment
         self._forget_marks(lane, min(shared, lane.position))
-        if shared < capsule.position:
-            lane.hold(capsule.segment, capsule.position)
-        lane.position = capsule.position
-        lane.journal[: lane.position] = capsule.tokens
+        lane.position = 0 if segment is None else segment.stop
+        if shared < lane.position:
+            lane.hold(segment, lane.position)
+        while segment is not None and segment.stop > shared:  # the journal has the tokens below
+            lane.journal[segment.start : segment.stop] = segment.tokens
+            segment = segment.parent
         return plan
 
     def return_to(self, lane: Lane, mark: Mark) -> CopyPlan:
@@ -212,7 +221,7 @@ class CapsuleTable:
         if mark not in lane.marks:
             raise CapsuleError(f"mark at {mark.position} is not one of lane {lane.index}")
         fixed = self.arena.lane(lane.index).fixed
-        plan = CopyPlan((Copy(mark.block, fixed.offset, fixed.nbytes),))
+        plan = self._plan(Copy(mark.block, fixed.offset, fixed.nbytes))
         self._run(plan)
         self._forget_marks(lane, mark.position)
         lane.position = mark.position
@@ -234,7 +243,7 @@ class CapsuleTable:
         copies = [Copy(ours.fixed.offset, theirs.fixed.offset, ours.fixed.nbytes)]
         if shared < source.position:
             copies += copies_across(ours.rows, theirs.rows, shared, source.position)
-        plan = CopyPlan(tuple(copies))
+        plan = self._plan(*copies)
         self._run(plan)
         self._forget_marks(target, -1)
         target.hold(source.held, min(source.intact, source.position))
@@ -324,37 +333,23 @@ class CapsuleTable:
         fixed = self.arena.lane(lane.index).fixed
         return Copy(fixed.offset, block, fixed.nbytes)
 
-    def _rows_in(self, lane: Lane, capsule: Capsule) -> list[tuple[Extent, Copy]]:
-        shared = shared_rows(lane, capsule.segment)
-        path = path_to(capsule.segment, shared)
-        return [(segment.rows, c) for segment, c in copies_in(self._rows(lane), path, shared)]
+    def _plan_restore(self, lane: Lane, capsule: Capsule, shared: int, fixed: Copy) -> RestorePlan:
+        rows = copies_in(self._rows(lane), path_to(capsule.segment, shared), shared)
+        return plan_restore(self.arena, [(capsule.fixed, [fixed]), *rows], shared)
 
-    def _plan(self, moves: Iterable[tuple[Extent, Copy]]) -> RestorePlan:
-        """Copies from the pool, and writes of bytes that are read and checked here."""
-        copies: list[Copy] = []
-        writes: list[Write] = []
-        images: dict[Extent, Bytes] = {}
-        for extent, c in moves:
-            if extent.is_on_device:
-                copies.append(replace(c, src=c.src + extent.block))
-                continue
-            if extent not in images:
-                images[extent] = extent.need_source().read()
-            for i in range(c.height):
-                first = c.src + i * c.src_pitch
-                data = images[extent][first : first + c.width]
-                writes.append(Write(c.dst + i * c.dst_pitch, data))
-        return RestorePlan(CopyPlan(tuple(copies)), tuple(writes))
+    def _plan(self, *copies: Copy) -> CopyPlan:
+        return CopyPlan(copies).check(self.arena.plan.nbytes)
 
     def _run(self, plan: CopyPlan) -> None:
-        plan.check(self.arena.plan.nbytes)
-        trace(COPIES, f"{len(plan.copies)} copies, {plan.nbytes} bytes")
+        """A plan that was checked when it was made."""
+        if is_on(COPIES):
+            trace(COPIES, f"{len(plan.copies)} copies, {plan.nbytes} bytes")
         base = self.arena.memory.address
         self.arena.backend.copy(plan, base, base)
 
     def _forget_marks(self, lane: Lane, above: int) -> None:
-        for mark in [m for m in lane.marks if m.position > above]:
-            self.drop_mark(lane, mark)
+        while lane.marks and lane.marks[-1].position > above:  # they ascend
+            self.drop_mark(lane, lane.marks[-1])
 
 
 def release(segment: Segment | None, pool: Pool) -> None:

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import NamedTuple
 
 from flashrt.base.errors import PlanError
 
+COPY_FORMAT = "@6Q"  # a descriptor as kernels read it: the fields of Copy, addresses absolute
 
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """`height` rows of `width` bytes, from arena offset `src` to arena offset `dst`, each side with
-    its own pitch.
+
+class Copy(NamedTuple):
+    """`height` rows of `width` bytes, from offset `src` to offset `dst`, each side with its own
+    pitch. A tuple, and checked as part of a plan: a restore makes them on its way.
     """
 
     src: int
@@ -29,20 +27,6 @@ class Copy:
     height: int = 1
     src_pitch: int = 0
     dst_pitch: int = 0
-
-    FORMAT = (
-        "@6Q"  # the descriptor as kernels read it: src, dst, width, height, src_pitch, dst_pitch
-    )
-
-    def __post_init__(self) -> None:
-        if self.width < 1 or self.height < 1 or self.src < 0 or self.dst < 0:
-            raise PlanError(
-                f"copy of {self.height} x {self.width} bytes from {self.src} to {self.dst}"
-            )
-        if self.height > 1 and min(self.src_pitch, self.dst_pitch) < self.width:
-            raise PlanError(
-                f"copy pitch {self.src_pitch} -> {self.dst_pitch} is under the width {self.width}"
-            )
 
     @property
     def nbytes(self) -> int:
@@ -60,76 +44,50 @@ class Copy:
         return self.dst, self.dst + (self.height - 1) * self.dst_pitch + self.width
 
 
-@dataclass(frozen=True, slots=True)
 class CopyPlan:
     """Copies whose destinations do not overlap any other copy's source or destination: they may run
-    in any order.
+    in any order. Immutable; a plan that runs again remembers its table.
     """
 
-    copies: tuple[Copy, ...] = ()
+    __slots__ = ("_bases", "_table", "copies", "nbytes")
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes moved by the whole plan."""
-        return sum(c.nbytes for c in self.copies)
+    def __init__(self, copies: Iterable[Copy] = ()) -> None:
+        self.copies = tuple(copies)
+        self.nbytes = sum([c.width * c.height for c in self.copies])  # moved by the whole plan
+        self._bases: tuple[int, int] | None = None
+        self._table = b""
 
     def __iter__(self) -> Iterator[Copy]:
         return iter(self.copies)
 
-    def __add__(self, other: CopyPlan) -> CopyPlan:
-        return CopyPlan(self.copies + other.copies)
+    def __repr__(self) -> str:
+        return f"CopyPlan({self.copies})"
 
     def pack(self, src_base: int, dst_base: int) -> bytes:
         """The descriptor table with absolute addresses."""
-        return b"".join(
-            struct.pack(
-                Copy.FORMAT,
-                src_base + c.src,
-                dst_base + c.dst,
-                c.width,
-                c.height,
-                c.src_pitch,
-                c.dst_pitch,
-            )
-            for c in self.copies
-        )
+        if self._bases != (src_base, dst_base):
+            words: list[int] = []
+            for src, dst, *shape in self.copies:
+                words += (src_base + src, dst_base + dst, *shape)
+            self._table = struct.pack(f"@{len(words)}Q", *words)
+            self._bases = src_base, dst_base
+        return self._table
 
-    def check(self, arena_nbytes: int) -> None:
-        """Every byte lies in the arena. Raises PlanError."""
-        for c in self.copies:
-            if c.src_span[1] > arena_nbytes or c.dst_span[1] > arena_nbytes:
-                raise PlanError(f"{c} leaves the arena of {arena_nbytes} bytes")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Write:
-    """Bytes from the host to an arena offset."""
-
-    dst: int
-    data: NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
-class RestorePlan:
-    """Copies within the device, and writes from the host: destinations do not overlap."""
-
-    device: CopyPlan
-    writes: tuple[Write, ...] = ()
-
-    @property
-    def copies(self) -> tuple[Copy, ...]:
-        """Those within the device."""
-        return self.device.copies
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes moved by the whole plan."""
-        return self.device.nbytes + sum(w.data.nbytes for w in self.writes)
-
-    def __iter__(self) -> Iterator[Copy]:
-        return iter(self.device)
-
-
-def plan_of(copies: Iterable[Copy]) -> CopyPlan:
-    """A plan of the copies given."""
-    return CopyPlan(tuple(copies))
+    def check(self, dst_nbytes: int, src_nbytes: int | None = None) -> CopyPlan:
+        """The plan itself; every byte lies in the arena, or in a source and the arena. Raises
+        PlanError.
+        """
+        if src_nbytes is None:
+            src_nbytes = dst_nbytes
+        for copy in self.copies:
+            src, dst, width, height, src_pitch, dst_pitch = copy
+            if width < 1 or height < 1 or src < 0 or dst < 0:
+                raise PlanError(f"{copy} is no copy")
+            if height > 1 and min(src_pitch, dst_pitch) < width:
+                raise PlanError(f"{copy}: a pitch is under the width")
+            if (
+                src + (height - 1) * src_pitch + width > src_nbytes
+                or dst + (height - 1) * dst_pitch + width > dst_nbytes
+            ):
+                raise PlanError(f"{copy} leaves {src_nbytes} bytes of source or {dst_nbytes}")
+        return self

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,11 +103,16 @@ class Lane:
 
 def shared_rows(lane: Lane, segment: Segment | None) -> int:
     """How many rows of `segment`'s chain are in the lane already."""
-    ours = set(chain_of(lane.held))
-    common = next((s for s in chain_of(segment) if s in ours), None)
-    if common is not None:
-        return min(common.stop, lane.intact)
-    return 0
+    ours, theirs = lane.held, segment
+    while ours is not theirs:  # up to where the two chains meet: the deeper one steps
+        if ours is None or theirs is None:
+            return 0
+        depth = ours.stop - theirs.stop
+        if depth >= 0:
+            ours = ours.parent
+        if depth <= 0:
+            theirs = theirs.parent
+    return 0 if ours is None else min(ours.stop, lane.intact)
 
 
 def path_to(segment: Segment | None, above: int) -> list[Segment]:
@@ -120,24 +126,15 @@ def tokens_of(segment: Segment | None) -> NDArray[np.int32]:
     return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
 
-@dataclass(frozen=True, slots=True)
-class RowBlock:
+class RowBlock(NamedTuple):
     """Rows [start, stop) of one region, widened to granules, as stored in a segment's block."""
 
     slot: Slot
     start: int  # widened
     stop: int
     offset: int  # within the block
-
-    @property
-    def width(self) -> int:
-        """Bytes of one plane."""
-        return (self.stop - self.start) * self.slot.storage.row_nbytes
-
-    @property
-    def planes(self) -> int:
-        """Planes stored."""
-        return self.slot.region.shape[0]
+    width: int  # bytes of one plane
+    planes: int
 
 
 def segment_layout(rows: Band, start: int, stop: int) -> tuple[list[RowBlock], int]:
@@ -145,56 +142,48 @@ def segment_layout(rows: Band, start: int, stop: int) -> tuple[list[RowBlock], i
     blocks: list[RowBlock] = []
     offset = 0
     for slot in rows.slots:
-        g, storage = slot.storage.granule, slot.storage
-        capacity = storage.lead_nbytes // storage.row_nbytes
-        block = RowBlock(slot, start // g * g, min(-(-stop // g) * g, capacity), offset)
-        blocks.append(block)
-        offset = align(offset + block.width * block.planes)
+        storage = slot.storage
+        g, row_nbytes = storage.granule, storage.row_nbytes
+        first, last = start // g * g, min(-(-stop // g) * g, storage.lead_nbytes // row_nbytes)
+        width, planes = (last - first) * row_nbytes, slot.region.shape[0]
+        blocks.append(RowBlock(slot, first, last, offset, width, planes))
+        offset = align(offset + width * planes)
     return blocks, offset
 
 
-def copies_out(rows: Band, start: int, stop: int, block: int) -> list[Copy]:
-    """Lane rows [start, stop) -> a block."""
-    blocks, _ = segment_layout(rows, start, stop)
-    return [
-        Copy(
-            src=b.slot.offset + b.start * b.slot.storage.row_nbytes,
-            dst=block + b.offset,
-            width=b.width,
-            height=b.planes,
-            src_pitch=b.slot.storage.lead_nbytes,
-            dst_pitch=b.width,
-        )
-        for b in blocks
-    ]
+def copies_out(blocks: Sequence[RowBlock], block: int) -> list[Copy]:
+    """Rows of a lane -> a block; `blocks` are laid out for that lane's band."""
+    copies: list[Copy] = []
+    for slot, start, _, offset, width, planes in blocks:
+        pitch, row_nbytes = slot.storage.lead_nbytes, slot.storage.row_nbytes
+        at = slot.offset + start * row_nbytes
+        copies.append(Copy(at, block + offset, width, planes, pitch, width))
+    return copies
 
 
-def copies_in(rows: Band, path: Sequence[Segment], above: int) -> list[tuple[Segment, Copy]]:
+def copies_in(rows: Band, path: Sequence[Segment], above: int) -> list[tuple[Extent, list[Copy]]]:
     """Rows at or beyond `above` of the path's segments -> lane rows, each granule from exactly one
     segment. A copy's source is an offset within its segment's bytes.
 
     A granule that two segments share is taken from the younger one: it was stored when both had
     their rows in it.
     """
-    copies: list[tuple[Segment, Copy]] = []
+    moves: list[tuple[Extent, list[Copy]]] = []
     for i, segment in enumerate(path):
+        copies: list[Copy] = []
         blocks, _ = segment_layout(rows, segment.start, segment.stop)
-        for b in blocks:
-            g, row_nbytes = b.slot.storage.granule, b.slot.storage.row_nbytes
-            start = max(b.start, above // g * g)
-            stop = b.stop if i + 1 == len(path) else segment.stop // g * g
-            if start >= stop:
-                continue
-            copy = Copy(
-                src=b.offset + (start - b.start) * row_nbytes,
-                dst=b.slot.offset + start * row_nbytes,
-                width=(stop - start) * row_nbytes,
-                height=b.planes,
-                src_pitch=b.width,
-                dst_pitch=b.slot.storage.lead_nbytes,
-            )
-            copies.append((segment, copy))
-    return copies
+        for slot, first, last, offset, width, planes in blocks:
+            g, row_nbytes = slot.storage.granule, slot.storage.row_nbytes
+            start = max(first, above // g * g)
+            stop = last if i + 1 == len(path) else segment.stop // g * g
+            if start < stop:
+                src = offset + (start - first) * row_nbytes
+                dst = slot.offset + start * row_nbytes
+                nbytes = (stop - start) * row_nbytes
+                copies.append(Copy(src, dst, nbytes, planes, width, slot.storage.lead_nbytes))
+        if copies:
+            moves.append((segment.rows, copies))
+    return moves
 
 
 def copies_across(source: Band, target: Band, above: int, stop: int) -> list[Copy]:

@@ -188,7 +188,7 @@ class Session:
         max_positions; the session is unchanged then.
         """
         self._check_open()
-        self._check_capsule(capsule)
+        _check_type(capsule)
         if bands not in RESTORE_BANDS:
             raise CapsuleError(f"restore: bands={bands}; choose one of {RESTORE_BANDS}")
         plan = None
@@ -206,7 +206,8 @@ class Session:
         """
         self._check_open()
         if capsule is not None:
-            self._check_capsule(capsule)
+            _check_type(capsule)
+            self._table.check(capsule)
         else:
             self._settle()
         other = self._engine.session()
@@ -319,11 +320,6 @@ class Session:
                 "load with a larger max_positions, or roll back"
             )
 
-    def _check_capsule(self, capsule: Capsule) -> None:
-        if not isinstance(capsule, Capsule):
-            raise CapsuleError(f"expected a Capsule, got {type(capsule).__name__}")
-        self._table.check(capsule)
-
 
 def as_tokens(tokens: Iterable[int] | NDArray[np.integer], vocab_size: int) -> NDArray[np.int32]:
     """Token ids as int32 [n]. Raises TokenError unless all are integers in [0, vocab_size)."""
@@ -337,6 +333,11 @@ def as_tokens(tokens: Iterable[int] | NDArray[np.integer], vocab_size: int) -> N
         at = int(wrong[0])
         raise TokenError(f"token {array[at]} at index {at} is not in [0, {vocab_size})")
     return array.astype(np.int32)
+
+
+def _check_type(capsule: Capsule) -> None:
+    if not isinstance(capsule, Capsule):
+        raise CapsuleError(f"expected a Capsule, got {type(capsule).__name__}")
 
 
 def _at_or_below(capsule: Capsule | None, position: int) -> Capsule | None:

@@ -181,6 +181,19 @@ def test_bases_are_added_to_each_side(bench: Bench) -> None:
     bench.check()
 
 
+def test_uploads_take_rows_out_of_host_bytes(bench: Bench) -> None:
+    source = np.random.default_rng(3).integers(0, 256, 300_000, np.uint8)
+    plan = CopyPlan((Copy(7, 100, 90_001), Copy(100_000, 200_000, 30, 40, 33, 1000)))
+    expected = source.copy()
+    bench.backend.upload(plan.check(ARENA_BYTES, source.size), source, bench.base)
+    source[:] = 0  # it may change as soon as the call returns
+    for c in plan:
+        for row in range(c.height):
+            src, dst = c.src + row * c.src_pitch, c.dst + row * c.dst_pitch
+            bench.mirror[dst : dst + c.width] = expected[src : src + c.width]
+    bench.check()
+
+
 def test_fill_of_any_extent(bench: Bench) -> None:
     for offset, nbytes, byte in ((0, 1, 0), (33, 5, 255), (70_000, 100_001, 0x5A), (9, 0, 1)):
         bench.fill(offset, nbytes, byte)

@@ -140,8 +140,8 @@ def test_forks_share_and_part(engine: flashrt.Engine, session: flashrt.Session) 
 
 def test_copies_are_checked_before_they_run() -> None:
     with pytest.raises(flashrt.FlashrtError, match="under the width"):
-        Copy(0, 0, width=8, height=2, src_pitch=4, dst_pitch=8)
-    with pytest.raises(flashrt.FlashrtError, match="leaves the arena"):
+        CopyPlan((Copy(0, 0, width=8, height=2, src_pitch=4, dst_pitch=8),)).check(100)
+    with pytest.raises(flashrt.FlashrtError, match="leaves 100 bytes"):
         CopyPlan((Copy(0, 90, 20),)).check(100)
 
 

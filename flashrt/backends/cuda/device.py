@@ -32,14 +32,14 @@ from flashrt.backends.cuda.views import CPU, CUDA, DeviceArray, view
 from flashrt.base.errors import BackendError, SealedError
 from flashrt.base.tracing import PLAN, trace
 from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Storage
-from flashrt.core.copyplan import Copy, CopyPlan, plan_of
+from flashrt.core.copyplan import COPY_FORMAT, Copy, CopyPlan
 from flashrt.core.digest import DigestTerm
 from flashrt.core.op import Op
 from flashrt.core.region import DType, Region
 
 Precision = Literal["bfloat16", "high"]
 _ACT: Mapping[str, DType] = {"bfloat16": DType.BF16, "high": DType.BF16X2}
-_COPY_BYTES = struct.calcsize(Copy.FORMAT)
+_COPY_BYTES = struct.calcsize(COPY_FORMAT)
 _TERM_BYTES = struct.calcsize(DigestTerm.FORMAT)
 _SUM_BYTES = 16  # (lo, hi)
 _PROGRAMMATIC_DRIVER = (12, 3)  # the first that keeps programmatic edges in graphs
@@ -267,10 +267,18 @@ class CudaDevice:
         else:
             self._require_build()
             for i in range(0, len(plan.copies), self._capacities.copies):
-                part = plan_of(plan.copies[i : i + self._capacities.copies])
+                part = CopyPlan(plan.copies[i : i + self._capacities.copies])
                 self._copy_table(part, src_base, dst_base)
         self.counters.copies += 1
         self.counters.copied_bytes += plan.nbytes
+
+    def upload(self, plan: CopyPlan, source: Bytes, dst_base: int) -> None:
+        """See Backend: row by row through the ring."""
+        flat = source.reshape(-1)
+        for copy in plan.copies:
+            for row in range(copy.height):
+                first, to = copy.src + row * copy.src_pitch, copy.dst + row * copy.dst_pitch
+                self._ring.upload(dst_base + to, flat[first : first + copy.width])
 
     def _copy_one(self, copy: Copy, src_base: int, dst_base: int) -> None:
         src, dst = src_base + copy.src, dst_base + copy.dst
