@@ -42,10 +42,9 @@ class DemoOptions:
 def demo(options: DemoOptions) -> int:
     """The command. Returns 1 if a check failed."""
     started = time.perf_counter()
-    if options.is_random:
-        path = _random_checkpoint()
-    else:
-        path = options.checkpoint or bundled_checkpoint()
+    path = options.checkpoint or (
+        _random_checkpoint() if options.is_random else bundled_checkpoint()
+    )
     story: Story | BitsStory
     if options.is_random or options.tokens is not None or not _can_talk(path):
         story = _bits(path, options)

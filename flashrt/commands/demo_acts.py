@@ -9,6 +9,7 @@ about answers comes from the simulators in flashrt.worlds.
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -43,7 +44,8 @@ QUESTIONS = 10
 STEPS = 12  # of the walk
 LENGTHS = (512, 2048, 8192)  # prompts of the comparison cold / warm
 MAX_CALLS = 8
-FORBIDDEN = -100.0  # logit bias of a place that was tried in vain
+FAILURE = "error : the tool did not answer . try again later ."  # nothing like it was trained
+ANSWER_TOKENS = 48
 
 
 class Stage:
@@ -106,40 +108,41 @@ class Stage:
 
     def _errand(self, facts: Moment) -> Moment:
         """A thing is fetched with tools, in a fork."""
-        misled = _misleading(self.building)[0]  # kept for the mishap
-        hidden = [t for t in self.building.things if t in self.building.hidden and t != misled]
-        thing = hidden[0]
+        thing = self._hidden()[0]
         truth = self.building.right_turns(thing)
         other = self._step("fork the prompt to another lane", lambda: self.chat.fork(facts))
         other.add("user", self.building.request(thing))
         turns = [Turn("user", self.building.request(thing))]
-        turns += self._tools(other, truth)
+        turns += self._tools(other, self.building, truth)
         made = self._branch("errand", "forked to another lane", other, turns)
         other.close()
         return made
 
     def _mishap(self, facts: Moment) -> list[Moment]:
-        """The agent looks in the wrong place; that is taken back, and the place forbidden."""
+        """A tool call fails. One agent goes on with the failure; the other takes it back."""
         chat, building = self.chat, self.building
-        thing = _misleading(building)[0]
+        thing = self._hidden()[1]
+        truth = building.right_turns(thing)
         self._step("restore the prompt again", lambda: chat.restore(facts))
         chat.add("user", building.request(thing))
         before = chat.snapshot("before the call")
-        call = chat.reply()
-        chat.add("tool", building.call(call))
-        failed = [Turn("assistant", call), Turn("tool", chat.said[-1][1])]
-        after = chat.snapshot("after the wrong call")
-        self._step("roll back the wrong call", lambda: chat.restore(before))
-        instead = self._tools(chat, [], logit_bias=self._forbidden(parse_call(call)))
+        call = chat.reply(ANSWER_TOKENS)
+        chat.add("tool", FAILURE)
+        after = chat.snapshot("after the failure")
+        other = copy.deepcopy(building)
+        kept = self._tools(chat, other, [])
+        self._step("roll back the failed call", lambda: chat.restore(before))
+        retried = self._tools(chat, building, truth)
         self.story.mishap = Mishap(
             request=building.request(thing),
-            failed=failed,
-            instead=instead,
-            dropped_tokens=after.capsule.position - before.capsule.position,
+            failed=[Turn("assistant", call, truth[0]), Turn("tool", FAILURE)],
+            kept=kept,
+            is_done_kept=other.is_brought(thing),
+            retried=retried,
             is_done=building.is_brought(thing),
+            dropped_tokens=after.capsule.position - before.capsule.position,
         )
-        done = chat.snapshot("brought" if building.is_brought(thing) else "not brought")
-        return [before, after, done]
+        return [before, after, chat.snapshot("called again")]
 
     def _resume(self, moment: Moment) -> None:
         """Another process goes on from a branch, by way of a store on disk."""
@@ -158,6 +161,7 @@ class Stage:
                 "name": "branch",
                 "said": moment.said,
                 "question": question,
+                "answer_tokens": ANSWER_TOKENS,
             }
             found = _in_a_new_process(told)
         self._step("switch to a branch", lambda: self.chat.restore(moment))
@@ -165,7 +169,7 @@ class Stage:
         self.story.process = NewProcess(
             question=question,
             answer=found["answer"],
-            answer_here=self.chat.reply(),
+            answer_here=self.chat.reply(ANSWER_TOKENS),
             saved_bytes=saved.new_nbytes,
             loaded_s=found["loaded_s"],
             restored_s=found["restored_s"],
@@ -223,25 +227,26 @@ class Stage:
 
     def _ask(self, chat: Chat, question: str, truth: str) -> list[Turn]:
         chat.add("user", question)
-        return [Turn("user", question), Turn("assistant", chat.reply(), truth)]
+        return [Turn("user", question), Turn("assistant", chat.reply(ANSWER_TOKENS), truth)]
 
-    def _tools(self, chat: Chat, truth: list[str], **sampling: Any) -> list[Turn]:
+    def _tools(self, chat: Chat, building: Building, truth: list[str]) -> list[Turn]:
         """Assistant turns with tool results between them, until one calls no tool."""
         turns: list[Turn] = []
         for i in range(MAX_CALLS):
-            said = chat.reply(**sampling)
+            said = chat.reply(ANSWER_TOKENS)
             turns.append(Turn("assistant", said, truth[i] if i < len(truth) else None))
             if not parse_call(said):
                 break
-            result = self.building.call(said)
+            result = building.call(said)
             chat.add("tool", result)
             turns.append(Turn("tool", result))
         return turns
 
-    def _forbidden(self, call: list[str]) -> dict[int, float]:
-        """A logit bias against the place of a call."""
-        assert self.engine.tokenizer is not None, "a conversation is open"
-        return {self.engine.tokenizer.encode(f" {word}")[0]: FORBIDDEN for word in call[-1:]}
+    def _hidden(self) -> list[Thing]:
+        """Things that can be found now; the first that have to be looked for twice."""
+        found = [t for t in self.building.things if t in self.building.hidden]
+        hints, hidden = self.building.hints, self.building.hidden
+        return sorted(found, key=lambda t: hints[t].index(hidden[t]), reverse=True)
 
     def _branch(self, name: str, how: str, chat: Chat, turns: list[Turn]) -> Moment:
         moment = chat.snapshot(name)
@@ -270,20 +275,11 @@ class Stage:
 
 
 def _apart_from(inventory: Inventory, seed: int) -> Building:
-    """The first building from a seed on that has none of the inventory's things, and a thing whose
-    hint misleads.
-    """
+    """The first building from a seed on that has none of the inventory's things."""
     known = set(inventory.things)
-    while True:
-        building = Building(seed, HINTS)
-        if known.isdisjoint(building.things) and _misleading(building):
-            return building
+    while not known.isdisjoint((building := Building(seed, HINTS)).things):
         seed += 1
-
-
-def _misleading(building: Building) -> list[Thing]:
-    """Things that are in the second place of their hint."""
-    return [t for t, (_, second) in building.hints.items() if building.hidden.get(t) == second]
+    return building
 
 
 def _in_a_new_process(told: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def show(story: Story) -> None:
         f"({significant(story.prompt_tokens / story.prefill_s)} tokens/s); its capsule: "
         f"{bytes_text(story.capsule_bytes)} in {seconds_text(story.snapshot_s)}\n"
     )
-    screen.print("[bold]2. Three branches from that capsule, and a wrong call taken back[/]")
+    screen.print("[bold]2. Three branches from that capsule, and a failed call taken back[/]")
     screen.print(_branches(story))
     screen.print(_steps(story))
     _show_process(story)
@@ -105,11 +105,14 @@ def _branches(story: Story) -> Tree:
         mishap = story.mishap
         at = root.add("[bold]mishap[/] [dim]restored on the same lane[/]")
         _add_turns(at, [Turn("user", mishap.request)])
-        wrong = at.add(f"[dim]rolled back: {mishap.dropped_tokens} tokens that never happened[/]")
-        _add_turns(wrong, mishap.failed)
-        outcome = "[green]brought[/]" if mishap.is_done else "[red]not brought[/]"
-        again = at.add(f"[dim]again, that place forbidden:[/] {outcome}")
-        _add_turns(again, mishap.instead)
+        _add_turns(at, mishap.failed)
+        kept = at.add(f"[dim]the failure kept in the context:[/] {_brought(mishap.is_done_kept)}")
+        _add_turns(kept, mishap.kept)
+        again = at.add(
+            f"[dim]taken back, {mishap.dropped_tokens} tokens that never were; called again:[/] "
+            f"{_brought(mishap.is_done)}"
+        )
+        _add_turns(again, mishap.retried)
     return root
 
 
@@ -117,6 +120,10 @@ def _add_turns(at: Tree, turns: Sequence[Turn]) -> None:
     for turn in turns:
         text = f"[{_STYLES[turn.role]}]{turn.role:>9}[/]  {escape(turn.text)}"
         at.add(text if turn.truth is None else f"{text}  {_mark(turn.text, turn.truth)}")
+
+
+def _brought(is_done: bool) -> str:
+    return "[green]brought[/]" if is_done else "[red]not brought[/]"
 
 
 def _mark(said: str, truth: str) -> str:
@@ -158,10 +165,11 @@ def _show_process(story: Story) -> None:
 def _ablation(story: Story) -> Table:
     rows: list[list[str]] = []
     for kind, (full, rows_only, asked) in story.scores.items():
-        rows.append([f"[bold]{kind}[/]", "", f"{full} of {asked} right", f"{rows_only} of {asked}"])
+        scores = (f"[bold]{n} of {asked} right[/]" for n in (full, rows_only))
+        rows.append([f"[bold]{kind}[/]", *scores])
         of_kind = [a for a in story.answers if a.kind == kind]
         rows += [_asked(a) for a in of_kind[:SHOWN]]
-    columns = ("", "truth", "after a full restore", "after a KV-only restore")
+    columns = ("the truth", "after a full restore", "after a KV-only restore")
     return console.table("", columns, rows)
 
 
@@ -170,4 +178,4 @@ def _asked(asked: Asked) -> list[str]:
         f"[green]{escape(said)}[/]" if said == asked.truth else f"[red]{escape(said)}[/]"
         for said in (asked.full, asked.rows_only)
     ]
-    return [f"  {asked.question}", asked.truth, *answers]
+    return [f"  {asked.truth}", *answers]

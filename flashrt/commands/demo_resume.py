@@ -29,7 +29,7 @@ def main() -> None:
         digest = chat.session.digest()
         asked = time.perf_counter()
         chat.add("user", told["question"])
-        answer = chat.reply()
+        answer = chat.reply(told["answer_tokens"])
         answered = time.perf_counter()
     found = {
         "digest": digest,

@@ -52,13 +52,15 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Mishap:
-    """A tool call that failed, taken back, and what the agent did instead."""
+    """A tool call that failed: left in the context, and taken back."""
 
     request: str
-    failed: list[Turn]  # call and result, taken back
-    instead: list[Turn]
+    failed: list[Turn]  # call and result
+    kept: list[Turn]  # how the agent goes on with the failure in its context
+    is_done_kept: bool  # whether the thing was brought then
+    retried: list[Turn]  # how it goes on when it was taken back
+    is_done: bool
     dropped_tokens: int  # that the conversation no longer carries
-    is_done: bool  # whether the thing was brought
 
 
 @dataclass(frozen=True, slots=True)
