@@ -13,14 +13,17 @@ from flashrt.core.region import DType
 from flashrt.ops.table import OPS
 from tests.backend.cases import ODD, advance, all_cases, attention, cursor, embed, randn
 from tests.backend.draft_cases import drafting_cases
+from tests.backend.policy_cases import policy_cases
 from tests.backend.runner import Case, Runner, rng_for
 from tests.backend.test_sample import sample_case, sampler
+from tests.policy_reference import POLICY_REFERENCE
 from tests.reference import REFERENCE, Operands
 from tests.tolerances import tolerance
 
 CASES = [*all_cases(), advance(30, 3)]
 ODD_CASES = all_cases(ODD)
 WORKSPACE = {"partials", "work"}  # written at will
+_REFERENCE = REFERENCE | POLICY_REFERENCE
 _PARAMS = {op.name: {p.name: p for p in op.params} for op in OPS}
 
 
@@ -35,7 +38,7 @@ def expected(case: Case, before: dict[str, NDArray[Any]]) -> dict[str, NDArray[n
         for name, array in before.items()
     }
     with np.errstate(all="ignore"):
-        return REFERENCE[case.op](Operands(arrays, case.attrs))
+        return _REFERENCE[case.op](Operands(arrays, case.attrs))
 
 
 def relative_error(got: NDArray[Any], want: NDArray[Any]) -> float:
@@ -116,10 +119,9 @@ def test_sizes_without_a_kernel_are_refused(runner: Runner, case: Case, what: st
 
 def test_every_op_has_a_reference_and_cases() -> None:
     names = {op.name for op in OPS}
-    assert set(REFERENCE) == names
-    assert {c.op for c in (*CASES, *drafting_cases())} | {
-        "sample"
-    } == names  # sample: see test_sample
+    assert set(_REFERENCE) == names
+    cases = (*CASES, *drafting_cases(), *policy_cases())
+    assert {c.op for c in cases} | {"sample"} == names  # sample: see test_sample
 
 
 def test_replay_equals_eager(runner: Runner) -> None:

@@ -265,6 +265,19 @@ def _bookkeeping(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("draft.cu", s.op, (), _x(1), _x(WARP)),)
 
 
+def _dense(s: Shape) -> tuple[KernelLaunch, ...]:
+    k = s.dims["K"]
+    width = 4 if k % 4 == 0 else 1
+    defines = _defines(WIDTH=width, AHEAD=min(8, _ceil(k, WARP * width)))
+    grid = (_ceil(s.dims["N"], 4), s.dims.get("T", 1), 1)
+    return (KernelLaunch("dense.cu", s.op, defines, grid, _x(4 * WARP)),)
+
+
+def _policy(s: Shape) -> tuple[KernelLaunch, ...]:
+    blocks = _ceil(s.dims["M"], 128) if s.op == "gru_cell" else 1
+    return (KernelLaunch("policy.cu", s.op, (), _x(blocks), _x(128)),)
+
+
 EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "embed": _embed,
     "rmsnorm": _norm,
@@ -288,6 +301,14 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "verify_cursors": _bookkeeping,
     "accept": _bookkeeping,
     "take_token": _bookkeeping,
+    "dense": _dense,
+    "dense_add": _dense,
+    "flow_step": _dense,
+    "observe": _policy,
+    "gru_cell": _policy,
+    "flow_begin": _policy,
+    "flow_end": _policy,
+    "take_action": _policy,
 }
 
 

@@ -4,7 +4,8 @@ IS: sizes, packing and unpacking with numpy. IS NOT: the index functions of the 
 lies as cuda_src/linear.cuh says, and a test compares the two. Called by: device.
 
 Matrix [N, K], bfloat16: row tiles of 16, each a run of chunks of 32 k; zeros fill N to 16 and K to
-32. A chunk is [2 steps][8 g][4 t][2 rows: g, g + 8][4 k], where k = 8 t + 4 step + 0..3.
+32. A chunk is [2 steps][8 g][4 t][2 rows: g, g + 8][4 k], where k = 8 t + 4 step + 0..3. A float32
+matrix is not for tensor cores: C order.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ def _padded(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def _is_tiled(region: Region) -> bool:
+    return region.layout is Layout.MATRIX and region.dtype is not DType.F32
+
+
 def storage(region: Region, act: DType) -> Storage:
     """Bytes of a region, per leading entry, and per row for rows."""
     item = resolve_dtype(region.dtype, act).nbytes
@@ -37,7 +42,7 @@ def storage(region: Region, act: DType) -> Storage:
         return Storage(
             planes * positions * cols * item, positions * cols * item, cols * item, granule=1
         )
-    if region.layout is Layout.MATRIX:
+    if _is_tiled(region):
         n, k = region.shape
         row_bytes = _padded(k, K_CHUNK) * item
         return Storage(_padded(n, ROW_TILE) * row_bytes, row_bytes)
@@ -56,7 +61,7 @@ def pack(region: Region, array: NDArray[np.generic], out: Bytes, act: DType) -> 
     a = _to_dtype(array, dtype) if region.dtype in (DType.ACT, DType.ACT_WIDE) else array
     bits = np.ascontiguousarray(a).view(_BITS[dtype.nbytes])
     stored = out.view(_BITS[dtype.nbytes])
-    if region.layout is not Layout.MATRIX:
+    if not _is_tiled(region):
         stored[:] = bits.reshape(-1)
         return
     n, k = region.shape
@@ -76,7 +81,7 @@ def unpack(region: Region, raw: Bytes, act: DType) -> NDArray[np.generic]:
     """Storage bytes -> logical array; bfloat16 as uint16 bits, pairs hi + lo as their sum."""
     dtype = resolve_dtype(region.dtype, act)
     stored: NDArray[np.generic] = raw.view(_BITS[dtype.nbytes])
-    if region.layout is Layout.MATRIX:
+    if _is_tiled(region):
         n, k = region.shape
         tiles, chunks = _padded(n, ROW_TILE) // ROW_TILE, _padded(k, K_CHUNK) // K_CHUNK
         blocks = stored.reshape(tiles, chunks, 2, 8, 4, 2, 4).transpose(0, 5, 3, 1, 4, 2, 6)
