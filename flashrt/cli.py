@@ -19,6 +19,7 @@ from flashrt.commands import replay, store
 from flashrt.commands.bench import bench
 from flashrt.commands.bench_document import BenchOptions
 from flashrt.commands.bench_draft import bench_draft
+from flashrt.commands.bench_policy import add_policy_options, bench_policy, policy_options
 from flashrt.commands.bench_resume import resume
 from flashrt.commands.checkpoints import EngineOptions
 from flashrt.commands.demo import DemoOptions, demo
@@ -183,7 +184,7 @@ def _add_demo(commands: _Commands[_Parser]) -> None:
         "(default without text: 8192, less on a checkpoint that is slow here)",
     )  # fmt: skip
     parser.add_argument(
-        "--seed", type=int, default=1, metavar="N", help="which held-out world (default: 1)"
+        "--seed", type=_count, default=1, metavar="N", help="which held-out world (default: 1)"
     )
     _add_device(parser)
     parser.add_argument(
@@ -270,6 +271,8 @@ def _add_inspect(commands: _Commands[_Parser]) -> None:
 
 def _add_bench(commands: _Commands[_Parser]) -> None:
     def command(options: argparse.Namespace) -> int:
+        if options.policy is not None:
+            return bench_policy(policy_options(options), options.json, options.plot)
         is_plain = not (options.resume or options.draft)
         if is_plain and options.device in ("cuda", "simt") and options.checkpoint is None:
             return _gpu_bench(options)
@@ -292,7 +295,8 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
         "beside the limits of this machine, measured in the same run.",
         "bench\nbench --shape 0.8b --lengths 512,2048 --json bench.json --plot bench.png\n"
         "bench --checkpoint ~/models/Qwen3.5-0.8B\nbench --device cuda --shape 27b --out measured\n"
-        "bench --resume --plot resume.png\nbench --draft --shape mini --json draft.json",
+        "bench --resume --plot resume.png\nbench --draft --shape mini --json draft.json\n"
+        "bench --policy --seconds 60 --hz 100 --plot ticks.svg",
     )  # fmt: skip
     _add_bench_choice(parser)
     parser.add_argument(
@@ -328,6 +332,7 @@ def _add_bench_choice(parser: argparse.ArgumentParser) -> None:
         "--draft", action="store_true", help="instead: cost of each replay of drafting, and "
         "tokens/s by draft length, at context --lengths (default: 128)",
     )  # fmt: skip
+    add_policy_options(what, parser)
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
         "--shape",

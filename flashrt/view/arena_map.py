@@ -95,8 +95,18 @@ def _band(drawing: Drawing, role: str, band: Band, heading: str, y: float) -> fl
             drawing.text_if_it_fits(x, top + 19, width, text)
     if not narrow:
         return top + _BAR
-    drawing.text(MARGIN, top + _BAR + 15, "too small to label: " + ", ".join(narrow), "soft")
+    drawing.text(MARGIN, top + _BAR + 15, _listed("too small to label: ", narrow), "soft")
     return top + _BAR + 18
+
+
+def _listed(text: str, names: list[str]) -> str:
+    """As many names as fit on a line, and how many more there are."""
+    for i, name in enumerate(names):
+        more = f"and {len(names) - i} more"
+        if not _fits(f"{text}{name}, {more}", _INNER):
+            return text + more
+        text += name + (", " if i + 1 < len(names) else "")
+    return text
 
 
 def _scratch(drawing: Drawing, plan: ArenaPlan, tape: Tape, y: float) -> float:

@@ -1,4 +1,4 @@
-"""Ways to the same state: launches over an axis of positions, and the digest that each came to.
+"""Ways to the same state: calls over an axis of positions, and the digest that each came to.
 
 IS: ways (name, cuts, digest) -> SVG. IS NOT: their measurement. Called by: tools/docs_pictures.
 """
@@ -16,7 +16,7 @@ _LEFT, _RIGHT, _LINE, _BAR, _TOP = 210, 610, 36, 20, 78
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How a session came to a position: where its launches ended, ascending, and its digest.
+    """How a session came to a position: where its calls ended, ascending, and its digest.
 
     `is_copied`: which of the pieces were not computed but copied from a capsule.
     """
@@ -31,7 +31,7 @@ def batching_map(ways: Sequence[Way], title: str) -> str:
     """The picture as an SVG document."""
     drawing = Drawing(WIDTH)
     drawing.text(MARGIN, 36, title, "title")
-    note = "blue: launches, by the rows in them; orange: copied from a capsule. Right: the digest"
+    note = "blue: prefilled, a block per call; orange: copied from a capsule; right: the digest"
     drawing.text(MARGIN, 55, note, "soft")
     end = max(way.cuts[-1] for way in ways)
     scale = (_RIGHT - _LEFT) / end
@@ -41,7 +41,8 @@ def batching_map(ways: Sequence[Way], title: str) -> str:
         start = 0
         for j, stop in enumerate(way.cuts):
             copied = j < len(way.is_copied) and way.is_copied[j]
-            cls = "fixed cell" if copied else "rows cell"
+            cls = "fixed" if copied else "rows"
+            cls += " cell" if (stop - start) * scale > 2 else ""  # else the stroke would hide it
             hint = f"[{start:,}, {stop:,})"
             drawing.rect(_LEFT + start * scale, y, (stop - start) * scale, _BAR, cls, hint)
             start = stop

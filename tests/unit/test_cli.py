@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import tokenizers
 
 import flashrt
 from flashrt import cli
-from flashrt.commands import demo as demo_command
-from flashrt.commands.demo_story import State
+from flashrt.commands import demo_acts, demo_bits
+from flashrt.commands.demo_starts import State, state_of
 from flashrt.session.session import Session
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
@@ -228,18 +229,22 @@ def test_demo_fails_when_a_state_is_not_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """The negative control: one wrong digest, and the exit code says so."""
-    true_state_of, calls = demo_command.state_of, iter(range(1000))
-
-    def state_of(session: Session) -> State:
-        state = true_state_of(session)
-        return State(state.position, state.logits, "0" * 32) if next(calls) == 0 else state
-
-    monkeypatch.setattr(demo_command, "state_of", state_of)
+    monkeypatch.setattr(demo_bits, "state_of", wrong_once())
     arguments = ["demo", "--checkpoint", str(TINY), "--tokens", "100", "--out", str(tmp_path)]
     assert cli.main(arguments) == 1
     text = capsys.readouterr().out
     assert "FAILED restore the prompt" in text
     assert "All" not in text
+
+
+def wrong_once() -> Callable[[Session], State]:
+    calls = iter(range(1000))
+
+    def wrong(session: Session) -> State:
+        state = state_of(session)
+        return State(state.position, state.logits, "0" * 32) if next(calls) == 0 else state
+
+    return wrong
 
 
 def test_demo_prints_the_table_that_it_promises(tmp_path: Path, capsys: Capture) -> None:
@@ -256,6 +261,46 @@ def test_demo_prints_the_table_that_it_promises(tmp_path: Path, capsys: Capture)
     ):
         assert words in text
     assert "NO" not in text.split()
+
+
+@pytest.fixture
+def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"FACTS": 20, "FILLER": 4, "HINTS": 4, "QUESTIONS": 2}.items():
+        monkeypatch.setattr(demo_acts, name, value)
+    monkeypatch.setattr(demo_acts, "LENGTHS", (64, 512))
+
+
+@pytest.mark.usefixtures("short_demo")
+def test_demo_of_the_bundled_agent(tmp_path: Path, capsys: Capture) -> None:
+    story = document(capsys, "demo", "--device", "cpu", "--seed", 3, "--out", tmp_path, "--json")
+    assert len(story["checks"]) >= 13
+    assert all(story["checks"].values())
+    assert [branch["name"] for branch in story["branches"]] == ["recall", "walk", "errand"]
+    assert len(story["answers"]) == 6
+    assert story["process"]["answer"] == story["process"]["answer_here"]
+    assert all(Path(f).is_file() for f in story["files"])
+    roll_back = next(s for s in story["steps"] if s["what"] == "roll back the failed call")
+    assert roll_back["moved_bytes"] < story["capsule_bytes"]  # the fixed band, and no rows
+    assert story["mishap"]["dropped_tokens"] > 0
+
+
+@pytest.mark.usefixtures("short_demo")
+def test_demo_of_the_bundled_agent_as_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """It tells the truth beside each answer; one wrong digest is a failure."""
+    monkeypatch.setattr(demo_acts, "state_of", wrong_once())
+    assert cli.main(["demo", "--device", "cpu", "--out", str(tmp_path)]) == 1
+    text = capsys.readouterr().out
+    assert "FAILED branch recall" in text
+    for words in (
+        "the truth",
+        "after a KV-only restore",
+        "2 right",
+        "TTFT warm",
+        "same as here: yes",
+    ):
+        assert words in text
 
 
 def test_doctor_finds_the_compiler(capsys: Capture) -> None:

@@ -9,10 +9,12 @@ import pytest
 
 import flashrt
 from flashrt.view import units
-from flashrt.view.arena_map import arena_map, bands, widest
+from flashrt.view.arena_map import WIDTH, arena_map, bands, widest
+from flashrt.view.batching_map import Way, batching_map
 from flashrt.view.bench_plot import plot
+from flashrt.view.lineage_map import lineage_map
 from flashrt.view.session_tree import bytes_alone, session_tree
-from flashrt.view.svg import Drawing, save_svg
+from flashrt.view.svg import FONT_NARROW, Drawing, save_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -121,6 +123,42 @@ def test_the_session_tree_shows_who_descends_from_whom(session: flashrt.Session)
     session.rollback(0)
     session.prefill(first.tokens)
     assert bytes_alone(first) == session.snapshot().nbytes > first.nbytes
+
+
+def test_the_lineage_map_draws_each_row_once(session: flashrt.Session) -> None:
+    session.prefill(range(100))
+    root = session.snapshot("root")
+    session.prefill(range(50))
+    first = session.snapshot("first")
+    session.restore(root)
+    session.prefill(range(70))
+    second = session.snapshot("second")
+    svg = lineage_map([root, first, second])
+    own = sorted(width for _, _, width, _ in rectangles(svg, "rows"))
+    assert [round(100 * w / own[-1]) for w in own] == [50, 70, 100]
+    assert len(rectangles(svg, "shared")) == 2  # of both branches, below them
+    assert len(rectangles(svg, "fixed")) == 3
+    assert "rows [0, 100)" in texts(svg)
+
+
+def test_the_batching_map_draws_calls_to_scale() -> None:
+    ways = [
+        Way("whole", [100], "a" * 32),
+        Way("copied, then two", [60, 61, 100], "b" * 32, [True]),
+    ]
+    svg = batching_map(ways, "the title")
+    (whole, one, rest) = (width for _, _, width, _ in rectangles(svg, "rows"))
+    ((_, _, copied, _),) = rectangles(svg, "fixed")
+    assert (one, copied, rest) == pytest.approx((whole / 100, 0.6 * whole, 0.39 * whole))
+    assert {"the title", "a" * 32, "b" * 32} <= set(texts(svg))
+
+
+def test_a_list_of_small_regions_stays_on_its_line(engine: flashrt.Engine) -> None:
+    tapes = [engine.model.record(phase, rows) for phase, rows in engine.model.phases]
+    lines = texts(arena_map(engine.arena.plan, widest(tapes), ""))
+    small = [line for line in lines if line.startswith("too small")]
+    assert small
+    assert all(len(line) * FONT_NARROW <= WIDTH for line in small)
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(
