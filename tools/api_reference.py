@@ -34,7 +34,7 @@ def build(out: Path) -> None:
 def main() -> None:
     """Parse arguments, build."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/api"), help="folder (default: out/api)")
+    parser.add_argument("--out", type=Path, default=Path("out/api"), help="default: out/api")
     options = parser.parse_args()
     build(options.out)
     print(f"{len(MODULES)} modules: {options.out / 'index.html'}")

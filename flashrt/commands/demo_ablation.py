@@ -19,7 +19,7 @@ from flashrt.session.load import SessionEngine
 from flashrt.worlds.moves import Moves
 from flashrt.worlds.updates import Updates
 
-MOVES, UPDATES = 40, 60
+MOVES, UPDATES = 100, 60
 ANSWER_TOKENS = 32
 
 

@@ -121,7 +121,7 @@ class Stage:
     def _mishap(self, facts: Moment) -> list[Moment]:
         """A tool call fails. One agent goes on with the failure; the other takes it back."""
         chat, building = self.chat, self.building
-        thing = self._hidden()[1]
+        thing = self._hidden()[-1]
         truth = building.right_turns(thing)
         self._step("restore the prompt again", lambda: chat.restore(facts))
         chat.add("user", building.request(thing))

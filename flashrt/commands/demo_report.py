@@ -43,6 +43,10 @@ def show(story: Story) -> None:
     _show_process(story)
     screen.print("[bold]4. What keys and values alone would bring back[/]")
     screen.print(_ablation(story))
+    screen.print(
+        "[dim]Attention finds again what was said once. What must be carried, a position after "
+        "many moves, is in the\nrecurrent state: without it, the answer is fluent and wrong.[/]\n"
+    )
     show_starts(story.starts, story.turn_tokens)
     shared = story.tree_bytes_alone / story.tree_bytes
     screen.print(
