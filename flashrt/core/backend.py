@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt.core.copyplan import CopyPlan
+from flashrt.core.copyplan import CopyPlan, Upload
 from flashrt.core.digest import DigestTerm
 from flashrt.core.op import Launch, Op
 from flashrt.core.region import DType, Region
@@ -117,8 +117,8 @@ class Backend(Protocol):
     def read(self, address: int, out: Bytes) -> None: ...
     def fill(self, address: int, nbytes: int, byte: int) -> None: ...
     def copy(self, plan: CopyPlan, src_base: int, dst_base: int) -> None: ...
-    def upload(self, plan: CopyPlan, source: Bytes, dst_base: int) -> None:
-        """Host to device: a copy's `src` is an offset in `source`, which may change afterwards."""
+    def upload(self, uploads: Sequence[Upload], dst_base: int) -> None:
+        """Host to device, as one batch; sources may change once this returns."""
         ...
 
     def digest(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]: ...

@@ -187,7 +187,7 @@ class CapsuleTable:
             return known
         fixed = self.arena.lane(lane.index).fixed
         plan = self._plan_restore(lane, capsule, shared, Copy(0, fixed.offset, fixed.nbytes))
-        if plan.is_reusable:
+        if not plan.uploads:
             capsule.plans[lane.index] = plan
         return plan
 
@@ -204,8 +204,8 @@ class CapsuleTable:
         """Put a lane into a capsule's state; returns what was moved."""
         plan = plan or self.plan_restore(lane, capsule)
         self._run(plan.device)
-        for upload in plan.uploads:
-            self.arena.backend.upload(upload.plan, upload.source, self.arena.memory.address)
+        if plan.uploads:
+            self.arena.backend.upload(plan.uploads, self.arena.memory.address)
         shared, segment = plan.shared, capsule.segment
         self._forget_marks(lane, min(shared, lane.position))
         lane.position = 0 if segment is None else segment.stop

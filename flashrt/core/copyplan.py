@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from flashrt.base.errors import PlanError
 
@@ -91,3 +95,11 @@ class CopyPlan:
             ):
                 raise PlanError(f"{copy} leaves {src_nbytes} bytes of source or {dst_nbytes}")
         return self
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Upload:
+    """Copies from bytes of the host, uint8; `src` is an offset among them."""
+
+    source: NDArray[np.uint8]
+    plan: CopyPlan

@@ -10,17 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from flashrt.core.arena import Arena
-from flashrt.core.backend import Bytes
-from flashrt.core.copyplan import Copy, CopyPlan
+from flashrt.core.copyplan import Copy, CopyPlan, Upload
 from flashrt.core.extent import Extent
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Upload:
-    """Copies from `source`, checked bytes of the host, to the arena."""
-
-    source: Bytes
-    plan: CopyPlan
 
 
 @dataclass(frozen=True, slots=True, eq=False)

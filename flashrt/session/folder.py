@@ -51,8 +51,10 @@ class Folder(Protocol):
 
     @property
     def url(self) -> str: ...
-    def read(self, name: str) -> Bytes:
-        """All bytes, mapped or cached. Raises StoreError when there is no such file."""
+    def read(self, name: str, nbytes: int | None = None) -> Bytes:
+        """All bytes, mapped or cached. Raises StoreError when there is no such file, or when it
+        does not have `nbytes`.
+        """
         ...
 
     def write(self, name: str, data: Bytes) -> None:
@@ -113,21 +115,24 @@ class Directory:
         """The path."""
         return str(self.root)
 
-    def read(self, name: str) -> Bytes:
+    def read(self, name: str, nbytes: int | None = None) -> Bytes:
         """See Folder. Links are not followed, and nothing but plain files is opened."""
-        path = self.root / checked(name)
+        path = f"{self.root}/{checked(name)}"
         try:
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 info = os.fstat(handle)
                 if not stat.S_ISREG(info.st_mode):
                     raise StoreError(f"{path} is not a plain file")
+                if nbytes is not None and info.st_size != nbytes:
+                    raise StoreError(f"{path} is damaged: {info.st_size} bytes, not {nbytes}")
                 if not info.st_size:
                     return np.empty(0, np.uint8)
-                return np.frombuffer(mmap.mmap(handle, 0, prot=mmap.PROT_READ), np.uint8)
+                mapping = mmap.mmap(handle, info.st_size, prot=mmap.PROT_READ)
+                return np.frombuffer(mapping, np.uint8)
             finally:
                 os.close(handle)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: it became shorter meanwhile
             raise StoreError(f"cannot read {path}: {error}") from error
 
     def write(self, name: str, data: Bytes) -> None:
@@ -157,7 +162,7 @@ class Directory:
     def size(self, name: str) -> int | None:
         """See Folder."""
         try:
-            return (self.root / checked(name)).lstat().st_size
+            return os.lstat(f"{self.root}/{checked(name)}").st_size
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -251,16 +256,17 @@ class Remote:
         place = flags().cache_dir / "stores" / xxhash.xxh3_64_hexdigest(self.url.encode())
         self._cache = Directory(place)
 
-    def read(self, name: str) -> Bytes:
+    def read(self, name: str, nbytes: int | None = None) -> Bytes:
         """See Folder. Only immutable files (objects, capsules) are cached."""
         path, is_cached = self._path(name), not name.startswith("refs/")
-        if is_cached and self._cache.size(name) is not None:
-            return self._cache.read(name)
+        cached = self._cache.size(name) if is_cached else None
+        if cached is not None and nbytes in (None, cached):
+            return self._cache.read(name, nbytes)
         raw = self._call(lambda: self._fs.cat_file(path), f"read {self.url}/{name}")
         data: Bytes = np.frombuffer(raw, np.uint8)
         if is_cached:
             self._cache.write(name, data)
-            return self._cache.read(name)
+            return self._cache.read(name, nbytes)
         return data
 
     def write(self, name: str, data: Bytes) -> None:

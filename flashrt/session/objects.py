@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import xxhash
 
 from flashrt.base.errors import StoreError
 from flashrt.core.backend import Bytes
 from flashrt.core.extent import Tier
-from flashrt.session.folder import Folder, Remote
+from flashrt.session.folder import Directory, Folder, Remote
 
 OBJECTS = "objects"
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -44,6 +44,7 @@ class StoredObject:
     digest: str
     nbytes: int
     released: Callable[[str], None] | None = None  # None: others may need it; the sweeper decides
+    near: list[Bytes] = field(default_factory=list)  # mapped by `look`, for the next read
 
     @property
     def tier(self) -> Tier:
@@ -55,16 +56,25 @@ class StoredObject:
         """Whether there is a file of the right size."""
         return self.folder.size(object_name(self.digest)) == self.nbytes
 
+    def look(self) -> Bytes:
+        """`read`, when another is to follow: it checks again, but need not map again."""
+        data = self.read()
+        if isinstance(self.folder, Directory):
+            self.near[:] = [data]
+        return data
+
     def read(self) -> Bytes:
         """The bytes, mapped and checked. Raises StoreError when gone or damaged."""
         name = object_name(self.digest)
-        data = self.folder.read(name)
-        if data.nbytes != self.nbytes or object_id(data) != self.digest:
+        data = self.near.pop() if self.near else None
+        if data is None or self.folder.size(name) != self.nbytes:  # else it was cut meanwhile
+            data = self.folder.read(name, self.nbytes)
+        if object_id(data) != self.digest:
             if isinstance(self.folder, Remote):
                 self.folder.forget(name)
             raise StoreError(
-                f"{self.folder.url}/{name} is damaged: {data.nbytes} bytes that do not match "
-                f"their name, expected {self.nbytes}; run `flashrt store verify`"
+                f"{self.folder.url}/{name} is damaged: its bytes do not match its name; run "
+                "`flashrt store verify`"
             )
         return data
 

@@ -216,7 +216,7 @@ class Store:
         fixed = self._source(found.fixed)
         slot = table.arena.lane(0).fixed.slot("cursor")
         first = slot.offset - table.arena.lane(0).fixed.offset
-        cursor = fixed.read()[first : first + slot.storage.nbytes]
+        cursor = fixed.look()[first : first + slot.storage.nbytes]
         check_state(where, cursor, together, found.position, engine.vocab_size)
         known = self._known.setdefault(table, _Known())
         segment: Segment | None = None

@@ -19,7 +19,7 @@ from flashrt.backends.cuda.probe import probe
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.base.errors import BackendError, SealedError
 from flashrt.core.backend import Backend, BoundLaunch, Bytes
-from flashrt.core.copyplan import Copy, CopyPlan
+from flashrt.core.copyplan import Copy, CopyPlan, Upload
 from flashrt.core.digest import DigestTerm, digest_reference, region_seed
 from flashrt.core.op import bind
 from flashrt.core.region import DType, Layout, Region, Role
@@ -183,14 +183,19 @@ def test_bases_are_added_to_each_side(bench: Bench) -> None:
 
 def test_uploads_take_rows_out_of_host_bytes(bench: Bench) -> None:
     source = np.random.default_rng(3).integers(0, 256, 300_000, np.uint8)
-    plan = CopyPlan((Copy(7, 100, 90_001), Copy(100_000, 200_000, 30, 40, 33, 1000)))
-    expected = source.copy()
-    bench.backend.upload(plan.check(ARENA_BYTES, source.size), source, bench.base)
-    source[:] = 0  # it may change as soon as the call returns
-    for c in plan:
-        for row in range(c.height):
-            src, dst = c.src + row * c.src_pitch, c.dst + row * c.dst_pitch
-            bench.mirror[dst : dst + c.width] = expected[src : src + c.width]
+    other = ~source[:5000]
+    uploads = [
+        Upload(source, CopyPlan((Copy(7, 9, 90_001), Copy(100_000, 200_000, 30, 40, 33, 1000)))),
+        Upload(other, CopyPlan((Copy(1, 100_000, 4000),))),
+    ]
+    expected = [source.copy(), other.copy()]
+    bench.backend.upload(uploads, bench.base)
+    source[:], other[:] = 0, 0  # they may change as soon as the call returns
+    for upload, host in zip(uploads, expected, strict=True):
+        for c in upload.plan.check(ARENA_BYTES, host.size):
+            for row in range(c.height):
+                src, dst = c.src + row * c.src_pitch, c.dst + row * c.dst_pitch
+                bench.mirror[dst : dst + c.width] = host[src : src + c.width]
     bench.check()
 
 

@@ -24,7 +24,7 @@ from flashrt.backends.cpu.limits import CpuLimits
 from flashrt.base.errors import BackendError, SealedError
 from flashrt.base.flags import thread_count
 from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Storage
-from flashrt.core.copyplan import CopyPlan
+from flashrt.core.copyplan import CopyPlan, Upload
 from flashrt.core.digest import LAYOUT_CODE, DigestTerm
 from flashrt.core.op import Op
 from flashrt.core.region import DType, Layout, Region, resolve_dtype
@@ -176,9 +176,10 @@ class CpuDevice:
             self.counters.copies += 1
             self.counters.copied_bytes += plan.nbytes
 
-    def upload(self, plan: CopyPlan, source: Bytes, dst_base: int) -> None:
+    def upload(self, uploads: Sequence[Upload], dst_base: int) -> None:
         """See Backend."""
-        self._c.flashrt_copy(plan.pack(source.ctypes.data, dst_base), len(plan.copies))
+        tables = [u.plan.pack(u.source.ctypes.data, dst_base) for u in uploads]
+        self._c.flashrt_copy(b"".join(tables), sum(len(u.plan.copies) for u in uploads))
 
     def digest(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]:
         """See Backend."""

@@ -32,7 +32,7 @@ from flashrt.backends.cuda.views import CPU, CUDA, DeviceArray, view
 from flashrt.base.errors import BackendError, SealedError
 from flashrt.base.tracing import PLAN, trace
 from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Storage
-from flashrt.core.copyplan import COPY_FORMAT, Copy, CopyPlan
+from flashrt.core.copyplan import COPY_FORMAT, CopyPlan, Upload
 from flashrt.core.digest import DigestTerm
 from flashrt.core.op import Op
 from flashrt.core.region import DType, Region
@@ -43,7 +43,6 @@ _COPY_BYTES = struct.calcsize(COPY_FORMAT)
 _TERM_BYTES = struct.calcsize(DigestTerm.FORMAT)
 _SUM_BYTES = 16  # (lo, hi)
 _PROGRAMMATIC_DRIVER = (12, 3)  # the first that keeps programmatic edges in graphs
-_MAX_PITCH = (1 << 31) - 1  # of cuMemcpy2D
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,14 +255,16 @@ class CudaDevice:
             self.driver.fill(address, byte, nbytes, self._stream)
 
     def copy(self, plan: CopyPlan, src_base: int, dst_base: int) -> None:
-        """See Backend: a single range by the copy engine, several by one launch over a table."""
+        """See Backend: a single range by the driver, others by one launch over a table (the
+        driver's 2-D copy may refuse pitches that are not its own).
+        """
         if not plan.copies:
             return
-        if (
-            len(plan.copies) == 1
-            and max(plan.copies[0].src_pitch, plan.copies[0].dst_pitch) <= _MAX_PITCH
-        ):
-            self._copy_one(plan.copies[0], src_base, dst_base)
+        first = plan.copies[0]
+        if len(plan.copies) == 1 and first.height == 1:
+            self.driver.copy_on_device(
+                dst_base + first.dst, src_base + first.src, first.width, self._stream
+            )
         else:
             self._require_build()
             for i in range(0, len(plan.copies), self._capacities.copies):
@@ -272,22 +273,12 @@ class CudaDevice:
         self.counters.copies += 1
         self.counters.copied_bytes += plan.nbytes
 
-    def upload(self, plan: CopyPlan, source: Bytes, dst_base: int) -> None:
+    def upload(self, uploads: Sequence[Upload], dst_base: int) -> None:
         """See Backend: row by row through the ring."""
-        flat = source.reshape(-1)
-        for copy in plan.copies:
+        for source, copy in ((u.source, copy) for u in uploads for copy in u.plan):
             for row in range(copy.height):
                 first, to = copy.src + row * copy.src_pitch, copy.dst + row * copy.dst_pitch
-                self._ring.upload(dst_base + to, flat[first : first + copy.width])
-
-    def _copy_one(self, copy: Copy, src_base: int, dst_base: int) -> None:
-        src, dst = src_base + copy.src, dst_base + copy.dst
-        if copy.height == 1:
-            self.driver.copy_on_device(dst, src, copy.width, self._stream)
-            return
-        self.driver.copy_2d(
-            dst, copy.dst_pitch, src, copy.src_pitch, copy.width, copy.height, self._stream
-        )
+                self._ring.upload(dst_base + to, source[first : first + copy.width])
 
     def _copy_table(self, plan: CopyPlan, src_base: int, dst_base: int) -> None:
         """In stream order, so that the one table may be overwritten for the next launch."""
