@@ -55,11 +55,11 @@ def write_card(checkpoint: Path, rows: Sequence[tuple[str, NDArray[np.float64], 
         "",
         "```sh",
         "pip install -e '.[train]'",
-        f"python tools/train_policy/train.py {name} --out {out}",
+        f"python tools/train_policy/train.py {name} --until {training['until']:.0f} --out {out}",
         f"python tools/train_policy/evaluate.py {out} --write",
         "```",
         "",
-        f"{training['steps']:.0f} steps with seed {training['seed']:.0f}: "
+        f"{training['until']:.0f} steps with seed {training['seed']:.0f}: "
         f"{training['cpu_minutes']:.1f} minutes of CPU time on one thread. Behaviour cloning",
         "of chunks from a scripted expert that is shown noise (DART) and the policy's own mistakes",
         "(DAgger); flow matching with a random committed prefix.",

@@ -27,7 +27,7 @@ def export(policy: Policy, folder: Path, training: dict[str, float]) -> None:
         "memory": "gru",
         "memory_dim": shape.width,
         "chunk_size": shape.chunk_size,
-        "n_action_steps": shape.n_action_steps,
+        "n_action_steps": shape.n_deployed_steps,
         "num_inference_steps": shape.num_inference_steps,
         "head_dim": shape.head_dim,
         "head_blocks": shape.head_blocks,

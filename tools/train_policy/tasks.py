@@ -37,7 +37,8 @@ class Shape:
     head_dim: int
     head_blocks: int
     chunk_size: int
-    n_action_steps: int
+    n_action_steps: int  # executed of a chunk in training
+    n_deployed_steps: int  # executed of a chunk in use: fewer see more
     num_inference_steps: int
     backprop_ticks: int  # gradients flow back through so many ticks of memory
     steps: int  # of the optimiser
@@ -97,7 +98,7 @@ class Pendulum:
         name="pendulum", observation_dim=2, low=(-2.0,), high=(2.0,),
         ticks=100, episode_ticks=200, forget_at=20, fps=20.0,
         privileged_dim=1, width=64, head_dim=128, head_blocks=2,
-        chunk_size=8, n_action_steps=4, num_inference_steps=5,
+        chunk_size=8, n_action_steps=4, n_deployed_steps=2, num_inference_steps=5,
         backprop_ticks=50, steps=2000,
     )  # fmt: skip
 
@@ -156,7 +157,7 @@ class MountainCar:
         name="mountain_car", observation_dim=1, low=(-1.0,), high=(1.0,),
         ticks=120, episode_ticks=999, forget_at=40, fps=30.0,
         privileged_dim=1, width=64, head_dim=128, head_blocks=2,
-        chunk_size=8, n_action_steps=4, num_inference_steps=5,
+        chunk_size=8, n_action_steps=4, n_deployed_steps=4, num_inference_steps=5,
         backprop_ticks=40, steps=1000,
     )  # fmt: skip
 
@@ -215,7 +216,7 @@ class TwoDoors:
         name="two_doors", observation_dim=5, low=(-1.5, -1.5), high=(1.5, 1.5),
         ticks=75, episode_ticks=75, forget_at=15, fps=25.0,
         privileged_dim=4, width=64, head_dim=128, head_blocks=2,
-        chunk_size=16, n_action_steps=8, num_inference_steps=8,
+        chunk_size=16, n_action_steps=8, n_deployed_steps=8, num_inference_steps=8,
         backprop_ticks=75, steps=2000,
     )  # fmt: skip
 

@@ -175,8 +175,8 @@ def judge(run: Run) -> str:
     return ", ".join(line)
 
 
-def train(run: Run, steps: int) -> None:
-    """Up to `steps`, with a round of the policy's own episodes at each of `round_steps`."""
+def train(run: Run, steps: int, until: int) -> None:
+    """Up to `until` of `steps`, with the policy's own episodes added at each of `round_steps`."""
     boundaries = round_steps(steps)
     data = episodes(run, 0)
     run.policy.mean.copy_(torch.from_numpy(data.observation.mean((0, 1))))
@@ -187,7 +187,7 @@ def train(run: Run, steps: int) -> None:
         if boundary < run.step:
             data = data + episodes(run, number)
     began, began_cpu = time.monotonic() - run.elapsed_s, time.process_time() - run.cpu_s
-    while run.step < steps:
+    while run.step < until:
         if run.step in boundaries:
             print(f"  {judge(run)}", flush=True)
             data = data + episodes(run, boundaries.index(run.step) + 1)
@@ -195,13 +195,13 @@ def train(run: Run, steps: int) -> None:
         run.step += 1
         run.elapsed_s, run.cpu_s = time.monotonic() - began, time.process_time() - began_cpu
         if run.step % REPORT_EVERY == 0:
-            left_s = run.elapsed_s / run.step * (steps - run.step)
+            left_s = run.elapsed_s / run.step * (until - run.step)
             print(
                 f"{run.task.shape.name} {run.step}/{steps} flow {flow:.4f} "
                 f"privileged {privileged:.4f} {run.elapsed_s:.0f} s, {left_s:.0f} s left",
                 flush=True,
             )
-        if run.step % SAVE_EVERY == 0 or run.step == steps:
+        if run.step % SAVE_EVERY == 0 or run.step == until:
             run.save()
     print(f"  {judge(run)}")
 
@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="state of the run (default: runs/<task>)")
     parser.add_argument("--out", type=Path, help="checkpoint folder (default: RUN/checkpoint)")
     parser.add_argument("--steps", type=int, help="of the optimiser (default: the task's)")
+    parser.add_argument("--until", type=int, help="stop at this step; the next run goes on")
     parser.add_argument("--seed", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -223,9 +224,11 @@ def main() -> None:
     steps = options.steps or task.shape.steps
     folder = options.run or Path("runs") / options.task
     run = start(task, folder, options.seed, steps)
-    train(run, steps)
+    train(run, steps, min(options.until or steps, steps))
     out = options.out or folder / "checkpoint"
-    export(run.average, out, {"steps": steps, "seed": options.seed, "cpu_minutes": run.cpu_s / 60})
+    cpu_minutes = run.cpu_s / 60
+    made = {"steps": steps, "until": run.step, "seed": options.seed, "cpu_minutes": cpu_minutes}
+    export(run.average, out, made)
     print(f"wrote {out}")
 
 
