@@ -13,17 +13,22 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from flashrt.commands import console, demo_acts, demo_bits, demo_bits_report, demo_report
 from flashrt.commands.checkpoints import EngineOptions, cached_random_checkpoint, open_engine
 from flashrt.commands.demo_bits_story import Story as BitsStory
 from flashrt.commands.demo_story import Story
 from flashrt.commands.plan import lay_out, model_of
-from flashrt.text.chat import chat_template_of
+from flashrt.commands.timing import timed
+from flashrt.session.load import SessionEngine
+from flashrt.text.chat import ChatError, chat_template_of
 from flashrt.text.tokenizer import tokenizer_of
 from flashrt.weights.bundled import bundled_checkpoint
 from flashrt.weights.checkpoint import open_checkpoint
 
 RANDOM_SHAPE = "mini"
+TRIAL = 256  # tokens, to see how fast a model reads here
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +57,8 @@ def demo(options: DemoOptions) -> int:
         story = _agent(path, options)
     story.seconds = time.perf_counter() - started
     if options.as_json:
-        console.print_json({**asdict(story), "checks": story.checks})
+        scores = {"scores": story.scores} if isinstance(story, Story) else {}
+        console.print_json({**asdict(story), **scores, "checks": story.checks})
     elif isinstance(story, Story):
         demo_report.show(story)
     else:
@@ -61,19 +67,40 @@ def demo(options: DemoOptions) -> int:
 
 
 def _can_talk(path: Path) -> bool:
-    return tokenizer_of(path) is not None and chat_template_of(path) is not None
+    """Whether it has a tokenizer, and a chat template for conversations like the agent's."""
+    template = chat_template_of(path)
+    if template is None or tokenizer_of(path) is None:
+        return False
+    roles = ("system", "user", "assistant", "tool")
+    said = [{"role": role, "content": "a"} for role in roles]
+    try:
+        for n in range(1, len(said) + 1):
+            template.render(said[:n], add_generation_prompt=False)
+    except ChatError:  # some templates want a question in every prompt
+        return False
+    return True
 
 
 def _agent(path: Path, options: DemoOptions) -> Story:
-    room = demo_acts.LENGTHS[-1] + 256
-    engine_options = _with_room(path, options.engine, room)
+    engine_options = _with_room(path, options.engine, demo_acts.Sizes().lengths[-1] + 256)
     engine = open_engine(path, engine_options)
     parameters = sum(math.prod(t.shape) for t in engine.checkpoint.tensors.values())
     story = Story(path.name, parameters, engine.device, options.seed)
+    is_fast = _prefill_tokens_per_s(engine) >= demo_acts.FAST_TOKENS_PER_S
+    sizes = demo_acts.Sizes() if is_fast else demo_acts.SMALL
     with console.progress_bars() as progress:
-        demo_acts.Stage(engine, engine_options, story, progress).play(options.out)
+        demo_acts.Stage(engine, engine_options, sizes, story, progress).play(options.out)
     engine.close()
     return story
+
+
+def _prefill_tokens_per_s(engine: SessionEngine) -> float:
+    trial = np.arange(TRIAL) % engine.vocab_size
+    with engine.session() as session:
+        session.prefill(trial)  # the first touch of memory is not typical
+        session.rollback(0)
+        _, seconds, _ = timed(engine, lambda: session.prefill(trial))
+    return TRIAL / seconds
 
 
 def _bits(path: Path, options: DemoOptions) -> BitsStory:

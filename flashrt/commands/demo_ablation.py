@@ -19,7 +19,6 @@ from flashrt.session.load import SessionEngine
 from flashrt.worlds.moves import Moves
 from flashrt.worlds.updates import Updates
 
-MOVES, UPDATES = 100, 60
 ANSWER_TOKENS = 32
 
 
@@ -38,19 +37,19 @@ class Ablation:
             rest = whole[facts.capsule.position :]
             self._ask("recall from the prompt", facts.capsule, rest, question, truth)
 
-    def walks(self, seeds: Iterable[int]) -> None:
-        """Where am I, after MOVES moves?"""
+    def walks(self, seeds: Iterable[int], moves: int) -> None:
+        """Where am I, after some moves?"""
         for seed in seeds:
             world = Moves(seed)
-            told = f"{world.start()} {world.walk(MOVES)}"
-            self._world(f"position after {MOVES} moves", told, world.question(), world.answer())
+            told = f"{world.start()} {world.walk(moves)}"
+            self._world(f"position after {moves} moves", told, world.question(), world.answer())
 
-    def updates(self, seeds: Iterable[int]) -> None:
-        """Where is a thing, after UPDATES updates?"""
+    def updates(self, seeds: Iterable[int], updates: int) -> None:
+        """Where is a thing, after some updates?"""
         for seed in seeds:
             world = Updates(seed)
-            told, thing = world.move(UPDATES), world.any_thing()
-            kind = f"last of {UPDATES} updates"
+            told, thing = world.move(updates), world.any_thing()
+            kind = f"last of {updates} updates"
             self._world(kind, told, world.question(thing), world.answer(thing))
 
     def _world(self, kind: str, told: str, question: str, truth: str) -> None:

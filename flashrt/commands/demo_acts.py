@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +40,46 @@ from flashrt.worlds.inventory import Inventory
 from flashrt.worlds.moves import Moves
 from flashrt.worlds.updates import goes_to
 
-FACTS, FILLER, HINTS = 120, 30, 12  # of the prompt: facts, sentences of story, hints
-QUESTIONS = 10
-STEPS = 12  # of the walk
-LENGTHS = (512, 2048, 8192)  # prompts of the comparison cold / warm
 MAX_CALLS = 8
 FAILURE = "error : the tool did not answer . try again later ."  # nothing like it was trained
 ANSWER_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is told and asked; the defaults are for a model that reads fast."""
+
+    facts: int = 120  # of the prompt
+    filler: int = 30  # sentences of a tale between them
+    hints: int = 12  # where things may be
+    questions: int = 10  # of each kind, after whole and half restores
+    walk: int = 12  # steps of the branch `walk`
+    moves: int = 100  # before a question after half a restore
+    updates: int = 60
+    lengths: tuple[int, ...] = (512, 2048, 8192)  # prompts of the comparison cold / warm
+
+
+SMALL = Sizes(20, 4, 4, 2, 6, 20, 12, (256, 1024))
+FAST_TOKENS_PER_S = 2000.0  # a model that prefills slower gets SMALL
 
 
 class Stage:
     """An engine with three lanes; `chat` is the agent."""
 
     def __init__(
-        self, engine: SessionEngine, options: EngineOptions, story: Story, progress: Progress
+        self,
+        engine: SessionEngine,
+        options: EngineOptions,
+        sizes: Sizes,
+        story: Story,
+        progress: Progress,
     ) -> None:
-        self.engine, self.options, self.story, self.progress = engine, options, story, progress
+        self.engine, self.options, self.sizes = engine, options, sizes
+        self.story, self.progress = story, progress
         self.chat = open_chat(engine)
         seed = HELD_OUT + story.seed
-        self.inventory = Inventory(seed, FACTS, FILLER)
-        self.building = _apart_from(self.inventory, seed)
+        self.inventory = Inventory(seed, sizes.facts, sizes.filler)
+        self.building = _apart_from(self.inventory, seed, sizes.hints)
         self.walker = Moves(seed)
         self.pending: list[tuple[Tokens, State, Callable[[bool], None]]] = []  # to compare
 
@@ -80,7 +101,7 @@ class Stage:
     def _prompt(self) -> Moment:
         story = self.story
         story.prompt = f"{self.inventory.prompt()} {self.building.prompt()}"
-        story.facts, story.hints = FACTS, HINTS
+        story.facts, story.hints = self.sizes.facts, self.sizes.hints
         self.chat.add("system", story.prompt)
         tokens = np.array(self.chat.tokens(), np.int32)
         story.prompt_tokens = len(tokens)
@@ -91,7 +112,7 @@ class Stage:
 
     def _recall(self) -> Moment:
         """A fact is recalled, changed, recalled."""
-        thing, chat = self.inventory.things[FACTS // 3], self.chat
+        thing, chat = self.inventory.things[self.sizes.facts // 3], self.chat
         moved_to = self.inventory.places[self.inventory.things[-1]]
         turns = self._ask(chat, self.inventory.question(thing), self.inventory.answer(thing))
         said = f"{goes_to(thing, moved_to)} {self.inventory.question(thing)}"
@@ -102,7 +123,7 @@ class Stage:
         """A position after some moves, told in one turn."""
         self._step("restore the prompt", lambda: self.chat.restore(facts))
         walker = self.walker
-        said = f"{walker.start()} {walker.walk(STEPS)} {walker.question()}"
+        said = f"{walker.start()} {walker.walk(self.sizes.walk)} {walker.question()}"
         turns = self._ask(self.chat, said, walker.answer())
         return self._branch("walk", "restored on the same lane", self.chat, turns)
 
@@ -146,7 +167,7 @@ class Stage:
 
     def _resume(self, moment: Moment) -> None:
         """Another process goes on from a branch, by way of a store on disk."""
-        thing = self.inventory.things[FACTS // 2]
+        thing = self.inventory.things[self.sizes.facts // 2]
         question = self.inventory.question(thing)
         with tempfile.TemporaryDirectory(prefix="flashrt-demo-") as folder:
             saved = Store(folder).save(moment.capsule, "branch")
@@ -187,14 +208,15 @@ class Stage:
         self.progress("cold prefills, to compare", len(self.pending), len(self.pending))
 
     def _ablation(self, facts: Moment) -> None:
-        seed = HELD_OUT + self.story.seed
-        things = self.inventory.things[:: FACTS // QUESTIONS][:QUESTIONS]
+        seed, sizes = HELD_OUT + self.story.seed, self.sizes
+        seeds = range(seed, seed + sizes.questions)
+        things = self.inventory.things[:: sizes.facts // sizes.questions][: sizes.questions]
         ablation = Ablation(self.engine, self.chat, self.progress)
         ablation.recall(
             facts, [(self.inventory.question(t), self.inventory.answer(t)) for t in things]
         )
-        ablation.walks(range(seed, seed + QUESTIONS))
-        ablation.updates(range(seed, seed + QUESTIONS))
+        ablation.walks(seeds, sizes.moves)
+        ablation.updates(seeds, sizes.updates)
         self.story.answers, self.story.rows_only_differs = ablation.answers, ablation.differs
 
     def _starts(self) -> None:
@@ -208,7 +230,9 @@ class Stage:
         )
         self.story.turn_tokens = len(turn)
         self.chat.close()
-        self.story.starts = measure_starts(self.engine, prompt, LENGTHS, turn, self.progress)
+        self.story.starts = measure_starts(
+            self.engine, prompt, self.sizes.lengths, turn, self.progress
+        )
 
     def _draw(self, out: Path, tree: list[Moment], here: Moment) -> None:
         engine, story = self.engine, self.story
@@ -274,10 +298,10 @@ class Stage:
         self.pending.append((chat.session.tokens, state_of(chat.session), tell))
 
 
-def _apart_from(inventory: Inventory, seed: int) -> Building:
+def _apart_from(inventory: Inventory, seed: int, hints: int) -> Building:
     """The first building from a seed on that has none of the inventory's things."""
     known = set(inventory.things)
-    while not known.isdisjoint((building := Building(seed, HINTS)).things):
+    while not known.isdisjoint((building := Building(seed, hints)).things):
         seed += 1
     return building
 

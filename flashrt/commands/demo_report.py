@@ -25,8 +25,8 @@ def show(story: Story) -> None:
     """Print everything on stdout."""
     screen = console.screen()
     screen.print(
-        f"\n[bold]{story.model}[/]: {significant(story.parameters / 1e6)} M parameters, trained on "
-        f"small text worlds; {story.device}. Held-out world {story.seed}.\n"
+        f"\n[bold]{story.model}[/], {significant(story.parameters / 1e6)} M parameters, on "
+        f"{story.device}, in held-out world {story.seed}\n"
     )
     excerpt = story.prompt[:_EXCERPT].rpartition(" ")[0]
     screen.print(f"[bold]1. A prompt of {story.prompt_tokens:,} tokens[/]: {story.facts} facts, a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import shutil
 import sys
@@ -265,9 +266,8 @@ def test_demo_prints_the_table_that_it_promises(tmp_path: Path, capsys: Capture)
 
 @pytest.fixture
 def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"FACTS": 20, "FILLER": 4, "HINTS": 4, "QUESTIONS": 2}.items():
-        monkeypatch.setattr(demo_acts, name, value)
-    monkeypatch.setattr(demo_acts, "LENGTHS", (64, 512))
+    """As on a machine where the model reads slowly."""
+    monkeypatch.setattr(demo_acts, "FAST_TOKENS_PER_S", math.inf)
 
 
 @pytest.mark.usefixtures("short_demo")
@@ -277,6 +277,7 @@ def test_demo_of_the_bundled_agent(tmp_path: Path, capsys: Capture) -> None:
     assert all(story["checks"].values())
     assert [branch["name"] for branch in story["branches"]] == ["recall", "walk", "errand"]
     assert len(story["answers"]) == 6
+    assert [asked for _, _, asked in story["scores"].values()] == [2, 2, 2]
     assert story["process"]["answer"] == story["process"]["answer_here"]
     assert all(Path(f).is_file() for f in story["files"])
     roll_back = next(s for s in story["steps"] if s["what"] == "roll back the failed call")
