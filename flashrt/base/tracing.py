@@ -1,7 +1,8 @@
 """Tracing: what FLASHRT_DEBUG prints, to stderr, one ladder.
 
 IS: levels and one line format. IS NOT: logging of applications or timing of graphs.
-Called by: engine (1 device, plan and arena; 2 a line per launch), capsule (3 copies).
+Called by: engine (1 device, plan and arena; 2 a line per launch), session (1 boundaries passed
+over), capsule (3 copies).
 """
 
 from __future__ import annotations

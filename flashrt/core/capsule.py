@@ -12,7 +12,7 @@ Nobody lists state by hand: a region is in a capsule because of its role.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -277,9 +277,11 @@ class CapsuleTable:
         if capsule.is_dropped:
             raise CapsuleError(f"{capsule} was dropped")
 
-    def boundaries(self, lane: Lane, position: int) -> Capsule | Mark | None:
-        """The deepest boundary of the lane's history at or below `position`; None is the empty
-        one.
+    def boundaries(
+        self, lane: Lane, position: int, without: Collection[Capsule] = ()
+    ) -> Capsule | Mark | None:
+        """The deepest boundary of the lane's history at or below `position`, `without` some
+        capsules; None is the empty one.
         """
         marks = [m for m in lane.marks if m.position <= position]
         best: Capsule | Mark | None = marks[-1] if marks else None
@@ -288,7 +290,7 @@ class CapsuleTable:
         for capsule in self.capsules:
             ours = capsule.segment in chain and 0 < capsule.position <= limit
             if ours and (best is None or capsule.position > best.position):
-                best = capsule
+                best = best if capsule in without else capsule
         return best
 
     def digest_lane(self, lane: Lane) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CapsuleError, PoolFull, SessionError, TokenError
+from flashrt.base.tracing import PLAN, trace
 from flashrt.core.capsule import Capsule
 from flashrt.core.lineage import Lane, Mark
 from flashrt.ops.sampler import SamplerParams
@@ -222,7 +223,8 @@ class Session:
     def rollback(self, position: int) -> None:
         """Back to any earlier position: the nearest boundary below it, then the journal.
 
-        The state is the one that the session had there, to the bit. Raises SessionError when
+        The state is the one that the session had there, to the bit. A capsule that cannot be read
+        is passed over for an older boundary; FLASHRT_DEBUG=1 says so. Raises SessionError when
         `position` is not in [0, self.position].
         """
         self._check_open()
@@ -237,14 +239,7 @@ class Session:
             self._tail.cut(target)
             return
         journal = self._lane.journal[:target].copy()
-        boundary = self._table.boundaries(self._lane, target)
-        if boundary is None:
-            self._table.reset(self._lane)
-            self._parent = None
-        elif isinstance(boundary, Mark):
-            self._table.return_to(self._lane, boundary)
-        else:
-            self._table.restore(self._lane, boundary)
+        self._return_to_boundary(target)
         self._parent = _at_or_below(self._parent, self._lane.position)
         self._moved()
         self._feed(journal[self._lane.position :])
@@ -281,6 +276,24 @@ class Session:
             self._engine.prefill(self._lane, tokens[start:stop])
             self._tail.clear()
             self._place_waypoint()
+
+    def _return_to_boundary(self, position: int) -> None:
+        """The deepest one at or below a position whose bytes can be read."""
+        unreadable: set[Capsule] = set()
+        while True:
+            boundary = self._table.boundaries(self._lane, position, unreadable)
+            if boundary is None:
+                self._table.reset(self._lane)
+            elif isinstance(boundary, Mark):
+                self._table.return_to(self._lane, boundary)
+            else:
+                try:
+                    self._table.restore(self._lane, boundary)
+                except CapsuleError as error:  # found before anything moved
+                    trace(PLAN, f"rollback to {position} passes over {boundary}: {error}")
+                    unreadable.add(boundary)
+                    continue
+            return
 
     def _settle(self) -> None:
         """All history becomes state."""

@@ -135,6 +135,37 @@ def test_damage_on_disk_is_found_before_anything_moves(
         capsule.save(tmp_path / "c")
 
 
+def test_a_rollback_passes_over_a_damaged_boundary(
+    engine: flashrt.Engine, session: flashrt.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Down to the older capsule, then to the empty boundary; what it passed over is said."""
+    said: list[str] = []
+    monkeypatch.setattr("flashrt.session.session.trace", lambda _, message: said.append(message))
+    session.prefill(range(30))
+    older = session.snapshot("older")
+    session.prefill(range(10))
+    deepest = session.snapshot("deepest")
+    session.prefill(range(10))
+    for damaged, kept in ((deepest, older), (older, None)):
+        damaged.to("disk")
+        source = damaged.fixed.source
+        path = Path(source.folder.url, "objects", source.digest[:2], source.digest[2:])
+        raw = bytearray(path.read_bytes())
+        raw[100] ^= 4
+        path.write_bytes(raw)
+        replays = engine.stats()["replays"]
+        session.rollback(45)
+        assert engine.stats()["replays"] > replays  # a boundary below, and the journal
+        assert f"{damaged}" in said[-1] and "damaged" in said[-1]
+        assert session._parent is kept
+        with engine.session() as cold:
+            cold.prefill([*range(30), *range(10), *range(5)])
+            assert session.digest() == cold.digest()
+        session.prefill([1])
+    assert len(said) == 2  # rows above the older one were written again: it alone was left
+    engine.capsules.check_integrity()
+
+
 def test_spilled_bytes_go_with_their_capsules(
     engine: flashrt.Engine, session: flashrt.Session
 ) -> None:
