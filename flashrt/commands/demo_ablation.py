@@ -35,21 +35,21 @@ class Ablation:
         for question, truth in asked:
             whole = self._chat.tokens((*facts.said, ("user", question)), is_asked=True)
             rest = whole[facts.capsule.position :]
-            self._ask("recall from the prompt", facts.capsule, rest, question, truth)
+            self._ask("recall", facts.capsule, rest, question, truth)
 
     def walks(self, seeds: Iterable[int], moves: int) -> None:
         """Where am I, after some moves?"""
         for seed in seeds:
             world = Moves(seed)
             told = f"{world.start()} {world.walk(moves)}"
-            self._world(f"position after {moves} moves", told, world.question(), world.answer())
+            self._world(f"after {moves} moves", told, world.question(), world.answer())
 
     def updates(self, seeds: Iterable[int], updates: int) -> None:
         """Where is a thing, after some updates?"""
         for seed in seeds:
             world = Updates(seed)
             told, thing = world.move(updates), world.any_thing()
-            kind = f"last of {updates} updates"
+            kind = f"after {updates} updates"
             self._world(kind, told, world.question(thing), world.answer(thing))
 
     def _world(self, kind: str, told: str, question: str, truth: str) -> None:

@@ -45,7 +45,7 @@ def show(story: Story) -> None:
     screen.print(_ablation(story))
     screen.print(
         "[dim]Attention finds again what was said once. What must be carried, a position after "
-        "many moves, is in the\nrecurrent state: without it, the answer is fluent and wrong.[/]\n"
+        "many moves, is in the recurrent state: without it, the answer is fluent and wrong.[/]\n"
     )
     show_starts(story.starts, story.turn_tokens)
     shared = story.tree_bytes_alone / story.tree_bytes
@@ -100,9 +100,8 @@ def _branches(story: Story) -> Tree:
     for branch in story.branches:
         more = branch.position - story.prompt_tokens
         at = root.add(
-            f"[bold]{branch.name}[/] [dim]{branch.how}; +{more} tokens, own bytes "
-            f"{bytes_text(branch.own_bytes)}; bits equal to a cold prefill:[/] "
-            f"{console.yes_no(branch.is_equal)}"
+            f"[bold]{branch.name}[/] [dim]{branch.how}: +{more} tokens, "
+            f"{bytes_text(branch.own_bytes)}; bits equal:[/] {console.yes_no(branch.is_equal)}"
         )
         _add_turns(at, branch.turns)
     if story.mishap is not None:
@@ -145,8 +144,8 @@ def _steps(story: Story) -> Table:
         ]
         for step in story.steps
     ]
-    columns = ("", ">position", ">time", ">bytes moved", "bits equal to a cold prefill")
-    return console.table("", columns, rows)
+    columns = ("", ">position", ">time", ">bytes moved", "bits equal")
+    return console.table("Each state beside a cold prefill of its tokens", columns, rows)
 
 
 def _show_process(story: Story) -> None:
@@ -156,7 +155,7 @@ def _show_process(story: Story) -> None:
     screen.print("[bold]3. Another process goes on from branch recall, from disk[/]")
     screen.print(
         f"   {bytes_text(found.saved_bytes)} in the store; engine loaded in "
-        f"{seconds_text(found.loaded_s)}, state restored and checked in "
+        f"{seconds_text(found.loaded_s)}, state restored and checked in\n   "
         f"{seconds_text(found.restored_s)}; digest equal: {console.yes_no(found.is_equal)}"
     )
     screen.print(f"   [cyan]     user[/]  {escape(found.question)}")
@@ -170,16 +169,26 @@ def _ablation(story: Story) -> Table:
     rows: list[list[str]] = []
     for kind, (full, rows_only, asked) in story.scores.items():
         scores = (f"[bold]{n} of {asked} right[/]" for n in (full, rows_only))
-        rows.append([f"[bold]{kind}[/]", *scores])
+        rows.append([f"[bold]{kind}[/]", "", *scores])
         of_kind = [a for a in story.answers if a.kind == kind]
         rows += [_asked(a) for a in of_kind[:SHOWN]]
-    columns = ("the truth", "after a full restore", "after a KV-only restore")
+    columns = ("", "the truth", "full restore", "KV-only restore")
     return console.table("", columns, rows)
 
 
 def _asked(asked: Asked) -> list[str]:
-    answers = [
-        f"[green]{escape(said)}[/]" if said == asked.truth else f"[red]{escape(said)}[/]"
-        for said in (asked.full, asked.rows_only)
+    subject = asked.truth.partition(" in ")[0]
+    answers = [_brief(said, subject) for said in (asked.full, asked.rows_only)]
+    are_right = (asked.full == asked.truth, asked.rows_only == asked.truth)
+    marked = [
+        f"[green]{escape(said)}[/]" if is_right else f"[red]{escape(said)}[/]"
+        for said, is_right in zip(answers, are_right, strict=True)
     ]
-    return [f"  {asked.truth}", *answers]
+    about = subject.removeprefix("the ").removesuffix(" is").removesuffix(" are")
+    return [f"  {about}", _brief(asked.truth, subject), *marked]
+
+
+def _brief(said: str, subject: str) -> str:
+    """What is said of the subject; the whole sentence if it is of something else."""
+    about, _, place = said.partition(" in ")
+    return place.removeprefix("the ").removesuffix(" .") if about == subject else said

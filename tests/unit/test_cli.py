@@ -296,7 +296,7 @@ def test_demo_of_the_bundled_agent_as_text(
     assert "FAILED branch recall" in text
     for words in (
         "the truth",
-        "after a KV-only restore",
+        "KV-only restore",
         "2 right",
         "TTFT warm",
         "same as here: yes",
