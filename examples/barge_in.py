@@ -81,6 +81,7 @@ def main() -> None:
     with engine.session() as cold:
         cold.prefill(session.tokens)
         assert cold.digest() == session.digest(), "forks and interruptions left no bit behind"
+    print(f"in truth: {world.answer(first)} {world.answer(second)}")
     print(f"position {session.position:,}, digest equal to a cold prefill's")
 
 

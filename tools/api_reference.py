@@ -15,7 +15,7 @@ import pdoc.render
 
 MODULES = (  # what a user calls, then what a writer of a model, a kernel or a backend meets
     "flashrt",
-    "flashrt.session.session", "flashrt.session.load", "flashrt.session.store",
+    "flashrt.session.session", "flashrt.session.load", "flashrt.session.chat", "flashrt.session.store",
     "flashrt.session.opening", "flashrt.session.replay", "flashrt.session.eviction",
     "flashrt.session.upkeep", "flashrt.text.tokenizer", "flashrt.text.chat", "flashrt.worlds",
     "flashrt.engine", "flashrt.core.capsule", "flashrt.core.region", "flashrt.core.op",

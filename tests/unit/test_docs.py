@@ -77,6 +77,17 @@ def test_pictures_are_shown_and_small() -> None:
         ElementTree.parse(picture)
 
 
+def test_pictures_can_be_drawn_again(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools/docs_pictures.py"), "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    drawn = {p.name: p.read_text() for p in tmp_path.iterdir()}
+    assert set(drawn) == {p.name for p in (ROOT / "docs/pictures").iterdir()}
+    digests = re.findall(r">([0-9a-f]{32})<", drawn["exactness.svg"])
+    assert len(digests) == 5
+    assert len(set(digests)) == 1
+
+
 def test_the_memory_table_is_what_the_planner_says() -> None:
     page = (ROOT / "docs/loading-checkpoints.md").read_text()
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines()]
