@@ -128,6 +128,8 @@ class Store:
                 self.folder.write(place.name, text)
             if ref is not None:
                 self.folder.write(ref, np.frombuffer(f"{place.name}\n".encode(), np.uint8))
+                if self.folder.size(place.name) is None:  # removed meanwhile, see `remove`
+                    self.folder.write(place.name, text)
         known.capsules[capsule] = place
         return Saved(place, *tally)
 
@@ -152,16 +154,7 @@ class Store:
 
     def refs(self) -> dict[str, Place]:
         """Names and what they stand for; a name whose capsule was removed is left out."""
-        targets: dict[str, str] = {}
-        for entry in self.folder.list(REFS):
-            try:
-                text = self.folder.read(entry.name)[:256].tobytes()
-            except StoreError:
-                if self.folder.size(entry.name) is None:  # removed since it was listed
-                    continue
-                raise
-            name = urllib.parse.unquote(entry.name.removeprefix(f"{REFS}/"))
-            targets[name] = text.decode("utf-8", "replace").strip()
+        targets = self._targets()
         there = {p.name: p for p in self.places()}  # listed last: they are written before names
         return {name: there[target] for name, target in targets.items() if target in there}
 
@@ -235,9 +228,12 @@ class Store:
     def remove(self, which: str | Place) -> Place:
         """Forget a name, and the capsule when it was its last; by id, the capsule and all names.
 
-        Its objects go with the next sweep. Raises StoreError when there is no such capsule.
+        Its objects go with the next sweep. Raises StoreError when there is no such capsule. Where
+        there is no lock, a save under another name may find the manifest, which then goes: it looks
+        for it again after the name is there, and this for names after the manifest is gone; so one
+        of the two sees the other, and writes it again.
         """
-        with self.folder.sweeping():  # or a save under another name could find it and lose it
+        with self.folder.sweeping():
             refs = self.refs()
             place = which if isinstance(which, Place) else self.resolve(which)
             names = [name for name, target in refs.items() if target == place]
@@ -248,7 +244,10 @@ class Store:
                     return place
             for name in names:
                 self.folder.delete(_ref_file(name))
+            text = self.folder.read(place.name).copy()
             self.folder.delete(place.name)
+            if place.name in self._targets().values():
+                self.folder.write(place.name, text)
         return place
 
     # -- sessions -------------------------------------------------------------------------------
@@ -272,6 +271,20 @@ class Store:
         return open_session(self, engine, tokens, session, marks, every)
 
     # -- inside ---------------------------------------------------------------------------------
+
+    def _targets(self) -> dict[str, str]:
+        """Names, and the manifests that they stand for, be they there or not."""
+        targets: dict[str, str] = {}
+        for entry in self.folder.list(REFS):
+            try:
+                text = self.folder.read(entry.name)[:256].tobytes()
+            except StoreError:
+                if self.folder.size(entry.name) is None:  # removed since it was listed
+                    continue
+                raise
+            name = urllib.parse.unquote(entry.name.removeprefix(f"{REFS}/"))
+            targets[name] = text.decode("utf-8", "replace").strip()
+        return targets
 
     def _publish(
         self, table: CapsuleTable, known: _Known, segment: Segment, tally: list[int]

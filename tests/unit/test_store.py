@@ -469,6 +469,43 @@ def test_remote_stores_are_read_through_a_cache(
     assert store.refs() == {}
 
 
+@pytest.mark.parametrize("moment", ["before the manifest goes", "before the name is written"])
+def test_a_save_and_an_rm_that_meet_without_a_lock(
+    session: flashrt.Session,
+    other: flashrt.Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+) -> None:
+    """Whoever is second sees the first: what was reported saved stays."""
+    store, rival = (Store(f"memory://flashrt-test/{tmp_path.name}") for _ in range(2))
+    session.prefill(PREFIX)
+    capsule = session.snapshot("one")
+    place = store.save(capsule).place
+    if moment == "before the manifest goes":
+        real = store.folder.delete
+
+        def delete(name: str) -> None:
+            if name == place.name:
+                rival.save(capsule, "two")  # finds the manifest, and relies on it
+            real(name)
+
+        monkeypatch.setattr(store.folder, "delete", delete)
+        store.remove("one")
+    else:
+        write = rival.folder.write
+
+        def late(name: str, data: np.ndarray) -> None:
+            if name == "refs/two":
+                store.remove("one")  # sees no other name yet
+            write(name, data)
+
+        monkeypatch.setattr(rival.folder, "write", late)
+        rival.save(capsule, "two")
+    assert store.refs() == {"two": place}
+    assert store.load(other, "two").digest == session.digest()
+
+
 def test_open_folder_chooses(tmp_path: Path) -> None:
     assert open_folder(f"file://{tmp_path}").url == str(tmp_path)
     assert open_folder("memory://x/").url == "memory://x"
