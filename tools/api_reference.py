@@ -15,9 +15,11 @@ import pdoc.render
 
 MODULES = (  # what a user calls, then what a writer of a model, a kernel or a backend meets
     "flashrt",
-    "flashrt.session.session", "flashrt.session.load", "flashrt.session.chat", "flashrt.session.store",
-    "flashrt.session.opening", "flashrt.session.replay", "flashrt.session.eviction",
-    "flashrt.session.upkeep", "flashrt.text.tokenizer", "flashrt.text.chat", "flashrt.worlds",
+    "flashrt.session.session", "flashrt.session.load", "flashrt.session.chat",
+    "flashrt.session.store", "flashrt.session.opening", "flashrt.session.replay",
+    "flashrt.session.eviction", "flashrt.session.upkeep",
+    "flashrt.session.control", "flashrt.session.environment", "flashrt.session.recording",
+    "flashrt.policy_engine", "flashrt.text.tokenizer", "flashrt.text.chat", "flashrt.worlds",
     "flashrt.engine", "flashrt.core.capsule", "flashrt.core.region", "flashrt.core.op",
     "flashrt.core.tape", "flashrt.core.planner", "flashrt.core.backend", "flashrt.core.digest",
     "flashrt.models.model", "flashrt.ops.table", "flashrt.ops.sampler", "flashrt.base.errors",
