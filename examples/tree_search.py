@@ -61,6 +61,14 @@ def grow(engine: flashrt.Engine, session: flashrt.Session, node: Node, seed: int
         return Node(fork.snapshot(), said, node, seed)
 
 
+def show(node: Node, nodes: list[Node], indent: str = " ") -> None:
+    """What the beam kept, as a tree."""
+    for child in nodes:
+        if child.before is node and child.is_kept:
+            print(f"{child.score:4}{indent}{child.sentence}")
+            show(child, nodes, indent + "  ")
+
+
 def main() -> None:
     """Both searches, from one capsule, with the same number of sampled sentences."""
     checkpoint = sys.argv[1] if len(sys.argv) > 1 else bundled_checkpoint()
@@ -85,10 +93,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
 
     alone, first, best = tales[0], max(tales, key=lambda n: n.score), beam[0]
-    for n in best.path[1:]:
-        others = [m for m in nodes if m.before is n.before and m is not n]
-        print(f"{n.score:4}  {n.sentence}")
-        print(f"      others: {' '.join(str(m.score) + '*' * m.is_kept for m in others)}")
+    show(root, nodes)
     print(f"coins: one tale {alone.score}, best of {len(tales)} {first.score}, beam {best.score}")
     spared = sum(n.before.capsule.position for n in nodes if n.before)
     print(
