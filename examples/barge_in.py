@@ -1,8 +1,9 @@
 """A speech-like loop: words arrive one by one, replies begin early, and the user interrupts.
 
 While the user speaks, every word starts a reply on a fork; the next word discards it. When the
-user falls silent, the reply is there already. When the user interrupts it, the session is at the
-last word that was spoken. Beside each latency: the same by prefilling again from nothing.
+user falls silent, the reply is there already. It is spoken more slowly than it was written: when
+the user interrupts, the session goes back to the last word that was heard. Beside each latency: the
+same by prefilling again from nothing, as one must where a recurrent state cannot go back.
 
     python examples/barge_in.py [CHECKPOINT]
 """
@@ -11,78 +12,80 @@ import sys
 import time
 
 import flashrt
-from flashrt.session.chat import open_chat, shared
+from flashrt.session.chat import Said, open_chat, shared
 from flashrt.weights.bundled import bundled_checkpoint
 from flashrt.worlds.document import HELD_OUT
 from flashrt.worlds.inventory import Inventory
 
-WORDS_SPOKEN = 4  # of the reply, when the user interrupts
-Row = tuple[str, float, float, str]  # event, seconds, seconds by prefilling again, what is said
+SPOKEN, SHOWN = 4, 4  # words of a reply, when the user interrupts; last words of a question
+
+
+class Talk:
+    """A session between two people, and what each event took."""
+
+    def __init__(self, engine: flashrt.Engine, prompt: str) -> None:
+        self.engine, self.chat = engine, open_chat(engine)
+        self.session, self.stop = self.chat.session, engine.checkpoint.stop_tokens
+        self.said: Said = (("system", prompt),)
+        self.session.prefill(self.chat.tokens(self.said))
+        print(f"{'event':14} {'capsules':>9} {'prefill':>9}   the reply so far")
+
+    def listen(self, question: str) -> None:
+        """A user's turn, token by token; at each, the reply as if it were the last."""
+        whole = self.chat.tokens((*self.said, ("user", question)), is_asked=True)
+        last = shared(whole, self.chat.tokens((*self.said, ("user", f"{question} and"))))
+        for heard in range(self.session.position + 1, last + 1):
+            self.session.prefill(whole[heard - 1 : heard])
+            started = time.perf_counter()
+            with self.session.fork() as guess:
+                guess.prefill(whole[last:])  # the turn ends here, perhaps
+                reply = list(guess.generate(24, stop=self.stop))
+                tokens = guess.tokens
+            seconds = time.perf_counter() - started
+            if heard > last - SHOWN:
+                self.tell(f"heard{self.text(whole[heard - 1 : heard])}", seconds, tokens, reply)
+        self.session.prefill(whole[last:])
+        self.said = (*self.said, ("user", question))
+
+    def speak(self) -> None:
+        """Write the whole reply; speak some words of it; be interrupted."""
+        start, reply = self.session.position, list(self.session.generate(24, stop=self.stop))
+        started = time.perf_counter()
+        self.session.rollback(start + SPOKEN)
+        seconds = time.perf_counter() - started
+        self.tell("interrupted", seconds, self.session.tokens, reply[:SPOKEN])
+        self.said = (*self.said, ("assistant", self.text(reply[:SPOKEN]).strip()))
+        self.session.prefill(self.chat.tokens(self.said)[self.session.position :])
+
+    def tell(self, event: str, seconds: float, tokens: object, reply: list[int]) -> None:
+        """Print an event beside the same by prefilling again, and compare what both say."""
+        before = list(tokens)[: len(tokens) - len(reply)]
+        with self.engine.session() as cold:
+            started = time.perf_counter()
+            cold.prefill(before)
+            assert list(cold.generate(len(reply), stop=self.stop)) == reply, "the same words"
+            slow = time.perf_counter() - started
+        print(f"{event:14} {seconds * 1e3:6.1f} ms {slow * 1e3:6.1f} ms  {self.text(reply)}")
+
+    def text(self, tokens: list[int]) -> str:
+        """Of some tokens."""
+        return self.engine.tokenizer.decode(tokens)
 
 
 def main() -> None:
-    """One question, speculated upon at every word; interrupted; another question."""
+    """A question, speculated upon; its reply, interrupted; another question."""
     checkpoint = sys.argv[1] if len(sys.argv) > 1 else bundled_checkpoint()
     engine = flashrt.load(checkpoint, device="cpu", max_positions=2048, lanes=3)
-    world, chat, stop = (
-        Inventory(HELD_OUT, 120, 30),
-        open_chat(engine),
-        engine.checkpoint.stop_tokens,
-    )
-    session, rows = chat.session, list[Row]()
-    chat.add("system", world.prompt())
-    session.prefill(chat.tokens())
-    first, second = world.things[10], world.things[70]
-
-    def again(tokens: list[int], said: list[int]) -> float:
-        """Seconds by prefilling again to what was just said, which it also checks."""
-        with engine.session() as cold:
-            started = time.perf_counter()
-            cold.prefill(tokens)
-            assert list(cold.generate(len(said), stop=stop)) == said, (
-                "the same words, without capsules"
-            )
-            return time.perf_counter() - started
-
-    def listen(said: tuple[tuple[str, str], ...], thing: object) -> list[int]:
-        """A user's turn, token by token; returns the reply that was begun when it ended."""
-        whole = chat.tokens((*said, ("user", world.question(thing))), is_asked=True)
-        spoken = shared(whole, chat.tokens((*said, ("user", f"{world.question(thing)} x"))))
-        reply: list[int] = []
-        for heard in range(session.position + 1, spoken + 1):
-            session.prefill(whole[heard - 1 : heard])
-            started = time.perf_counter()
-            with session.fork() as guess:  # as if the user had finished here
-                guess.prefill(whole[spoken:])
-                reply = list(guess.generate(24, stop=stop))
-            seconds = time.perf_counter() - started
-            if heard >= spoken - 3:
-                word = engine.tokenizer.decode(whole[heard - 1 : heard])
-                slow = again([*whole[:heard], *whole[spoken:]], reply)
-                rows.append((f"heard{word}", seconds, slow, engine.tokenizer.decode(reply)))
-        session.prefill(whole[spoken:])
-        return reply
-
-    reply = listen(chat.said, first)
-    speech = session.generate(24, stop=stop)  # spoken as it is sampled; the guess knew the words
-    assert [next(speech) for _ in range(WORDS_SPOKEN)] == reply[:WORDS_SPOKEN]
-    speech.close()  # the user speaks: exactly what was spoken is history
-    heard = engine.tokenizer.decode(reply[:WORDS_SPOKEN]).strip()
-    said = (*chat.said, ("user", world.question(first)), ("assistant", heard))
-    started = time.perf_counter()
-    session.prefill(chat.tokens(said)[session.position :])  # its turn ends here
-    now = session.tokens.tolist()
-    rows.append(("interrupted", time.perf_counter() - started, again(now, []), f"{heard} --"))
-    listen(said, second)
-
-    print(f"{'event':14} {'capsules':>9} {'prefill':>9}   the reply so far")
-    for event, seconds, slow, words in rows:
-        print(f"{event:14} {seconds * 1e3:6.1f} ms {slow * 1e3:6.1f} ms  {words}")
+    world = Inventory(HELD_OUT, 120, 30)
+    talk = Talk(engine, world.prompt())
+    for thing in (world.things[10], world.things[70]):
+        talk.listen(world.question(thing))
+        talk.speak()
+        print(f"{'in truth':34}  {world.answer(thing)}")
     with engine.session() as cold:
-        cold.prefill(session.tokens)
-        assert cold.digest() == session.digest(), "forks and interruptions left no bit behind"
-    print(f"in truth: {world.answer(first)} {world.answer(second)}")
-    print(f"position {session.position:,}, digest equal to a cold prefill's")
+        cold.prefill(talk.session.tokens)
+        assert cold.digest() == talk.session.digest(), "forks and rollbacks left no bit behind"
+    print(f"position {talk.session.position:,}, digest equal to a cold prefill's")
 
 
 if __name__ == "__main__":
