@@ -1,7 +1,7 @@
 """What every bench on a checkpoint shares: its options, its model, and the facts about a run.
 
 IS: the choice of model, the opening of the document and of its report, and where the JSON goes.
-IS NOT: any measurement. Called by: bench, bench_report, bench_resume, bench_draft.
+IS NOT: any measurement. Called by: bench, bench_report, and the other benches.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from flashrt.base.flags import thread_count
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions, cached_random_checkpoint
 from flashrt.commands.doctor import cpu_name, version_of
+from flashrt.policy_engine import PolicyEngine
 from flashrt.session.load import SessionEngine
 from flashrt.view.units import bytes_text
 
@@ -75,7 +76,7 @@ def opening(options: BenchOptions) -> dict[str, Any]:
     }
 
 
-def of_engine(engine: SessionEngine) -> dict[str, Any]:
+def of_engine(engine: SessionEngine | PolicyEngine) -> dict[str, Any]:
     """Facts about what was loaded."""
     return {
         "device": engine.device,
