@@ -1,10 +1,11 @@
-"""Questions after a full restore, and after one of keys and values alone: the same capsule.
+"""Questions after a full restore, and after each half of one: the same capsule.
 
 IS: recall from the prompt, positions after moves, places after updates; every answer beside the
 truth. IS NOT: checks; a model may be wrong either way. Called by: demo_acts.
 
-Keys and values alone is what a cache of them would bring back: recurrent states and convolution
-windows are those of an empty session.
+KV only is what a cache of keys and values would bring back: recurrent states and convolution
+windows are those of an empty session. State only is the other half: the rows are those of another
+text of the same length.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from flashrt.session.load import SessionEngine
 from flashrt.worlds.moves import Moves
 from flashrt.worlds.updates import Updates
 
+OTHER = 1000  # added to a seed: the world of the other text
 ANSWER_TOKENS = 32
+ROWS = ("rows",)
 
 
 class Ablation:
@@ -27,57 +30,73 @@ class Ablation:
 
     def __init__(self, engine: SessionEngine, chat: Chat, progress: Progress) -> None:
         self.answers: list[Asked] = []
-        self.differs = True  # logits after half a restore, every time
+        self.differs = True  # logits after keys and values alone, every time
         self._engine, self._chat, self._progress = engine, chat, progress
+        self._session = chat.session
 
-    def recall(self, facts: Moment, asked: Iterable[tuple[str, str]]) -> None:
-        """Questions about the prompt, with their true answers."""
+    def recall(self, facts: Moment, asked: Iterable[tuple[str, str]], other: str) -> None:
+        """Questions about the prompt, with their true answers; `other`: a prompt no shorter."""
+        elsewhere = self._stand_at((("system", other),), facts.capsule.position)
         for question, truth in asked:
             whole = self._chat.tokens((*facts.said, ("user", question)), is_asked=True)
             rest = whole[facts.capsule.position :]
-            self._ask("recall", facts.capsule, rest, question, truth)
+            self._ask("recall", facts.capsule, elsewhere, rest, question, truth)
+        elsewhere.drop()
 
     def walks(self, seeds: Iterable[int], moves: int) -> None:
         """Where am I, after some moves?"""
         for seed in seeds:
-            world = Moves(seed)
+            world, other = Moves(seed), Moves(seed + OTHER)
             told = f"{world.start()} {world.walk(moves)}"
-            self._world(f"after {moves} moves", told, world.question(), world.answer())
+            elsewhere = f"{other.start()} {other.walk(moves)}"
+            question, truth = world.question(), world.answer()
+            self._world(f"after {moves} moves", told, elsewhere, question, truth)
 
     def updates(self, seeds: Iterable[int], updates: int) -> None:
         """Where is a thing, after some updates?"""
         for seed in seeds:
             world = Updates(seed)
-            told, thing = world.move(updates), world.any_thing()
-            kind = f"after {updates} updates"
-            self._world(kind, told, world.question(thing), world.answer(thing))
+            told, elsewhere = world.move(updates), Updates(seed + OTHER).move(updates)
+            thing = world.any_thing()
+            question, truth = world.question(thing), world.answer(thing)
+            self._world(f"after {updates} updates", told, elsewhere, question, truth)
 
-    def _world(self, kind: str, told: str, question: str, truth: str) -> None:
-        """A snapshot between what is told and the question, in the middle of a user's turn."""
-        session = self._chat.session
-        asked: Said = (("user", f"{told} {question}"),)
-        whole = self._chat.tokens(asked, is_asked=True)
+    def _world(self, kind: str, told: str, elsewhere: str, question: str, truth: str) -> None:
+        """Capsules between what is told and the question, in the middle of a user's turn."""
+        whole = self._chat.tokens((("user", f"{told} {question}"),), is_asked=True)
         cut = shared(self._chat.tokens((("user", told),)), whole)
-        session.rollback(0)
-        session.prefill(whole[:cut])
-        capsule = session.snapshot()
-        self._ask(kind, capsule, whole[cut:], question, truth)
+        capsule = self._stand_at((("user", told),), cut)
+        other = self._stand_at((("user", elsewhere),), cut)
+        self._ask(kind, capsule, other, whole[cut:], question, truth)
         capsule.drop()
+        other.drop()
 
-    def _ask(self, kind: str, capsule: Capsule, rest: list[int], question: str, truth: str) -> None:
-        self._progress("questions after full and KV-only restores", len(self.answers), 0)
-        full, logits = self._answer(capsule, ("fixed", "rows"), rest)
-        rows_only, other_logits = self._answer(capsule, ("rows",), rest)
-        self.differs &= logits != other_logits
-        self.answers.append(Asked(kind, question, truth, full, rows_only))
+    def _stand_at(self, said: Said, position: int) -> Capsule:
+        self._session.rollback(0)
+        self._session.prefill(self._chat.tokens(said)[:position])
+        return self._session.snapshot()
 
-    def _answer(
-        self, capsule: Capsule, bands: tuple[str, ...], rest: list[int]
-    ) -> tuple[str, bytes]:
-        session, tokenizer = self._chat.session, self._engine.tokenizer
-        assert tokenizer is not None, "a conversation is open"
+    def _ask(
+        self, kind: str, capsule: Capsule, other: Capsule, rest: list[int], question: str,
+        truth: str,
+    ) -> None:  # fmt: skip
+        self._progress("questions after whole and half restores", len(self.answers), 0)
+        session = self._session
         session.rollback(0)
-        session.restore(capsule, bands=bands)
+        session.restore(capsule)
+        full, logits = self._answer(rest)
+        session.rollback(0)
+        session.restore(capsule, bands=ROWS)
+        rows_only, other_logits = self._answer(rest)
+        session.restore(capsule)
+        session.restore(other, bands=ROWS)
+        state_only, _ = self._answer(rest)
+        self.differs &= logits != other_logits
+        self.answers.append(Asked(kind, question, truth, full, rows_only, state_only))
+
+    def _answer(self, rest: list[int]) -> tuple[str, bytes]:
+        session, tokenizer = self._session, self._engine.tokenizer
+        assert tokenizer is not None, "a conversation is open"
         session.prefill(rest)
         logits = session.logits().tobytes()
         stop = self._engine.checkpoint.stop_tokens

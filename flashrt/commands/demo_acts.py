@@ -23,7 +23,7 @@ import numpy as np
 
 from flashrt.base.errors import FlashrtError
 from flashrt.commands.checkpoints import EngineOptions
-from flashrt.commands.demo_ablation import Ablation
+from flashrt.commands.demo_ablation import OTHER, Ablation
 from flashrt.commands.demo_starts import State, measure_starts, state_of
 from flashrt.commands.demo_story import Branch, Mishap, NewProcess, Step, Story, Turn
 from flashrt.commands.timing import Tokens, prefill, timed
@@ -212,9 +212,9 @@ class Stage:
         seeds = range(seed, seed + sizes.questions)
         things = self.inventory.things[:: sizes.facts // sizes.questions][: sizes.questions]
         ablation = Ablation(self.engine, self.chat, self.progress)
-        ablation.recall(
-            facts, [(self.inventory.question(t), self.inventory.answer(t)) for t in things]
-        )
+        asked = [(self.inventory.question(t), self.inventory.answer(t)) for t in things]
+        other = Inventory(seed + OTHER, 2 * sizes.facts, 2 * sizes.filler).prompt()
+        ablation.recall(facts, asked, other)
         ablation.walks(seeds, sizes.moves)
         ablation.updates(seeds, sizes.updates)
         self.story.answers, self.story.rows_only_differs = ablation.answers, ablation.differs

@@ -41,11 +41,13 @@ def show(story: Story) -> None:
     screen.print(_branches(story))
     screen.print(_steps(story))
     _show_process(story)
-    screen.print("[bold]4. What keys and values alone would bring back[/]")
+    screen.print("[bold]4. What half a restore would bring back[/]")
     screen.print(_ablation(story))
     screen.print(
-        "[dim]Attention finds again what was said once. What must be carried, a position after "
-        "many moves, is in the recurrent state: without it, the answer is fluent and wrong.[/]\n"
+        "[dim]KV only: keys and values, recurrent state empty. State only: recurrent state, keys "
+        "and values of another text. Attention finds again what was said once; what must be carried, "
+        "a position after many moves, is in the state. With half of it, answers are fluent and "
+        "wrong.[/]\n"
     )
     show_starts(story.starts, story.turn_tokens)
     shared = story.tree_bytes_alone / story.tree_bytes
@@ -167,28 +169,28 @@ def _show_process(story: Story) -> None:
 
 def _ablation(story: Story) -> Table:
     rows: list[list[str]] = []
-    for kind, (full, rows_only, asked) in story.scores.items():
-        scores = (f"[bold]{n} of {asked} right[/]" for n in (full, rows_only))
-        rows.append([f"[bold]{kind}[/]", "", *scores])
+    for kind, (*right, asked) in story.scores.items():
+        rows.append([f"[bold]{kind}[/]", *(f"[bold]{n} of {asked} right[/]" for n in right)])
         of_kind = [a for a in story.answers if a.kind == kind]
         rows += [_asked(a) for a in of_kind[:SHOWN]]
-    columns = ("", "the truth", "full restore", "KV-only restore")
+    columns = ("the truth", "full restore", "KV only", "state only")
     return console.table("", columns, rows)
 
 
 def _asked(asked: Asked) -> list[str]:
     subject = asked.truth.partition(" in ")[0]
-    answers = [_brief(said, subject) for said in (asked.full, asked.rows_only)]
-    are_right = (asked.full == asked.truth, asked.rows_only == asked.truth)
-    marked = [
-        f"[green]{escape(said)}[/]" if is_right else f"[red]{escape(said)}[/]"
-        for said, is_right in zip(answers, are_right, strict=True)
+    answers = [
+        f"[{'green' if said == asked.truth else 'red'}]{escape(_brief(said, subject))}[/]"
+        for said in (asked.full, asked.rows_only, asked.state_only)
     ]
     about = subject.removeprefix("the ").removesuffix(" is").removesuffix(" are")
-    return [f"  {about}", _brief(asked.truth, subject), *marked]
+    return [f"  {about}: {_brief(asked.truth, subject)}", *answers]
 
 
 def _brief(said: str, subject: str) -> str:
     """What is said of the subject; the whole sentence if it is of something else."""
     about, _, place = said.partition(" in ")
-    return place.removeprefix("the ").removesuffix(" .") if about == subject else said
+    if about != subject:
+        return said
+    place = place.removeprefix("the ").removesuffix(" .")
+    return place.removeprefix("column ").replace(" row ", ", ")

@@ -65,13 +65,14 @@ class Mishap:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A question to a state that was restored whole, and to its keys and values alone."""
+    """A question to a state that was restored whole, and to each of its halves."""
 
     kind: str
     question: str
     truth: str
     full: str
     rows_only: str
+    state_only: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +118,13 @@ class Story:
     seconds: float = 0.0
 
     @property
-    def scores(self) -> dict[str, tuple[int, int, int]]:
-        """By kind of question: right after a full restore, right after KV-only, asked."""
-        found: dict[str, tuple[int, int, int]] = {}
+    def scores(self) -> dict[str, tuple[int, int, int, int]]:
+        """By kind of question: right after a full, KV-only and state-only restore; asked."""
+        found: dict[str, tuple[int, int, int, int]] = {}
         for a in self.answers:
-            full, rows_only, asked = found.get(a.kind, (0, 0, 0))
-            full, rows_only = full + (a.full == a.truth), rows_only + (a.rows_only == a.truth)
-            found[a.kind] = (full, rows_only, asked + 1)
+            full, rows, state, asked = found.get(a.kind, (0, 0, 0, 0))
+            right = (a.full == a.truth, a.rows_only == a.truth, a.state_only == a.truth)
+            found[a.kind] = (full + right[0], rows + right[1], state + right[2], asked + 1)
         return found
 
     @property

@@ -31,7 +31,7 @@ def bytes_text(nbytes: float) -> str:
 def seconds_text(seconds: float) -> str:
     """E.g. `37.1 ms`."""
     for scale, unit in _TIME_UNITS:
-        if abs(seconds) >= scale:
+        if abs(seconds) >= 0.9995 * scale:  # as it reads when rounded
             return f"{significant(seconds / scale)} {unit}"
     return f"{significant(seconds / 1e-9)} ns" if seconds else "0 s"
 

@@ -277,7 +277,7 @@ def test_demo_of_the_bundled_agent(tmp_path: Path, capsys: Capture) -> None:
     assert all(story["checks"].values())
     assert [branch["name"] for branch in story["branches"]] == ["recall", "walk", "errand"]
     assert len(story["answers"]) == 6
-    assert [asked for _, _, asked in story["scores"].values()] == [2, 2, 2]
+    assert [asked for *_, asked in story["scores"].values()] == [2, 2, 2]
     assert story["process"]["answer"] == story["process"]["answer_here"]
     assert all(Path(f).is_file() for f in story["files"])
     roll_back = next(s for s in story["steps"] if s["what"] == "roll back the failed call")
@@ -296,7 +296,7 @@ def test_demo_of_the_bundled_agent_as_text(
     assert "FAILED branch recall" in text
     for words in (
         "the truth",
-        "KV-only restore",
+        "KV only",
         "2 right",
         "TTFT warm",
         "same as here: yes",

@@ -44,6 +44,8 @@ def rectangles(svg: str, cls: str) -> list[tuple[float, float, float, float]]:
         (units.seconds_text(0), "0 s"),
         (units.seconds_text(12.345), "12.3 s"),
         (units.seconds_text(0.0371), "37.1 ms"),
+        (units.seconds_text(0.00099996), "1.00 ms"),
+        (units.seconds_text(0.000999), "999 µs"),
         (units.seconds_text(4.2e-6), "4.20 µs"),
         (units.seconds_text(3e-10), "0.300 ns"),
         (units.significant(1234567.0), "1,234,567"),
