@@ -45,7 +45,7 @@ def show(story: Story) -> None:
     screen.print(_ablation(story))
     screen.print(
         "[dim]KV only: keys and values, recurrent state empty. State only: recurrent state, keys "
-        "and values of another text. Attention finds again what was said once; what must be carried, "
+        "and values of another text. Attention finds again what was said once; what is carried, "
         "a position after many moves, is in the state. With half of it, answers are fluent and "
         "wrong.[/]\n"
     )
