@@ -49,9 +49,9 @@ ANSWER_TOKENS = 48
 class Sizes:
     """How much is told and asked; the defaults are for a model that reads fast."""
 
-    facts: int = 120  # of the prompt
-    filler: int = 30  # sentences of a tale between them
-    hints: int = 12  # where things may be
+    facts: int = 150  # of the prompt
+    filler: int = 40  # sentences of a tale between them
+    hints: int = 14  # where things may be
     questions: int = 10  # of each kind, after whole and half restores
     walk: int = 12  # steps of the branch `walk`
     moves: int = 100  # before a question after half a restore
