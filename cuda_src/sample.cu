@@ -326,10 +326,10 @@ KERNEL(256) sample_pick(ARGS sample_args a) {
     scratch->part[blockIdx.x] = best;
     __threadfence();
     is_last = atomicAdd(&scratch->n_finished, 1u) == gridDim.x - 1;
+    __threadfence();  // what it read comes after the counter; the barrier passes this on to the block
   }
   __syncthreads();
   if (!is_last) return;
-  __threadfence();
   best = block_best<8>(threadIdx.x < gridDim.x ? scratch->part[threadIdx.x] : none());
   if (threadIdx.x == 0) a.cursor[TOKEN] = best.id;
 }

@@ -64,19 +64,6 @@ int cuMemcpyHtoDAsync(Device d, const void *s, size_t n, Stream *t) { (void)t; m
 int cuMemcpyDtoHAsync(void *d, Device s, size_t n, Stream *t) { (void)t; memcpy(d, (void *)(uintptr_t)s, n); return SUCCESS; }
 int cuMemcpyDtoDAsync(Device d, Device s, size_t n, Stream *t) { (void)t; memcpy((void *)(uintptr_t)d, (void *)(uintptr_t)s, n); return SUCCESS; }
 int cuMemsetD8Async(Device d, unsigned char byte, size_t n, Stream *t) { (void)t; memset((void *)(uintptr_t)d, byte, n); return SUCCESS; }
-typedef struct {
-  size_t src_x, src_y; int src_type; const void *src_host; Device src; void *src_array; size_t src_pitch;
-  size_t dst_x, dst_y; int dst_type; void *dst_host; Device dst; void *dst_array; size_t dst_pitch;
-  size_t width, height;
-} Memcpy2D;
-int cuMemcpy2DAsync(const Memcpy2D *c, Stream *t) {
-  (void)t;
-  if (c->src_type != 2 || c->dst_type != 2) return INVALID_VALUE;
-  for (size_t i = 0; i < c->height; i++)
-    memcpy((char *)(uintptr_t)c->dst + i * c->dst_pitch, (char *)(uintptr_t)c->src + i * c->src_pitch, c->width);
-  return SUCCESS;
-}
-
 int cuStreamCreate(Stream **t, unsigned flags) { NEED_CONTEXT; *t = calloc(1, sizeof **t); return flags == 1 ? SUCCESS : INVALID_VALUE; }
 int cuStreamDestroy(Stream *t) { free(t); return SUCCESS; }
 int cuStreamSynchronize(Stream *t) { (void)t; return atoi(option("DOUBLE_SYNC", "0")); }

@@ -23,6 +23,15 @@ from flashrt.base.errors import BackendError
 MIN_CAPABILITY = (8, 0)
 
 
+class _PerThread(threading.local):
+    """What the driver API keeps per thread too: whose context is current."""
+
+    owner: CudaDriver | None = None
+
+
+_CURRENT = _PerThread()
+
+
 class CudaDriver:
     """A device's primary context, as `driver_api.Driver`.
 
@@ -32,7 +41,6 @@ class CudaDriver:
     def __init__(self, ordinal: int = 0) -> None:
         self._api = _import_api()
         self.counts: Counter[str] = Counter()
-        self._thread = threading.local()
         self._context: object = None
         self._initialise()
         api = self._api
@@ -113,25 +121,6 @@ class CudaDriver:
     def copy_on_device(self, dst: int, src: int, nbytes: int, stream: int) -> None:
         """Asynchronous copy of one range."""
         self._call(self._api.cuMemcpyDtoDAsync, dst, src, nbytes, stream)
-
-    def copy_2d(
-        self,
-        dst: int,
-        dst_pitch: int,
-        src: int,
-        src_pitch: int,
-        width: int,
-        height: int,
-        stream: int,
-    ) -> None:
-        """Asynchronous copy of `height` rows of `width` bytes."""
-        api = self._api
-        copy = api.CUDA_MEMCPY2D()
-        copy.srcMemoryType = copy.dstMemoryType = api.CUmemorytype.CU_MEMORYTYPE_DEVICE
-        copy.srcDevice, copy.srcPitch = api.CUdeviceptr(src), src_pitch
-        copy.dstDevice, copy.dstPitch = api.CUdeviceptr(dst), dst_pitch
-        copy.WidthInBytes, copy.Height = width, height
-        self._call(api.cuMemcpy2DAsync, copy, stream)
 
     def fill(self, address: int, byte: int, nbytes: int, stream: int) -> None:
         """Asynchronous fill."""
@@ -276,15 +265,19 @@ class CudaDriver:
         self._call(self._api.cuGraphDestroy, graph)
 
     def close(self) -> None:
-        """Give the context back; nothing may be used afterwards."""
+        """Give the context back; nothing may be used afterwards. This thread is left without one,
+        for the last user's release destroys it.
+        """
+        self._call(self._api.cuCtxSetCurrent, None)
+        _CURRENT.owner = self._context = None
         self._call(self._api.cuDevicePrimaryCtxRelease, self._device)
 
     # ---- checking
 
     def _make_current(self) -> None:
-        """Contexts are current per thread, and a session may be driven from any thread."""
-        if self._context is not None and "context" not in self._thread.__dict__:
-            self._thread.context = self._context
+        """A session may be driven from any thread, and a thread may drive several devices."""
+        if self._context is not None and _CURRENT.owner is not self:
+            _CURRENT.owner = self
             self._call(self._api.cuCtxSetCurrent, self._context)
 
     def _call(

@@ -99,16 +99,6 @@ class Driver(Protocol):
     def copy_to_device(self, dst: int, src_host: int, nbytes: int, stream: int) -> None: ...
     def copy_to_host(self, dst_host: int, src: int, nbytes: int, stream: int) -> None: ...
     def copy_on_device(self, dst: int, src: int, nbytes: int, stream: int) -> None: ...
-    def copy_2d(
-        self,
-        dst: int,
-        dst_pitch: int,
-        src: int,
-        src_pitch: int,
-        width: int,
-        height: int,
-        stream: int,
-    ) -> None: ...
     def fill(self, address: int, byte: int, nbytes: int, stream: int) -> None: ...
 
     # streams and events

@@ -121,31 +121,6 @@ class SimtDriver:
             raise BackendError(f"cuMemcpyDtoDAsync: {nbytes} bytes from {src:#x} overlap {dst:#x}")
         self._put(stream, lambda: _move(dst, src, nbytes))
 
-    def copy_2d(
-        self,
-        dst: int,
-        dst_pitch: int,
-        src: int,
-        src_pitch: int,
-        width: int,
-        height: int,
-        stream: int,
-    ) -> None:
-        """`height` rows of `width` bytes."""
-        self._count("cuMemcpy2DAsync")
-        if min(dst_pitch, src_pitch) < width:
-            raise BackendError(
-                f"cuMemcpy2DAsync: pitch {min(dst_pitch, src_pitch)} < width {width}"
-            )
-        self._check_range("cuMemcpy2DAsync", dst, (height - 1) * dst_pitch + width)
-        self._check_range("cuMemcpy2DAsync", src, (height - 1) * src_pitch + width)
-
-        def work() -> None:
-            for row in range(height):
-                _move(dst + row * dst_pitch, src + row * src_pitch, width)
-
-        self._put(stream, work)
-
     def fill(self, address: int, byte: int, nbytes: int, stream: int) -> None:
         """Set each byte of a range."""
         self._count("cuMemsetD8Async")
