@@ -1,13 +1,14 @@
 """The model as the policy of a gymnasium environment, with and without looking ahead.
 
 FrozenLake on the 6 x 6 grid of the model's robot world: it was trained to walk to a goal that it is
-told once, and knows nothing of holes. Looking ahead, every way is tried on from the present capsule
-in a copy of the environment (its state is one integer); the way with the best outcome is taken.
-The next episode begins by a restore. `pip install 'flashrt[gym]'`
+told once, and knows nothing of holes. Looking ahead, plans of up to two steps are tried on from the
+present capsule and the environment's present state (one integer), each followed by the policy to
+the end; the first step of the best is taken. The next episode begins by a restore. `pip install 'flashrt[gym]'`
 
     python examples/robot_rollout.py [CHECKPOINT]
 """
 
+import itertools
 import sys
 import time
 from typing import Any
@@ -40,33 +41,38 @@ def step(chat: Chat, lake: Any, said: str) -> tuple[float, bool]:
     return float(reward), bool(is_over)
 
 
-def outcome(chat: Chat, lake: Any, said: str, steps: int) -> tuple[float, int]:
-    """Say it, then follow the policy for `steps` steps; the reward, and how long it lasted."""
-    for lasted in range(steps):
+def outcome(chat: Chat, lake: Any, plan: tuple[str, ...], steps: int) -> tuple[float, int]:
+    """Say the plan's words, then the policy's own; the reward, and for how many steps it went."""
+    for went in range(1, steps + 1):
+        said = chat.reply(16) if went > len(plan) else plan[went - 1]
+        if went <= len(plan):
+            chat.add("assistant", said)
         reward, is_over = step(chat, lake, said)
         if is_over:
-            return reward, lasted
-        said = chat.reply(16)
+            return reward, went
     return 0.0, steps
 
 
 def look_ahead(chat: Chat, lake: Any, steps: int) -> tuple[str, int]:
-    """What to say for the best outcome, the policy's own word first; and tokens not fed again."""
+    """What to say here, and how many tokens no plan had to feed again: the policy's own word if it
+    leads to the goal, else one or two steps of another way that do, else what lasts.
+    """
     now, state, digest = chat.snapshot("now"), lake.unwrapped.s, chat.session.digest()
     own = chat.reply(16)
-    ways = [own, *(said for way in WAYS if (said := call_text("go", way)) != own)]
-    found: dict[str, tuple[float, int]] = {}
-    for said in ways:
+    ways = [call_text("go", way) for way in WAYS]
+    plans = [(own,), *((way,) for way in ways), *itertools.product(ways, ways)]
+    found: dict[tuple[str, ...], tuple[float, int]] = {}
+    for plan in plans:
         chat.restore(now)
-        chat.add("assistant", said)
-        found[said] = outcome(chat, lake, said, steps)
+        found[plan] = outcome(chat, lake, plan, steps)
         lake.unwrapped.s = state
-        if found[said][0]:
+        if found[plan][0]:
             break
     chat.restore(now)
     assert chat.session.digest() == digest, "the rollouts left no bit behind"
     now.capsule.drop()
-    best = max(found, key=lambda said: found[said])
+    is_fine = found[own,][1] > 1 and not found[plan][0]
+    best = own if is_fine else max(found, key=lambda plan: found[plan])[0]
     chat.add("assistant", best)
     return best, (len(found) + 1) * now.capsule.position
 
