@@ -3,7 +3,7 @@
 FrozenLake on the 6 x 6 grid of the model's robot world: it was trained to walk to a goal that it is
 told once, and knows nothing of holes. Looking ahead, plans of up to two steps are tried on from the
 present capsule and the environment's present state (one integer), each followed by the policy to
-the end; the first step of the best is taken. The next episode begins by a restore. `pip install 'flashrt[gym]'`
+the end; the first step of the best is taken. The next episode begins by a restore. Needs gymnasium: pip install 'flashrt[gym]'
 
     python examples/robot_rollout.py [CHECKPOINT]
 """
@@ -44,9 +44,10 @@ def step(chat: Chat, lake: Any, said: str) -> tuple[float, bool]:
 def outcome(chat: Chat, lake: Any, plan: tuple[str, ...], steps: int) -> tuple[float, int]:
     """Say the plan's words, then the policy's own; the reward, and for how many steps it went."""
     for went in range(1, steps + 1):
-        said = chat.reply(16) if went > len(plan) else plan[went - 1]
-        if went <= len(plan):
-            chat.add("assistant", said)
+        if went > len(plan):
+            said = chat.reply(16)
+        else:
+            chat.add("assistant", said := plan[went - 1])
         reward, is_over = step(chat, lake, said)
         if is_over:
             return reward, went
@@ -82,9 +83,7 @@ def main() -> None:
     checkpoint = sys.argv[1] if len(sys.argv) > 1 else bundled_checkpoint()
     engine = flashrt.load(checkpoint, device="cpu", max_positions=1024, pool_bytes=64 << 20)
     chat = open_chat(engine)
-    chat.add(
-        "user", f"the goal is {cell((GOAL % GRID, GOAL // GRID))} . the robot is in {place(START)}"
-    )
+    chat.add("user", f"the goal is {place(GOAL)} the robot is in {place(START)}")
     begin = chat.snapshot("begin")
     for is_looking in (False, True):
         returns, steps, spared, fed = 0.0, 0, 0, chat.fed_tokens
@@ -100,13 +99,10 @@ def main() -> None:
                 returns, steps, spared = returns + reward, steps + 1, spared + kept
                 if is_over:
                     break
-        seconds = time.perf_counter() - started
-        what = "looking ahead" if is_looking else "policy alone"
-        fed = chat.fed_tokens - fed
-        print(
-            f"{what:14} mean return {returns / EPISODES:.2f}, {steps / seconds:5.1f} steps/s; "
-            f"tokens per step: {fed / steps:.0f} fed, {spared / steps:.0f} spared"
-        )
+        rate, fed = steps / (time.perf_counter() - started), chat.fed_tokens - fed
+        print(f"{'looking ahead' if is_looking else 'policy alone':14} mean return "
+              f"{returns / EPISODES:.2f}, {rate:5.1f} steps/s; tokens per step: {fed / steps:.0f} "
+              f"fed, {spared / steps:.0f} spared")  # fmt: skip
 
 
 if __name__ == "__main__":
