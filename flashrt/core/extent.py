@@ -8,6 +8,7 @@ session implements disk sources.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,24 +58,23 @@ class Shelf(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class HostBytes:
-    """A source in host memory."""
+    """A source in host memory; its bytes may be on their way still."""
 
-    data: Bytes
+    nbytes: int
+    arrive: Callable[[], Bytes]
+    data: Bytes | None = None
 
     @property
     def tier(self) -> Tier:
         """Host."""
         return Tier.HOST
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.data.nbytes
-
     def read(self) -> Bytes:
         """The bytes themselves."""
+        if self.data is None:
+            self.data = self.arrive()
         return self.data
 
     def prefetch(self) -> None:

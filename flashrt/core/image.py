@@ -10,7 +10,7 @@ restore may write an image as it is: rows beyond the position are never read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -25,27 +25,44 @@ from flashrt.core.region import resolve_dtype
 
 def rows_image(arena: Arena, segment: Segment) -> Bytes:
     """A segment's rows, uint8 [segment.rows.nbytes]. Raises CapsuleError for damaged sources."""
-    extent = segment.rows
-    if not extent.is_on_device:
-        return extent.need_source().read()
-    raw = _read(arena, extent)
-    blocks, _ = segment_layout(arena.lane(0).rows, segment.start, segment.stop)
-    end = 0
-    for b in blocks:
-        raw[end : b.offset] = 0
-        end = b.offset + b.planes * b.width
-        _clear_dead_rows(arena.backend, b, segment.stop, raw[b.offset : end])
-    raw[end:] = 0
-    return raw
+    return begin_rows_image(arena, segment)()
+
+
+def begin_rows_image(arena: Arena, segment: Segment) -> Callable[[], Bytes]:
+    """The same, when the device has sent it; its block may be given back meanwhile."""
+    raw = _begin(arena, segment.rows)
+    if not segment.rows.is_on_device:
+        return raw
+
+    def image() -> Bytes:
+        rows, end = raw(), 0
+        for b in segment_layout(arena.lane(0).rows, segment.start, segment.stop)[0]:
+            rows[end : b.offset] = 0
+            end = b.offset + b.planes * b.width
+            _clear_dead_rows(arena.backend, b, segment.stop, rows[b.offset : end])
+        rows[end:] = 0
+        return rows
+
+    return image
 
 
 def fixed_image(arena: Arena, extent: Extent) -> Bytes:
     """A fixed band, uint8 [extent.nbytes], guards included."""
+    return begin_fixed_image(arena, extent)()
+
+
+def begin_fixed_image(arena: Arena, extent: Extent) -> Callable[[], Bytes]:
+    """The same, when the device has sent it; its block may be given back meanwhile."""
+    raw = _begin(arena, extent)
     if not extent.is_on_device:
-        return extent.need_source().read()
-    raw = _read(arena, extent)
-    stamp_gaps(arena, raw)
-    return raw
+        return raw
+
+    def image() -> Bytes:
+        fixed = raw()
+        stamp_gaps(arena, fixed)
+        return fixed
+
+    return image
 
 
 def stamp_gaps(arena: Arena, fixed: Bytes) -> None:
@@ -71,10 +88,11 @@ def row_parts(blocks: Sequence[RowBlock], image: Bytes) -> dict[str, Bytes]:
     }
 
 
-def _read(arena: Arena, extent: Extent) -> Bytes:
-    raw: Bytes = np.empty(extent.nbytes, np.uint8)
-    arena.backend.read(arena.memory.address + extent.block, raw)
-    return raw
+def _begin(arena: Arena, extent: Extent) -> Callable[[], Bytes]:
+    if extent.is_on_device:
+        return arena.backend.begin_read(arena.memory.address + extent.block, extent.nbytes)
+    source = extent.need_source().read()
+    return lambda: source
 
 
 def _clear_dead_rows(backend: Backend, block: RowBlock, stop: int, raw: Bytes) -> None:

@@ -11,14 +11,14 @@ tier are brought along, so that afterwards `capsule.tier` is the tier asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from flashrt.base.errors import CapsuleError
 from flashrt.core.backend import Bytes
 from flashrt.core.capsule import Capsule, CapsuleTable
 from flashrt.core.extent import Extent, HostBytes, Source, Tier
-from flashrt.core.image import fixed_image, rows_image
+from flashrt.core.image import begin_fixed_image, begin_rows_image
 from flashrt.core.lineage import Segment, chain_of
 
 
@@ -41,11 +41,14 @@ def move(capsule: Capsule, tier: str) -> None:
         return
     if capsule.known_digest is None:
         capsule.known_digest = table.digest_capsule(capsule)
-    images = [_image(table, item) for item in items]
+    images = [_begin(table, item) for item in items]
     if target is Tier.DEVICE:
-        _to_device(table, items, images)
+        _to_device(table, items, [image() for image in images])
     else:
-        sources = _shelve(table, images) if target is Tier.DISK else [_keep(i) for i in images]
+        if target is Tier.DISK:
+            sources = _shelve(table, [image() for image in images])
+        else:
+            sources = [_keep(i, image) for i, image in zip(items, images, strict=True)]
         for item, source in zip(items, sources, strict=True):
             item.extent.give_back(table.pool)
             item.extent.source = source
@@ -75,10 +78,10 @@ def to_move(capsule: Capsule, target: Tier) -> list[_Item]:
     return items
 
 
-def _image(table: CapsuleTable, item: _Item) -> Bytes:
+def _begin(table: CapsuleTable, item: _Item) -> Callable[[], Bytes]:
     if item.segment is None:
-        return fixed_image(table.arena, item.extent)
-    return rows_image(table.arena, item.segment)
+        return begin_fixed_image(table.arena, item.extent)
+    return begin_rows_image(table.arena, item.segment)
 
 
 def _to_device(table: CapsuleTable, items: list[_Item], images: list[Bytes]) -> None:
@@ -91,9 +94,13 @@ def _to_device(table: CapsuleTable, items: list[_Item], images: list[Bytes]) -> 
         item.extent.block = block
 
 
-def _keep(image: Bytes) -> Source:
-    """An image of its own in host memory, whatever the mapping behind it."""
-    return HostBytes(image if image.flags.owndata else image.copy())
+def _keep(item: _Item, image: Callable[[], Bytes]) -> Source:
+    """An image of its own in host memory, whatever the mapping behind it; nobody waits for what
+    the device sends.
+    """
+    if item.extent.is_on_device:
+        return HostBytes(item.extent.nbytes, image)
+    return HostBytes(item.extent.nbytes, image, image().copy())
 
 
 def _shelve(table: CapsuleTable, images: list[Bytes]) -> list[Source]:

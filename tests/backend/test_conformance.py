@@ -199,6 +199,38 @@ def test_uploads_take_rows_out_of_host_bytes(bench: Bench) -> None:
     bench.check()
 
 
+@pytest.mark.parametrize("how", ["write", "fill", "copy", "copies", "upload"])
+def test_reads_that_have_begun_are_not_overtaken(bench: Bench, how: str) -> None:
+    """Two at once, one of them longer than the staging; their ranges are overwritten at once."""
+    bench.write(0, np.random.default_rng(8).integers(0, 256, 900_000, np.uint8))
+    expected = bench.mirror[:900_000].copy()
+    long, short = (
+        bench.backend.begin_read(bench.base, 700_000),
+        bench.backend.begin_read(bench.base + 800_000, 70_001),
+    )
+    if how == "write":
+        bench.write(0, np.zeros(900_000, np.uint8))
+    elif how == "fill":
+        bench.fill(0, 900_000, 7)
+    elif how == "copy":
+        bench.copy(Copy(1 << 20, 0, 900_000))
+    elif how == "copies":
+        bench.copy(Copy(1 << 20, 0, 800_000), Copy(2 << 20, 800_000, 100_000))
+    else:
+        zeros = np.zeros(900_000, np.uint8)
+        bench.backend.upload([Upload(zeros, CopyPlan((Copy(0, 0, 900_000),)))], bench.base)
+        bench.mirror[:900_000] = 0
+    bench.check()
+    assert np.array_equal(short(), expected[800_000:870_001])
+    assert np.array_equal(long(), expected[:700_000])
+    assert np.array_equal(short(), expected[800_000:870_001])
+
+
+def test_reads_begin_after_what_was_asked_before(bench: Bench) -> None:
+    bench.write(5, np.arange(200, dtype=np.uint8))
+    assert np.array_equal(bench.backend.begin_read(bench.base, 210)(), bench.mirror[:210])
+
+
 def test_fill_of_any_extent(bench: Bench) -> None:
     for offset, nbytes, byte in ((0, 1, 0), (33, 5, 255), (70_000, 100_001, 0x5A), (9, 0, 1)):
         bench.fill(offset, nbytes, byte)

@@ -135,6 +135,35 @@ def test_damage_on_disk_is_found_before_anything_moves(
         capsule.save(tmp_path / "c")
 
 
+def test_demotion_waits_for_nobody() -> None:
+    """Over streams that run only when waited for: the pool's block is used again at once, by a
+    capsule of another state, and the host's bytes are those of the first.
+    """
+    engine = flashrt.load(GOLDEN / "tiny", device="simt", max_positions=200, lanes=2)
+    driver = engine.backend.driver
+    with engine.session() as session:
+        session.prefill(range(40))
+        capsule, expected = session.snapshot(), session.digest()
+        image = rows_image(engine.arena, capsule.segment).copy()
+        blocks = {capsule.fixed.block, capsule.segment.rows.block}
+        assert capsule.digest == expected
+        capsule.known_digest = expected
+        waits = driver.counts["cuStreamSynchronize"] + driver.counts["cuEventSynchronize"]
+        capsule.to("host")
+        assert driver.counts["cuStreamSynchronize"] + driver.counts["cuEventSynchronize"] == waits
+        session.rollback(0)
+        session.prefill(range(100, 140))
+        later = session.snapshot()
+        assert {later.fixed.block, later.segment.rows.block} == blocks
+        with engine.session() as other:
+            other.restore(capsule)
+            assert other.digest() == expected
+        assert np.array_equal(capsule.segment.rows.source.read(), image)
+        session.restore(later)
+        assert session.digest() == later.digest != expected
+    engine.close()
+
+
 def test_a_rollback_passes_over_a_damaged_boundary(
     engine: flashrt.Engine, session: flashrt.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import ctypes
 import math
 import mmap
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,12 @@ class CpuDevice:
     def read(self, address: int, out: Bytes) -> None:
         """See Backend."""
         ctypes.memmove(out.ctypes.data, address, out.nbytes)
+
+    def begin_read(self, address: int, nbytes: int) -> Callable[[], Bytes]:
+        """See Backend; everything here is synchronous."""
+        out: Bytes = np.empty(nbytes, np.uint8)
+        self.read(address, out)
+        return lambda: out
 
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """See Backend."""

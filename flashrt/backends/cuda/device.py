@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ from flashrt.backends.cuda.graph import CudaGraph, Node
 from flashrt.backends.cuda.library import KernelLibrary
 from flashrt.backends.cuda.nvrtc import Nvrtc
 from flashrt.backends.cuda.sources import Sources
-from flashrt.backends.cuda.staging import Readback, UploadRing
+from flashrt.backends.cuda.staging import DownloadRing, Readback, UploadRing
 from flashrt.backends.cuda.views import CPU, CUDA, DeviceArray, view
 from flashrt.base.errors import BackendError, SealedError
 from flashrt.base.tracing import PLAN, trace
@@ -99,6 +99,7 @@ class CudaDevice:
         self._capture_stream = driver.stream_create()
         self._ring = UploadRing(driver, self._stream, self._capacities.staging_bytes)
         self._readback = Readback(driver, self._stream, self._capacities.staging_bytes)
+        self._downloads = DownloadRing(driver, self._stream, self._capacities.staging_bytes)
         table_bytes = self._capacities.copies * _COPY_BYTES
         terms_bytes = self._capacities.terms * (_TERM_BYTES + _SUM_BYTES)
         self._tables = DeviceMemory(
@@ -243,14 +244,20 @@ class CudaDevice:
 
     def write(self, address: int, data: Bytes) -> None:
         """See Backend; asynchronous, `data` may change as soon as this returns."""
+        self._downloads.fence()
         self._ring.upload(address, data)
 
     def read(self, address: int, out: Bytes) -> None:
         """See Backend."""
         self._readback.download(address, out)
 
+    def begin_read(self, address: int, nbytes: int) -> Callable[[], Bytes]:
+        """See Backend."""
+        return self._downloads.begin(address, nbytes)
+
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """See Backend."""
+        self._downloads.fence()
         if nbytes:
             self.driver.fill(address, byte, nbytes, self._stream)
 
@@ -260,6 +267,7 @@ class CudaDevice:
         """
         if not plan.copies:
             return
+        self._downloads.fence()
         first = plan.copies[0]
         if len(plan.copies) == 1 and first.height == 1:
             self.driver.copy_on_device(
@@ -275,6 +283,7 @@ class CudaDevice:
 
     def upload(self, uploads: Sequence[Upload], dst_base: int) -> None:
         """See Backend: row by row through the ring."""
+        self._downloads.fence()
         for source, copy in ((u.source, copy) for u in uploads for copy in u.plan):
             for row in range(copy.height):
                 first, to = copy.src + row * copy.src_pitch, copy.dst + row * copy.dst_pitch
@@ -357,6 +366,7 @@ class CudaDevice:
             graph.close()
         self._ring.close()
         self._readback.close()
+        self._downloads.close()
         for memory in (*self._memories, self._tables):
             self.driver.mem_free(memory.address)
         self._memories, self._graphs = [], []

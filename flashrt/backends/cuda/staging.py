@@ -1,4 +1,4 @@
-"""Pinned staging between pageable arrays and the device: a ring up, two buffers down.
+"""Pinned staging between pageable arrays and the device: a ring up, two buffers and a ring down.
 
 IS: why `write` can return before its copy has run: the bytes are in the ring, and a section of it
 is reused only after the event behind its last copy. Allocated once, at open.
@@ -8,6 +8,9 @@ IS NOT: for transfers between device ranges. Called by: device.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+
+import numpy as np
 
 from flashrt.backends.cuda.driver_api import Driver
 from flashrt.base.errors import BackendError
@@ -101,3 +104,75 @@ class Readback:
             self._driver.event_destroy(event)
         for buffer in self._buffers:
             self._driver.host_free(buffer)
+
+
+class DownloadRing:
+    """Device to host behind the caller's back: a stream and a ring of pinned sections of its own.
+
+    A read takes the bytes as they are at its place in the compute stream. It lands, from the ring
+    into pageable memory, when somebody waits for it or the ring has come round. `fence` holds back
+    work that would overwrite what is still being read.
+    """
+
+    def __init__(
+        self, driver: Driver, compute_stream: int, section_bytes: int, n_sections: int = 8
+    ) -> None:
+        self._driver = driver
+        self._compute = compute_stream
+        self._section_bytes = section_bytes
+        self._buffer = driver.host_alloc(section_bytes * n_sections)
+        self._stream = driver.stream_create()
+        self._events = [driver.event_create() for _ in range(n_sections)]
+        self._begun, self._done = driver.event_create(), driver.event_create()
+        self._flying: deque[tuple[int, Bytes]] = deque()  # (piece, where to), oldest first
+        self._n_pieces = 0  # so far; a piece's section is its number modulo their count
+        self._is_fenced = True
+
+    def begin(self, address: int, nbytes: int) -> Callable[[], Bytes]:
+        """Queue a read after the work in the compute stream; what is returned waits for it."""
+        out: Bytes = np.empty(nbytes, np.uint8)
+        self._driver.event_record(self._begun, self._compute)
+        self._driver.stream_wait(self._stream, self._begun)
+        for start in range(0, nbytes, self._section_bytes):
+            part = out[start : start + self._section_bytes]
+            if len(self._flying) == len(self._events):
+                self._land()
+            section = self._n_pieces % len(self._events)
+            pinned = self._buffer.address + section * self._section_bytes
+            self._driver.copy_to_host(pinned, address + start, part.size, self._stream)
+            self._driver.event_record(self._events[section], self._stream)
+            self._flying.append((self._n_pieces, part))
+            self._n_pieces += 1
+        self._driver.event_record(self._done, self._stream)
+        self._is_fenced = False
+        last = self._n_pieces - 1
+
+        def arrive() -> Bytes:
+            while self._flying and self._flying[0][0] <= last:
+                self._land()
+            return out
+
+        return arrive
+
+    def fence(self) -> None:
+        """Work queued from here on waits, on the device, for reads that have begun."""
+        if not self._is_fenced:
+            self._driver.stream_wait(self._compute, self._done)
+            self._is_fenced = True
+
+    def _land(self) -> None:
+        piece, out = self._flying[0]
+        section = piece % len(self._events)
+        self._driver.event_sync(self._events[section])
+        start = section * self._section_bytes
+        out[:] = self._buffer.array[start : start + out.size]
+        self._flying.popleft()
+
+    def close(self) -> None:
+        """Land what is under way, and release everything."""
+        while self._flying:
+            self._land()
+        for event in (*self._events, self._begun, self._done):
+            self._driver.event_destroy(event)
+        self._driver.stream_destroy(self._stream)
+        self._driver.host_free(self._buffer)
