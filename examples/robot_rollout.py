@@ -3,7 +3,9 @@
 FrozenLake on the 6 x 6 grid of the model's robot world: it was trained to walk to a goal that it is
 told once, and knows nothing of holes. Looking ahead, plans of up to two steps are tried on from the
 present capsule and the environment's present state (one integer), each followed by the policy to
-the end; the first step of the best is taken. The next episode begins by a restore. Needs gymnasium: pip install 'flashrt[gym]'
+the end; the first step of the best is taken. The next episode begins by a restore.
+
+Needs gymnasium: pip install 'flashrt[gym]'
 
     python examples/robot_rollout.py [CHECKPOINT]
 """
