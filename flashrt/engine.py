@@ -37,7 +37,7 @@ from flashrt.models import Model
 from flashrt.ops import OPS
 from flashrt.ops.sampler import SamplerParams
 from flashrt.weights.checkpoint import Checkpoint
-from flashrt.weights.loader import LoadReport, load
+from flashrt.weights.loader import LoadReport, fill_weights
 
 PREFILL, DECODE, SAMPLE = "prefill", "decode", "sample"
 DRAFT, DRAFT_NEXT, VERIFY, COMMIT = "draft", "draft_next", "verify", "commit"
@@ -78,7 +78,7 @@ class Engine:
         plan = self._plan(tapes, lanes, pool_bytes)
         weights = plan_band([r.region for r in model.weights], backend.storage)
         self.arena = Arena(backend, plan, weights)
-        self.load_report = self._load(progress)
+        self.load_report = fill_weights(model.weights, checkpoint, self.arena, progress)
         self.fingerprint = _fingerprint(model, self.load_report, backend, plan, tapes)
         self.lanes = [
             Lane(i, np.zeros(self.max_positions, np.int32)) for i in range(len(plan.lanes))
@@ -261,24 +261,6 @@ class Engine:
             )
             pool_bytes = DEFAULT_POOL_FIXED * fixed + DEFAULT_POOL_LANES * rows
         return plan_arena(regions, tapes, storage, lanes=lanes, pool_nbytes=pool_bytes)
-
-    def _load(self, progress: Progress | None) -> LoadReport:
-        weights, base = self.arena.weights, self.arena.weight_memory.address
-        slots = {s.region: s for s in weights.slots}
-        staging: Bytes = np.empty(0, np.uint8)
-
-        def sink(region: Region, first_row: int, rows: NDArray[np.generic]) -> None:
-            nonlocal staging
-            slot = slots[region]
-            part = dataclasses.replace(region, shape=rows.shape)
-            nbytes = self.backend.storage(part).nbytes
-            if staging.nbytes < nbytes:
-                staging = np.empty(nbytes, np.uint8)
-            self.backend.pack(part, rows, staging[:nbytes])
-            at = base + slot.offset + first_row * slot.storage.lead_nbytes
-            self.backend.write(at, staging[:nbytes])
-
-        return load(self.model.weights, self.checkpoint, sink, progress)
 
     def _capture(self, tapes: Sequence[Tape], progress: Progress | None) -> None:
         total = len(tapes) * len(self.lanes)

@@ -45,14 +45,15 @@ from flashrt.ops.policy_cursor import (
     read_cursor,
     seed_words,
 )
-from flashrt.ops.table import REQUEST_WORDS
+from flashrt.ops.table import CURSOR_WORDS, REQUEST_WORDS
 from flashrt.weights.bundled_policies import policy_path
 from flashrt.weights.checkpoint import Checkpoint, open_checkpoint
 from flashrt.weights.loader import fill_weights
 
 DEFAULT_POOL_CAPSULES = 256  # that a default pool has room for
-# Graphs that touch less run on the calling thread: waking another takes longer than they do.
-CPU_ALONE_NBYTES = 4 << 20
+# Graphs that touch less run on the calling thread, a millisecond at most: two threads were a third
+# faster when both were awake, and ten times slower when one was not.
+CPU_ALONE_NBYTES = 32 << 20
 Action = NDArray[np.float32]
 
 
@@ -97,6 +98,8 @@ class PolicyEngine:
             for band in (plan.lanes[lane.index].fixed, plan.lanes[lane.index].io)
             for slot in band.slots
         }
+        self._cursor_words = np.empty(CURSOR_WORDS, np.int32)  # where cursors are read to
+        self._cursor_bytes = self._cursor_words.view(np.uint8)
         self._scale, self._offset = self._statistics()
         self._free = self.lanes[::-1]
         for lane in self.lanes:
@@ -190,9 +193,7 @@ class PolicyEngine:
 
     def cursor(self, lane: Lane) -> PolicyCursor:
         """The lane's time, read from the device."""
-        out = np.empty(len(Word), np.int32)
-        self.backend.read(self._addresses[lane.index, "cursor"], out.view(np.uint8))
-        return read_cursor(out)
+        return read_cursor(self._words(lane))
 
     def reset(self, lane: Lane, seed: int = 0) -> None:
         """The empty state before tick 0; `seed` is that of the noise of plans."""
@@ -292,12 +293,16 @@ class PolicyEngine:
         if flags().poison:
             self.arena.poison_scratch()
 
+    def _words(self, lane: Lane) -> list[int]:
+        self.backend.read(self._addresses[lane.index, "cursor"], self._cursor_bytes)
+        return self._cursor_words.tolist()
+
     def _need_action(self, lane: Lane, hold: bool) -> None:
-        cursor = self.cursor(lane)
-        if not hold and cursor.tick >= cursor.stop:
+        words = self._words(lane)
+        if not hold and words[Word.TICK] >= words[Word.STOP]:
             raise SessionError(
-                f"lane {lane.index}: the queue has no action for tick {cursor.tick}; observe and "
-                "plan, or hold the action before (hold=True)"
+                f"lane {lane.index}: the queue has no action for tick {words[Word.TICK]}; observe "
+                "and plan, or hold the action before (hold=True)"
             )
 
     def _request(self, lane: Lane, committed: int) -> NDArray[np.int32]:

@@ -10,6 +10,7 @@ the action of tick n is row n - chunk of the queue, as long as n < stop.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,9 @@ class Word(enum.IntEnum):
     HELD = 9
 
 
+_N_WORDS = len(Word)
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyCursor:
     """The words of a lane, read at one instant."""
@@ -56,9 +60,9 @@ class PolicyCursor:
         return max(0, self.stop - self.tick)
 
 
-def read_cursor(words: NDArray[np.int32]) -> PolicyCursor:
-    """A record of the 16 words of a region."""
-    tick, observed, low, high, *rest = (int(word) for word in words[: len(Word)])
+def read_cursor(words: Sequence[int]) -> PolicyCursor:
+    """A record of the 16 words of a region, int32 each."""
+    tick, observed, low, high, *rest = words[:_N_WORDS]
     seed = (high & 0xFFFFFFFF) << 32 | (low & 0xFFFFFFFF)
     return PolicyCursor(tick, observed, seed, *rest)
 
