@@ -24,6 +24,13 @@ class Curriculum:
     level: dict[str, int] = field(default_factory=dict)
     right: dict[str, float] = field(default_factory=dict)
     seen: dict[str, float] = field(default_factory=dict)
+    caps: dict[str, int] = field(default_factory=dict)  # lengths not to be exceeded
+
+    def cap(self, task: str, length: int) -> None:
+        """No rows of this task beyond `length`, one of LENGTHS."""
+        self.caps[task] = length
+        if self.longest(task) > length:
+            self.level[task], self.seen[task] = LENGTHS.index(length), 0
 
     def longest(self, task: str) -> int:
         """Tokens of the task's longest rows so far."""
@@ -41,7 +48,8 @@ class Curriculum:
         self.right[task] = mean + min(0.5, total / 1000) * (right / total - mean)
         self.seen[task] = self.seen.get(task, 0) + total
         passed = self.right[task] > PASS_AT.get(task, DEFAULT_PASS_AT) and self.seen[task] > ENOUGH
-        if passed and LENGTHS[level] < LONGEST.get(task, LENGTHS[-1]):
+        top = self.caps.get(task, LONGEST.get(task, LENGTHS[-1]))
+        if passed and LENGTHS[level] < top:
             self.level[task], self.seen[task] = level + 1, 0
             self.right[task] -= 0.1  # to be earned again
 

@@ -277,6 +277,15 @@ def draft_agreement(chat: Chat, n: int) -> dict[str, tuple[int, int]]:
     return found
 
 
+def markdown(figures: dict[str, dict[str, float]]) -> str:
+    """The table of the model card."""
+    lines = ["| | full restore | rows only | state only | asked |", "|---|---|---|---|---|"]
+    for name, found in figures.items():
+        shares = " | ".join(f"{found[k]:.3f}" if k in found else "" for k in ABLATIONS)
+        lines.append(f"| {name} | {shares} | {found['asked']:.0f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Print the table; write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -286,6 +295,7 @@ def main() -> None:
     parser.add_argument("--no-ablations", action="store_true")
     parser.add_argument("--only", default="", help="exams whose names contain this")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", action="store_true", help="the table of the model card too")
     a = parser.parse_args()
     chat = Chat(a.folder or bundled_checkpoint(), a.device)
     figures: dict[str, dict[str, float]] = {}
@@ -305,6 +315,8 @@ def main() -> None:
             figures[name] = {"full": good / max(1, asked), "asked": asked}
             table.add_row(name, f"{good / max(1, asked):.3f}", "", "", str(asked))
     Console().print(table)
+    if a.markdown:
+        print(markdown(figures))
     if a.json:
         a.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

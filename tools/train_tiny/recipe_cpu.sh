@@ -15,8 +15,10 @@ $train --steps 1400 $wide \
   --mix recall:0.8,updates:3,moves:6,building:0.7,robot:0.7,mixed:0.7,story:0.4
 $train --steps 1500 $wide \
   --mix recall:0.7,updates:5,moves:3.5,building:1,robot:0.7,mixed:0.8,story:0.4
-$train --decay 1300 $wide \
-  --mix recall:0.7,updates:4,moves:4.5,building:1.2,robot:0.7,mixed:1,story:0.4
+cool="$train $wide --mix recall:0.7,updates:4,moves:4.5,building:1.2,robot:0.7,mixed:1,story:0.4"
+$cool --decay 1300 --until 1750
+$cool --decay 1300 --until 2000 --cap moves:512 # moves had come to rows of 2,048: more than needed
+$cool --decay 1000 --cap moves:512
 $both mtp.py "$run/final.pt" --out "$run/drafted.pt" --steps 400
 python export.py "$run/drafted.pt" "$folder"
 python check_export.py "$folder"

@@ -178,6 +178,9 @@ def begin(options: argparse.Namespace) -> Run:
         held = options.start or options.out / "last.pt"
     if held.exists():
         run.resume(held)
+    for part in options.cap.split(",") if options.cap else ():
+        task, length = part.split(":")
+        run.curriculum.cap(task, int(length))
     return run
 
 
@@ -194,11 +197,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=0, help="last step of the stable phase")
     parser.add_argument("--decay", type=int, default=0, help="cool down for so many steps")
+    parser.add_argument("--until", type=int, default=0, help="stop the cool-down at this step")
     parser.add_argument("--start", type=Path, help="checkpoint to go on from, else out/last.pt")
     parser.add_argument("--batches", type=int, default=3, help="per process and step")
     parser.add_argument("--tokens", type=int, default=1024, help="per batch, at least")
     parser.add_argument("--lr", type=float, default=0.006)
     parser.add_argument("--mix", default=MIX, help="task:share,...")
+    parser.add_argument("--cap", default="", help="task:tokens,... no longer rows than these")
     parser.add_argument("--position-weight", type=float, default=0.5)
     parser.add_argument("--layers", default="LLFLF", help="L delta rule, F full attention")
     parser.add_argument("--seed", type=int, default=0)
@@ -207,7 +212,9 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=50, help="steps")
     options = parser.parse_args()
     run = begin(options)
-    last = run.decay_from + options.decay if options.decay else options.steps
+    end = run.decay_from + options.decay if options.decay else options.steps
+    last = options.until or end
+    held_as = COOLING if options.decay else "last.pt"
     with Progress(run.rank == 0, run.step, last) as progress:
         began, began_tokens = time.time(), run.tokens
         while run.step < last:
@@ -215,8 +222,8 @@ def main() -> None:
             speed = (run.tokens - began_tokens) / (time.time() - began)
             progress.show(run.step, run.tokens, speed, run.wiped, run.curriculum)
             if run.step % options.save_every == 0:
-                run.save(COOLING if options.decay else "last.pt")
-    run.save("final.pt" if options.decay else "last.pt")
+                run.save(held_as)
+    run.save("final.pt" if options.decay and run.step >= end else held_as)
 
 
 if __name__ == "__main__":
