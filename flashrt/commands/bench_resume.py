@@ -10,6 +10,7 @@ kernel was asked to forget them first, which it may refuse on some filesystems.
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import statistics
@@ -46,6 +47,7 @@ from flashrt.view.units import bytes_text, percent_text, rate_text, seconds_text
 LENGTHS = {"tiny": [256, 1024], "mini": [2048, 8192, 16384]}
 CHECKPOINT_LENGTHS = [512, 2048]
 REPEATS = 5
+TURNS = 30  # restores, reads and refills, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +60,9 @@ class Resume:
     save_s: float  # publish, with every fsync
     cached_s: float
     evicted_s: float
-    restore_s: float  # from the page cache into the lane, checked; no search, no sampling; best
-    read_s: float  # the same files, read into memory, in turns with restore; best
-    refill_s: float  # the same, into memory that was touched before
+    restore_s: float  # from the page cache into the lane, checked; no search, no sampling
+    read_s: float  # the same files, read into new memory, in turns with restore
+    refill_s: float  # the same, into memory that was touched before, at pages' beginnings
 
     @property
     def restore_share(self) -> float:
@@ -88,6 +90,7 @@ def resume(options: BenchOptions, json_path: Path | None, plot_path: Path | None
         **of_engine(engine),
         "folder": str(folder.parent),
         "repeats": options.repeats,
+        "turns": max(TURNS, 4 * options.repeats),
         "rows": [asdict(row) for row in rows],
     }
     engine.close()
@@ -107,8 +110,7 @@ def measure(
 ) -> list[Resume]:
     """One row per length; the engine needs room for one token more than the longest.
 
-    `folder` is made, and removed at the end. `repeats` of each median; four times as many restores
-    and reads, of which the best counts.
+    `folder` is made, and removed at the end. `repeats` of each median; TURNS restores and reads.
     """
     rng, rows = np.random.default_rng(7), []
     try:
@@ -151,7 +153,7 @@ def _show(document: Document, rows: Sequence[Resume]) -> None:
     screen.print(table(rows))
     notes = [
         f"Medians of {document['repeats']}; cold and save once; restore, file read and refill: "
-        f"best of {4 * document['repeats']}, taking turns.",
+        f"of {document['turns']}, taking turns.",
         "From disk: open the store, find the prefix, read, check every checksum, restore, sample.",
         "Cached: the files are in the page cache. Evicted: the kernel was asked to forget them.",
         f"Of a file read, of a refill: beside reading the same files into new memory, and into "
@@ -188,15 +190,15 @@ def _measure_one(
         capsule.drop()
         return seconds
 
-    buffers = [np.ones(p.stat().st_size, np.uint8) for p in files]
+    buffers = [_touched(p.stat().st_size) for p in files]
 
     def refill() -> None:
         for path, buffer in zip(files, buffers, strict=True):
             with path.open("rb", buffering=0) as file:
-                file.readinto(buffer.data)
+                file.readinto(buffer)
 
     restores, reads, refills = [], [], []
-    for _ in range(4 * repeats):  # in turns: others may use the machine, too
+    for _ in range(max(TURNS, 4 * repeats)):  # in turns: others may use the machine, too
         restores.append(restore())
         reads.append(_seconds(lambda: [path.read_bytes() for path in files]))
         refills.append(_seconds(refill))
@@ -206,15 +208,22 @@ def _measure_one(
         evicted.append(_seconds(resume))
     return Resume(
         tokens=len(tokens),
-        nbytes=sum(b.nbytes for b in buffers),
+        nbytes=sum(len(b) for b in buffers),
         cold_s=cold_s,
         save_s=save_s,
         cached_s=statistics.median(_seconds(resume) for _ in range(repeats)),
         evicted_s=statistics.median(evicted),
-        restore_s=min(restores),
-        read_s=min(reads),
-        refill_s=min(refills),
+        restore_s=statistics.median(restores),
+        read_s=statistics.median(reads),
+        refill_s=statistics.median(refills),
     )
+
+
+def _touched(nbytes: int) -> mmap.mmap:
+    """Memory that begins with a page: some processors' block copies are slow elsewhere."""
+    buffer = mmap.mmap(-1, nbytes)
+    buffer[:] = b"\1" * nbytes
+    return buffer
 
 
 def _first_token(session: Session) -> int:
