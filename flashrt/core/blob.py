@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from flashrt.base.errors import CapsuleError
 from flashrt.core.backend import Bytes
 from flashrt.core.capsule import Capsule, CapsuleTable
+from flashrt.core.copyplan import Copy, CopyPlan, Upload
 from flashrt.core.extent import Extent
 from flashrt.core.image import fixed_image, row_parts, rows_image, stamp_gaps
 from flashrt.core.lineage import Segment, path_to, segment_layout
@@ -150,7 +152,8 @@ def _table(
 def read_tensors(header: BlobHeader) -> dict[str, Bytes]:
     """The tensors, mapped and verified. Raises CapsuleError naming a tensor that is damaged."""
     try:
-        whole = np.memmap(header.path, np.uint8, mode="r")
+        with header.path.open("rb") as file:
+            whole = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
     except (OSError, ValueError) as error:
         raise CapsuleError(f"{header.path}: cannot be mapped: {error}") from error
     tensors: dict[str, Bytes] = {}
@@ -245,9 +248,9 @@ def _insert(table: CapsuleTable, header: BlobHeader, tensors: Mapping[str, Bytes
     arena.backend.write(base + fixed_block, fixed)
     segment = None
     if header.position:
-        for b in blocks:
-            data = np.ascontiguousarray(tensors[f"rows/{b.slot.region.name}"]).reshape(-1)
-            arena.backend.write(base + block + b.offset, data)
+        parts = [tensors[f"rows/{b.slot.region.name}"].reshape(-1) for b in blocks]
+        plans = [CopyPlan([Copy(0, block + b.offset, b.planes * b.width)]) for b in blocks]
+        arena.backend.upload([Upload(d, p) for d, p in zip(parts, plans, strict=True)], base)
         tokens = _journal(tensors, header.position)
         rows = Extent(rows_nbytes, block)
         segment = Segment(None, 0, header.position, tokens, rows, refs=1)

@@ -64,9 +64,6 @@ class CopyPlan:
     def __iter__(self) -> Iterator[Copy]:
         return iter(self.copies)
 
-    def __repr__(self) -> str:
-        return f"CopyPlan({self.copies})"
-
     def pack(self, src_base: int, dst_base: int) -> bytes:
         """The descriptor table with absolute addresses."""
         if self._bases != (src_base, dst_base):
