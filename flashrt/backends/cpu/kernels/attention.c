@@ -225,7 +225,7 @@ static void add_values_seen_by_some(query_set *s, int64_t block, int j0, int n, 
         if (col % LANES >= LANES / 2) continue;
         load_lanes(element_at(values, first + lane_offset((int)(col % LANES), s->a->values_dtype),
                               s->a->values_dtype),
-                   0, s->a->values_dtype, &low, &high);
+                   s->a->values_dtype, &low, &high);
         float *o = s->block_o + j * s->width + col;
         v_store(o, v_fma(low, p, v_load(o)));
         v_store(o + 16, v_fma(high, p, v_load(o + 16)));

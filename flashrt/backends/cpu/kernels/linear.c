@@ -2,42 +2,38 @@
  *
  * Order: output rows sit in vector lanes, so each output is a chain of scalar fma:
  * y = ((s0 + s1) + s2) + ..., one s per 256 ascending k; s = ((c0 + c1) + c2) + ..., each c a chain
- * over 64 ascending k from +0 (one chain over all 256 would round twice as much). Width, tile shape,
- * rows in the launch and threads decide only which chains run side by side.
+ * over 64 ascending k from +0 (one chain over all 256 would round twice as much). Width, tile
+ * shape, rows in the launch and threads decide only which chains run side by side.
  *
- * Tiles (tile.h) are swept in one of two ways:
- *   n <= DIRECT_ROWS  weights are streamed once.
- *   more              slices go outermost: a slice of x stays in L2 while the panels pass.
- * x is read where it lies, unless there are many long rows: those are first packed to
- * [slice][tile][k][token] by all threads. Scratch: n * K * 4 bytes; without it, nothing is packed.
+ * Rows of x are packed by all threads, [slice][tile of tokens][k][token]. Scratch: n * K * 4 bytes;
+ * without it, rows go one by one. Then either
+ *   few rows   weights are streamed once, chain by chain: what a chain reads serves all rows while
+ *              it is in L1, and memory is read at an even pace; or
+ *   many rows  slices go outermost: a slice of x stays in L2 while the panels pass, and a band of
+ *              lanes, one cache line of y, is widened to float32 in L1 before all rows use it.
  */
 #include "tile.h"
 
 enum {
-  DIRECT_ROWS = 8,
-  DIRECT_K = 2 * SLICE /* rows of x this short do not fall on the same few sets of the cache */
+  FEW_ROWS = 2 * TOKENS,
+  PANELS = MAX_GROUPS > PARTS ? MAX_GROUPS / PARTS : 1, /* streamed side by side */
+  AHEAD = 4 << 10                                       /* bytes prefetched ahead; measured */
 };
 
+/* Panels x a slice x a tile of tokens. */
 typedef struct {
-  const uint16_t *w; /* the panel of the first group, at the slice's first k */
-  int64_t panel_elements;
-  const float *x; /* packed: [k][token]; direct: [token][x_stride] */
-  int64_t x_stride;
+  const uint16_t *w; /* the first panel, at the slice's first k */
+  const float *x;    /* [k][token] */
+  float *y;          /* column 0 of that panel */
+  int64_t panel_elements, y_stride;
+  int64_t n_cols; /* columns of y from there on that exist */
+  int n_groups;   /* of all panels */
   int n_k;
-  float *y;                 /* column 0 of that panel */
-  int64_t y_stride, n_cols; /* columns of y from there on that exist */
-  int first_part;           /* which part of its panel the first group is */
   int is_first_slice;
+  int is_whole; /* 256 k, and all columns exist */
 } tile_job;
 
-/* y = s, or y += s, for the columns that exist. */
-INLINE void fold(float *y, int64_t n_cols, vf s, int is_first_slice) {
-  if (n_cols >= VL) {
-    v_store(y, is_first_slice ? s : v_load(y) + s);
-    return;
-  }
-  for (int i = 0; i < n_cols; i++) y[i] = is_first_slice ? s[i] : y[i] + s[i];
-}
+/* ---- sums ---- */
 
 /* sum = c, or sum += c. */
 INLINE void add_chains(chains *sum, const chains *c, int is_first, const int n_vectors,
@@ -52,113 +48,205 @@ INLINE void add_chains(chains *sum, const chains *c, int is_first, const int n_v
   }
 }
 
-INLINE void tile(const tile_job *job, const int n_groups, const int n_tokens, const int is_packed) {
-  const int n_vectors = n_groups * GROUP_VECTORS;
-  const int64_t t_step = is_packed ? 1 : job->x_stride, k_step = is_packed ? n_tokens : 1;
-  const void *w[MAX_VECTORS];
-  int64_t col[MAX_VECTORS];
-  chains sum;
+/* y = s, or y += s, for the columns that exist. */
+INLINE void fold(float *y, int64_t n_cols, vf s, int is_first_slice) {
+  if (n_cols >= VL) {
+    v_store(y, is_first_slice ? s : v_load(y) + s);
+    return;
+  }
+  for (int i = 0; i < n_cols; i++) y[i] = is_first_slice ? s[i] : y[i] + s[i];
+}
+
+/* Column, from the first panel's on, of vector v of the groups from `group` on. */
+INLINE int64_t column_of(int group, int v) {
+  group += v / GROUP_VECTORS;
+  return group / PARTS * LANES + first_lane(group, v);
+}
+
+INLINE void fold_chains(const tile_job *job, const chains *sum, int group, const int n_vectors,
+                        const int n_tokens) {
   UNROLL
   for (int v = 0; v < n_vectors; v++) {
-    int group = job->first_part + v / GROUP_VECTORS, lane = first_lane(group, v);
-    col[v] = group / PARTS * LANES + lane;
-    w[v] = job->w + group / PARTS * job->panel_elements + lane_offset(lane, DTYPE_BF16);
-    UNROLL
-    for (int t = 0; t < n_tokens; t++) __builtin_prefetch(job->y + t * job->y_stride + col[v], 1);
-  }
-  /* One token streams best as it is. */
-  const char *ahead = NULL;
-  if (!is_packed && n_tokens > 1) {
-    ahead = ahead_of(w[0], DTYPE_BF16, n_groups, job->first_part, job->n_k);
-  }
-  for (int k = 0; k < job->n_k; k += CHAIN) {
-    chains c;
-    UNROLL
-    for (int v = 0; v < n_vectors; v++) {
-      UNROLL
-      for (int t = 0; t < n_tokens; t++) c.low[v][t] = c.high[v][t] = (vf){0};
-    }
-    const float *x = job->x + k * k_step;
-    int n_k = (int)min_of(CHAIN, job->n_k - k);
-    if (n_k == CHAIN) { /* a constant: the loop is unrolled without a rest */
-      extend_chains(&c, DTYPE_BF16, n_vectors, n_tokens, w, x, t_step, k_step, CHAIN, ahead);
-    } else {
-      extend_chains(&c, DTYPE_BF16, n_vectors, n_tokens, w, x, t_step, k_step, n_k, ahead);
-    }
-    add_chains(&sum, &c, k == 0, n_vectors, n_tokens);
-    UNROLL
-    for (int v = 0; v < n_vectors; v++) w[v] = (const uint16_t *)w[v] + CHAIN * LANES;
-    if (ahead) ahead += CHAIN * n_vectors * VL * 2 * (int)sizeof(uint16_t);
-  }
-  UNROLL
-  for (int v = 0; v < n_vectors; v++) {
+    int64_t col = column_of(group, v), n_cols = job->n_cols - col;
     UNROLL
     for (int t = 0; t < n_tokens; t++) {
-      float *y = job->y + t * job->y_stride + col[v];
-      fold(y, job->n_cols - col[v], sum.low[v][t], job->is_first_slice);
-      fold(y + 16, job->n_cols - col[v] - 16, sum.high[v][t], job->is_first_slice);
+      float *y = job->y + t * job->y_stride + col;
+      fold(y, n_cols, sum->low[v][t], job->is_first_slice);
+      fold(y + 16, n_cols - 16, sum->high[v][t], job->is_first_slice);
     }
   }
 }
 
-#define TILE(groups, tokens)                                                                    \
-  static void direct_##groups##x##tokens(const tile_job *job) { tile(job, groups, tokens, 0); } \
-  static void packed_##groups##x##tokens(const tile_job *job) { tile(job, groups, tokens, 1); }
-TILE(4, 1)
-TILE(2, 1)
-TILE(2, 2)
-TILE(2, 3)
-TILE(1, 1)
-TILE(1, 2)
-TILE(1, 3)
-TILE(1, 4)
-TILE(1, 5)
-TILE(1, 6)
-#if defined __AVX512F__
-TILE(4, 2)
-TILE(4, 3)
-TILE(2, 4)
-TILE(2, 5)
-TILE(2, 6)
-TILE(1, 7)
-TILE(1, 8)
-TILE(1, 9)
-TILE(1, 10)
-TILE(1, 11)
-TILE(1, 12)
-#endif
+/* ---- few rows ---- */
 
-typedef void (*tile_function)(const tile_job *);
-#define ROW_OF_6(way, g) \
-  way##_##g##x1, way##_##g##x2, way##_##g##x3, way##_##g##x4, way##_##g##x5, way##_##g##x6
-/* [groups][tokens]; fewer groups are always there, more only for as few tokens as leave registers
- * for them. */
+/* One chain of n_groups groups from `group` on, added to `sum`. */
+INLINE void stream_chain(const tile_job *job, int group, int k, chains *sum, const int n_groups,
+                         const int n_tokens) {
+  const int n_vectors = n_groups * GROUP_VECTORS;
+  const void *w[MAX_VECTORS];
+  chains c;
+  UNROLL
+  for (int v = 0; v < n_vectors; v++) {
+    int of = group + v / GROUP_VECTORS;
+    w[v] = job->w + of / PARTS * job->panel_elements + k * LANES +
+           lane_offset(first_lane(of, v), DTYPE_BF16);
+  }
+  /* One token streams best as it is. Groups of a panel share its cache lines: each asks for its
+   * part of those that come next. */
+  const char *ahead = NULL;
+  if (n_tokens > 1) {
+    const uint16_t *panel = job->w + group / PARTS * job->panel_elements + k * LANES;
+    ahead = (const char *)panel + AHEAD + group % PARTS * (CHAIN * LANES * 2 / PARTS);
+  }
+  const float *x = job->x + k * n_tokens;
+  int n_k = (int)min_of(CHAIN, job->n_k - k);
+  clear_chains(&c, n_vectors, n_tokens);
+  if (n_k == CHAIN) { /* a constant: the loop is unrolled without a rest */
+    extend_chains(&c, FORM_BF16, n_vectors, n_tokens, w, x, 1, n_tokens, CHAIN, ahead);
+  } else {
+    extend_chains(&c, FORM_BF16, n_vectors, n_tokens, w, x, 1, n_tokens, n_k, NULL);
+  }
+  add_chains(sum, &c, k == 0, n_vectors, n_tokens);
+}
+
+INLINE void stream(const tile_job *job, const int n_groups, const int n_tokens) {
+  chains sum[PANELS * PARTS];
+  for (int k = 0; k < job->n_k; k += CHAIN) {
+    for (int i = 0; i * n_groups < job->n_groups; i++) {
+      stream_chain(job, i * n_groups, k, &sum[i], n_groups, n_tokens);
+    }
+  }
+  for (int i = 0; i * n_groups < job->n_groups; i++) {
+    fold_chains(job, &sum[i], i * n_groups, n_groups * GROUP_VECTORS, n_tokens);
+  }
+}
+
+/* ---- many rows ---- */
+
+enum { BAND = 2 * GROUP_WORDS, BANDS = LANES / BAND }; /* lanes as wide as a group, side by side */
+
+/* A band of a panel over the slice, in FORM_GROUP. */
+static void widen_band(const tile_job *job, int band, float *wide) {
+  for (int k = 0; k < job->n_k; k++) {
+    UNROLL
+    for (int lane = 0; lane < BAND; lane += VL) {
+      int of = band * BAND + lane;
+      vu words = v_load_words(job->w + k * LANES + of % (LANES / 2) * 2);
+      v_store(wide + k * BAND + lane, of < LANES / 2 ? v_low(words) : v_high(words));
+    }
+  }
+}
+
+/* y, or y + the sums, for a band and a tile of tokens. is_whole: of the job, as a constant. */
+INLINE void wide_tile(const tile_job *job, int band, const float *wide, const int n_tokens,
+                      const int is_whole) {
+  const int length = is_whole ? SLICE : job->n_k;
+  float *y = job->y + band * BAND;
+  int64_t n_cols = is_whole ? BAND : job->n_cols - band * BAND;
+  chains sum, c;
+  UNROLL
+  for (int t = 0; t < n_tokens; t++) {
+    for (int col = 0; col < BAND; col += 16) __builtin_prefetch(y + t * job->y_stride + col, 1);
+  }
+  for (int k = 0; k < length; k += CHAIN) {
+    const int n_k = is_whole ? CHAIN : (int)min_of(CHAIN, length - k);
+    const void *w[MAX_VECTORS];
+    UNROLL
+    for (int v = 0; v < GROUP_VECTORS; v++) w[v] = wide + k * BAND + v * VL;
+    clear_chains(&c, GROUP_VECTORS, n_tokens);
+    extend_chains(&c, FORM_GROUP, GROUP_VECTORS, n_tokens, w, job->x + k * n_tokens, 1, n_tokens,
+                  n_k, NULL);
+    add_chains(&sum, &c, k == 0, GROUP_VECTORS, n_tokens);
+  }
+  UNROLL
+  for (int t = 0; t < n_tokens; t++) {
+    UNROLL
+    for (int v = 0; v < GROUP_VECTORS; v++) {
+      float *at = y + t * job->y_stride + v * VL;
+      fold(at, n_cols - v * VL, sum.low[v][t], job->is_first_slice);
+      fold(at + GROUP_WORDS, n_cols - v * VL - GROUP_WORDS, sum.high[v][t], job->is_first_slice);
+    }
+  }
+}
+
+/* ---- tiles by size ---- */
+
+typedef void (*stream_function)(const tile_job *job);
+typedef void (*wide_function)(const tile_job *job, int band, const float *wide);
+
+#define STREAM(groups, tokens) \
+  static void stream_##groups##x##tokens(const tile_job *job) { stream(job, groups, tokens); }
+#define WIDE(tokens)                                                             \
+  static void wide_##tokens(const tile_job *job, int band, const float *wide) {  \
+    if (job->is_whole) wide_tile(job, band, wide, tokens, 1);                    \
+    else wide_tile(job, band, wide, tokens, 0);                                  \
+  }
+STREAM(4, 1)
+STREAM(2, 1)
+STREAM(2, 2)
+STREAM(2, 3)
+STREAM(1, 1)
+STREAM(1, 2)
+STREAM(1, 3)
+STREAM(1, 4)
+STREAM(1, 5)
+STREAM(1, 6)
+WIDE(1)
+WIDE(2)
+WIDE(3)
+WIDE(4)
+WIDE(5)
+WIDE(6)
+#define ONE_TO_6(name) name##1, name##2, name##3, name##4, name##5, name##6
 #if defined __AVX512F__
-#define TILES(way)                                                          \
-  {                                                                         \
-    [1] = {0,         ROW_OF_6(way, 1), way##_1x7,  way##_1x8,              \
-           way##_1x9, way##_1x10,       way##_1x11, way##_1x12},            \
-    [2] = {0, ROW_OF_6(way, 2)}, [4] = {0, way##_4x1, way##_4x2, way##_4x3} \
-  }
+STREAM(4, 2)
+STREAM(4, 3)
+STREAM(2, 4)
+STREAM(2, 5)
+STREAM(2, 6)
+STREAM(1, 7)
+STREAM(1, 8)
+STREAM(1, 9)
+STREAM(1, 10)
+STREAM(1, 11)
+STREAM(1, 12)
+WIDE(7)
+WIDE(8)
+WIDE(9)
+WIDE(10)
+WIDE(11)
+WIDE(12)
+#define SEVEN_TO_12(name) name##7, name##8, name##9, name##10, name##11, name##12
+/* [groups][tokens]; one group is always there, more only for as few tokens as leave registers. */
+static const stream_function streams[MAX_GROUPS + 1][TOKENS + 1] = {
+    [1] = {0, ONE_TO_6(stream_1x), SEVEN_TO_12(stream_1x)},
+    [2] = {0, ONE_TO_6(stream_2x)},
+    [4] = {0, stream_4x1, stream_4x2, stream_4x3}};
+static const wide_function wides[TOKENS + 1] = {0, ONE_TO_6(wide_), SEVEN_TO_12(wide_)};
 #else
-#define TILES(way)                                                                                \
-  {                                                                                               \
-    [1] = {0, ROW_OF_6(way, 1)}, [2] = {0, way##_2x1, way##_2x2, way##_2x3}, [4] = {0, way##_4x1} \
-  }
+static const stream_function streams[MAX_GROUPS + 1][TOKENS + 1] = {
+    [1] = {0, ONE_TO_6(stream_1x)},
+    [2] = {0, stream_2x1, stream_2x2, stream_2x3},
+    [4] = {0, stream_4x1}};
+static const wide_function wides[TOKENS + 1] = {0, ONE_TO_6(wide_)};
 #endif
-static const tile_function direct_tiles[MAX_GROUPS + 1][TOKENS + 1] = TILES(direct);
-static const tile_function packed_tiles[MAX_GROUPS + 1][TOKENS + 1] = TILES(packed);
 
 /* ---- x in tiles of tokens ---- */
 
 typedef struct {
   const linear_args *a;
-  const float *packed; /* or NULL: direct */
+  const float *packed; /* one row is packed as it is */
+  int64_t first;       /* row of a->x and a->y */
   int n, n_tiles;
+  int least, n_more; /* tokens of a tile; the first n_more have one more */
 } token_tiles;
 
+static token_tiles tiles_of(const linear_args *a, const float *packed, int first, int n) {
+  int n_tiles = (int)ceil_div(n, TOKENS);
+  return (token_tiles){a, packed, first, n, n_tiles, n / n_tiles, n % n_tiles};
+}
 static inline int first_token(const token_tiles *x, int tile) {
-  return (int)((int64_t)x->n * tile / x->n_tiles);
+  return tile * x->least + (int)min_of(tile, x->n_more);
 }
 static inline int slice_length(const token_tiles *x, int64_t k0) {
   return (int)min_of(SLICE, x->a->K - k0);
@@ -185,27 +273,52 @@ static void pack_tokens(const token_tiles *x, float *packed, int tid, int nt) {
 
 /* ---- panels x slices x tiles ---- */
 
-/* Panels [panel, panel + n_panels) x one slice x all tokens. */
-static void panels_slice(const token_tiles *x, int64_t panel, int n_panels, int64_t k0) {
-  const linear_args *a = x->a;
-  int64_t K = a->K, N = a->N;
-  tile_job job = {.w = (const uint16_t *)a->w + (panel * K + k0) * LANES,
-                  .panel_elements = K * LANES,
-                  .x_stride = K,
-                  .n_k = slice_length(x, k0),
-                  .y_stride = N,
-                  .n_cols = N - panel * LANES,
-                  .is_first_slice = k0 == 0};
-  for (int t = 0; t < x->n_tiles; t++) {
-    int m0 = first_token(x, t), n_tokens = first_token(x, t + 1) - m0;
-    job.x = x->packed ? x->packed + packed_offset(x, k0, t) : (const float *)a->x + m0 * K + k0;
-    job.y = a->y + m0 * N + panel * LANES;
-    int n_groups = MAX_GROUPS;
-    for (job.first_part = 0; job.first_part < n_panels * PARTS; job.first_part += n_groups) {
-      const tile_function(*tiles)[TOKENS + 1] = x->packed ? packed_tiles : direct_tiles;
-      while (job.first_part + n_groups > n_panels * PARTS || !tiles[n_groups][n_tokens])
-        n_groups /= 2;
-      tiles[n_groups][n_tokens](&job);
+static tile_job job_of(const token_tiles *x, int64_t panel, int n_panels, int64_t k0) {
+  int64_t K = x->a->K, N = x->a->N;
+  return (tile_job){.w = x->a->w + (panel * K + k0) * LANES,
+                    .y_stride = N,
+                    .panel_elements = K * LANES,
+                    .n_cols = N - panel * LANES,
+                    .n_groups = n_panels * PARTS,
+                    .n_k = slice_length(x, k0),
+                    .is_first_slice = k0 == 0,
+                    .is_whole = slice_length(x, k0) == SLICE && N >= (panel + n_panels) * LANES};
+}
+
+/* Points the job to a tile; returns its tokens. */
+static int take_tile(tile_job *job, const token_tiles *x, int64_t panel, int64_t k0, int tile) {
+  int m0 = first_token(x, tile);
+  job->x = x->packed + packed_offset(x, k0, tile);
+  job->y = x->a->y + (x->first + m0) * x->a->N + panel * LANES;
+  return first_token(x, tile + 1) - m0;
+}
+
+static void few_rows(const token_tiles *x, span panels) {
+  for (int64_t panel = panels.begin; panel < panels.end; panel += PANELS) {
+    int n_panels = (int)min_of(PANELS, panels.end - panel);
+    for (int64_t k0 = 0; k0 < x->a->K; k0 += SLICE) {
+      tile_job job = job_of(x, panel, n_panels, k0);
+      for (int tile = 0; tile < x->n_tiles; tile++) {
+        int n_tokens = take_tile(&job, x, panel, k0, tile), n_groups = MAX_GROUPS;
+        while (job.n_groups % n_groups || !streams[n_groups][n_tokens]) n_groups /= 2;
+        streams[n_groups][n_tokens](&job);
+      }
+    }
+  }
+}
+
+static void many_rows(const token_tiles *x, span panels) {
+  _Alignas(64) float wide[SLICE * BAND];
+  for (int64_t k0 = 0; k0 < x->a->K; k0 += SLICE) {
+    for (int64_t panel = panels.begin; panel < panels.end; panel++) {
+      tile_job job = job_of(x, panel, 1, k0);
+      for (int band = 0; band < BANDS; band++) {
+        widen_band(&job, band, wide);
+        for (int tile = 0; tile < x->n_tiles; tile++) {
+          int n_tokens = take_tile(&job, x, panel, k0, tile);
+          wides[n_tokens](&job, band, wide);
+        }
+      }
     }
   }
 }
@@ -213,25 +326,19 @@ static void panels_slice(const token_tiles *x, int64_t panel, int n_panels, int6
 void op_linear(const linear_args *a, int tid, int nt) {
   int n_rows = rows_of(a->cursor, a->T);
   if (n_rows <= 0) return;
-  token_tiles x = {a, NULL, n_rows, (int)ceil_div(n_rows, TOKENS)};
-  int64_t K = a->K, band = n_rows > DIRECT_ROWS
-                               ? SLICE
-                               : K; /* k that all panels go through before the next */
-  if (n_rows > DIRECT_ROWS && K > DIRECT_K) {
-    float *packed = flashrt_scratch(n_rows * K * (int64_t)sizeof(float));
-    if (packed) {
-      pack_tokens(&x, packed, tid, nt);
-      x.packed = packed;
-      flashrt_barrier(nt);
+  span panels = share(ceil_div(a->N, LANES), tid, nt);
+  float *packed = NULL;
+  if (n_rows > 1) packed = flashrt_scratch(n_rows * (int64_t)a->K * (int64_t)sizeof(float));
+  if (!packed) {
+    for (int row = 0; row < n_rows; row++) {
+      token_tiles x = tiles_of(a, (const float *)a->x + (int64_t)row * a->K, row, 1);
+      few_rows(&x, panels);
     }
+    return;
   }
-  enum { PANELS = MAX_GROUPS > PARTS ? MAX_GROUPS / PARTS : 1 }; /* at once */
-  span mine = share(ceil_div(a->N, LANES), tid, nt);
-  for (int64_t begin = 0; begin < K; begin += band) {
-    for (int64_t panel = mine.begin; panel < mine.end; panel += PANELS) {
-      int n_panels = (int)min_of(PANELS, mine.end - panel);
-      for (int64_t k0 = begin; k0 < min_of(begin + band, K); k0 += SLICE)
-        panels_slice(&x, panel, n_panels, k0);
-    }
-  }
+  token_tiles x = tiles_of(a, packed, 0, n_rows);
+  pack_tokens(&x, packed, tid, nt);
+  flashrt_barrier(nt);
+  if (n_rows <= FEW_ROWS) few_rows(&x, panels);
+  else many_rows(&x, panels);
 }

@@ -7,8 +7,8 @@
  *
  * A group is the part of 32 lanes whose vectors, times TOKENS tokens, fill the register file.
  * Fewer tokens take more groups at once, since few chains leave the multipliers waiting for each
- * other. bf16 stays bf16 up to the registers: widening costs a shift and a mask, which run beside
- * the multipliers.
+ * other. What is not a multiplication costs, too, where a core is shared with another thread: so
+ * addresses are constants within a step, and whoever uses a group often widens it beforehand.
  */
 #pragma once
 #include "common.h"
@@ -33,6 +33,24 @@ typedef struct {
   vf low[MAX_VECTORS][TOKENS], high[MAX_VECTORS][TOKENS];
 } chains;
 
+INLINE void clear_chains(chains *c, const int n_vectors, const int n_tokens) {
+  UNROLL
+  for (int v = 0; v < n_vectors; v++) {
+    UNROLL
+    for (int t = 0; t < n_tokens; t++) c->low[v][t] = c->high[v][t] = (vf){0};
+  }
+}
+
+/* How lanes are stored: as in memory (common.h), or one group alone, in float32. */
+enum { FORM_BF16 = DTYPE_BF16, FORM_F32 = DTYPE_F32, FORM_GROUP = 2 };
+
+INLINE int step_nbytes(const int form) { /* from k to k + 1 */
+  return form == FORM_BF16 ? LANES * 2 : form == FORM_F32 ? LANES * 4 : 2 * GROUP_WORDS * 4;
+}
+INLINE int used_nbytes(const int form) { /* of it, by one vector pair */
+  return VL * 2 * (form == FORM_BF16 ? 2 : 4);
+}
+
 /* First lane of vector v of the group `part`, within its 32 lanes. */
 INLINE int first_lane(int part, int v) {
   return part % PARTS * GROUP_WORDS + v % GROUP_VECTORS * VL;
@@ -41,14 +59,86 @@ INLINE int first_lane(int part, int v) {
 /* Where that lane is stored, within its 32. */
 INLINE int lane_offset(int lane, int dtype) { return dtype == DTYPE_BF16 ? 2 * lane : lane; }
 
-INLINE void load_lanes(const void *w, int64_t index, const int dtype, vf *low, vf *high) {
-  if (dtype == DTYPE_BF16) {
-    vu words = v_load_words((const uint16_t *)w + index);
+/* KEEP(x): x is in a register from here on, however cheap loading it again may look.
+ * FMA_INTO(c, a, b): c = fma(a, b, c), c staying where it is. Left the choice, GCC lets chains
+ * wander from register to register until some spill. */
+#if defined __AVX512F__
+#define KEEP(x) __asm__("" : "+v"(x))
+#define FMA_INTO(c, a, b) __asm__("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b))
+#elif defined __AVX2__ && defined __FMA__
+#define KEEP(x) __asm__("" : "+x"(x))
+#define FMA_INTO(c, a, b) __asm__("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b))
+#else
+#define KEEP(x) (void)(x)
+#define FMA_INTO(c, a, b) ((c) = v_fma(a, b, c))
+#endif
+
+INLINE void load_lanes(const void *w, const int form, vf *low, vf *high) {
+  if (form == FORM_BF16) {
+    vu words = v_load_words(w);
+    KEEP(words);
     *low = v_low(words);
     *high = v_high(words);
   } else {
-    *low = v_load((const float *)w + index);
-    *high = v_load((const float *)w + index + 16);
+    *low = v_load(w);
+    *high = v_load((const float *)w + (form == FORM_F32 ? 16 : GROUP_WORDS));
+  }
+}
+
+/* chain = fma(w, x, chain), where vector v of w is `offset` bytes after w[v]. */
+INLINE void extend_by_one(chains *c, const int form, const int n_vectors, const int n_tokens,
+                          const char *const *w, const int offset, const float *x,
+                          const int64_t t_step) {
+  UNROLL
+  for (int v = 0; v < n_vectors; v++) {
+    vf low, high;
+    load_lanes(w[v] + offset, form, &low, &high);
+    if (n_tokens > 1) {
+      KEEP(low);
+      KEEP(high);
+    }
+    UNROLL
+    for (int t = 0; t < n_tokens; t++) {
+      vf xt = v_set(x[t * t_step]);
+      FMA_INTO(c->low[v][t], low, xt);
+      FMA_INTO(c->high[v][t], high, xt);
+      /* Load one x at a time, and anew for each vector: more would push chains out of registers. */
+      if (n_tokens > 1) __asm__ volatile("" ::: "memory");
+    }
+  }
+}
+
+/* chain = fma(w[k], x[k], chain) for k in [0, n_k); w[v] is vector v at k = 0, and x of token t is
+ * x[t * t_step + k * k_step]. From `ahead` on, unless NULL, as many bytes are prefetched as are
+ * read. form, n_vectors, n_tokens are constants where this is inlined. */
+INLINE void extend_chains(chains *c, const int form, const int n_vectors, const int n_tokens,
+                          const void *const *w, const float *x, const int64_t t_step,
+                          const int64_t k_step, int n_k, const char *ahead) {
+  enum { STEPS = 4 };
+  const int read_nbytes = STEPS * n_vectors * used_nbytes(form);
+  const char *at[MAX_VECTORS];
+  UNROLL
+  for (int v = 0; v < n_vectors; v++) at[v] = w[v];
+  for (; n_k >= STEPS; n_k -= STEPS) {
+    if (ahead) {
+      UNROLL
+      for (int b = 0; b < read_nbytes; b += 64) __builtin_prefetch(ahead + b);
+      ahead += read_nbytes;
+    }
+    UNROLL
+    for (int step = 0; step < STEPS; step++) {
+      extend_by_one(c, form, n_vectors, n_tokens, at, step * step_nbytes(form), x + step * k_step,
+                    t_step);
+    }
+    UNROLL
+    for (int v = 0; v < n_vectors; v++) at[v] += STEPS * step_nbytes(form);
+    x += STEPS * k_step;
+  }
+  for (; n_k > 0; n_k--) {
+    extend_by_one(c, form, n_vectors, n_tokens, at, 0, x, t_step);
+    UNROLL
+    for (int v = 0; v < n_vectors; v++) at[v] += step_nbytes(form);
+    x += k_step;
   }
 }
 
@@ -60,33 +150,4 @@ INLINE const char *ahead_of(const void *w, const int dtype, const int n_groups, 
   enum { NEAR = 1 << 10, FAR = 16 << 10 /* bytes; measured */ };
   int64_t part_nbytes = (int64_t)n_k * (LANES * (dtype == DTYPE_BF16 ? 2 : 4) / PARTS);
   return (const char *)w + (n_groups < PARTS ? FAR + part % PARTS * part_nbytes : NEAR);
-}
-
-/* chain = fma(w[k], x[k], chain) for k in [0, n_k); w[v] is vector v at k = 0, and x of token t is
- * x[t * t_step + k * k_step]. From `ahead` on, unless NULL, as many bytes are prefetched as are
- * read. dtype, n_vectors, n_tokens are constants where this is inlined. */
-INLINE void extend_chains(chains *c, const int dtype, const int n_vectors, const int n_tokens,
-                          const void *const *w, const float *x, const int64_t t_step,
-                          const int64_t k_step, int n_k, const char *ahead) {
-  const int bytes_per_k = n_vectors * VL * 2 * (dtype == DTYPE_BF16 ? 2 : 4);
-  UNROLL_4
-  for (int64_t k = 0; k < n_k; k++) {
-    if (ahead) {
-      UNROLL
-      for (int b = 0; b < bytes_per_k; b += 64) __builtin_prefetch(ahead + k * bytes_per_k + b);
-    }
-    UNROLL
-    for (int v = 0; v < n_vectors; v++) {
-      vf low, high;
-      load_lanes(w[v], k * LANES, dtype, &low, &high);
-      UNROLL
-      for (int t = 0; t < n_tokens; t++) {
-        vf xt = v_set(x[t * t_step + k * k_step]);
-        c->low[v][t] = v_fma(low, xt, c->low[v][t]);
-        c->high[v][t] = v_fma(high, xt, c->high[v][t]);
-      }
-      /* Load x anew for each vector: kept in registers, it would push chains out. */
-      if (n_tokens > 1) __asm__ volatile("" ::: "memory");
-    }
-  }
 }
