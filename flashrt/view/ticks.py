@@ -72,7 +72,7 @@ def _timeline(d: Drawing, document: Document, top: float) -> float:
     period = 1 / document["hz"]
     d.text(
         _LEFT + _PLOT, bottom + 32, f"the next instant is at {seconds_text(period)}: "
-        f"{significant(period / limit, 2)} times the width of this picture", "soft", "end",
+        f"{significant(period / limit)} times the width of this picture", "soft", "end",
     )  # fmt: skip
     return bottom + 32
 
