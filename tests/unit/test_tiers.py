@@ -135,6 +135,29 @@ def test_damage_on_disk_is_found_before_anything_moves(
         capsule.save(tmp_path / "c")
 
 
+def test_a_kept_plan_is_used_only_where_the_bytes_lie_still(
+    engine: flashrt.Engine, session: flashrt.Session
+) -> None:
+    session.prefill(range(40))
+    capsule, digest = session.snapshot(), session.digest()
+    lane, table = session._lane, engine.capsules
+    engine.poison_lane(lane)
+    session.restore(capsule)
+    engine.poison_lane(lane)
+    kept = table.plan_restore(lane, capsule)
+    assert kept is table.plan_restore(lane, capsule) is capsule.plans[lane.index]
+    block = capsule.fixed.block
+    capsule.to("host")
+    session.prefill([3])
+    other = session.snapshot()  # in the pool where the capsule was
+    capsule.to("device")
+    assert capsule.fixed.block != block
+    engine.poison_lane(lane)
+    assert table.plan_restore(lane, capsule) is not kept
+    session.restore(capsule)
+    assert session.digest() == digest != other.digest
+
+
 def test_demotion_waits_for_nobody() -> None:
     """Over streams that run only when waited for: the pool's block is used again at once, by a
     capsule of another state, and the host's bytes are those of the first.
