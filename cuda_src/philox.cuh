@@ -1,7 +1,7 @@
 // philox.cuh - random words from counters, and uniform numbers of them.
 //
 // IS: a function of (key, counter) alone, so a number depends on nothing that ran before it. IS NOT: a distribution;
-// whoever draws makes its own of the uniform numbers. Included by: policy.cu.
+// whoever draws makes its own of the uniform numbers. Included by: sample.cu, policy.cu.
 #pragma once
 #include "flashrt.cuh"
 

@@ -13,6 +13,7 @@
 //           Row 0 of `work` takes the logits if bias or penalties change them; row 1 passes `Scratch` on, for which V >= 8
 //           leaves room.
 #include "flashrt.cuh"
+#include "philox.cuh"
 
 constexpr float GUMBEL_MAX = 22.9f;  // -log(2^-33) is 22.87: no noise is larger
 
@@ -270,26 +271,9 @@ KERNEL(1024, 1) sample_cut(ARGS sample_args a) {
 
 // ---- noise
 
-DEVICE void philox(uint32_t (&counter)[4], uint32_t key0, uint32_t key1) {  // 4x32-10, Salmon et al., SC'11
-#pragma unroll
-  for (int round = 0; round < 10; round++) {
-    uint32_t high0 = __umulhi(counter[0], 0xD2511F53u), low0 = counter[0] * 0xD2511F53u;
-    uint32_t high1 = __umulhi(counter[2], 0xCD9E8D57u), low1 = counter[2] * 0xCD9E8D57u;
-    counter[0] = high1 ^ counter[1] ^ key0;
-    counter[1] = low1;
-    counter[2] = high0 ^ counter[3] ^ key1;
-    counter[3] = low0;
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-}
-
-// Standard Gumbel noise -log(-log(1 - v)), v = (word + 1/2) / 2^32 in float, at most 1 - 2^-24. The noise that can win
-// comes from small v, where float is finest.
+// Standard Gumbel noise -log(-log(1 - v)) of uniform v. The noise that can win comes from small v, where float is finest.
 DEVICE float gumbel(uint32_t word) {
-  float v = fmaf((float)word, 2.3283064365386963e-10f, 1.1641532182693481e-10f);
-  v = fminf(v, 0.99999994f);
-  float u = 1.0f - v, log_u = log_f32(u) + (-v - (u - 1.0f)) / u;
+  float v = uniform(word), u = 1.0f - v, log_u = log_f32(u) + (-v - (u - 1.0f)) / u;
   return -log_f32(-log_u);
 }
 
