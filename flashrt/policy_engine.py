@@ -10,8 +10,10 @@ in the making. An interrupt falls between two replays: the cursor on the device 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from flashrt.backends.choose import open_backend
 from flashrt.base import tracing
-from flashrt.base.errors import (
-    CheckpointError,
-    LaneBusy,
-    PlanError,
-    SessionError,
-)
+from flashrt.base.errors import CheckpointError, LaneBusy, PlanError, SessionError
 from flashrt.base.flags import flags
 from flashrt.core.arena import Arena
 from flashrt.core.backend import Backend, Progress
@@ -102,6 +99,7 @@ class PolicyEngine:
         self._cursor_bytes = self._cursor_words.view(np.uint8)
         self._scale, self._offset = self._statistics()
         self._free = self.lanes[::-1]
+        self.forgotten: list[Callable[[], None]] = []  # lanes of loops dropped without `close`
         for lane in self.lanes:
             self.reset(lane)
         self.graphs.seal()
@@ -117,6 +115,10 @@ class PolicyEngine:
 
     def take_lane(self) -> Lane:
         """A free lane, reset. Raises LaneBusy when there is none."""
+        if not self._free:
+            gc.collect()
+        while self.forgotten:
+            self.forgotten.pop()()
         if not self._free:
             raise LaneBusy(f"all {len(self.lanes)} lanes are in use; release one, or load more")
         lane = self._free.pop()

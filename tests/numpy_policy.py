@@ -8,6 +8,7 @@ the kernels. Called by: tests.
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -79,8 +80,13 @@ class NumpyPolicy:
         self.log: list[tuple[Any, ...]] = []
         self.lanes = [NumpyLane(i) for i in range(lanes)]
         self.free = list(self.lanes)
+        self.forgotten: list[Any] = []
 
     def take_lane(self) -> NumpyLane:
+        if not self.free:
+            gc.collect()
+        while self.forgotten:
+            self.forgotten.pop()()
         if not self.free:
             raise LaneBusy("all lanes are in use")
         return self.free.pop()

@@ -15,6 +15,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from numpy.typing import ArrayLike
 from flashrt.base.errors import DeadlineMissed, LaneBusy, PoolFull, SessionError
 from flashrt.core.capsule import Capsule
 from flashrt.session.control_drive import Drive
-from flashrt.session.control_history import NO_CUT, History, Told
+from flashrt.session.control_history import History
 from flashrt.session.control_intake import Intake
 from flashrt.session.control_options import ControlOptions, OnMiss
 from flashrt.session.control_policy import Array, Policy
@@ -81,6 +82,7 @@ class ControlLoop:
         self._is_settled = True  # what the slack is for was done
         self.recorder: Recorder | None = None
         self._drive = Drive(engine, overlap)
+        self._give_back = partial(self._drive.give_back, self._history)
         self.is_closed = False
         self.timing = LoopTiming(engine.stats)
         self.reset(seed)
@@ -267,10 +269,14 @@ class ControlLoop:
         if ticks:
             start, capsule = history.at_or_before(target)
             again = [history.told(t) for t in range(start, target)]
-            self._drive.restore(capsule)
             self._is_sent_known = False
-            for told in again:
-                self._tell_again(told)
+            try:
+                self._drive.restore(capsule)
+                for told in again:
+                    self._send(self._drive.tell_again(told))
+            except BaseException:  # Ctrl-C, say: somewhere between
+                self._moved()
+                raise
             history.cut_back(target)
             self._record("rewind", ticks)
 
@@ -299,9 +305,17 @@ class ControlLoop:
     def close(self) -> None:
         """Give the lane back. Capsules stay. A second close does nothing."""
         if not self.is_closed:
-            self._history.clear()
             self.is_closed = True
-            self.engine.release(self._drive.lane)
+            self._give_back()
+
+    def __del__(self) -> None:
+        """A forgotten loop's lane goes to the next one that asks; better say when: `close`.
+
+        Only noted here: a collection may strike in the middle of a change to the pool.
+        """
+        with contextlib.suppress(AttributeError):  # of an instance whose __init__ did not finish
+            if not self.is_closed:
+                self.engine.forgotten.append(self._give_back)
 
     def __enter__(self) -> ControlLoop:
         return self
@@ -320,17 +334,21 @@ class ControlLoop:
         if has_deadline and not self._is_sent_known and self.position > 0:
             self._send(self.engine.action(self._drive.lane))  # as before a restore
         self._is_settled = False
-        return self._drive.step(observation)
+        try:
+            return self._drive.step(observation)
+        except BaseException:  # Ctrl-C, say: nobody knows whether the tick has happened
+            self._history.clear()
+            if self.recorder is not None:
+                self.recorder.event("restore", digest=self.engine.digest(self._drive.lane))
+            raise
 
     def _late(self) -> Array | None:
         """The deadline policy; what is executed in place of the action, if anything."""
         self.timing.misses += 1
         if self.options.on_miss != "hold":
             return None
-        executed = self._hold
-        if executed is None and self._is_sent_known:
-            executed = self._sent
-        if executed is None:
+        executed = self._hold if self._hold is not None else self._sent
+        if self._hold is None and not self._is_sent_known:
             return None
         self.engine.override(self._drive.lane, executed)
         return executed.copy()
@@ -349,16 +367,6 @@ class ControlLoop:
         self._sent[...] = action
         self._is_sent_known = is_known
 
-    def _tell_again(self, told: Told) -> None:
-        """A tick of the history, its slack included."""
-        if told.cut != NO_CUT:
-            self._drive.cut(told.cut)
-        self._send(self._drive.step(told.observation))
-        if told.executed is not None:
-            self.engine.override(self._drive.lane, told.executed)
-            self._send(told.executed)
-        self._drive.plan_ahead()
-
     def _moved(self) -> None:
         """The lane is somewhere else."""
         self._is_settled, self._is_sent_known = True, False
@@ -369,9 +377,7 @@ class ControlLoop:
         self.slack()
 
     def _keep_boundary(self) -> None:
-        """A boundary for `rewind`; without room, one that is older gives way, else there is none:
-        only reach is lost.
-        """
+        """A boundary for `rewind`; without room for any, only reach is lost."""
         with contextlib.suppress(PoolFull):
             self._history.keep(self._with_room(None))
 

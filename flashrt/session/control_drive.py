@@ -7,6 +7,7 @@ history; see control. Called by: control.
 from __future__ import annotations
 
 from flashrt.core.capsule import Capsule
+from flashrt.session.control_history import NO_CUT, History, Told
 from flashrt.session.control_policy import Array, Policy
 from flashrt.session.control_schedule import Schedule
 
@@ -78,6 +79,19 @@ class Drive:
         self._is_known = True
         return schedule.stop
 
+    def tell_again(self, told: Told) -> Array:
+        """A tick of a history, the interrupt before it and its slack included; what was executed,
+        float32 [action_dim].
+        """
+        if told.cut != NO_CUT:
+            self.cut(told.cut)
+        action = self.step(told.observation)
+        if told.executed is not None:
+            action = told.executed
+            self.engine.override(self.lane, action)
+        self.plan_ahead()
+        return action
+
     def reset(self, seed: int) -> None:
         """To the empty state."""
         self._is_known = False
@@ -92,3 +106,8 @@ class Drive:
         """To the present state of another lane."""
         self.engine.fork(other.lane, self.lane)
         self._is_known = False
+
+    def give_back(self, history: History) -> None:
+        """The lane, and what boundaries there are."""
+        history.clear()
+        self.engine.release(self.lane)

@@ -9,7 +9,7 @@ environment's units.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -55,8 +55,13 @@ class Policy(Protocol):
     @property
     def capsules(self) -> CapsuleTable: ...
 
+    @property
+    def forgotten(self) -> list[Callable[[], None]]:
+        """How to give back the lanes of loops that were dropped without `close`."""
+        ...
+
     def take_lane(self) -> Lane:
-        """A free lane. Raises LaneBusy."""
+        """A free lane; forgotten ones are given back first. Raises LaneBusy."""
         ...
 
     def release(self, lane: Lane) -> None: ...

@@ -63,7 +63,9 @@ class LoopTiming:
         self._before = engine_stats()
         self.ticks = self.misses = self.overruns = 0
         self.latency = Samples()  # from the call of a tick to its action
-        self.planning = Samples()  # of a slack in which there was something to plan
+        self.planning = (
+            Samples()
+        )  # of a slack with something to plan; its launch, where that is all
         self.lateness = Samples()  # of the start of a tick, where a run paces it
 
     def summary(self) -> dict[str, Any]:

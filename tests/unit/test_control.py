@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,15 @@ from flashrt.base.errors import (
     LaneBusy,
     ObservationError,
     PoolFull,
+    RecordingError,
     SessionError,
 )
 from flashrt.session import control as module
+from flashrt.session import control_timing as timing
 from flashrt.session.control import ControlLoop
 from flashrt.session.control_agent import PolicyAgent
+from flashrt.session.control_timing import Pace, Samples
+from flashrt.session.recording import replay
 from tests.numpy_policy import NumpyPolicy
 
 RNG = np.random.default_rng(3)
@@ -358,8 +363,75 @@ def test_after_an_interruption_the_schedule_is_read_from_the_lane(
         loop.tick(SEEN[5])
     monkeypatch.undo()
     assert loop.position == 6
+    with pytest.raises(SessionError, match="of 0 that can"):
+        loop.rewind_ticks(1)  # it would be off by one
     ticks(loop, 6, 12)
     assert loop.position == 12
+    digest = loop.digest()
+    loop.rewind_ticks(4)
+    ticks(loop, 8, 12)
+    assert loop.digest() == digest
+
+
+def test_a_recording_says_where_it_was_interrupted(
+    engine: NumpyPolicy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loop = ControlLoop(engine)
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), loop.record(tmp_path / "r"):
+        ticks(loop, 0, 5)
+        monkeypatch.setattr(engine, "tick", interrupted)
+        loop.tick(SEEN[5])
+    monkeypatch.undo()
+    with pytest.raises(RecordingError, match="needs the capsule"):
+        replay(engine, tmp_path / "r")
+
+
+def test_a_forgotten_loop_gives_its_lane_back(engine: NumpyPolicy) -> None:
+    for _ in range(10):
+        loop = ControlLoop(engine)
+        ticks(loop, 0, 30)
+        loop.fork(2)
+    assert len(engine.free) + len(engine.forgotten) == 3
+    del loop
+    ControlLoop(engine).close()
+    assert len(engine.free) == 4 and not engine.capsules
+
+
+# -- time ---------------------------------------------------------------------------------------
+
+
+def test_quantiles_are_samples() -> None:
+    samples = Samples(capacity=1000)
+    assert samples.quantiles("x") == {}
+    for i in range(1, 1001):
+        samples.add(i * 1000)
+    found = samples.quantiles("x")
+    expected = {"x_p50_s": 501e-6, "x_p99_s": 991e-6, "x_p999_s": 1e-3, "x_max_s": 1e-3}
+    assert found == pytest.approx(expected)
+    samples.add(5_000_000)  # in place of the oldest
+    assert (samples.count, len(samples.seconds)) == (1001, 1000)
+    assert samples.quantiles("x")["x_max_s"] == pytest.approx(5e-3)
+    samples.clear()
+    assert samples.quantiles("x") == {}
+
+
+def test_pace_does_not_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000]
+    monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: now[0])
+    monkeypatch.setattr(timing.time, "sleep", lambda s: now.__setitem__(0, now[0] + round(s * 1e9)))
+    pace, period = Pace(10_000_000), 10_000_000
+    monkeypatch.setattr(timing, "_SPIN_NS", 0)
+    starts = []
+    for spent in [1, 3, 12, 1, 37, 1, 1]:  # milliseconds
+        late_ns = pace.wait()
+        starts.append(((pace.due_ns - 1000) / period, late_ns / 1e6))
+        now[0] += spent * 1_000_000
+        pace.advance()
+    assert starts == [(0, 0), (1, 0), (2, 0), (3, 2), (4, 0), (7, 7), (8, 0)]
 
 
 # -- LeRobot's interface ------------------------------------------------------------------------
