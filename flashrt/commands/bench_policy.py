@@ -68,7 +68,14 @@ def add_policy_options(what: Options, parser: argparse.ArgumentParser) -> None:
 
 
 def policy_options(options: argparse.Namespace) -> PolicyBenchOptions:
-    """Those of a command line. Raises FlashrtError for a run without a tick."""
+    """Those of a command line. Raises FlashrtError for a run without a tick, and for options of
+    the other benches.
+    """
+    if options.checkpoint or options.lengths or options.out:
+        raise FlashrtError(
+            "bench --policy takes its checkpoint as `--policy DIR`; leave out --checkpoint, "
+            "--lengths and --out"
+        )
     if not options.seconds * options.hz >= 1:
         raise FlashrtError(f"bench --policy: {options.seconds} s at {options.hz} Hz have no tick")
     return PolicyBenchOptions(options.policy, options.device, options.seconds, options.hz)

@@ -90,6 +90,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "'random-base'" in capsys.readouterr().err
     assert cli.main(["bench", "--policy", "random-tiny", "--seconds", "0"]) == 2
     assert "have no tick" in capsys.readouterr().err
+    assert cli.main([*common, "--policy", "random-tiny", "--lengths", "3"]) == 2
+    assert "leave out --checkpoint" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main([*common, "--policy", "--draft"])
 
