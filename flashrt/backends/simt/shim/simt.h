@@ -2,7 +2,7 @@
 //
 // IS: the CUDA language as far as kernels use it, and a scheduler that is stricter than a GPU. The stub that build.py
 // generates includes this, then the kernel file inside an anonymous namespace, then SIMT_EXPORT(kernel) per kernel.
-// IS NOT: a model of time, of caches, or of the bits of tensor cores (mma here is a chain of fp32 operations).
+// IS NOT: a model of time, of caches, or of the bits of tensor cores (mma here is 16 products in fp32, then their sum to the accumulator).
 // Called by: the launcher functions `simt_<kernel>`, through ctypes.
 //
 // One OS thread per loaded library: all shared memory is static, and blocks run one after the other, threads in turn

@@ -8,7 +8,8 @@ struct MmaOperands {
   float* c;
 };
 
-// mma.sync.m16n8k16: c[16 x 8] += a[16 x 16] b[16 x 8] for a whole warp, each element an fp32 chain over ascending k.
+// mma.sync.m16n8k16: c[16 x 8] += a[16 x 16] b[16 x 8] for a whole warp. Each element: the 16 products, an fp32 chain
+// over ascending k, then their sum to c: nearly as exact as tensor cores, which round such a step to float once.
 // Lane 4g + t holds a: (g, 2t..) (g+8, 2t..) (g, 2t+8..) (g+8, 2t+8..), b: k = 2t.., 2t+8.. of column g,
 // c: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1).
 inline void run_mma(Fiber* lanes, unsigned mask) {
@@ -26,15 +27,17 @@ inline void run_mma(Fiber* lanes, unsigned mask) {
     }
     for (int i = 0; i < 2; i++) b[t + 4 * i][g] = m->b[i];
   }
-  for (int r = 0; r < 16; r += 4)
+  for (int r = 0; r < 16; r += 4) {
+    Row sum[4] = {};
     for (int p = 0; p < 8; p++) {
       Row even = (Row)(*(Bits*)b[p] << 16), odd = (Row)(*(Bits*)b[p] & 0xffff0000u);
       for (int i = 0; i < 4; i++) {
         uint32_t pair = a[r + i][p];
-        Row& sum = *(Row*)c[r + i];
-        sum = __uint_as_float(pair & 0xffff0000u) * odd + (__uint_as_float(pair << 16) * even + sum);
+        sum[i] = __uint_as_float(pair & 0xffff0000u) * odd + (__uint_as_float(pair << 16) * even + sum[i]);
       }
     }
+    for (int i = 0; i < 4; i++) *(Row*)c[r + i] += sum[i];
+  }
   for (int l = 0; l < 32; l++) {
     MmaOperands* m = (MmaOperands*)lanes[l].operands;
     for (int i = 0; i < 4; i++) m->c[i] = c[(l >> 2) + 8 * (i >> 1)][2 * (l & 3) + (i & 1)];
