@@ -22,6 +22,10 @@ LOOPS = {  # what a line of the output must look like: the comparison that it ex
     "tree_search": r"coins: one tale \d+, best of \d+ \d+, beam \d+",
     "barge_in": r"interrupted +[\d.]+ ms +[\d.]+ ms",
     "robot_rollout": r"looking ahead +mean return [\d.]+, +[\d.]+ steps/s",
+    "robot_reset": r"restore the capsule +\d+ us",
+    "robot_lookahead": r"8 forks +reached +\d+ of \d+",
+    "robot_barge_in": r"interrupted +turns after +\d+ ms",
+    "robot_replay": r"a policy loaded afresh answers the same: \d+ digests, every action",
     "warm_start": r"restore +[\d,]+ tokens ready in +[\d.]+ ms",
 }
 MAX_LINES = 80  # of code: without blank lines, comments and docstrings

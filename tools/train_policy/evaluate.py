@@ -27,8 +27,8 @@ from flashrt.worlds.robots import make
 
 FIRST_SEED = 1_000_000  # training draws its states from other generators
 FUTURES = 8  # of a look-ahead
-LOOK_AHEAD = 30  # ticks
-LOOK_AT = {"two_doors": (0, 15), "pendulum": (0, 20, 40), "mountain_car": (0, 40)}
+LOOK_AT = {"two_doors": (0,), "pendulum": (0,), "mountain_car": (0,)}  # ticks
+LOOK_AHEAD = {"two_doors": 75, "pendulum": 40, "mountain_car": 120}  # ticks
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class Episodes:
         capsule.drop()
 
     def look_ahead(self, tick: int) -> None:
-        """Try FUTURES noises for LOOK_AHEAD ticks, each in a fork of environment and policy; go on
+        """Try FUTURES noises for a while, each in a fork of environment and policy; go on
         with the best. The present noise is one of them.
         """
         if tick not in LOOK_AT[self._name]:
@@ -118,7 +118,7 @@ class Episodes:
         future.restore(moment)
         future.loop.set_seed(seed)
         total = 0.0
-        for _ in range(LOOK_AHEAD):
+        for _ in range(LOOK_AHEAD[self._name]):
             if future.is_over:
                 break
             total += future.step().reward

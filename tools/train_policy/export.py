@@ -37,7 +37,9 @@ def export(policy: Policy, folder: Path, training: dict[str, float]) -> None:
         "training": {name: round(value, 1) for name, value in training.items()},
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(tensors(policy), folder / "model.safetensors")
+    weights = folder / "model.safetensors"
+    save_file(tensors(policy), weights)
+    weights.chmod(0o644)
 
 
 def tensors(policy: Policy) -> dict[str, Tensor]:
