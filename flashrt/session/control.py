@@ -104,30 +104,41 @@ class ControlLoop:
         checked = self._intake.check(observation)
         action = self._step(checked)
         now_ns = time.perf_counter_ns()
-        limit_ns = self.options.deadline_ns
-        is_late = limit_ns is not None and now_ns - due_ns > limit_ns
-        executed = self._late() if is_late else None
-        self._note(checked, action, executed, is_late=is_late)
+        is_late = now_ns - due_ns > self.options.deadline_ns
+        instead = self._late() if is_late else None
+        self._note(checked, action, is_late=is_late)
+        if instead is not None:
+            self.executed(instead)
         self.timing.latency.add(now_ns - started_ns)
         if is_late and self.options.on_miss == "raise":
             raise DeadlineMissed(
-                f"tick {self.position - 1}: its action came {(now_ns - due_ns) / 1e6:.3f} ms "
-                f"after it was due, {self.options.deadline_ms} ms are allowed; the tick has "
-                "happened, and the loop may go on"
+                f"tick {self.position - 1}: its action came {(now_ns - due_ns) / 1e6:.3f} ms after "
+                f"it was due, {self.options.deadline_ms} ms are allowed; the loop may go on"
             )
-        return action if executed is None else executed
+        return action if instead is None else instead
 
-    def tick_as_recorded(self, observation: ArrayLike, executed: ArrayLike | None) -> Array:
-        """A tick without a deadline; `executed`: what was executed in place of its action, which
-        was late then. Returns the policy's own action. For replays.
+    def executed(self, action: ArrayLike) -> None:
+        """Something else than the last tick's action was executed: by a limiter, or a person.
+
+        float32 [action_dim]; to be said before `slack`: what is planned follows on it. Raises
+        SessionError when that is over, ObservationError for what is no action.
         """
         self._check_open()
-        checked = self._intake.check(observation)
-        action = self._step(checked)
-        instead = None if executed is None else np.array(executed, np.float32)
-        if instead is not None:
-            self.engine.override(self._drive.lane, instead)
-        self._note(checked, action, instead, is_late=False)
+        if self._is_settled:
+            raise SessionError("executed: to be said after a tick, before its slack")
+        self.engine.override(self._drive.lane, action)
+        self._send(np.asarray(action, np.float32))
+        self._history.override(self._sent)
+        if self.recorder is not None:
+            self.recorder.override(self._sent)
+
+    def tick_as_recorded(self, observation: ArrayLike, executed: ArrayLike | None) -> Array:
+        """A tick without a deadline, and what was executed in place of its action, if anything."""
+        self._check_open()
+        action = self._step(checked := self._intake.check(observation))
+        self._note(checked, action)
+        if executed is not None:
+            self.executed(executed)
         return action
 
     def slack(self) -> None:
@@ -245,7 +256,6 @@ class ControlLoop:
         if other is not self:
             self._drive.copy(other._drive)
             self._moved()
-            self._send(other._sent, is_known=other._is_sent_known)
             if self.recorder is not None:
                 self.recorder.event("restore", digest=self.digest())
 
@@ -330,8 +340,7 @@ class ControlLoop:
         self.slack()
         if not self._history.boundaries:
             self._keep_boundary()
-        has_deadline = self.options.deadline_ms is not None
-        if has_deadline and not self._is_sent_known and self.position > 0:
+        if not self._is_sent_known and self.position > 0:
             self._send(self.engine.action(self._drive.lane))  # as before a restore
         self._is_settled = False
         try:
@@ -345,27 +354,19 @@ class ControlLoop:
     def _late(self) -> Array | None:
         """The deadline policy; what is executed in place of the action, if anything."""
         self.timing.misses += 1
-        if self.options.on_miss != "hold":
+        if self.options.on_miss != "hold" or not (self._is_sent_known or self._hold is not None):
             return None
-        executed = self._hold if self._hold is not None else self._sent
-        if self._hold is None and not self._is_sent_known:
-            return None
-        self.engine.override(self._drive.lane, executed)
-        return executed.copy()
+        return self._sent.copy() if self._hold is None else self._hold.copy()
 
-    def _note(
-        self, observation: Array, action: Array, executed: Array | None, *, is_late: bool
-    ) -> None:
+    def _note(self, observation: Array, action: Array, *, is_late: bool = False) -> None:
         self.timing.ticks += 1
-        self._history.add(observation, executed)
-        self._send(action if executed is None else executed)
+        self._history.add(observation)
+        self._send(action)
         if self.recorder is not None:
-            is_held = executed is not None
-            self.recorder.tick(observation, self._sent, is_held=is_held, is_late=is_late)
+            self.recorder.tick(observation, action, is_late=is_late)
 
-    def _send(self, action: Array, *, is_known: bool = True) -> None:
-        self._sent[...] = action
-        self._is_sent_known = is_known
+    def _send(self, action: Array) -> None:
+        self._sent[...], self._is_sent_known = action, True
 
     def _moved(self) -> None:
         """The lane is somewhere else."""

@@ -52,17 +52,20 @@ class History:
         """An interrupt before the coming tick."""
         self._pending_cut = stop
 
-    def add(self, observation: Array, executed: Array | None) -> None:
+    def add(self, observation: Array) -> None:
         """One more tick; the oldest is overwritten, and boundaries before it are of no use."""
         at = self.end % self.capacity
         self._observations[at] = observation
         self._cuts[at] = self._pending_cut
-        self._is_override[at] = executed is not None
-        if executed is not None:
-            self._executed[at] = executed
+        self._is_override[at] = False
         self._pending_cut = NO_CUT
         self.end += 1
         self._prune()
+
+    def override(self, executed: Array) -> None:
+        """In the last tick something else than the policy's action was executed."""
+        at = (self.end - 1) % self.capacity
+        self._executed[at], self._is_override[at] = executed, True
 
     def told(self, tick: int) -> Told:
         """Tick `tick`, of [first, end)."""

@@ -79,9 +79,9 @@ class ControlOptions:
         return {name: getattr(self, name) for name in self.__slots__}
 
     @property
-    def deadline_ns(self) -> int | None:
-        """None: no deadline."""
-        return None if self.deadline_ms is None else int(self.deadline_ms * 1e6)
+    def deadline_ns(self) -> float:
+        """Without a deadline, infinity."""
+        return math.inf if self.deadline_ms is None else self.deadline_ms * 1e6
 
     @property
     def boundary_ticks(self) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from flashrt.core.capsule import Capsule, CapsuleTable
 from flashrt.core.lineage import Lane
@@ -106,8 +106,8 @@ class Policy(Protocol):
         """Nothing is promised from tick `stop` on, and what was seen so far is not planned from."""
         ...
 
-    def override(self, lane: Lane, action: Array) -> None:
-        """Something else than the last action was executed."""
+    def override(self, lane: Lane, action: ArrayLike) -> None:
+        """Something else than the last action was executed. Raises ObservationError."""
         ...
 
     def snapshot(self, lane: Lane, name: str | None = None) -> Capsule:

@@ -52,14 +52,19 @@ class Recorder:
         self._events: list[Event] = []
         self.event(DIGEST, 0, loop.digest())
 
-    def tick(self, observation: Array, action: Array, *, is_held: bool, is_late: bool) -> None:
-        """One tick; `action` is what was executed."""
+    def tick(self, observation: Array, action: Array, *, is_late: bool) -> None:
+        """One tick."""
         at = self.ticks
         if at == len(self._outcomes):
             self._grow()
         self._observations[at], self._actions[at] = observation, action
-        self._outcomes[at] = HELD if is_held else LATE if is_late else ON_TIME
+        self._outcomes[at] = LATE if is_late else ON_TIME
         self.ticks += 1
+
+    def override(self, executed: Array) -> None:
+        """In the last tick something else than the policy's action was executed."""
+        self._actions[self.ticks - 1] = executed
+        self._outcomes[self.ticks - 1] = HELD
 
     def settled(self, digest: str | None) -> None:
         """The slack after a tick is over; at boundaries the state has a digest."""

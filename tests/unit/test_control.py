@@ -310,6 +310,33 @@ def test_hold_executes_the_hold_action(
     assert loop.tick(SEEN[0]).tolist() == [0.25, -0.5], "even in the first tick"
 
 
+def test_what_was_executed_can_be_said(engine: NumpyPolicy, tmp_path: Path) -> None:
+    """By a limiter, say: before the slack, so that what is planned follows on it."""
+    loop, plain = ControlLoop(engine), ControlLoop(engine)
+    limited = []
+    with loop.record(tmp_path / "r"):
+        for i in range(20):
+            action = np.clip(loop.tick(SEEN[i]), -0.3, 0.3)
+            loop.executed(action)
+            loop.slack()
+            limited.append(action)
+    for i in range(20):
+        plain.tick_as_recorded(SEEN[i], limited[i])
+    assert plain.digest() == loop.digest()
+    plain.close()
+    assert replay(engine, tmp_path / "r").mismatch is None
+    digest = loop.digest()
+    loop.rewind_ticks(5)
+    for i in range(15, 20):
+        loop.tick_as_recorded(SEEN[i], limited[i])
+    assert loop.digest() == digest
+    with pytest.raises(SessionError, match="after a tick, before its slack"):
+        loop.executed(action)
+    loop.reset()
+    with pytest.raises(SessionError, match="after a tick"):
+        loop.executed(action)
+
+
 def test_last_and_raise(engine: NumpyPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     calm, late = ControlLoop(engine), ControlLoop(engine, deadline_ms=1, on_miss="last")
     strict = ControlLoop(engine, deadline_ms=1, on_miss="raise")
