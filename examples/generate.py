@@ -50,7 +50,7 @@ def main() -> None:
     digest = chat.session.digest()
     chat.restore(prompt)
     chat.add("user", world.question(others[-1]))
-    chat.reply(32, draft="auto")
+    chat.reply(32, draft=3)
     assert chat.session.digest() == digest, "drafting changes the speed and nothing else"
     stats = engine.stats()
     print(f"drafted: {stats['accepted']} of {stats['drafted']} guesses agreed; digest {digest}")

@@ -142,7 +142,8 @@ class Stage:
     def _mishap(self, facts: Moment) -> list[Moment]:
         """A tool call fails. One agent goes on with the failure; the other takes it back."""
         chat, building = self.chat, self.building
-        thing = self._hidden()[-1]
+        hints, hidden = building.hints, building.hidden  # best in the first place of its hint
+        thing = min(self._hidden(), key=lambda t: hints[t].index(hidden[t]))
         truth = building.right_turns(thing)
         self._step("restore the prompt again", lambda: chat.restore(facts))
         chat.add("user", building.request(thing))
@@ -267,10 +268,8 @@ class Stage:
         return turns
 
     def _hidden(self) -> list[Thing]:
-        """Things that can be found now; the first that have to be looked for twice."""
-        found = [t for t in self.building.things if t in self.building.hidden]
-        hints, hidden = self.building.hints, self.building.hidden
-        return sorted(found, key=lambda t: hints[t].index(hidden[t]), reverse=True)
+        """Things that can be found now, in the order of the prompt."""
+        return [thing for thing in self.building.things if thing in self.building.hidden]
 
     def _branch(self, name: str, how: str, chat: Chat, turns: list[Turn]) -> Moment:
         moment = chat.snapshot(name)
@@ -299,11 +298,13 @@ class Stage:
 
 
 def _apart_from(inventory: Inventory, seed: int, hints: int) -> Building:
-    """The first building from a seed on that has none of the inventory's things."""
+    """The first building from a seed on that has none of the inventory's things, and two to bring."""
     known = set(inventory.things)
-    while not known.isdisjoint((building := Building(seed, hints)).things):
+    while True:
+        building = Building(seed, hints)
+        if known.isdisjoint(building.things) and len(building.hidden) >= 2:
+            return building
         seed += 1
-    return building
 
 
 def _in_a_new_process(told: dict[str, Any]) -> dict[str, Any]:
