@@ -298,7 +298,7 @@ class Stage:
 
 
 def _apart_from(inventory: Inventory, seed: int, hints: int) -> Building:
-    """The first building from a seed on that has none of the inventory's things, and two to bring."""
+    """The first building from a seed on with none of the inventory's things, and two to bring."""
     known = set(inventory.things)
     while True:
         building = Building(seed, hints)
