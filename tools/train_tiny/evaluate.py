@@ -186,9 +186,13 @@ def rest(chat: Chat, exam: Exam, question: str) -> list[int]:
 
 def tool_dialogues(chat: Chat, n: int) -> dict[str, tuple[int, int]]:
     """The model plays, the simulators answer; a wrong turn is counted and put right."""
-    right = {"tool turns, 8 hints": [0, 0], "robot turns": [0, 0], "robot at its goal": [0, 0]}
+    right = {
+        "tool turns, 8 hints": [0, 0],
+        "robot turns": [0, 0],
+        "robot episodes without a fault": [0, 0],
+    }
     with chat.engine.session() as session:
-        for seed in range(HELD_OUT, HELD_OUT + -(-n // 16)):
+        for seed in range(HELD_OUT, HELD_OUT + -(-n // 12)):
             building = Building(seed)
             session.rollback(0)
             session.prefill(chat.tokens((Message("system", building.prompt()),)))
@@ -200,7 +204,7 @@ def tool_dialogues(chat: Chat, n: int) -> dict[str, tuple[int, int]]:
                     right["tool turns, 8 hints"][0] += good
                     right["tool turns, 8 hints"][1] += 1
                     said = Message("tool", building.call(turn) if parse_call(turn) else "")
-        for seed in range(HELD_OUT, HELD_OUT + n // 4):
+        for seed in range(HELD_OUT, HELD_OUT + n):
             moving = Robot(seed)
             session.rollback(0)
             said, flawless = Message("user", moving.prompt()), True
@@ -213,8 +217,8 @@ def tool_dialogues(chat: Chat, n: int) -> dict[str, tuple[int, int]]:
                 if turn == robot.ARRIVED:
                     break
                 said = Message("tool", moving.call(turn))
-            right["robot at its goal"][0] += flawless
-            right["robot at its goal"][1] += 1
+            right["robot episodes without a fault"][0] += flawless
+            right["robot episodes without a fault"][1] += 1
     return {name: (good, asked) for name, (good, asked) in right.items()}
 
 

@@ -20,6 +20,11 @@ $cool --decay 1300 --until 1750
 $cool --decay 1300 --until 2000 --cap moves:512 # moves had come to rows of 2,048: more than needed
 $cool --decay 1000 --cap moves:512
 $both mtp.py "$run/final.pt" --out "$run/drafted.pt" --steps 400
-python export.py "$run/drafted.pt" "$folder"
+mkdir -p "$run/polish"
+$both train.py --out "$run/polish" --start "$run/drafted.pt" --decay 150 --lr 0.0015 $wide \
+  --decisions --cap moves:512,building:768,mixed:768 \
+  --mix recall:0.5,updates:1,moves:1.2,building:4,robot:2.5,mixed:1.5,story:0.5
+$both mtp.py "$run/polish/final.pt" --out "$run/polished.pt" --steps 80 --lr 0.001 --seed 2
+python export.py "$run/polished.pt" "$folder"
 python check_export.py "$folder"
 python evaluate.py "$folder"

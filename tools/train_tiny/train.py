@@ -119,6 +119,8 @@ class Run:
             length = self.curriculum.length(dice, task)
             size = max(options.tokens, min(2048, 4 * length))
             rows = batch(self.encoder, dice, task, max(1, size // length), length)
+            if options.decisions:
+                rows.weights[:, 1:][rows.ids[:, :-1] == self.encoder.opener["assistant"]] = HARD
             loss, counted = losses(self.model, rows.to(options.device), options.position_weight)
             (loss / options.batches).backward()
             if length == self.curriculum.longest(task):
@@ -205,6 +207,9 @@ def main() -> None:
     parser.add_argument("--mix", default=MIX, help="task:share,...")
     parser.add_argument("--cap", default="", help="task:tokens,... no longer rows than these")
     parser.add_argument("--position-weight", type=float, default=0.5)
+    parser.add_argument(
+        "--decisions", action="store_true", help="the first word of an answer weighs as much"
+    )
     parser.add_argument("--layers", default="LLFLF", help="L delta rule, F full attention")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="per process")
