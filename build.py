@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -30,11 +30,15 @@ from flashrt.base.errors import FlashrtError
 from flashrt.base.flags import flags, thread_count
 from flashrt.core.op import Launch
 from flashrt.core.region import DType
+from flashrt.core.tape import Tape
 from flashrt.models import model_for
+from flashrt.models.policy import Policy
+from flashrt.models.policy_config import MODEL_TYPE, config_of, parse_config
 from flashrt.ops import OPS
 from flashrt.session.load import DRAFT_HEAD_TENSOR
 from flashrt.weights.checkpoint import open_checkpoint
 from flashrt.weights.random_checkpoint import SHAPES, shape_config
+from flashrt.weights.random_policy import policy_config
 
 ARCHS: Final = (
     "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121",
@@ -42,6 +46,17 @@ ARCHS: Final = (
 # Kernel variants depend on the device's size: from Orin to Blackwell.
 MULTIPROCESSORS: Final = (8, 20, 48, 84, 108, 132, 148, 188)
 PRECISIONS: Final = {"bfloat16": DType.BF16, "high": DType.BF16X2}
+
+
+class Recordable(Protocol):
+    """A model's phases, and the launches of each."""
+
+    @property
+    def phases(self) -> Sequence[tuple[str, int]]:
+        """Phases by name and rows."""
+
+    def record(self, phase: str, rows: int) -> Tape:
+        """The launches of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,17 +189,29 @@ def _launches(arguments: argparse.Namespace) -> list[kernels.KernelLaunch]:
 
 
 def _recorded(arguments: argparse.Namespace) -> list[Launch]:
+    """Of a checkpoint's model; without one, of a language model and a policy."""
+    models: list[Recordable] = []
     if arguments.checkpoint is not None:
         source = open_checkpoint(arguments.checkpoint)
+        if source.config.get("model_type") == MODEL_TYPE:
+            return _launches_of(Policy(config_of(source)))
         config, has_draft_head = dict(source.config), DRAFT_HEAD_TENSOR in source.tensors
     else:
         config, has_draft_head = shape_config(arguments.shape, has_draft_head=True), True
-    model = model_for(
-        config,
-        max_positions=arguments.max_positions,
-        kv_dtype=DType(arguments.kv_dtype),
-        has_draft_head=has_draft_head,
+        models.append(Policy(parse_config(policy_config("base"))))
+    kv_dtype = DType(arguments.kv_dtype)
+    models.append(
+        model_for(
+            config,
+            max_positions=arguments.max_positions,
+            kv_dtype=kv_dtype,
+            has_draft_head=has_draft_head,
+        )
     )
+    return [launch for model in models for launch in _launches_of(model)]
+
+
+def _launches_of(model: Recordable) -> list[Launch]:
     return [launch for phase in model.phases for launch in model.record(*phase).launches]
 
 
