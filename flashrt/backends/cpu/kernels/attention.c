@@ -32,7 +32,7 @@ typedef struct {
   int n, group;
   int64_t width; /* D, rounded up to whole column blocks: the row pitch of o */
   float m[MAX_QUERIES], l[MAX_QUERIES], block_m[MAX_QUERIES], block_l[MAX_QUERIES];
-  float q[QUERY_FLOATS];                  /* [query][D], scaled */
+  float q[QUERY_FLOATS];                  /* [tile of queries][d][query of the tile], scaled */
   float p[MAX_QUERIES * ATTENTION_BLOCK]; /* [query][key]: scores, then probabilities */
   float block_o[QUERY_FLOATS];            /* [query][width] */
   float o[QUERY_FLOATS];
@@ -58,7 +58,7 @@ static inline int sees_block(const query_set *s, int j, int64_t block) {
 /* ---- tiles ---- */
 
 /* The first tile to come to a granule also fetches what follows it.
- * scores[t][32 keys] of n_tokens queries; q is [t][D], keys is a granule [D][32]. */
+ * scores[t][32 keys] of n_tokens queries; q is [D][t], keys is a granule [D][32]. */
 INLINE void score_tile(const int dtype, const int n_tokens, const void *keys, const float *q, int D,
                        float *scores, int is_first) {
   const int n_groups = n_tokens * 2 <= TOKENS && PARTS > 1 ? 2 : 1,
@@ -70,11 +70,10 @@ INLINE void score_tile(const int dtype, const int n_tokens, const void *keys, co
     for (int v = 0; v < n_vectors; v++) {
       int64_t offset = lane_offset(first_lane(part + v / GROUP_VECTORS, v), dtype);
       w[v] = (const char *)keys + offset * (dtype == DTYPE_BF16 ? 2 : 4);
-      UNROLL
-      for (int t = 0; t < n_tokens; t++) c.low[v][t] = c.high[v][t] = (vf){0};
     }
+    clear_chains(&c, n_vectors, n_tokens);
     const char *ahead = is_first ? ahead_of(keys, dtype, n_groups, part, D) : NULL;
-    extend_chains(&c, dtype, n_vectors, n_tokens, w, q, D, 1, D, ahead);
+    extend_chains(&c, dtype, n_vectors, n_tokens, w, q, 1, n_tokens, D, ahead);
     UNROLL
     for (int v = 0; v < n_vectors; v++) {
       float *out = scores + first_lane(part + v / GROUP_VECTORS, v);
@@ -311,7 +310,9 @@ static void begin_queries(query_set *s, const attention_args *a, int64_t kv_head
   float scale = 1.0f / sqrtf((float)a->D);
   for (int j = 0; j < n; j++) {
     const float *q = a->q + (token_of(s, j) * a->Nq + head_of(s, j)) * a->D;
-    for (int d = 0; d < a->D; d++) s->q[(int64_t)j * a->D + d] = q[d] * scale;
+    int first_of_tile = j / TOKENS * TOKENS, tile_size = (int)min_of(TOKENS, n - first_of_tile);
+    float *packed = s->q + (int64_t)first_of_tile * a->D + j % TOKENS;
+    for (int d = 0; d < a->D; d++) packed[d * tile_size] = q[d] * scale;
   }
 }
 
