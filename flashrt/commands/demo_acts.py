@@ -24,8 +24,8 @@ import numpy as np
 from flashrt.base.errors import FlashrtError
 from flashrt.commands.checkpoints import EngineOptions
 from flashrt.commands.demo_ablation import OTHER, Ablation
-from flashrt.commands.demo_starts import State, measure_starts, state_of
-from flashrt.commands.demo_story import Branch, Mishap, NewProcess, Step, Story, Turn
+from flashrt.commands.demo_starts import State, Step, measure_starts, state_of
+from flashrt.commands.demo_story import Branch, Mishap, NewProcess, Story, Turn
 from flashrt.commands.timing import Tokens, prefill, timed
 from flashrt.core.backend import Progress
 from flashrt.session.chat import Chat, Moment, open_chat

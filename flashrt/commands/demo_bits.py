@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flashrt.commands.demo_bits_story import Step, Story
-from flashrt.commands.demo_starts import State, measure_starts, state_of
+from flashrt.commands.demo_bits_story import Story
+from flashrt.commands.demo_starts import State, Step, measure_starts, state_of
 from flashrt.commands.timing import Tokens, prefill, synthetic_tokens, timed
 from flashrt.core.backend import Progress
 from flashrt.core.capsule import Capsule

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from flashrt.commands import console
 from flashrt.commands.demo_bits_story import Story
-from flashrt.commands.demo_report import show_outcome, show_starts
+from flashrt.commands.demo_report import show_outcome, show_starts, steps_table
 from flashrt.view.units import bytes_text, seconds_text, significant
 
 
@@ -21,18 +21,7 @@ def show(story: Story) -> None:
         f"{bytes_text(story.capsule_bytes)} in {seconds_text(story.snapshot_s)}.\n"
     )
     title = f"Three branches from it, each a turn of {story.turn_tokens} tokens and an answer"
-    rows = [
-        [
-            step.what,
-            f"{step.position:,}",
-            seconds_text(step.seconds),
-            bytes_text(step.moved_bytes),
-            console.yes_no(step.is_equal),
-        ]
-        for step in story.steps
-    ]
-    columns = ("", ">position", ">time", ">bytes moved", "bits equal to a cold prefill")
-    screen.print(console.table(title, columns, rows))
+    screen.print(steps_table(story.steps, title, "bits equal to a cold prefill"))
     show_starts(story.starts, story.turn_tokens)
     _show_ablation(story)
     shared = story.tree_bytes_alone / story.tree_bytes

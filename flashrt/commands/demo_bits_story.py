@@ -7,18 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flashrt.commands.demo_starts import Start
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One thing that was done to a session, and whether the state is that of a cold prefill."""
-
-    what: str
-    position: int
-    seconds: float
-    moved_bytes: int
-    is_equal: bool
+from flashrt.commands.demo_starts import Start, Step
 
 
 @dataclass(slots=True)

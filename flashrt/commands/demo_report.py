@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from flashrt.commands import console
-from flashrt.commands.demo_starts import Start
+from flashrt.commands.demo_starts import Start, Step
 from flashrt.commands.demo_story import Asked, Story, Turn
 from flashrt.view.units import bytes_text, seconds_text, significant
 
@@ -39,7 +39,9 @@ def show(story: Story) -> None:
     )
     screen.print("[bold]2. Three branches from that capsule, and a failed call taken back[/]")
     screen.print(_branches(story))
-    screen.print(_steps(story))
+    screen.print(
+        steps_table(story.steps, "Each state beside a cold prefill of its tokens", "bits equal")
+    )
     _show_process(story)
     screen.print("[bold]4. What half a restore would bring back[/]")
     screen.print(_ablation(story))
@@ -135,7 +137,8 @@ def _mark(said: str, truth: str) -> str:
     return "[green]right[/]" if said == truth else f"[red]wrong[/]: {escape(truth)}"
 
 
-def _steps(story: Story) -> Table:
+def steps_table(steps: Sequence[Step], title: str, equal: str) -> Table:
+    """What was done, at which position, how long it took, what it moved, whether bits agree."""
     rows = [
         [
             step.what,
@@ -144,10 +147,9 @@ def _steps(story: Story) -> Table:
             bytes_text(step.moved_bytes),
             console.yes_no(step.is_equal),
         ]
-        for step in story.steps
+        for step in steps
     ]
-    columns = ("", ">position", ">time", ">bytes moved", "bits equal")
-    return console.table("Each state beside a cold prefill of its tokens", columns, rows)
+    return console.table(title, ("", ">position", ">time", ">bytes moved", equal), rows)
 
 
 def _show_process(story: Story) -> None:

@@ -1,4 +1,4 @@
-"""Time to first token of a turn after prompts of several lengths, cold and warm.
+"""Time to first token of a turn after prompts of several lengths, cold and warm; a step, as data.
 
 IS: the measurement, with the states compared. IS NOT: a benchmark (bench). Called by: demo_acts,
 demo_bits.
@@ -18,6 +18,17 @@ from flashrt.session.load import SessionEngine
 from flashrt.session.session import Session
 
 REPEATS = 3  # of a warm start; the median counts
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing that was done with a capsule, and whether the state is that of a cold prefill."""
+
+    what: str
+    position: int
+    seconds: float
+    moved_bytes: int
+    is_equal: bool
 
 
 @dataclass(frozen=True, slots=True)

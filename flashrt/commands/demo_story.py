@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flashrt.commands.demo_starts import Start
+from flashrt.commands.demo_starts import Start, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +25,6 @@ class Turn:
     def is_right(self) -> bool | None:
         """None where there is nothing to compare with."""
         return None if self.truth is None else self.text == self.truth
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One thing that was done with a capsule, and whether the state is that of a cold prefill."""
-
-    what: str
-    position: int
-    seconds: float
-    moved_bytes: int
-    is_equal: bool
 
 
 @dataclass(frozen=True, slots=True)
