@@ -36,20 +36,31 @@ DEVICE float fma_into(const Vector& w, const Vector& x, float sum) {
   return sum;
 }
 
-// Row n of w times the row x; waits for the predecessor on the way. Every thread of the launch calls it.
-DEVICE float dot(const float* w, const float* x, int n, int N, int K) {
+struct Early {
+  Vector v[AHEAD];
+};
+
+DEVICE const float* row_of(const float* w, int n, int N, int K) { return w + (size_t)min(n, N - 1) * K; }
+
+// The first weights of row n: constant, so they are on their way while the predecessor ends.
+DEVICE Early first_weights(const float* w, int n, int N, int K) {
   int first = WIDTH * (threadIdx.x & 31);
-  const float* row = w + (size_t)min(n, N - 1) * K;
-  Vector early[AHEAD];
-  release_successor();
+  const float* row = row_of(w, n, N, K);
+  Early early;
 #pragma unroll
   for (int i = 0; i < AHEAD; i++)
-    if (first + i * 32 * WIDTH < K) early[i] = load(row + first + i * 32 * WIDTH);
-  wait_for_predecessor();
+    if (first + i * 32 * WIDTH < K) early.v[i] = load(row + first + i * 32 * WIDTH);
+  return early;
+}
+
+// Row n of w times the row x. Every thread of the launch calls it.
+DEVICE float dot(const Early& early, const float* w, const float* x, int n, int N, int K) {
+  int first = WIDTH * (threadIdx.x & 31);
+  const float* row = row_of(w, n, N, K);
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < AHEAD; i++)
-    if (first + i * 32 * WIDTH < K) sum = fma_into(early[i], load(x + first + i * 32 * WIDTH), sum);
+    if (first + i * 32 * WIDTH < K) sum = fma_into(early.v[i], load(x + first + i * 32 * WIDTH), sum);
   for (int k = first + AHEAD * 32 * WIDTH; k < K; k += 32 * WIDTH) sum = fma_into(load(row + k), load(x + k), sum);
   return warp_sum(sum);
 }
@@ -59,7 +70,9 @@ DEVICE bool is_writer(int n, int N) { return (threadIdx.x & 31) == 0 && n < N; }
 
 KERNEL(32 * WARPS) dense(ARGS dense_args a) {
   int n = output(), t = blockIdx.y;
-  float sum = dot(a.w, a.x + (size_t)t * a.K, n, a.N, a.K);
+  Early early = first_weights(a.w, n, a.N, a.K);
+  begin();
+  float sum = dot(early, a.w, a.x + (size_t)t * a.K, n, a.N, a.K);
   if (!is_writer(n, a.N)) return;
   float y = sum + a.b[n];
   a.y[(size_t)t * a.N + n] = a.activation == 1 ? silu(y) : y;
@@ -67,7 +80,9 @@ KERNEL(32 * WARPS) dense(ARGS dense_args a) {
 
 KERNEL(32 * WARPS) dense_add(ARGS dense_add_args a) {
   int n = output(), t = blockIdx.y;
-  float sum = dot(a.w, a.x + (size_t)t * a.K, n, a.N, a.K);
+  Early early = first_weights(a.w, n, a.N, a.K);
+  begin();
+  float sum = dot(early, a.w, a.x + (size_t)t * a.K, n, a.N, a.K);
   if (!is_writer(n, a.N)) return;
   float* y = a.y + (size_t)t * a.N + n;
   *y = *y + (sum + a.b[n]);
@@ -75,7 +90,9 @@ KERNEL(32 * WARPS) dense_add(ARGS dense_add_args a) {
 
 KERNEL(32 * WARPS) flow_step(ARGS flow_step_args a) {
   int n = output();
-  float sum = dot(a.w, a.z, n, a.N, a.K);
+  Early early = first_weights(a.w, n, a.N, a.K);
+  begin();
+  float sum = dot(early, a.w, a.z, n, a.N, a.K);
   if (blockIdx.x == 0 && threadIdx.x == 0) a.cursor[PLAN_STEPS_LEFT] -= 1;
   if (!is_writer(n, a.N)) return;
   if (a.mask[n / (a.N / a.H)] == 0.0f) a.x[n] = a.x[n] + (sum + a.b[n]) / (float)a.steps;
