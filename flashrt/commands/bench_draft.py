@@ -122,7 +122,7 @@ def measure(
     if engine.max_draft == 0:
         raise FlashrtError(
             f"bench --draft: {engine.checkpoint.path} on {engine.device} does not draft; it takes "
-            "a checkpoint with a draft head (mtp.*) and a device with drafting kernels (cpu)"
+            "a checkpoint with a draft head (mtp.*)"
         )
     random = np.random.default_rng(11)
     return [

@@ -20,6 +20,7 @@ from flashrt.core.region import DType
 from flashrt.ops.table import OPS
 from tests.backend.cases import ODD, all_cases, attention, cursor, linear
 from tests.backend.conftest import make_backend
+from tests.backend.policy_cases import policy_cases
 from tests.backend.runner import Case, Runner, rng_for
 from tests.backend.test_sample import sample_cases
 
@@ -206,7 +207,7 @@ def test_any_vector_width_gives_the_same_bits(
     narrow = tuple(f.replace("native", "x86-64") for f in toolchain.CFLAGS)
     monkeypatch.setattr(toolchain, "CFLAGS", narrow)
     other = Runner(make_backend("cpu", 2))
-    for case in [*CASES, *all_cases(ODD), *sample_cases()]:
+    for case in [*CASES, *all_cases(ODD), *sample_cases(), *policy_cases()]:
         wide, slim = runner.run(case), other.run(case)
         for name in wide.keys() - {"partials", "work"}:
             assert_same_bits(wide[name], slim[name], f"{case} {name}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flashrt.backends.cpu import compile as toolchain
 from flashrt.backends.simt.device import SimtDevice
 from tests.backend.conftest import make_backend
 from tests.backend.policy_cases import DENSE_SIZES, dense, dense_add, flow_begin, policy_cases
@@ -104,20 +102,3 @@ def test_threads_and_schedules_change_no_bit(runner: Runner, others: list[Runner
             after = other.run(case)
             for name in first:
                 assert_same_bits(first[name], after[name], f"{case} {name}")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86 architecture")
-def test_any_vector_width_gives_the_same_bits(
-    runner: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Kernels built for plain x86-64: 4 lanes, no fused instructions."""
-    if runner.backend.name != "cpu":
-        pytest.skip("vectors are the cpu's")
-    narrow = tuple(flag.replace("native", "x86-64") for flag in toolchain.CFLAGS)
-    monkeypatch.setattr(toolchain, "CFLAGS", narrow)
-    other = Runner(make_backend("cpu", 2))
-    for case in CASES:
-        wide, slim = runner.run(case), other.run(case)
-        for name in wide:
-            assert_same_bits(wide[name], slim[name], f"{case} {name}")

@@ -1,8 +1,8 @@
 """Drafts that agree as often as a test wants: the head of a random model guesses right by chance.
 
-IS: `guessing`, which lets the engine draft and then writes true tokens over some of its guesses.
-IS NOT: a change of what a verify does: any token may stand among the drafted ones. Called by:
-test_machine, test_drafting.
+IS: `guessing`, which lets the engine draft and then writes true tokens over some of its guesses,
+and the claims that hold on every device. IS NOT: a change of what a verify does: any token may
+stand among the drafted ones. Called by: test_machine, test_drafting, test_simt_drafting.
 """
 
 from __future__ import annotations
@@ -12,10 +12,59 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 
 import flashrt
 from flashrt.core.backend import Graph
 from flashrt.core.lineage import Lane
+
+Outcome = tuple[list[int], str, bytes]
+
+
+def outcome(session: flashrt.Session) -> Outcome:
+    """Tokens, digest, and the bits of the next logits."""
+    return session.tokens.tolist(), session.digest(), session.logits().tobytes()
+
+
+def cold(engine: flashrt.Engine, tokens: list[int]) -> Outcome:
+    """The same after a plain prefill, on a lane of its own."""
+    with engine.session() as session:
+        session.prefill(tokens)
+        return outcome(session)
+
+
+def check_drafted_run(
+    engine: flashrt.Engine,
+    prompt: list[int],
+    n_tokens: int,
+    draft: Any,
+    params: dict[str, Any],
+    *,
+    agree: float,
+    is_poisoned: bool,
+) -> None:
+    """`n_tokens` that are drafted are those of plain decoding, and so is the state after them."""
+    following = truth(engine, prompt, n_tokens + 8, **params)
+    with pytest.MonkeyPatch.context() as patch, engine.session() as session:
+        if is_poisoned:  # what a step leaves in scratch is not used by the next
+            patch.setattr(engine, "_boundary", engine.arena.poison_scratch)
+        session.prefill(prompt)
+        with guessing(engine, prompt, following, agree):
+            assert list(session.generate(n_tokens, draft=draft, **params)) == following[:n_tokens]
+        assert outcome(session) == cold(engine, prompt + following[:n_tokens])
+
+
+def check_wrong_commit_shows(engine: flashrt.Engine, prompt: list[int]) -> None:
+    """Negative control: one row more is committed than what agreed."""
+    following = truth(engine, prompt, 3)
+    wrong = [following[0], (following[1] + 1) % engine.vocab_size]
+    with engine.session() as session:
+        session.prefill(prompt)
+        next(iter(session.generate(1)))
+        engine._write_io(session._lane, "drafted", np.array(wrong, np.int32))
+        assert engine.verify(session._lane, 2) == following[1:2]
+        engine.commit(session._lane, np.array(following[:2], np.int32))
+        assert session.digest() != cold(engine, prompt + following[:2])[1]
 
 
 def truth(

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashrt
-from tests.property.guessing import guessing, interrupting, truth
+from tests.property.guessing import (
+    check_drafted_run,
+    check_wrong_commit_shows,
+    cold,
+    guessing,
+    interrupting,
+    outcome,
+    truth,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPT = list(range(40, 90))
@@ -22,17 +30,6 @@ SAMPLING: tuple[dict[str, Any], ...] = (
     {"temperature": 0.9, "repetition_penalty": 1.2, "frequency_penalty": 0.2, "seed": 5},
     {"presence_penalty": -0.4, "logit_bias": {11: 3.0, 12: -np.inf}},
 )
-Outcome = tuple[list[int], str, bytes]
-
-
-def outcome(session: flashrt.Session) -> Outcome:
-    return session.tokens.tolist(), session.digest(), session.logits().tobytes()
-
-
-def cold(engine: flashrt.Engine, tokens: list[int]) -> Outcome:
-    with engine.session() as session:
-        session.prefill(tokens)
-        return outcome(session)
 
 
 @given(
@@ -51,14 +48,7 @@ def test_drafting_changes_nothing(
     agree: float,
     is_poisoned: bool,
 ) -> None:
-    following = truth(engine, prompt, 40, **params)
-    with pytest.MonkeyPatch.context() as patch, engine.session() as session:
-        if is_poisoned:  # what a step leaves in scratch is not used by the next
-            patch.setattr(engine, "_boundary", engine.arena.poison_scratch)
-        session.prefill(prompt)
-        with guessing(engine, prompt, following, agree):
-            assert list(session.generate(32, draft=draft, **params)) == following[:32]
-        assert outcome(session) == cold(engine, prompt + following[:32])
+    check_drafted_run(engine, prompt, 32, draft, params, agree=agree, is_poisoned=is_poisoned)
 
 
 def test_accepted_drafts_save_replays(engine: flashrt.Engine) -> None:
@@ -91,16 +81,7 @@ def test_a_rejected_draft_leaves_no_trace(engine: flashrt.Engine) -> None:
 
 
 def test_a_wrong_commit_is_noticed(engine: flashrt.Engine) -> None:
-    """Negative control: one row more than what agreed."""
-    following = truth(engine, PROMPT, 3)
-    wrong = [following[0], (following[1] + 1) % 512]
-    with engine.session() as session:
-        session.prefill(PROMPT)
-        next(iter(session.generate(1)))
-        engine._write_io(session._lane, "drafted", np.array(wrong, np.int32))
-        assert engine.verify(session._lane, 2) == following[1:2]
-        engine.commit(session._lane, np.array(following[:2], np.int32))
-        assert session.digest() != cold(engine, PROMPT + following[:2])[1]
+    check_wrong_commit_shows(engine, PROMPT)
 
 
 @pytest.mark.parametrize("at", range(12))

@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 import flashrt
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.session.load import load_on
-from tests.property.guessing import guessing, interrupting, truth
+from tests.property.guessing import (
+    check_drafted_run,
+    check_wrong_commit_shows,
+    cold,
+    guessing,
+    interrupting,
+    outcome,
+    truth,
+)
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 SAMPLING: tuple[dict[str, Any], ...] = (
@@ -28,7 +36,6 @@ SAMPLING: tuple[dict[str, Any], ...] = (
     {"temperature": 1.1, "seed": 3, "repetition_penalty": 1.3, "frequency_penalty": 0.2},
     {"presence_penalty": 0.5, "logit_bias": {11: 3.0, 12: -np.inf}},
 )
-Outcome = tuple[list[int], str, bytes]
 
 
 @pytest.fixture(scope="module", params=["bfloat16", "high"])
@@ -37,16 +44,6 @@ def engine(request: pytest.FixtureRequest) -> Iterator[flashrt.Engine]:
     engine = load_on(lambda: SimtDevice(request.param, seed=5), TINY, max_positions=320, lanes=2)
     yield engine
     engine.close()
-
-
-def outcome(session: flashrt.Session) -> Outcome:
-    return session.tokens.tolist(), session.digest(), session.logits().tobytes()
-
-
-def cold(engine: flashrt.Engine, tokens: list[int]) -> Outcome:
-    with engine.session() as session:
-        session.prefill(tokens)
-        return outcome(session)
 
 
 prompts = st.one_of(
@@ -71,14 +68,7 @@ def test_drafting_changes_nothing(
     agree: float,
     is_poisoned: bool,
 ) -> None:
-    following = truth(engine, prompt, 18, **params)
-    with pytest.MonkeyPatch.context() as patch, engine.session() as session:
-        if is_poisoned:  # what a step leaves in scratch is not used by the next
-            patch.setattr(engine, "_boundary", engine.arena.poison_scratch)
-        session.prefill(prompt)
-        with guessing(engine, prompt, following, agree):
-            assert list(session.generate(12, draft=draft, **params)) == following[:12]
-        assert outcome(session) == cold(engine, prompt + following[:12])
+    check_drafted_run(engine, prompt, 12, draft, params, agree=agree, is_poisoned=is_poisoned)
 
 
 @given(st.data())
@@ -139,14 +129,4 @@ def test_accepted_drafts_save_launches(engine: flashrt.Engine) -> None:
 
 
 def test_a_wrong_commit_is_noticed(engine: flashrt.Engine) -> None:
-    """Negative control: one row more than what agreed."""
-    prompt = list(range(40, 60))
-    following = truth(engine, prompt, 3)
-    wrong = [following[0], (following[1] + 1) % 512]
-    with engine.session() as session:
-        session.prefill(prompt)
-        next(iter(session.generate(1)))
-        engine._write_io(session._lane, "drafted", np.array(wrong, np.int32))
-        assert engine.verify(session._lane, 2) == following[1:2]
-        engine.commit(session._lane, np.array(following[:2], np.int32))
-        assert session.digest() != cold(engine, prompt + following[:2])[1]
+    check_wrong_commit_shows(engine, list(range(40, 60)))
