@@ -11,8 +11,6 @@
 // Order:    no sums. Launch: one warp; T is small, so accept walks in one thread.
 #include "flashrt.cuh"
 
-constexpr int CURSOR_WORDS = 16;
-
 KERNEL(32) draft_begin(ARGS draft_begin_args a) {
   begin();
   int word = threadIdx.x;

@@ -37,7 +37,7 @@ constexpr unsigned FULL_WARP = 0xffffffffu;
 #define INF (__int_as_float(0x7f800000))
 
 // cursor words
-constexpr int POSITION = 0, ROWS = 1, TOKEN = 2;
+constexpr int POSITION = 0, ROWS = 1, TOKEN = 2, CURSOR_WORDS = 16;
 
 DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 DEVICE constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }

@@ -188,6 +188,17 @@ def last_row(o: Operands) -> Results:
     return {"y": o["x"][o.rows("x") - 1][None]}
 
 
+def last_values(o: Operands) -> Results:
+    return last_row(o)
+
+
+def last_cursor(o: Operands) -> Results:
+    last = np.zeros(o["last"].shape)
+    if rows := int(o["cursor"][1]):
+        last[:2] = o.position + rows - 1, 1
+    return {"last": last}
+
+
 def advance(o: Operands) -> Results:
     cursor = o["cursor"].astype(np.float64)
     cursor[0] += cursor[1]
@@ -329,7 +340,8 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
     f.__name__: f
     for f in (
         embed, rmsnorm, add_rmsnorm, linear, conv_window, delta_gates, delta_rule, gated_rmsnorm,
-        rope_append, attention, silu_mul, last_row, advance, sample, conv_verify, delta_verify,
-        draft_input, draft_begin, draft_note, verify_cursors, accept, take_token,
+        rope_append, attention, silu_mul, last_row, last_values, last_cursor, advance, sample,
+        conv_verify, delta_verify, draft_input, draft_begin, draft_note, verify_cursors, accept,
+        take_token,
     )
 }  # fmt: skip

@@ -19,8 +19,8 @@ from flashrt.core.region import DType
 
 FLOAT32: Final = 1e-6
 _COPIES: Final = frozenset({  # exact
-    "embed", "last_row", "advance", "sample", "draft_begin", "draft_note", "verify_cursors",
-    "accept", "take_token",
+    "embed", "last_row", "last_values", "last_cursor", "advance", "sample", "draft_begin",
+    "draft_note", "verify_cursors", "accept", "take_token",
 })  # fmt: skip
 _INSIDE: Final[dict[str, dict[DType, float]]] = {  # other ops: FLOAT32, whatever ACT is
     "delta_rule": {DType.F32: 2e-6, DType.BF16: 2e-6, DType.BF16X2: 2e-6},

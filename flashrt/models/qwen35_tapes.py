@@ -8,6 +8,7 @@ qwen35_draft.
 from __future__ import annotations
 
 import itertools
+import math
 from typing import ClassVar
 
 from flashrt.core.op import AttrValue, Op
@@ -39,14 +40,22 @@ class Recorder:
         self.cursor = regions["cursor"]
 
     def forward(self, tokens: Operand) -> None:
-        """Rows of tokens through all layers: leaves the last hidden state, moves the cursor."""
-        h = self.layers(tokens, self._activation("h", self.config.hidden))
-        self._launch(ops.LAST_ROW, x=h, y=self.regions["last_hidden"])
-        self._launch(ops.ADVANCE)
+        """Rows of tokens through all layers: leaves the last hidden state, moves the cursor.
 
-    def layers(self, tokens: Operand, out: Operand) -> Operand:
+        Of the last layer, only the state that it leaves is of use for every row; the rest is done
+        for the last row alone, unless a draft head wants all hidden states.
+        """
+        last, cursor = self.regions["last_hidden"], self.cursor
+        if self.rows == 1 or f"{DRAFT}.fc" in self.regions:
+            h = self.layers(tokens, self._activation("h", self.config.hidden))
+            self._launch(ops.LAST_ROW, x=h, y=last)
+        else:
+            self.layers(tokens, last, ends_in_one=True)
+        self.tape.record(ops.ADVANCE, cursor=cursor)
+
+    def layers(self, tokens: Operand, out: Operand, *, ends_in_one: bool = False) -> Operand:
         """Rows of tokens through all layers and the final norm, into `out`; and the draft head's
-        rows for them, if there is one.
+        rows for them, if there is one. `ends_in_one`: `out` gets the last row only.
         """
         c, regions = self.config, self.regions
         x = self._scratch("x", c.hidden)
@@ -56,17 +65,14 @@ class Recorder:
         h: Operand = self._activation(f"{layer_name(0)}.h", c.hidden, input_dtype(c, 0))
         self._launch(ops.RMSNORM, x=x, w=regions[f"{layer_name(0)}.input_norm"], y=h, eps=c.eps)
         for i, kind in enumerate(c.layers):
-            at, index = layer_name(i), c.layers[:i].count(kind)
-            if kind is LayerKind.LINEAR:
-                r = self._linear_attention(at, h, index)
-            else:
-                keys, values = (
-                    regions[name].span(index * c.kv_heads, c.kv_heads)
-                    for name in ("keys", "values")
-                )
-                r = self._full_attention(at, h, keys, values)
+            at, index, is_last = layer_name(i), c.layers[:i].count(kind), i + 1 == len(c.layers)
+            mix = self._linear_attention if kind is LayerKind.LINEAR else self._full_attention
+            narrows = is_last and ends_in_one
+            if narrows:
+                x = self._last(x)
+            r = mix(at, h, index, narrows=narrows)
             r = self._mlp(at, x, r)
-            if i + 1 < len(c.layers):
+            if not is_last:
                 following = layer_name(i + 1)
                 h = self._activation(f"{following}.h", c.hidden, input_dtype(c, i + 1))
                 self._add_rmsnorm(x, r, f"{following}.input_norm", h)
@@ -98,12 +104,17 @@ class Recorder:
             journal=regions["journal"], work=work, cursor=cursor,
         )  # fmt: skip
 
-    def _linear_attention(self, at: str, h: Operand, index: int) -> Region:
-        """Gated DeltaNet; `index` counts the layers with a recurrent state."""
+    def _linear_attention(
+        self, at: str, h: Operand, index: int, *, narrows: bool = False
+    ) -> Region:
+        """Gated DeltaNet; `index` counts the layers with a recurrent state. `narrows`: once that
+        is updated, go on with the last row alone.
+        """
         c, weights = self.config, self.regions
         inner = c.value_heads * c.value_dim
         u, y, decay, beta = self._delta_inputs(at, index)
         self._launch(ops.LINEAR, x=h, w=weights[f"{at}.in_proj"], y=u)
+        z: Operand
         qkv, z, b, a = columns(u, c.conv_channels, inner, c.value_heads, c.value_heads)
         window, state = self.regions["window"].at(index), self.regions["state"].at(index)
         self._launch(self.conv_op, u=qkv, w=weights[f"{at}.conv"], window=window, y=y)
@@ -116,6 +127,9 @@ class Recorder:
         self._launch(
             self.delta_op, y=y, decay=decay, beta=beta, state=state, o=o, key_heads=c.key_heads
         )
+        if narrows:
+            o, z = self._last(o), self._last(z, f"{at}.z")
+            self._narrow()
         mixed = self._activation(f"{at}.mixed", inner, DType.ACT_WIDE)
         norm = weights[f"{at}.gated_norm"]
         self._launch(ops.GATED_RMSNORM, o=o, z=z, w=norm, y=mixed, eps=c.eps)
@@ -133,9 +147,16 @@ class Recorder:
             self._scratch(f"{at}.beta", c.value_heads),
         )
 
-    def _full_attention(self, at: str, h: Operand, keys: View, values: View) -> Region:
-        """Gated attention over a layer's own keys and values."""
+    def _full_attention(self, at: str, h: Operand, index: int, *, narrows: bool = False) -> Region:
+        """Gated attention; `index` counts the layers with keys and values. `narrows`: once those
+        are there, go on with the last row alone.
+        """
+        n = self.config.kv_heads
+        keys, values = (self.regions[name].span(index * n, n) for name in ("keys", "values"))
         u, q = self._qkv(at, h, keys, values)
+        if narrows:
+            u, q = self._last(u), self._last(q)
+            self._narrow()
         return self._attend(at, u, q, keys, values)
 
     def _qkv(
@@ -210,6 +231,22 @@ class Recorder:
         """x += r; `out` becomes its norm."""
         self._launch(ops.ADD_RMSNORM, x=x, r=r, w=self.regions[norm], y=out, eps=self.config.eps)
         return out
+
+    def _last(self, x: Operand, name: str = "") -> Region:
+        """A copy of x's last valid row."""
+        shape = as_view(x).shape
+        y = self.tape.scratch(f"{name or as_view(x).region.name}.last", 1, *shape[1:])
+        if len(shape) > 2:
+            x = as_view(x).reshape(shape[0], math.prod(shape[1:]))
+        row = y.view().reshape(1, math.prod(shape[1:]))
+        self._launch(ops.LAST_VALUES, x=x, y=row)
+        return y
+
+    def _narrow(self) -> None:
+        """What is recorded from here on is about the last valid row alone, as a launch of one."""
+        last = self.tape.scratch("last_cursor", ops.CURSOR_WORDS, dtype=DType.I32)
+        self._launch(ops.LAST_CURSOR, last=last)
+        self.cursor, self.rows = last, 1
 
     def _launch(self, op: Op, **bindings: Operand | AttrValue) -> None:
         self.tape.record(op, cursor=self.cursor, **bindings)

@@ -205,6 +205,16 @@ LAST_ROW = Op(
     "y = x[rows - 1]",
     (_act("x", "r", "T", "H"), _CURSOR, _act("y", "w", 1, "H")),
 )
+LAST_VALUES = Op(
+    "last_values",
+    "y = x[rows - 1], in float32",
+    (_f32("x", "r", "T", "C", strided=True), _CURSOR, _f32("y", "w", 1, "C")),
+)
+LAST_CURSOR = Op(
+    "last_cursor",
+    "last = a cursor of one row, the last of the launch; of no row if there is none",
+    (_CURSOR, _words("last", "w", CURSOR_WORDS)),
+)
 ADVANCE = Op(
     "advance",
     "cursor.position += cursor.rows",
@@ -377,7 +387,7 @@ TAKE_ACTION = Op(
 
 OPS: tuple[Op, ...] = (
     EMBED, RMSNORM, ADD_RMSNORM, LINEAR, CONV_WINDOW, DELTA_GATES, DELTA_RULE, GATED_RMSNORM,
-    ROPE_APPEND, ATTENTION, SILU_MUL, LAST_ROW, ADVANCE, SAMPLE, CONV_VERIFY, DELTA_VERIFY,
-    DRAFT_INPUT, DRAFT_BEGIN, DRAFT_NOTE, VERIFY_CURSORS, ACCEPT, TAKE_TOKEN, OBSERVE, DENSE,
-    DENSE_ADD, GRU_CELL, FLOW_BEGIN, FLOW_STEP, FLOW_END, TAKE_ACTION,
+    ROPE_APPEND, ATTENTION, SILU_MUL, LAST_ROW, LAST_VALUES, LAST_CURSOR, ADVANCE, SAMPLE,
+    CONV_VERIFY, DELTA_VERIFY, DRAFT_INPUT, DRAFT_BEGIN, DRAFT_NOTE, VERIFY_CURSORS, ACCEPT,
+    TAKE_TOKEN, OBSERVE, DENSE, DENSE_ADD, GRU_CELL, FLOW_BEGIN, FLOW_STEP, FLOW_END, TAKE_ACTION,
 )  # fmt: skip

@@ -196,6 +196,16 @@ def last_row(T: int, n: int, H: int) -> Case:
     return Case("last_row", {"x": x, "cursor": cursor(5, n), "y": (1, H)})
 
 
+def last_values(T: int, n: int, C: int, margin: tuple[int, int]) -> Case:
+    x = valid(randn(rng_for("last_values", T, n, C), T, C), n)
+    operands = {"x": x, "cursor": cursor(5, n), "y": (1, C)}
+    return Case("last_values", operands, margin=margin)
+
+
+def last_cursor(T: int, n: int, position: int) -> Case:
+    return Case("last_cursor", {"cursor": cursor(position, n), "last": (CURSOR_WORDS,)})
+
+
 def advance(position: int, n: int) -> Case:
     return Case("advance", {"cursor": cursor(position, n)})
 
@@ -244,6 +254,8 @@ GRID: Grid = (
     )),
     (silu_mul, ({"I": 200}, {"I": 1024}, {"I": 264, "is_wide": True})),
     (last_row, ({"H": 96}, {"H": 200})),
+    (last_values, ({"C": 96, "margin": (0, 0)}, {"C": 200, "margin": (4, 8)})),
+    (last_cursor, ({"position": 0}, {"position": 40})),
 )  # fmt: skip
 
 # Sizes that are no multiple of anything, for scalar tails.
@@ -259,6 +271,7 @@ ODD: Grid = (
     (rope_append, ({"heads": (2, 1), "D": 33, "R2": 5, "position": 31, "S": 99, "kv": "bf16"},)),
     (silu_mul, ({"I": 37}, {"I": 45, "is_wide": True})),
     (last_row, ({"H": 33},)),
+    (last_values, ({"C": 37, "margin": (1, 3)},)),
 )
 
 

@@ -163,7 +163,7 @@ def test_tied_head_shares_the_embedding(config: dict[str, object]) -> None:
 
 
 def test_attention_partials_follow_the_bucket(config: dict[str, object]) -> None:
-    model = build(config)
+    model = model_for(config, max_positions=300, has_draft_head=True)
     for rows, spread in ((1, 1), (8, 8), (64, 1), (256, 1)):
         launch = next(n for n in model.record("prefill", rows).launches if n.op.name == "attention")
         assert launch.operand("partials").shape == (spread, 4, 2, 34)  # 300 positions: 2 blocks
@@ -174,7 +174,22 @@ def test_decode_reads_the_sampled_token_and_prefill_has_no_head(config: dict[str
     embed = model.record("decode", 1).launches[0].operand("tokens")
     assert (embed.region.name, embed.col, embed.shape) == ("cursor", 2, (1,))
     names = [n.op.name for n in model.record("prefill", 8).launches]
-    assert "sample" not in names and names[-2:] == ["last_row", "advance"]
+    assert "sample" not in names and names[-1] == "advance"
+
+
+@pytest.mark.parametrize("kind", [LINEAR, FULL])
+def test_prefill_ends_in_one_row_unless_a_draft_head_wants_all(
+    config: dict[str, object], kind: LayerKind
+) -> None:
+    config["layer_types"] = [FULL.value, LINEAR.value, FULL.value, kind.value]
+    updates = {LINEAR: "delta_rule", FULL: "rope_append"}[kind]
+    for has_draft_head in (False, True):
+        model = model_for(config, max_positions=300, has_draft_head=has_draft_head)
+        launches = model.record("prefill", 64).launches
+        state = [n.dims["T"] for n in launches if n.op.name == updates]
+        mlps = [n.dims["T"] for n in launches if n.op.name == "silu_mul"]
+        assert set(state) == {64} and mlps == [64, 64, 64, 64 if has_draft_head else 1]
+        assert ("last_cursor" in {n.op.name for n in launches}) is not has_draft_head
 
 
 def test_only_what_decides_the_next_logits_is_digested(config: dict[str, object]) -> None:

@@ -241,8 +241,13 @@ def _last_row(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("elementwise.cu", "last_row", _act(s), grid, _x(256)),)
 
 
-def _advance(s: Shape) -> tuple[KernelLaunch, ...]:
-    return (KernelLaunch("elementwise.cu", "advance", _act(s), _x(1), _x(WARP)),)
+def _last_values(s: Shape) -> tuple[KernelLaunch, ...]:
+    grid = _x(_ceil(s.dims["C"], 256))
+    return (KernelLaunch("elementwise.cu", "last_values", _act(s), grid, _x(256)),)
+
+
+def _one_warp(s: Shape) -> tuple[KernelLaunch, ...]:
+    return (KernelLaunch("elementwise.cu", s.op, _act(s), _x(1), _x(WARP)),)
 
 
 def _act(s: Shape) -> Defines:
@@ -291,7 +296,9 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "attention": _attention,
     "silu_mul": _silu_mul,
     "last_row": _last_row,
-    "advance": _advance,
+    "last_values": _last_values,
+    "last_cursor": _one_warp,
+    "advance": _one_warp,
     "sample": _sample,
     "conv_verify": _conv_window,
     "delta_verify": _delta_rule,

@@ -316,35 +316,29 @@ static void begin_queries(query_set *s, const attention_args *a, int64_t kv_head
   }
 }
 
-/* Many queries: each set walks through its blocks. Sets go to threads by the keys that they see. */
-static void attend_by_sets(const attention_args *a, int n_rows, int64_t set_size, int tid, int nt) {
+/* Many queries: each set walks through its blocks. */
+static void attend_by_sets(const attention_args *a, int n_rows, int64_t set_size, int nt) {
   query_set s;
   int64_t group = a->Nq / a->Nk, n_queries = n_rows * group, position = position_of(a->cursor);
-  int64_t total = 0, before = 0;
-  for (int64_t first = 0; first < n_queries; first += set_size) {
-    total += a->Nk * (position + min_of(first + set_size, n_queries) / group);
-  }
-  for (int64_t kv_head = 0; kv_head < a->Nk; kv_head++) {
-    for (int64_t first = 0; first < n_queries; first += set_size) {
-      int n = (int)min_of(set_size, n_queries - first);
-      int64_t cost = position + (first + n) / group, middle = before + cost / 2;
-      before += cost;
-      if (middle * nt / total != tid) continue;
-      begin_queries(&s, a, kv_head, first, n);
-      memset(s.o, 0, (size_t)(n * s.width) * sizeof(float));
-      for (int j = 0; j < n; j++) s.m[j] = -INFINITY, s.l[j] = 0;
-      int64_t n_seen = position + token_of(&s, n - 1) + 1;
-      for (int64_t block = a->shift / ATTENTION_BLOCK; block * ATTENTION_BLOCK < n_seen; block++) {
-        attend_block(&s, block);
-        for (int j = 0; j < n; j++) {
-          if (!sees_block(&s, j, block)) continue;
-          merge(&s.m[j], &s.l[j], s.o + j * s.width, s.block_m[j], s.block_l[j],
-                s.block_o + j * s.width, a->D);
-        }
+  int64_t n_sets = ceil_div(n_queries, set_size);
+  claim c = {.n = a->Nk * n_sets, .most = 1, .nt = nt};
+  while (flashrt_claim(&c)) {
+    int64_t first = (n_sets - 1 - c.mine.begin % n_sets) * set_size; /* longest first */
+    int n = (int)min_of(set_size, n_queries - first);
+    begin_queries(&s, a, c.mine.begin / n_sets, first, n);
+    memset(s.o, 0, (size_t)(n * s.width) * sizeof(float));
+    for (int j = 0; j < n; j++) s.m[j] = -INFINITY, s.l[j] = 0;
+    int64_t n_seen = position + token_of(&s, n - 1) + 1;
+    for (int64_t block = a->shift / ATTENTION_BLOCK; block * ATTENTION_BLOCK < n_seen; block++) {
+      attend_block(&s, block);
+      for (int j = 0; j < n; j++) {
+        if (!sees_block(&s, j, block)) continue;
+        merge(&s.m[j], &s.l[j], s.o + j * s.width, s.block_m[j], s.block_l[j],
+              s.block_o + j * s.width, a->D);
       }
-      for (int j = 0; j < n; j++)
-        finish(a, token_of(&s, j), head_of(&s, j), s.l[j], s.o + j * s.width);
     }
+    for (int j = 0; j < n; j++)
+      finish(a, token_of(&s, j), head_of(&s, j), s.l[j], s.o + j * s.width);
   }
 }
 
@@ -389,5 +383,5 @@ void op_attention(const attention_args *a, int tid, int nt) {
   int64_t width = ceil_div(a->D, LANES) * LANES;
   int64_t set_size = max_of(1, min_of(MAX_QUERIES, QUERY_FLOATS / width));
   if (n_rows <= a->TP && nt > 1) attend_by_blocks(a, n_rows, set_size, tid, nt);
-  else attend_by_sets(a, n_rows, set_size, tid, nt);
+  else attend_by_sets(a, n_rows, set_size, nt);
 }

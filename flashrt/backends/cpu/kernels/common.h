@@ -26,8 +26,12 @@ enum {
 
 /* ---- the launch ---- */
 
-static inline int32_t position_of(const int32_t *cursor) { return cursor[0]; }
-static inline int rows_of(const int32_t *cursor, int T) { return cursor[1] < T ? cursor[1] : T; }
+enum { POSITION, ROWS, TOKEN, CURSOR_WORDS = 16 };
+
+static inline int32_t position_of(const int32_t *cursor) { return cursor[POSITION]; }
+static inline int rows_of(const int32_t *cursor, int T) {
+  return cursor[ROWS] < T ? cursor[ROWS] : T;
+}
 
 /* Waits until all nt threads of the launch have come here; what they wrote before is then visible.
  * See pool.h. */
@@ -46,6 +50,19 @@ typedef struct {
 static inline span share(int64_t n, int tid, int nt) {
   return (span){n * tid / nt, n * (tid + 1) / nt};
 }
+
+/* Units [begin, end) of n, again and again until none is left, in pieces of at most `most` that
+ * shrink towards the end, so that no thread waits long for one whose core is slow or taken away.
+ *   claim c = {.n = n, .most = 8, .nt = nt};
+ *   while (flashrt_claim(&c)) ... c.mine ...
+ * Which thread gets a unit depends on timing, so what is computed for it must not. One such loop
+ * between two barriers, on all threads alike. */
+typedef struct {
+  int64_t n, most;
+  int nt;
+  span mine;
+} claim;
+int flashrt_claim(claim *c);
 
 static inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }

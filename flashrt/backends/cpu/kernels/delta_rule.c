@@ -14,7 +14,7 @@
 #include "common.h"
 
 enum {
-  STRIP = 2 * VL < 16 ? 16 : 2 * VL,
+  STRIP = VL < 8 ? 16 : 32,
   STRIP_VECTORS = STRIP / VL
 }; /* columns whose chains fill the registers */
 

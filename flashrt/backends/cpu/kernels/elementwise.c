@@ -1,4 +1,4 @@
-/* silu_mul, last_row, advance: small steps between the larger kernels.
+/* silu_mul, last_row, last_values, last_cursor, advance: small steps between the larger kernels.
  *
  * IS: columns split over threads. IS NOT: anything with a sum. Called by: the launch list of a graph.
  */
@@ -23,6 +23,20 @@ void op_last_row(const last_row_args *a, int tid, int nt) {
   memcpy(a->y, (const float *)a->x + (int64_t)(rows - 1) * a->H, (size_t)a->H * sizeof(float));
 }
 
+void op_last_values(const last_values_args *a, int tid, int nt) {
+  int rows = rows_of(a->cursor, a->T);
+  if (tid > 0 || rows < 1) return;
+  memcpy(a->y, a->x + (int64_t)(rows - 1) * a->x_stride, (size_t)a->C * sizeof(float));
+}
+
+void op_last_cursor(const last_cursor_args *a, int tid, int nt) {
+  if (tid > 0) return;
+  memset(a->last, 0, CURSOR_WORDS * sizeof(int32_t));
+  if (a->cursor[ROWS] < 1) return;
+  a->last[POSITION] = a->cursor[POSITION] + a->cursor[ROWS] - 1;
+  a->last[ROWS] = 1;
+}
+
 void op_advance(const advance_args *a, int tid, int nt) {
-  if (tid == 0) a->cursor[0] += a->cursor[1];
+  if (tid == 0) a->cursor[POSITION] += a->cursor[ROWS];
 }

@@ -17,7 +17,8 @@
 enum {
   FEW_ROWS = 4 * TOKENS,                                /* with more, widening pays; measured */
   PANELS = MAX_GROUPS > PARTS ? MAX_GROUPS / PARTS : 1, /* streamed side by side */
-  AHEAD = 4 << 10                                       /* bytes prefetched ahead; measured */
+  AHEAD = 4 << 10,                                      /* bytes prefetched ahead; measured */
+  CLAIM = 8                                             /* panels at once; measured */
 };
 
 /* Panels x a slice x a tile of tokens. */
@@ -140,31 +141,39 @@ static void widen_band(const tile_job *job, int band, float *wide) {
 /* y, or y + the sums, for a band and a tile of tokens. is_whole: of the job, as a constant. */
 INLINE void wide_tile(const tile_job *job, int band, const float *wide, const int n_tokens,
                       const int is_whole) {
-  const int length = is_whole ? SLICE : job->n_k;
+  const int length = is_whole ? SLICE : job->n_k, is_first_slice = job->is_first_slice;
+  const int64_t stride = job->y_stride, n_cols = is_whole ? BAND : job->n_cols - band * BAND;
   float *y = job->y + band * BAND;
-  int64_t n_cols = is_whole ? BAND : job->n_cols - band * BAND;
-  chains sum, c;
+  _Alignas(64) float sums[TOKENS * BAND], *sum = sums;
+  __asm__("" : "+r"(sum)); /* in memory, for GCC: registers are the chains' */
   UNROLL
   for (int t = 0; t < n_tokens; t++) {
-    for (int col = 0; col < BAND; col += 16) __builtin_prefetch(y + t * job->y_stride + col, 1);
+    for (int col = 0; col < BAND; col += 16) __builtin_prefetch(y + t * stride + col, 1);
   }
   for (int k = 0; k < length; k += CHAIN) {
     const int n_k = is_whole ? CHAIN : (int)min_of(CHAIN, length - k);
     const void *w[MAX_VECTORS];
+    chains c;
     UNROLL
     for (int v = 0; v < GROUP_VECTORS; v++) w[v] = wide + k * BAND + v * VL;
     clear_chains(&c, GROUP_VECTORS, n_tokens);
     extend_chains(&c, FORM_GROUP, GROUP_VECTORS, n_tokens, w, job->x + k * n_tokens, 1, n_tokens,
                   n_k, NULL);
-    add_chains(&sum, &c, k == 0, GROUP_VECTORS, n_tokens);
+    UNROLL
+    for (int t = 0; t < n_tokens; t++) {
+      UNROLL
+      for (int v = 0; v < GROUP_VECTORS; v++) {
+        fold(sum + t * BAND + v * VL, VL, c.low[v][t], k == 0);
+        fold(sum + t * BAND + GROUP_WORDS + v * VL, VL, c.high[v][t], k == 0);
+      }
+    }
   }
   UNROLL
   for (int t = 0; t < n_tokens; t++) {
     UNROLL
-    for (int v = 0; v < GROUP_VECTORS; v++) {
-      float *at = y + t * job->y_stride + v * VL;
-      fold(at, n_cols - v * VL, sum.low[v][t], job->is_first_slice);
-      fold(at + GROUP_WORDS, n_cols - v * VL - GROUP_WORDS, sum.high[v][t], job->is_first_slice);
+    for (int lane = 0; lane < BAND; lane += VL) {
+      vf s = v_load(sum + t * BAND + lane);
+      fold(y + t * stride + lane, n_cols - lane, s, is_first_slice);
     }
   }
 }
@@ -255,6 +264,13 @@ static inline int64_t packed_offset(const token_tiles *x, int64_t k0, int tile) 
   return x->n * k0 + (int64_t)first_token(x, tile) * slice_length(x, k0);
 }
 
+INLINE void pack_tile(const float *rows, int64_t K, int n_k, const int n_tokens, float *out) {
+  for (int k = 0; k < n_k; k++) {
+    UNROLL
+    for (int t = 0; t < n_tokens; t++) out[k * n_tokens + t] = rows[t * K + k];
+  }
+}
+
 /* All threads: rows [token] -> [slice][tile][k][token]. */
 static void pack_tokens(const token_tiles *x, float *packed, int tid, int nt) {
   int64_t K = x->a->K;
@@ -264,10 +280,9 @@ static void pack_tokens(const token_tiles *x, float *packed, int tid, int nt) {
     int tile_index = (int)(unit % x->n_tiles), m0 = first_token(x, tile_index);
     int n_tokens = first_token(x, tile_index + 1) - m0, n_k = slice_length(x, k0);
     float *out = packed + packed_offset(x, k0, tile_index);
-    for (int m = 0; m < n_tokens; m++) {
-      const float *row = (const float *)x->a->x + (m0 + m) * K + k0;
-      for (int k = 0; k < n_k; k++) out[k * n_tokens + m] = row[k];
-    }
+    const float *rows = (const float *)x->a->x + m0 * K + k0;
+    if (n_tokens == TOKENS) pack_tile(rows, K, n_k, TOKENS, out);
+    else pack_tile(rows, K, n_k, n_tokens, out);
   }
 }
 
@@ -307,16 +322,25 @@ static void few_rows(const token_tiles *x, span panels) {
   }
 }
 
+/* Asks for the part of a panel's slice, from w on, that falls to one of n tiles. */
+static inline void prefetch_part(const uint16_t *w, int n_k, int part, int n) {
+  span lines = share((int64_t)n_k * LANES * 2 / 64, part, n);
+  for (int64_t i = lines.begin; i < lines.end; i++) __builtin_prefetch(w + i * 32, 0, 2);
+}
+
 static void many_rows(const token_tiles *x, span panels) {
   _Alignas(64) float wide[SLICE * BAND];
   for (int64_t k0 = 0; k0 < x->a->K; k0 += SLICE) {
     for (int64_t panel = panels.begin; panel < panels.end; panel++) {
       tile_job job = job_of(x, panel, 1, k0);
+      const uint16_t *next = job.w + job.panel_elements; /* of the next slice, if it was the last */
+      if (panel + 1 == panels.end) next = x->a->w + (panels.begin * x->a->K + k0 + SLICE) * LANES;
       for (int band = 0; band < BANDS; band++) {
         widen_band(&job, band, wide);
         for (int tile = 0; tile < x->n_tiles; tile++) {
           int n_tokens = take_tile(&job, x, panel, k0, tile);
           wides[n_tokens](&job, band, wide);
+          prefetch_part(next, job.n_k, band * x->n_tiles + tile, BANDS * x->n_tiles);
         }
       }
     }
@@ -326,19 +350,23 @@ static void many_rows(const token_tiles *x, span panels) {
 void op_linear(const linear_args *a, int tid, int nt) {
   int n_rows = rows_of(a->cursor, a->T);
   if (n_rows <= 0) return;
-  span panels = share(ceil_div(a->N, LANES), tid, nt);
+  int64_t n_panels = ceil_div(a->N, LANES);
   float *packed = NULL;
   if (n_rows > 1) packed = flashrt_scratch(n_rows * (int64_t)a->K * (int64_t)sizeof(float));
   if (!packed) {
     for (int row = 0; row < n_rows; row++) {
       token_tiles x = tiles_of(a, (const float *)a->x + (int64_t)row * a->K, row, 1);
-      few_rows(&x, panels);
+      few_rows(&x, share(n_panels, tid, nt));
     }
     return;
   }
   token_tiles x = tiles_of(a, packed, 0, n_rows);
   pack_tokens(&x, packed, tid, nt);
   flashrt_barrier(nt);
-  if (n_rows <= FEW_ROWS) few_rows(&x, panels);
-  else many_rows(&x, panels);
+  if (n_rows <= FEW_ROWS) {
+    few_rows(&x, share(n_panels, tid, nt));
+    return;
+  }
+  claim c = {.n = n_panels, .most = CLAIM, .nt = nt};
+  while (flashrt_claim(&c)) many_rows(&x, c.mine);
 }

@@ -1,5 +1,5 @@
-/* The thread pool. IS: the implementation of pool.h, flashrt_barrier and the scratch that kernels
- * share. IS NOT: work.
+/* The thread pool. IS: the implementation of pool.h, flashrt_barrier, flashrt_claim and the scratch that
+ * kernels share. IS NOT: work.
  *
  * A region is: the caller bumps `generation`, everyone runs the body, everyone meets at the
  * barrier. After fork() the child has one thread, as POSIX leaves it; it keeps working, alone,
@@ -38,6 +38,7 @@ static struct {
   wait_word generation; /* regions begun */
   wait_word phase;      /* barriers passed */
   _Alignas(CACHE_LINE) atomic_uint n_arrived;
+  _Alignas(CACHE_LINE) _Atomic int64_t n_claimed; /* units, since the last barrier */
 } pool = {.n_threads = 1};
 
 static pthread_mutex_t turn =
@@ -102,10 +103,26 @@ void flashrt_barrier(int nt) {
   unsigned seen = atomic_load_explicit(&pool.phase.value, memory_order_relaxed);
   if (atomic_fetch_add(&pool.n_arrived, 1) + 1 == (unsigned)nt) {
     atomic_store_explicit(&pool.n_arrived, 0, memory_order_relaxed);
+    atomic_store_explicit(&pool.n_claimed, 0, memory_order_relaxed);
     advance(&pool.phase);
   } else {
     wait_while(&pool.phase, seen);
   }
+}
+
+int flashrt_claim(claim *c) {
+  if (c->nt == 1) { /* nobody to share with, and no barrier to start anew */
+    c->mine = (span){c->mine.end, min_of(c->mine.end + c->most, c->n)};
+    return c->mine.begin < c->n;
+  }
+  int64_t taken = atomic_load_explicit(&pool.n_claimed, memory_order_relaxed), piece;
+  do {
+    if (taken >= c->n) return 0;
+    piece = min_of(c->most, ceil_div(c->n - taken, 2 * c->nt));
+  } while (!atomic_compare_exchange_weak_explicit(&pool.n_claimed, &taken, taken + piece,
+                                                  memory_order_relaxed, memory_order_relaxed));
+  c->mine = (span){taken, taken + piece};
+  return 1;
 }
 
 /* ---- threads ---- */
@@ -150,6 +167,7 @@ static void forget_threads(void) {
   atomic_store(&pool.generation.sleepers, 0);
   atomic_store(&pool.phase.sleepers, 0);
   atomic_store(&pool.n_arrived, 0);
+  atomic_store(&pool.n_claimed, 0);
 }
 
 static void before_fork(void) { pthread_mutex_lock(&turn); }
