@@ -200,13 +200,14 @@ def _recorded(arguments: argparse.Namespace) -> list[Launch]:
         config, has_draft_head = shape_config(arguments.shape, has_draft_head=True), True
         models.append(Policy(parse_config(policy_config("base"))))
     kv_dtype = DType(arguments.kv_dtype)
-    models.append(
+    models += (  # prefill without a draft head ends otherwise
         model_for(
             config,
             max_positions=arguments.max_positions,
             kv_dtype=kv_dtype,
-            has_draft_head=has_draft_head,
+            has_draft_head=with_draft_head,
         )
+        for with_draft_head in {False, has_draft_head}
     )
     return [launch for model in models for launch in _launches_of(model)]
 

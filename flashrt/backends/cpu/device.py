@@ -39,7 +39,7 @@ class HostMemory:
     def __init__(self, nbytes: int) -> None:
         """Raises BackendError when the system has no room."""
         try:
-            self._map = mmap.mmap(-1, max(nbytes, 1) + _HUGE)
+            self._map = _private_mapping(max(nbytes, 1) + _HUGE)
         except (OSError, ValueError, OverflowError) as error:
             raise BackendError(
                 f"cannot map {nbytes} bytes of host memory: {error}; "
@@ -52,6 +52,13 @@ class HostMemory:
         self.array: Bytes = whole[skip : skip + nbytes]
         self.address: int = whole.ctypes.data + skip
         self.nbytes = nbytes
+
+
+def _private_mapping(nbytes: int) -> mmap.mmap:
+    """Python maps shared memory by default, which Linux does not give huge pages."""
+    if hasattr(mmap, "MAP_PRIVATE"):  # all but Windows
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, nbytes)
 
 
 @dataclass(slots=True)

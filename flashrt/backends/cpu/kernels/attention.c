@@ -321,7 +321,7 @@ static void attend_by_sets(const attention_args *a, int n_rows, int64_t set_size
   query_set s;
   int64_t group = a->Nq / a->Nk, n_queries = n_rows * group, position = position_of(a->cursor);
   int64_t n_sets = ceil_div(n_queries, set_size);
-  claim c = {.n = a->Nk * n_sets, .most = 1, .nt = nt};
+  claim c = {.n = a->Nk * n_sets, .most = 1, .least = 1, .nt = nt};
   while (flashrt_claim(&c)) {
     int64_t first = (n_sets - 1 - c.mine.begin % n_sets) * set_size; /* longest first */
     int n = (int)min_of(set_size, n_queries - first);
@@ -350,9 +350,9 @@ static void attend_by_blocks(const attention_args *a, int n_rows, int64_t set_si
   int64_t group = a->Nq / a->Nk, n_queries = n_rows * group, position = position_of(a->cursor);
   int64_t n_blocks = ceil_div(position + n_rows, ATTENTION_BLOCK),
           n_sets = ceil_div(n_queries, set_size), D = a->D;
-  span mine = share(a->Nk * n_blocks * n_sets, tid, nt);
-  for (int64_t unit = mine.begin; unit < mine.end; unit++) {
-    int64_t first = unit % n_sets * set_size, block = unit / n_sets % n_blocks;
+  claim c = {.n = a->Nk * n_blocks * n_sets, .most = 1, .least = 1, .nt = nt};
+  while (flashrt_claim(&c)) {
+    int64_t unit = c.mine.begin, first = unit % n_sets * set_size, block = unit / n_sets % n_blocks;
     begin_queries(&s, a, unit / n_sets / n_blocks, first, (int)min_of(set_size, n_queries - first));
     attend_block(&s, block);
     for (int j = 0; j < s.n; j++) {
@@ -364,7 +364,7 @@ static void attend_by_blocks(const attention_args *a, int n_rows, int64_t set_si
     }
   }
   flashrt_barrier(nt);
-  mine = share((int64_t)n_rows * a->Nq, tid, nt);
+  span mine = share((int64_t)n_rows * a->Nq, tid, nt);
   for (int64_t unit = mine.begin; unit < mine.end; unit++) {
     int64_t token = unit / a->Nq, seen = position + token + 1;
     float m = -INFINITY, l = 0, *o = s.o;

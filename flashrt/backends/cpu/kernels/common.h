@@ -52,13 +52,14 @@ static inline span share(int64_t n, int tid, int nt) {
 }
 
 /* Units [begin, end) of n, again and again until none is left, in pieces of at most `most` that
- * shrink towards the end, so that no thread waits long for one whose core is slow or taken away.
- *   claim c = {.n = n, .most = 8, .nt = nt};
+ * shrink to `least` towards the end, so that no thread waits long for one whose core is slow or
+ * taken away.
+ *   claim c = {.n = n, .most = 8, .least = 1, .nt = nt};
  *   while (flashrt_claim(&c)) ... c.mine ...
  * Which thread gets a unit depends on timing, so what is computed for it must not. One such loop
  * between two barriers, on all threads alike. */
 typedef struct {
-  int64_t n, most;
+  int64_t n, most, least;
   int nt;
   span mine;
 } claim;

@@ -67,14 +67,14 @@ INLINE strip update_state(float *S, int dk, head_row row, const float *k_next, s
   strip o = {{{0}}}, next = {{{0}}};
   vf decay = v_set(row.decay);
   for (int i = 0; i < dk; i++) {
-    vf k = v_set(row.k[i]), q = v_set(row.q[i]);
+    vf k = v_set(row.k[i]), q = v_set(row.q[i]), k_after = v_set(has_next ? k_next[i] : 0);
     UNROLL
     for (int j = 0; j < STRIP_VECTORS; j++) {
       float *p = S + i * LANES + j * VL;
       vf s = v_fma(k, delta.v[j], decay * v_load(p));
       v_store(p, s);
       o.v[j] = v_fma(q, s, o.v[j]);
-      if (has_next) next.v[j] = v_fma(v_set(k_next[i]), s, next.v[j]);
+      if (has_next) next.v[j] = v_fma(k_after, s, next.v[j]);
     }
   }
   *kv = next;

@@ -18,7 +18,7 @@ enum {
   FEW_ROWS = 4 * TOKENS,                                /* with more, widening pays; measured */
   PANELS = MAX_GROUPS > PARTS ? MAX_GROUPS / PARTS : 1, /* streamed side by side */
   AHEAD = 4 << 10,                                      /* bytes prefetched ahead; measured */
-  CLAIM = 8                                             /* panels at once; measured */
+  CLAIM = 4                                             /* panels at once; measured */
 };
 
 /* Panels x a slice x a tile of tokens. */
@@ -347,26 +347,46 @@ static void many_rows(const token_tiles *x, span panels) {
   }
 }
 
+/* Weights that stream for long enough go to threads in pieces, by claims; others in equal parts. */
+static void share_few_rows(const token_tiles *x, int tid, int nt) {
+  enum { MOST = 1 << 20, LEAST = 128 << 10 /* bytes of a piece; measured */ };
+  int64_t n_panels = ceil_div(x->a->N, LANES), unit = PANELS * LANES * 2 * (int64_t)x->a->K;
+  if (n_panels * LANES * 2 * x->a->K < (int64_t)nt * MOST) {
+    few_rows(x, share(n_panels, tid, nt));
+    return;
+  }
+  claim c = {.n = ceil_div(n_panels, PANELS), .nt = nt};
+  c.most = max_of(1, MOST / unit);
+  c.least = max_of(1, LEAST / unit);
+  while (flashrt_claim(&c)) {
+    few_rows(x, (span){c.mine.begin * PANELS, min_of(c.mine.end * PANELS, n_panels)});
+  }
+}
+
+/* Without room to pack them: row after row. */
+static void one_by_one(const linear_args *a, int n_rows, int tid, int nt) {
+  for (int row = 0; row < n_rows; row++) {
+    token_tiles x = tiles_of(a, (const float *)a->x + (int64_t)row * a->K, row, 1);
+    if (row) flashrt_barrier(nt); /* claims start anew */
+    share_few_rows(&x, tid, nt);
+  }
+}
+
 void op_linear(const linear_args *a, int tid, int nt) {
   int n_rows = rows_of(a->cursor, a->T);
-  if (n_rows <= 0) return;
-  int64_t n_panels = ceil_div(a->N, LANES);
   float *packed = NULL;
   if (n_rows > 1) packed = flashrt_scratch(n_rows * (int64_t)a->K * (int64_t)sizeof(float));
   if (!packed) {
-    for (int row = 0; row < n_rows; row++) {
-      token_tiles x = tiles_of(a, (const float *)a->x + (int64_t)row * a->K, row, 1);
-      few_rows(&x, share(n_panels, tid, nt));
-    }
+    one_by_one(a, n_rows, tid, nt);
     return;
   }
   token_tiles x = tiles_of(a, packed, 0, n_rows);
   pack_tokens(&x, packed, tid, nt);
   flashrt_barrier(nt);
   if (n_rows <= FEW_ROWS) {
-    few_rows(&x, share(n_panels, tid, nt));
+    share_few_rows(&x, tid, nt);
     return;
   }
-  claim c = {.n = n_panels, .most = CLAIM, .nt = nt};
+  claim c = {.n = ceil_div(a->N, LANES), .most = CLAIM, .least = 1, .nt = nt};
   while (flashrt_claim(&c)) many_rows(&x, c.mine);
 }

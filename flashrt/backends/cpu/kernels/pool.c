@@ -18,10 +18,11 @@
 
 #ifdef __linux__
 #include <linux/futex.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #endif
 
-enum { MAX_THREADS = 256, CACHE_LINE = 64, SPIN_NS = 30000 };
+enum { MAX_THREADS = 256, CACHE_LINE = 64, SPIN_NS = 30000, HUGE_PAGE = 2 << 20 };
 
 /* A counter that threads can wait on. */
 typedef struct {
@@ -118,7 +119,8 @@ int flashrt_claim(claim *c) {
   int64_t taken = atomic_load_explicit(&pool.n_claimed, memory_order_relaxed), piece;
   do {
     if (taken >= c->n) return 0;
-    piece = min_of(c->most, ceil_div(c->n - taken, 2 * c->nt));
+    piece = max_of(c->least, ceil_div(c->n - taken, 2 * c->nt));
+    piece = min_of(min_of(c->most, piece), c->n - taken);
   } while (!atomic_compare_exchange_weak_explicit(&pool.n_claimed, &taken, taken + piece,
                                                   memory_order_relaxed, memory_order_relaxed));
   c->mine = (span){taken, taken + piece};
@@ -239,9 +241,12 @@ int64_t flashrt_workspace(int64_t nbytes) {
   int status = 0;
   if (nbytes > workspace.nbytes) {
     void *base = NULL;
-    if (posix_memalign(&base, 4096, (size_t)nbytes)) {
+    if (posix_memalign(&base, HUGE_PAGE, (size_t)nbytes)) {
       status = -1;
     } else {
+#ifdef MADV_HUGEPAGE
+      madvise(base, (size_t)nbytes, MADV_HUGEPAGE); /* a hint: kernels walk far through it */
+#endif
       memset(base, 0, (size_t)nbytes);
       free(workspace.base);
       workspace.base = base;
