@@ -75,7 +75,7 @@ def test_every_unit_is_claimed_once(
 def test_large_weights_give_the_same_bits_with_any_number_of_threads(
     threads: None, rows: int
 ) -> None:
-    case = linear(64, rows, K=1030, N=2090)
+    case = linear(64, rows, K=1030, N=2070)
     results = [Runner(CpuDevice(threads=n)).run(case)["y"] for n in (1, 2, 3)]
     assert np.isfinite(results[0][:rows]).all()
     for other in results[1:]:
@@ -95,7 +95,7 @@ def test_many_key_blocks_give_the_same_bits_with_any_number_of_threads(
 def test_without_room_to_pack_them_rows_go_one_by_one(
     copy: Path, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = linear(8, 5, K=1030, N=2090)
+    case = linear(8, 5, K=1030, N=2070)
     usual = Runner(CpuDevice(threads=2)).run(case)["y"]
     monkeypatch.setattr(toolchain, "library", lambda *_, **__: (copy, False))
     monkeypatch.setattr(cpu_device, "_workspace_nbytes", lambda _: 0)

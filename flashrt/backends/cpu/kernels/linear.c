@@ -6,7 +6,7 @@
  * shape, rows in the launch and threads decide only which chains run side by side.
  *
  * Rows of x are packed by all threads, [slice][tile of tokens][k][token]. Scratch: n * K * 4 bytes;
- * without it, rows go one by one. Then either
+ * without it, rows go one by one. Then threads claim panels, and either
  *   few rows   weights are streamed once, chain by chain: what a chain reads serves all rows while
  *              it is in L1, and memory is read at an even pace; or
  *   many rows  slices go outermost: a slice of x stays in L2 while the panels pass, and a band of
@@ -30,8 +30,9 @@ typedef struct {
   int64_t n_cols; /* columns of y from there on that exist */
   int n_groups;   /* of all panels */
   int n_k;
-  int is_first_slice;
-  int is_whole; /* 256 k, and all columns exist */
+  int is_first_slice, is_whole; /* whole: 256 k, and all columns exist */
+  const uint16_t *ahead; /* many rows: weights to come, of n_ahead k with each tile */
+  int n_ahead;
 } tile_job;
 
 /* ---- sums ---- */
@@ -178,17 +179,27 @@ INLINE void wide_tile(const tile_job *job, int band, const float *wide, const in
   }
 }
 
+/* On to the tile after one of n_tokens. */
+INLINE void pass_tile(tile_job *job, const int n_tokens) {
+  job->x += job->n_k * n_tokens;
+  job->y += job->y_stride * n_tokens;
+  for (int i = 0; i < job->n_ahead; i++) __builtin_prefetch(job->ahead + i * LANES, 0, 2);
+  job->ahead += job->n_ahead * LANES;
+}
+
 /* ---- tiles by size ---- */
 
 typedef void (*stream_function)(const tile_job *job);
-typedef void (*wide_function)(const tile_job *job, int band, const float *wide);
+typedef void (*wide_function)(tile_job *job, int band, const float *wide, int n);
 
 #define STREAM(groups, tokens) \
   static void stream_##groups##x##tokens(const tile_job *job) { stream(job, groups, tokens); }
-#define WIDE(tokens)                                                             \
-  static void wide_##tokens(const tile_job *job, int band, const float *wide) {  \
-    if (job->is_whole) wide_tile(job, band, wide, tokens, 1);                    \
-    else wide_tile(job, band, wide, tokens, 0);                                  \
+#define WIDE(tokens)                                                              \
+  static void wide_##tokens(tile_job *job, int band, const float *wide, int n) {  \
+    for (; n > 0; n--, pass_tile(job, tokens)) {                                  \
+      if (job->is_whole) wide_tile(job, band, wide, tokens, 1);                   \
+      else wide_tile(job, band, wide, tokens, 0);                                 \
+    }                                                                             \
   }
 STREAM(4, 1)
 STREAM(2, 1)
@@ -322,26 +333,23 @@ static void few_rows(const token_tiles *x, span panels) {
   }
 }
 
-/* Asks for the part of a panel's slice, from w on, that falls to one of n tiles. */
-static inline void prefetch_part(const uint16_t *w, int n_k, int part, int n) {
-  span lines = share((int64_t)n_k * LANES * 2 / 64, part, n);
-  for (int64_t i = lines.begin; i < lines.end; i++) __builtin_prefetch(w + i * 32, 0, 2);
-}
-
 static void many_rows(const token_tiles *x, span panels) {
   _Alignas(64) float wide[SLICE * BAND];
-  for (int64_t k0 = 0; k0 < x->a->K; k0 += SLICE) {
+  int64_t K = x->a->K;
+  for (int64_t k0 = 0; k0 < K; k0 += SLICE) {
     for (int64_t panel = panels.begin; panel < panels.end; panel++) {
       tile_job job = job_of(x, panel, 1, k0);
-      const uint16_t *next = job.w + job.panel_elements; /* of the next slice, if it was the last */
-      if (panel + 1 == panels.end) next = x->a->w + (panels.begin * x->a->K + k0 + SLICE) * LANES;
+      take_tile(&job, x, panel, k0, 0);
+      job.n_ahead = (int)ceil_div(job.n_k, BANDS * x->n_tiles);
+      int is_last = panel + 1 == panels.end; /* the first panel's next slice follows */
+      const uint16_t *ahead = is_last ? x->a->w + (panels.begin * K + k0 + SLICE) * LANES
+                                      : job.w + job.panel_elements;
       for (int band = 0; band < BANDS; band++) {
+        tile_job at = job;
+        at.ahead = ahead + band * x->n_tiles * job.n_ahead * LANES;
         widen_band(&job, band, wide);
-        for (int tile = 0; tile < x->n_tiles; tile++) {
-          int n_tokens = take_tile(&job, x, panel, k0, tile);
-          wides[n_tokens](&job, band, wide);
-          prefetch_part(next, job.n_k, band * x->n_tiles + tile, BANDS * x->n_tiles);
-        }
+        if (x->n_more) wides[x->least + 1](&at, band, wide, x->n_more);
+        wides[x->least](&at, band, wide, x->n_tiles - x->n_more);
       }
     }
   }
