@@ -333,24 +333,23 @@ static void few_rows(const token_tiles *x, span panels) {
   }
 }
 
-static void many_rows(const token_tiles *x, span panels) {
+/* Bands are counted through all panels. */
+static void many_rows(const token_tiles *x, span bands) {
   _Alignas(64) float wide[SLICE * BAND];
-  int64_t K = x->a->K;
+  int64_t K = x->a->K, first = bands.begin / BANDS, last = (bands.end - 1) / BANDS;
   for (int64_t k0 = 0; k0 < K; k0 += SLICE) {
-    for (int64_t panel = panels.begin; panel < panels.end; panel++) {
+    for (int64_t i = bands.begin; i < bands.end; i++) {
+      int64_t panel = i / BANDS;
+      int band = (int)(i % BANDS);
       tile_job job = job_of(x, panel, 1, k0);
       take_tile(&job, x, panel, k0, 0);
+      widen_band(&job, band, wide);
       job.n_ahead = (int)ceil_div(job.n_k, BANDS * x->n_tiles);
-      int is_last = panel + 1 == panels.end; /* the first panel's next slice follows */
-      const uint16_t *ahead = is_last ? x->a->w + (panels.begin * K + k0 + SLICE) * LANES
-                                      : job.w + job.panel_elements;
-      for (int band = 0; band < BANDS; band++) {
-        tile_job at = job;
-        at.ahead = ahead + band * x->n_tiles * job.n_ahead * LANES;
-        widen_band(&job, band, wide);
-        if (x->n_more) wides[x->least + 1](&at, band, wide, x->n_more);
-        wides[x->least](&at, band, wide, x->n_tiles - x->n_more);
-      }
+      job.ahead = panel < last ? job.w + job.panel_elements /* else the next slice follows */
+                               : x->a->w + (first * K + k0 + SLICE) * LANES;
+      job.ahead += band * x->n_tiles * job.n_ahead * LANES;
+      if (x->n_more) wides[x->least + 1](&job, band, wide, x->n_more);
+      wides[x->least](&job, band, wide, x->n_tiles - x->n_more);
     }
   }
 }
@@ -395,6 +394,6 @@ void op_linear(const linear_args *a, int tid, int nt) {
     share_few_rows(&x, tid, nt);
     return;
   }
-  claim c = {.n = ceil_div(a->N, LANES), .most = CLAIM, .least = 1, .nt = nt};
+  claim c = {.n = ceil_div(a->N, BAND), .most = CLAIM * BANDS, .least = 1, .nt = nt};
   while (flashrt_claim(&c)) many_rows(&x, c.mine);
 }
