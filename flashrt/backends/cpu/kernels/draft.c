@@ -34,7 +34,6 @@ void op_draft_input(const draft_input_args *a, int tid, int nt) {
   }
 }
 
-
 void op_draft_begin(const draft_begin_args *a, int tid, int nt) {
   if (tid > 0) return;
   memset(a->draft, 0, CURSOR_WORDS * sizeof(int32_t));

@@ -345,7 +345,7 @@ static void many_rows(const token_tiles *x, span bands) {
       take_tile(&job, x, panel, k0, 0);
       widen_band(&job, band, wide);
       job.n_ahead = (int)ceil_div(job.n_k, BANDS * x->n_tiles);
-      job.ahead = panel < last ? job.w + job.panel_elements /* else the next slice follows */
+      job.ahead = panel < last ? job.w + job.panel_elements /* or the first one's next slice */
                                : x->a->w + (first * K + k0 + SLICE) * LANES;
       job.ahead += band * x->n_tiles * job.n_ahead * LANES;
       if (x->n_more) wides[x->least + 1](&job, band, wide, x->n_more);

@@ -1,5 +1,5 @@
-/* The thread pool. IS: the implementation of pool.h, flashrt_barrier, flashrt_claim and the scratch that
- * kernels share. IS NOT: work.
+/* The thread pool. IS: the implementation of pool.h, of flashrt_barrier and flashrt_claim, and the
+ * scratch that kernels share. IS NOT: work.
  *
  * A region is: the caller bumps `generation`, everyone runs the body, everyone meets at the
  * barrier. After fork() the child has one thread, as POSIX leaves it; it keeps working, alone,
