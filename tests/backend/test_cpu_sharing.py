@@ -1,5 +1,5 @@
 """Promise: who computes what on the CPU may depend on timing; that all of it is computed once, and
-to the same bits, does not.
+to the same bits, does not. And the memory that they walk through is fit for it.
 
 Weights here are large enough to be handed out in pieces (common.h, `claim`), and have an odd end.
 """
@@ -101,3 +101,16 @@ def test_without_room_to_pack_them_rows_go_one_by_one(
     monkeypatch.setattr(cpu_device, "_workspace_nbytes", lambda _: 0)
     other = Runner(CpuDevice(threads=2)).run(case)["y"]
     np.testing.assert_array_equal(usual[:5].view(np.uint32), other[:5].view(np.uint32))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mappings")
+def test_the_arena_may_have_huge_pages() -> None:
+    """Linux gives them to private memory alone; mmap shares by default."""
+    memory = cpu_device.HostMemory(1 << 20)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, flags, *_ = line.split()
+        first, end = (int(word, 16) for word in span.split("-"))
+        if first <= memory.address < end:
+            assert flags == "rw-p"
+            return
+    raise AssertionError("the arena is in no mapping")
