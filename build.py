@@ -31,11 +31,11 @@ from flashrt.base.flags import flags, thread_count
 from flashrt.core.op import Launch
 from flashrt.core.region import DType
 from flashrt.core.tape import Tape
+from flashrt.load import DRAFT_HEAD_TENSOR
 from flashrt.models import model_for
-from flashrt.models.policy import Policy
-from flashrt.models.policy_config import MODEL_TYPE, config_of, parse_config
+from flashrt.models.flow_policy.config import MODEL_TYPE, config_of, parse_config
+from flashrt.models.flow_policy.model import Policy
 from flashrt.ops import OPS
-from flashrt.session.load import DRAFT_HEAD_TENSOR
 from flashrt.weights.checkpoint import open_checkpoint
 from flashrt.weights.random_checkpoint import SHAPES, shape_config
 from flashrt.weights.random_policy import policy_config

@@ -16,8 +16,8 @@ from flashrt.core.backend import Backend
 from flashrt.core.op import Op, Param
 from flashrt.core.region import DType, Region, Role
 from flashrt.core.tape import Tape
+from flashrt.load import load_on, open_backend
 from flashrt.models import Model
-from flashrt.session.load import load_on, open_backend
 
 HERE = Path(__file__).parent
 COUNT = Op(

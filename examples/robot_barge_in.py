@@ -12,7 +12,7 @@ import argparse
 import math
 
 import flashrt
-from flashrt.session.environment import Moment, Rollout
+from flashrt.robot.rollout import Moment, Rollout
 from flashrt.worlds.two_doors import FPS, REACHED, TICKS, VX, TwoDoors, X, Y
 
 INTO_CHUNK = 2  # ticks

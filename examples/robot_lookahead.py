@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 import flashrt
-from flashrt.session.environment import Moment, Rollout
+from flashrt.robot.rollout import Moment, Rollout
 from flashrt.worlds.two_doors import TwoDoors
 
 FUTURES = 8

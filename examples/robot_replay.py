@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 import flashrt
-from flashrt.session.environment import Rollout
-from flashrt.session.recording import replay
+from flashrt.robot.recording import replay
+from flashrt.robot.rollout import Rollout
 from flashrt.worlds.two_doors import DOORS, GOAL_X, GOAL_Y, HALF_DOOR, TwoDoors, X, Y
 
 COLOURS = ("#0f766e", "#b45309", "#6d28d9", "#be123c")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 import flashrt
-from flashrt.session.environment import Rollout
+from flashrt.robot.rollout import Rollout
 from flashrt.worlds.two_doors import CUE_TICKS, TwoDoors
 
 SEED = 4

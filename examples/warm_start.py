@@ -12,7 +12,7 @@ import time
 
 import flashrt
 from flashrt.session.chat import open_chat
-from flashrt.session.store import Store
+from flashrt.store.store import Store
 from flashrt.weights.bundled import bundled_checkpoint
 from flashrt.worlds.document import HELD_OUT
 from flashrt.worlds.inventory import Inventory

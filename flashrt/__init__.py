@@ -14,11 +14,11 @@ from flashrt.base.errors import (
     PoolFull,
     SessionError,
 )
-from flashrt.core.capsule import Capsule
-from flashrt.policy_engine import load_policy
-from flashrt.session.control import ControlLoop
-from flashrt.session.load import SessionEngine as Engine
-from flashrt.session.load import load
+from flashrt.capsule.capsule import Capsule
+from flashrt.engine.actions import load_policy
+from flashrt.load import SessionEngine as Engine
+from flashrt.load import load
+from flashrt.robot.loop import ControlLoop
 from flashrt.session.session import Session
 
 __all__ = [

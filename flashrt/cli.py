@@ -16,19 +16,19 @@ from pathlib import Path
 
 from flashrt.base.errors import FlashrtError
 from flashrt.commands import replay, store
-from flashrt.commands.bench import bench
-from flashrt.commands.bench_document import BenchOptions
-from flashrt.commands.bench_draft import bench_draft
-from flashrt.commands.bench_policy import add_policy_options, bench_policy, policy_options
-from flashrt.commands.bench_resume import resume
+from flashrt.commands.bench.document import BenchOptions
+from flashrt.commands.bench.draft import bench_draft
+from flashrt.commands.bench.gpu.run import GpuBenchOptions, gpu_bench
+from flashrt.commands.bench.policy import add_policy_options, bench_policy, policy_options
+from flashrt.commands.bench.resume import resume
+from flashrt.commands.bench.session import bench
 from flashrt.commands.checkpoints import EngineOptions
-from flashrt.commands.demo import DemoOptions, demo
+from flashrt.commands.demo.command import DemoOptions, demo
 from flashrt.commands.doctor import doctor, version_of
-from flashrt.commands.gpu_bench import GpuBenchOptions, gpu_bench
 from flashrt.commands.inspect import inspect
 from flashrt.commands.plan import plan
 from flashrt.commands.run import Sampling, run
-from flashrt.session.load import DEVICES, PRECISIONS
+from flashrt.load import DEVICES, PRECISIONS
 from flashrt.weights.random_checkpoint import SHAPES
 
 Command = Callable[[argparse.Namespace], int]

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt.models.policy_config import PolicyConfig
-from flashrt.ops.policy_cursor import Word
+from flashrt.models.flow_policy.config import PolicyConfig
+from flashrt.ops.cursor import Word
 from tests.reference import Array, Operands, Results, philox, sigmoid, silu
 
 

@@ -15,14 +15,14 @@ import pdoc.render
 
 MODULES = (  # what a user calls, then what a writer of a model, a kernel or a backend meets
     "flashrt",
-    "flashrt.session.session", "flashrt.session.load", "flashrt.session.chat",
-    "flashrt.session.store", "flashrt.session.opening", "flashrt.session.replay",
-    "flashrt.session.eviction", "flashrt.session.upkeep",
-    "flashrt.session.control", "flashrt.session.environment", "flashrt.session.recording",
-    "flashrt.policy_engine", "flashrt.text.tokenizer", "flashrt.text.chat", "flashrt.worlds",
-    "flashrt.engine", "flashrt.core.capsule", "flashrt.core.region", "flashrt.core.op",
+    "flashrt.session.session", "flashrt.load", "flashrt.session.chat",
+    "flashrt.store.store", "flashrt.store.opening", "flashrt.session.recording",
+    "flashrt.capsule.eviction", "flashrt.store.upkeep",
+    "flashrt.robot.loop", "flashrt.robot.rollout", "flashrt.robot.recording",
+    "flashrt.engine.actions", "flashrt.text.tokenizer", "flashrt.text.template", "flashrt.worlds",
+    "flashrt.engine.tokens", "flashrt.capsule.table", "flashrt.core.region", "flashrt.core.op",
     "flashrt.core.tape", "flashrt.core.planner", "flashrt.core.backend", "flashrt.core.digest",
-    "flashrt.models.model", "flashrt.ops.table", "flashrt.ops.sampler", "flashrt.base.errors",
+    "flashrt.models.model", "flashrt.ops.table", "flashrt.ops.sample", "flashrt.base.errors",
     "flashrt.base.flags",
 )  # fmt: skip
 

@@ -145,7 +145,7 @@ def _state(code: int | None, text: str) -> str:
 
 def merge(figures: Path, out: Path) -> None:
     """The documents of all shapes so far, as one report."""
-    from flashrt.commands.gpu_bench_report import stem, write
+    from flashrt.commands.bench.gpu.report import stem, write
 
     documents: list[dict[str, Any]] = []
     for path in sorted(figures.glob("*.json"), key=lambda p: p.stat().st_ctime_ns):
@@ -180,7 +180,7 @@ def find_sanitizer() -> str | None:
 
 def tiny_model(device: str) -> int:
     """Every kernel of a tiny model once or twice, and a capsule: what the sanitizer watches."""
-    from flashrt.session.load import load
+    from flashrt.load import load
 
     engine = load(TINY, device=device, max_positions=512, lanes=2, draft=False)
     prompt = [(7 * i + 3) % engine.vocab_size for i in range(300)]

@@ -14,7 +14,7 @@ from flashrt.base.errors import CheckpointError
 from flashrt.base.flags import flags
 from flashrt.commands.console import progress_bars
 from flashrt.core.backend import Progress
-from flashrt.session.load import KvDType, Precision, SessionEngine, load
+from flashrt.load import KvDType, Precision, SessionEngine, load
 from flashrt.weights import random_checkpoint
 
 SEED = 0

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CheckpointError
+from flashrt.capsule import file as blob
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions
 from flashrt.commands.plan import lay_out, model_of
-from flashrt.core import blob
 from flashrt.core.region import Region
-from flashrt.session.load import DRAFT_HEAD_TENSOR
+from flashrt.load import DRAFT_HEAD_TENSOR
 from flashrt.view.units import bytes_text
 from flashrt.weights.checkpoint import Checkpoint, open_checkpoint
 from flashrt.weights.loader import load, resolve

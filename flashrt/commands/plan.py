@@ -17,9 +17,9 @@ from flashrt.commands.checkpoints import EngineOptions
 from flashrt.core.planner import ArenaPlan, Band, Slot, plan_arena, plan_band
 from flashrt.core.region import DType, Region, Role
 from flashrt.core.tape import Tape
-from flashrt.engine import DEFAULT_POOL_FIXED, DEFAULT_POOL_LANES
+from flashrt.engine.tokens import DEFAULT_POOL_FIXED, DEFAULT_POOL_LANES
+from flashrt.load import DRAFT_HEAD_TENSOR, HEAD_TENSOR
 from flashrt.models import Model, model_for
-from flashrt.session.load import DRAFT_HEAD_TENSOR, HEAD_TENSOR
 from flashrt.view.arena_map import arena_map, bands, widest
 from flashrt.view.svg import save_svg
 from flashrt.view.units import bytes_text

@@ -12,8 +12,8 @@ from pathlib import Path
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions, open_engine
 from flashrt.commands.store import Subparsers
-from flashrt.session import replay as replays
-from flashrt.session.store import Store
+from flashrt.session import recording as replays
+from flashrt.store.store import Store
 
 NOTHING = "none"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from flashrt.base.errors import TokenError
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions, open_engine
-from flashrt.session.load import SessionEngine
+from flashrt.load import SessionEngine
 from flashrt.session.session import Session
 from flashrt.view.units import seconds_text, significant
 

@@ -15,9 +15,9 @@ from rich.tree import Tree
 
 from flashrt.base.errors import StoreError
 from flashrt.commands import console
-from flashrt.session import upkeep
-from flashrt.session.manifest import Manifest, Place
-from flashrt.session.store import Store
+from flashrt.store import upkeep
+from flashrt.store.manifest import Manifest, Place
+from flashrt.store.store import Store
 from flashrt.view.units import bytes_text
 
 ID_DIGITS = 8

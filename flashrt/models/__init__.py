@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from flashrt.base.errors import CheckpointError
 from flashrt.core.region import DType
 from flashrt.models.model import Model
-from flashrt.models.qwen35 import Qwen35
-from flashrt.models.qwen35_config import MODEL_TYPES, parse_config
+from flashrt.models.qwen35.config import MODEL_TYPES, parse_config
+from flashrt.models.qwen35.model import Qwen35
 
 __all__ = ["Model", "model_for"]
 

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CheckpointError
-from flashrt.core.capsule import Capsule
+from flashrt.capsule.capsule import Capsule
 from flashrt.session.session import Session
-from flashrt.text.chat import ChatTemplate, chat_template_of
+from flashrt.text.template import ChatTemplate, chat_template_of
 from flashrt.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from flashrt.session.load import SessionEngine
+    from flashrt.load import SessionEngine
 
 Said = tuple[tuple[str, str], ...]  # (role, content) of each message, oldest first
 

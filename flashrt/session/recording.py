@@ -1,256 +1,243 @@
-"""Recordings: what a control loop was told and what it answered, and the same again to the bit.
+"""Replay: write down what a session was told, and run it again to the same bits.
 
-IS: the recorder behind `ControlLoop.record`, and `replay`, which names the first tick that differs.
-IS NOT: the file (recording_file). Called by: control, users.
+IS: a recorder around a session, the journal file, and the check of tokens and digests at every
+boundary. IS NOT: a log for people. Called by: users, cli.
 
-Clocks are not recorded: a missed deadline is, with the action that was executed in its place. So a
-replay takes as long as it takes, and gives the same actions and digests.
+A journal is JSON lines: a head (model, position and digest at the start), then one line per call:
+prefill, generate (parameters, what was yielded, how it ended) or rollback, each with the position
+and the digest after it. A line is written when its call is over; a last line that a crash cut short
+is left out of the replay, and the report says so.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt.base.errors import RecordingError, SessionError
-from flashrt.core.capsule import Capsule
-from flashrt.session.control import ControlLoop
-from flashrt.session.control_policy import Array, Policy
-from flashrt.session.recording_file import (
-    DIGEST,
-    HELD,
-    LATE,
-    NO_DIGEST,
-    ON_TIME,
-    Event,
-    Recording,
-    read_recording,
-    write_recording,
-)
+from flashrt.base.errors import SessionError
+from flashrt.capsule.capsule import Capsule
+from flashrt.session.session import Session, as_tokens
 
-ROOM = 1024  # ticks that arrays grow by at first; made in the slack, long before they are needed
+if TYPE_CHECKING:
+    from flashrt.load import SessionEngine
 
-
-class Recorder:
-    """Takes down what a loop does. Made by `ControlLoop.record`."""
-
-    def __init__(self, loop: ControlLoop, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.ticks = 0
-        self._loop = loop
-        self._seed = loop.seed
-        config = loop.engine.config
-        self._observations = np.zeros((ROOM, config.observation_dim), np.float32)
-        self._actions = np.zeros((ROOM, config.action_dim), np.float32)
-        self._outcomes = np.zeros(ROOM, np.uint8)
-        self._events: list[Event] = []
-        self.event(DIGEST, 0, loop.digest())
-
-    def tick(self, observation: Array, action: Array, *, is_late: bool) -> None:
-        """One tick."""
-        at = self.ticks
-        if at == len(self._outcomes):
-            self._grow()
-        self._observations[at], self._actions[at] = observation, action
-        self._outcomes[at] = LATE if is_late else ON_TIME
-        self.ticks += 1
-
-    def override(self, executed: Array) -> None:
-        """In the last tick something else than the policy's action was executed."""
-        self._actions[self.ticks - 1] = executed
-        self._outcomes[self.ticks - 1] = HELD
-
-    def settled(self, digest: str | None) -> None:
-        """The slack after a tick is over; at boundaries the state has a digest."""
-        if len(self._outcomes) - self.ticks < ROOM // 2:
-            self._grow()
-        if digest is not None:
-            self.event(DIGEST, 0, digest)
-
-    def event(self, what: str, value: int = 0, digest: str = NO_DIGEST) -> None:
-        """Something between two ticks."""
-        self._events.append(Event(self.ticks, what, value, digest))
-
-    def recording(self) -> Recording:
-        """So far."""
-        options = self._loop.options
-        return Recording(
-            fingerprint=self._loop.engine.fingerprint,
-            seed=self._seed,
-            hz=options.hz,
-            overlap=options.overlap,
-            keep_seconds=options.keep_seconds,
-            boundary_seconds=options.boundary_seconds,
-            observations=self._observations[: self.ticks].copy(),
-            actions=self._actions[: self.ticks].copy(),
-            outcomes=self._outcomes[: self.ticks].copy(),
-            events=tuple(self._events),
-        )
-
-    def write(self) -> None:
-        """The file, whole or not at all. Raises RecordingError."""
-        write_recording(self.recording(), self.path)
-
-    def _grow(self) -> None:
-        self._observations = _doubled(self._observations)
-        self._actions = _doubled(self._actions)
-        self._outcomes = np.append(self._outcomes, np.zeros_like(self._outcomes))
-
-
-@contextmanager
-def recorded(loop: ControlLoop, path: str | os.PathLike[str]) -> Iterator[Recorder]:
-    """See ControlLoop.record."""
-    if loop.recorder is not None:
-        raise SessionError("record: the loop is being recorded already")
-    loop.recorder = recorder = Recorder(loop, path)
-    try:
-        yield recorder
-    finally:
-        if not loop.is_closed:
-            recorder.event(DIGEST, digest=loop.digest())
-        loop.recorder = None
-        recorder.write()
+FORMAT = "flashrt-journal-1"
+OPTIONS = frozenset(inspect.signature(Session.generate).parameters) - {"self", "max_tokens"}
+LIMIT, STOPPED, INTERRUPTED = "limit", "stop", "interrupt"
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayReport:
-    """What a replay found. `first_difference` is the number of the first tick that differs, counted
-    from 0 (the digests of a boundary are those of the tick before it), and `mismatch` says how;
-    both None when all bits agreed.
-    """
+class Head:
+    """The first line of a journal."""
 
-    ticks: int  # told
-    digests: int  # that agreed
-    first_difference: int | None
+    fingerprint: str
+    checkpoint: str
+    device: str
+    max_positions: int
+    position: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One call, from line `line` of a journal."""
+
+    line: int
+    do: str
+    fields: Mapping[str, Any]
+    position: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a replay found; `mismatch` is None when every boundary agreed."""
+
+    steps: int
+    tokens: int
+    boundaries: int
     mismatch: str | None
+    is_cut_short: bool  # the journal's last line is incomplete
 
 
-def replay(
-    engine: Policy, path: str | os.PathLike[str], capsules: Iterable[Capsule] = ()
-) -> ReplayReport:
-    """Tell a free lane of an engine what a recording says, and compare every action and digest.
-
-    capsules: those that the recording begins with or restores, but did not snapshot itself; one
-    that begins after a reset needs none. Stops at the first difference. Raises RecordingError for a
-    file that is foreign or damaged, or needs a capsule that was not given; LaneBusy.
-    """
-    recording = read_recording(path)
-    if recording.fingerprint != engine.fingerprint:
-        raise RecordingError(
-            f"{path}: recorded with fingerprint {recording.fingerprint}, the engine's is "
-            f"{engine.fingerprint}"
-        )
-    shapes = recording.observations.shape[1], recording.actions.shape[1]
-    wanted = engine.config.observation_dim, engine.config.action_dim
-    if shapes != wanted:
-        raise RecordingError(f"{path}: observations and actions of {shapes}, expected {wanted}")
-    with ControlLoop(
-        engine,
-        recording.hz,
-        overlap=recording.overlap,
-        seed=recording.seed,
-        keep_seconds=recording.keep_seconds,
-        boundary_seconds=recording.boundary_seconds,
-    ) as loop:
-        return _Replay(loop, recording, f"{path}", capsules).run()
-
-
-class _Replay:
-    """One recording, told to one loop."""
+class Recorder:
+    """A session whose calls go into a journal. Use it in place of the session."""
 
     def __init__(
-        self, loop: ControlLoop, recording: Recording, path: str, capsules: Iterable[Capsule]
+        self, engine: SessionEngine, session: Session, path: str | os.PathLike[str]
     ) -> None:
-        self._loop, self._recording, self._path = loop, recording, path
-        self._known = {capsule.digest: capsule for capsule in capsules}
-        self._made: list[Capsule] = []
-        self._digests = 0
-
-    def run(self) -> ReplayReport:
-        """All of it, or up to the first difference."""
-        first = self._recording.events[0]
-        if self._loop.digest() != first.digest and not self._is_reset_first():
-            self._loop.restore(self._capsule(first.digest))
+        """Starts the journal at the session's present state. Raises SessionError when `path` exists
+        or cannot be written.
+        """
+        self.session = session
+        head = Head(
+            fingerprint=engine.fingerprint,
+            checkpoint=str(engine.checkpoint.path.absolute()),
+            device=engine.device,
+            max_positions=engine.max_positions,
+            position=session.position,
+            digest=session.digest(),
+        )
         try:
-            return self._run()
+            self._file = Path(path).open("x", encoding="utf-8")  # noqa: SIM115 - see close
+        except OSError as error:
+            raise SessionError(f"cannot start a journal at {path}: {error}") from error
+        self._write({"format": FORMAT, **asdict(head)})
+
+    def prefill(self, tokens: Iterable[int] | NDArray[np.integer]) -> None:
+        """See Session.prefill."""
+        array = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens))
+        self.session.prefill(array)
+        self._step("prefill", tokens=array.tolist())
+
+    def generate(self, max_tokens: int, **options: Any) -> Iterator[int]:
+        """See Session.generate for the options, by name; the line is written when the iterator
+        ends or is closed.
+        """
+        plain = {**options, "stop": sorted(int(token) for token in options.get("stop", ()))}
+        if plain.get("logit_bias") is not None:
+            plain["logit_bias"] = sorted(plain["logit_bias"].items())
+        stream = self.session.generate(max_tokens, **{**options, "stop": plain["stop"]})
+        return self._recorded(stream, max_tokens, plain)
+
+    def rollback(self, position: int) -> None:
+        """See Session.rollback."""
+        self.session.rollback(position)
+        self._step("rollback", to=position)
+
+    def close(self) -> None:
+        """Close the journal; the session stays open."""
+        self._file.close()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _recorded(
+        self, stream: Iterator[int], max_tokens: int, options: Mapping[str, object]
+    ) -> Iterator[int]:
+        out: list[int] = []
+        end = INTERRUPTED
+        try:
+            for token in stream:
+                out.append(token)
+                yield token
+            end = LIMIT if len(out) == max_tokens else STOPPED
         finally:
-            for capsule in self._made:
-                capsule.drop()
+            self._step("generate", max_tokens=max_tokens, options=options, tokens=out, end=end)
 
-    def _run(self) -> ReplayReport:
-        recording = self._recording
-        n_ticks, events = len(recording.outcomes), iter(recording.events)
-        event = next(events, None)
-        if self._is_reset_first():
-            event = next(events)
-        for tick in range(n_ticks + 1):
-            while event is not None and event.tick == tick:
-                if (mismatch := self._do(event)) is not None:
-                    at = max(0, tick - 1)
-                    text = f"{self._path}, after {tick} ticks ({event.what}): {mismatch}"
-                    return ReplayReport(tick, self._digests, at, text)
-                event = next(events, None)
-            if tick < n_ticks and (mismatch := self._tick(tick)) is not None:
-                text = f"{self._path}, tick {tick}: {mismatch}"
-                return ReplayReport(tick, self._digests, tick, text)
-        return ReplayReport(n_ticks, self._digests, None, None)
+    def _step(self, do: str, **fields: object) -> None:
+        position, digest = self.session.position, self.session.digest()
+        self._write({"do": do, **fields, "position": position, "digest": digest})
 
-    def _is_reset_first(self) -> bool:
-        """Whether nothing of the state that it began with matters."""
-        following = self._recording.events[1:2]
-        return any(e.tick == 0 and e.what == "reset" for e in following)
+    def _write(self, line: Mapping[str, object]) -> None:
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise SessionError(f"cannot write to journal {self._file.name}: {error}") from error
 
-    def _tick(self, tick: int) -> str | None:
-        """One tick again; what differs, or None."""
-        recorded = self._recording.actions[tick]
-        is_held = self._recording.outcomes[tick] == HELD
-        executed = recorded if is_held else None
-        action = self._loop.tick_as_recorded(self._recording.observations[tick], executed)
-        if is_held or action.tobytes() == recorded.tobytes():
-            return None
-        return f"action {action.tolist()}, recorded {recorded.tolist()}"
 
-    def _do(self, event: Event) -> str | None:
-        """One event again; what differs, or None."""
-        loop = self._loop
-        match event.what:
-            case "reset":
-                loop.reset(event.value)
-            case "set_seed":
-                loop.set_seed(event.value)
-            case "interrupt":
-                loop.interrupt(event.value)
-            case "rewind":
-                loop.rewind_ticks(event.value)
-            case "restore":
-                loop.restore(self._capsule(event.digest))
-            case _:
-                return self._compare(event)
-        return None
+def read_journal(path: str | os.PathLike[str]) -> tuple[Head, list[Step], bool]:
+    """The head, the steps, and whether the last line is cut short. Raises SessionError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SessionError(f"cannot read journal {path}: {error}") from error
+    is_cut_short = lines.pop() != ""
+    if not lines:
+        raise SessionError(f"{path} is not a journal: it has no whole line")
+    try:
+        first = json.loads(lines[0])
+        if first.pop("format") != FORMAT:
+            raise ValueError(f"this version reads {FORMAT!r}")
+        head = Head(**first)
+        steps = [_step(number, json.loads(text)) for number, text in enumerate(lines[1:], 2)]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise SessionError(f"{path} is not a journal that can be replayed: {error!r}") from error
+    return head, steps, is_cut_short
 
-    def _compare(self, event: Event) -> str | None:
-        if (digest := self._loop.digest()) != event.digest:
-            return f"digest {digest}, recorded {event.digest}"
-        self._digests += 1
-        is_needed = any(e.what == "restore" and e.digest == digest for e in self._recording.events)
-        if event.what == "snapshot" and is_needed and digest not in self._known:
-            self._known[digest] = self._loop.snapshot()
-            self._made.append(self._known[digest])
-        return None
 
-    def _capsule(self, digest: str) -> Capsule:
-        if digest not in self._known:
-            raise RecordingError(
-                f"{self._path} needs the capsule with digest {digest}; give it in `capsules`"
+def replay(engine: SessionEngine, capsule: Capsule | None, path: str | os.PathLike[str]) -> Report:
+    """Run a journal again, from a capsule or from nothing, and compare at every boundary.
+
+    Stops at the first difference. Raises SessionError for a journal of another model or one that
+    does not start where the capsule is.
+    """
+    head, steps, is_cut_short = read_journal(path)
+    if head.fingerprint != engine.fingerprint:
+        raise SessionError(
+            f"{path}: recorded with fingerprint {head.fingerprint}, the engine's is "
+            f"{engine.fingerprint}"
+        )
+    with engine.session() as session:
+        if capsule is not None:
+            session.restore(capsule)
+        if (session.position, session.digest()) != (head.position, head.digest):
+            raise SessionError(
+                f"{path}: starts at position {head.position} with digest {head.digest}, the "
+                f"capsule is at {session.position} with {session.digest()}"
             )
-        return self._known[digest]
+        tokens = 0
+        for done, step in enumerate(steps):
+            mismatch = _run(session, step, engine.vocab_size)
+            tokens += len(step.fields.get("tokens", ()))
+            if mismatch is not None:
+                text = f"{path}, line {step.line} ({step.do}): {mismatch}"
+                return Report(done, tokens, done, text, is_cut_short)
+    return Report(len(steps), tokens, len(steps) + 1, None, is_cut_short)
 
 
-def _doubled(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    return np.concatenate([rows, np.zeros_like(rows)])
+def _run(session: Session, step: Step, vocab_size: int) -> str | None:
+    """One step again; what differs, or None."""
+    fields = step.fields
+    if step.do == "prefill":
+        session.prefill(as_tokens(fields["tokens"], vocab_size))
+    elif step.do == "rollback":
+        session.rollback(fields["to"])
+    else:
+        options = dict(fields["options"])
+        if options.get("logit_bias") is not None:
+            options["logit_bias"] = dict(options["logit_bias"])
+        stream = session.generate(fields["max_tokens"], **options)
+        expected = fields["tokens"]
+        for i, token in enumerate(expected):
+            found = next(stream, None)
+            if found != token:
+                return f"token {i} is {found}, recorded {token}"
+        if fields["end"] != INTERRUPTED and (more := next(stream, None)) is not None:
+            return f"went on with token {more}, recorded the end after {len(expected)}"
+    if session.position != step.position:
+        return f"position {session.position}, recorded {step.position}"
+    if (digest := session.digest()) != step.digest:
+        return f"digest {digest} at position {step.position}, recorded {step.digest}"
+    return None
+
+
+def _step(line: int, fields: dict[str, Any]) -> Step:
+    wanted: dict[str, set[str]] = {
+        "prefill": {"tokens"},
+        "rollback": {"to"},
+        "generate": {"max_tokens", "options", "tokens", "end"},
+    }
+    do, position, digest = fields.pop("do"), fields.pop("position"), fields.pop("digest")
+    if set(fields) != wanted[do]:
+        raise ValueError(f"line {line}: {do} has {sorted(fields)}, expected {sorted(wanted[do])}")
+    if "tokens" in fields and not isinstance(fields["tokens"], list):
+        raise ValueError(f"line {line}: tokens is a list of ids")
+    if do == "generate":
+        if not isinstance(fields["max_tokens"], int):
+            raise ValueError(f"line {line}: max_tokens is {fields['max_tokens']!r}")
+        if unknown := set(fields["options"]) - OPTIONS:
+            raise ValueError(f"line {line}: unknown options {sorted(unknown)}")
+    return Step(line, do, fields, int(position), str(digest))

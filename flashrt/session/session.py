@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 from flashrt.base.errors import CapsuleError, PoolFull, SessionError, TokenError
 from flashrt.base.tracing import PLAN, trace
-from flashrt.core.capsule import Capsule
-from flashrt.core.lineage import Lane, Mark
-from flashrt.ops.sampler import SamplerParams
+from flashrt.capsule.capsule import Capsule
+from flashrt.capsule.lineage import Lane, Waypoint
+from flashrt.ops.sample import SamplerParams
 from flashrt.session import waypoints
 from flashrt.session.speculate import Draft, DraftLength
 from flashrt.session.tail import Tail
 
 if TYPE_CHECKING:
-    from flashrt.session.load import SessionEngine
+    from flashrt.load import SessionEngine
 
 RESTORE_BANDS = (("fixed", "rows"), ("rows",))
 
@@ -284,7 +284,7 @@ class Session:
             boundary = self._table.boundaries(self._lane, position, unreadable)
             if boundary is None:
                 self._table.reset(self._lane)
-            elif isinstance(boundary, Mark):
+            elif isinstance(boundary, Waypoint):
                 self._table.return_to(self._lane, boundary)
             else:
                 try:
@@ -307,17 +307,17 @@ class Session:
         self._epoch += 1
 
     def _place_waypoint(self) -> None:
-        marks, position = self._lane.marks, self._lane.position
-        last = marks[-1].position if marks else 0
+        kept, position = self._lane.waypoints, self._lane.position
+        last = kept[-1].position if kept else 0
         if not waypoints.is_due(position, last):
             return
         try:
-            self._table.mark(self._lane)
+            self._table.keep_waypoint(self._lane)
         except PoolFull:
             return  # only speed is lost: a rollback replays from an older boundary
-        gone = set(waypoints.superfluous([m.position for m in marks], position))
-        for mark in [m for m in marks if m.position in gone]:
-            self._table.drop_mark(self._lane, mark)
+        gone = set(waypoints.superfluous([w.position for w in kept], position))
+        for waypoint in [w for w in kept if w.position in gone]:
+            self._table.drop_waypoint(self._lane, waypoint)
 
     def _check_open(self) -> None:
         if self._is_closed:

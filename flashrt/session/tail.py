@@ -20,9 +20,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt.core.lineage import Lane
-from flashrt.engine import Engine
-from flashrt.ops.sampler import SamplerParams
+from flashrt.capsule.lineage import Lane
+from flashrt.engine.tokens import Engine
+from flashrt.ops.sample import SamplerParams
 from flashrt.session.speculate import DraftLength
 
 _NONE = range(0)

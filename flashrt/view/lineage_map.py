@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flashrt.core.capsule import Capsule
-from flashrt.core.lineage import chain_of
+from flashrt.capsule.capsule import Capsule
+from flashrt.capsule.lineage import chain_of
 from flashrt.view.session_tree import bytes_alone
 from flashrt.view.svg import FONT_NARROW, Drawing
 from flashrt.view.units import bytes_text

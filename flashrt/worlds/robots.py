@@ -3,7 +3,7 @@
 IS: gymnasium's own Pendulum-v1 and MountainCarContinuous-v0 with the velocity hidden, and two
 doors, whose goal is shown only at the start. Two doors and the pendulum need a memory; the car gets
 by with its previous action. IS NOT the pairing of an environment with a policy's capsules
-(flashrt/session/environment.py). Needs the `gym` extra. Called by examples, tests and
+(flashrt/robot/rollout.py). Needs the `gym` extra. Called by examples, tests and
 tools/train_policy.
 """
 

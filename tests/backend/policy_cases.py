@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt.ops.policy_cursor import Word
+from flashrt.ops.cursor import Word
 from flashrt.ops.table import IDENTITY, REQUEST_WORDS, SILU
 from tests.backend.cases import randn
 from tests.backend.runner import Case, rng_for

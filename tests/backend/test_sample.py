@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from flashrt.core.region import DType
-from flashrt.ops.sampler import SamplerParams
+from flashrt.ops.sample import SamplerParams
 from flashrt.ops.table import BIAS_ENTRIES, SAMPLER_WORDS
 from tests.backend.cases import cursor, randn
 from tests.backend.runner import Case, Runner, rng_for

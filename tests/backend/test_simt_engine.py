@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from flashrt.backends.simt.device import SimtDevice
-from flashrt.session.load import Precision, SessionEngine, load_on
+from flashrt.load import Precision, SessionEngine, load_on
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "tiny"
 N_TOKENS = 39  # over buckets, granules and mma tiles, on none of their boundaries

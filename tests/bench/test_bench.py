@@ -10,10 +10,10 @@ import pytest
 import flashrt
 from flashrt import cli
 from flashrt.base.flags import Flags
-from flashrt.commands import bench_resume
-from flashrt.commands.bench import bench
-from flashrt.commands.bench_document import BenchOptions
-from flashrt.commands.bench_work import prefill_flop, streamed_bytes
+from flashrt.commands.bench.bench_work import prefill_flop, streamed_bytes
+from flashrt.commands.bench.document import BenchOptions
+from flashrt.commands.bench.session import bench
+from flashrt.commands.bench.session import resume as bench_resume
 from flashrt.commands.checkpoints import EngineOptions
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"

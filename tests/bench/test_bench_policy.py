@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from flashrt import cli
-from flashrt.commands import bench_policy as module
-from flashrt.commands.bench_policy import PolicyBenchOptions, bench_policy
-from flashrt.commands.bench_policy_report import bars
-from flashrt.session.control import ControlLoop
+from flashrt.commands.bench.policy import PolicyBenchOptions, bench_policy
+from flashrt.commands.bench.policy_report import bars
+from flashrt.commands.bench.session import policy as module
+from flashrt.robot.loop import ControlLoop
 
 SHORT = PolicyBenchOptions("random-tiny", "cpu", seconds=0.3, hz=200.0, repeats=6)
 

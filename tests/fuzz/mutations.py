@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from flashrt.core import blob
+from flashrt.capsule import file as blob
 
 Mutation = Callable[[np.random.Generator, bytes], bytes]
 ABSURD = (-1, 0, 1, 2**31, 2**32 + 1, 2**63 - 1, 2**63, 2**64, 10**30, 0.5, True, None, "7", [], {})

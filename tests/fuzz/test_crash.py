@@ -17,8 +17,8 @@ import pytest
 
 import flashrt
 from flashrt.base.errors import StoreError
-from flashrt.session import upkeep
-from flashrt.session.store import Store
+from flashrt.store import upkeep
+from flashrt.store.store import Store
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 pytestmark = pytest.mark.slow

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import flashrt
-from flashrt.session import upkeep
-from flashrt.session.store import Store
+from flashrt.store import upkeep
+from flashrt.store.store import Store
 
 from .mutations import CAPSULE_FILE, DAMAGE, header_stop
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from flashrt.base.errors import CheckpointError
-from flashrt.session.load import SessionEngine, load
+from flashrt.load import SessionEngine, load
 from flashrt.session.session import Session
-from flashrt.text.chat import ChatTemplate, chat_template_of
+from flashrt.text.template import ChatTemplate, chat_template_of
 from flashrt.text.tokenizer import Tokenizer
 from flashrt.weights import bundled
 from flashrt.weights.bundled import bundled_checkpoint

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import flashrt
-from flashrt.policy_engine import PolicyEngine
-from flashrt.session.environment import Rollout
+from flashrt.engine.actions import PolicyEngine
+from flashrt.robot.rollout import Rollout
 from flashrt.worlds import robots, two_doors
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import flashrt
 from flashrt.backends.simt.device import SimtDevice
-from flashrt.session.load import load_on
+from flashrt.load import load_on
 from tests.golden.expected import Expected, assert_close, assert_states, read_expected
 from tests.tolerances import LOGITS_RELATIVE
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from flashrt.backends.cuda.device import Precision, open_device
-from flashrt.commands.gpu_bench_engine import load_synthetic
-from flashrt.session.load import SessionEngine, load_on
+from flashrt.commands.bench.gpu.engine import load_synthetic
+from flashrt.load import SessionEngine, load_on
 from tests.gpu.conftest import require_gpu
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from flashrt.base.errors import CheckpointError
-from flashrt.commands.gpu_bench_engine import load_synthetic
-from flashrt.commands.gpu_bench_kernels import BYTE_SUM_DEVIATION, add_kernels, random_fill
+from flashrt.commands.bench.gpu.engine import load_synthetic
+from flashrt.commands.bench.gpu.kernels import BYTE_SUM_DEVIATION, add_kernels, random_fill
 from flashrt.ops import OPS
 from flashrt.weights.checkpoint import open_checkpoint
 from flashrt.weights.random_checkpoint import SHAPES, write_random_checkpoint

@@ -9,7 +9,7 @@ import pytest
 
 from flashrt.backends.cuda.device import CudaDevice, open_device
 from flashrt.backends.simt.device import SimtDevice
-from flashrt.commands.gpu_bench_kernels import (
+from flashrt.commands.bench.gpu.kernels import (
     MMA_CHAINS,
     THREADS,
     add_kernels,
@@ -18,7 +18,7 @@ from flashrt.commands.gpu_bench_kernels import (
     mma_rate,
     read_stream,
 )
-from flashrt.commands.gpu_bench_limits import LimitSizes, measure_limits
+from flashrt.commands.bench.gpu.limits import LimitSizes, measure_limits
 from flashrt.ops import OPS
 
 NBYTES = 16 * 70_001  # off every multiple: tails of blocks and of threads

@@ -8,8 +8,8 @@ import pytest
 
 import flashrt
 from flashrt.backends.cuda.device import Precision
-from flashrt.session import upkeep
-from flashrt.session.store import Store
+from flashrt.store import upkeep
+from flashrt.store.store import Store
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import flashrt
+from flashrt.capsule.lineage import Lane
 from flashrt.core.backend import Graph
-from flashrt.core.lineage import Lane
 
 Outcome = tuple[list[int], str, bytes]
 

@@ -26,10 +26,10 @@ from hypothesis.stateful import (
 
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.base.errors import SessionError
-from flashrt.policy_engine import PolicyEngine, load_policy
-from flashrt.session.control import ControlLoop
-from flashrt.session.control_history import NO_CUT, History, Told
-from flashrt.session.control_schedule import Schedule
+from flashrt.engine.actions import PolicyEngine, load_policy
+from flashrt.robot.history import NO_CUT, History, Told
+from flashrt.robot.loop import ControlLoop
+from flashrt.robot.schedule import Schedule
 from flashrt.weights.checkpoint import open_checkpoint
 from flashrt.weights.random_policy import write_random_policy
 from tests.numpy_policy import NumpyPolicy

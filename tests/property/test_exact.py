@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashrt
-from flashrt.core.capsule import CapsuleTable
+from flashrt.capsule.table import CapsuleTable
 
 VOCAB = 512
 TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=300)

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 
 import flashrt
-from flashrt.session.store import Store
+from flashrt.store.store import Store
 from tests.property.guessing import guessing, interrupting, truth
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -144,7 +144,7 @@ class Histories(RuleBasedStateMachine):
         if self.live(session) and capsule in self.frozen:
             if is_poisoned:
                 self.engine.arena.poison_scratch()
-                self.engine.capsules._forget_marks(session._lane, -1)
+                self.engine.capsules._forget_waypoints(session._lane, -1)
                 self.engine.poison_lane(session._lane)
             session.restore(capsule)
             self.history[session] = list(self.frozen[capsule])

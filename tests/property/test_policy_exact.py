@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from flashrt.backends.cpu.device import CpuDevice
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.base.errors import CapsuleError, CheckpointError, ObservationError, SessionError
+from flashrt.capsule.lineage import Lane
 from flashrt.core.backend import Backend
-from flashrt.core.lineage import Lane
 from flashrt.core.region import Region, Role
-from flashrt.models import policy as policy_model
-from flashrt.models.policy_config import PolicyConfig
-from flashrt.policy_engine import PolicyEngine
+from flashrt.engine.actions import PolicyEngine
+from flashrt.models.flow_policy import model as policy_model
+from flashrt.models.flow_policy.config import PolicyConfig
 from flashrt.weights.checkpoint import open_checkpoint
 from flashrt.weights.random_policy import write_random_policy
 from tests.policy_reference import ReferencePolicy
@@ -210,7 +210,7 @@ def test_a_fork_is_its_original_until_the_noise_differs(engine: PolicyEngine) ->
 def test_a_capsule_file_goes_to_another_engine(
     engine: PolicyEngine, checkpoint: Path, tmp_path: Path
 ) -> None:
-    from flashrt.core import blob
+    from flashrt.capsule import file as blob
 
     lane, stream = fresh(engine), observations(engine)
     run(engine, lane, stream[:5])

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashrt
-from flashrt.session.reuse import Action
-from flashrt.session.store import Store
+from flashrt.store.reuse import Action
+from flashrt.store.store import Store
 
 STEM = [n % 5 for n in range(120)]
 PROMPTS = st.builds(
@@ -38,12 +38,12 @@ def test_every_way_leads_to_the_same_state(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, engine.session() as live:
         store = Store(folder)
-        for prompt, is_live, marks, every, is_restart in calls:
+        for prompt, is_live, waypoints, every, is_restart in calls:
             if is_restart:
                 for capsule in list(engine.capsules.capsules):
                     capsule.drop()
             opened = store.open_session(
-                engine, prompt, session=live if is_live else None, marks=marks, every=every
+                engine, prompt, session=live if is_live else None, waypoints=waypoints, every=every
             )
             session, decision = opened.session, opened.decision
             assert session.tokens.tolist() == prompt

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import flashrt
 from flashrt.backends.simt.device import SimtDevice
-from flashrt.session.load import load_on
+from flashrt.load import load_on
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SEEDS = (0, 1, 2, 3, 4)  # 0: threads in order

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import flashrt
 from flashrt.backends.simt.device import SimtDevice
-from flashrt.session.load import load_on
+from flashrt.load import load_on
 from tests.property.guessing import (
     check_drafted_run,
     check_wrong_commit_shows,

@@ -10,7 +10,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 import flashrt
 from flashrt.backends.simt.device import SimtDevice
-from flashrt.session.load import load_on
+from flashrt.load import load_on
 from tests.property.test_machine import GOLDEN, LANES, LIMIT, Histories
 
 QUICK = settings(

@@ -9,7 +9,7 @@ import pytest
 
 import flashrt
 from flashrt.commands import console
-from flashrt.commands.bench_resume import measure, table
+from flashrt.commands.bench.resume import measure, table
 from flashrt.view.resume_plot import plot
 
 

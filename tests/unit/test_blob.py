@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import flashrt
-from flashrt.core import blob
+from flashrt.capsule import file as blob
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -18,8 +18,8 @@ import tokenizers
 
 import flashrt
 from flashrt import cli
-from flashrt.commands import demo_acts, demo_bits
-from flashrt.commands.demo_starts import State, state_of
+from flashrt.commands.demo import agent, random_ids
+from flashrt.commands.demo.starts import State, state_of
 from flashrt.session.session import Session
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
@@ -230,7 +230,7 @@ def test_demo_fails_when_a_state_is_not_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """The negative control: one wrong digest, and the exit code says so."""
-    monkeypatch.setattr(demo_bits, "state_of", wrong_once())
+    monkeypatch.setattr(random_ids, "state_of", wrong_once())
     arguments = ["demo", "--checkpoint", str(TINY), "--tokens", "100", "--out", str(tmp_path)]
     assert cli.main(arguments) == 1
     text = capsys.readouterr().out
@@ -267,7 +267,7 @@ def test_demo_prints_the_table_that_it_promises(tmp_path: Path, capsys: Capture)
 @pytest.fixture
 def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where the model reads slowly."""
-    monkeypatch.setattr(demo_acts, "FAST_TOKENS_PER_S", math.inf)
+    monkeypatch.setattr(agent, "FAST_TOKENS_PER_S", math.inf)
 
 
 @pytest.mark.usefixtures("short_demo")
@@ -290,7 +290,7 @@ def test_demo_of_the_bundled_agent_as_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """It tells the truth beside each answer; one wrong digest is a failure."""
-    monkeypatch.setattr(demo_acts, "state_of", wrong_once())
+    monkeypatch.setattr(agent, "state_of", wrong_once())
     assert cli.main(["demo", "--device", "cpu", "--out", str(tmp_path)]) == 1
     text = capsys.readouterr().out
     assert "FAILED branch recall" in text

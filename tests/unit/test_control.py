@@ -17,12 +17,12 @@ from flashrt.base.errors import (
     RecordingError,
     SessionError,
 )
-from flashrt.session import control as module
-from flashrt.session import control_timing as timing
-from flashrt.session.control import ControlLoop
-from flashrt.session.control_agent import PolicyAgent
-from flashrt.session.control_timing import Pace, Samples
-from flashrt.session.recording import replay
+from flashrt.robot import loop as module
+from flashrt.robot import timing
+from flashrt.robot.lerobot import PolicyAgent
+from flashrt.robot.loop import ControlLoop
+from flashrt.robot.recording import replay
+from flashrt.robot.timing import Pace, Samples
 from tests.numpy_policy import NumpyPolicy
 
 RNG = np.random.default_rng(3)

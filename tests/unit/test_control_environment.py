@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from flashrt.base.errors import EnvironmentFailed, LaneBusy
-from flashrt.session.control import ControlLoop
-from flashrt.session.environment import Rollout, command_for, observation_of
-from flashrt.session.environment_state import PlainState, layers
+from flashrt.robot.environment import PlainState, layers
+from flashrt.robot.loop import ControlLoop
+from flashrt.robot.rollout import Rollout, command_for, observation_of
 from tests.numpy_policy import NumpyPolicy
 
 gymnasium = pytest.importorskip("gymnasium")
@@ -206,7 +206,7 @@ def test_commands_and_observations() -> None:
 
 
 def test_gymnasium_is_not_imported() -> None:
-    code = "import sys, flashrt, flashrt.session.environment; print('gymnasium' in sys.modules)"
+    code = "import sys, flashrt, flashrt.robot.rollout; print('gymnasium' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )

@@ -13,10 +13,10 @@ import pytest
 
 import flashrt
 from flashrt.base.errors import CapsuleError
-from flashrt.ops.policy_cursor import Word
-from flashrt.policy_engine import PolicyEngine
-from flashrt.session.control_files import load_capsule, what_is_wrong
-from flashrt.session.recording import replay
+from flashrt.engine.actions import PolicyEngine
+from flashrt.engine.policy_admission import load_capsule, what_is_wrong
+from flashrt.ops.cursor import Word
+from flashrt.robot.recording import replay
 from flashrt.weights.random_policy import write_random_policy
 
 SEEN = np.random.default_rng(4).normal(size=(60, 5)).astype(np.float32)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from flashrt.base.errors import LaneBusy, RecordingError, SessionError
-from flashrt.session.control import ControlLoop
-from flashrt.session.recording import ReplayReport, replay
-from flashrt.session.recording_file import HELD, LATE, Recording, read_recording, write_recording
+from flashrt.robot.loop import ControlLoop
+from flashrt.robot.recording import ReplayReport, replay
+from flashrt.robot.recording_file import HELD, LATE, Recording, read_recording, write_recording
 from tests.numpy_policy import NumpyPolicy
 
 SEEN = np.random.default_rng(4).normal(size=(4000, 3)).astype(np.float32)
@@ -120,8 +120,8 @@ def test_the_first_difference_is_named(engine: NumpyPolicy, tmp_path: Path) -> N
     observations[30] += 1
     report = replay(engine, changed(path, observations=observations))
     assert report.first_difference is not None and 30 <= report.first_difference <= 34
-    for what, mark in (("digest", 2), ("snapshot", 0)):
-        at = [i for i, e in enumerate(recording.events) if e.what == what][mark]
+    for what, waypoint in (("digest", 2), ("snapshot", 0)):
+        at = [i for i, e in enumerate(recording.events) if e.what == what][waypoint]
         events = list(recording.events)
         events[at] = dataclasses.replace(events[at], digest="ab" * 16)
         report = replay(engine, changed(path, events=tuple(events)))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import flashrt
-from flashrt.core.extent import Tier
-from flashrt.session.eviction import Budgets, candidates, in_use
+from flashrt.capsule.eviction import Budgets, candidates, in_use
+from flashrt.capsule.extent import Tier
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

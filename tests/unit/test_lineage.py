@@ -43,8 +43,8 @@ def test_back_to_a_16k_prefix_moves_no_rows() -> None:
         branches.append(session.snapshot(f"branch {token}"))
     assert all(b.parent is prefix for b in branches)
     own = engine.stats()["pool_used_bytes"] - used
-    marks = len(session._lane.marks) * fixed
-    assert own <= sum(b.nbytes for b in branches) + marks
+    waypoints = len(session._lane.waypoints) * fixed
+    assert own <= sum(b.nbytes for b in branches) + waypoints
     assert sum(b.nbytes - fixed for b in branches) < rows / 20
 
     plan = engine.capsules.plan_restore(session._lane, branches[0])  # sibling: own rows only
@@ -174,7 +174,7 @@ def test_waypoints_of_another_history_are_forgotten(
     session.rollback(10)
     for _ in range(10):  # waypoints of this history lie elsewhere than those of `ones`
         session.prefill([7] * 19)
-    assert session._lane.marks
+    assert session._lane.waypoints
     session.restore(ones)
     session.rollback(190)
     with engine.session() as oracle:

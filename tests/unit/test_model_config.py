@@ -10,8 +10,8 @@ import pytest
 from flashrt.base.errors import CheckpointError, PlanError
 from flashrt.core.region import DType, Role
 from flashrt.models import Model, model_for
-from flashrt.models.qwen35 import Qwen35
-from flashrt.models.qwen35_config import LayerKind, parse_config
+from flashrt.models.qwen35.config import LayerKind, parse_config
+from flashrt.models.qwen35.model import Qwen35
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LINEAR, FULL = LayerKind.LINEAR, LayerKind.FULL

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 import flashrt
 from flashrt.base.errors import CheckpointError, LaneBusy, PlanError
-from flashrt.models.policy import Policy, time_features
-from flashrt.models.policy_config import parse_config
-from flashrt.policy_engine import load_policy
+from flashrt.engine.actions import load_policy
+from flashrt.models.flow_policy.config import parse_config
+from flashrt.models.flow_policy.model import Policy, time_features
 from flashrt.weights.bundled_policies import bundled_policies, policy_path
 from flashrt.weights.random_policy import SHAPES, policy_config, write_random_policy
 

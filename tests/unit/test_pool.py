@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashrt.base.errors import PlanError, PoolFull
-from flashrt.core.pool import Pool
+from flashrt.capsule.pool import Pool
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3000)), max_size=60))

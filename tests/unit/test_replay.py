@@ -11,8 +11,8 @@ import pytest
 
 import flashrt
 from flashrt.commands import replay as command
-from flashrt.session.replay import Recorder, read_journal, replay
-from flashrt.session.store import Store
+from flashrt.session.recording import Recorder, read_journal, replay
+from flashrt.store.store import Store
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from flashrt.session.reuse import (
+from flashrt.store.reuse import (
     Action,
     Boundary,
     Live,

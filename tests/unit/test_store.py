@@ -18,11 +18,11 @@ import xxhash
 
 import flashrt
 from flashrt.base.errors import StoreError
-from flashrt.session import upkeep
-from flashrt.session.folder import open_folder
-from flashrt.session.opening import matching_capsules
-from flashrt.session.reuse import Action
-from flashrt.session.store import Store
+from flashrt.store import upkeep
+from flashrt.store.folder import open_folder
+from flashrt.store.opening import matching_capsules
+from flashrt.store.reuse import Action
+from flashrt.store.store import Store
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PREFIX = list(range(200))
@@ -76,7 +76,7 @@ def test_another_process_finds_the_longest_prefix(session: flashrt.Session, stor
     store.save(session.snapshot())
     list(session.generate(3))
     code = (
-        "import flashrt, sys; from flashrt.session.store import Store; "
+        "import flashrt, sys; from flashrt.store.store import Store; "
         "e = flashrt.load(sys.argv[1], device='cpu', max_positions=300); "
         "o = Store(sys.argv[2]).open_session(e, list(range(200)) + [1, 2]); "
         "print(o.decision.action, o.decision.position, o.session.digest())"
@@ -125,7 +125,7 @@ def test_equal_states_of_two_engines_are_stored_once(
     store.save(session.snapshot())
     capsule = elsewhere.snapshot()
     saved = Store(store.folder.url).save(capsule)
-    rows_nbytes = capsule.nbytes - capsule.table.fixed_nbytes
+    rows_nbytes = capsule.nbytes - capsule.owner.fixed_nbytes
     assert saved.shared_nbytes >= rows_nbytes + 4 * 70  # the cursor may differ, rows may not
     rows = {s.rows for p in store.places() for s in store.manifest(p).segments}
     assert len(rows) == 1

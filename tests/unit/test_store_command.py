@@ -12,7 +12,7 @@ import pytest
 import flashrt
 from flashrt import cli
 from flashrt.commands import store as command
-from flashrt.session.store import Store
+from flashrt.store.store import Store
 
 Run = Callable[..., tuple[int, str]]
 

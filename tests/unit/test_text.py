@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from flashrt.base.errors import CheckpointError, TokenError
-from flashrt.text.chat import ChatError, ChatTemplate, chat_template_of
+from flashrt.text.template import ChatError, ChatTemplate, chat_template_of
 from flashrt.text.tokenizer import Tokenizer, tokenizer_of
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import flashrt
-from flashrt.core.extent import Tier
-from flashrt.core.image import rows_image
-from flashrt.session.spill import Spill
+from flashrt.capsule.extent import Tier
+from flashrt.capsule.image import rows_image
+from flashrt.store.spill import Spill
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TIERS = ("device", "host", "disk")
@@ -267,7 +267,7 @@ def test_unknown_tiers_and_dropped_capsules_are_refused(session: flashrt.Session
 
 def test_spill_folders_go_with_their_process(tmp_path: Path) -> None:
     code = (
-        "import sys, numpy as np, pathlib, os; from flashrt.session.spill import Spill; "
+        "import sys, numpy as np, pathlib, os; from flashrt.store.spill import Spill; "
         "s = Spill(pathlib.Path(sys.argv[1])); "
         "assert s.put(np.arange(99, dtype=np.uint8)).read()[5] == 5; "
         "sys.argv[2] == 'die' and os.kill(os.getpid(), 9)"

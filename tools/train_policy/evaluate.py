@@ -20,9 +20,9 @@ from card import write_card
 from tasks import TASKS, Array, expert_returns, state_of
 
 import flashrt
-from flashrt.policy_engine import PolicyEngine
-from flashrt.session.control import ControlLoop
-from flashrt.session.environment import Moment, Rollout
+from flashrt.engine.actions import PolicyEngine
+from flashrt.robot.loop import ControlLoop
+from flashrt.robot.rollout import Moment, Rollout
 from flashrt.worlds.robots import make
 
 FIRST_SEED = 1_000_000  # training draws its states from other generators

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from flashrt.session.load import SessionEngine, load
+from flashrt.load import SessionEngine, load
 from flashrt.session.session import Session
-from flashrt.text.chat import ChatTemplate, chat_template_of
+from flashrt.text.template import ChatTemplate, chat_template_of
 from flashrt.weights.bundled import bundled_checkpoint
 from flashrt.worlds import mixed, robot, story
 from flashrt.worlds.building import Building, parse_call

@@ -18,7 +18,7 @@ import vocabulary
 from model import Model, load
 from safetensors.torch import save_file
 
-from flashrt.text.chat import ChatTemplate
+from flashrt.text.template import ChatTemplate
 from flashrt.worlds import building, mixed
 
 CARD = Path(__file__).parents[2] / "docs" / "model-card.md"

@@ -1,0 +1,111 @@
+"""The capsule: an immutable state at a commit boundary.
+
+IS: the noun; what it holds, where that lies, and the protocol of whoever made it. IS NOT: its
+verbs: those go to the owner, an engine's table of capsules.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashrt.capsule.extent import Extent
+from flashrt.capsule.lineage import Lane, Segment, chain_of, tokens_of
+from flashrt.capsule.pool import Pool
+from flashrt.capsule.restore import RestorePlan
+from flashrt.core.arena import Arena
+
+
+class CapsuleOwner(Protocol):
+    """What made a capsule and carries out its verbs; see `table.CapsuleTable`."""
+
+    arena: Arena
+    pool: Pool
+    fingerprint: str
+    fixed_nbytes: int
+    lanes: list[Lane]
+    capsules: set[Capsule]
+
+    def save(self, capsule: Capsule, path: str | os.PathLike[str]) -> None: ...
+    def move(self, capsule: Capsule, tier: str) -> None: ...
+    def drop(self, capsule: Capsule) -> None: ...
+    def check(self, capsule: Capsule) -> None: ...
+    def digest_capsule(self, capsule: Capsule) -> str: ...
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Capsule:
+    """An immutable state at a commit boundary; made by a snapshot, or loaded from a file."""
+
+    owner: CapsuleOwner
+    segment: Segment | None  # None: no rows, position 0
+    fixed: Extent  # the fixed band
+    nbytes: int  # its own: fixed band, and rows that no ancestor holds
+    name: str | None
+    parent: Capsule | None  # the capsule that its lane descends from
+    known_digest: str | None = None  # kept when the bytes leave the device
+    is_pinned: bool = False  # eviction leaves it where it is
+    plans: dict[int, RestorePlan] = field(default_factory=dict)  # the last one of each lane
+
+    @property
+    def position(self) -> int:
+        """Committed tokens below the boundary."""
+        return 0 if self.segment is None else self.segment.stop
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """All tokens below the position."""
+        return tokens_of(self.segment)
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether its memory was given back."""
+        return not self.fixed.is_stored
+
+    @property
+    def tier(self) -> str:
+        """Where its bytes are: device, host or disk, the slowest that a restore reads from."""
+        if self.is_dropped:
+            return "dropped"
+        return min((e.tier for e in extents_of(self)), key=lambda tier: tier.speed).value
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits, equal to the digest of a lane in the same state."""
+        return self.owner.digest_capsule(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file, whole or not at all; see capsule.file. Raises CapsuleError."""
+        self.owner.save(self, path)
+
+    def to(self, tier: str) -> None:
+        """Move it to "device", "host" or "disk"; see capsule.tiers. Whole or not at all.
+
+        Rows that a capsule on a faster tier needs stay there. Raises PoolFull, or CapsuleError for
+        an unknown tier, a dropped capsule, or a disk that cannot be written or read.
+        """
+        self.owner.move(self, tier)
+
+    def prefetch(self) -> None:
+        """Ask for bytes on slow tiers to be brought near, without moving them."""
+        self.owner.check(self)
+        for extent in extents_of(self):
+            if extent.source is not None:
+                extent.source.prefetch()
+
+    def drop(self) -> None:
+        """Give its memory back; rows that descendants need stay. A second drop does nothing."""
+        self.owner.drop(self)
+
+    def __repr__(self) -> str:
+        label = f" {self.name!r}" if self.name else ""
+        return f"<Capsule{label} position={self.position} nbytes={self.nbytes} {self.tier}>"
+
+
+def extents_of(capsule: Capsule) -> list[Extent]:
+    """The fixed band, then the rows of the chain, youngest first."""
+    return [capsule.fixed, *(s.rows for s in chain_of(capsule.segment))]

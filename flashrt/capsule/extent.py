@@ -1,0 +1,124 @@
+"""Extents: the stored bytes of one fixed band or one segment's rows, wherever they are.
+
+IS: the nouns of the tiers. On the device an extent is a block of the pool; elsewhere it is a source
+of canonical bytes (core.image). IS NOT: moving (tier) or policy. Called by: lineage, capsule, tier;
+session implements disk sources.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from flashrt.base.errors import CapsuleError
+from flashrt.capsule.pool import Pool
+from flashrt.core.backend import Bytes
+
+
+class Tier(enum.StrEnum):
+    """Where bytes are; `speed` is higher where a restore is faster."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+    @property
+    def speed(self) -> int:
+        """2, 1, 0."""
+        return {Tier.DEVICE: 2, Tier.HOST: 1, Tier.DISK: 0}[self]
+
+
+class Source(Protocol):
+    """Canonical bytes outside the device. Immutable."""
+
+    @property
+    def tier(self) -> Tier: ...
+    @property
+    def nbytes(self) -> int: ...
+    def read(self) -> Bytes:
+        """The bytes, checked; uint8 [nbytes], not to be written. Raises CapsuleError."""
+        ...
+
+    def prefetch(self) -> None:
+        """Ask for the bytes to be brought near; returns at once where it can."""
+        ...
+
+    def release(self) -> None:
+        """Nobody needs the bytes any more."""
+        ...
+
+
+class Shelf(Protocol):
+    """A place of the disk tier."""
+
+    def put(self, data: Bytes) -> Source:
+        """Write bytes, whole or not at all. Raises CapsuleError when that cannot be done."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class HostBytes:
+    """A source in host memory; its bytes may be on their way still."""
+
+    nbytes: int
+    arrive: Callable[[], Bytes]
+    data: Bytes | None = None
+
+    @property
+    def tier(self) -> Tier:
+        """Host."""
+        return Tier.HOST
+
+    def read(self) -> Bytes:
+        """The bytes themselves."""
+        if self.data is None:
+            self.data = self.arrive()
+        return self.data
+
+    def prefetch(self) -> None:
+        """They are as near as host memory gets."""
+
+    def release(self) -> None:
+        """They go when nobody refers to them."""
+
+
+@dataclass(slots=True, eq=False)
+class Extent:
+    """`nbytes` in the pool at `block`, or in `source`; in neither once given back."""
+
+    nbytes: int
+    block: int = -1
+    source: Source | None = None
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the bytes are anywhere; identity outlives storage."""
+        return self.block >= 0 or self.source is not None
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether a copy plan can address the bytes."""
+        return self.block >= 0
+
+    @property
+    def tier(self) -> Tier:
+        """Where the bytes are. Raises CapsuleError once they were given back."""
+        if self.block >= 0:
+            return Tier.DEVICE
+        return self.need_source().tier
+
+    def need_source(self) -> Source:
+        """The source of an extent that is not on the device."""
+        if self.source is None:
+            raise CapsuleError("these bytes were given back; the capsule was dropped")
+        return self.source
+
+    def give_back(self, pool: Pool) -> None:
+        """Free the bytes, wherever they are."""
+        pool.give(self.block)
+        self.block = -1
+        if self.source is not None:
+            self.source.release()
+            self.source = None

@@ -1,0 +1,294 @@
+"""Blobs: a capsule as a file. A safetensors file whose tensors are the stored bytes of regions.
+
+IS: write (temporary name, fsync, rename) and read (everything is checked before a byte reaches the
+arena). IS NOT: policy on where files live. Called by: session (save, load_capsule), cli (inspect).
+
+Tensors are U8: `fixed/<region>` [bytes] and `rows/<region>` [planes, bytes of rows [0, position)
+widened to granules]. Metadata: format, fingerprint, position, digest, parent_digest, name, an
+xxh3-128 per tensor, and one over all metadata and the tensor table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import xxhash
+from numpy.typing import NDArray
+
+from flashrt.base.errors import CapsuleError
+from flashrt.capsule.capsule import Capsule, CapsuleOwner
+from flashrt.capsule.extent import Extent
+from flashrt.capsule.image import fixed_image, row_parts, rows_image, stamp_gaps
+from flashrt.capsule.lineage import Segment, path_to, segment_layout
+from flashrt.core.backend import Bytes
+from flashrt.core.copyplan import Copy, CopyPlan, Upload
+
+FORMAT = "flashrt-capsule-1"
+JOURNAL = "journal"  # the rows region of committed tokens, int32 [1, max_positions, 1]
+_SUM = "xxh3:"
+
+
+@dataclass(frozen=True, slots=True)
+class BlobHeader:
+    """What a capsule file says of itself; `table` maps tensor names to (shape, first byte)."""
+
+    path: Path
+    fingerprint: str
+    position: int
+    name: str | None
+    digest: str
+    parent_digest: str | None
+    table: Mapping[str, tuple[tuple[int, ...], int]]
+    sums: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(math.prod(shape) for shape, _ in self.table.values())
+
+
+Admission = Callable[[BlobHeader, Mapping[str, Bytes], NDArray[np.int32]], None]
+
+
+def save(capsule: Capsule, path: str | os.PathLike[str]) -> None:
+    """Write a capsule. The file appears whole or not at all.
+
+    Raises CapsuleError for a dropped capsule, or when the file cannot be written.
+    """
+    table = capsule.owner
+    table.check(capsule)
+    tensors = {**_fixed(table, capsule), **_rows(table, capsule)}
+    parent = capsule.parent
+    digest = capsule.digest
+    metadata = {
+        "format": FORMAT,
+        "fingerprint": table.fingerprint,
+        "position": str(capsule.position),
+        "digest": digest,
+        **{_SUM + name: xxhash.xxh3_128_hexdigest(t.data) for name, t in tensors.items()},
+    }
+    if capsule.name is not None:
+        metadata["name"] = capsule.name
+    if parent is not None and not parent.is_dropped:
+        metadata["parent_digest"] = parent.digest
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    metadata["header"] = _header_sum(metadata, shapes)
+    _write(Path(path), tensors, metadata)
+
+
+def read_header(path: str | os.PathLike[str]) -> BlobHeader:
+    """The checked header of a capsule file. Raises CapsuleError unless it is whole."""
+    file = Path(path)
+    try:
+        if not file.is_file():
+            raise CapsuleError(f"{file}: no such file")
+        with file.open("rb") as raw:
+            nbytes = os.fstat(raw.fileno()).st_size
+            start = int.from_bytes(raw.read(8), "little")
+            if not 2 <= start <= nbytes - 8:
+                raise ValueError(f"a header of {start} bytes in a file of {nbytes}")
+            header = json.loads(raw.read(start), object_pairs_hook=_without_duplicates)
+        metadata = header.pop("__metadata__")
+        table = _table(header, 8 + start, nbytes)
+        if metadata.get("format") != FORMAT:
+            found = metadata.get("format")
+            raise CapsuleError(f"{file}: format {found!r}, this version reads {FORMAT!r}")
+        expected = _header_sum(metadata, {name: shape for name, (shape, _) in table.items()})
+        if metadata.get("header") != expected:
+            raise CapsuleError(f"{file}: the header does not match its checksum; it is damaged")
+        return BlobHeader(
+            path=file,
+            fingerprint=metadata["fingerprint"],
+            position=int(metadata["position"]),
+            name=metadata.get("name"),
+            digest=metadata["digest"],
+            parent_digest=metadata.get("parent_digest"),
+            table=table,
+            sums={n.removeprefix(_SUM): s for n, s in metadata.items() if n.startswith(_SUM)},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CapsuleError(f"{file}: not a whole capsule file: {error!r}") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name occurs twice in the header")
+    return dict(pairs)
+
+
+def _table(
+    header: Mapping[str, Any], first: int, nbytes: int
+) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Tensors that tile [first, nbytes) without gap or overlap. Raises ValueError."""
+    table: dict[str, tuple[tuple[int, ...], int]] = {}
+    spans: list[tuple[int, int]] = []
+    for name, entry in header.items():
+        shape, (start, stop) = entry["shape"], entry["data_offsets"]
+        if entry["dtype"] != "U8" or not 1 <= len(shape) <= 2:
+            raise ValueError(f"tensor {name!r} is {entry['dtype']} {shape}")
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+            raise ValueError(f"tensor {name!r} has sizes or offsets that are not counts")
+        if math.prod(shape) != stop - start:
+            raise ValueError(f"tensor {name!r} of {shape} has {stop - start} bytes")
+        table[name] = tuple(shape), first + start
+        spans.append((start, stop))
+    ends = [0, *(stop for _, stop in sorted(spans))]
+    if [start for start, _ in sorted(spans)] != ends[:-1] or ends[-1] != nbytes - first:
+        raise ValueError("tensors do not tile the file")
+    return table
+
+
+def read_tensors(header: BlobHeader) -> dict[str, Bytes]:
+    """The tensors, mapped and verified. Raises CapsuleError naming a tensor that is damaged."""
+    try:
+        with header.path.open("rb") as file:
+            whole = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
+    except (OSError, ValueError) as error:
+        raise CapsuleError(f"{header.path}: cannot be mapped: {error}") from error
+    tensors: dict[str, Bytes] = {}
+    for name, (shape, first) in header.table.items():
+        tensor = whole[first : first + math.prod(shape)]
+        is_whole = tensor.size == math.prod(shape)  # or the file was replaced since
+        if not is_whole or xxhash.xxh3_128_hexdigest(tensor.data) != header.sums.get(name):
+            raise CapsuleError(f"{header.path}: tensor {name!r} is damaged (checksum differs)")
+        tensors[name] = tensor.reshape(shape)
+    return tensors
+
+
+def load(
+    table: CapsuleOwner, path: str | os.PathLike[str], admit: Admission | None = None
+) -> Capsule:
+    """A capsule from a file, into the pool.
+
+    `admit` looks at what was read and may refuse it. Raises CapsuleError (foreign, truncated,
+    damaged, too long) or PoolFull; nothing is changed then.
+    """
+    header = read_header(path)
+    if header.fingerprint != table.fingerprint:
+        raise CapsuleError(
+            f"{header.path}: made by another model, precision, plan or kernel version: its "
+            f"fingerprint is {header.fingerprint}, the engine's {table.fingerprint}"
+        )
+    longest = len(table.lanes[0].journal)
+    if not 0 <= header.position <= longest:
+        raise CapsuleError(
+            f"{header.path}: position {header.position} > max_positions {longest}; load the engine "
+            "with a larger max_positions"
+        )
+    wanted = expected_table(table, header.position)
+    found = {name: shape for name, (shape, _) in header.table.items()}
+    if found != wanted:
+        wrong = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
+        raise CapsuleError(f"{header.path}: tensors {wrong} do not fit the engine's plan")
+    tensors = read_tensors(header)
+    if admit is not None:
+        admit(header, tensors, _journal(tensors, header.position))
+    return _insert(table, header, tensors)
+
+
+def expected_table(table: CapsuleOwner, position: int) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes of a capsule at a position."""
+    plan = table.arena.lane(0)
+    shapes: dict[str, tuple[int, ...]] = {
+        f"fixed/{s.region.name}": (s.storage.nbytes,) for s in plan.fixed.slots
+    }
+    if position:
+        for b in segment_layout(plan.rows, 0, position)[0]:
+            shapes[f"rows/{b.slot.region.name}"] = (b.planes, b.width)
+    return shapes
+
+
+def _fixed(table: CapsuleOwner, capsule: Capsule) -> dict[str, Bytes]:
+    fixed = table.arena.lane(0).fixed
+    image = fixed_image(table.arena, capsule.fixed)
+    first = fixed.offset
+    return {f"fixed/{s.region.name}": image[s.offset - first : s.stop - first] for s in fixed.slots}
+
+
+def _rows(table: CapsuleOwner, capsule: Capsule) -> dict[str, Bytes]:
+    rows = table.arena.lane(0).rows
+    if not capsule.position:
+        return {}
+    whole, _ = segment_layout(rows, 0, capsule.position)
+    tensors: dict[str, Bytes] = {
+        b.slot.region.name: np.zeros((b.planes, b.width), np.uint8) for b in whole
+    }
+    for segment in path_to(capsule.segment, 0):  # the younger one last: it owns a shared granule
+        blocks, _ = segment_layout(rows, segment.start, segment.stop)
+        parts = row_parts(blocks, rows_image(table.arena, segment))
+        for b in blocks:
+            name, at = b.slot.region.name, b.start * b.slot.storage.row_nbytes
+            tensors[name][:, at : at + b.width] = parts[name]
+    return {f"rows/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _insert(table: CapsuleOwner, header: BlobHeader, tensors: Mapping[str, Bytes]) -> Capsule:
+    arena, plan = table.arena, table.arena.lane(0)
+    blocks, rows_nbytes = (
+        segment_layout(plan.rows, 0, header.position) if header.position else ([], 0)
+    )
+    fixed: Bytes = np.empty(table.fixed_nbytes, np.uint8)
+    for slot in plan.fixed.slots:
+        first = slot.offset - plan.fixed.offset
+        fixed[first : first + slot.storage.nbytes] = tensors[f"fixed/{slot.region.name}"]
+    stamp_gaps(arena, fixed)
+    fixed_block, block = table.pool.take(table.fixed_nbytes, rows_nbytes)
+    base = arena.memory.address
+    arena.backend.write(base + fixed_block, fixed)
+    segment = None
+    if header.position:
+        parts = [tensors[f"rows/{b.slot.region.name}"].reshape(-1) for b in blocks]
+        plans = [CopyPlan([Copy(0, block + b.offset, b.planes * b.width)]) for b in blocks]
+        arena.backend.upload([Upload(d, p) for d, p in zip(parts, plans, strict=True)], base)
+        tokens = _journal(tensors, header.position)
+        rows = Extent(rows_nbytes, block)
+        segment = Segment(None, 0, header.position, tokens, rows, refs=1)
+    nbytes = table.fixed_nbytes + rows_nbytes
+    extent = Extent(table.fixed_nbytes, fixed_block)
+    capsule = Capsule(table, segment, extent, nbytes, header.name, None, header.digest)
+    table.capsules.add(capsule)
+    return capsule
+
+
+def _journal(tensors: Mapping[str, Bytes], position: int) -> NDArray[np.int32]:
+    """The host's copy of the tokens; the device's is the rows region that declares them."""
+    if not position:
+        return np.empty(0, np.int32)
+    return tensors[f"rows/{JOURNAL}"].reshape(-1)[: 4 * position].copy().view(np.int32)
+
+
+def _header_sum(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    rest = {k: v for k, v in metadata.items() if k != "header"}
+    text = json.dumps([rest, {k: list(v) for k, v in shapes.items()}], sort_keys=True)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _write(path: Path, tensors: dict[str, Bytes], metadata: dict[str, str]) -> None:
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        safetensors.numpy.save_file(tensors, temporary, metadata)
+        with Path(temporary).open("rb+") as file:
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise CapsuleError(f"cannot write {path}: {error}; nothing was left there") from error

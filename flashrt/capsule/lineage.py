@@ -1,0 +1,196 @@
+"""Lineage: segments of rows shared between capsules, and what of them a lane physically holds.
+
+IS: the tree of segments, and the arithmetic that turns it into copy plans. IS NOT: allocation or
+policy. Called by: capsule.
+
+A segment holds rows [start, stop) that follow its parent's rows. The rows of a capsule are those of
+its segment's chain, as commits are in git. A lane `holds` a segment up to `intact`: the bytes of
+rows [0, intact) in the lane's rows band are those of that chain, whether or not the lane's position
+is beyond them. Hence going back to an ancestor moves no rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashrt.capsule.extent import Extent
+from flashrt.core.copyplan import Copy
+from flashrt.core.planner import Band, Slot, align
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Segment:
+    """Rows [start, stop) after `parent`; stored in some tier while anybody refers to it."""
+
+    parent: Segment | None
+    start: int
+    stop: int
+    tokens: NDArray[np.int32]  # [stop - start]
+    rows: Extent
+    refs: int = 0  # capsules and living child segments
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether some tier still has the rows; identity outlives storage."""
+        return self.rows.is_stored
+
+    def chain(self) -> Iterator[Segment]:
+        """This segment, its parent, and so on to the first."""
+        at: Segment | None = self
+        while at is not None:
+            yield at
+            at = at.parent
+
+
+def chain_of(segment: Segment | None) -> Iterator[Segment]:
+    """`segment.chain()`, empty for the empty history."""
+    return iter(()) if segment is None else segment.chain()
+
+
+@dataclass(slots=True, eq=False)
+class Waypoint:
+    """A boundary of one lane whose rows need no storing: they are in the lane. `block` has the
+    fixed band.
+    """
+
+    position: int
+    block: int
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """The host's record of one live sequence.
+
+    Invariants: 0 <= position <= len(journal); waypoints ascend and lie at or below position; rows [0,
+    intact) in the arena are those of `held`'s chain, and intact <= held.stop (0 without held).
+    """
+
+    index: int
+    journal: NDArray[np.int32]  # [max_positions]; [0, position) are history
+    position: int = 0
+    held: Segment | None = None
+    intact: int = 0
+    waypoints: list[Waypoint] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """The committed tokens, a copy."""
+        return self.journal[: self.position].copy()
+
+    def commit(self, tokens: NDArray[np.int32]) -> None:
+        """Tokens whose rows were just written become history."""
+        stop = self.position + len(tokens)
+        self.journal[self.position : stop] = tokens
+        self.intact = min(self.intact, self.position)
+        self.position = stop
+
+    def hold(self, segment: Segment | None, intact: int) -> None:
+        """From now on rows [0, intact) are those of `segment`'s chain."""
+        self.held, self.intact = segment, intact
+
+    def base(self, position: int) -> Segment | None:
+        """The deepest stored segment of the held chain that ends at or below `position` and is
+        intact.
+        """
+        limit = min(self.intact, position)
+        return next((s for s in chain_of(self.held) if s.is_stored and s.stop <= limit), None)
+
+
+def shared_rows(lane: Lane, segment: Segment | None) -> int:
+    """How many rows of `segment`'s chain are in the lane already."""
+    ours, theirs = lane.held, segment
+    while ours is not theirs:  # up to where the two chains meet: the deeper one steps
+        if ours is None or theirs is None:
+            return 0
+        depth = ours.stop - theirs.stop
+        if depth >= 0:
+            ours = ours.parent
+        if depth <= 0:
+            theirs = theirs.parent
+    return 0 if ours is None else min(ours.stop, lane.intact)
+
+
+def path_to(segment: Segment | None, above: int) -> list[Segment]:
+    """The stored segments with rows at or beyond `above`, oldest first."""
+    return [s for s in chain_of(segment) if s.stop > above][::-1]
+
+
+def tokens_of(segment: Segment | None) -> NDArray[np.int32]:
+    """All tokens of the chain."""
+    parts = [s.tokens for s in chain_of(segment)][::-1]
+    return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+
+class RowBlock(NamedTuple):
+    """Rows [start, stop) of one region, widened to granules, as stored in a segment's block."""
+
+    slot: Slot
+    start: int  # widened
+    stop: int
+    offset: int  # within the block
+    width: int  # bytes of one plane
+    planes: int
+
+
+def segment_layout(rows: Band, start: int, stop: int) -> tuple[list[RowBlock], int]:
+    """How rows [start, stop) of all regions lie in a block, and its size in bytes."""
+    blocks: list[RowBlock] = []
+    offset = 0
+    for slot in rows.slots:
+        storage = slot.storage
+        g, row_nbytes = storage.granule, storage.row_nbytes
+        first, last = start // g * g, min(-(-stop // g) * g, storage.lead_nbytes // row_nbytes)
+        width, planes = (last - first) * row_nbytes, slot.region.shape[0]
+        blocks.append(RowBlock(slot, first, last, offset, width, planes))
+        offset = align(offset + width * planes)
+    return blocks, offset
+
+
+def copies_out(blocks: Sequence[RowBlock], block: int) -> list[Copy]:
+    """Rows of a lane -> a block; `blocks` are laid out for that lane's band."""
+    copies: list[Copy] = []
+    for slot, start, _, offset, width, planes in blocks:
+        pitch, row_nbytes = slot.storage.lead_nbytes, slot.storage.row_nbytes
+        at = slot.offset + start * row_nbytes
+        copies.append(Copy(at, block + offset, width, planes, pitch, width))
+    return copies
+
+
+def copies_in(rows: Band, path: Sequence[Segment], above: int) -> list[tuple[Extent, list[Copy]]]:
+    """Rows at or beyond `above` of the path's segments -> lane rows, each granule from exactly one
+    segment. A copy's source is an offset within its segment's bytes.
+
+    A granule that two segments share is taken from the younger one: it was stored when both had
+    their rows in it.
+    """
+    moves: list[tuple[Extent, list[Copy]]] = []
+    for i, segment in enumerate(path):
+        copies: list[Copy] = []
+        blocks, _ = segment_layout(rows, segment.start, segment.stop)
+        for slot, first, last, offset, width, planes in blocks:
+            g, row_nbytes = slot.storage.granule, slot.storage.row_nbytes
+            start = max(first, above // g * g)
+            stop = last if i + 1 == len(path) else segment.stop // g * g
+            if start < stop:
+                src = offset + (start - first) * row_nbytes
+                dst = slot.offset + start * row_nbytes
+                nbytes = (stop - start) * row_nbytes
+                copies.append(Copy(src, dst, nbytes, planes, width, slot.storage.lead_nbytes))
+        if copies:
+            moves.append((segment.rows, copies))
+    return moves
+
+
+def copies_across(source: Band, target: Band, above: int, stop: int) -> list[Copy]:
+    """Rows [above, stop) of one lane -> the same rows of another."""
+    copies: list[Copy] = []
+    blocks, _ = segment_layout(source, above, stop)
+    for b, other in zip(blocks, target.slots, strict=True):
+        pitch, at = b.slot.storage.lead_nbytes, b.start * b.slot.storage.row_nbytes
+        copies.append(Copy(b.slot.offset + at, other.offset + at, b.width, b.planes, pitch, pitch))
+    return copies

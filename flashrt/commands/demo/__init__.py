@@ -1,0 +1,1 @@
+"""`flashrt demo`: the main job, with every claim checked in that run."""

@@ -1,0 +1,319 @@
+"""The demo's acts: an agent is told a long prompt, branches, errs, goes back, and is resumed.
+
+IS: what happens and what is measured. IS NOT: how it is shown (demo_report), or the questions after
+half a restore (demo_ablation). Called by: demo.
+
+Sessions called `cold` never see a capsule: what they compute is the truth about bits. The truth
+about answers comes from the simulators in flashrt.worlds.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashrt.base.errors import FlashrtError
+from flashrt.commands.checkpoints import EngineOptions
+from flashrt.commands.demo.ablation import OTHER, Ablation
+from flashrt.commands.demo.findings import Branch, Mishap, NewProcess, Story, Turn
+from flashrt.commands.demo.starts import State, Step, measure_starts, state_of
+from flashrt.commands.timing import Tokens, prefill, timed
+from flashrt.core.backend import Progress
+from flashrt.load import SessionEngine
+from flashrt.session.chat import Chat, Moment, open_chat
+from flashrt.store.store import Store
+from flashrt.view.arena_map import arena_map, widest
+from flashrt.view.session_tree import bytes_alone, session_tree
+from flashrt.view.svg import save_svg
+from flashrt.worlds.building import Building, parse_call
+from flashrt.worlds.document import HELD_OUT, Thing
+from flashrt.worlds.inventory import Inventory
+from flashrt.worlds.moves import Moves
+from flashrt.worlds.updates import goes_to
+
+MAX_CALLS = 8
+FAILURE = "error : the tool did not answer . try again later ."  # nothing like it was trained
+ANSWER_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is told and asked; the defaults are for a model that reads fast."""
+
+    facts: int = 150  # of the prompt
+    filler: int = 40  # sentences of a tale between them
+    hints: int = 14  # where things may be
+    questions: int = 10  # of each kind, after whole and half restores
+    walk: int = 12  # steps of the branch `walk`
+    moves: int = 100  # before a question after half a restore
+    updates: int = 60
+    lengths: tuple[int, ...] = (512, 2048, 8192)  # prompts of the comparison cold / warm
+
+
+SMALL = Sizes(20, 4, 4, 2, 6, 20, 12, (256, 1024))
+FAST_TOKENS_PER_S = 2000.0  # a model that prefills slower gets SMALL
+
+
+class Stage:
+    """An engine with three lanes; `chat` is the agent."""
+
+    def __init__(
+        self,
+        engine: SessionEngine,
+        options: EngineOptions,
+        sizes: Sizes,
+        story: Story,
+        progress: Progress,
+    ) -> None:
+        self.engine, self.options, self.sizes = engine, options, sizes
+        self.story, self.progress = story, progress
+        self.chat = open_chat(engine)
+        seed = HELD_OUT + story.seed
+        self.inventory = Inventory(seed, sizes.facts, sizes.filler)
+        self.building = _apart_from(self.inventory, seed, sizes.hints)
+        self.walker = Moves(seed)
+        self.pending: list[tuple[Tokens, State, Callable[[bool], None]]] = []  # to compare
+
+    def play(self, out: Path) -> None:
+        """All acts, in order."""
+        facts = self._prompt()
+        ends = [self._recall(), self._walk(facts), self._errand(facts)]
+        before = self._mishap(facts)
+        self._resume(ends[0])
+        self._draw(out, [facts, *ends, *before], ends[0])
+        self._ask_the_witness()
+        self._ablation(facts)
+        for moment in (*ends, *before, facts):
+            moment.capsule.drop()
+        self._starts()
+
+    # -- acts -----------------------------------------------------------------------------------
+
+    def _prompt(self) -> Moment:
+        story = self.story
+        story.prompt = f"{self.inventory.prompt()} {self.building.prompt()}"
+        story.facts, story.hints = self.sizes.facts, self.sizes.hints
+        self.chat.add("system", story.prompt)
+        tokens = np.array(self.chat.tokens(), np.int32)
+        story.prompt_tokens = len(tokens)
+        story.prefill_s = prefill(self.engine, self.chat.session, tokens, self.progress, "prompt")
+        facts, story.snapshot_s, _ = timed(self.engine, lambda: self.chat.snapshot("facts"))
+        story.capsule_bytes = facts.capsule.nbytes
+        return facts
+
+    def _recall(self) -> Moment:
+        """A fact is recalled, changed, recalled."""
+        thing, chat = self.inventory.things[self.sizes.facts // 3], self.chat
+        moved_to = self.inventory.places[self.inventory.things[-1]]
+        turns = self._ask(chat, self.inventory.question(thing), self.inventory.answer(thing))
+        said = f"{goes_to(thing, moved_to)} {self.inventory.question(thing)}"
+        turns += self._ask(chat, said, f"the {thing} is in the {moved_to} .")
+        return self._branch("recall", "goes straight on", chat, turns)
+
+    def _walk(self, facts: Moment) -> Moment:
+        """A position after some moves, told in one turn."""
+        self._step("restore the prompt", lambda: self.chat.restore(facts))
+        walker = self.walker
+        said = f"{walker.start()} {walker.walk(self.sizes.walk)} {walker.question()}"
+        turns = self._ask(self.chat, said, walker.answer())
+        return self._branch("walk", "restored on the same lane", self.chat, turns)
+
+    def _errand(self, facts: Moment) -> Moment:
+        """A thing is fetched with tools, in a fork."""
+        thing = self._hidden()[0]
+        truth = self.building.right_turns(thing)
+        other = self._step("fork the prompt to another lane", lambda: self.chat.fork(facts))
+        other.add("user", self.building.request(thing))
+        turns = [Turn("user", self.building.request(thing))]
+        turns += self._tools(other, self.building, truth)
+        made = self._branch("errand", "forked to another lane", other, turns)
+        other.close()
+        return made
+
+    def _mishap(self, facts: Moment) -> list[Moment]:
+        """A tool call fails. One agent goes on with the failure; the other takes it back."""
+        chat, building = self.chat, self.building
+        hints, hidden = building.hints, building.hidden  # best in the first place of its hint
+        thing = min(self._hidden(), key=lambda t: hints[t].index(hidden[t]))
+        truth = building.right_turns(thing)
+        self._step("restore the prompt again", lambda: chat.restore(facts))
+        chat.add("user", building.request(thing))
+        before = chat.snapshot("before the call")
+        call = chat.reply(ANSWER_TOKENS)
+        chat.add("tool", FAILURE)
+        after = chat.snapshot("after the failure")
+        other = copy.deepcopy(building)
+        kept = self._tools(chat, other, [])
+        self._step("roll back the failed call", lambda: chat.restore(before))
+        retried = self._tools(chat, building, truth)
+        self.story.mishap = Mishap(
+            request=building.request(thing),
+            failed=[Turn("assistant", call, truth[0]), Turn("tool", FAILURE)],
+            kept=kept,
+            is_done_kept=other.is_brought(thing),
+            retried=retried,
+            is_done=building.is_brought(thing),
+            dropped_tokens=after.capsule.position - before.capsule.position,
+        )
+        return [before, after, chat.snapshot("called again")]
+
+    def _resume(self, moment: Moment) -> None:
+        """Another process goes on from a branch, by way of a store on disk."""
+        thing = self.inventory.things[self.sizes.facts // 2]
+        question = self.inventory.question(thing)
+        with tempfile.TemporaryDirectory(prefix="flashrt-demo-") as folder:
+            saved = Store(folder).save(moment.capsule, "branch")
+            told = {
+                "checkpoint": str(self.engine.checkpoint.path),
+                "options": {
+                    "device": self.engine.device,
+                    "precision": self.options.precision,
+                    "kv_dtype": self.options.kv_dtype,
+                },
+                "store": folder,
+                "name": "branch",
+                "said": moment.said,
+                "question": question,
+                "answer_tokens": ANSWER_TOKENS,
+            }
+            found = _in_a_new_process(told)
+        self._step("switch to a branch", lambda: self.chat.restore(moment))
+        self.chat.add("user", question)
+        self.story.process = NewProcess(
+            question=question,
+            answer=found["answer"],
+            answer_here=self.chat.reply(ANSWER_TOKENS),
+            saved_bytes=saved.new_nbytes,
+            loaded_s=found["loaded_s"],
+            restored_s=found["restored_s"],
+            answered_s=found["answered_s"],
+            is_equal=found["digest"] == moment.capsule.digest,
+        )
+
+    def _ask_the_witness(self) -> None:
+        """Cold prefills of the tokens of every step and branch, and the states compared."""
+        for i, (tokens, state, tell) in enumerate(self.pending):
+            self.progress("cold prefills, to compare", i, len(self.pending))
+            with self.engine.session() as cold:
+                cold.prefill(tokens)
+                tell(state_of(cold) == state)
+        self.progress("cold prefills, to compare", len(self.pending), len(self.pending))
+
+    def _ablation(self, facts: Moment) -> None:
+        seed, sizes = HELD_OUT + self.story.seed, self.sizes
+        seeds = range(seed, seed + sizes.questions)
+        things = self.inventory.things[:: sizes.facts // sizes.questions][: sizes.questions]
+        ablation = Ablation(self.engine, self.chat, self.progress)
+        asked = [(self.inventory.question(t), self.inventory.answer(t)) for t in things]
+        other = Inventory(seed + OTHER, 2 * sizes.facts, 2 * sizes.filler).prompt()
+        ablation.recall(facts, asked, other)
+        ablation.walks(seeds, sizes.moves)
+        ablation.updates(seeds, sizes.updates)
+        self.story.answers, self.story.rows_only_differs = ablation.answers, ablation.differs
+
+    def _starts(self) -> None:
+        text = Inventory(HELD_OUT + self.story.seed, 384, 400).prompt()
+        prompt = np.array(self.chat.tokens((("system", text),)), np.int32)
+        turn = np.array(
+            self.chat.tokens(
+                (("user", self.inventory.question(self.inventory.things[0])),), is_asked=True
+            ),
+            np.int32,
+        )
+        self.story.turn_tokens = len(turn)
+        self.chat.close()
+        self.story.starts = measure_starts(
+            self.engine, prompt, self.sizes.lengths, turn, self.progress
+        )
+
+    def _draw(self, out: Path, tree: list[Moment], here: Moment) -> None:
+        engine, story = self.engine, self.story
+        capsules = [moment.capsule for moment in tree]
+        story.tree_bytes = sum(c.nbytes for c in capsules)
+        story.tree_bytes_alone = sum(bytes_alone(c) for c in capsules)
+        tapes = [engine.model.record(phase, rows) for phase, rows in engine.model.phases]
+        title = f"Arena: {len(engine.lanes)} lanes of {engine.max_positions:,} positions"
+        pictures = {
+            "arena.svg": arena_map(engine.arena.plan, widest(tapes), title),
+            "session-tree.svg": session_tree(capsules, {"the agent": here.capsule}),
+        }
+        story.files = [str(save_svg(svg, out / name)) for name, svg in pictures.items()]
+
+    # -- tools ----------------------------------------------------------------------------------
+
+    def _ask(self, chat: Chat, question: str, truth: str) -> list[Turn]:
+        chat.add("user", question)
+        return [Turn("user", question), Turn("assistant", chat.reply(ANSWER_TOKENS), truth)]
+
+    def _tools(self, chat: Chat, building: Building, truth: list[str]) -> list[Turn]:
+        """Assistant turns with tool results between them, until one calls no tool."""
+        turns: list[Turn] = []
+        for i in range(MAX_CALLS):
+            said = chat.reply(ANSWER_TOKENS)
+            turns.append(Turn("assistant", said, truth[i] if i < len(truth) else None))
+            if not parse_call(said):
+                break
+            result = building.call(said)
+            chat.add("tool", result)
+            turns.append(Turn("tool", result))
+        return turns
+
+    def _hidden(self) -> list[Thing]:
+        """Things that can be found now, in the order of the prompt."""
+        return [thing for thing in self.building.things if thing in self.building.hidden]
+
+    def _branch(self, name: str, how: str, chat: Chat, turns: list[Turn]) -> Moment:
+        moment = chat.snapshot(name)
+        position, own = moment.capsule.position, moment.capsule.nbytes
+
+        def tell(is_equal: bool) -> None:
+            self.story.branches.append(Branch(name, how, turns, position, own, is_equal))
+
+        self._note(chat, tell)
+        return moment
+
+    def _step(self, what: str, act: Callable[[], Chat | None]) -> Chat:
+        """Do something to the agent's conversation, or make another one of it."""
+        made, seconds, moved = timed(self.engine, act)
+        chat = made or self.chat
+        position = chat.session.position
+
+        def tell(is_equal: bool) -> None:
+            self.story.steps.append(Step(what, position, seconds, moved, is_equal))
+
+        self._note(chat, tell)
+        return chat
+
+    def _note(self, chat: Chat, tell: Callable[[bool], None]) -> None:
+        self.pending.append((chat.session.tokens, state_of(chat.session), tell))
+
+
+def _apart_from(inventory: Inventory, seed: int, hints: int) -> Building:
+    """The first building from a seed on with none of the inventory's things, and two to bring."""
+    known = set(inventory.things)
+    while True:
+        building = Building(seed, hints)
+        if known.isdisjoint(building.things) and len(building.hidden) >= 2:
+            return building
+        seed += 1
+
+
+def _in_a_new_process(told: dict[str, Any]) -> dict[str, Any]:
+    """What demo_resume found. Raises FlashrtError when it failed."""
+    command = [sys.executable, "-m", "flashrt.commands.demo.resume"]
+    ran = subprocess.run(
+        command, input=json.dumps(told), capture_output=True, text=True, check=False
+    )
+    if ran.returncode:
+        raise FlashrtError(f"the new process failed:\n{ran.stderr}")
+    found: dict[str, Any] = json.loads(ran.stdout)
+    return found

@@ -1,0 +1,101 @@
+"""Qwen3.5 dense text models: Gated DeltaNet layers with full attention among them.
+
+IS: the regions of a lane, and which tape a phase is. IS NOT: config fields (qwen35_config), weight
+names (qwen35_weights) or the launches of a tape (qwen35_tapes, qwen35_draft). Called by:
+models.model_for, engine.
+"""
+
+from __future__ import annotations
+
+from flashrt.base.errors import PlanError
+from flashrt.core.region import DType, Layout, Region, Role
+from flashrt.core.tape import Tape
+from flashrt.models.model import BUCKETS
+from flashrt.models.qwen35 import draft as drafting
+from flashrt.models.qwen35.config import Qwen35Config
+from flashrt.models.qwen35.tapes import Recorder
+from flashrt.models.qwen35.weights import weight_rules
+from flashrt.ops import table as ops
+
+PREFILL, DECODE, SAMPLE = "prefill", "decode", "sample"
+
+
+class Qwen35:
+    """One model at one context length. See `models.model.Model`."""
+
+    name = "qwen3_5"
+    buckets = BUCKETS
+
+    def __init__(
+        self, config: Qwen35Config, *, max_positions: int, kv_dtype: DType, has_draft_head: bool
+    ) -> None:
+        if max_positions < 1:
+            raise PlanError(f"max_positions is {max_positions}; at least 1 is needed")
+        if kv_dtype not in (DType.BF16, DType.F32):
+            raise PlanError(f"kv_dtype is {kv_dtype}; {DType.BF16} and {DType.F32} are supported")
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.max_positions = max_positions
+        self.weights = weight_rules(config, has_draft_head)
+        self.lane_regions: tuple[Region, ...] = _lane_regions(config, max_positions, kv_dtype)
+        self.phases: tuple[tuple[str, int], ...] = (
+            *((PREFILL, rows) for rows in BUCKETS),
+            (DECODE, 1),
+            (SAMPLE, 1),
+        )
+        if has_draft_head:
+            self.lane_regions += drafting.lane_regions(config, max_positions, kv_dtype)
+            self.phases += drafting.PHASES
+        self._regions = {
+            r.name: r for r in (*self.lane_regions, *(rule.region for rule in self.weights))
+        }
+
+    def record(self, phase: str, rows: int) -> Tape:
+        """The launches of a phase. Raises PlanError for a pair that is not in `phases`."""
+        if (phase, rows) not in self.phases:
+            raise PlanError(
+                f"{self.name} has no phase {phase!r} of {rows} rows; phases: {self.phases}"
+            )
+        tape = Tape(phase, rows)
+        if (phase, rows) in drafting.PHASES:
+            drafting.record(self.config, self.max_positions, self._regions, tape)
+            return tape
+        recorder = Recorder(self.config, self.max_positions, self._regions, tape)
+        if phase == PREFILL:
+            recorder.forward(self._regions["tokens"].view().cols(0, rows))
+        elif phase == DECODE:
+            recorder.forward(self._regions["cursor"].view().cols(2, 3))  # the token sampled last
+            recorder.sample()
+        else:
+            recorder.sample()
+        return tape
+
+
+def _lane_regions(c: Qwen35Config, max_positions: int, kv_dtype: DType) -> tuple[Region, ...]:
+    regions = [
+        Region("cursor", (ops.CURSOR_WORDS,), DType.I32, Role.FIXED),
+        Region("sampler", (ops.SAMPLER_WORDS,), DType.U32, Role.FIXED),
+        Region("bias", (ops.BIAS_ENTRIES, 2), DType.U32, Role.FIXED),
+    ]
+    if n := c.n_linear:
+        state, window = (
+            (n, c.value_heads, c.key_dim, c.value_dim),
+            (n, c.conv_taps - 1, c.conv_channels),
+        )
+        regions += [
+            Region("state", state, DType.F32, Role.FIXED, Layout.COLUMN_BLOCKS, is_digested=True),
+            Region("window", window, DType.F32, Role.FIXED, is_digested=True),
+        ]
+    regions.append(Region("last_hidden", (1, c.hidden), DType.ACT, Role.FIXED, is_digested=True))
+    regions.append(Region("journal", (1, max_positions, 1), DType.I32, Role.ROWS, is_digested=True))
+    if n := c.n_full:
+        rows = (n * c.kv_heads, max_positions, c.head_dim)
+        regions += [
+            Region("keys", rows, kv_dtype, Role.ROWS, Layout.ROWS_IN_LANES, is_digested=True),
+            Region("values", rows, kv_dtype, Role.ROWS, Layout.COLS_IN_LANES, is_digested=True),
+        ]
+    return (
+        *regions,
+        Region("tokens", (max(BUCKETS),), DType.I32, Role.IO),
+        Region("logits", (1, c.vocab_size), DType.F32, Role.IO),
+    )

@@ -1,0 +1,124 @@
+"""What a control loop asks of a policy engine.
+
+IS: the verbs on lanes as a protocol: flashrt's PolicyEngine has them; so may a policy of your own.
+IS NOT: the loop. Called by: control, recording.
+
+Every verb is a graph boundary: whole, or not begun. Observations and actions are float32, in the
+environment's units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from flashrt.capsule.capsule import Capsule
+from flashrt.capsule.lineage import Lane
+from flashrt.capsule.table import CapsuleTable
+from flashrt.robot.schedule import Cursor
+
+Array = NDArray[np.float32]
+
+
+class PolicyShape(Protocol):
+    """Sizes that a loop needs."""
+
+    @property
+    def observation_dim(self) -> int: ...
+    @property
+    def action_dim(self) -> int: ...
+    @property
+    def chunk_size(self) -> int:
+        """Actions of a plan."""
+        ...
+
+    @property
+    def n_action_steps(self) -> int:
+        """Of which are executed before the next plan takes over, beyond those committed."""
+        ...
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Euler steps of a plan."""
+        ...
+
+
+class Policy(Protocol):
+    """Verbs on lanes."""
+
+    @property
+    def config(self) -> PolicyShape: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def capsules(self) -> CapsuleTable: ...
+
+    @property
+    def forgotten(self) -> list[Callable[[], None]]:
+        """How to give back the lanes of loops that were dropped without `close`."""
+        ...
+
+    def take_lane(self) -> Lane:
+        """A free lane; forgotten ones are given back first. Raises LaneBusy."""
+        ...
+
+    def release(self, lane: Lane) -> None: ...
+    def reset(self, lane: Lane, seed: int) -> None:
+        """Tick 0, nothing remembered, nothing promised."""
+        ...
+
+    def set_seed(self, lane: Lane, seed: int) -> None:
+        """The noise of plans from here on."""
+        ...
+
+    def cursor(self, lane: Lane) -> Cursor: ...
+    def observe(self, lane: Lane, observation: Array) -> None:
+        """Take in the coming tick's observation [observation_dim]."""
+        ...
+
+    def act(self, lane: Lane) -> Array:
+        """The coming tick's action [action_dim], as promised."""
+        ...
+
+    def action(self, lane: Lane) -> Array:
+        """The action executed last [action_dim]."""
+        ...
+
+    def tick(self, lane: Lane, observation: Array) -> Array:
+        """observe and act in one replay."""
+        ...
+
+    def plan(self, lane: Lane, committed: int = 0) -> None:
+        """Put a chunk from the last observation into force; its first rows as promised before."""
+        ...
+
+    def begin_plan(self, lane: Lane, committed: int) -> None:
+        """The same in slices, to the same bits: num_inference_steps of `continue_plan` follow."""
+        ...
+
+    def continue_plan(self, lane: Lane) -> bool:
+        """One Euler step; True when it was the last, and the chunk is in force."""
+        ...
+
+    def cut(self, lane: Lane, stop: int) -> None:
+        """Nothing is promised from tick `stop` on, and what was seen so far is not planned from."""
+        ...
+
+    def override(self, lane: Lane, action: ArrayLike) -> None:
+        """Something else than the last action was executed. Raises ObservationError."""
+        ...
+
+    def snapshot(self, lane: Lane, name: str | None = None) -> Capsule:
+        """Raises PoolFull."""
+        ...
+
+    def restore(self, lane: Lane, capsule: Capsule) -> None:
+        """Raises CapsuleError."""
+        ...
+
+    def fork(self, source: Lane, target: Lane) -> None: ...
+    def digest(self, lane: Lane) -> str: ...
+    def stats(self) -> Mapping[str, Any]: ...
