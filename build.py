@@ -3,7 +3,7 @@
 IS: what would be compiled at load, compiled now, and for CUDA what each kernel takes: registers,
 shared memory, spills. Needs neither a GPU nor a driver. The folder of --out is a kernel cache:
 point FLASHRT_CACHE_DIR at it, on this machine or another.
-IS NOT: needed; `flashrt.load` compiles what is missing. Called by: people who ship images, CI.
+IS NOT: needed; `flashrt.load` compiles what is missing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from flashrt.core.tape import Tape
 from flashrt.load import DRAFT_HEAD_TENSOR
 from flashrt.models import model_for
 from flashrt.models.flow_policy.config import MODEL_TYPE, config_of, parse_config
-from flashrt.models.flow_policy.model import Policy
+from flashrt.models.flow_policy.model import FlowPolicy
 from flashrt.ops import OPS
 from flashrt.weights.checkpoint import open_checkpoint
 from flashrt.weights.random_checkpoint import SHAPES, shape_config
@@ -194,11 +194,11 @@ def _recorded(arguments: argparse.Namespace) -> list[Launch]:
     if arguments.checkpoint is not None:
         source = open_checkpoint(arguments.checkpoint)
         if source.config.get("model_type") == MODEL_TYPE:
-            return _launches_of(Policy(config_of(source)))
+            return _launches_of(FlowPolicy(config_of(source)))
         config, has_draft_head = dict(source.config), DRAFT_HEAD_TENSOR in source.tensors
     else:
         config, has_draft_head = shape_config(arguments.shape, has_draft_head=True), True
-        models.append(Policy(parse_config(policy_config("base"))))
+        models.append(FlowPolicy(parse_config(policy_config("base"))))
     kv_dtype = DType(arguments.kv_dtype)
     models += (  # prefill without a draft head ends otherwise
         model_for(

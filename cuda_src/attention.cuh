@@ -1,29 +1,35 @@
-// attention.cuh - one block of 256 keys for the queries of one key head: scores, softmax, weighted values.
+// attention.cuh - one block of 256 keys for the queries of one key head: scores, softmax, weighted
+// values.
 //
-// Shared by attention_few (blocks of keys side by side, merged afterwards) and attention_many (one after the other), so
-// that a query's bits are the same in both, alone or in company.
+// Shared by attention_few (blocks of keys side by side, merged afterwards) and attention_many (one
+// after the other), so that a query's bits are the same in both, alone or in company.
 //
-// Columns of mma are queries: column c is row first_row + c / GROUP, query head c % GROUP of the key head. Keys are the
-// 16-row operand of the scores, value columns that of the weighted sum, and both come from memory straight into
-// registers: which key or column a row of mma stands for is free, so lanes take what lies together.
-//   scores:  warp w has keys 32 w .. 32 w + 31; lane 4g + t loads 8 consecutive dims of keys 4g .. 4g + 3.
-//   values:  warp w has dims 32 w .. 32 w + 31; lane 4g + t loads 4 consecutive dims of keys 8t .. 8t + 7 of 32.
+// Columns of mma are queries: column c is row first_row + c / GROUP, query head c % GROUP of the
+// key head. Keys are the 16-row operand of the scores, value columns that of the weighted sum, and
+// both come from memory straight into registers: which key or column a row of mma stands for is
+// free, so lanes take what lies together.
+//   scores:  warp w has keys 32 w .. 32 w + 31; lane 4g + t loads 8 consecutive dims of keys 4g ..
+//            4g + 3.
+//   values:  warp w has dims 32 w .. 32 w + 31; lane 4g + t loads 4 consecutive dims of keys 8t ..
+//            8t + 7 of 32.
 //
-// Canonical order. A score: ascending dims, 16 per mma; then times 1 / sqrt(D). Maximum of the block: exact. Sum of the
-// block: keys 4g .. 4g + 3 as (p0 + p1) + (p2 + p3), over g by pairs 1, 2, 4 apart, over warps in order. Weighted sum:
-// ascending keys, 16 per mma. Within each mma step: hi times hi; key or value hi times lo of the pair; lo of a float
-// cache times hi. Blocks are merged in ascending order by `merge_factors`.
+// Canonical order. A score: ascending dims, 16 per mma; then times 1 / sqrt(D). Maximum of the
+// block: exact. Sum of the block: keys 4g .. 4g + 3 as (p0 + p1) + (p2 + p3), over g by pairs 1, 2,
+// 4 apart, over warps in order. Weighted sum: ascending keys, 16 per mma. Within each mma step: hi
+// times hi; key or value hi times lo of the pair; lo of a float cache times hi. Blocks are merged
+// in ascending order by `merge_factors`.
 //
-// Cache rows below SHIFT, and at or beyond position + rows, are not read (they may be NaN); weights of hidden keys are
-// selected to be 0. A row below SHIFT sees no key: its result is 0.
+// Cache rows below SHIFT, and at or beyond position + rows, are not read (they may be NaN); weights
+// of hidden keys are selected to be 0. A row below SHIFT sees no key: its result is 0.
 #pragma once
 
-constexpr int BLOCK_KEYS = 256, WARPS = 8, THREADS = 32 * WARPS, COLUMNS = 8 * COLUMN_TILES;
-constexpr int BLOCK_ROWS = COLUMNS / GROUP;               // rows of queries per block
+constexpr int BLOCK_KEYS = ATTENTION_BLOCK, WARPS = 8, THREADS = 32 * WARPS,
+              COLUMNS = 8 * COLUMN_TILES;
+constexpr int BLOCK_ROWS = COLUMNS / GROUP;  // rows of queries per block
 constexpr int DIM_GROUPS = ceil_div(HEAD_DIM, 32);
-constexpr int Q_VECTORS = round_up(HEAD_DIM, 64) / 8;     // uint4 per column
+constexpr int Q_VECTORS = round_up(HEAD_DIM, 64) / 8;  // uint4 per column
 constexpr int P_VECTORS = BLOCK_KEYS / 8;
-constexpr int PARTS = ACT_PARTS;                           // hi, lo
+constexpr int PARTS = ACT_PARTS;  // hi, lo
 
 #if CACHE_F32
 typedef float cache_t;
@@ -33,7 +39,8 @@ typedef uint16_t cache_t;
 
 struct Columns {
   float block_max[COLUMNS], max[COLUMNS], sum[COLUMNS];
-  float2 factor[COLUMNS];  // of what was merged before, and of the block; x < 0: the block is hidden
+  // of what was merged before, and of the block; x < 0: the block is hidden
+  float2 factor[COLUMNS];
   float warp_max[WARPS][COLUMNS], warp_sum[WARPS][COLUMNS];
 };
 
@@ -43,8 +50,8 @@ struct Shared {
   Columns columns;
 };
 
-// Where vector v of a column lies: 8 lanes of a 16-byte access (2 columns, 4 vectors) and of an 8-byte one (4 even
-// columns, 2 vectors) meet different banks.
+// Where vector v of a column lies: 8 lanes of a 16-byte access (2 columns, 4 vectors) and of an
+// 8-byte one (4 even columns, 2 vectors) meet different banks.
 DEVICE int swizzle(int column, int v) { return v ^ ((column & 6) ^ (column & 1) << 2); }
 
 // Whether a row of the cache is a key at all.
@@ -58,7 +65,8 @@ struct Queries {
   DEVICE int last_key(int column) const {
     return column < BLOCK_ROWS * GROUP && row(column) < rows ? position + row(column) : -1;
   }
-  // Whether a column sees a key of the block that begins at `first_key`, which is not all below SHIFT.
+  // Whether a column sees a key of the block that begins at `first_key`, which is not all below
+  // SHIFT.
   DEVICE bool sees(int column, int first_key) const {
     int last = last_key(column);
     return last >= first_key && is_key(last);
@@ -72,8 +80,10 @@ DEVICE void load_queries(Shared& s, const attention_args& a, const Queries& quer
     int c = i / Q_VECTORS, v = i % Q_VECTORS;
     float x[8] = {};
     if (queries.last_key(c) >= 0 && 8 * v < HEAD_DIM) {
-      const float* q = a.q + ((size_t)queries.row(c) * a.Nq + key_head * GROUP + c % GROUP) * HEAD_DIM + 8 * v;
-      float4 first = reinterpret_cast<const float4*>(q)[0], second = reinterpret_cast<const float4*>(q)[1];
+      const float* q =
+          a.q + ((size_t)queries.row(c) * a.Nq + key_head * GROUP + c % GROUP) * HEAD_DIM + 8 * v;
+      float4 first = reinterpret_cast<const float4*>(q)[0],
+             second = reinterpret_cast<const float4*>(q)[1];
       x[0] = first.x, x[1] = first.y, x[2] = first.z, x[3] = first.w;
       x[4] = second.x, x[5] = second.y, x[6] = second.z, x[7] = second.w;
     }
@@ -157,17 +167,20 @@ DEVICE void unpack_value(const ValueVector& v, uint2& hi, uint2& lo) {
 
 typedef float Accumulator[2][COLUMN_TILES][4];
 
-// One step of 16 dims for 32 keys (two tiles) and all columns; k: per key the two registers of the step.
-DEVICE void score_step(Accumulator& s, const uint32_t (&k)[4][2], const uint4 (&b)[COLUMN_TILES], int step) {
+// One step of 16 dims for 32 keys (two tiles) and all columns; k: per key the two registers of the
+// step.
+DEVICE void score_step(Accumulator& s, const uint32_t (&k)[4][2], const uint4 (&b)[COLUMN_TILES],
+                       int step) {
 #pragma unroll
   for (int i = 0; i < 2; i++)
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; j++)
-      mma(s[i][j], k[2 * i][0], k[2 * i + 1][0], k[2 * i][1], k[2 * i + 1][1], step ? b[j].z : b[j].x,
-          step ? b[j].w : b[j].y);
+      mma(s[i][j], k[2 * i][0], k[2 * i + 1][0], k[2 * i][1], k[2 * i + 1][1],
+          step ? b[j].z : b[j].x, step ? b[j].w : b[j].y);
 }
 
-DEVICE void scores(Accumulator& s, const Shared& shared, const cache_t* keys, int first_key, int limit) {
+DEVICE void scores(Accumulator& s, const Shared& shared, const cache_t* keys, int first_key,
+                   int limit) {
   constexpr int AHEAD = CACHE_F32 || COLUMN_TILES > 2 ? 1 : 3;  // groups of 32 dims in flight
   int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, key = first_key + 4 * g;
   KeyVector loaded[AHEAD + 1][4];
@@ -178,14 +191,16 @@ DEVICE void scores(Accumulator& s, const Shared& shared, const cache_t* keys, in
 #pragma unroll AHEAD + 1
   for (int d = 0; d < DIM_GROUPS; d++) {
 #pragma unroll
-    for (int m = 0; m < 4; m++) loaded[AHEAD][m] = load_key(keys, key + m, 32 * (d + AHEAD) + 8 * t, limit);
+    for (int m = 0; m < 4; m++)
+      loaded[AHEAD][m] = load_key(keys, key + m, 32 * (d + AHEAD) + 8 * t, limit);
     uint4 hi[4], lo[4], q[PARTS][COLUMN_TILES];
 #pragma unroll
     for (int m = 0; m < 4; m++) unpack_key(loaded[0][m], hi[m], lo[m]);
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; j++)
 #pragma unroll
-      for (int part = 0; part < PARTS; part++) q[part][j] = shared.q[part][8 * j + g][swizzle(g, 4 * d + t)];
+      for (int part = 0; part < PARTS; part++)
+        q[part][j] = shared.q[part][8 * j + g][swizzle(g, 4 * d + t)];
 #pragma unroll
     for (int step = 0; step < 2; step++) {
       uint32_t k[4][2], rest[4][2];
@@ -209,11 +224,12 @@ DEVICE void scores(Accumulator& s, const Shared& shared, const cache_t* keys, in
 
 // ---- softmax of the block
 
-// Accumulators -> weights in shared memory, block maxima and the warps' sums. All threads call it; after it, and a
-// barrier, `p` and `warp_sum` are there. first_key: of this warp.
+// Accumulators -> weights in shared memory, block maxima and the warps' sums. All threads call it;
+// after it, and a barrier, `p` and `warp_sum` are there. first_key: of this warp.
 DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int first_key) {
   Columns& columns = shared.columns;
-  int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, key = first_key + 4 * g;
+  int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3,
+      key = first_key + 4 * g;
   const float scale = 1.0f / sqrtf((float)HEAD_DIM);
 #pragma unroll
   for (int j = 0; j < COLUMN_TILES; j++)
@@ -228,7 +244,8 @@ DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int 
         largest = fmaxf(largest, x);
       }
 #pragma unroll
-      for (int o = 4; o < 32; o <<= 1) largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, o));
+      for (int o = 4; o < 32; o <<= 1)
+        largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, o));
       if (g == 0) columns.warp_max[warp][column] = largest;
     }
   __syncthreads();
@@ -273,8 +290,8 @@ DEVICE float block_sum_of(const Columns& columns, int column) {
 // ---- weighted values
 
 // o[i][j][e + 2h]: dim 32 * dim_group + 4g + 2i + h of column 8j + 2t + e.
-DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* values, int first_key, int limit,
-                         int dim_group) {
+DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* values, int first_key,
+                         int limit, int dim_group) {
   int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, dim = 32 * dim_group + 4 * g;
   ValueVector next[8];
 #pragma unroll
@@ -295,17 +312,20 @@ DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* va
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; j++)
 #pragma unroll
-      for (int part = 0; part < PARTS; part++) p[part][j] = shared.p[part][8 * j + g][swizzle(g, 4 * group + t)];
+      for (int part = 0; part < PARTS; part++)
+        p[part][j] = shared.p[part][8 * j + g][swizzle(g, 4 * group + t)];
 #pragma unroll
     for (int step = 0; step < 2; step++)
 #pragma unroll
-      for (int i = 0; i < 2; i++) {  // dims 4g + 2i (rows 0..7 of the tile) and 4g + 2i + 1 (rows 8..15)
+      // dims 4g + 2i (rows 0..7 of the tile) and 4g + 2i + 1 (rows 8..15)
+      for (int i = 0; i < 2; i++) {
         auto pick = [&](const uint2(&v)[8], int pair, uint32_t halves) {
           const uint2 &first = v[4 * step + 2 * pair], &second = v[4 * step + 2 * pair + 1];
           return __byte_perm(i ? first.y : first.x, i ? second.y : second.x, halves);
         };
         auto add = [&](const uint2(&v)[8], const uint4(&b)[COLUMN_TILES]) {
-          uint32_t a0 = pick(v, 0, 0x5410), a1 = pick(v, 0, 0x7632), a2 = pick(v, 1, 0x5410), a3 = pick(v, 1, 0x7632);
+          uint32_t a0 = pick(v, 0, 0x5410), a1 = pick(v, 0, 0x7632), a2 = pick(v, 1, 0x5410),
+                   a3 = pick(v, 1, 0x7632);
 #pragma unroll
           for (int j = 0; j < COLUMN_TILES; j++)
             mma(o[i][j], a0, a1, a2, a3, step ? b[j].z : b[j].x, step ? b[j].w : b[j].y);
@@ -320,7 +340,8 @@ DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* va
 // ---- merging blocks, and the result
 
 struct Factors {
-  float max, before, block;  // the new maximum; what multiplies the sums so far; what multiplies the block's
+  // the new maximum; what multiplies the sums so far; what multiplies the block's
+  float max, before, block;
 };
 
 DEVICE Factors merge_factors(float max_before, float block_max) {
@@ -333,4 +354,6 @@ DEVICE float merge(float sum, float block, float factor_before, float factor_blo
 }
 
 // o and sum are 0 where no key was seen.
-DEVICE float gated(float o, float sum, float gate) { return o / (sum > 0.0f ? sum : 1.0f) * sigmoid(gate); }
+DEVICE float gated(float o, float sum, float gate) {
+  return o / (sum > 0.0f ? sum : 1.0f) * sigmoid(gate);
+}

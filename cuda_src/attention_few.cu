@@ -1,11 +1,15 @@
 // attention_few.cu - attention for few rows: blocks of keys side by side, then a merge.
 //
-// Contract: y = softmax(q K^T / sqrt(D), causal) V, times sigmoid(gate), for valid rows. Query head h uses key head
-//           h / GROUP; row t sees keys [SHIFT, position + t]; if there are none, y = 0.
-// Shapes:   q [T, Nq, D], u [T, 2 Nq D + 2 Nk D] (gates beside queries), keys and values [Nk, S, D], partials [TP, Nq, B,
-//           D + 2] = (maximum, sum, o[D]) per block of 256 keys, y [T, Nq * D] activations.
-// Order:    attention.cuh. One graph serves every position: the grid covers the whole cache, blocks beyond it return.
-// Launch:   attention_partial: grid (B, Nk, T / BLOCK_ROWS), 256 threads. attention_merge: grid (Nq, T), a thread per dim.
+// Contract: y = softmax(q K^T / sqrt(D), causal) V, times sigmoid(gate), for valid rows. Query head
+//           h uses key head h / GROUP; row t sees keys [SHIFT, position + t]; if there are none, y
+//           = 0.
+// Shapes:   q [T, Nq, D], u [T, 2 Nq D + 2 Nk D] (gates beside queries), keys and values [Nk, S,
+//           D], partials [TP, Nq, B, D + 2] = (maximum, sum, o[D]) per block of 256 keys, y [T, Nq
+//           * D] activations.
+// Order:    attention.cuh. One graph serves every position: the grid covers the whole cache, blocks
+//           beyond it return.
+// Launch:   attention_partial: grid (B, Nk, T / BLOCK_ROWS), 256 threads. attention_merge: grid
+//           (Nq, T), a thread per dim.
 #include "flashrt.cuh"
 #include "attention.cuh"
 
@@ -20,7 +24,8 @@ KERNEL(BOUNDS) attention_partial(ARGS attention_args a) {
   Shared& shared = *pointer;
   begin();
   int block = blockIdx.x, key_head = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  Queries queries = {(int)blockIdx.z * BLOCK_ROWS, a.cursor[ROWS], a.cursor[POSITION]};
+  Queries queries = {(int)blockIdx.z * BLOCK_ROWS, a.cursor[CURSOR_ROWS],
+                     a.cursor[CURSOR_POSITION]};
   int limit = queries.position + queries.rows, first_key = block * BLOCK_KEYS;
   bool is_seen = first_key < limit && is_key(first_key + BLOCK_KEYS - 1);
   if (queries.first_row >= queries.rows || !is_seen) return;
@@ -35,10 +40,12 @@ KERNEL(BOUNDS) attention_partial(ARGS attention_args a) {
 
   auto partial = [&](int column) {
     int head = key_head * GROUP + column % GROUP;
-    return a.partials + (((size_t)queries.row(column) * a.Nq + head) * a.B + block) * (HEAD_DIM + 2);
+    return a.partials +
+           (((size_t)queries.row(column) * a.Nq + head) * a.B + block) * (HEAD_DIM + 2);
   };
   if (threadIdx.x < COLUMNS && queries.sees(threadIdx.x, first_key)) {
-    float2 statistics = {shared.columns.block_max[threadIdx.x], block_sum_of(shared.columns, threadIdx.x)};
+    float2 statistics = {shared.columns.block_max[threadIdx.x],
+                         block_sum_of(shared.columns, threadIdx.x)};
     *reinterpret_cast<float2*>(partial(threadIdx.x)) = statistics;
   }
   if (warp >= DIM_GROUPS) return;
@@ -63,18 +70,21 @@ KERNEL(256) attention_merge(ARGS attention_args a) {
   begin();
   __shared__ float before[BATCH], factor[BATCH], sums[BATCH];
   int head = blockIdx.x, row = blockIdx.y, d = threadIdx.x;
-  if (row >= a.cursor[ROWS]) return;
-  int first_block = SHIFT / BLOCK_KEYS, last_key = a.cursor[POSITION] + row;
+  if (row >= a.cursor[CURSOR_ROWS]) return;
+  int first_block = SHIFT / BLOCK_KEYS, last_key = a.cursor[CURSOR_POSITION] + row;
   int n_blocks = !is_key(last_key) ? 0 : last_key / BLOCK_KEYS + 1 - first_block;
-  const float* partials = a.partials + (((size_t)row * a.Nq + head) * a.B + first_block) * (HEAD_DIM + 2);
+  const float* partials =
+      a.partials + (((size_t)row * a.Nq + head) * a.B + first_block) * (HEAD_DIM + 2);
   float max = -INF, sum = 0.0f, o = 0.0f;
   for (int first = 0; first < n_blocks; first += BATCH) {
     int n = min(BATCH, n_blocks - first);
     const float* batch = partials + (size_t)first * (HEAD_DIM + 2);
     float block[BATCH];
 #pragma unroll
-    for (int i = 0; i < BATCH; i++) block[i] = i < n && d < HEAD_DIM ? batch[i * (HEAD_DIM + 2) + 2 + d] : 0.0f;
-    if (threadIdx.x < 32) {  // maxima so far: a scan over the lanes' blocks; exact, so any shape will do
+    for (int i = 0; i < BATCH; i++)
+      block[i] = i < n && d < HEAD_DIM ? batch[i * (HEAD_DIM + 2) + 2 + d] : 0.0f;
+    // maxima so far: a scan over the lanes' blocks; exact, so any shape will do
+    if (threadIdx.x < 32) {
       int i = threadIdx.x;
       float own = i < n ? batch[i * (HEAD_DIM + 2)] : -INF, largest = fmaxf(own, max);
 #pragma unroll

@@ -1,8 +1,8 @@
 // attention_many.cu - attention for many rows: a block of queries walks over the keys.
 //
 // Contract, shapes and order: as attention_few.cu; `partials` is not used.
-// Launch:   grid (T / BLOCK_ROWS, Nk), 256 threads; COLUMNS queries per block. Running maxima and sums are in shared
-//           memory, running outputs in registers.
+// Launch:   grid (T / BLOCK_ROWS, Nk), 256 threads; COLUMNS queries per block. Running maxima and
+//           sums are in shared memory, running outputs in registers.
 #include "flashrt.cuh"
 #include "attention.cuh"
 
@@ -12,8 +12,10 @@ KERNEL(256) attention_rows(ARGS attention_args a) {
   Columns& columns = shared.columns;
   begin();
   // the last rows have most keys: they start first
-  int key_head = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  Queries queries = {int(gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS, a.cursor[ROWS], a.cursor[POSITION]};
+  int key_head = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2,
+      t = lane & 3;
+  Queries queries = {int(gridDim.x - 1 - blockIdx.x) * BLOCK_ROWS, a.cursor[CURSOR_ROWS],
+                     a.cursor[CURSOR_POSITION]};
   if (queries.first_row >= queries.rows) return;
   int limit = queries.position + queries.rows;
   int last_key = queries.position + min(queries.first_row + BLOCK_ROWS, queries.rows) - 1;
@@ -27,7 +29,8 @@ KERNEL(256) attention_rows(ARGS attention_args a) {
   __syncthreads();
 
   Accumulator o = {};
-  for (int first_key = SHIFT / BLOCK_KEYS * BLOCK_KEYS; first_key <= last_key; first_key += BLOCK_KEYS) {
+  for (int first_key = SHIFT / BLOCK_KEYS * BLOCK_KEYS; first_key <= last_key;
+       first_key += BLOCK_KEYS) {
     Accumulator block = {};
     scores(block, shared, keys, first_key + 32 * warp, limit);
     softmax(block, shared, queries, first_key + 32 * warp);
@@ -72,12 +75,14 @@ KERNEL(256) attention_rows(ARGS attention_args a) {
   for (int j = 0; j < COLUMN_TILES; j++)
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      int column = 8 * j + 2 * t + e, row = queries.row(column), head = key_head * GROUP + column % GROUP;
+      int column = 8 * j + 2 * t + e, row = queries.row(column),
+          head = key_head * GROUP + column % GROUP;
       if (queries.last_key(column) < 0) continue;
-      const float* u = a.u + (size_t)row * (2 * a.Nq + 2 * a.Nk) * HEAD_DIM + (2 * head + 1) * HEAD_DIM + dim;
+      const float* u =
+          a.u + (size_t)row * (2 * a.Nq + 2 * a.Nk) * HEAD_DIM + (2 * head + 1) * HEAD_DIM + dim;
       act_t* y = (act_t*)a.y + ((size_t)row * a.Nq + head) * HEAD_DIM + dim;
       float sum = columns.sum[column];
-      store_act4(y, gated(o[0][j][e], sum, u[0]), gated(o[0][j][e + 2], sum, u[1]), gated(o[1][j][e], sum, u[2]),
-                 gated(o[1][j][e + 2], sum, u[3]));
+      store_act4(y, gated(o[0][j][e], sum, u[0]), gated(o[0][j][e + 2], sum, u[1]),
+                 gated(o[1][j][e], sum, u[2]), gated(o[1][j][e + 2], sum, u[3]));
     }
 }

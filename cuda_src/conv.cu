@@ -1,19 +1,22 @@
 // conv.cu - causal depthwise convolution over a window of earlier rows.
 //
-// Contract: y[t] = silu(sum_j w[j] x[t - W + j]) with x = window ++ u, W = TAPS - 1. conv_window: then the window becomes
-//           the last W valid rows of x, raw. conv_verify: the window stays as it is.
+// Contract: y[t] = silu(sum_j w[j] x[t - W + j]) with x = window ++ u, W = TAPS - 1. conv_window:
+//           then the window becomes the last W valid rows of x, raw. conv_verify: the window stays
+//           as it is.
 // Shapes:   u [T, C] (strided), w [TAPS, C] oldest first, window [W, C], y [T, C], all float.
 // Order:    taps in ascending order, one fma each.
-// Launch:   grid (C / 128, T / ROWS_PER_BLOCK), a thread per channel. Blocks of the first rows are the only ones that read the
-//           window, so they also write it.
+// Launch:   grid (C / 128, T / ROWS_PER_BLOCK), a thread per channel. Blocks of the first rows are
+//           the only ones that read the window, so they also write it.
 #include "flashrt.cuh"
 
 constexpr int W = TAPS - 1;
 
-// The block's rows of y; KEEPS: and the window after the last valid row. Args: of either kernel, fields by the same names.
+// The block's rows of y; KEEPS: and the window after the last valid row. Args: of either kernel,
+// fields by the same names.
 template <bool KEEPS, class Args>
 DEVICE void convolve(const Args& a) {
-  int c = blockIdx.x * 128 + threadIdx.x, first = blockIdx.y * ROWS_PER_BLOCK, rows = a.cursor[ROWS];
+  int c = blockIdx.x * 128 + threadIdx.x, first = blockIdx.y * ROWS_PER_BLOCK,
+      rows = a.cursor[CURSOR_ROWS];
   if (c >= a.C || first >= rows) return;
   const float* u = a.u + c;
   float w[TAPS], x[TAPS];  // x: the rows under the taps

@@ -1,9 +1,10 @@
-// copy.cu - one launch for a whole copy plan.
+// copy.cu - one launch for a whole copy list.
 //
-// Contract: for each of n descriptors (core.copyplan Copy.FORMAT, absolute addresses): `height` rows of `width` bytes
-//           from src to dst, each side with its own pitch. Ranges do not overlap: any order will do.
-// Launch:   grid-stride over the 4 KB pieces of all copies; a warp per piece, 16 bytes per lane where both sides
-//           are aligned, bytes elsewhere.
+// Contract: for each of n descriptors (core.copylist COPY_FORMAT, absolute addresses): `height`
+//           rows of `width` bytes from src to dst, each side with its own pitch. Ranges do not
+//           overlap: any order will do.
+// Launch:   grid-stride over the 4 KB pieces of all copies; a warp per piece, 16 bytes per lane
+//           where both sides are aligned, bytes elsewhere.
 #include "flashrt.cuh"
 
 struct copy_batch_args {
@@ -27,13 +28,14 @@ DEVICE void copy_vectors(uint4* dst, const uint4* src, int n, int lane) {
 KERNEL(256) copy_batch(ARGS copy_batch_args a) {
   begin();
   int lane = threadIdx.x & 31;
-  // pieces are numbered through all copies; this warp takes those congruent to its number: `first` is the next one,
-  // counted from the start of the copy at hand
+  // pieces are numbered through all copies; this warp takes those congruent to its number: `first`
+  // is the next one, counted from the start of the copy at hand
   uint32_t n_warps = gridDim.x * 8, first = blockIdx.x * 8 + (threadIdx.x >> 5);
   for (int i = 0; i < a.n; i++) {
     const uint64_t* d = a.table + 6 * i;
     uint64_t src = d[0], dst = d[1], width = d[2], src_pitch = d[4], dst_pitch = d[5];
-    uint32_t per_row = (uint32_t)((width + PIECE_BYTES - 1) / PIECE_BYTES), n_pieces = per_row * (uint32_t)d[3];
+    uint32_t per_row = (uint32_t)((width + PIECE_BYTES - 1) / PIECE_BYTES),
+             n_pieces = per_row * (uint32_t)d[3];
     uint32_t p = first;
     for (; p < n_pieces; p += n_warps) {
       uint64_t row = p / per_row, at = p % per_row * PIECE_BYTES, n = min(width - at, PIECE_BYTES);

@@ -1,18 +1,22 @@
 // delta_rule.cu - the gated delta rule, row after row, with the state in registers.
 //
-// Contract: per value head, for each valid row: S *= decay; S += k (beta (v - S^T k))^T; o = S^T q. y holds q, k, v; value
-//           head h uses key head h / (Hv / key_heads). delta_rule reads the state once and writes it once per launch;
-//           delta_verify gives the same o and leaves the state as it is.
-// Shapes:   y [T, C], decay and beta [T, Hv], state [Hv, KEY_DIM, VALUE_DIM], o [T, Hv * VALUE_DIM], all float.
-// Order:    a column's sum over KEY_DIM: lane p of 8 takes rows 32 j + 4 p + i, a chain over j for each i, then
-//           (c0 + c1) + (c2 + c3), then over p by pairs: 1, 2, 4 apart. The same for one row and for many.
-// Launch:   grid (VALUE_DIM / 16, Hv), 4 warps of 4 columns x 8 lanes. Rows come through shared memory, TILE_ROWS at a
-//           time by cp.async, the next ones while these are worked on. The chain from row to row is what takes time:
-//           few lanes per column keep it short, few columns per block keep all multiprocessors busy.
+// Contract: per value head, for each valid row: S *= decay; S += k (beta (v - S^T k))^T; o = S^T q.
+//           y holds q, k, v; value head h uses key head h / (Hv / key_heads). delta_rule reads the
+//           state once and writes it once per launch; delta_verify gives the same o and leaves the
+//           state as it is.
+// Shapes:   y [T, C], decay and beta [T, Hv], state [Hv, KEY_DIM, VALUE_DIM], o [T, Hv *
+//           VALUE_DIM], all float.
+// Order:    a column's sum over KEY_DIM: lane p of 8 takes rows 32 j + 4 p + i, a chain over j for
+//           each i, then (c0 + c1) + (c2 + c3), then over p by pairs: 1, 2, 4 apart. The same for
+//           one row and for many.
+// Launch:   grid (VALUE_DIM / 16, Hv), 4 warps of 4 columns x 8 lanes. Rows come through shared
+//           memory, TILE_ROWS at a time by cp.async, the next ones while these are worked on. The
+//           chain from row to row is what takes time: few lanes per column keep it short, few
+//           columns per block keep all multiprocessors busy.
 #include "flashrt.cuh"
 
 constexpr int COLUMNS = 16, TILE_ROWS = 8, THREADS = 128;
-constexpr int STEPS = ceil_div(KEY_DIM, 32), PADDED = 32 * STEPS;  // rows per lane: 4 * STEPS
+constexpr int STEPS = ceil_div(KEY_DIM, 32), PADDED = 32 * STEPS;     // rows per lane: 4 * STEPS
 constexpr int UNIT = KEY_DIM % 4 == 0 && VALUE_DIM % 4 == 0 ? 4 : 1;  // floats per cp.async
 
 struct Tile {
@@ -21,10 +25,8 @@ struct Tile {
 };
 
 DEVICE void copy_unit(float* to, const float* from, bool is_read) {
-  if constexpr (UNIT == 4)
-    copy_async16(to, from, is_read);
-  else
-    copy_async4(to, from, is_read);
+  if constexpr (UNIT == 4) copy_async16(to, from, is_read);
+  else copy_async4(to, from, is_read);
 }
 
 // `to` [rows][width] = columns [0, width) of `from`, zeros at and beyond `limit`
@@ -39,7 +41,8 @@ DEVICE void load_rows(float (*to)[WIDTH], const float* from, int stride, int row
 
 template <class Args>
 DEVICE void load_tile(Tile& tile, const Args& a, int head, int column, int first, int rows) {
-  int n = min(TILE_ROWS, rows - first), key_head = head / (a.Hv / a.key_heads), keys = a.key_heads * KEY_DIM;
+  int n = min(TILE_ROWS, rows - first), key_head = head / (a.Hv / a.key_heads),
+      keys = a.key_heads * KEY_DIM;
   const float* y = a.y + (size_t)first * a.C;
   load_rows(tile.q, y + key_head * KEY_DIM, a.C, n, KEY_DIM);
   load_rows(tile.k, y + keys + key_head * KEY_DIM, a.C, n, KEY_DIM);
@@ -67,12 +70,14 @@ DEVICE float dot(const float4 (&x)[STEPS], const float (&s)[STEPS][4]) {
   return sum;
 }
 
-// All valid rows of the block's columns; KEEPS: and the state after them. Args: of either kernel, fields by the same names.
+// All valid rows of the block's columns; KEEPS: and the state after them. Args: of either kernel,
+// fields by the same names.
 template <bool KEEPS, class Args>
 DEVICE void run_rows(const Args& a) {
   __shared__ __align__(16) Tile tiles[2];
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, p = lane >> 2, c = 4 * warp + (lane & 3);
-  int rows = a.cursor[ROWS], head = blockIdx.y, first_column = blockIdx.x * COLUMNS, column = first_column + c;
+  int rows = a.cursor[CURSOR_ROWS], head = blockIdx.y, first_column = blockIdx.x * COLUMNS,
+      column = first_column + c;
   if (rows <= 0) return;
   load_tile(tiles[0], a, head, first_column, 0, rows);
   copy_async_commit();
@@ -114,7 +119,8 @@ DEVICE void run_rows(const Args& a) {
         s[j][3] = fmaf(k[j].w, delta, s[j][3]);
       }
       float o = dot(q, s);
-      if (p == 0 && column < VALUE_DIM) a.o[((size_t)(first + t) * a.Hv + head) * VALUE_DIM + column] = o;
+      if (p == 0 && column < VALUE_DIM)
+        a.o[((size_t)(first + t) * a.Hv + head) * VALUE_DIM + column] = o;
     }
   }
   copy_async_wait<0>();

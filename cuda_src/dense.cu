@@ -1,16 +1,20 @@
 // dense.cu - dense, dense_add, flow_step: float32 layers of few rows.
 //
-// Contract: dense:     y = f(x w^T + b), f the identity (0) or silu (1).
+// Contract: dense:     y = f(x w^T + b), f the identity or silu.
 //           dense_add: y += x w^T + b.
-//           flow_step: x += (z w^T + b) / steps in rows of the chunk whose mask is 0; cursor.plan_steps_left -= 1.
-// Shapes:   x [T, K], w [N, K] in C order, b [N], y [T, N]; flow_step: z [1, K], x [N], mask [H], N = H rows of actions.
-// Order:    lane i of a warp takes vectors i, i + 32, ... of WIDTH elements in ascending order, one chain of fma; then
-//           warp_sum, then the bias. WIDTH is 4 where K allows it: fixed by K alone.
-// Launch:   grid (N / 4, T), a warp per output. Plans are chains of such launches, so what counts is latency: the first
-//           AHEAD vectors of the weights are on their way before the kernel waits for its predecessor.
+//           flow_step: x += (z w^T + b) / steps in rows of the chunk whose mask is 0;
+//                      cursor.plan_steps_left -= 1.
+// Shapes:   x [T, K], w [N, K] in C order, b [N], y [T, N]; flow_step: z [1, K], x [N], mask [H], N
+//           = H rows of actions.
+// Order:    lane i of a warp takes vectors i, i + 32, ... of WIDTH elements in ascending order, one
+//           chain of fma; then warp_sum, then the bias. WIDTH is 4 where K allows it: fixed by K
+//           alone.
+// Launch:   grid (N / 4, T), a warp per output. Plans are chains of such launches, so what counts
+//           is latency: the first AHEAD vectors of the weights are on their way before the kernel
+//           waits for its predecessor.
 #include "flashrt.cuh"
 
-constexpr int WARPS = 4, PLAN_STEPS_LEFT = 8;  // a word of the cursor, see ops/policy_cursor.py
+constexpr int WARPS = 4;
 
 struct Vector {
   float v[WIDTH];
@@ -40,7 +44,9 @@ struct Early {
   Vector v[AHEAD];
 };
 
-DEVICE const float* row_of(const float* w, int n, int N, int K) { return w + (size_t)min(n, N - 1) * K; }
+DEVICE const float* row_of(const float* w, int n, int N, int K) {
+  return w + (size_t)min(n, N - 1) * K;
+}
 
 // The first weights of row n: constant, so they are on their way while the predecessor ends.
 DEVICE Early first_weights(const float* w, int n, int N, int K) {
@@ -60,8 +66,10 @@ DEVICE float dot(const Early& early, const float* w, const float* x, int n, int 
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < AHEAD; i++)
-    if (first + i * 32 * WIDTH < K) sum = fma_into(early.v[i], load(x + first + i * 32 * WIDTH), sum);
-  for (int k = first + AHEAD * 32 * WIDTH; k < K; k += 32 * WIDTH) sum = fma_into(load(row + k), load(x + k), sum);
+    if (first + i * 32 * WIDTH < K)
+      sum = fma_into(early.v[i], load(x + first + i * 32 * WIDTH), sum);
+  for (int k = first + AHEAD * 32 * WIDTH; k < K; k += 32 * WIDTH)
+    sum = fma_into(load(row + k), load(x + k), sum);
   return warp_sum(sum);
 }
 
@@ -75,7 +83,7 @@ KERNEL(32 * WARPS) dense(ARGS dense_args a) {
   float sum = dot(early, a.w, a.x + (size_t)t * a.K, n, a.N, a.K);
   if (!is_writer(n, a.N)) return;
   float y = sum + a.b[n];
-  a.y[(size_t)t * a.N + n] = a.activation == 1 ? silu(y) : y;
+  a.y[(size_t)t * a.N + n] = a.activation == ACTIVATION_SILU ? silu(y) : y;
 }
 
 KERNEL(32 * WARPS) dense_add(ARGS dense_add_args a) {
@@ -93,7 +101,7 @@ KERNEL(32 * WARPS) flow_step(ARGS flow_step_args a) {
   Early early = first_weights(a.w, n, a.N, a.K);
   begin();
   float sum = dot(early, a.w, a.z, n, a.N, a.K);
-  if (blockIdx.x == 0 && threadIdx.x == 0) a.cursor[PLAN_STEPS_LEFT] -= 1;
+  if (blockIdx.x == 0 && threadIdx.x == 0) a.cursor[POLICY_PLAN_STEPS_LEFT] -= 1;
   if (!is_writer(n, a.N)) return;
   if (a.mask[n / (a.N / a.H)] == 0.0f) a.x[n] = a.x[n] + (sum + a.b[n]) / (float)a.steps;
 }

@@ -1,25 +1,23 @@
 // digest.cu - the state digest: the sums that core/digest.py defines.
 //
-// Contract: sums[i] += (lo, hi) of term i (DigestTerm.FORMAT, offset made an address); the caller has zeroed the sums.
-//           Rows lie in C order on this backend, whatever their layout code.
-// Order:    sums are modulo 2^64, so any order gives the same: block sums are added by integer atomics.
+// Contract: sums[i] += (lo, hi) of term i (DigestTerm.FORMAT, offset made an address); the caller
+//           has zeroed the sums. Rows lie in C order on this backend, whatever their layout code.
+// Order:    sums are modulo 2^64, so any order gives the same: block sums are added by integer
+//           atomics.
 // Launch:   grid (blocks, terms), 256 threads, grid-stride over the elements of a term.
 #include "flashrt.cuh"
 
 struct digest_terms_args {
-  const int64_t* terms;  // [n][10]: address, seed, planes, start, stop, origin, cols, pitch, element bytes, layout
-  uint64_t* sums;        // [n][2]
+  // [n][10]: address, seed, planes, start, stop, origin, cols, pitch, element bytes, layout
+  const int64_t* terms;
+  uint64_t* sums;  // [n][2]
   int32_t n;
 };
 constexpr int TERM_WORDS = 10;
 
-constexpr uint64_t A = 0x9E3779B97F4A7C15, B = 0xC2B2AE3D27D4EB4F, C = 0x165667B19E3779F9;
-constexpr uint64_t D = 0xFF51AFD7ED558CCD, E = 0xA0761D6478BD642F, F = 0xE7037ED1A0B428DB;
-constexpr uint64_t G = 0xD6E8FEB86659FD93, H = 0xC4CEB9FE1A85EC53;
-
 DEVICE uint64_t mix(uint64_t z) {
-  z = (z ^ z >> 32) * G;
-  z = (z ^ z >> 29) * H;
+  z = (z ^ z >> 32) * DIGEST_G;
+  z = (z ^ z >> 29) * DIGEST_H;
   return z ^ z >> 32;
 }
 
@@ -34,12 +32,14 @@ KERNEL(256) digest_terms(ARGS digest_terms_args a) {
   int64_t rows = term[4] - start, per_plane = rows * cols, n = term[2] * per_plane;
   uint64_t seed = (uint64_t)term[1], lo = 0, hi = 0;
   for (int64_t i = blockIdx.x * 256 + threadIdx.x; i < n; i += (int64_t)gridDim.x * 256) {
-    int64_t plane = i / per_plane, in_plane = i % per_plane, row = start + in_plane / cols, col = in_plane % cols;
+    int64_t plane = i / per_plane, in_plane = i % per_plane, row = start + in_plane / cols,
+            col = in_plane % cols;
     const char* p = base + plane * pitch + ((row - origin) * cols + col) * nbytes;
     uint64_t v = 1 + (nbytes == 2 ? (uint64_t)*(const uint16_t*)p : (uint64_t)*(const uint32_t*)p);
-    uint64_t key = seed + (uint64_t)plane * A + (uint64_t)row * B + (uint64_t)col * C;
-    lo += mix(key ^ v * D);
-    hi += mix((key + E) * D ^ v * F);
+    uint64_t key =
+        seed + (uint64_t)plane * DIGEST_A + (uint64_t)row * DIGEST_B + (uint64_t)col * DIGEST_C;
+    lo += mix(key ^ v * DIGEST_D);
+    hi += mix((key + DIGEST_E) * DIGEST_D ^ v * DIGEST_F);
   }
 #pragma unroll
   for (int o = 16; o; o >>= 1) {

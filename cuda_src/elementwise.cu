@@ -1,16 +1,18 @@
 // elementwise.cu - silu_mul, last_row, last_values, last_cursor, advance: no sums, no order.
 //
-// silu_mul: y = silu(u[:, :I]) u[:, I:] for valid rows; u [T, 2I] float, y [T, I] activations. Grid (I / 1024, T).
+// silu_mul: y = silu(u[:, :I]) u[:, I:] for valid rows; u [T, 2I] float, y [T, I] activations. Grid
+//           (I / 1024, T).
 // last_row: y = x[rows - 1]; x [T, H], y [1, H] activations. Grid (H / 256).
 // last_values: y = x[rows - 1]; x [T, C] strided, y [1, C] float. Grid (C / 256).
-// last_cursor: last = a cursor of one row, the last of the launch; all 0 if there is none. One warp.
+// last_cursor: last = a cursor of one row, the last of the launch; all 0 if there is none. One
+//              warp.
 // advance:  cursor.position += cursor.rows. One warp.
 #include "flashrt.cuh"
 
 KERNEL(256) silu_mul(ARGS silu_mul_args a) {
   begin();
   int t = blockIdx.y, c = 4 * (blockIdx.x * 256 + threadIdx.x);
-  if (t >= a.cursor[ROWS] || c >= a.I) return;
+  if (t >= a.cursor[CURSOR_ROWS] || c >= a.I) return;
   const float *gate = a.u + (size_t)t * 2 * a.I + c, *up = gate + a.I;
   act_t* y = (act_t*)a.y + (size_t)t * a.I + c;
   if (a.I % 4 == 0) {
@@ -23,28 +25,28 @@ KERNEL(256) silu_mul(ARGS silu_mul_args a) {
 
 KERNEL(256) last_row(ARGS last_row_args a) {
   begin();
-  int c = blockIdx.x * 256 + threadIdx.x, row = a.cursor[ROWS] - 1;
+  int c = blockIdx.x * 256 + threadIdx.x, row = a.cursor[CURSOR_ROWS] - 1;
   if (row < 0 || c >= a.H) return;
   ((act_t*)a.y)[c] = ((const act_t*)a.x)[(size_t)row * a.H + c];
 }
 
 KERNEL(256) last_values(ARGS last_values_args a) {
   begin();
-  int c = blockIdx.x * 256 + threadIdx.x, row = a.cursor[ROWS] - 1;
+  int c = blockIdx.x * 256 + threadIdx.x, row = a.cursor[CURSOR_ROWS] - 1;
   if (row < 0 || c >= a.C) return;
   a.y[c] = a.x[(size_t)row * a.x_stride + c];
 }
 
 KERNEL(32) last_cursor(ARGS last_cursor_args a) {
   begin();
-  int word = threadIdx.x, rows = a.cursor[ROWS], value = 0;
+  int word = threadIdx.x, rows = a.cursor[CURSOR_ROWS], value = 0;
   if (word >= CURSOR_WORDS) return;
-  if (rows > 0 && word == POSITION) value = a.cursor[POSITION] + rows - 1;
-  if (rows > 0 && word == ROWS) value = 1;
+  if (rows > 0 && word == CURSOR_POSITION) value = a.cursor[CURSOR_POSITION] + rows - 1;
+  if (rows > 0 && word == CURSOR_ROWS) value = 1;
   a.last[word] = value;
 }
 
 KERNEL(32) advance(ARGS advance_args a) {
   begin();
-  if (threadIdx.x == 0) a.cursor[POSITION] += a.cursor[ROWS];
+  if (threadIdx.x == 0) a.cursor[CURSOR_POSITION] += a.cursor[CURSOR_ROWS];
 }

@@ -1,11 +1,14 @@
-// flashrt.cuh - what every kernel shares: types, bfloat16, elementary functions, reductions, tensor cores, copies.
+// flashrt.cuh - what every kernel shares: types, bfloat16, elementary functions, reductions, tensor
+// cores, copies.
 //
-// IS: the only file with inline PTX; each primitive has a host body, so that the SIMT shim runs the same sources.
+// IS: the only file with inline PTX; each primitive has a host body, so that the SIMT shim runs the
+// same sources.
 // IS NOT: kernels. Included by: every .cu file, first.
 //
-// Bits. All of a kernel's arithmetic is written out: no contraction (--fmad=false), fused multiply-adds only where
-// fmaf says so, one implementation of each elementary function, reductions of one fixed shape. So the bits of a result
-// depend on its operands alone, never on the rows of a launch, the geometry, or the compiler's mood.
+// Bits. All of a kernel's arithmetic is written out: no contraction (--fmad=false), fused
+// multiply-adds only where fmaf says so, one implementation of each elementary function, reductions
+// of one fixed shape. So the bits of a result depend on its operands alone, never on the rows of a
+// launch, the geometry, or the compiler's choices.
 #pragma once
 
 #ifdef SIMT_HOST
@@ -27,25 +30,24 @@ typedef unsigned long long uint64_t;
 #define PASS_CALLER
 #endif
 
-#include "args.h"  // argument structs and dtype codes, generated from the ops
+#include "args.h"  // generated: argument structs, words of cursors, dtypes, constants of the digest
 
 #define DEVICE __device__ __forceinline__
-#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)  // threads[, blocks at a time]
+// threads[, blocks at a time]
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 #define ARGS const __grid_constant__
 
 constexpr unsigned FULL_WARP = 0xffffffffu;
 #define INF (__int_as_float(0x7f800000))
-
-// cursor words
-constexpr int POSITION = 0, ROWS = 1, TOKEN = 2, CURSOR_WORDS = 16;
 
 DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 DEVICE constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
 // ---- programmatic dependent launch
 
-// Wait until the previous kernel of the stream is complete. Every thread calls it before it touches anything but
-// weights, also in blocks that have nothing to do: else this kernel could finish before its predecessor has.
+// Wait until the previous kernel of the stream is complete. Every thread calls it before it touches
+// anything but weights, also in blocks that have nothing to do: else this kernel could finish
+// before its predecessor has.
 DEVICE void wait_for_predecessor() {
 #if !defined(SIMT_HOST) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -97,8 +99,8 @@ DEVICE void bf16_split(float x0, float x1, uint32_t& hi, uint32_t& mid, uint32_t
   bf16_split(x0 - bf16_low(hi), x1 - bf16_high(hi), mid, lo);
 }
 
-// Activations as tensor cores take them, in ACT_PARTS parts: 1 bfloat16; 2 a pair hi + lo (hi in the low half); 3 the
-// bits of a float, which `linear` splits in three where it reads them.
+// Activations as tensor cores take them, in ACT_PARTS parts: 1 bfloat16; 2 a pair hi + lo (hi in
+// the low half); 3 the bits of a float, which `linear` splits in three where it reads them.
 #ifdef ACT_PARTS
 #if ACT_PARTS == 3
 typedef uint32_t act_t;
@@ -116,7 +118,8 @@ typedef uint16_t act_t;
 DEVICE act_t to_act(float x) { return bf16_round(x); }
 DEVICE float from_act(act_t x) { return bf16_to_float(x); }
 #endif
-DEVICE void store_act4(act_t* p, float x, float y, float z, float w) {  // p: aligned to four elements
+// p: aligned to four elements
+DEVICE void store_act4(act_t* p, float x, float y, float z, float w) {
 #if ACT_PARTS > 1
   *reinterpret_cast<uint4*>(p) = make_uint4(to_act(x), to_act(y), to_act(z), to_act(w));
 #else
@@ -170,7 +173,8 @@ DEVICE float log_f32(float x) {
 DEVICE float rsqrt_f32(float x) { return 1.0f / sqrtf(x); }
 DEVICE float sigmoid(float x) { return 1.0f / (1.0f + exp_f32(-x)); }
 DEVICE float silu(float x) { return x * sigmoid(x); }
-DEVICE float softplus(float x) {  // log(1 + exp(x)); the second term is what rounding took from 1 + exp(x)
+// log(1 + exp(x)); the second term is what rounding took from 1 + exp(x)
+DEVICE float softplus(float x) {
   float e = exp_f32(x), u = 1.0f + e;
   return x > 20.0f ? x : log_f32(u) + (e - (u - 1.0f)) / u;
 }
@@ -202,7 +206,8 @@ DEVICE float warp_sum(float v) {  // the same bits in every lane: x + y == y + x
   return v;
 }
 
-// Warp sums, then added in the order of the warps. All threads of the block call it; once per kernel.
+// Warp sums, then added in the order of the warps. All threads of the block call it; once per
+// kernel.
 template <int N_WARPS>
 DEVICE float block_sum(float v) {
   __shared__ float part[N_WARPS];
@@ -234,7 +239,8 @@ DEVICE uint4 load_stream(const void* p) {
 DEVICE void copy_async16(void* shared, const void* global, bool is_read = true CALLER) {
 #ifndef SIMT_HOST
   uint32_t address = (uint32_t)__cvta_generic_to_shared(shared);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(is_read ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+               "r"(is_read ? 16 : 0)
                : "memory");
 #else
   simt::issue_copy(shared, global, 16, is_read ? 16 : 0 PASS_CALLER);
@@ -243,7 +249,8 @@ DEVICE void copy_async16(void* shared, const void* global, bool is_read = true C
 DEVICE void copy_async4(void* shared, const void* global, bool is_read = true CALLER) {
 #ifndef SIMT_HOST
   uint32_t address = (uint32_t)__cvta_generic_to_shared(shared);
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(global), "r"(is_read ? 4 : 0)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(global),
+               "r"(is_read ? 4 : 0)
                : "memory");
 #else
   simt::issue_copy(shared, global, 4, is_read ? 4 : 0 PASS_CALLER);
@@ -269,13 +276,15 @@ DEVICE void copy_async_wait() {  // for all but the newest PENDING groups of thi
 
 // c[16 x 8] += a[16 x 16] b[16 x 8], bfloat16 in, float out. Lane 4g + t holds
 //   a: (g, 2t..) (g+8, 2t..) (g, 2t+8..) (g+8, 2t+8..)    b: k = 2t.., 2t+8.. of column g
-//   c: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1)
-// The one tensor-core instruction of all kernels: a column's bits do not depend on the other columns, so tokens are
-// always the columns, alone or in company.
-DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1 CALLER) {
+//   c: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1) The one tensor-core instruction of all kernels: a
+// column's bits do not depend on the other columns, so tokens are always the columns, alone or in
+// company.
+DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                uint32_t b1 CALLER) {
 #ifndef SIMT_HOST
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #else

@@ -1,10 +1,11 @@
 // limits.cu - what the device can do: the bare rates that measurements are given as fractions of.
 //
-// Contract: copy_stream   dst[i] = src[i], n vectors of 16 bytes
-//           read_stream   out[block] = xor of all words that the block read: nothing but loads
-//           mma_rate      `steps` times CHAINS independent mma per warp, operands in registers: nothing but tensor cores
-// Launch:   copy and read grid-stride with LOADS vectors in flight per thread; mma_rate with 8 warps per block, all
-//           multiprocessors full.
+// Contract: copy_stream:  dst[i] = src[i], n vectors of 16 bytes
+//           read_stream:  out[block] = xor of all words that the block read: nothing but loads
+//           mma_rate:     `steps` times CHAINS independent mma per warp, operands in registers:
+//                         nothing but tensor cores
+// Launch:   copy and read grid-stride with LOADS vectors in flight per thread; mma_rate with 8
+//           warps per block, all multiprocessors full.
 #include "flashrt.cuh"
 
 struct copy_stream_args {
@@ -49,7 +50,8 @@ KERNEL(256) read_stream(ARGS read_stream_args a) {
     uint4 v[LOADS];
 #pragma unroll
     for (int j = 0; j < LOADS; j++)
-      v[j] = first + 256 * j < n ? load_stream(a.src + first + 256 * j) : make_uint4(0u, 0u, 0u, 0u);
+      v[j] =
+          first + 256 * j < n ? load_stream(a.src + first + 256 * j) : make_uint4(0u, 0u, 0u, 0u);
 #pragma unroll
     for (int j = 0; j < LOADS; j++) sum ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
   }
@@ -61,9 +63,11 @@ KERNEL(256) read_stream(ARGS read_stream_args a) {
   }
 }
 
-// Two bfloat16 of magnitude [1, 2), signs and mantissas that differ by lane: tensor cores slow down on busy bits, so
-// zeros would give a rate that no real product reaches.
-DEVICE uint32_t operand(uint32_t index) { return 0x3f803f80u ^ (index * 0x9e3779b1u & 0x807f807fu); }
+// Two bfloat16 of magnitude [1, 2), signs and mantissas that differ by lane: tensor cores slow down
+// on busy bits, so zeros would give a rate that no real product reaches.
+DEVICE uint32_t operand(uint32_t index) {
+  return 0x3f803f80u ^ (index * 0x9e3779b1u & 0x807f807fu);
+}
 
 KERNEL(256) mma_rate(ARGS mma_rate_args a) {
   begin();

@@ -2,10 +2,12 @@
 //
 // Contract: y[t][n] for t < cursor.rows; other rows are neither read nor written.
 // Shapes:   x [T, K] activations, w [N, K] as in linear.cuh, y [T, N] float.
-// Order:    linear.cuh: a slice in one accumulator, the fold of the slices before it in a second one.
-// Launch:   block = WARPS_N x WARPS_T warps, a warp = ROW_TILES x TOKEN_TILES tiles of mma; grid over rows of W, then
-//           tokens. STAGES chunks of 32 k are in flight by cp.async: weights as they lie in memory, x row by row. Both
-//           are read 16 bytes per lane; a pair's row takes 128 bytes and is swizzled against bank conflicts.
+// Order:    linear.cuh: a slice in one accumulator, the fold of the slices before it in a second
+//           one.
+// Launch:   block = WARPS_N x WARPS_T warps, a warp = ROW_TILES x TOKEN_TILES tiles of mma; grid
+//           over rows of W, then tokens. STAGES chunks of 32 k are in flight by cp.async: weights
+//           as they lie in memory, x row by row. Both are read 16 bytes per lane; a pair's row
+//           takes 128 bytes and is swizzled against bank conflicts.
 #include "flashrt.cuh"
 #include "linear.cuh"
 
@@ -14,9 +16,11 @@ constexpr int BLOCK_TILES = WARPS_N * ROW_TILES, BLOCK_TOKENS = 8 * WARPS_T * TO
 constexpr int X_VECTORS = K_CHUNK * sizeof(act_t) / 16;  // uint4 per token and chunk
 constexpr int W_STAGE = BLOCK_TILES * CHUNK_VECTORS, X_STAGE = BLOCK_TOKENS * X_VECTORS;
 
-// Place of vector v of a token: with 8 vectors per row, lanes t = 0..3 of rows 2i and 2i + 1 take v = 2t + h, and the
-// flip of h in odd rows keeps them apart; with 4 per row they are apart.
-DEVICE int x_slot(int token, int v) { return token * X_VECTORS + (ACT_PARTS > 1 ? v ^ (token & 1) : v); }
+// Place of vector v of a token: with 8 vectors per row, lanes t = 0..3 of rows 2i and 2i + 1 take v
+// = 2t + h, and the flip of h in odd rows keeps them apart; with 4 per row they are apart.
+DEVICE int x_slot(int token, int v) {
+  return token * X_VECTORS + (ACT_PARTS > 1 ? v ^ (token & 1) : v);
+}
 
 // 8 or 4 elements of x at k, aligned or not, zeros beyond K
 DEVICE uint4 gather(const act_t* x, int k, int K) {
@@ -38,7 +42,8 @@ DEVICE void load_stage(uint4* w, uint4* x, const Tile& tile, int chunk) {
   for (int i = threadIdx.x; i < W_STAGE; i += THREADS) {
     int r = i / CHUNK_VECTORS;
     bool is_in = r < tile.n_tiles;
-    const uint4* p = tile.w + ((size_t)(is_in ? r : 0) * tile.n_chunks + chunk) * CHUNK_VECTORS + i % CHUNK_VECTORS;
+    const uint4* p = tile.w + ((size_t)(is_in ? r : 0) * tile.n_chunks + chunk) * CHUNK_VECTORS +
+                     i % CHUNK_VECTORS;
     copy_async16(w + i, p, is_in);
   }
   for (int i = threadIdx.x; i < X_STAGE; i += THREADS) {
@@ -54,7 +59,8 @@ DEVICE void load_stage(uint4* w, uint4* x, const Tile& tile, int chunk) {
   }
 }
 
-DEVICE void multiply_stage(float (&c)[ROW_TILES][TOKEN_TILES][4], const uint4* w, const uint4* x, int lane) {
+DEVICE void multiply_stage(float (&c)[ROW_TILES][TOKEN_TILES][4], const uint4* w, const uint4* x,
+                           int lane) {
   int g = lane >> 2, t = lane & 3;
   Operand b[TOKEN_TILES];
 #pragma unroll
@@ -80,7 +86,8 @@ KERNEL(THREADS) linear_many(ARGS linear_args a) {
   uint4 *w_stages = shared, *x_stages = shared + STAGES * W_STAGE;
   begin();
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  int rows = a.cursor[ROWS], first_tile = blockIdx.x * BLOCK_TILES, first_token = blockIdx.y * BLOCK_TOKENS;
+  int rows = a.cursor[CURSOR_ROWS], first_tile = blockIdx.x * BLOCK_TILES,
+      first_token = blockIdx.y * BLOCK_TOKENS;
   if (first_token >= rows) return;
   Tile tile;
   tile.K = a.K;
@@ -89,7 +96,8 @@ KERNEL(THREADS) linear_many(ARGS linear_args a) {
   tile.n_tokens = rows - first_token;
   tile.w = reinterpret_cast<const uint4*>(a.w) + (size_t)first_tile * tile.n_chunks * CHUNK_VECTORS;
   tile.x = (const act_t*)a.x + (size_t)first_token * a.K;
-  int row_tile = warp % WARPS_N * ROW_TILES, token = warp / WARPS_N * 8 * TOKEN_TILES;  // of the warp, in the block
+  // of the warp, in the block
+  int row_tile = warp % WARPS_N * ROW_TILES, token = warp / WARPS_N * 8 * TOKEN_TILES;
 
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) {
@@ -103,10 +111,11 @@ KERNEL(THREADS) linear_many(ARGS linear_args a) {
     __syncthreads();  // this chunk is there, and the stage of the chunk before is free
     int next = chunk + STAGES - 1, s = chunk % STAGES;
     if (next < tile.n_chunks)
-      load_stage(w_stages + next % STAGES * W_STAGE, x_stages + next % STAGES * X_STAGE, tile, next);
+      load_stage(w_stages + next % STAGES * W_STAGE, x_stages + next % STAGES * X_STAGE, tile,
+                 next);
     copy_async_commit();
-    multiply_stage(c, w_stages + s * W_STAGE + row_tile * CHUNK_VECTORS, x_stages + s * X_STAGE + token * X_VECTORS,
-                   lane);
+    multiply_stage(c, w_stages + s * W_STAGE + row_tile * CHUNK_VECTORS,
+                   x_stages + s * X_STAGE + token * X_VECTORS, lane);
     if ((chunk + 1) % SLICE_CHUNKS == 0 || chunk + 1 == tile.n_chunks) {
 #pragma unroll
       for (int r = 0; r < ROW_TILES; r++)
@@ -125,7 +134,8 @@ KERNEL(THREADS) linear_many(ARGS linear_args a) {
     for (int j = 0; j < TOKEN_TILES; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        int n = (first_tile + row_tile + r) * 16 + g + 8 * (i >> 1), m = first_token + token + 8 * j + 2 * t + (i & 1);
+        int n = (first_tile + row_tile + r) * 16 + g + 8 * (i >> 1),
+            m = first_token + token + 8 * j + 2 * t + (i & 1);
         if (m < rows && n < a.N) a.y[(size_t)m * a.N + n] = sum[r][j][i];
       }
 }

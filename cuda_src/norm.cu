@@ -1,12 +1,14 @@
 // norm.cu - rmsnorm, add_rmsnorm and draft_input over the hidden size.
 //
-// Contract: y = x rsqrt(mean(x^2) + eps) w per row; add_rmsnorm first does x += r. Rows at or beyond cursor.rows are
-//           left alone. w holds 1 + weight. draft_input: y[t] = [norm of table[tokens[t]] | norm of hidden[t - 1]], in
-//           place of hidden[-1] the one row `last`.
-// Shapes:   x, r [T, H] float, w [H] float, y [T, H] activations. draft_input: table [V, H] as linear.cuh stores
-//           matrices, hidden [T, H] and last [1, H] activations, y [T, 2 H].
-// Order:    thread i sums vectors i, i + THREADS, ... in ascending order, then block_sum. Fixed by H alone.
-// Launch:   block per row (draft_input: two, one per half), the row in registers: WIDTH * VECTORS * THREADS >= H.
+// Contract: y = x rsqrt(mean(x^2) + eps) w per row; add_rmsnorm first does x += r. Rows at or
+//           beyond cursor.rows are left alone. w holds 1 + weight. draft_input: y[t] = [norm of
+//           table[tokens[t]] | norm of hidden[t - 1]], in place of hidden[-1] the one row `last`.
+// Shapes:   x, r [T, H] float, w [H] float, y [T, H] activations. draft_input: table [V, H] as
+//           linear.cuh stores matrices, hidden [T, H] and last [1, H] activations, y [T, 2 H].
+// Order:    thread i sums vectors i, i + THREADS, ... in ascending order, then block_sum. Fixed by
+//           H alone.
+// Launch:   block per row (draft_input: two, one per half), the row in registers: WIDTH * VECTORS *
+//           THREADS >= H.
 #include "flashrt.cuh"
 #include "linear.cuh"
 
@@ -57,7 +59,8 @@ DEVICE void normalize(const Row& row, const float* w, act_t* y, int H, float eps
     load(g, w + c);
     if constexpr (WIDTH == 4) {
       store_act4(y + c, row.v[j][0] * scale * g[0], row.v[j][WIDTH - 3] * scale * g[WIDTH - 3],
-                 row.v[j][WIDTH - 2] * scale * g[WIDTH - 2], row.v[j][WIDTH - 1] * scale * g[WIDTH - 1]);
+                 row.v[j][WIDTH - 2] * scale * g[WIDTH - 2],
+                 row.v[j][WIDTH - 1] * scale * g[WIDTH - 1]);
     } else {
       y[c] = to_act(row.v[j][0] * scale * g[0]);
     }
@@ -67,7 +70,7 @@ DEVICE void normalize(const Row& row, const float* w, act_t* y, int H, float eps
 KERNEL(THREADS) rmsnorm(ARGS rmsnorm_args a) {
   begin();
   int t = blockIdx.x;
-  if (t >= a.cursor[ROWS]) return;
+  if (t >= a.cursor[CURSOR_ROWS]) return;
   const float* x = a.x + (size_t)t * a.H;
   Row row;
 #pragma unroll
@@ -79,7 +82,7 @@ KERNEL(THREADS) rmsnorm(ARGS rmsnorm_args a) {
 KERNEL(THREADS) add_rmsnorm(ARGS add_rmsnorm_args a) {
   begin();
   int t = blockIdx.x;
-  if (t >= a.cursor[ROWS]) return;
+  if (t >= a.cursor[CURSOR_ROWS]) return;
   float* x = a.x + (size_t)t * a.H;
   const float* r = a.r + (size_t)t * a.H;
   Row row;
@@ -93,8 +96,9 @@ KERNEL(THREADS) add_rmsnorm(ARGS add_rmsnorm_args a) {
 #pragma unroll
     for (int i = 0; i < WIDTH; i++) row.v[j][i] = row.v[j][i] + more[i];
     if constexpr (WIDTH == 4) {
-      float(&v)[WIDTH] = row.v[j];
-      *reinterpret_cast<float4*>(x + c) = make_float4(v[0], v[WIDTH - 3], v[WIDTH - 2], v[WIDTH - 1]);
+      float (&v)[WIDTH] = row.v[j];
+      *reinterpret_cast<float4*>(x + c) =
+          make_float4(v[0], v[WIDTH - 3], v[WIDTH - 2], v[WIDTH - 1]);
     } else {
       x[c] = row.v[j][0];
     }
@@ -106,7 +110,7 @@ KERNEL(THREADS) draft_input(ARGS draft_input_args a) {
   begin();
   int t = blockIdx.x;
   bool is_hidden = blockIdx.y;
-  if (t >= a.cursor[ROWS]) return;
+  if (t >= a.cursor[CURSOR_ROWS]) return;
   const act_t* hidden = t ? (const act_t*)a.hidden + (size_t)(t - 1) * a.H : (const act_t*)a.last;
   int token = a.tokens[t];
   Row row;
@@ -114,10 +118,8 @@ KERNEL(THREADS) draft_input(ARGS draft_input_args a) {
   for (int j = 0; j < VECTORS; j++) {
     int c = column(j);
     if (c >= a.H) continue;
-    if (is_hidden)
-      load(row.v[j], hidden + c);
-    else
-      load_embedding(row.v[j], a.table, token, c, a.H);
+    if (is_hidden) load(row.v[j], hidden + c);
+    else load_embedding(row.v[j], a.table, token, c, a.H);
   }
   act_t* y = (act_t*)a.y + ((size_t)2 * t + is_hidden) * a.H;
   normalize(row, is_hidden ? a.w_hidden : a.w_token, y, a.H, a.eps);

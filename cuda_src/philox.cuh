@@ -1,11 +1,12 @@
 // philox.cuh - random words from counters, and uniform numbers of them.
 //
-// IS: a function of (key, counter) alone, so a number depends on nothing that ran before it. IS NOT: a distribution;
-// whoever draws makes its own of the uniform numbers. Included by: sample.cu, policy.cu.
+// IS: a function of (key, counter) alone, so a number depends on nothing that ran before it.
+// IS NOT: a distribution; whoever draws makes its own of the uniform numbers.
 #pragma once
 #include "flashrt.cuh"
 
-DEVICE void philox(uint32_t (&counter)[4], uint32_t key0, uint32_t key1) {  // 4x32-10, Salmon et al., SC'11
+// 4x32-10, Salmon et al., SC'11
+DEVICE void philox(uint32_t (&counter)[4], uint32_t key0, uint32_t key1) {
 #pragma unroll
   for (int round = 0; round < 10; round++) {
     uint32_t high0 = __umulhi(counter[0], 0xD2511F53u), low0 = counter[0] * 0xD2511F53u;

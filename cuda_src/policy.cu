@@ -1,23 +1,27 @@
-// policy.cu - observe, gru_cell, flow_begin, flow_end, take_action: a policy's steps between its dense layers.
+// policy.cu - observe, gru_cell, flow_begin, flow_end, take_action: a policy's steps between its
+// dense layers.
 //
-// Contract: observe:     x = [clip((observation - mean) / std, -10, 10) | previous]; cursor.observed = cursor.tick.
-//           gru_cell:    r, z = sigmoid(u + v), n = tanh(u + r v), each of its third; memory = (1 - z) n + z memory.
-//           flow_begin:  context = [memory | encoded]; flow = [x | mask]: in the first `committed` rows j, mask 1 and x the
-//                        promised action of tick observed + j; in the others mask 0 and x noise; the plan's words.
-//           flow_end:    queue = clip(x, -1, 1), NaN stays NaN; cursor.chunk, .stop = those of the plan.
-//           take_action: previous = the queue's row for cursor.tick, or as it is; action = previous scale + offset;
-//                        cursor.tick += 1.
-// Shapes:   observation, mean, std [O], previous, scale, offset, action [A], u, v [3 M], memory [M], encoded [E], queue
-//           [H, A], context [M + E], flow [H A + H], float; cursor, request [16] int, see ops/policy_cursor.py.
-// Order:    no sums. Noise: Box and Muller on Philox, key = seed, counter (i / 4, tick, 0, 0): number i of a plan depends
-//           on (seed, tick, i) alone.
+// Contract: observe:     x = [clip((observation - mean) / std, -10, 10) | previous];
+//                        cursor.observed = cursor.tick.
+//           gru_cell:    r, z = sigmoid(u + v), n = tanh(u + r v), each of its third; memory = (1 -
+//                        z) n + z memory.
+//           flow_begin:  context = [memory | encoded]; flow = [x | mask]: in the first `committed`
+//                        rows j, mask 1 and x the promised action of tick observed + j; in the
+//                        others mask 0 and x noise; the plan's words.
+//           flow_end:    queue = clip(x, -1, 1), NaN stays NaN; cursor.chunk, .stop = those of the
+//                        plan.
+//           take_action: previous = the queue's row for cursor.tick, or as it is; action = previous
+//                        scale + offset; cursor.tick += 1.
+// Shapes:   observation, mean, std [O], previous, scale, offset, action [A], u, v [3 M], memory
+//           [M], encoded [E], queue [H, A], context [M + E], flow [H A + H], float; cursor, request
+//           [16] int, see ops/cursor.py.
+// Order:    no sums. Noise: Box and Muller on Philox, key = seed, counter (i / 4, tick, 0, 0):
+//           number i of a plan depends on (seed, tick, i) alone.
 // Launch:   one block, but for gru_cell: what writes the cursor does so after a barrier.
 #include "flashrt.cuh"
 #include "philox.cuh"
 
 constexpr int THREADS = 128;
-constexpr int TICK = 0, OBSERVED = 1, SEED_LOW = 2, SEED_HIGH = 3, CHUNK = 4, STOP = 5, PLAN_TICK = 6, PLAN_STOP = 7,
-              PLAN_STEPS_LEFT = 8, HELD = 9;
 
 DEVICE float clip(float x, float limit) { return x < -limit ? -limit : x > limit ? limit : x; }
 DEVICE float tanh_f32(float x) { return 1.0f - 2.0f / (1.0f + exp_f32(2.0f * x)); }
@@ -28,9 +32,10 @@ DEVICE void copy(float* target, const float* source, int n) {
 
 KERNEL(THREADS) observe(ARGS observe_args a) {
   begin();
-  for (int i = threadIdx.x; i < a.O; i += THREADS) a.x[i] = clip((a.observation[i] - a.mean[i]) / a.std[i], 10.0f);
+  for (int i = threadIdx.x; i < a.O; i += THREADS)
+    a.x[i] = clip((a.observation[i] - a.mean[i]) / a.std[i], 10.0f);
   copy(a.x + a.O, a.previous, a.A);
-  if (threadIdx.x == 0) a.cursor[OBSERVED] = a.cursor[TICK];
+  if (threadIdx.x == 0) a.cursor[POLICY_OBSERVED] = a.cursor[POLICY_TICK];
 }
 
 KERNEL(THREADS) gru_cell(ARGS gru_cell_args a) {
@@ -44,15 +49,15 @@ KERNEL(THREADS) gru_cell(ARGS gru_cell_args a) {
 
 // The action that tick t was promised, or null.
 DEVICE const float* promised(const flow_begin_args& a, int t) {
-  int tick = a.cursor[TICK], row = t - a.cursor[CHUNK];
+  int tick = a.cursor[POLICY_TICK], row = t - a.cursor[POLICY_CHUNK];
   if (t < tick) return t == tick - 1 ? a.previous : nullptr;
-  return t < a.cursor[STOP] && row >= 0 && row < a.H ? a.queue + (size_t)row * a.A : nullptr;
+  return t < a.cursor[POLICY_STOP] && row >= 0 && row < a.H ? a.queue + (size_t)row * a.A : nullptr;
 }
 
 // Number i of the noise of tick t.
 DEVICE float normal(const int32_t* cursor, int t, int i) {
   uint32_t words[4] = {(uint32_t)i / 4, (uint32_t)t, 0, 0};
-  philox(words, (uint32_t)cursor[SEED_LOW], (uint32_t)cursor[SEED_HIGH]);
+  philox(words, (uint32_t)cursor[POLICY_SEED_LOW], (uint32_t)cursor[POLICY_SEED_HIGH]);
   bool is_second_pair = i & 2;
   float radius = sqrtf(-2.0f * log_f32(uniform(is_second_pair ? words[2] : words[0])));
   float sine, cosine;
@@ -62,7 +67,8 @@ DEVICE float normal(const int32_t* cursor, int t, int i) {
 
 KERNEL(THREADS) flow_begin(ARGS flow_begin_args a) {
   begin();
-  int t = max(a.cursor[OBSERVED], 0), wanted = a.request[0], size = a.H * a.A;
+  int t = max(a.cursor[POLICY_OBSERVED], 0), wanted = a.request[REQUEST_COMMITTED],
+      size = a.H * a.A;
   copy(a.context, a.memory, a.M);
   copy(a.context + a.M, a.encoded, a.E);
   for (int i = threadIdx.x; i < size; i += THREADS) {
@@ -70,30 +76,31 @@ KERNEL(THREADS) flow_begin(ARGS flow_begin_args a) {
     const float* action = j < wanted ? promised(a, t + j) : nullptr;
     a.flow[i] = action ? action[i % a.A] : normal(a.cursor, t, i);
   }
-  for (int j = threadIdx.x; j < a.H; j += THREADS) a.flow[size + j] = j < wanted && promised(a, t + j) ? 1.0f : 0.0f;
+  for (int j = threadIdx.x; j < a.H; j += THREADS)
+    a.flow[size + j] = j < wanted && promised(a, t + j) ? 1.0f : 0.0f;
   __syncthreads();
   if (threadIdx.x > 0) return;
   int committed = 0;
   for (int j = 0; j < a.H; j++)
     if (a.flow[size + j] != 0.0f) committed = j + 1;
-  a.cursor[PLAN_TICK] = t;
-  a.cursor[PLAN_STOP] = t + min(committed + a.execute, a.H);
-  a.cursor[PLAN_STEPS_LEFT] = a.steps;
+  a.cursor[POLICY_PLAN_TICK] = t;
+  a.cursor[POLICY_PLAN_STOP] = t + min(committed + a.execute, a.H);
+  a.cursor[POLICY_PLAN_STEPS_LEFT] = a.steps;
 }
 
 KERNEL(THREADS) flow_end(ARGS flow_end_args a) {
   begin();
   for (int i = threadIdx.x; i < a.H * a.A; i += THREADS) a.queue[i] = clip(a.x[i], 1.0f);
   if (threadIdx.x > 0) return;
-  a.cursor[CHUNK] = a.cursor[PLAN_TICK];
-  a.cursor[STOP] = a.cursor[PLAN_STOP];
-  a.cursor[PLAN_STEPS_LEFT] = 0;
+  a.cursor[POLICY_CHUNK] = a.cursor[POLICY_PLAN_TICK];
+  a.cursor[POLICY_STOP] = a.cursor[POLICY_PLAN_STOP];
+  a.cursor[POLICY_PLAN_STEPS_LEFT] = 0;
 }
 
 KERNEL(THREADS) take_action(ARGS take_action_args a) {
   begin();
-  int tick = a.cursor[TICK], row = tick - a.cursor[CHUNK];
-  bool has_action = tick < a.cursor[STOP] && row >= 0 && row < a.H;
+  int tick = a.cursor[POLICY_TICK], row = tick - a.cursor[POLICY_CHUNK];
+  bool has_action = tick < a.cursor[POLICY_STOP] && row >= 0 && row < a.H;
   for (int i = threadIdx.x; i < a.A; i += THREADS) {
     float action = has_action ? a.queue[(size_t)row * a.A + i] : a.previous[i];
     a.previous[i] = action;
@@ -101,6 +108,6 @@ KERNEL(THREADS) take_action(ARGS take_action_args a) {
   }
   __syncthreads();
   if (threadIdx.x > 0) return;
-  if (!has_action) a.cursor[HELD] += 1;
-  a.cursor[TICK] = tick + 1;
+  if (!has_action) a.cursor[POLICY_HELD] += 1;
+  a.cursor[POLICY_TICK] = tick + 1;
 }

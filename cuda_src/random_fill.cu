@@ -1,7 +1,9 @@
-// random_fill.cu - random bfloat16 for weights whose values do not matter: benchmarks of shapes, without a file.
+// random_fill.cu - random bfloat16 for weights whose values do not matter: benchmarks of shapes,
+// without a file.
 //
-// Contract: n vectors of eight bfloat16, each round((b0 + b1 + b2 + b3 - 510) * scale) with four random bytes: nearly
-//           normal, mean 0, standard deviation 147.8 * scale. A value depends on its index and the seed alone.
+// Contract: n vectors of eight bfloat16, each round((b0 + b1 + b2 + b3 - 510) * scale) with four
+//           random bytes: nearly normal, mean 0, standard deviation 147.8 * scale. A value depends
+//           on its index and the seed alone.
 // Launch:   grid-stride, a thread per vector.
 #include "flashrt.cuh"
 

@@ -1,9 +1,11 @@
 // rope.cu - head norms, rotary positions, and the new rows of the caches.
 //
-// Contract: per row t and head, from u = [per query head: q, gate | k | v]: q = rope(norm(q)), keys[position + t] =
-//           rope(norm(k)), values[position + t] = v. norm(x) = x rsqrt(mean(x^2) + eps) w. Dims j and j + R2, j < R2, turn
-//           by the angle (position + t - shift) * inv_freq[j]; dims from 2 R2 on pass.
-// Shapes:   u [T, 2 Nq D + 2 Nk D], q_norm and k_norm [D], inv_freq [R2], q [T, Nq, D], float; keys and values [Nk, S, D].
+// Contract: per row t and head, from u = [per query head: q, gate | k | v]: q = rope(norm(q)),
+//           keys[position + t] = rope(norm(k)), values[position + t] = v. norm(x) = x
+//           rsqrt(mean(x^2) + eps) w. Dims j and j + R2, j < R2, turn by the angle (position + t -
+//           shift) * inv_freq[j]; dims from 2 R2 on pass.
+// Shapes:   u [T, 2 Nq D + 2 Nk D], q_norm and k_norm [D], inv_freq [R2], q [T, Nq, D], float; keys
+//           and values [Nk, S, D].
 // Order:    lane l sums elements l, l + 32, ... in ascending order, then warp_sum.
 // Launch:   grid ((Nq + 2 Nk) / 4, T), a warp per head.
 #include "flashrt.cuh"
@@ -19,7 +21,8 @@ DEVICE cache_t to_cache(float x) { return bf16_round(x); }
 #endif
 
 // Norm and rotation of one head; `head` is the warp's own shared memory.
-DEVICE void turn(float* head, const float* x, const float* w, const rope_append_args& a, int position, int lane) {
+DEVICE void turn(float* head, const float* x, const float* w, const rope_append_args& a,
+                 int position, int lane) {
   float v[PER_LANE], sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++) {
@@ -46,9 +49,10 @@ DEVICE void turn(float* head, const float* x, const float* w, const rope_append_
 KERNEL(128) rope_append(ARGS rope_append_args a) {
   begin();
   __shared__ float heads[4][HEAD_DIM];
-  int t = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x >> 5, unit = blockIdx.x * 4 + warp;
-  if (t >= a.cursor[ROWS] || unit >= a.Nq + 2 * a.Nk) return;
-  int position = a.cursor[POSITION] + t;
+  int t = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x >> 5,
+      unit = blockIdx.x * 4 + warp;
+  if (t >= a.cursor[CURSOR_ROWS] || unit >= a.Nq + 2 * a.Nk) return;
+  int position = a.cursor[CURSOR_POSITION] + t;
   const float* u = a.u + (size_t)t * (2 * a.Nq + 2 * a.Nk) * HEAD_DIM;
   float* head = heads[warp];
   if (unit < a.Nq) {

@@ -1,17 +1,20 @@
 // sample.cu - the next token from one row of logits.
 //
-// Contract: logits changed by bias and penalties; cursor.token = their arg max at temperature 0 (the lowest id of equals);
-//           otherwise top_k, top_p and min_p on z = (logit - largest) / temperature, then Gumbel-max. The noise of a token
-//           depends on (seed, position, token) alone: Philox4x32-10, key = seed, counter (position, token / 4, 0, 0), word
-//           token % 4. Tokens are ordered by z, equals by lower id; a filter keeps a prefix of that order, so it is one
-//           cut (z, id). A NaN among the logits, or nothing but -inf, gives token -1: the host turns it into an error;
-//           +inf wins at any temperature, as in the limit. A cursor of no rows is left alone.
-// Shapes:   logits [1, V], sampler 16 words, bias [.., 2] of (id, float), journal [1, S, 1], work [2, V], cursor.
+// Contract: logits changed by bias and penalties; cursor.token = their arg max at temperature 0
+//           (the lowest id of equals); otherwise top_k, top_p and min_p on z = (logit - largest) /
+//           temperature, then Gumbel-max. The noise of a token depends on (seed, position, token)
+//           alone: Philox4x32-10, key = seed, counter (position, token / 4, 0, 0), word token % 4.
+//           Tokens are ordered by z, equals by lower id; a filter keeps a prefix of that order, so
+//           it is one cut (z, id). A NaN among the logits, or nothing but -inf, gives token -1: the
+//           host turns it into an error; +inf wins at any temperature, as in the limit. A cursor of
+//           no rows is left alone.
+// Shapes:   logits [1, V], sampler 16 words, bias [.., 2] of (id, float), journal [1, S, 1], work
+//           [2, V], cursor.
 // Order:    maxima are exact, counts and masses are integers: they do not depend on an order.
-// Launch:   sample_scan (blocks, each of which owns a run of the tokens, with a counter for each in shared memory),
-//           sample_cut (one block, to which all registers belong), sample_pick (blocks; the last to finish compares them).
-//           Row 0 of `work` takes the logits if bias or penalties change them; row 1 passes `Scratch` on, for which V >= 8
-//           leaves room.
+// Launch:   sample_scan (blocks, each of which owns a run of the tokens, with a counter for each in
+//           shared memory), sample_cut (one block, to which all registers belong), sample_pick
+//           (blocks; the last to finish compares them). Row 0 of `work` takes the logits if bias or
+//           penalties change them; row 1 passes `Scratch` on, for which V >= 8 leaves room.
 #include "flashrt.cuh"
 #include "philox.cuh"
 
@@ -40,20 +43,31 @@ struct Settings {
 };
 
 DEVICE Settings settings_of(const uint32_t* words) {
-  return {{words[0], words[1]}, (int)words[2], __uint_as_float(words[3]), __uint_as_float(words[4]),
-          __uint_as_float(words[5]), words[6] ? __uint_as_float(words[6]) : 1.0f, __uint_as_float(words[7]),
-          __uint_as_float(words[8]), (int)words[9]};
+  uint32_t repetition = words[SAMPLER_REPETITION];  // words that are all 0 are greedy
+  return {{words[SAMPLER_SEED_LOW], words[SAMPLER_SEED_HIGH]},
+          (int)words[SAMPLER_TOP_K],
+          __uint_as_float(words[SAMPLER_TEMPERATURE]),
+          __uint_as_float(words[SAMPLER_TOP_P]),
+          __uint_as_float(words[SAMPLER_MIN_P]),
+          repetition ? __uint_as_float(repetition) : 1.0f,
+          __uint_as_float(words[SAMPLER_PRESENCE]),
+          __uint_as_float(words[SAMPLER_FREQUENCY]),
+          (int)words[SAMPLER_BIASES]};
 }
 
-DEVICE Scratch* scratch_of(const sample_args& a) { return (Scratch*)(a.work + round_up(a.V, 2)); }  // aligned to 8
-DEVICE const float* logits_of(const sample_args& a, const Settings& s) { return s.is_adjusting() ? a.work : a.logits; }
+// aligned to 8
+DEVICE Scratch* scratch_of(const sample_args& a) { return (Scratch*)(a.work + round_up(a.V, 2)); }
+DEVICE const float* logits_of(const sample_args& a, const Settings& s) {
+  return s.is_adjusting() ? a.work : a.logits;
+}
 
 // ---- candidates
 
 DEVICE bool is_nan(float x) { return x != x; }
 DEVICE Candidate none() { return {-INF, -1}; }
 
-// The larger of two, the lower id of equals; NaN wins over all, none loses: the order of comparisons does not matter.
+// The larger of two, the lower id of equals; NaN wins over all, none loses: the order of
+// comparisons does not matter.
 DEVICE Candidate better(Candidate a, Candidate b) {
   if (is_nan(a.value)) return a;
   if (is_nan(b.value)) return b;
@@ -81,10 +95,10 @@ DEVICE Candidate block_best(Candidate c) {
 
 // ---- bias and penalties
 
-// Tokens [first, end) of the logits into row 0 of `work`, changed by bias and by how often each stands in the journal below
-// the position. All threads of the block call it.
+// Tokens [first, end) of the logits into row 0 of `work`, changed by bias and by how often each
+// stands in the journal below the position. All threads of the block call it.
 DEVICE void adjust(const sample_args& a, const Settings& s, int first, int end, int* count) {
-  int position = a.cursor[POSITION];
+  int position = a.cursor[CURSOR_POSITION];
   for (int i = first + threadIdx.x; i < end; i += 256) {
     a.work[i] = a.logits[i];
     count[i - first] = 0;
@@ -111,10 +125,11 @@ DEVICE void adjust(const sample_args& a, const Settings& s, int first, int end, 
 KERNEL(256) sample_scan(ARGS sample_args a) {
   DYNAMIC_SHARED(int, count);
   begin();
-  if (a.cursor[ROWS] < 1) return;
+  if (a.cursor[CURSOR_ROWS] < 1) return;
   Settings s = settings_of(a.sampler);
   int share = ceil_div(a.V, gridDim.x), first = blockIdx.x * share, end = min(first + share, a.V);
-  if (s.is_adjusting()) adjust(a, s, first, end, count);  // a thread reads below what it wrote itself
+  // a thread reads below what it wrote itself
+  if (s.is_adjusting()) adjust(a, s, first, end, count);
   const float* logits = logits_of(a, s);
   Candidate best = none();
 #pragma unroll 4
@@ -135,16 +150,23 @@ struct Row {
   float largest, temperature;
 };
 
-DEVICE float z_of(const Row& row, int id) { return (row.logits[id] - row.largest) / row.temperature + 0.0f; }  // no -0
+// never -0
+DEVICE float z_of(const Row& row, int id) {
+  return (row.logits[id] - row.largest) / row.temperature + 0.0f;
+}
 DEVICE uint64_t mass_of(float z) { return z < LEAST_MASS ? 0 : (uint64_t)(exp_f32(z) * MASS_UNIT); }
-DEVICE bool is_kept(float z, int id, Candidate cut) { return z > cut.value || (z == cut.value && id <= cut.id); }
+DEVICE bool is_kept(float z, int id, Candidate cut) {
+  return z > cut.value || (z == cut.value && id <= cut.id);
+}
 
 // Bits in the order of the floats.
 DEVICE uint32_t key_of(float z) {
   uint32_t bits = __float_as_uint(z);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
-DEVICE float value_of(uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
+DEVICE float value_of(uint32_t key) {
+  return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
+}
 
 struct Histogram {
   unsigned long long weight[DIGITS];
@@ -153,7 +175,8 @@ struct Histogram {
   int digit;
 };
 
-// The highest digit at which the weight from above reaches h.target; h.above, h.digit. Thread i owns two digits.
+// The highest digit at which the weight from above reaches h.target; h.above, h.digit. Thread i
+// owns two digits.
 DEVICE void find_digit(Histogram& h) {
   int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, high = DIGITS - 1 - 2 * tid;
   unsigned long long first = h.weight[high], both = first + h.weight[high - 1], sum = both;
@@ -199,11 +222,13 @@ DEVICE int nth_of(const Row& row, float value, unsigned long long n) {
   return found;
 }
 
-// End of the smallest prefix that weighs at least `target`, a token weighing its mass or 1: a radix select, three digits
-// of the key from the top. `target` is positive and at most the weight of all.
-DEVICE Candidate prefix_of_weight(Histogram& h, const Row& row, bool is_by_mass, unsigned long long target) {
+// End of the smallest prefix that weighs at least `target`, a token weighing its mass or 1: a radix
+// select, three digits of the key from the top. `target` is positive and at most the weight of all.
+DEVICE Candidate prefix_of_weight(Histogram& h, const Row& row, bool is_by_mass,
+                                  unsigned long long target) {
   uint32_t known = 0, mask = 0;
-  for (int shift = 32 - DIGIT_BITS; shift > -DIGIT_BITS; shift -= DIGIT_BITS) {  // 21, 10, then the last 10 bits
+  // 21, 10, then the last 10 bits
+  for (int shift = 32 - DIGIT_BITS; shift > -DIGIT_BITS; shift -= DIGIT_BITS) {
     int at = max(shift, 0);
     uint32_t last = shift >= 0 ? DIGITS - 1 : (1u << (DIGIT_BITS + shift)) - 1;
     for (int i = threadIdx.x; i < DIGITS; i += CUT_THREADS) h.weight[i] = 0;
@@ -244,7 +269,7 @@ DEVICE unsigned long long kept_mass(Histogram& h, const Row& row, Candidate cut)
 
 KERNEL(1024, 1) sample_cut(ARGS sample_args a) {
   begin();
-  if (a.cursor[ROWS] < 1) return;
+  if (a.cursor[CURSOR_ROWS] < 1) return;
   __shared__ Histogram histogram;
   Scratch* scratch = scratch_of(a);
   Settings s = settings_of(a.sampler);
@@ -256,12 +281,13 @@ KERNEL(1024, 1) sample_cut(ARGS sample_args a) {
   if (threadIdx.x == 0) {
     scratch->n_finished = 0;
     scratch->largest = is_greedy || !is_valid ? none() : best;  // none: the choice is made
-    if (is_greedy || !is_valid) a.cursor[TOKEN] = is_valid ? best.id : -1;
+    if (is_greedy || !is_valid) a.cursor[CURSOR_TOKEN] = is_valid ? best.id : -1;
   }
   if (is_greedy || !is_valid) return;
   Row row = {logits_of(a, s), a.V, best.value, s.temperature};
   Candidate cut = {-INF, a.V};
-  if (s.top_k > 0 && s.top_k < a.V) cut = prefix_of_weight(histogram, row, false, (unsigned long long)s.top_k);
+  if (s.top_k > 0 && s.top_k < a.V)
+    cut = prefix_of_weight(histogram, row, false, (unsigned long long)s.top_k);
   if (s.top_p < 1.0f) {
     double share = ceil((double)s.top_p * (double)kept_mass(histogram, row, cut));
     cut = prefix_of_weight(histogram, row, true, share > 1.0 ? (unsigned long long)share : 1);
@@ -271,7 +297,8 @@ KERNEL(1024, 1) sample_cut(ARGS sample_args a) {
 
 // ---- noise
 
-// Standard Gumbel noise -log(-log(1 - v)) of uniform v. The noise that can win comes from small v, where float is finest.
+// Standard Gumbel noise -log(-log(1 - v)) of uniform v. The noise that can win comes from small v,
+// where float is finest.
 DEVICE float gumbel(uint32_t word) {
   float v = uniform(word), u = 1.0f - v, log_u = log_f32(u) + (-v - (u - 1.0f)) / u;
   return -log_f32(-log_u);
@@ -280,7 +307,7 @@ DEVICE float gumbel(uint32_t word) {
 KERNEL(256) sample_pick(ARGS sample_args a) {
   begin();
   __shared__ bool is_last;
-  if (a.cursor[ROWS] < 1) return;
+  if (a.cursor[CURSOR_ROWS] < 1) return;
   Scratch* scratch = scratch_of(a);
   Settings s = settings_of(a.sampler);
   Candidate largest = scratch->largest;
@@ -289,7 +316,8 @@ KERNEL(256) sample_pick(ARGS sample_args a) {
   Candidate cut = is_cut ? scratch->cut : Candidate{-INF, a.V};
   Row row = {logits_of(a, s), a.V, largest.value, s.temperature};
   Candidate best = none();
-  for (int first = 4 * (blockIdx.x * 256 + threadIdx.x); first < a.V; first += 4 * gridDim.x * 256) {
+  for (int first = 4 * (blockIdx.x * 256 + threadIdx.x); first < a.V;
+       first += 4 * gridDim.x * 256) {
     float z[4], top = -INF;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -299,7 +327,7 @@ KERNEL(256) sample_pick(ARGS sample_args a) {
       top = fmaxf(top, z[i]);
     }
     if (top == -INF || (best.id >= 0 && top + GUMBEL_MAX < best.value)) continue;
-    uint32_t words[4] = {(uint32_t)a.cursor[POSITION], (uint32_t)(first / 4), 0, 0};
+    uint32_t words[4] = {(uint32_t)a.cursor[CURSOR_POSITION], (uint32_t)(first / 4), 0, 0};
     philox(words, s.seed[0], s.seed[1]);
 #pragma unroll
     for (int i = 0; i < 4; i++)
@@ -310,10 +338,11 @@ KERNEL(256) sample_pick(ARGS sample_args a) {
     scratch->part[blockIdx.x] = best;
     __threadfence();
     is_last = atomicAdd(&scratch->n_finished, 1u) == gridDim.x - 1;
-    __threadfence();  // what it read comes after the counter; the barrier passes this on to the block
+    // what it read comes after the counter; the barrier passes this on to the block
+    __threadfence();
   }
   __syncthreads();
   if (!is_last) return;
   best = block_best<8>(threadIdx.x < gridDim.x ? scratch->part[threadIdx.x] : none());
-  if (threadIdx.x == 0) a.cursor[TOKEN] = best.id;
+  if (threadIdx.x == 0) a.cursor[CURSOR_TOKEN] = best.id;
 }

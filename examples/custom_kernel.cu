@@ -4,7 +4,7 @@
 
 KERNEL(32) count(ARGS count_args a) {
   begin();
-  int rows = min(a.T, a.cursor[ROWS]);
+  int rows = min(a.T, a.cursor[CURSOR_ROWS]);
   for (int t = threadIdx.x; t < rows; t += 32) {
     atomicAdd(&a.counts[a.tokens[t]], 1u);
   }

@@ -3,7 +3,7 @@
 Counts how often each token was fed, on the device, in a region declared `fixed`: nothing else is
 said about capsules, yet snapshot, restore and rollback carry the counts. Runs on cpu, simt, cuda:
 
-    python examples/custom_kernel.py CHECKPOINT [--device simt]
+    python examples/custom_kernel.py [CHECKPOINT] [--device simt]
 """
 
 import argparse
@@ -17,7 +17,8 @@ from flashrt.core.op import Op, Param
 from flashrt.core.region import DType, Region, Role
 from flashrt.core.tape import Tape
 from flashrt.load import load_on, open_backend
-from flashrt.models import Model
+from flashrt.models import TokenModel
+from flashrt.weights.bundled import bundled_checkpoint
 
 HERE = Path(__file__).parent
 COUNT = Op(
@@ -34,10 +35,10 @@ COUNT = Op(
 class Counting:
     """A model that counts the tokens it is fed."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: TokenModel) -> None:
         self._model = model
         self.name, self.buckets, self.vocab_size = model.name, model.buckets, model.vocab_size
-        self.weights, self.phases = model.weights, model.phases
+        self.identity, self.weights, self.phases = model.identity, model.weights, model.phases
         self.counts = Region("counts", (model.vocab_size,), DType.U32, Role.FIXED, is_digested=True)
         self.lane_regions = (*model.lane_regions, self.counts)
 
@@ -70,7 +71,7 @@ def device(name: str) -> Backend:
 def main() -> None:
     """Feed, snapshot, go on, restore: the counts follow."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", nargs="?", default=bundled_checkpoint())
     parser.add_argument("--device", default="cpu", choices=("cpu", "simt", "cuda"))
     options = parser.parse_args()
     engine = load_on(
@@ -83,7 +84,7 @@ def main() -> None:
     session = engine.session()
 
     def counts() -> np.ndarray:
-        return engine.lane_array(session._lane, "counts")
+        return engine.lane_array(session.lane, "counts")
 
     session.prefill([7, 7, 9])
     capsule = session.snapshot()

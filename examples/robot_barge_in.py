@@ -5,6 +5,8 @@ cue is one more observation, written into the same io region that every tick wri
 captured again. Left alone, the policy finishes its chunk first; `interrupt` drops the rest of it,
 and the next tick plans before it acts. Both continue from one capsule.
 
+Needs gymnasium: pip install 'flashrt[gym]'
+
     python examples/robot_barge_in.py [POLICY] [--device cpu]
 """
 
@@ -12,7 +14,7 @@ import argparse
 import math
 
 import flashrt
-from flashrt.robot.rollout import Moment, Rollout
+from flashrt.robot import Moment, Rollout
 from flashrt.worlds.two_doors import FPS, REACHED, TICKS, VX, TwoDoors, X, Y
 
 INTO_CHUNK = 2  # ticks

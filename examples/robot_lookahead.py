@@ -5,6 +5,8 @@ each, and the noise decides. A moment is the environment's state and a capsule; 
 from it with noise of its own, in an environment of its own. What was foreseen comes true to the
 bit.
 
+Needs gymnasium: pip install 'flashrt[gym]'
+
     python examples/robot_lookahead.py [POLICY] [--device cpu] [--episodes 8]
 """
 
@@ -14,7 +16,7 @@ import time
 import numpy as np
 
 import flashrt
-from flashrt.robot.rollout import Moment, Rollout
+from flashrt.robot import Moment, Rollout
 from flashrt.worlds.two_doors import TwoDoors
 
 FUTURES = 8

@@ -1,8 +1,10 @@
 """Replaying a robot's rollout to the bit, and drawing it.
 
-Records what the control loop is told and what it answers, with an interrupt and a restore on the
-way; then tells it all to a policy that was loaded afresh, and compares every action and digest.
+Records what the control loop takes in and what it answers, with an interrupt and a restore on the
+way; then runs it all again on a policy loaded afresh, and compares every action and digest.
 With --out FOLDER, the paths of twelve episodes as an SVG drawing.
+
+Needs gymnasium: pip install 'flashrt[gym]'
 
     python examples/robot_replay.py [POLICY] [--device cpu] [--out FOLDER]
 """
@@ -14,8 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import flashrt
-from flashrt.robot.recording import replay
-from flashrt.robot.rollout import Rollout
+from flashrt.robot import Rollout, record, replay
 from flashrt.worlds.two_doors import DOORS, GOAL_X, GOAL_Y, HALF_DOOR, TwoDoors, X, Y
 
 COLOURS = ("#0f766e", "#b45309", "#6d28d9", "#be123c")
@@ -61,7 +62,7 @@ def main() -> None:
     robot.reset(seed=3)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rollout.safetensors"
-        with robot.loop.record(file):
+        with record(robot.loop, file):
             for tick in range(60):
                 robot.step()
                 if tick == 20:

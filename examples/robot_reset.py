@@ -4,6 +4,8 @@ The robot of `two doors` is shown its goal for five ticks and must remember it. 
 is an episode that has begun: the goal in memory, the first chunk of actions under way. Going back
 to it is one copy; the other ways must show the robot its goal again. All give the same bits.
 
+Needs gymnasium: pip install 'flashrt[gym]'
+
     python examples/robot_reset.py [POLICY] [--device cpu]
 """
 
@@ -14,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 import flashrt
-from flashrt.robot.rollout import Rollout
+from flashrt.robot import Rollout
 from flashrt.worlds.two_doors import CUE_TICKS, TwoDoors
 
 SEED = 4

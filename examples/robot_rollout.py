@@ -15,8 +15,11 @@ import sys
 import time
 from typing import Any
 
-import gymnasium
-from gymnasium.envs.toy_text.frozen_lake import generate_random_map
+try:
+    import gymnasium
+    from gymnasium.envs.toy_text.frozen_lake import generate_random_map
+except ImportError:
+    sys.exit("this example needs gymnasium: pip install 'flashrt[gym]'")
 
 import flashrt
 from flashrt.session.chat import Chat, open_chat

@@ -12,6 +12,7 @@ import time
 
 import flashrt
 from flashrt.session.chat import open_chat
+from flashrt.store.opening import open_session
 from flashrt.store.store import Store
 from flashrt.weights.bundled import bundled_checkpoint
 from flashrt.worlds.document import HELD_OUT
@@ -30,7 +31,9 @@ def answer(folder: str, checkpoint: str, which: str) -> None:
     chat.add("user", FACTS.question(thing))
 
     started = time.perf_counter()
-    opened = Store(folder).open_session(engine, prompt, session=chat.session, marks=[len(prompt)])
+    opened = open_session(
+        Store(folder), engine, prompt, session=chat.session, boundaries=[len(prompt)]
+    )
     ready_s = time.perf_counter() - started
     assert opened.session.position == len(prompt)
     digest = opened.session.digest()

@@ -15,10 +15,9 @@ from flashrt.base.errors import (
     SessionError,
 )
 from flashrt.capsule.capsule import Capsule
-from flashrt.engine.actions import load_policy
-from flashrt.load import SessionEngine as Engine
-from flashrt.load import load
+from flashrt.load import load, load_policy
 from flashrt.robot.loop import ControlLoop
+from flashrt.session.engine import SessionEngine as Engine
 from flashrt.session.session import Session
 
 __all__ = [

@@ -1,25 +1,27 @@
 """The command line: `flashrt` or `python -m flashrt`.
 
-IS: arguments, help texts, and how errors leave the process (0 fine, 1 a check failed, 2 a
-FlashrtError or wrong arguments, 130 interrupted). IS NOT: the commands; see commands/. Called by:
-the `flashrt` script, __main__.
+IS: arguments, help texts, and how a command ends: 0 fine, 1 a check failed, 2 an error or wrong
+arguments, 130 interrupted, 141 nobody reads the output. An error is one line on stderr, never a
+traceback. IS NOT: the commands; see commands/.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from flashrt.base.errors import FlashrtError
-from flashrt.commands import replay, store
+from flashrt.commands import console, replay, store
+from flashrt.commands.bench import policy
 from flashrt.commands.bench.document import BenchOptions
 from flashrt.commands.bench.draft import bench_draft
 from flashrt.commands.bench.gpu.run import GpuBenchOptions, gpu_bench
-from flashrt.commands.bench.policy import add_policy_options, bench_policy, policy_options
 from flashrt.commands.bench.resume import resume
 from flashrt.commands.bench.session import bench
 from flashrt.commands.checkpoints import EngineOptions
@@ -33,6 +35,9 @@ from flashrt.weights.random_checkpoint import SHAPES
 
 Command = Callable[[argparse.Namespace], int]
 OK, CHECK_FAILED, REFUSED, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 130, 141
+_MOST = (1 << 63) - 1  # a count beyond that is a mistake
+_MOST_POSITIONS = (1 << 31) - 1  # positions are int32
+_MOST_LANES = 1 << 16
 
 _DESCRIPTION = """\
 flashrt runs Qwen3.5 hybrid models (Gated DeltaNet + attention) without torch, and can snapshot,
@@ -54,23 +59,38 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    try:
+        try:
+            console.open_streams()
+            return _run(arguments)
+        finally:  # what a full disk or a closed pipe did not take shows here at the latest
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except FlashrtError as error:
+        console.complain(str(error))
+    except KeyboardInterrupt:
+        console.complain("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as in `flashrt plan ... | head`
+        console.abandon(sys.stdout)
+        return BROKEN_PIPE
+    except OSError as error:  # of the output: whatever reads or writes files raises FlashrtErrors
+        console.abandon(sys.stdout)
+        where = "the output" if error.filename is None else f"{error.filename}"
+        console.complain(f"cannot write {where}: {error.strerror or error}")
+    except MemoryError:
+        console.complain("out of memory; give fewer --max-positions or --lanes")
+    return REFUSED
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     command: Command | None = options.command
     if command is None:
         parser.print_help()
         return OK
-    try:
-        return command(options)
-    except FlashrtError as error:
-        sys.stderr.write(f"flashrt: {error}\n")
-        return REFUSED
-    except KeyboardInterrupt:
-        sys.stderr.write("flashrt: interrupted\n")
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as in `flashrt plan ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+    return command(options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,6 +117,10 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: object) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)  # type: ignore[arg-type]
 
+    def print_help(self, file: Any = None) -> None:
+        """Argparse's own passes over errors of the output in silence."""
+        (file or sys.stdout).write(self.format_help())
+
 
 _Commands = argparse._SubParsersAction  # its public name is missing in argparse
 
@@ -114,20 +138,22 @@ def _add_engine_options(parser: argparse.ArgumentParser, max_positions: int = 40
     defaults = EngineOptions(max_positions=max_positions)
     group = parser.add_argument_group("engine")
     group.add_argument(
-        "--max-positions", type=_count, default=max_positions, metavar="N",
+        "--max-positions", type=_whole(1, _MOST_POSITIONS), default=max_positions, metavar="N",
         help=f"tokens that a session can hold (default: {max_positions})",
     )  # fmt: skip
     group.add_argument(
-        "--lanes", type=_count, default=1, metavar="N", help="live sessions (default: 1)"
-    )
+        "--lanes", type=_whole(1, _MOST_LANES), default=1, metavar="N",
+        help="live sessions (default: 1)",
+    )  # fmt: skip
     group.add_argument(
         "--kv-dtype", choices=("bfloat16", "float32"), default=defaults.kv_dtype,
         help="of keys and values (default: bfloat16)",
     )  # fmt: skip
     group.add_argument(
-        "--pool-bytes", type=int, metavar="N", help="room for capsules (default: 2 lanes' worth of "
-        "rows and 16 fixed bands)",
+        "--pool-bytes", type=_whole(0), metavar="N",
+        help="room for capsules (default: 2 lanes' worth of rows and 16 fixed bands)",
     )  # fmt: skip
+    _add_no_draft(parser)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -143,8 +169,19 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_no_draft(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-draft", action="store_true", help="leave out the checkpoint's draft head"
+    )
+
+
+def _draft(options: argparse.Namespace) -> bool | None:
+    return False if options.no_draft else None
+
+
 def _engine_options(options: argparse.Namespace) -> EngineOptions:
     return EngineOptions(
+        draft=_draft(options),
         max_positions=options.max_positions,
         lanes=options.lanes,
         kv_dtype=options.kv_dtype,
@@ -159,7 +196,7 @@ def _add_demo(commands: _Commands[_Parser]) -> None:
             is_random=options.random,
             tokens=options.tokens,
             seed=options.seed,
-            engine=EngineOptions(options.device, options.precision),
+            engine=EngineOptions(options.device, options.precision, draft=_draft(options)),
             out=options.out,
             as_json=options.json,
         )
@@ -186,6 +223,7 @@ def _add_demo(commands: _Commands[_Parser]) -> None:
     parser.add_argument(
         "--seed", type=_count, default=1, metavar="N", help="which held-out world (default: 1)"
     )
+    _add_no_draft(parser)
     _add_device(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("out"), metavar="DIR",
@@ -206,31 +244,51 @@ def _add_run(commands: _Commands[_Parser]) -> None:
         )
         device = {"device": options.device, "precision": options.precision}
         engine = dataclasses.replace(_engine_options(options), **device)
-        return run(options.checkpoint, options.prompt, options.tokens, engine, sampling)
+        return run(
+            options.checkpoint, options.prompt, options.tokens, engine, sampling,
+            is_raw=options.raw,
+        )  # fmt: skip
 
     parser = _add(
-        commands, "run", command, "Continue a prompt; text or token ids, streamed.",
-        'run ~/models/Qwen3.5-0.8B --prompt "Once upon a time" --max-tokens 64\n'
+        commands, "run", command,
+        "Answer a prompt, through the checkpoint's chat template if it has one; or continue text\n"
+        "or token ids as they are. Streamed.",
+        'run ~/models/Qwen3.5-0.8B --prompt "Why is the sky blue?" --max-tokens 64\n'
+        'run ~/models/Qwen3.5-0.8B --raw --prompt "Once upon a time"\n'
         "run ~/models/Qwen3.5-0.8B --tokens 1,2,3 --temperature 0.7 --seed 7\n"
         "run ~/models/Qwen3.5-0.8B < prompt.txt",
     )  # fmt: skip
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint directory")
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="text (default: read from stdin)")
-    prompt.add_argument("--tokens", type=_ids, metavar="1,2,3", help="token ids instead of text")
+    prompt.add_argument(
+        "--prompt", type=_text, metavar="TEXT", help="text (default: read from stdin)"
+    )
+    prompt.add_argument(
+        "--tokens", type=_list_of(0), metavar="1,2,3", help="token ids instead of text"
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the text as it is: no chat template, and "
+        "special tokens that it spells out are recognised",
+    )  # fmt: skip
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--max-tokens", type=_count, default=128, metavar="N", help="default: 128"
     )
-    sampling.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default)")
     sampling.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="1 is off (default)"
+        "--temperature", type=_number(0, 1e4), default=0.0, help="0 is greedy (default)"
     )
     sampling.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="0 is off (default)"
+        "--top-k", type=_whole(0, _MOST_POSITIONS), default=0, metavar="K",
+        help="0 is off (default)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--top-p", type=_number(0, 1, above=True), default=1.0, metavar="P",
+        help="1 is off (default)",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--min-p", type=_number(0, 1), default=0.0, metavar="P", help="0 is off (default)"
     )
-    sampling.add_argument("--seed", type=int, default=0, help="default: 0")
+    sampling.add_argument("--seed", type=_whole(0, (1 << 64) - 1), default=0, help="default: 0")
     _add_engine_options(parser)
     _add_device(parser)
 
@@ -272,7 +330,7 @@ def _add_inspect(commands: _Commands[_Parser]) -> None:
 def _add_bench(commands: _Commands[_Parser]) -> None:
     def command(options: argparse.Namespace) -> int:
         if options.policy is not None:
-            return bench_policy(policy_options(options), options.json, options.plot)
+            return _bench_policy(options)
         is_plain = not (options.resume or options.draft)
         if is_plain and options.device in ("cuda", "simt") and options.checkpoint is None:
             return _gpu_bench(options)
@@ -281,7 +339,7 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
             checkpoint=options.checkpoint,
             lengths=options.lengths,
             repeats=options.repeats,
-            engine=EngineOptions(options.device, options.precision),
+            engine=EngineOptions(options.device, options.precision, draft=_draft(options)),
         )
         if options.draft:
             if options.plot:
@@ -301,13 +359,14 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
     _add_bench_choice(parser)
     parser.add_argument(
         "--lengths",
-        type=_ids,
+        type=_list_of(1),
         metavar="N,N",
         help="context lengths (default: by shape, to end within minutes)",
     )
     parser.add_argument(
         "--repeats", type=_count, default=3, metavar="N", help="of each median (default: 3)"
     )
+    _add_no_draft(parser)
     _add_device(parser)
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write all figures there (- is stdout)"
@@ -332,7 +391,20 @@ def _add_bench_choice(parser: argparse.ArgumentParser) -> None:
         "--draft", action="store_true", help="instead: cost of each replay of drafting, and "
         "tokens/s by draft length, at context --lengths (default: 128)",
     )  # fmt: skip
-    add_policy_options(what, parser)
+    what.add_argument(
+        "--policy", nargs="?", const=policy.DEFAULT, metavar="POLICY",
+        help="instead: a robot policy's control loop in real time: a checkpoint directory, a "
+        f"bundled name (default: {policy.DEFAULT}), or random-base, random-small, random-tiny",
+    )  # fmt: skip
+    group = parser.add_argument_group("with --policy")
+    group.add_argument(
+        "--seconds", type=_number(0, above=True), default=policy.SECONDS,
+        help=f"default: {policy.SECONDS:g}",
+    )  # fmt: skip
+    group.add_argument(
+        "--hz", type=_number(0, policy.MOST_HZ, above=True), default=policy.HZ,
+        help=f"ticks per second (default: {policy.HZ:g})",
+    )  # fmt: skip
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
         "--shape",
@@ -341,6 +413,16 @@ def _add_bench_choice(parser: argparse.ArgumentParser) -> None:
         help="a seeded random checkpoint (default: mini)",
     )
     model.add_argument("--checkpoint", type=Path, metavar="DIR", help="your own checkpoint")
+
+
+def _bench_policy(options: argparse.Namespace) -> int:
+    if options.checkpoint or options.lengths or options.out:
+        raise FlashrtError(
+            "bench --policy takes its checkpoint as `--policy DIR`; leave out --checkpoint, "
+            "--lengths and --out"
+        )
+    wanted = policy.PolicyBenchOptions(options.policy, options.device, options.seconds, options.hz)
+    return policy.bench_policy(wanted, options.json, options.plot)
 
 
 def _gpu_bench(options: argparse.Namespace) -> int:
@@ -376,15 +458,59 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead")
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+def _whole(least: int, most: int = _MOST) -> Callable[[str], int]:
+    """A whole number in [least, most]."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text[:40]} is not at least {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text[:40]} is more than {most}")
+        return value
+
+    return parse
 
 
-def _ids(text: str) -> list[int]:
+def _number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """A finite number in [low, high]; `above`: greater than low."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number") from None
+        is_low = value <= low if above else value < low
+        if not math.isfinite(value) or is_low or value > high:
+            wanted = f"{'above' if above else 'at least'} {low:g}"
+            wanted += "" if high == math.inf else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text[:40]} is not a finite number {wanted}")
+        return value
+
+    return parse
+
+
+def _list_of(least: int) -> Callable[[str], list[int]]:
+    """Whole numbers with commas between them."""
+
+    def parse(text: str) -> list[int]:
+        words = [word for word in text.replace(" ", "").split(",") if word]
+        if not words:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a list like 1,2,3")
+        return [_whole(least)(word) for word in words]
+
+    return parse
+
+
+def _text(text: str) -> str:
+    """What the bytes of an argument say, whatever the locale says about them."""
     try:
-        return [int(word) for word in text.replace(" ", "").split(",") if word]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,2,3") from None
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not valid UTF-8 at byte {error.start}") from None
+
+
+_count = _whole(1)

@@ -1,7 +1,7 @@
 """Options and limits of the whole suite.
 
-IS: `--oracle DIR` (repeatable) and `--device NAME` for the golden tests, and a time limit per test.
-IS NOT: fixtures of one folder. Called by: pytest.
+IS: `--oracle DIR` (repeatable) and `--device NAME` for the golden tests, a time limit per test, and
+the rule that cases marked `gpu` exist only where CUDA is usable. IS NOT: fixtures of one folder.
 """
 
 from __future__ import annotations
@@ -9,10 +9,14 @@ from __future__ import annotations
 import faulthandler
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from flashrt.backends.cuda.probe import probe
+
 GOLDEN = Path(__file__).parent / "golden"
+NO_GPU = pytest.StashKey[str]()  # the line about cases that were left out
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,3 +49,33 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         folders = sorted(p.parent for p in GOLDEN.glob("*/expected.json"))
         folders += metafunc.config.getoption("--oracle")
         metafunc.parametrize("golden_set", folders, ids=lambda p: p.name, scope="module")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k: the line is about cases that were asked for
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the cases of a device that is not there."""
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu and not (status := probe()).is_usable:
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        config.stash[NO_GPU] = f"{len(gpu)} cases were not collected: {status}"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of xdist tells the one that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["no_gpu"] = session.config.stash.get(NO_GPU, "")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A process of xdist is done."""
+    if line := getattr(node, "workeroutput", {}).get("no_gpu"):
+        node.config.stash[NO_GPU] = line
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say what was left out, once."""
+    if line := config.stash.get(NO_GPU, ""):
+        terminalreporter.write_line(line)

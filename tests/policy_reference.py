@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.models.flow_policy.config import PolicyConfig
-from flashrt.ops.cursor import Word
+from flashrt.ops.cursor import PolicyWord
 from tests.reference import Array, Operands, Results, philox, sigmoid, silu
 
 
@@ -30,7 +30,7 @@ def words(**values: int) -> Array:
     """A cursor's words as an expected result: NaN where nothing is written."""
     out = np.full(16, np.nan)
     for name, value in values.items():
-        out[Word[name.upper()]] = value
+        out[PolicyWord[name.upper()]] = value
     return out
 
 
@@ -43,7 +43,7 @@ def gru(u: Array, v: Array, memory: Array) -> Array:
 
 def observe(o: Operands) -> Results:
     scaled = np.clip((o["observation"] - o["mean"]) / o["std"], -10, 10)
-    tick = int(o["cursor"][Word.TICK])
+    tick = int(o["cursor"][PolicyWord.TICK])
     return {"x": np.concatenate([scaled, o["previous"]]), "cursor": words(observed=tick)}
 
 
@@ -62,12 +62,15 @@ def gru_cell(o: Operands) -> Results:
 
 def flow_begin(o: Operands) -> Results:
     cursor = o["cursor"].astype(int)
-    t, done = max(int(cursor[Word.OBSERVED]), 0), int(cursor[Word.TICK])
-    seed = int(cursor[Word.SEED_LOW]) & 0xFFFFFFFF, int(cursor[Word.SEED_HIGH]) & 0xFFFFFFFF
+    t, done = max(int(cursor[PolicyWord.OBSERVED]), 0), int(cursor[PolicyWord.TICK])
+    seed = (
+        int(cursor[PolicyWord.SEED_LOW]) & 0xFFFFFFFF,
+        int(cursor[PolicyWord.SEED_HIGH]) & 0xFFFFFFFF,
+    )
     queue = o["queue"]
     x, mask = normal(queue.size, seed, t).reshape(queue.shape), np.zeros(len(queue))
     for j in range(int(o["request"][0])):
-        row = t + j - int(cursor[Word.CHUNK])
+        row = t + j - int(cursor[PolicyWord.CHUNK])
         x[j] = o["previous"] if t + j < done else queue[row]
         mask[j] = 1
     steps, execute = int(o.attrs["steps"]), int(o.attrs["execute"])
@@ -83,26 +86,26 @@ def flow_step(o: Operands) -> Results:
     velocity = (o["z"] @ o["w"].T + o["b"])[0].reshape(len(o["mask"]), -1)
     x = o["x"].reshape(velocity.shape)
     moved = np.where(o["mask"][:, None] == 0, x + velocity / o.attrs["steps"], x)
-    left = int(o["cursor"][Word.PLAN_STEPS_LEFT]) - 1
+    left = int(o["cursor"][PolicyWord.PLAN_STEPS_LEFT]) - 1
     return {"x": moved.reshape(-1), "cursor": words(plan_steps_left=left)}
 
 
 def flow_end(o: Operands) -> Results:
     cursor = o["cursor"]
-    chunk, stop = int(cursor[Word.PLAN_TICK]), int(cursor[Word.PLAN_STOP])
+    chunk, stop = int(cursor[PolicyWord.PLAN_TICK]), int(cursor[PolicyWord.PLAN_STOP])
     queue = np.clip(o["x"], -1, 1).reshape(o["queue"].shape)
     return {"queue": queue, "cursor": words(chunk=chunk, stop=stop, plan_steps_left=0)}
 
 
 def take_action(o: Operands) -> Results:
     cursor = o["cursor"].astype(int)
-    tick, stop = int(cursor[Word.TICK]), int(cursor[Word.STOP])
-    row = tick - int(cursor[Word.CHUNK])
+    tick, stop = int(cursor[PolicyWord.TICK]), int(cursor[PolicyWord.STOP])
+    row = tick - int(cursor[PolicyWord.CHUNK])
     has_action = tick < stop and 0 <= row < len(o["queue"])
     previous = o["queue"][row] if has_action else o["previous"]
     changed = words(tick=tick + 1)
     if not has_action:
-        changed[Word.HELD] = cursor[Word.HELD] + 1
+        changed[PolicyWord.HELD] = cursor[PolicyWord.HELD] + 1
     action = previous * o["scale"] + o["offset"]
     return {"previous": previous, "action": action, "cursor": changed}
 
@@ -116,7 +119,7 @@ POLICY_REFERENCE: dict[str, Callable[[Operands], Results]] = {
 
 @dataclass(slots=True)
 class ReferencePolicy:
-    """A whole policy on tensors by name; its verbs are those of PolicyEngine."""
+    """A whole policy on tensors by name; its verbs are those of ActionEngine."""
 
     config: PolicyConfig
     tensors: Mapping[str, NDArray[np.generic]]

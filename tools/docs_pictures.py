@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import flashrt
-from flashrt.session.chat import Chat, Moment, open_chat
+from flashrt.session.chat import Chat, ChatPoint, open_chat
 from flashrt.view.arena_map import arena_map, widest
 from flashrt.view.batching_map import Way, batching_map
 from flashrt.view.lineage_map import lineage_map
@@ -33,18 +33,18 @@ def draw(out: Path) -> list[Path]:
     title = f"The arena of the bundled model: {LANES} lanes of {POSITIONS:,} positions"
     pictures = {"arena": arena_map(engine.arena.plan, widest(tapes), title)}
     with open_chat(engine) as chat:
-        moments = converse(chat, facts=100, hints=12)
-        capsules = [moment.capsule for moment in moments]
+        points = converse(chat, facts=100, hints=12)
+        capsules = [point.capsule for point in points]
         pictures["session-tree"] = session_tree(capsules, {"the agent": capsules[-1]})
-        found = ways(engine, moments[1])
+        found = ways(engine, points[1])
         pictures["exactness"] = batching_map(found, "Five ways to one state, measured")
     with open_chat(engine) as chat:  # a shorter prompt, so that what follows can be seen
-        capsules = [moment.capsule for moment in converse(chat, facts=6, hints=4)]
+        capsules = [point.capsule for point in converse(chat, facts=6, hints=4)]
         pictures["lineage"] = lineage_map(capsules)
     return [save_svg(svg, out / f"{name}.svg") for name, svg in pictures.items()]
 
 
-def converse(chat: Chat, facts: int, hints: int) -> list[Moment]:
+def converse(chat: Chat, facts: int, hints: int) -> list[ChatPoint]:
     """An agent with facts and hints: a question, then an errand whose first call fails."""
     world, building = Inventory(HELD_OUT, facts, facts // 5), Building(HELD_OUT + 4, hints)
     chat.add("system", f"{world.prompt()} {building.prompt()}")
@@ -67,7 +67,7 @@ def converse(chat: Chat, facts: int, hints: int) -> list[Moment]:
     return [prompt, asked, before, failed, chat.snapshot("called again")]
 
 
-def ways(engine: flashrt.Engine, end: Moment) -> list[Way]:
+def ways(engine: flashrt.Engine, end: ChatPoint) -> list[Way]:
     """One state by five batchings; the last one begins at a capsule."""
     tokens = end.capsule.tokens
     last, parent = len(tokens), end.capsule.parent

@@ -1,7 +1,7 @@
 """The choice of a backend by name.
 
 IS: names, and the fall-back of "auto". IS NOT: a backend; those are imported when they are asked
-for. Called by: session.load, policy_engine, examples.
+for.
 """
 
 from __future__ import annotations

@@ -33,6 +33,12 @@ class CheckpointError(FlashrtError):
     """A checkpoint directory, its config or its tensors are not what the model needs."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint runs, but not quite as it was made to: weights are rounded, or positions lie
+    beyond those that it was trained on.
+    """
+
+
 class CapsuleError(FlashrtError):
     """A capsule cannot be used: dropped, foreign, truncated or corrupted."""
 

@@ -1,1 +1,1 @@
-"""Rank 2: capsules: a frozen state, the table of an engine's, where their bytes lie, their files."""
+"""Rank 2: capsules: frozen states, the table that makes them, where their bytes are, files."""

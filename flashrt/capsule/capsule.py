@@ -1,37 +1,34 @@
 """The capsule: an immutable state at a commit boundary.
 
-IS: the noun; what it holds, where that lies, and the protocol of whoever made it. IS NOT: its
-verbs: those go to the owner, an engine's table of capsules.
+IS: the noun: what it holds, where that lies, and the protocol of its owner. IS NOT: its verbs: they
+go to the owner, an engine's table of capsules. So this module imports no module that moves bytes.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt.capsule.extent import Extent
-from flashrt.capsule.lineage import Lane, Segment, chain_of, tokens_of
-from flashrt.capsule.pool import Pool
-from flashrt.capsule.restore import RestorePlan
+from flashrt.capsule.extent import Extent, StoredBytes
+from flashrt.capsule.lineage import Segment, chain_of, tokens_of
+from flashrt.capsule.restore import RestoreMoves
 from flashrt.core.arena import Arena
 
 
 class CapsuleOwner(Protocol):
-    """What made a capsule and carries out its verbs; see `table.CapsuleTable`."""
+    """Whoever made a capsule carries out its verbs: a `table.CapsuleTable`."""
 
     arena: Arena
-    pool: Pool
     fingerprint: str
-    fixed_nbytes: int
-    lanes: list[Lane]
-    capsules: set[Capsule]
 
     def save(self, capsule: Capsule, path: str | os.PathLike[str]) -> None: ...
     def move(self, capsule: Capsule, tier: str) -> None: ...
+    def offload(self, capsule: Capsule, sources: Mapping[Extent, StoredBytes]) -> None: ...
     def drop(self, capsule: Capsule) -> None: ...
     def check(self, capsule: Capsule) -> None: ...
     def digest_capsule(self, capsule: Capsule) -> str: ...
@@ -49,7 +46,7 @@ class Capsule:
     parent: Capsule | None  # the capsule that its lane descends from
     known_digest: str | None = None  # kept when the bytes leave the device
     is_pinned: bool = False  # eviction leaves it where it is
-    plans: dict[int, RestorePlan] = field(default_factory=dict)  # the last one of each lane
+    known_moves: dict[int, RestoreMoves] = field(default_factory=dict)  # by lane: the last ones
 
     @property
     def position(self) -> int:

@@ -1,7 +1,7 @@
 """Digests of lanes and of capsules on the device: which bytes make up the state.
 
-IS: terms from roles and plans, summed by a kernel of the backend. IS NOT: the definition (digest).
-Called by: capsule.
+IS: terms from roles and the arena's plan, summed by a kernel of the backend. IS NOT: the definition
+of the digest (core.digest). It exists so that equal states are recognised without reading them out.
 """
 
 from __future__ import annotations

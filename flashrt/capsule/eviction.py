@@ -1,7 +1,7 @@
 """Eviction: which capsules leave the device when the pool is full, and where they go.
 
 IS: budgets per tier, and the order: cheapest to make again per byte freed goes first. IS NOT: the
-moving (core.tier). Called by: load (SessionEngine.with_room).
+moving (tiers).
 
 Nothing is lost: capsules are demoted, device -> host -> disk, within the budgets; when those are
 full too, the pool is. Never demoted: what is pinned, and what a live lane would go back to.
@@ -68,7 +68,7 @@ def candidates(
     for capsule in table.capsules - protected:
         if capsule.is_pinned or capsule.fixed.tier is not tier:
             continue
-        moving = tiers.to_move(capsule, below)
+        moving = tiers.to_move(table.capsules, capsule, below)
         freed = sum(item.extent.nbytes for item in moving if item.extent.tier is tier)
         older = (s.stop for s in chain_of(capsule.segment) if s in ends)
         base = max((p for p in older if p < capsule.position), default=0)

@@ -1,8 +1,8 @@
 """Extents: the stored bytes of one fixed band or one segment's rows, wherever they are.
 
-IS: the nouns of the tiers. On the device an extent is a block of the pool; elsewhere it is a source
-of canonical bytes (core.image). IS NOT: moving (tier) or policy. Called by: lineage, capsule, tier;
-session implements disk sources.
+IS: the nouns of the tiers. On the device an extent is a block of the pool; elsewhere a source of
+canonical bytes (image). IS NOT: moving (tiers) or policy (eviction). It exists so that lineage and
+restores need not know where bytes are. The store implements sources on disk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Tier(enum.StrEnum):
         return {Tier.DEVICE: 2, Tier.HOST: 1, Tier.DISK: 0}[self]
 
 
-class Source(Protocol):
+class StoredBytes(Protocol):
     """Canonical bytes outside the device. Immutable."""
 
     @property
@@ -53,14 +53,14 @@ class Source(Protocol):
 class Shelf(Protocol):
     """A place of the disk tier."""
 
-    def put(self, data: Bytes) -> Source:
+    def put(self, data: Bytes) -> StoredBytes:
         """Write bytes, whole or not at all. Raises CapsuleError when that cannot be done."""
         ...
 
 
 @dataclass(slots=True, eq=False)
 class HostBytes:
-    """A source in host memory; its bytes may be on their way still."""
+    """Bytes in host memory; the device may still be sending them."""
 
     nbytes: int
     arrive: Callable[[], Bytes]
@@ -90,7 +90,7 @@ class Extent:
 
     nbytes: int
     block: int = -1
-    source: Source | None = None
+    source: StoredBytes | None = None
 
     @property
     def is_stored(self) -> bool:
@@ -99,7 +99,7 @@ class Extent:
 
     @property
     def is_on_device(self) -> bool:
-        """Whether a copy plan can address the bytes."""
+        """Whether copies within the arena can address the bytes."""
         return self.block >= 0
 
     @property
@@ -109,7 +109,7 @@ class Extent:
             return Tier.DEVICE
         return self.need_source().tier
 
-    def need_source(self) -> Source:
+    def need_source(self) -> StoredBytes:
         """The source of an extent that is not on the device."""
         if self.source is None:
             raise CapsuleError("these bytes were given back; the capsule was dropped")

@@ -1,7 +1,8 @@
-"""Blobs: a capsule as a file. A safetensors file whose tensors are the stored bytes of regions.
+"""A capsule as a file: a safetensors file whose tensors are the stored bytes of regions.
 
-IS: write (temporary name, fsync, rename) and read (everything is checked before a byte reaches the
-arena). IS NOT: policy on where files live. Called by: session (save, load_capsule), cli (inspect).
+IS: writing it whole or not at all, and reading it, with every check before a byte reaches the
+arena. IS NOT: policy on where files live, or who may be admitted (the engine's `admit`). It exists
+so that one state can be handed to another process or machine.
 
 Tensors are U8: `fixed/<region>` [bytes] and `rows/<region>` [planes, bytes of rows [0, position)
 widened to granules]. Metadata: format, fingerprint, position, digest, parent_digest, name, an
@@ -14,7 +15,6 @@ import json
 import math
 import mmap
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +27,16 @@ import xxhash
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CapsuleError
-from flashrt.capsule.capsule import Capsule, CapsuleOwner
+from flashrt.base.files import replacing
+from flashrt.base.messages import listed, shown
+from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.extent import Extent
 from flashrt.capsule.image import fixed_image, row_parts, rows_image, stamp_gaps
 from flashrt.capsule.lineage import Segment, path_to, segment_layout
+from flashrt.capsule.pool import Pool
+from flashrt.core.arena import Arena
 from flashrt.core.backend import Bytes
-from flashrt.core.copyplan import Copy, CopyPlan, Upload
+from flashrt.core.copylist import Copy, CopyList, Upload
 
 FORMAT = "flashrt-capsule-1"
 JOURNAL = "journal"  # the rows region of committed tokens, int32 [1, max_positions, 1]
@@ -40,7 +44,7 @@ _SUM = "xxh3:"
 
 
 @dataclass(frozen=True, slots=True)
-class BlobHeader:
+class CapsuleHeader:
     """What a capsule file says of itself; `table` maps tensor names to (shape, first byte)."""
 
     path: Path
@@ -58,22 +62,29 @@ class BlobHeader:
         return sum(math.prod(shape) for shape, _ in self.table.values())
 
 
-Admission = Callable[[BlobHeader, Mapping[str, Bytes], NDArray[np.int32]], None]
+Admission = Callable[[CapsuleHeader, Mapping[str, Bytes], NDArray[np.int32]], None]
 
 
-def save(capsule: Capsule, path: str | os.PathLike[str]) -> None:
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A capsule's bytes in the pool: not a capsule yet."""
+
+    fixed: Extent
+    segment: Segment | None
+    nbytes: int
+
+
+def save(arena: Arena, fingerprint: str, capsule: Capsule, path: str | os.PathLike[str]) -> None:
     """Write a capsule. The file appears whole or not at all.
 
-    Raises CapsuleError for a dropped capsule, or when the file cannot be written.
+    Raises CapsuleError when the file cannot be written.
     """
-    table = capsule.owner
-    table.check(capsule)
-    tensors = {**_fixed(table, capsule), **_rows(table, capsule)}
+    tensors = {**_fixed(arena, capsule), **_rows(arena, capsule)}
     parent = capsule.parent
     digest = capsule.digest
     metadata = {
         "format": FORMAT,
-        "fingerprint": table.fingerprint,
+        "fingerprint": fingerprint,
         "position": str(capsule.position),
         "digest": digest,
         **{_SUM + name: xxhash.xxh3_128_hexdigest(t.data) for name, t in tensors.items()},
@@ -87,7 +98,7 @@ def save(capsule: Capsule, path: str | os.PathLike[str]) -> None:
     _write(Path(path), tensors, metadata)
 
 
-def read_header(path: str | os.PathLike[str]) -> BlobHeader:
+def read_header(path: str | os.PathLike[str]) -> CapsuleHeader:
     """The checked header of a capsule file. Raises CapsuleError unless it is whole."""
     file = Path(path)
     try:
@@ -103,11 +114,11 @@ def read_header(path: str | os.PathLike[str]) -> BlobHeader:
         table = _table(header, 8 + start, nbytes)
         if metadata.get("format") != FORMAT:
             found = metadata.get("format")
-            raise CapsuleError(f"{file}: format {found!r}, this version reads {FORMAT!r}")
+            raise CapsuleError(f"{file}: format {shown(found)}, this version reads {FORMAT!r}")
         expected = _header_sum(metadata, {name: shape for name, (shape, _) in table.items()})
         if metadata.get("header") != expected:
             raise CapsuleError(f"{file}: the header does not match its checksum; it is damaged")
-        return BlobHeader(
+        return CapsuleHeader(
             path=file,
             fingerprint=metadata["fingerprint"],
             position=int(metadata["position"]),
@@ -136,11 +147,11 @@ def _table(
     for name, entry in header.items():
         shape, (start, stop) = entry["shape"], entry["data_offsets"]
         if entry["dtype"] != "U8" or not 1 <= len(shape) <= 2:
-            raise ValueError(f"tensor {name!r} is {entry['dtype']} {shape}")
+            raise ValueError(f"tensor {shown(name)} is {shown(entry['dtype'])} {shown(shape)}")
         if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-            raise ValueError(f"tensor {name!r} has sizes or offsets that are not counts")
+            raise ValueError(f"tensor {shown(name)} has sizes or offsets that are not counts")
         if math.prod(shape) != stop - start:
-            raise ValueError(f"tensor {name!r} of {shape} has {stop - start} bytes")
+            raise ValueError(f"tensor {shown(name)} of {shape} has {stop - start} bytes")
         table[name] = tuple(shape), first + start
         spans.append((start, stop))
     ends = [0, *(stop for _, stop in sorted(spans))]
@@ -149,7 +160,7 @@ def _table(
     return table
 
 
-def read_tensors(header: BlobHeader) -> dict[str, Bytes]:
+def read_tensors(header: CapsuleHeader) -> dict[str, Bytes]:
     """The tensors, mapped and verified. Raises CapsuleError naming a tensor that is damaged."""
     try:
         with header.path.open("rb") as file:
@@ -166,40 +177,62 @@ def read_tensors(header: BlobHeader) -> dict[str, Bytes]:
     return tensors
 
 
-def load(
-    table: CapsuleOwner, path: str | os.PathLike[str], admit: Admission | None = None
-) -> Capsule:
-    """A capsule from a file, into the pool.
-
-    `admit` looks at what was read and may refuse it. Raises CapsuleError (foreign, truncated,
-    damaged, too long) or PoolFull; nothing is changed then.
+def read(
+    arena: Arena, fingerprint: str, max_positions: int, path: str | os.PathLike[str]
+) -> tuple[CapsuleHeader, dict[str, Bytes]]:
+    """Header and tensors of a file that fits the engine. Raises CapsuleError for one that is
+    foreign, truncated, damaged or too long.
     """
     header = read_header(path)
-    if header.fingerprint != table.fingerprint:
+    if header.fingerprint != fingerprint:
         raise CapsuleError(
             f"{header.path}: made by another model, precision, plan or kernel version: its "
-            f"fingerprint is {header.fingerprint}, the engine's {table.fingerprint}"
+            f"fingerprint is {header.fingerprint}, the engine's {fingerprint}"
         )
-    longest = len(table.lanes[0].journal)
-    if not 0 <= header.position <= longest:
+    if not 0 <= header.position <= max_positions:
         raise CapsuleError(
-            f"{header.path}: position {header.position} > max_positions {longest}; load the engine "
-            "with a larger max_positions"
+            f"{header.path}: position {header.position} > max_positions {max_positions}; load the "
+            "engine with a larger max_positions"
         )
-    wanted = expected_table(table, header.position)
+    wanted = expected_table(arena, header.position)
     found = {name: shape for name, (shape, _) in header.table.items()}
     if found != wanted:
         wrong = sorted(n for n in {*found, *wanted} if found.get(n) != wanted.get(n))
-        raise CapsuleError(f"{header.path}: tensors {wrong} do not fit the engine's plan")
-    tensors = read_tensors(header)
-    if admit is not None:
-        admit(header, tensors, _journal(tensors, header.position))
-    return _insert(table, header, tensors)
+        raise CapsuleError(
+            f"{header.path}: tensors {listed(wrong)} do not fit the engine's plan; save the "
+            "capsule again, from the engine that made it"
+        )
+    return header, read_tensors(header)
 
 
-def expected_table(table: CapsuleOwner, position: int) -> dict[str, tuple[int, ...]]:
+def place(arena: Arena, pool: Pool, header: CapsuleHeader, tensors: Mapping[str, Bytes]) -> Loaded:
+    """The bytes of `read`, put into the pool. Raises PoolFull and changes nothing."""
+    plan, position = arena.lane(0), header.position
+    blocks, rows_nbytes = segment_layout(plan.rows, 0, position) if position else ([], 0)
+    fixed: Bytes = np.empty(plan.fixed.nbytes, np.uint8)
+    for slot in plan.fixed.slots:
+        first = slot.offset - plan.fixed.offset
+        fixed[first : first + slot.storage.nbytes] = tensors[f"fixed/{slot.region.name}"]
+    stamp_gaps(arena, fixed)
+    fixed_block, block = pool.take(fixed.size, rows_nbytes)
+    base = arena.memory.address
+    arena.backend.write(base + fixed_block, fixed)
+    segment = None
+    if position:
+        uploads = []
+        for b in blocks:
+            data = tensors[f"rows/{b.slot.region.name}"].reshape(-1)
+            moves = CopyList([Copy(0, block + b.offset, data.size)])
+            uploads.append(Upload(data, moves.check(arena.plan.nbytes, data.size)))
+        arena.backend.upload(uploads, base)
+        rows = Extent(rows_nbytes, block)
+        segment = Segment(None, 0, position, journal(tensors, position), rows, refs=1)
+    return Loaded(Extent(fixed.size, fixed_block), segment, fixed.size + rows_nbytes)
+
+
+def expected_table(arena: Arena, position: int) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes of a capsule at a position."""
-    plan = table.arena.lane(0)
+    plan = arena.lane(0)
     shapes: dict[str, tuple[int, ...]] = {
         f"fixed/{s.region.name}": (s.storage.nbytes,) for s in plan.fixed.slots
     }
@@ -209,15 +242,22 @@ def expected_table(table: CapsuleOwner, position: int) -> dict[str, tuple[int, .
     return shapes
 
 
-def _fixed(table: CapsuleOwner, capsule: Capsule) -> dict[str, Bytes]:
-    fixed = table.arena.lane(0).fixed
-    image = fixed_image(table.arena, capsule.fixed)
+def journal(tensors: Mapping[str, Bytes], position: int) -> NDArray[np.int32]:
+    """The host's copy of the tokens; the device's is the rows region that declares them."""
+    if not position:
+        return np.empty(0, np.int32)
+    return tensors[f"rows/{JOURNAL}"].reshape(-1)[: 4 * position].copy().view(np.int32)
+
+
+def _fixed(arena: Arena, capsule: Capsule) -> dict[str, Bytes]:
+    fixed = arena.lane(0).fixed
+    image = fixed_image(arena, capsule.fixed)
     first = fixed.offset
     return {f"fixed/{s.region.name}": image[s.offset - first : s.stop - first] for s in fixed.slots}
 
 
-def _rows(table: CapsuleOwner, capsule: Capsule) -> dict[str, Bytes]:
-    rows = table.arena.lane(0).rows
+def _rows(arena: Arena, capsule: Capsule) -> dict[str, Bytes]:
+    rows = arena.lane(0).rows
     if not capsule.position:
         return {}
     whole, _ = segment_layout(rows, 0, capsule.position)
@@ -226,46 +266,11 @@ def _rows(table: CapsuleOwner, capsule: Capsule) -> dict[str, Bytes]:
     }
     for segment in path_to(capsule.segment, 0):  # the younger one last: it owns a shared granule
         blocks, _ = segment_layout(rows, segment.start, segment.stop)
-        parts = row_parts(blocks, rows_image(table.arena, segment))
+        parts = row_parts(blocks, rows_image(arena, segment))
         for b in blocks:
             name, at = b.slot.region.name, b.start * b.slot.storage.row_nbytes
             tensors[name][:, at : at + b.width] = parts[name]
     return {f"rows/{name}": tensor for name, tensor in tensors.items()}
-
-
-def _insert(table: CapsuleOwner, header: BlobHeader, tensors: Mapping[str, Bytes]) -> Capsule:
-    arena, plan = table.arena, table.arena.lane(0)
-    blocks, rows_nbytes = (
-        segment_layout(plan.rows, 0, header.position) if header.position else ([], 0)
-    )
-    fixed: Bytes = np.empty(table.fixed_nbytes, np.uint8)
-    for slot in plan.fixed.slots:
-        first = slot.offset - plan.fixed.offset
-        fixed[first : first + slot.storage.nbytes] = tensors[f"fixed/{slot.region.name}"]
-    stamp_gaps(arena, fixed)
-    fixed_block, block = table.pool.take(table.fixed_nbytes, rows_nbytes)
-    base = arena.memory.address
-    arena.backend.write(base + fixed_block, fixed)
-    segment = None
-    if header.position:
-        parts = [tensors[f"rows/{b.slot.region.name}"].reshape(-1) for b in blocks]
-        plans = [CopyPlan([Copy(0, block + b.offset, b.planes * b.width)]) for b in blocks]
-        arena.backend.upload([Upload(d, p) for d, p in zip(parts, plans, strict=True)], base)
-        tokens = _journal(tensors, header.position)
-        rows = Extent(rows_nbytes, block)
-        segment = Segment(None, 0, header.position, tokens, rows, refs=1)
-    nbytes = table.fixed_nbytes + rows_nbytes
-    extent = Extent(table.fixed_nbytes, fixed_block)
-    capsule = Capsule(table, segment, extent, nbytes, header.name, None, header.digest)
-    table.capsules.add(capsule)
-    return capsule
-
-
-def _journal(tensors: Mapping[str, Bytes], position: int) -> NDArray[np.int32]:
-    """The host's copy of the tokens; the device's is the rows region that declares them."""
-    if not position:
-        return np.empty(0, np.int32)
-    return tensors[f"rows/{JOURNAL}"].reshape(-1)[: 4 * position].copy().view(np.int32)
 
 
 def _header_sum(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -275,20 +280,8 @@ def _header_sum(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...
 
 
 def _write(path: Path, tensors: dict[str, Bytes], metadata: dict[str, str]) -> None:
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        safetensors.numpy.save_file(tensors, temporary, metadata)
-        with Path(temporary).open("rb+") as file:
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with replacing(path, is_durable=True) as temporary:
+            safetensors.numpy.save_file(tensors, temporary, metadata)
     except (OSError, safetensors.SafetensorError) as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise CapsuleError(f"cannot write {path}: {error}; nothing was left there") from error

@@ -2,7 +2,7 @@
 
 IS: a block as the pool has it, with everything that means nothing set to a constant: rows beyond
 the segment's stop, padding of rows, gaps between regions. So equal states have equal bytes, and an
-address made of the content is the same in every process. IS NOT: files. Called by: tier, blob.
+address made of the content is the same in every process. IS NOT: files (file, the store).
 
 Nothing here knows how a backend lays rows out: dead rows are found with its own unpack and pack. A
 restore may write an image as it is: rows beyond the position are never read.

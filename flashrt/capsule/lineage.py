@@ -1,7 +1,7 @@
 """Lineage: segments of rows shared between capsules, and what of them a lane physically holds.
 
-IS: the tree of segments, and the arithmetic that turns it into copy plans. IS NOT: allocation or
-policy. Called by: capsule.
+IS: the tree of segments, and the arithmetic that turns it into copies. IS NOT: allocation or
+policy. It exists so that capsules of one history store their common rows once.
 
 A segment holds rows [start, stop) that follow its parent's rows. The rows of a capsule are those of
 its segment's chain, as commits are in git. A lane `holds` a segment up to `intact`: the bytes of
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.capsule.extent import Extent
-from flashrt.core.copyplan import Copy
+from flashrt.core.copylist import Copy
 from flashrt.core.planner import Band, Slot, align
 
 
@@ -66,8 +66,8 @@ class Waypoint:
 class Lane:
     """The host's record of one live sequence.
 
-    Invariants: 0 <= position <= len(journal); waypoints ascend and lie at or below position; rows [0,
-    intact) in the arena are those of `held`'s chain, and intact <= held.stop (0 without held).
+    Invariants: 0 <= position <= len(journal); waypoints ascend and lie at or below position; rows
+    [0, intact) in the arena are those of `held`'s chain, and intact <= held.stop (0 without held).
     """
 
     index: int

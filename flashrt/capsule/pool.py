@@ -1,7 +1,7 @@
 """The pool band: blocks for capsules, taken and given back; it never grows.
 
-IS: a first-fit allocator with coalescing over one range. IS NOT: memory or policy (who is evicted).
-Called by: capsule.
+IS: a first-fit allocator with coalescing over one range. IS NOT: memory, or policy (eviction). It
+exists because a sealed engine may not allocate: capsules live in room that was planned for them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Restore plans: what a restore moves, computed and read before anything moves.
+"""Restore moves: what a restore copies, computed and read before anything moves.
 
 IS: copies from the pool, and uploads of bytes that were read and checked on the way here. IS NOT:
-the restore (capsule), or the arithmetic of rows (lineage). Called by: capsule.
+the restore itself (table), or the arithmetic of rows (lineage). It exists so that damaged bytes are
+found while the lane is still as it was.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from dataclasses import dataclass
 
 from flashrt.capsule.extent import Extent
 from flashrt.core.arena import Arena
-from flashrt.core.copyplan import Copy, CopyPlan, Upload
+from flashrt.core.copylist import Copy, CopyList, Upload, require_disjoint
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RestorePlan:
+class RestoreMoves:
     """Copies within the device, and from the host: destinations do not overlap."""
 
-    device: CopyPlan
+    device: CopyList
     uploads: tuple[Upload, ...]
     shared: int  # rows of the capsule that the lane holds already
     places: tuple[tuple[Extent, int], ...]  # what is read, with its block at that time
@@ -30,35 +31,38 @@ class RestorePlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes moved by the whole plan."""
-        return self.device.nbytes + sum(u.plan.nbytes for u in self.uploads)
+        """Bytes moved in all."""
+        return self.device.nbytes + sum(u.moves.nbytes for u in self.uploads)
 
     @property
     def is_reusable(self) -> bool:
-        """Whether all that is read lies in the pool still, where it lay when the plan was made."""
+        """Whether all that is read lies in the pool still, where it lay when this was made."""
         return all(extent.block == block >= 0 for extent, block in self.places)
 
     def __iter__(self) -> Iterator[Copy]:
         return iter(self.device)
 
 
-def plan_restore(
-    arena: Arena, moves: Sequence[tuple[Extent, Sequence[Copy]]], shared: int
-) -> RestorePlan:
-    """`moves`: extents, each with its copies to the arena; a source is an offset in the extent.
+def read_moves(
+    arena: Arena, parts: Sequence[tuple[Extent, Sequence[Copy]]], shared: int
+) -> RestoreMoves:
+    """`parts`: extents, each with its copies to the arena; a source is an offset in the extent.
 
     Raises CapsuleError for bytes that cannot be read or are damaged, PlanError for copies that
-    leave an extent or the arena.
+    leave an extent or the arena, or collide.
     """
     device: list[Copy] = []
     uploads: list[Upload] = []
-    for extent, copies in moves:
+    for extent, copies in parts:
         if extent.is_on_device:
             block = extent.block
             device += [c._replace(src=c.src + block) for c in copies]
         else:
             source = extent.need_source().read()
-            plan = CopyPlan(copies).check(arena.plan.nbytes, source.nbytes)
-            uploads.append(Upload(source, plan))
-    places = tuple([(extent, extent.block) for extent, _ in moves])
-    return RestorePlan(CopyPlan(device).check(arena.plan.nbytes), tuple(uploads), shared, places)
+            moves = CopyList(copies).check(arena.plan.nbytes, source.nbytes)
+            uploads.append(Upload(source, moves))
+    places = tuple([(extent, extent.block) for extent, _ in parts])
+    made = RestoreMoves(CopyList(device).check(arena.plan.nbytes), tuple(uploads), shared, places)
+    if uploads:
+        require_disjoint([*device, *(c for u in uploads for c in u.moves)])
+    return made

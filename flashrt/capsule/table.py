@@ -1,9 +1,8 @@
-"""Capsules: snapshot, restore, fork and drop, as copy plans over regions that are derived from
-roles.
+"""The table of an engine's capsules: snapshot, restore, fork, drop, save, load, move.
 
-IS: the mechanism, and its contract: validate, then move; an operation happens whole or not at all;
-nothing allocates but blocks of the pool band. IS NOT: policy (when to snapshot, whom to evict) nor
-files (blob). Called by: session.
+IS: the mechanism, as copies between regions that are derived from roles, and its contract:
+validate, then move; an operation happens whole or not at all; nothing allocates but blocks of the
+pool band. IS NOT: policy (when to snapshot, whom to evict), files (file) or other tiers (tiers).
 
 A capsule holds the whole fixed band of a lane and, through its segment's chain, rows [0, position).
 Nobody lists state by hand: a region is in a capsule because of its role.
@@ -12,19 +11,19 @@ Nobody lists state by hand: a region is in a capsule because of its role.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from flashrt.base.errors import CapsuleError
 from flashrt.base.tracing import COPIES, is_on, trace
 from flashrt.capsule import file, tiers
 from flashrt.capsule.capsule import Capsule, extents_of
 from flashrt.capsule.digest import device_digest, lane_digest
-from flashrt.capsule.extent import Extent, Shelf, Tier
+from flashrt.capsule.extent import Extent, Shelf, StoredBytes, Tier
 from flashrt.capsule.lineage import (
     Lane,
-    Waypoint,
     RowBlock,
     Segment,
+    Waypoint,
     chain_of,
     copies_across,
     copies_in,
@@ -34,9 +33,9 @@ from flashrt.capsule.lineage import (
     shared_rows,
 )
 from flashrt.capsule.pool import Pool
-from flashrt.capsule.restore import RestorePlan, plan_restore
+from flashrt.capsule.restore import RestoreMoves, read_moves
 from flashrt.core.arena import Arena
-from flashrt.core.copyplan import Copy, CopyPlan
+from flashrt.core.copylist import Copy, CopyList
 from flashrt.core.planner import Band, Slot
 
 
@@ -65,7 +64,7 @@ class CapsuleTable:
         if lane.position > start:
             blocks, rows_nbytes = segment_layout(self._rows(lane), start, lane.position)
         fixed, block = self.pool.take(self.fixed_nbytes, rows_nbytes)
-        self._run(self._plan(self._fixed_out(lane, fixed), *copies_out(blocks, block)))
+        self._run(self._checked(self._fixed_out(lane, fixed), *copies_out(blocks, block)))
         segment = base
         if rows_nbytes:
             tokens = lane.journal[start : lane.position].copy()
@@ -87,45 +86,47 @@ class CapsuleTable:
     def keep_waypoint(self, lane: Lane) -> Waypoint:
         """Keep the fixed band of a lane's boundary; its rows are in the lane. Raises PoolFull."""
         (block,) = self.pool.take(self.fixed_nbytes)
-        self._run(self._plan(self._fixed_out(lane, block)))
+        self._run(self._checked(self._fixed_out(lane, block)))
         waypoint = Waypoint(lane.position, block)
         lane.waypoints.append(waypoint)
         return waypoint
 
     # -- capsule -> lane ------------------------------------------------------------------------
 
-    def plan_restore(self, lane: Lane, capsule: Capsule) -> RestorePlan:
+    def moves_to_restore(self, lane: Lane, capsule: Capsule) -> RestoreMoves:
         """What a restore would move: the fixed band, and rows that the lane does not hold already.
 
         Raises CapsuleError for a dropped or foreign capsule, or bytes that cannot be read.
         """
         self.check(capsule)
         shared = shared_rows(lane, capsule.segment)
-        known = capsule.plans.get(lane.index)
+        known = capsule.known_moves.get(lane.index)
         if known is not None and known.shared == shared and known.is_reusable:
             return known
         fixed = self.arena.lane(lane.index).fixed
-        plan = self._plan_restore(lane, capsule, shared, Copy(0, fixed.offset, fixed.nbytes))
-        if not plan.uploads:
-            capsule.plans[lane.index] = plan
-        return plan
+        moves = self._read_moves(lane, capsule, shared, Copy(0, fixed.offset, fixed.nbytes))
+        if not moves.uploads:
+            capsule.known_moves[lane.index] = moves
+        return moves
 
-    def plan_restore_rows(self, lane: Lane, capsule: Capsule, cursor: Slot) -> RestorePlan:
+    def moves_to_restore_rows(self, lane: Lane, capsule: Capsule, cursor: Slot) -> RestoreMoves:
         """Rows and the cursor only: an incomplete restore, for the ablation."""
         self.check(capsule)
         fixed = self.arena.lane(lane.index).fixed
         there = cursor.offset - self.arena.lane(0).fixed.offset
         here = fixed.slot(cursor.region.name).offset
         copy = Copy(there, here, cursor.storage.nbytes)
-        return self._plan_restore(lane, capsule, shared_rows(lane, capsule.segment), copy)
+        return self._read_moves(lane, capsule, shared_rows(lane, capsule.segment), copy)
 
-    def restore(self, lane: Lane, capsule: Capsule, plan: RestorePlan | None = None) -> RestorePlan:
-        """Put a lane into a capsule's state; returns what was moved."""
-        plan = plan or self.plan_restore(lane, capsule)
-        self._run(plan.device)
-        if plan.uploads:
-            self.arena.backend.upload(plan.uploads, self.arena.memory.address)
-        shared, segment = plan.shared, capsule.segment
+    def restore(
+        self, lane: Lane, capsule: Capsule, moves: RestoreMoves | None = None
+    ) -> RestoreMoves:
+        """Put a lane into a capsule's state, whatever was in it; returns what was moved."""
+        moves = moves or self.moves_to_restore(lane, capsule)
+        self._run(moves.device)
+        if moves.uploads:
+            self.arena.backend.upload(moves.uploads, self.arena.memory.address)
+        shared, segment = moves.shared, capsule.segment
         self._forget_waypoints(lane, min(shared, lane.position))
         lane.position = 0 if segment is None else segment.stop
         if shared < lane.position:
@@ -133,18 +134,18 @@ class CapsuleTable:
         while segment is not None and segment.stop > shared:  # the journal has the tokens below
             lane.journal[segment.start : segment.stop] = segment.tokens
             segment = segment.parent
-        return plan
+        return moves
 
-    def return_to(self, lane: Lane, waypoint: Waypoint) -> CopyPlan:
+    def return_to(self, lane: Lane, waypoint: Waypoint) -> CopyList:
         """Put a lane back to one of its waypoints: the fixed band only."""
         if waypoint not in lane.waypoints:
             raise CapsuleError(f"waypoint at {waypoint.position} is not one of lane {lane.index}")
         fixed = self.arena.lane(lane.index).fixed
-        plan = self._plan(Copy(waypoint.block, fixed.offset, fixed.nbytes))
-        self._run(plan)
+        moves = self._checked(Copy(waypoint.block, fixed.offset, fixed.nbytes))
+        self._run(moves)
         self._forget_waypoints(lane, waypoint.position)
         lane.position = waypoint.position
-        return plan
+        return moves
 
     def reset(self, lane: Lane) -> None:
         """The empty state: position 0. Rows stay where they are, dead."""
@@ -155,20 +156,22 @@ class CapsuleTable:
         self._forget_waypoints(lane, -1)
         lane.position = 0
 
-    def fork(self, source: Lane, target: Lane) -> CopyPlan:
-        """Put `target` into the present state of `source`, without a capsule between."""
+    def fork(self, source: Lane, target: Lane) -> CopyList:
+        """Put `target`, whatever was in it, into the present state of `source`, without a capsule
+        between.
+        """
         ours, theirs = self.arena.lane(source.index), self.arena.lane(target.index)
         shared = min(shared_rows(target, source.held), source.intact, source.position)
         copies = [Copy(ours.fixed.offset, theirs.fixed.offset, ours.fixed.nbytes)]
         if shared < source.position:
             copies += copies_across(ours.rows, theirs.rows, shared, source.position)
-        plan = self._plan(*copies)
-        self._run(plan)
+        moves = self._checked(*copies)
+        self._run(moves)
         self._forget_waypoints(target, -1)
         target.hold(source.held, min(source.intact, source.position))
         target.position = source.position
         target.journal[: target.position] = source.journal[: source.position]
-        return plan
+        return moves
 
     # -- giving back ----------------------------------------------------------------------------
 
@@ -191,15 +194,46 @@ class CapsuleTable:
 
     def save(self, capsule: Capsule, path: str | os.PathLike[str]) -> None:
         """See Capsule.save."""
-        file.save(capsule, path)
+        self.check(capsule)
+        file.save(self.arena, self.fingerprint, capsule, path)
 
     def load(self, path: str | os.PathLike[str], admit: file.Admission | None = None) -> Capsule:
-        """A capsule from a file, into the pool; see file.load."""
-        return file.load(self, path, admit)
+        """A capsule from a file, into the pool; `admit` looks at what was read and may refuse it.
+
+        Raises CapsuleError (foreign, truncated, damaged, too long) or PoolFull; nothing is changed
+        then.
+        """
+        max_positions = len(self.lanes[0].journal)
+        header, tensors = file.read(self.arena, self.fingerprint, max_positions, path)
+        if admit is not None:
+            admit(header, tensors, file.journal(tensors, header.position))
+        made = file.place(self.arena, self.pool, header, tensors)
+        capsule = Capsule(
+            self, made.segment, made.fixed, made.nbytes, header.name, None, header.digest
+        )
+        self.capsules.add(capsule)
+        return capsule
 
     def move(self, capsule: Capsule, tier: str) -> None:
         """See Capsule.to."""
-        tiers.move(capsule, tier, self.shelf)
+        self.check(capsule)
+        try:
+            target = Tier(tier)
+        except ValueError:
+            raise CapsuleError(
+                f"tier {tier!r} is unknown; choose one of {', '.join(Tier)}"
+            ) from None
+        items = tiers.to_move(self.capsules, capsule, target)
+        if items:
+            capsule.known_digest = capsule.known_digest or self.digest_capsule(capsule)
+            tiers.move(self.arena, self.pool, items, target, self.shelf)
+
+    def offload(self, capsule: Capsule, sources: Mapping[Extent, StoredBytes]) -> None:
+        """To the disk tier, without writing: `sources` has a copy of each extent there."""
+        self.check(capsule)
+        capsule.known_digest = capsule.digest
+        items = tiers.to_move(self.capsules, capsule, Tier.DISK)
+        tiers.replace(self.pool, items, [sources[item.extent] for item in items])
 
     # -- questions ------------------------------------------------------------------------------
 
@@ -268,19 +302,19 @@ class CapsuleTable:
         fixed = self.arena.lane(lane.index).fixed
         return Copy(fixed.offset, block, fixed.nbytes)
 
-    def _plan_restore(self, lane: Lane, capsule: Capsule, shared: int, fixed: Copy) -> RestorePlan:
+    def _read_moves(self, lane: Lane, capsule: Capsule, shared: int, fixed: Copy) -> RestoreMoves:
         rows = copies_in(self._rows(lane), path_to(capsule.segment, shared), shared)
-        return plan_restore(self.arena, [(capsule.fixed, [fixed]), *rows], shared)
+        return read_moves(self.arena, [(capsule.fixed, [fixed]), *rows], shared)
 
-    def _plan(self, *copies: Copy) -> CopyPlan:
-        return CopyPlan(copies).check(self.arena.plan.nbytes)
+    def _checked(self, *copies: Copy) -> CopyList:
+        return CopyList(copies).check(self.arena.plan.nbytes)
 
-    def _run(self, plan: CopyPlan) -> None:
-        """A plan that was checked when it was made."""
+    def _run(self, moves: CopyList) -> None:
+        """Moves that were checked when they were made."""
         if is_on(COPIES):
-            trace(COPIES, f"{len(plan.copies)} copies, {plan.nbytes} bytes")
+            trace(COPIES, f"{len(moves)} copies, {moves.nbytes} bytes")
         base = self.arena.memory.address
-        self.arena.backend.copy(plan, base, base)
+        self.arena.backend.copy(moves, base, base)
 
     def _forget_waypoints(self, lane: Lane, above: int) -> None:
         while lane.waypoints and lane.waypoints[-1].position > above:  # they ascend

@@ -7,14 +7,16 @@ or the random values (weights.random_checkpoint). Called by: commands demo, run,
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashrt.base.errors import CheckpointError
+from flashrt.base.errors import CheckpointError, CheckpointWarning
 from flashrt.base.flags import flags
-from flashrt.commands.console import progress_bars
+from flashrt.commands.console import complain, progress_bars
 from flashrt.core.backend import Progress
-from flashrt.load import KvDType, Precision, SessionEngine, load
+from flashrt.load import KvDType, Precision, load
+from flashrt.session.engine import SessionEngine
 from flashrt.weights import random_checkpoint
 
 SEED = 0
@@ -30,6 +32,7 @@ class EngineOptions:
     lanes: int = 1
     kv_dtype: KvDType = "bfloat16"
     pool_bytes: int | None = None
+    draft: bool | None = None
 
 
 def cached_random_checkpoint(
@@ -56,10 +59,11 @@ def cached_random_checkpoint(
 
 
 def open_engine(checkpoint: Path, options: EngineOptions) -> SessionEngine:
-    """`flashrt.load` with progress bars."""
-    with progress_bars() as progress:
+    """`flashrt.load` with progress bars; what it warns of is a note on stderr."""
+    with progress_bars() as progress, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CheckpointWarning)
         progress("engine (compiles its kernels on first use)", 0, 0)
-        return load(
+        engine = load(
             checkpoint,
             device=options.device,
             precision=options.precision,
@@ -67,5 +71,9 @@ def open_engine(checkpoint: Path, options: EngineOptions) -> SessionEngine:
             lanes=options.lanes,
             kv_dtype=options.kv_dtype,
             pool_bytes=options.pool_bytes,
+            draft=options.draft,
             progress=progress,
         )
+    for warning in caught:
+        complain(f"note: {warning.message}")
+    return engine

@@ -1,7 +1,6 @@
 """`flashrt doctor`: what this machine offers, and what is missing, in one table.
 
 IS: questions to the toolchain, the cache folder and the CUDA probe. IS NOT: benchmarks.
-Called by: cli.
 """
 
 from __future__ import annotations
@@ -34,8 +33,10 @@ def doctor(as_json: bool) -> int:
             [{"what": what, "finding": text, "is_fine": fine} for what, text, fine in findings]
         )
     else:
-        marks = {True: "[green]ok[/]", False: "[bold red]missing[/]", None: "[dim]optional[/]"}
-        rows = [[what, marks[fine], text] for what, text, fine in findings]
+        styles = {True: ("ok", "green"), False: ("missing", "bold red"), None: ("optional", "dim")}
+        rows: list[list[console.Part]] = [
+            [what, console.styled(*styles[fine]), text] for what, text, fine in findings
+        ]
         console.screen().print(console.table("flashrt doctor", ("", "", "~"), rows))
     return 0 if all(fine is not False for _, _, fine in findings) else 1
 
@@ -44,7 +45,7 @@ def cpu_name() -> str:
     """The processor's name, as far as the system tells."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -82,8 +83,7 @@ def _kernels() -> Finding:
     device = CpuDevice()
     try:
         with console.progress_bars() as progress:
-            progress("kernels (compiled on first use)", 0, 0)
-            device.build(OPS)
+            device.build(OPS, progress)
     except FlashrtError as error:
         return ("cpu device", str(error), False)
     was_built = "compiled just now" if device.counters.compilations else "from the cache"

@@ -1,12 +1,14 @@
 """`flashrt inspect`: what a checkpoint directory or a capsule file holds, and whether it is whole.
 
-IS: a reader of headers, of all bytes with `--verify`. IS NOT: loading. Called by: cli.
+IS: a reader of headers, and of all bytes with `--verify`. IS NOT: loading.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +16,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CheckpointError
-from flashrt.capsule import file as blob
+from flashrt.base.messages import listed
+from flashrt.capsule import file
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions
 from flashrt.commands.plan import lay_out, model_of
 from flashrt.core.region import Region
 from flashrt.load import DRAFT_HEAD_TENSOR
+from flashrt.models import Model
 from flashrt.view.units import bytes_text
 from flashrt.weights.checkpoint import Checkpoint, open_checkpoint
-from flashrt.weights.loader import load, resolve
+from flashrt.weights.folder import is_part_of_model
+from flashrt.weights.loader import check_sources, load
 
 CONTEXTS = (2048, 8192, 32768, 131072)
 
 
 def inspect(path: Path, is_verified: bool, as_json: bool) -> int:
     """The command: a directory is a checkpoint, a file is a capsule."""
-    found = _checkpoint(path, is_verified) if path.is_dir() else _capsule(path, is_verified)
+    is_checkpoint = path.is_dir() or is_part_of_model(path)
+    found = _checkpoint(path, is_verified) if is_checkpoint else _capsule(path, is_verified)
     if as_json:
         console.print_json(found)
-    elif path.is_dir():
+    elif is_checkpoint:
         _show_checkpoint(found)
     else:
         _show_capsule(found)
@@ -44,6 +50,8 @@ def inspect(path: Path, is_verified: bool, as_json: bool) -> int:
 
 def _checkpoint(path: Path, is_verified: bool) -> dict[str, Any]:
     checkpoint = open_checkpoint(path)
+    model, draft_head = _model(checkpoint)
+    options = EngineOptions(draft=draft_head == _WITH_HEAD)
     tensors = checkpoint.tensors.values()
     found: dict[str, Any] = {
         "kind": "checkpoint",
@@ -53,23 +61,42 @@ def _checkpoint(path: Path, is_verified: bool) -> dict[str, Any]:
         "layers": dict(Counter(_layer_types(checkpoint.config))),
         "tensors": len(tensors),
         "tensor_bytes": sum(t.nbytes for t in tensors),
-        "parameters": sum(int(np.prod(t.shape)) for t in tensors),
+        "parameters": sum(math.prod(t.shape) for t in tensors),
         "dtypes": dict(Counter(t.dtype for t in tensors)),
         "files": sorted({t.path.name for t in tensors}),
-        "has_tokenizer": (path / "tokenizer.json").is_file(),
+        "has_tokenizer": (checkpoint.path / "tokenizer.json").is_file(),
         "has_draft_head": DRAFT_HEAD_TENSOR in checkpoint.tensors,
+        "draft_head": draft_head,
         "stop_tokens": checkpoint.stop_tokens,
-        "memory": [_memory(checkpoint, context) for context in CONTEXTS],
+        "notes": check_sources(model.weights, checkpoint),
+        "memory": [_memory(checkpoint, context, options) for context in CONTEXTS],
     }
     if is_verified:
-        found["verified"] = _verify_checkpoint(checkpoint)
+        found["verified"] = _verify_checkpoint(checkpoint, model)
     return found
 
 
-def _memory(checkpoint: Checkpoint, context: int) -> dict[str, int]:
+_WITH_HEAD, _WITHOUT_HEAD = "yes", "no"
+
+
+def _model(checkpoint: Checkpoint) -> tuple[Model, str]:
+    """The model, with its draft head where that can be run; and whether it can, or why not."""
+    try:
+        model = model_of(checkpoint, EngineOptions())
+    except CheckpointError as error:
+        if DRAFT_HEAD_TENSOR not in checkpoint.tensors:
+            raise
+        try:
+            return model_of(checkpoint, EngineOptions(draft=False)), f"not usable: {error}"
+        except CheckpointError:
+            raise error from None
+    return model, _WITH_HEAD if DRAFT_HEAD_TENSOR in checkpoint.tensors else _WITHOUT_HEAD
+
+
+def _memory(checkpoint: Checkpoint, context: int, options: EngineOptions) -> dict[str, int]:
     """Bytes at a context length, one lane, no room for capsules."""
-    options = EngineOptions(max_positions=context, pool_bytes=0)
-    planned = lay_out(model_of(checkpoint, options), options)
+    at_context = replace(options, max_positions=context, pool_bytes=0)
+    planned = lay_out(model_of(checkpoint, at_context), at_context)
     lane = planned.arena.lanes[0]
     return {
         "positions": context,
@@ -81,23 +108,21 @@ def _memory(checkpoint: Checkpoint, context: int) -> dict[str, int]:
     }
 
 
-def _verify_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Names, shapes and dtypes against the model; every value read. Raises CheckpointError."""
-    rules = model_of(checkpoint, EngineOptions()).weights
-    resolve(rules, checkpoint)
+def _verify_checkpoint(checkpoint: Checkpoint, model: Model) -> dict[str, Any]:
+    """Every value read. Raises CheckpointError where one is NaN or infinite."""
     bad: list[str] = []
 
-    def look(region: Region, first_row: int, rows: NDArray[np.generic]) -> None:
+    def check(region: Region, first_row: int, rows: NDArray[np.generic]) -> None:
         is_bits = rows.dtype == np.uint16  # bfloat16: all exponent bits set means inf or NaN
         finite = (rows & 0x7F80) != 0x7F80 if is_bits else np.isfinite(rows)  # type: ignore[operator]
         if not finite.all():
             bad.append(f"{region.name} from row {first_row}")
 
     with console.progress_bars() as progress:
-        report = load(rules, checkpoint, look, progress)
+        report = load(model.weights, checkpoint, check, progress)
     if bad:
-        raise CheckpointError(f"{checkpoint.path}: NaN or infinity in {', '.join(bad)}")
-    return {"digest": report.digest, "bytes": report.source_nbytes, "notes": report.notes}
+        raise CheckpointError(f"{checkpoint.path}: NaN or infinity in {listed(bad)}")
+    return {"digest": report.digest, "bytes": report.source_nbytes}
 
 
 def _layer_types(config: Mapping[str, object]) -> list[str]:
@@ -127,11 +152,12 @@ def _show_checkpoint(found: Mapping[str, Any]) -> None:
         ["model type", str(found["model_type"])],
         ["layers", layers],
         *([name, str(found["config"][name])] for name in _SHOWN if name in found["config"]),
-        ["tensors", f"{found['tensors']} ({dtypes}) in {', '.join(found['files'])}"],
+        ["tensors", f"{found['tensors']} ({dtypes}) in {listed(found['files'])}"],
         ["parameters", f"{found['parameters']:,}, {bytes_text(found['tensor_bytes'])}"],
         ["tokenizer", "yes" if found["has_tokenizer"] else "no: token ids only"],
-        ["draft head", "yes" if found["has_draft_head"] else "no"],
-        ["stop tokens", ", ".join(map(str, found["stop_tokens"])) or "none"],
+        ["draft head", found["draft_head"]],
+        ["stop tokens", listed(found["stop_tokens"]) or "none"],
+        *(["note", note] for note in found["notes"]),
     ]
     screen.print(console.table(f"Checkpoint {found['path']}", ("", "~"), facts))
     columns = ("context", "weights", "fixed state", "rows", "arena", "total")
@@ -143,11 +169,10 @@ def _show_checkpoint(found: Mapping[str, Any]) -> None:
     if "verified" in found:
         verified = found["verified"]
         screen.print(
-            f"[green]verified[/]: {bytes_text(verified['bytes'])} fit the model, all finite; "
-            f"xxh3-128 {verified['digest']}"
+            console.styled("verified", "green"),
+            f": {bytes_text(verified['bytes'])} fit the model, all finite; xxh3-128 "
+            f"{verified['digest']}",
         )
-        for note in verified["notes"]:
-            screen.print(f"note: {note}")
 
 
 _MEMORY_KEYS = ("weights_bytes", "fixed_bytes", "rows_bytes", "arena_bytes", "total_bytes")
@@ -157,9 +182,9 @@ _MEMORY_KEYS = ("weights_bytes", "fixed_bytes", "rows_bytes", "arena_bytes", "to
 
 
 def _capsule(path: Path, is_verified: bool) -> dict[str, Any]:
-    header = blob.read_header(path)
+    header = file.read_header(path)
     if is_verified:
-        blob.read_tensors(header)
+        file.read_tensors(header)
     return {
         "kind": "capsule",
         "path": str(path),
@@ -199,6 +224,6 @@ def _show_capsule(found: Mapping[str, Any]) -> None:
     ]
     screen.print(console.table("Tensors", ("tensor", "stored as", ">bytes", "xxh3-128"), rows))
     if found["is_verified"]:
-        screen.print("[green]verified[/]: every tensor matches its checksum")
+        screen.print(console.styled("verified", "green"), ": every tensor matches its checksum")
     else:
         screen.print("the header matches its checksum; --verify checks every tensor too")

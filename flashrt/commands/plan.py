@@ -1,7 +1,7 @@
 """`flashrt plan`: where everything will lie in the arena, without loading a weight.
 
 IS: config.json -> model -> plan, as a table, JSON or an SVG map. IS NOT: the planner
-(core.planner). Called by: cli, inspect, demo.
+(core.planner).
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from flashrt.backends.cpu.device import CpuDevice
 from flashrt.base.errors import CheckpointError
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions
+from flashrt.commands.console import Part, styled
 from flashrt.core.planner import ArenaPlan, Band, Slot, plan_arena, plan_band
 from flashrt.core.region import DType, Region, Role
 from flashrt.core.tape import Tape
-from flashrt.engine.tokens import DEFAULT_POOL_FIXED, DEFAULT_POOL_LANES
+from flashrt.engine.tokens import POOL_DEFAULT
 from flashrt.load import DRAFT_HEAD_TENSOR, HEAD_TENSOR
-from flashrt.models import Model, model_for
+from flashrt.models import Model, model_for, promises_draft_head
 from flashrt.view.arena_map import arena_map, bands, widest
 from flashrt.view.svg import save_svg
 from flashrt.view.units import bytes_text
-from flashrt.weights.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint, read_json
+from flashrt.weights.checkpoint import Checkpoint, open_checkpoint, read_json
+from flashrt.weights.folder import CONFIG_FILE, folder_of, has_weights
+from flashrt.weights.loader import check_sources
 from flashrt.weights.random_checkpoint import shape_config
 
 
@@ -38,14 +41,20 @@ class Planned:
 
 
 def model_of(checkpoint: Checkpoint, options: EngineOptions) -> Model:
-    """The model that `flashrt.load` would build; from the headers of the weight files."""
-    return model_for(
+    """The model that `flashrt.load` would build; from the headers of the weight files.
+
+    Raises CheckpointError where `flashrt.load` would, for the config or for a tensor.
+    """
+    has_head = DRAFT_HEAD_TENSOR in checkpoint.tensors
+    model = model_for(
         checkpoint.config,
         max_positions=options.max_positions,
         kv_dtype=DType(options.kv_dtype),
-        has_draft_head=DRAFT_HEAD_TENSOR in checkpoint.tensors,
+        has_draft_head=has_head if options.draft is None else options.draft,
         is_tied=HEAD_TENSOR not in checkpoint.tensors,
     )
+    check_sources(model.weights, checkpoint)
+    return model
 
 
 def lay_out(model: Model, options: EngineOptions) -> Planned:
@@ -55,7 +64,7 @@ def lay_out(model: Model, options: EngineOptions) -> Planned:
     pool_bytes = options.pool_bytes
     if pool_bytes is None:
         fixed, rows = (plan_band(_of(model, r), storage).nbytes for r in (Role.FIXED, Role.ROWS))
-        pool_bytes = DEFAULT_POOL_FIXED * fixed + DEFAULT_POOL_LANES * rows
+        pool_bytes = POOL_DEFAULT.fixed * fixed + POOL_DEFAULT.lanes * rows
     arena = plan_arena(
         model.lane_regions, tapes, storage, lanes=options.lanes, pool_nbytes=pool_bytes
     )
@@ -65,15 +74,22 @@ def lay_out(model: Model, options: EngineOptions) -> Planned:
 
 def _model(checkpoint: Path | None, shape: str | None, options: EngineOptions) -> Model:
     """Of a named shape, of a checkpoint, or of a directory with nothing but a config.json."""
+    if (checkpoint is None) == (shape is None):
+        given = "not both" if shape is not None else "one of them"
+        raise CheckpointError(f"give a checkpoint directory or --shape NAME, {given}")
     if shape is not None:
         config: Mapping[str, object] = shape_config(shape)
-    elif checkpoint is None:
-        raise CheckpointError("give a checkpoint directory, or --shape NAME")
-    elif any(checkpoint.glob("*.safetensors")):
-        return model_of(open_checkpoint(checkpoint), options)
     else:
-        config = read_json(checkpoint / CONFIG_FILE)
-    return model_for(config, max_positions=options.max_positions, kv_dtype=DType(options.kv_dtype))
+        root = folder_of(checkpoint or "")
+        if has_weights(root):
+            return model_of(open_checkpoint(root), options)
+        config = read_json(root / CONFIG_FILE)
+    return model_for(
+        config,
+        max_positions=options.max_positions,
+        kv_dtype=DType(options.kv_dtype),
+        has_draft_head=promises_draft_head(config) if options.draft is None else options.draft,
+    )
 
 
 def plan(
@@ -113,13 +129,12 @@ def plan(
 _COLUMNS = ("region", "shape", "dtype", "~layout", ">offset", ">bytes")
 
 
-def _rows(arena: ArenaPlan) -> list[list[str]]:
+def _rows(arena: ArenaPlan) -> list[list[Part]]:
     """A line per band, which is named by its role, and below it one per region."""
-    rows: list[list[str]] = []
+    rows: list[list[Part]] = []
     for _, label, band in bands(arena):
-        rows.append(
-            [f"[bold]{label}[/]", "", "", "", f"{band.offset:,}", f"[bold]{band.nbytes:,}[/]"]
-        )
+        name, nbytes = styled(label, "bold"), styled(f"{band.nbytes:,}", "bold")
+        rows.append([name, "", "", "", f"{band.offset:,}", nbytes])
         for slot in band.slots:
             region = slot.region
             shape = "x".join(map(str, region.shape))

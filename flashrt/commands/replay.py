@@ -71,11 +71,12 @@ def _show(report: replays.Report) -> None:
     screen = console.screen()
     if report.mismatch is None:
         screen.print(
-            f"[green]the same bits[/]: {report.steps} calls, {report.tokens:,} tokens, "
-            f"{report.boundaries} digests agree"
+            console.styled("the same bits", "green"),
+            f": {report.steps} calls, {report.tokens:,} tokens, {report.boundaries} digests agree",
         )
     else:
-        screen.print(f"[bold red]differs[/] after {report.steps} calls that agree")
-        screen.print(report.mismatch, markup=False)
+        differs = console.styled("differs", "bold red")
+        screen.print(differs, f" after {report.steps} calls that agree")
+        screen.print(report.mismatch)
     if report.is_cut_short:
         screen.print("the journal's last line was cut short; it was left out")

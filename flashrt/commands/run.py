@@ -1,20 +1,25 @@
-"""`flashrt run`: feed a prompt, stream what follows.
+"""`flashrt run`: one prompt, and what the model makes of it, streamed.
 
-IS: one session, tokens or text, counts on stderr. IS NOT: chat (serve). Called by: cli.
+IS: a question through the checkpoint's chat template, or text or token ids as they are; counts on
+stderr. IS NOT: a conversation.
 """
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from flashrt.base.errors import TokenError
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions, open_engine
-from flashrt.load import SessionEngine
-from flashrt.session.session import Session
+from flashrt.session.chat import Chat, Reply, open_chat
+from flashrt.session.engine import SessionEngine
+from flashrt.session.session import Generation, Session
+from flashrt.text.template import chat_template_of
+from flashrt.text.tokenizer import Tokenizer
 from flashrt.view.units import seconds_text, significant
 
 
@@ -36,26 +41,81 @@ def run(
     tokens: list[int] | None,
     options: EngineOptions,
     sampling: Sampling,
+    *,
+    is_raw: bool = False,
 ) -> int:
-    """The command: text in, text out where there is a tokenizer, else ids in, ids out."""
+    """The command: text in, text out where there is a tokenizer, else ids in, ids out.
+
+    Text is a user's message where the checkpoint has a chat template, unless it `is_raw`.
+    """
+    text = console.read_stdin() if prompt is None and tokens is None else prompt
     engine = open_engine(checkpoint, options)
-    ids = _prompt_ids(engine, prompt, tokens)
-    session = engine.session()
-    started = time.perf_counter()
-    session.prefill(ids)
-    count, first = _stream(engine, session, sampling)
+    if text is None or is_raw or chat_template_of(engine.checkpoint.path) is None:
+        answer = _continued(engine, _prompt_ids(engine, text, tokens), sampling)
+    else:
+        answer = _replied(open_chat(engine), text, sampling)
+    started, first = time.perf_counter(), 0.0
+    for piece in answer.pieces:
+        first = first or time.perf_counter()
+        console.write(piece)
     finished = time.perf_counter()
-    rate = "" if count < 2 else f", {significant((count - 1) / (finished - first))} tokens/s"
-    screen = console.screen(is_error=True)
-    screen.print(
-        f"[dim]{len(ids):,} tokens in, {count:,} out{rate}; first token after "
-        f"{seconds_text(first - started)}; position {session.position:,} of "
-        f"{engine.max_positions:,}; {engine.device}[/]"
-    )
+    console.write("\n")
+    _tell(engine, answer, first - started if first else None, finished - first)
     return 0
 
 
-def _prompt_ids(engine: SessionEngine, prompt: str | None, tokens: list[int] | None) -> list[int]:
+@dataclass(slots=True)
+class _Answer:
+    """What is written, and afterwards how it came."""
+
+    session: Session
+    pieces: Iterator[str]
+    tokens_in: int = 0
+    tokens_out: int = 0
+    reason: str | None = None
+
+
+def _continued(engine: SessionEngine, ids: list[int], sampling: Sampling) -> _Answer:
+    """Token ids, and what follows them."""
+    session = engine.session()
+
+    def pieces() -> Iterator[str]:
+        session.prefill(ids)
+        options = dataclasses.asdict(sampling)
+        generation = session.generate(**options, stop=engine.checkpoint.stop_tokens)
+        yield from _written(generation, engine.tokenizer, answer)
+        answer.reason = generation.reason
+
+    answer = _Answer(session, pieces(), len(ids))
+    return answer
+
+
+def _written(generation: Generation, tokenizer: Tokenizer | None, answer: _Answer) -> Iterator[str]:
+    decoder = None if tokenizer is None else tokenizer.stream()
+    for token in generation:
+        answer.tokens_out += 1
+        yield f"{token} " if decoder is None else decoder.push(token)
+    if decoder is not None:
+        yield decoder.flush()
+
+
+def _replied(chat: Chat, question: str, sampling: Sampling) -> _Answer:
+    """A user's message, and the assistant's."""
+    if not question.strip():
+        raise TokenError("the prompt is empty; give a text")
+    chat.add("user", question)
+
+    def pieces() -> Iterator[str]:
+        reply: Reply = chat.stream(**dataclasses.asdict(sampling))
+        yield from reply
+        answer.tokens_in, answer.tokens_out = chat.fed_tokens, reply.token_count
+        answer.reason = reply.reason
+
+    answer = _Answer(chat.session, pieces())
+    return answer
+
+
+def _prompt_ids(engine: SessionEngine, text: str | None, tokens: list[int] | None) -> list[int]:
     if tokens is not None:
         return tokens
     if engine.tokenizer is None:
@@ -63,33 +123,21 @@ def _prompt_ids(engine: SessionEngine, prompt: str | None, tokens: list[int] | N
             "the checkpoint has no tokenizer.json, so text cannot be read; "
             "give token ids instead: --tokens 1,2,3"
         )
-    if prompt is None and sys.stdin.isatty():
-        raise TokenError(
-            "nothing to continue; give --prompt TEXT, --tokens 1,2,3, or text on stdin"
-        )
-    ids = engine.tokenizer.encode(sys.stdin.read() if prompt is None else prompt)
+    ids = engine.tokenizer.encode(text or "")
     if not ids:
         raise TokenError("the prompt is empty; give at least one token")
     return ids
 
 
-def _stream(engine: SessionEngine, session: Session, sampling: Sampling) -> tuple[int, float]:
-    """Write tokens as they come; returns their number and the time of the first."""
-    decoder = None if engine.tokenizer is None else engine.tokenizer.stream()
-    count, first = 0, time.perf_counter()
-    for token in session.generate(
-        sampling.max_tokens,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        seed=sampling.seed,
-        stop=engine.checkpoint.stop_tokens,
-    ):
-        count += 1
-        if count == 1:
-            first = time.perf_counter()
-        sys.stdout.write(f"{token} " if decoder is None else decoder.push(token))
-        sys.stdout.flush()
-    sys.stdout.write("\n" if decoder is None else decoder.flush() + "\n")
-    return count, first
+def _tell(engine: SessionEngine, answer: _Answer, first_s: float | None, rest_s: float) -> None:
+    """Counts and times, on stderr."""
+    count = answer.tokens_out
+    is_timed = first_s is not None and count > 1
+    rate = f", {significant((count - 1) / rest_s)} tokens/s" if is_timed else ""
+    first = "no text" if first_s is None else f"first text after {seconds_text(first_s)}"
+    console.screen(is_error=True).print(
+        f"{answer.tokens_in:,} tokens in, {count:,} out{rate}; {first}; "
+        f"ended by {answer.reason}; position {answer.session.position:,} of "
+        f"{engine.max_positions:,}; {engine.device}",
+        style="dim",
+    )

@@ -1,6 +1,6 @@
 """`flashrt store`: what a store of capsules holds, as a list or a tree; check it, sweep it.
 
-IS: listings with sizes; remove and sweep. IS NOT: the store (session.store). Called by: cli.
+IS: listings with sizes; remove and sweep. IS NOT: the store itself (store.store, store.upkeep).
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
-
-from rich.markup import escape
-from rich.tree import Tree
 
 from flashrt.base.errors import StoreError
 from flashrt.commands import console
@@ -69,7 +66,7 @@ def ls(store: Store, as_json: bool) -> int:
         return 0
     sums = upkeep.totals(store)
     table = [
-        [r["id"][:ID_DIGITS], escape(r["names"]), f"{r['position']:,}", bytes_text(r["own_bytes"]),
+        [r["id"][:ID_DIGITS], r["names"], f"{r['position']:,}", bytes_text(r["own_bytes"]),
          bytes_text(r["bytes"]), r["fingerprint"][:ID_DIGITS]]
         for r in rows
     ]  # fmt: skip
@@ -87,14 +84,14 @@ def ls(store: Store, as_json: bool) -> int:
 def tree(store: Store) -> int:
     """The command: lineage as a picture in text."""
     rows = {r["id"]: r for r in _rows(store)}
-    picture = Tree(f"[bold]{store.folder.url}[/]")
-    branches: dict[str, Tree] = {}
+    picture = console.Tree(console.styled(store.folder.url, "bold"))
+    branches: dict[str, console.Tree] = {}
 
-    def branch(row: Mapping[str, Any]) -> Tree:
+    def branch(row: Mapping[str, Any]) -> console.Tree:
         if row["id"] not in branches:
             parent = rows.get(row["parent"]) or _nearest(row, rows)
             trunk = picture if parent is None else branch(parent)
-            branches[row["id"]] = trunk.add(_label(row))
+            branches[row["id"]] = trunk.add(*_label(row))
         return branches[row["id"]]
 
     for row in sorted(rows.values(), key=lambda r: (r["position"], r["id"])):
@@ -125,7 +122,7 @@ def show(store: Store, which: str, as_json: bool) -> int:
         console.print_json(found)
         return 0
     plain = ("id", "digest", "fingerprint", "tokens_digest", "parent")
-    facts = [["names", escape(", ".join(names)) or "none"], ["position", f"{manifest.position:,}"]]
+    facts = [["names", ", ".join(names) or "none"], ["position", f"{manifest.position:,}"]]
     facts += [[key.replace("_", " "), str(found[key] or "none")] for key in plain]
     screen = console.screen()
     screen.print(console.table(f"Capsule {which}", ("", "~"), facts))
@@ -146,11 +143,14 @@ def verify(store: Store, as_json: bool) -> int:
     else:
         screen = console.screen()
         for problem in found.problems:
-            screen.print(f"[bold red]problem[/] {escape(problem)}")
-        verdict = "[green]whole[/]" if not found.problems else f"{len(found.problems)} problems"
+            screen.print(console.styled("problem", "bold red"), f" {problem}")
+        n_problems = f"{len(found.problems)} problems"
+        verdict = n_problems if found.problems else console.styled("whole", "green")
         screen.print(
-            f"{store.folder.url}: {verdict}; {found.capsules} capsules, {found.objects} objects, "
-            f"{bytes_text(found.nbytes)} read, {bytes_text(found.unused_nbytes)} unused"
+            f"{store.folder.url}: ",
+            verdict,
+            f"; {found.capsules} capsules, {found.objects} objects, {bytes_text(found.nbytes)} "
+            f"read, {bytes_text(found.unused_nbytes)} unused",
         )
     return 1 if found.problems else 0
 
@@ -225,13 +225,12 @@ def _nearest(
     return max(on_path, key=lambda r: (r["position"], r["id"]), default=None)
 
 
-def _label(row: Mapping[str, Any]) -> str:
+def _label(row: Mapping[str, Any]) -> list[console.Part]:
     since = row["position"] - row["own_start"]
-    name = f"[bold]{escape(row['names'])}[/] " if row["names"] else ""
-    return (
-        f"{name}[dim]{row['id'][:ID_DIGITS]}[/] position {row['position']:,} (+{since:,}), "
-        f"{bytes_text(row['own_bytes'])}"
-    )
+    name: list[console.Part] = [console.styled(row["names"], "bold"), " "] if row["names"] else []
+    size = bytes_text(row["own_bytes"])
+    position = f" position {row['position']:,} (+{since:,}), {size}"
+    return [*name, console.styled(row["id"][:ID_DIGITS], "dim"), position]
 
 
 def _add(

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.core.backend import Progress
-from flashrt.load import SessionEngine
+from flashrt.session.engine import SessionEngine
 from flashrt.session.session import Session
 
 Tokens = NDArray[np.int32]

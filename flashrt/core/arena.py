@@ -1,8 +1,7 @@
-"""The arena: one allocation for all mutable state, addressed by the plan; and beside it the
-weights.
+"""The arena: one allocation for all mutable state, addressed by its plan; beside it the weights.
 
-IS: region -> address, host access to regions, guards and poison. IS NOT: policy. Called by: engine,
-capsule, tests.
+IS: region -> address, host access to regions, guards and poison. IS NOT: the layout (planner), or
+policy. It exists because one base address makes a capsule a list of copies.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from flashrt.core.planner import (
     Band,
     LanePlan,
     Slot,
-    TapeKey,
     align,
 )
 from flashrt.core.region import Region, Role, View, resolve_dtype
@@ -123,8 +121,3 @@ class Arena:
 
 def _bands(lane: LanePlan) -> tuple[Band, Band, Band]:
     return lane.fixed, lane.rows, lane.io
-
-
-def tape_key(tape: Tape) -> TapeKey:
-    """How a plan names a tape."""
-    return tape.phase, tape.rows

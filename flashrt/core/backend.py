@@ -1,7 +1,7 @@
 """The backend protocol: the few verbs a device has to offer.
 
 IS: the contract that backends/cpu, backends/cuda and backends/simt implement and tests/backend
-checks. IS NOT: policy or model knowledge. Called by: engine and core/capsule.
+checks. IS NOT: policy or model knowledge.
 
 Contract. Addresses are plain integers into the two allocations (arena, weights). All verbs but
 `read` and `sync` may be asynchronous; they take effect in call order. After `seal` the verbs
@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt.core.copyplan import CopyPlan, Upload
+from flashrt.core.copylist import CopyList, Upload
 from flashrt.core.digest import DigestTerm
 from flashrt.core.op import Launch, Op
 from flashrt.core.region import DType, Region
@@ -105,8 +105,12 @@ class Backend(Protocol):
         """How rows of a region lie in storage: a code of core.digest.LAYOUT_CODE."""
         ...
 
-    def build(self, ops: Sequence[Op]) -> None:
-        """Compile what the ops need, or load it from the cache."""
+    def build(self, ops: Sequence[Op], progress: Progress | None = None) -> None:
+        """Compile what the ops need, or load it from the cache.
+
+        Where there is something to compile, now or at a capture, progress("kernels", done, total)
+        is called; without it a line on stderr announces the wait.
+        """
         ...
 
     def allocate(self, name: str, nbytes: int) -> Memory: ...
@@ -122,7 +126,7 @@ class Backend(Protocol):
         ...
 
     def fill(self, address: int, nbytes: int, byte: int) -> None: ...
-    def copy(self, plan: CopyPlan, src_base: int, dst_base: int) -> None: ...
+    def copy(self, moves: CopyList, src_base: int, dst_base: int) -> None: ...
     def upload(self, uploads: Sequence[Upload], dst_base: int) -> None:
         """Host to device, as one batch; sources may change once this returns."""
         ...

@@ -1,16 +1,8 @@
 """The digest: a 128-bit value of live state, position-mixed and independent of the order in which
 words are visited.
 
-IS: its one definition (numpy), and the terms a backend's kernel is given. IS NOT: the fast path;
-every backend computes it by a kernel. Called by: session/capsule (digest of a lane or a capsule),
-backends, tests (reference).
-
-For each logical element (plane p, row r, column c) with bits v (zero-extended to 64), arithmetic
-modulo 2^64:
-
-    key = seed + p * A + r * B + c * C
-    lo += fmix(key ^ (v + 1) * D)          hi += fmix((key + E) * D ^ (v + 1) * F)
-    fmix(z): z ^= z >> 32; z *= G; z ^= z >> 29; z *= H; z ^= z >> 32
+IS: its one definition (numpy), and the terms a backend's kernel is given; kernels get the constants
+from the generated header. IS NOT: the fast path; every backend computes it by a kernel.
 
 Sums do not depend on the order, so kernels are free to visit elements as they are stored; appended
 rows add terms.
@@ -20,15 +12,21 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+# For each logical element (plane p, row r, column c) with bits v (zero-extended to 64), arithmetic
+# modulo 2^64:
+#     key = seed + p * A + r * B + c * C
+#     lo += fmix(key ^ (v + 1) * D)          hi += fmix((key + E) * D ^ (v + 1) * F)
+#     fmix(z): z ^= z >> 32; z *= G; z ^= z >> 29; z *= H; z ^= z >> 32
 A, B, C = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9
 D, E, F = 0xFF51AFD7ED558CCD, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB
 G, H = 0xD6E8FEB86659FD93, 0xC4CEB9FE1A85EC53
+CONSTANTS: Mapping[str, int] = {"A": A, "B": B, "C": C, "D": D, "E": E, "F": F, "G": G, "H": H}
 _MASK = (1 << 64) - 1
 
 

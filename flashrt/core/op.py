@@ -1,9 +1,8 @@
-"""Ops: the signatures of kernels; launches: ops with regions bound; and the argument block both
+"""Ops: the signatures of kernels; launches: ops with regions bound; and the argument block that all
 backends read.
 
 IS: shape, dtype and access checks at record time, and the one definition of a kernel's argument
-struct. IS NOT: code. A backend maps an op's name to its kernel. Called by: ops/table (define), tape
-(bind), backends (pack).
+struct. IS NOT: code. A backend maps an op's name to its kernel.
 
 The argument block of op `f` is the C struct `f_args` (see `c_struct`): a pointer per param in
 order, then as int32 the dims in order of first appearance, `<param>_stride` for strided params,
@@ -18,6 +17,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Literal
 
 from flashrt.base.errors import PlanError
@@ -44,6 +44,7 @@ class Param:
     dtypes: tuple[DType, ...] = (DType.F32,)
     layout: Layout = Layout.PLAIN
     is_strided: bool = False  # a window over columns of a wider region is welcome
+    words: type[IntEnum] | None = None  # names of elements of the last dimension: see core.header
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Attr:
 
     name: str
     kind: Literal["int32", "float32"] = "int32"
+    names: type[IntEnum] | None = None  # of its values: see core.header
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,17 @@ class Op:
     doc: str
     params: tuple[Param, ...]
     attrs: tuple[Attr, ...] = ()
+    constants: tuple[tuple[str, int], ...] = ()  # that its kernels share with Python
+
+    @property
+    def signature(self) -> str:
+        """All of it but the doc, as text: what fingerprints cover."""
+        params = [
+            f"{p.access} {p.name} {p.dims} {','.join(p.dtypes)} {p.layout} {p.is_strided}"
+            for p in self.params
+        ]
+        attrs = [f"{a.kind} {a.name}" for a in self.attrs]
+        return "\n".join([self.name, *params, *attrs])
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -93,20 +106,12 @@ class Op:
         lines += [f"  int32_t {p.name}_stride;" for p in self.params if p.is_strided]
         lines += [f"  int32_t {p.name}_dtype;" for p in self.params if len(p.dtypes) > 1]
         lines += [f"  {'int32_t' if a.kind == 'int32' else 'float'} {a.name};" for a in self.attrs]
+        doc = self.doc.replace("*/", "* /")  # which would end the comment
         return (
-            f"/* {self.name}: {self.doc} */\ntypedef struct {{\n"
+            f"/* {self.name}: {doc} */\ntypedef struct {{\n"
             + "\n".join(lines)
             + f"\n}} {self.name}_args;\n"
         )
-
-
-def c_header(ops: Sequence[Op]) -> str:
-    """All argument structs and dtype codes as one C header, generated so that no offset is kept in
-    step by hand.
-    """
-    stored = [d for d in DType if d not in (DType.ACT, DType.ACT_WIDE)]
-    enum = ", ".join(f"DTYPE_{d.name} = {d.code}" for d in stored)
-    return f"#pragma once\nenum {{ {enum} }};\n\n" + "\n".join(op.c_struct() for op in ops)
 
 
 @dataclass(frozen=True, slots=True)

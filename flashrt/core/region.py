@@ -3,7 +3,7 @@
 IS: the nouns of the planner: what a range holds (shape, dtype), how it behaves (role), how it is
 stored (layout). IS NOT: memory. A region has no address until the planner gives it an offset and a
 backend allocates the arena. Called by: models (declare), op/tape (bind), planner (lay out),
-copyplan and capsule (move).
+copylist and capsule (move).
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Rank 4: a model, its weights and a backend, planned, loaded, captured and sealed; verbs on lanes."""
+"""Rank 4: a model, its weights and a backend, planned, loaded and sealed; verbs on lanes."""

@@ -1,95 +1,103 @@
-"""The engine of a robot policy: planned, loaded, captured and sealed; one graph replay per verb.
+"""Verbs of an engine on actions: observe, act, tick, plan; a graph replay each.
 
-IS: the verbs on lanes (observe, act, tick, plan), and capsules of them. IS NOT: a control loop with
-a clock, deadlines or files; see session. Called by: `flashrt.load_policy`, session, commands.
+IS: what a robot policy's engine does to a lane, and the door that observations and actions come in
+by. IS NOT: a control loop with a clock, deadlines or files; see robot/.
 
-A lane's whole control state is its fixed band: cursor, memory, previous action, queue, and the plan
-in the making. An interrupt falls between two replays: the cursor on the device says where.
+A lane's whole control state is its fixed band: cursor, memory, previous action, queue, and the
+chunk in the making. An interrupt falls between two replays: the cursor on the device says where.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import gc
-import json
-import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import ArrayLike, NDArray
 
-from flashrt.backends.choose import open_backend
-from flashrt.base import tracing
-from flashrt.base.errors import CheckpointError, LaneBusy, PlanError, SessionError
-from flashrt.base.flags import flags
+from flashrt.base.checks import as_integer, shown
+from flashrt.base.errors import CapsuleError, CheckpointError, ObservationError, SessionError
 from flashrt.capsule.capsule import Capsule
+from flashrt.capsule.file import CapsuleHeader
 from flashrt.capsule.lineage import Lane
-from flashrt.capsule.table import CapsuleTable
-from flashrt.core.arena import Arena
-from flashrt.core.backend import Backend, Progress
-from flashrt.core.graph import GraphKey, GraphTable
-from flashrt.core.planner import Slot, plan_arena, plan_band
-from flashrt.core.region import Role
+from flashrt.core.backend import Backend, Bytes
+from flashrt.core.planner import Slot
+from flashrt.engine import cursors
+from flashrt.engine.admission import check_action_state
+from flashrt.engine.cursors import KnownCursors
+from flashrt.engine.engine import Engine, PoolDefault
 from flashrt.models.flow_policy.config import PolicyConfig, config_of
-from flashrt.models.flow_policy.model import ACT, OBSERVE, PLAN, PLAN_BEGIN, PLAN_STEP, TICK, Policy
-from flashrt.ops import OPS
+from flashrt.models.flow_policy.model import (
+    ACT_PHASE,
+    OBSERVE,
+    PLAN,
+    PLAN_BEGIN,
+    PLAN_STEP,
+    TICK,
+    FlowPolicy,
+)
 from flashrt.ops.cursor import (
+    CURSOR_WORDS,
     NO_OBSERVATION,
+    REQUEST_WORDS,
     PolicyCursor,
-    Word,
-    checked_vector,
-    read_cursor,
+    PolicyWord,
+    RequestWord,
     seed_words,
 )
-from flashrt.ops.table import CURSOR_WORDS, REQUEST_WORDS
-from flashrt.weights.bundled_policies import policy_path
-from flashrt.weights.checkpoint import Checkpoint, open_checkpoint
-from flashrt.weights.loader import fill_weights
+from flashrt.weights.checkpoint import Checkpoint
 
-DEFAULT_POOL_CAPSULES = 256  # that a default pool has room for
+POOL_DEFAULT = PoolDefault(fixed=256)
 # Graphs that touch less run on the calling thread, a millisecond at most: two threads were a third
 # faster when both were awake, and ten times slower when one was not.
 CPU_ALONE_NBYTES = 32 << 20
 Action = NDArray[np.float32]
 
 
-class PolicyEngine:
-    """Verbs on lanes. Built by `load_policy`."""
+def checked_vector(
+    what: str, values: ArrayLike, size: int, kinds: str = "fiu", out: Action | None = None
+) -> Action:
+    """float32 [size], contiguous and finite; in `out`, if it is given.
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        backend: Backend,
-        *,
-        lanes: int = 1,
-        pool_bytes: int | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        """Plan, allocate, load, capture, seal. Raises FlashrtError from any of these."""
-        if lanes < 1:
-            raise PlanError(f"lanes={lanes}; at least 1 is needed")
+    kinds: numpy's letters of the dtypes that are let in. Raises ObservationError that names `what`:
+    for another shape or dtype, for what numpy cannot read as an array, NaN, infinity, and numbers
+    beyond float32.
+    """
+    given = as_array(what, values)
+    if given.shape != (size,) or given.dtype.kind not in kinds:
+        is_array = isinstance(values, np.ndarray | list | tuple)
+        found = "" if is_array else f"{type(values).__name__}, for numpy "
+        raise ObservationError(
+            f"{what}: {found}{given.dtype} {given.shape}, expected float32 ({size},)"
+        )
+    array = np.empty(size, np.float32) if out is None else out
+    with np.errstate(over="ignore"):
+        np.copyto(array, given, casting="unsafe")
+    if not np.isfinite(array).all():
+        at = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise ObservationError(f"{what}[{at}] is {given[at]}, which is not finite in float32")
+    return array
+
+
+def as_array(what: str, values: ArrayLike) -> NDArray[Any]:
+    """Numpy's array of something. Raises ObservationError for what it cannot read as one."""
+    try:
+        return np.asarray(values)
+    except Exception as error:  # of any kind: an object may bring an __array__ of its own
+        raise ObservationError(
+            f"{what}: numpy cannot read this {type(values).__name__} as an array: {error}"
+        ) from error
+
+
+class ActionEngine(Engine):
+    """Verbs on lanes of a policy."""
+
+    def __init__(self, checkpoint: Checkpoint, backend: Backend, **options: Any) -> None:
+        """See Engine for the options. Raises CheckpointError for statistics that divide by 0."""
         self.config: PolicyConfig = config_of(checkpoint)
-        self.model = Policy(self.config)
-        self.backend = backend
-        backend.build(OPS)
-        tapes = [self.model.record(phase, rows) for phase, rows in self.model.phases]
-        regions, storage = self.model.lane_regions, backend.storage
-        if pool_bytes is None:
-            fixed = plan_band([r for r in regions if r.role is Role.FIXED], storage)
-            pool_bytes = DEFAULT_POOL_CAPSULES * fixed.nbytes
-        plan = plan_arena(regions, tapes, storage, lanes=lanes, pool_nbytes=pool_bytes)
-        weights = plan_band([rule.region for rule in self.model.weights], storage)
-        self.arena = Arena(backend, plan, weights)
-        self.load_report = fill_weights(self.model.weights, checkpoint, self.arena, progress)
-        self.fingerprint = self._fingerprint()
-        self.lanes = [Lane(i, np.zeros(0, np.int32)) for i in range(lanes)]
-        self.capsules = CapsuleTable(self.arena, self.lanes, self.fingerprint)
-        self.graphs = GraphTable(backend, self.arena)
-        for lane in self.lanes:
-            for tape in tapes:
-                self.graphs.capture(tape, lane.index)
+        model = FlowPolicy(self.config)
+        super().__init__(model, checkpoint, backend, pool_default=POOL_DEFAULT, **options)
+        plan = self.arena.plan
         self._addresses = {
             (lane.index, slot.region.name): self.arena.memory.address + slot.offset
             for lane in self.lanes
@@ -98,39 +106,8 @@ class PolicyEngine:
         }
         self._cursor_words = np.empty(CURSOR_WORDS, np.int32)  # where cursors are read to
         self._cursor_bytes = self._cursor_words.view(np.uint8)
+        self._cursors = KnownCursors(len(self.lanes), self._read_words)
         self._scale, self._offset = self._statistics()
-        self._free = self.lanes[::-1]
-        self.forgotten: list[Callable[[], None]] = []  # lanes of loops dropped without `close`
-        for lane in self.lanes:
-            self.reset(lane)
-        self.graphs.seal()
-        backend.seal()
-        tracing.trace(tracing.PLAN, f"{self.stats()}")
-
-    @property
-    def device(self) -> str:
-        """Name of the backend."""
-        return self.backend.name
-
-    # -- lanes ----------------------------------------------------------------------------------
-
-    def take_lane(self) -> Lane:
-        """A free lane, reset. Raises LaneBusy when there is none."""
-        if not self._free:
-            gc.collect()
-        while self.forgotten:
-            self.forgotten.pop()()
-        if not self._free:
-            raise LaneBusy(f"all {len(self.lanes)} lanes are in use; release one, or load more")
-        lane = self._free.pop()
-        self.reset(lane)
-        return lane
-
-    def release(self, lane: Lane) -> None:
-        """Take a lane back, with its waypoints."""
-        for waypoint in list(lane.waypoints):
-            self.capsules.drop_waypoint(lane, waypoint)
-        self._free.append(lane)
 
     # -- verbs, a replay each --------------------------------------------------------------------
 
@@ -140,12 +117,15 @@ class PolicyEngine:
         Raises ObservationError for another shape or dtype, or a value that is not finite, and
         changes nothing.
         """
-        self._write(
-            lane,
-            "observation",
-            checked_vector("observation", observation, self.config.observation_dim),
-        )
-        self._replay(OBSERVE, lane)
+        self.observe_trusted(lane, self._checked(observation))
+
+    def observe_trusted(self, lane: Lane, observation: Action) -> None:
+        """`observe` of a float32 array that the caller has checked: see `checked_vector`."""
+        words = self._cursors.take(lane)
+        self._write(lane, "observation", observation)
+        self._run(OBSERVE, lane)
+        cursors.observed(words)
+        self._cursors.keep(lane, words)
 
     def act(self, lane: Lane, *, hold: bool = False) -> Action:
         """The coming tick's action, float32 [action_dim], in the environment's units.
@@ -154,15 +134,25 @@ class PolicyEngine:
         before is repeated. Nothing is changed by a refusal.
         """
         self._need_action(lane, hold)
-        self._replay(ACT, lane)
+        words = self._cursors.take(lane)
+        self._run(ACT_PHASE, lane)
+        cursors.acted(words, self.config)
+        self._cursors.keep(lane, words)
         return self._acted(lane)
 
     def tick(self, lane: Lane, observation: ArrayLike, *, hold: bool = False) -> Action:
         """`observe` and `act` in one replay."""
-        checked = checked_vector("observation", observation, self.config.observation_dim)
+        return self.tick_trusted(lane, self._checked(observation), hold=hold)
+
+    def tick_trusted(self, lane: Lane, observation: Action, *, hold: bool = False) -> Action:
+        """`tick` with a float32 array that the caller has checked: see `checked_vector`."""
         self._need_action(lane, hold)
-        self._write(lane, "observation", checked)
-        self._replay(TICK, lane)
+        words = self._cursors.take(lane)
+        self._write(lane, "observation", observation)
+        self._run(TICK, lane)
+        cursors.observed(words)
+        cursors.acted(words, self.config)
+        self._cursors.keep(lane, words)
         return self._acted(lane)
 
     def plan(self, lane: Lane, committed: int = 0) -> None:
@@ -174,48 +164,68 @@ class PolicyEngine:
         chunk_size. Raises SessionError when there is no fresh observation, or fewer actions were
         promised; nothing is changed then.
         """
-        self._write(lane, "request", self._request(lane, committed))
-        self._replay(PLAN, lane)
+        self._begin(PLAN, lane, committed, self.config.num_inference_steps)
 
     def begin_plan(self, lane: Lane, committed: int = 0) -> None:
-        """`plan` in slices: begins one, in place of any that is in the making."""
-        self._write(lane, "request", self._request(lane, committed))
-        self._replay(PLAN_BEGIN, lane)
+        """`plan` in slices: begins a chunk, in place of any that is in the making."""
+        self._begin(PLAN_BEGIN, lane, committed, 0)
 
     def continue_plan(self, lane: Lane) -> bool:
-        """One Euler step of the plan in the making; True when that was the last, and the queue was
+        """One Euler step of the chunk in the making; True when that was the last, and the queue was
         replaced. Ticks may lie between steps. Raises SessionError if none is in the making.
         """
-        left = self.cursor(lane).plan_steps_left
-        if not 1 <= left <= self.config.num_inference_steps:
-            raise SessionError(f"lane {lane.index}: no plan is in the making; begin_plan first")
-        self._replay(PLAN_STEP, lane, self.config.num_inference_steps - left + 1)
+        steps = self.config.num_inference_steps
+        left = self._cursors.words(lane)[PolicyWord.PLAN_STEPS_LEFT]
+        if not 1 <= left <= steps:
+            raise SessionError(f"lane {lane.index}: no chunk is in the making; begin_plan first")
+        words = self._cursors.take(lane)
+        self._run(PLAN_STEP, lane, steps - left + 1)
+        cursors.stepped(words)
+        self._cursors.keep(lane, words)
         return left == 1
 
     # -- words and regions -----------------------------------------------------------------------
 
     def cursor(self, lane: Lane) -> PolicyCursor:
-        """The lane's time, read from the device."""
-        return read_cursor(self._words(lane))
+        """The lane's time. The host knows it; the device is read after a restore or an exception
+        alone.
+        """
+        return self._cursors.record(lane)
 
     def reset(self, lane: Lane, seed: int = 0) -> None:
         """The empty state before tick 0; `seed` is that of the noise of plans."""
         words = seed_words(seed)
+        self._cursors.forget(lane)
         self.capsules.reset(lane)
-        self._write(lane, "cursor", words, Word.SEED_LOW)
-        self._write_word(lane, Word.OBSERVED, NO_OBSERVATION)
+        self._write(lane, "cursor", words, PolicyWord.SEED_LOW)
+        self._write_word(lane, PolicyWord.OBSERVED, NO_OBSERVATION)
+        self._cursors.clear(lane, (int(words[0]), int(words[1])))
 
     def set_seed(self, lane: Lane, seed: int) -> None:
         """Other noise for plans from here on, as of a fork."""
-        self._write(lane, "cursor", seed_words(seed), Word.SEED_LOW)
+        low_high = seed_words(seed)
+        words = self._cursors.take(lane)
+        self._write(lane, "cursor", low_high, PolicyWord.SEED_LOW)
+        words[PolicyWord.SEED_LOW], words[PolicyWord.SEED_HIGH] = map(int, low_high)
+        self._cursors.keep(lane, words)
 
     def cut(self, lane: Lane, stop: int = 0) -> None:
-        """An interrupt: the queue has no action from tick `stop` on, no plan is in the making, and
+        """An interrupt: the queue has no action from tick `stop` on, no chunk is in the making, and
         none is made from what was observed so far.
         """
-        self._write_word(lane, Word.STOP, max(0, min(stop, self.cursor(lane).stop)))
-        self._write_word(lane, Word.PLAN_STEPS_LEFT, 0)
-        self._write_word(lane, Word.OBSERVED, NO_OBSERVATION)
+        whole = as_integer(stop)
+        if whole is None:
+            raise SessionError(f"cut: stop={shown(stop)} is not a tick's number")
+        words = self._cursors.take(lane)
+        changes = {
+            PolicyWord.STOP: max(0, min(whole, words[PolicyWord.STOP])),
+            PolicyWord.PLAN_STEPS_LEFT: 0,
+            PolicyWord.OBSERVED: NO_OBSERVATION,
+        }
+        for word, value in changes.items():
+            self._write_word(lane, word, value)
+            words[word] = value
+        self._cursors.keep(lane, words)
 
     def action(self, lane: Lane) -> Action:
         """The action executed last, [action_dim] in the environment's units; 0 after a reset."""
@@ -232,20 +242,6 @@ class PolicyEngine:
         self._write(lane, "previous", previous)
         self._write(lane, "action", executed)
 
-    def lane_array(self, lane: Lane, name: str) -> NDArray[np.generic]:
-        """A lane's region as an array; see models.policy for their names."""
-        return self.arena.read(self.arena.lane(lane.index).slot(name))
-
-    def set_lane_array(self, lane: Lane, name: str, array: NDArray[np.generic]) -> None:
-        """Overwrite a lane's region, for ablations and experiments. Raises PlanError for a wrong
-        name, shape or dtype.
-        """
-        slot = self.arena.lane(lane.index).slot(name)
-        wanted = self.arena.read(slot).dtype
-        if array.dtype != wanted:
-            raise PlanError(f"region {name!r} is {wanted}, got {array.dtype}")
-        self.arena.write(slot, array)
-
     # -- capsules ---------------------------------------------------------------------------------
 
     def snapshot(
@@ -256,60 +252,75 @@ class PolicyEngine:
 
     def restore(self, lane: Lane, capsule: Capsule) -> None:
         """Put a lane into a capsule's state. Raises CapsuleError and changes nothing."""
+        if not isinstance(capsule, Capsule):
+            raise CapsuleError(f"restore: {shown(capsule)} is not a capsule")
+        self._cursors.forget(lane)
         self.capsules.restore(lane, capsule)
 
     def fork(self, source: Lane, target: Lane) -> None:
         """Put `target` into the present state of `source`."""
+        self._cursors.forget(target)
         self.capsules.fork(source, target)
+        self._cursors.copy(source, target)
 
     def digest(self, lane: Lane) -> str:
         """32 hex digits of a lane's state; a capsule of it has the same."""
         return self.capsules.digest_lane(lane)
 
-    # -- the rest ---------------------------------------------------------------------------------
+    # -- for the base -----------------------------------------------------------------------------
 
-    def stats(self) -> dict[str, Any]:
-        """Counters and sizes, in bytes."""
-        plan, pool = self.arena.plan, self.capsules.pool
-        return {
-            **dataclasses.asdict(self.backend.counters),
-            "device": self.device,
-            "graphs": len(self.graphs.graphs),
-            "lanes": len(self.lanes),
-            "arena_bytes": plan.nbytes,
-            "weights_bytes": self.arena.weights.nbytes,
-            "fixed_bytes": plan.lanes[0].fixed.nbytes,
-            "scratch_bytes": plan.scratch.nbytes,
-            "pool_bytes": pool.nbytes,
-            "pool_used_bytes": pool.used_nbytes,
-            "capsules": len(self.capsules.capsules),
-        }
+    def set_lane_array(self, lane: Lane, name: str, array: NDArray[np.generic]) -> None:
+        """See Engine."""
+        self._cursors.forget(lane)  # the region may be the cursor
+        super().set_lane_array(lane, name, array)
 
-    def close(self) -> None:
-        """Give the device's memory back; lanes and capsules are dead."""
-        self.backend.close()
+    def poison_lane(self, lane: Lane) -> None:
+        """See Engine."""
+        self._cursors.forget(lane)
+        super().poison_lane(lane)
+
+    def admit(
+        self, header: CapsuleHeader, tensors: Mapping[str, Bytes], tokens: NDArray[np.int32]
+    ) -> None:
+        """See Engine."""
+        check_action_state(str(header.path), tensors, self.config)
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _replay(self, phase: str, lane: Lane, rows: int = 1) -> None:
-        self.graphs.replay(GraphKey(phase, rows, lane.index))
-        if flags().poison:
-            self.arena.poison_scratch()
+    def _run(self, phase: str, lane: Lane, rows: int = 1) -> None:
+        self.replay(phase, rows, lane)
+        self.boundary()
 
-    def _words(self, lane: Lane) -> list[int]:
+    def _begin(self, phase: str, lane: Lane, committed: int, steps: int) -> None:
+        """A graph that begins a chunk and does `steps` of its Euler steps."""
+        rows = self._committed(lane, committed)
+        request = np.zeros(REQUEST_WORDS, np.int32)
+        request[RequestWord.COMMITTED] = rows
+        words = self._cursors.take(lane)
+        self._write(lane, "request", request)
+        self._run(phase, lane)
+        cursors.began(words, rows, self.config)
+        if steps:
+            cursors.stepped(words, steps)
+        self._cursors.keep(lane, words)
+
+    def _read_words(self, lane: Lane) -> list[int]:
         self.backend.read(self._addresses[lane.index, "cursor"], self._cursor_bytes)
         return self._cursor_words.tolist()
 
+    def _checked(self, observation: ArrayLike) -> Action:
+        return checked_vector("observation", observation, self.config.observation_dim)
+
     def _need_action(self, lane: Lane, hold: bool) -> None:
-        words = self._words(lane)
-        if not hold and words[Word.TICK] >= words[Word.STOP]:
+        words = self._cursors.words(lane)
+        if not hold and words[PolicyWord.TICK] >= words[PolicyWord.STOP]:
             raise SessionError(
-                f"lane {lane.index}: the queue has no action for tick {words[Word.TICK]}; observe "
-                "and plan, or hold the action before (hold=True)"
+                f"lane {lane.index}: the queue has no action for tick {words[PolicyWord.TICK]}; "
+                "observe and plan, or hold the action before (hold=True)"
             )
 
-    def _request(self, lane: Lane, committed: int) -> NDArray[np.int32]:
-        """What a plan is asked for, checked against the cursor."""
+    def _committed(self, lane: Lane, committed: int) -> int:
+        """How many rows a chunk is to keep, checked against the cursor."""
         c = self.cursor(lane)
         if c.observed == NO_OBSERVATION or c.observed < c.tick - 1:
             seen = "none" if c.observed == NO_OBSERVATION else f"of tick {c.observed}"
@@ -319,14 +330,13 @@ class PolicyEngine:
             )
         promised = max(c.stop, c.tick) - c.observed  # ticks done have their action
         most = min(promised, self.config.chunk_size - 1)
-        if not 0 <= committed <= most:
+        rows = as_integer(committed)
+        if rows is None or not 0 <= rows <= most:
             raise SessionError(
-                f"lane {lane.index}: committed={committed} is not in [0, {most}]: actions are "
-                f"promised for ticks [{c.observed}, {c.observed + promised})"
+                f"lane {lane.index}: committed={shown(committed)} is no integer in [0, {most}]: "
+                f"actions are promised for ticks [{c.observed}, {c.observed + promised})"
             )
-        words = np.zeros(REQUEST_WORDS, np.int32)
-        words[0] = committed
-        return words
+        return rows
 
     def _acted(self, lane: Lane) -> Action:
         action = self.action(lane)
@@ -337,7 +347,7 @@ class PolicyEngine:
     def _write(self, lane: Lane, name: str, array: NDArray[np.generic], word: int = 0) -> None:
         self.backend.write(self._addresses[lane.index, name] + 4 * word, array.view(np.uint8))
 
-    def _write_word(self, lane: Lane, word: Word, value: int) -> None:
+    def _write_word(self, lane: Lane, word: PolicyWord, value: int) -> None:
         self._write(lane, "cursor", np.array([value], np.int32), word)
 
     def _statistics(self) -> tuple[Action, Action]:
@@ -360,39 +370,3 @@ class PolicyEngine:
         address = self.arena.weight_memory.address + slot.offset
         self.backend.read(address, out.view(np.uint8))
         return out
-
-    def _fingerprint(self) -> str:
-        """Identity of weights + config + kernels + what capsules look like; 32 hex digits."""
-        described: dict[str, object] = {
-            "format": 1,
-            "model": self.model.name,
-            "config": dataclasses.asdict(dataclasses.replace(self.config, card={})),
-            "weights": self.load_report.digest,
-            "kernels": self.backend.kernel_digest,
-            "device": self.backend.name,
-            "fixed": [
-                (s.region.name, s.region.shape, s.region.dtype, s.offset)
-                for s in self.arena.lane(0).fixed.slots
-            ],
-        }
-        return xxhash.xxh3_128(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def load_policy(
-    checkpoint: str | os.PathLike[str],
-    device: str = "auto",
-    lanes: int = 1,
-    pool_bytes: int | None = None,
-    *,
-    progress: Progress | None = None,
-) -> PolicyEngine:
-    """Load a policy: a directory with config.json and model.safetensors, or a bundled one by name.
-
-    device: "cpu", "cuda", "simt", or "auto": cuda where it is usable, else cpu. lanes: states that
-    live at once. pool_bytes: room for capsules (default: 256 of them). progress(what, done, total)
-    is called while loading. Raises CheckpointError, BackendError, PlanError.
-    """
-    source = open_checkpoint(policy_path(checkpoint))
-    config_of(source)
-    backend = open_backend(device, cpu_alone_nbytes=CPU_ALONE_NBYTES)
-    return PolicyEngine(source, backend, lanes=lanes, pool_bytes=pool_bytes, progress=progress)

@@ -1,18 +1,24 @@
 """Admission: whether bytes that were read are a state that kernels can be let loose on.
 
 IS: the checks that checksums cannot make, for who forged or mistook a whole file: the cursor that
-kernels index with, and token ids. IS NOT: formats (core.blob, manifest). Called by: load, store.
+kernels index with, token ids, numbers that must be finite. IS NOT: formats (capsule.file, the
+store's manifest).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CapsuleError
 from flashrt.core.backend import Bytes
+from flashrt.models.flow_policy.config import PolicyConfig
+from flashrt.ops.cursor import NO_OBSERVATION, PolicyCursor, read_cursor
 
 POSITION_WORD, TOKEN_WORD = 0, 2  # of the cursor; see ops.table
+_MAX_TICK = 1 << 30
 
 
 def check_state(
@@ -29,3 +35,33 @@ def check_state(
     seen = np.append(tokens, max(int(words[TOKEN_WORD]), 0))
     if seen.min() < 0 or seen.max() >= vocab_size:
         raise CapsuleError(f"{where}: a token is not in [0, {vocab_size})")
+
+
+def check_action_state(where: str, tensors: Mapping[str, Bytes], config: PolicyConfig) -> None:
+    """Raises CapsuleError unless a control loop can have left this state."""
+    words = np.ascontiguousarray(tensors["fixed/cursor"]).view(np.int32)
+    if wrong := what_is_wrong(read_cursor(words.tolist()), config):
+        raise CapsuleError(f"{where}: no loop leaves a cursor with {wrong}")
+    for name in ("memory", "encoded", "previous", "action", "queue"):
+        numbers = np.ascontiguousarray(tensors[f"fixed/{name}"]).view(np.float32)
+        if not np.isfinite(numbers).all():
+            raise CapsuleError(f"{where}: {name} is not finite")
+
+
+def what_is_wrong(cursor: PolicyCursor, config: PolicyConfig) -> str | None:
+    """The first relation between words that does not hold; None when all do."""
+    c, rows = cursor, config.chunk_size
+    relations = {
+        f"tick {c.tick}": 0 <= c.tick < _MAX_TICK,
+        f"an observation of tick {c.observed}": NO_OBSERVATION <= c.observed <= c.tick,
+        f"a chunk from tick {c.chunk} at tick {c.tick}": 0 <= c.chunk <= c.tick,
+        f"actions for ticks [{c.chunk}, {c.stop})": 0 <= c.stop <= c.chunk + rows,
+        f"{c.plan_steps_left} steps left": 0 <= c.plan_steps_left <= config.num_inference_steps,
+        f"{c.held} ticks held": 0 <= c.held <= c.tick,
+    }
+    if c.plan_steps_left:
+        relations |= {
+            f"a plan from tick {c.plan_tick}": 0 <= c.plan_tick <= c.tick,
+            f"a plan up to {c.plan_stop}": 0 <= c.plan_stop - c.plan_tick <= rows,
+        }
+    return next((said for said, holds in relations.items() if not holds), None)

@@ -1,49 +1,43 @@
-"""The engine: a model, its weights and a backend; planned, loaded, captured and sealed.
+"""Verbs of an engine on tokens: prefill, decode, sample, draft, verify, commit; a replay each.
 
-IS: the verbs on lanes (prefill, decode, sample, draft, verify, commit), a graph replay each. IS
-NOT: sessions, policy or files of capsules; see session/. Called by: session.
+IS: what a language model's engine does to a lane. IS NOT: sessions, policy or files of capsules;
+see session/.
 
-Per step: write io -> replay(key) -> read io -> commit. After `seal` nothing allocates, compiles or
-captures. An interrupt between replay and commit leaves the device ahead: see `recover`.
+Per step: write io -> replay(key) -> read io -> commit. An interrupt between replay and commit
+leaves the device ahead: see `recover`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import struct
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from flashrt.base import tracing
-from flashrt.base.errors import PlanError
-from flashrt.base.flags import flags
+from flashrt.capsule.file import CapsuleHeader
 from flashrt.capsule.lineage import Lane
-from flashrt.capsule.table import CapsuleTable
-from flashrt.core.arena import Arena
-from flashrt.core.backend import Backend, Bytes, Progress
-from flashrt.core.graph import GraphKey, GraphTable
-from flashrt.core.op import Op
-from flashrt.core.planner import ArenaPlan, Band, plan_arena, plan_band
-from flashrt.core.region import Region, Role
-from flashrt.core.tape import Tape
-from flashrt.models import Model
-from flashrt.ops import OPS
+from flashrt.core.backend import Backend, Bytes
+from flashrt.engine.admission import check_state
+from flashrt.engine.engine import Engine, PoolDefault
+from flashrt.models.model import (
+    COMMIT,
+    DECODE,
+    DRAFT,
+    DRAFT_NEXT,
+    PREFILL,
+    SAMPLE,
+    VERIFY,
+    TokenModel,
+)
 from flashrt.ops.sample import SamplerParams
 from flashrt.weights.checkpoint import Checkpoint
-from flashrt.weights.loader import LoadReport, fill_weights
 
-PREFILL, DECODE, SAMPLE = "prefill", "decode", "sample"
-DRAFT, DRAFT_NEXT, VERIFY, COMMIT = "draft", "draft_next", "verify", "commit"
 _POSITION_WORD, _ROWS_WORD, _TOKEN_WORD = 0, 1, 2
-DEFAULT_POOL_FIXED = 16  # capsules' fixed bands that a default pool has room for
-DEFAULT_POOL_LANES = 2  # lanes' worth of rows that a default pool has room for, besides
+POOL_DEFAULT = PoolDefault(fixed=16, lanes=2)
 
 
 @dataclass(slots=True)
@@ -55,53 +49,24 @@ class DraftCounters:
     accepted: int = 0
 
 
-class Engine:
-    """Verbs on lanes. Built by `session.load.load`, which also chooses the backend."""
+class TokenEngine(Engine):
+    """Verbs on lanes of tokens."""
+
+    model: TokenModel
 
     def __init__(
-        self,
-        model: Model,
-        checkpoint: Checkpoint,
-        backend: Backend,
-        *,
-        lanes: int,
-        pool_bytes: int | None,
-        progress: Progress | None = None,
+        self, model: TokenModel, checkpoint: Checkpoint, backend: Backend, **options: Any
     ) -> None:
-        """Plan, allocate, load, capture, seal. Raises FlashrtError from any of these."""
-        self.model = model
-        self.backend = backend
-        self.checkpoint = checkpoint
-        self.max_positions = _max_positions(model)
-        tapes = [model.record(phase, rows) for phase, rows in model.phases]
-        backend.build(_with_own_ops(tapes))
-        plan = self._plan(tapes, lanes, pool_bytes)
-        weights = plan_band([r.region for r in model.weights], backend.storage)
-        self.arena = Arena(backend, plan, weights)
-        self.load_report = fill_weights(model.weights, checkpoint, self.arena, progress)
-        self.fingerprint = _fingerprint(model, self.load_report, backend, plan, tapes)
-        self.lanes = [
-            Lane(i, np.zeros(self.max_positions, np.int32)) for i in range(len(plan.lanes))
-        ]
-        self.capsules = CapsuleTable(self.arena, self.lanes, self.fingerprint)
-        self.graphs = GraphTable(backend, self.arena)
-        self._tapes = {(t.phase, t.rows): t for t in tapes}
-        self._capture(tapes, progress)
-        self._rows: list[int] = [-1] * lanes  # rows word in each lane's cursor; -1 = unknown
-        self._sampler: list[SamplerParams | None] = [None] * lanes
-        self._in_flight: dict[int, NDArray[np.int32]] = {}  # by lane: what its replay commits
+        """See Engine for the options."""
         self.draft_counters = DraftCounters()
+        super().__init__(model, checkpoint, backend, pool_default=POOL_DEFAULT, **options)
+        n = len(self.lanes)
+        self._rows: list[int] = [-1] * n  # rows word in each lane's cursor; -1 = unknown
+        self._sampler: list[SamplerParams | None] = [None] * n
+        self._in_flight: dict[int, NDArray[np.int32]] = {}  # by lane: what its replay commits
         self._commit_rows = max(
             (rows for phase, rows in model.phases if phase == COMMIT), default=0
         )
-        self.graphs.seal()
-        backend.seal()
-        tracing.trace(tracing.PLAN, f"{self.stats()}")
-
-    @property
-    def device(self) -> str:
-        """Name of the backend."""
-        return self.backend.name
 
     @property
     def vocab_size(self) -> int:
@@ -140,7 +105,7 @@ class Engine:
         """Logits of the present boundary, and a token sampled from them."""
         self.set_sampler(lane, params)
         self._set_rows(lane, 1)  # kernels take the rows of a launch from the cursor
-        self._replay(SAMPLE, 1, lane)
+        self.replay(SAMPLE, 1, lane)
         return self._read_token(lane)
 
     def draft(self, lane: Lane, n_tokens: int) -> None:
@@ -150,8 +115,8 @@ class Engine:
         position + n_tokens within max_positions.
         """
         for i in range(n_tokens):
-            self._replay(DRAFT_NEXT if i else DRAFT, 1, lane)
-            self._boundary()
+            self.replay(DRAFT_NEXT if i else DRAFT, 1, lane)
+            self.boundary()
 
     def verify(self, lane: Lane, rows: int) -> list[int]:
         """The token sampled last and rows - 1 drafted ones through the model; state as before.
@@ -162,13 +127,13 @@ class Engine:
         """
         bucket = min(r for phase, r in self.model.phases if phase == VERIFY and r >= rows)
         self._set_rows(lane, rows)
-        self._replay(VERIFY, bucket, lane)
+        self.replay(VERIFY, bucket, lane)
         verdict = self._read_io(lane, "verdict", rows + 1)
         n = int(verdict[0])
         self.draft_counters.verifies += 1
         self.draft_counters.drafted += rows - 1
         self.draft_counters.accepted += n - 1
-        self._boundary()
+        self.boundary()
         return [int(token) for token in verdict[1 : n + 1]]
 
     def commit(self, lane: Lane, tokens: NDArray[np.int32]) -> None:
@@ -212,93 +177,39 @@ class Engine:
         self._sampler[lane.index] = None
         self._in_flight.pop(lane.index, None)
 
-    # -- white box ------------------------------------------------------------------------------
+    # -- for the base ---------------------------------------------------------------------------
 
-    def lane_array(self, lane: Lane, name: str) -> NDArray[np.generic]:
-        """A lane's region as a logical array (bfloat16 as uint16 bits)."""
-        return self.arena.read(self.arena.lane(lane.index).slot(name))
+    def admit(
+        self, header: CapsuleHeader, tensors: Mapping[str, Bytes], tokens: NDArray[np.int32]
+    ) -> None:
+        """See Engine."""
+        cursor = tensors["fixed/cursor"]
+        check_state(str(header.path), cursor, tokens, header.position, self.vocab_size)
 
     def poison_lane(self, lane: Lane) -> None:
-        """0xFF over a lane: nothing of it may be used before a restore brings it all back."""
-        self.arena.poison_lane(lane.index)
-        lane.hold(None, 0)
+        """See Engine."""
+        super().poison_lane(lane)
         self.forget_host_view(lane)
 
     def stats(self) -> dict[str, Any]:
         """Counters and sizes, in bytes."""
-        plan, pool = self.arena.plan, self.capsules.pool
+        counters = self.draft_counters
         return {
-            **dataclasses.asdict(self.backend.counters),
-            **dataclasses.asdict(self.draft_counters),
-            "mean_accepted": self.draft_counters.accepted / max(1, self.draft_counters.verifies),
-            "device": self.device,
-            "graphs": len(self.graphs.graphs),
-            "lanes": len(self.lanes),
-            "arena_bytes": plan.nbytes,
-            "weights_bytes": self.arena.weights.nbytes,
-            "fixed_bytes": plan.lanes[0].fixed.nbytes,
-            "rows_bytes": plan.lanes[0].rows.nbytes,
-            "scratch_bytes": plan.scratch.nbytes,
-            "pool_bytes": pool.nbytes,
-            "pool_used_bytes": pool.used_nbytes,
-            "capsules": len(self.capsules.capsules),
+            **super().stats(),
+            **dataclasses.asdict(counters),
+            "mean_accepted": counters.accepted / max(1, counters.verifies),
         }
 
-    def close(self) -> None:
-        """Give the device's memory back; sessions and capsules are dead."""
-        self.backend.close()
-
     # -- inside ---------------------------------------------------------------------------------
-
-    def _plan(self, tapes: Sequence[Tape], lanes: int, pool_bytes: int | None) -> ArenaPlan:
-        if lanes < 1:
-            raise PlanError(f"lanes={lanes}; at least 1 is needed")
-        regions, storage = self.model.lane_regions, self.backend.storage
-        if pool_bytes is None:
-            fixed, rows = (
-                plan_band([r for r in regions if r.role is role], storage).nbytes
-                for role in (Role.FIXED, Role.ROWS)
-            )
-            pool_bytes = DEFAULT_POOL_FIXED * fixed + DEFAULT_POOL_LANES * rows
-        return plan_arena(regions, tapes, storage, lanes=lanes, pool_nbytes=pool_bytes)
-
-    def _capture(self, tapes: Sequence[Tape], progress: Progress | None) -> None:
-        total = len(tapes) * len(self.lanes)
-        for i, (lane, tape) in enumerate((lane, t) for lane in self.lanes for t in tapes):
-            self.graphs.capture(tape, lane.index)
-            if progress is not None:
-                progress("graphs", i + 1, total)
-
-    def _replay(self, phase: str, rows: int, lane: Lane) -> None:
-        if tracing.is_on(tracing.LAUNCHES):
-            self._replay_traced(phase, rows, lane)
-        else:
-            self.graphs.replay(GraphKey(phase, rows, lane.index))
-
-    def _replay_traced(self, phase: str, rows: int, lane: Lane) -> None:
-        """Launch by launch, with microseconds: where a replay spends its time."""
-        for i, bound in enumerate(self.arena.bind(self._tapes[phase, rows], lane.index)):
-            start = time.perf_counter()
-            self.backend.eager([bound])
-            self.backend.sync()
-            spent_us = (time.perf_counter() - start) * 1e6
-            op, dims = bound.launch.op.name, dict(bound.launch.dims)
-            tracing.trace(
-                tracing.LAUNCHES, f"{phase}/{rows} {i:4d} {op:14s} {spent_us:9.1f} us {dims}"
-            )
-
-    def _boundary(self) -> None:
-        if flags().poison:
-            self.arena.poison_scratch()
 
     def _replay_commit(self, phase: str, rows: int, lane: Lane, tokens: NDArray[np.int32]) -> None:
         """A replay after which the tokens are history, on the device and here."""
         self._in_flight[lane.index] = tokens
         self._set_rows(lane, len(tokens))
-        self._replay(phase, rows, lane)
+        self.replay(phase, rows, lane)
         lane.commit(tokens)
         self._in_flight.pop(lane.index, None)
-        self._boundary()
+        self.boundary()
 
     def _read_io(self, lane: Lane, name: str, words: int, first: int = 0) -> NDArray[np.int32]:
         slot = self.arena.lane(lane.index).io.slot(name)
@@ -334,45 +245,3 @@ class Engine:
         out: Bytes = np.empty(4, np.uint8)
         self.backend.read(self._cursor_address(lane, word), out)
         return int(out.view(np.int32)[0])
-
-
-def _with_own_ops(tapes: Sequence[Tape]) -> tuple[Op, ...]:
-    """The table of ops, and ops outside it that a model records: kernels of the user's own."""
-    recorded = dict.fromkeys(launch.op for tape in tapes for launch in tape.launches)
-    return (*OPS, *(op for op in recorded if op not in OPS))
-
-
-def _max_positions(model: Model) -> int:
-    return next(r.shape[1] for r in model.lane_regions if r.role is Role.ROWS)
-
-
-def _fingerprint(
-    model: Model, report: LoadReport, backend: Backend, plan: ArenaPlan, tapes: Sequence[Tape]
-) -> str:
-    """Identity of weights + config + kernels + what capsules look like; 32 hex digits.
-
-    Context length and lane count are not part of it: a capsule fits wherever its position does.
-    """
-    rows = plan.lanes[0].rows.slots
-    described: Mapping[str, object] = {
-        "format": 1,
-        "model": model.name,
-        "weights": report.digest,
-        "constants": [r.constant for r in model.weights if r.constant],
-        "launches": [
-            (la.op.name, la.attrs) for t in tapes if t.phase == DECODE for la in t.launches
-        ],
-        "kernels": backend.kernel_digest,
-        "device": backend.name,
-        "act": backend.act,
-        "fixed": [_describe(s.region) for s in plan.lanes[0].fixed.slots],
-        "rows": [(_describe(s.region)[0::2], s.storage.row_nbytes) for s in rows],
-    }
-    return xxhash.xxh3_128(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def _describe(region: Region) -> tuple[str, tuple[int, ...], str, str]:
-    return region.name, region.shape, str(region.dtype), str(region.layout)
-
-
-__all__ = ["DECODE", "PREFILL", "SAMPLE", "Band", "Engine", "SamplerParams"]

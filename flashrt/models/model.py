@@ -1,23 +1,24 @@
 """The model protocol: what an engine asks of a model family.
 
 IS: declarations (weight rules, lane regions, phases) and a recorder of tapes. IS NOT: memory, a
-device, or policy. Called by: engine, cli (inspect); implemented by one file per family.
+device, or a verb. It exists so that one engine runs every family.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from flashrt.core.region import Region
 from flashrt.core.tape import Tape
 from flashrt.weights.rules import WeightRule
 
-BUCKETS = (
-    1,
-    8,
-    64,
-    256,
-)  # rows of the prefill graphs; a launch of n rows takes the smallest that holds n
+# Rows of the prefill graphs; a launch of n rows takes the smallest that holds n.
+BUCKETS = (1, 8, 64, 256)
+
+# Phases of token models.
+PREFILL, DECODE, SAMPLE = "prefill", "decode", "sample"
+DRAFT, DRAFT_NEXT, VERIFY, COMMIT = "draft", "draft_next", "verify", "commit"
 
 
 class Model(Protocol):
@@ -26,10 +27,10 @@ class Model(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def vocab_size(self) -> int: ...
-    @property
-    def buckets(self) -> tuple[int, ...]:
-        """Rows of the prefill graphs, ascending."""
+    def identity(self) -> Mapping[str, object]:
+        """What of the config decides results and shows neither in the tapes nor in the regions;
+        part of the fingerprint, as JSON.
+        """
         ...
 
     @property
@@ -46,4 +47,15 @@ class Model(Protocol):
 
     def record(self, phase: str, rows: int) -> Tape:
         """The launches of one phase. Raises PlanError for a pair that is not in `phases`."""
+        ...
+
+
+class TokenModel(Model, Protocol):
+    """A model of tokens."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Rows of the prefill graphs, ascending."""
         ...

@@ -1,10 +1,11 @@
-"""The cursor of a policy: what its kernels and its engine know about time, in 16 words.
+"""Cursors: where a lane stands, in words on the device that kernels and engines read and write.
 
-IS: the words of region `cursor`, their reading as a record, and the checks on what the host writes.
-IS NOT: a schedule; see session. Called by: policy_engine, tests; kernels number the words alike.
+IS: the number of each word, once for Python and C (kernels get the enums of this file from the
+generated header: CursorWord.ROWS is CURSOR_ROWS there), the record of a policy's cursor, and the
+checks on what the host writes into it. IS NOT: a schedule, or admission of words from a file.
 
-A chunk of actions has a row per tick, the first for the tick whose observation it was planned from:
-the action of tick n is row n - chunk of the queue, as long as n < stop.
+A chunk of a policy's actions has a row per tick, the first for the tick whose observation it was
+planned from: the action of tick n is row n - chunk of the queue, as long as n < stop.
 """
 
 from __future__ import annotations
@@ -14,16 +15,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from flashrt.base.errors import ObservationError, SessionError
+from flashrt.base.checks import as_integer, shown
+from flashrt.base.errors import SessionError
 
+CURSOR_WORDS = 16  # of every cursor; those without a name are 0
+REQUEST_WORDS = 16
 NO_OBSERVATION = -1
 MAX_SEED = (1 << 64) - 1
 
 
-class Word(enum.IntEnum):
-    """Index of each word; the rest of the 16 are 0."""
+class CursorWord(enum.IntEnum):
+    """The cursor of tokens: of a lane, of a draft, of each row of a verify."""
+
+    POSITION = 0  # of the launch's first row
+    ROWS = 1  # valid rows of the launch
+    TOKEN = 2  # sampled last; -1: none
+
+
+class PolicyWord(enum.IntEnum):
+    """The cursor of a policy's lane; see PolicyCursor."""
 
     TICK = 0
     OBSERVED = 1
@@ -37,12 +49,25 @@ class Word(enum.IntEnum):
     HELD = 9
 
 
-_N_WORDS = len(Word)
+class RequestWord(enum.IntEnum):
+    """What the host asks of the plan that begins."""
+
+    COMMITTED = 0  # rows of the chunk that the plan is to keep as they were promised
+
+
+class VerdictWord(enum.IntEnum):
+    """What a verify found: how many rows are accepted, then the token sampled after each."""
+
+    ACCEPTED = 0
+    TOKENS = 1  # the first of them
+
+
+_N_WORDS = len(PolicyWord)
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyCursor:
-    """The words of a lane, read at one instant."""
+    """The words of a policy's lane, read at one instant."""
 
     tick: int  # ticks done: the number of the coming one
     observed: int  # tick of the last observation; NO_OBSERVATION: none that counts
@@ -68,20 +93,8 @@ def read_cursor(words: Sequence[int]) -> PolicyCursor:
 
 
 def seed_words(seed: int) -> NDArray[np.uint32]:
-    """The two words of a seed. Raises SessionError unless it is in [0, 2^64)."""
-    if not 0 <= seed <= MAX_SEED:
-        raise SessionError(f"seed={seed} is not in [0, 2^64)")
-    return np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32)
-
-
-def checked_vector(what: str, values: ArrayLike, size: int) -> NDArray[np.float32]:
-    """float32 [size], contiguous and finite. Raises ObservationError that names `what`."""
-    given = np.asarray(values)
-    if given.shape != (size,) or given.dtype.kind not in "fiu":
-        raise ObservationError(f"{what}: {given.dtype} {given.shape}, expected float32 ({size},)")
-    with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(given, np.float32)
-    if not np.isfinite(array).all():
-        bad = np.flatnonzero(~np.isfinite(array)).tolist()
-        raise ObservationError(f"{what}: values {bad} are not finite: {array[bad]}")
-    return array
+    """The two words of a seed. Raises SessionError unless it is an integer in [0, 2^64)."""
+    whole = as_integer(seed)
+    if whole is None or not 0 <= whole <= MAX_SEED:
+        raise SessionError(f"seed={shown(seed)} is not an integer in [0, 2^64)")
+    return np.array([whole & 0xFFFFFFFF, whole >> 32], np.uint32)

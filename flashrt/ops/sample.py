@@ -1,12 +1,8 @@
-"""The sampler's parameters: what turns logits into a token, together with journal and position.
+"""Sampling: the parameters that turn logits into a token, together with journal and position.
 
-IS: their ranges, and the words of the regions `sampler` and `bias` that op `sample` reads. IS NOT:
-sampling; kernels do that. Called by: engine (writes the regions), session, tests.
-
-`sampler` is 16 words: [0] seed low, [1] seed high (uint32), [2] top_k (int32, 0 = off), [3]
-temperature, [4] top_p, [5] min_p, [6] repetition (0 = off), [7] presence, [8] frequency (float32),
-[9] number of entries in `bias` (int32), the rest 0: all 0 is greedy. An entry of `bias` is a token
-id and a float32.
+IS: the op, the ranges of its parameters, and the words of the regions `sampler` and `bias` that it
+reads; words that are all 0 are greedy. IS NOT: sampling itself; kernels do that. An entry of `bias`
+is a token id and a float32.
 
 In this order, c being how often a token stands in the journal below the position:
   x += bias;  if c: x = x / repetition if x > 0 else x * repetition;  x -= presence + frequency * c
@@ -15,15 +11,52 @@ In this order, c being how often a token stands in the journal below the positio
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 
+from flashrt.base.checks import as_integer, as_number, shown
 from flashrt.base.errors import SessionError
-from flashrt.ops.table import BIAS_ENTRIES, SAMPLER_WORDS
+from flashrt.core.op import Op, Param
+from flashrt.core.region import DType
+from flashrt.ops.params import cursors, f32, i32
+
+SAMPLER_WORDS = 16
+BIAS_ENTRIES = 512  # tokens that may have a logit bias
+
+
+class SamplerWord(IntEnum):
+    """Words of the region `sampler`; those without a name are 0."""
+
+    SEED_LOW = 0
+    SEED_HIGH = 1
+    TOP_K = 2  # int32; 0: off
+    TEMPERATURE = 3  # float32, as are the next five
+    TOP_P = 4
+    MIN_P = 5
+    REPETITION = 6  # 0: off
+    PRESENCE = 7
+    FREQUENCY = 8
+    BIASES = 9  # int32: entries of `bias` that count
+
+
+SAMPLE = Op(
+    "sample",
+    "cursor.token = Gumbel-max over the logits that temperature, top_k, top_p and min_p leave, "
+    "after bias and penalties over the journal below the position; noise is Philox keyed by "
+    "(seed, position); temperature 0 = argmax, the lowest id of equals; -1 for NaN",
+    (
+        f32("logits", "r", 1, "V"),
+        Param("sampler", "r", (SAMPLER_WORDS,), (DType.U32,), words=SamplerWord),
+        Param("bias", "r", (BIAS_ENTRIES, 2), (DType.U32,)),
+        i32("journal", "r", 1, "S", 1),
+        f32("work", "w", 2, "V"),
+        cursors("cursor", "rw"),
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,42 +77,41 @@ class SamplerParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added), ids unique
 
     def __post_init__(self) -> None:
-        values = dataclasses.asdict(self)
-        problems = [
-            f"{name}={values[name]} is not in {wanted}"
-            for name, wanted, is_fine in _RANGES
-            if not is_fine(values[name])
-        ]
-        ids = [token for token, _ in self.logit_bias]
-        if len(ids) > BIAS_ENTRIES or len(set(ids)) < len(ids) or any(i < 0 for i in ids):
-            problems.append(f"logit_bias: wants up to {BIAS_ENTRIES} tokens, each once")
-        if any(not value < np.inf for _, value in self.logit_bias):
-            problems.append("logit_bias: a value is NaN or inf; -inf forbids a token")
+        values = {name: getattr(self, name) for name in self.__slots__}
+        problems: list[str] = []
+        for name, wanted, is_fine in _RANGES:
+            given = values[name]
+            is_whole = name in _WHOLE
+            value = as_integer(given) if is_whole else as_number(given)
+            if value is None:
+                kind = "an integer" if is_whole else "a number"
+                problems.append(f"{name}={shown(given)} is not {kind} in {wanted}")
+            elif not is_fine(value) or not (is_whole or is_fine(_as_f32(value))):
+                problems.append(f"{name}={shown(given)} is not in {wanted}")
+            else:
+                object.__setattr__(self, name, value)  # numpy's scalars become Python's
+        bias, problem = _checked_bias(self.logit_bias)
+        object.__setattr__(self, "logit_bias", bias)
+        if problem:
+            problems.append(f"logit_bias: {problem}")
         if problems:
             raise SessionError(f"sampling parameters: {'; '.join(problems)}")
 
-    @property
-    def adjusts_logits(self) -> bool:
-        """Whether bias or penalties do anything."""
-        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
-        return bool(self.logit_bias) or penalties != (1.0, 0.0, 0.0)
-
     def pack(self) -> bytes:
         """The bytes of region `sampler`."""
-        words = struct.pack(
-            "@2Ii6fi",
-            self.seed & 0xFFFFFFFF,
-            self.seed >> 32,
-            self.top_k,
-            self.temperature,
-            self.top_p,
-            self.min_p,
-            self.repetition_penalty,
-            self.presence_penalty,
-            self.frequency_penalty,
-            len(self.logit_bias),
-        )
-        return words.ljust(4 * SAMPLER_WORDS, b"\0")
+        words = np.zeros(SAMPLER_WORDS, np.uint32)
+        words[SamplerWord.SEED_LOW] = self.seed & 0xFFFFFFFF
+        words[SamplerWord.SEED_HIGH] = self.seed >> 32
+        words[SamplerWord.TOP_K] = self.top_k
+        words[SamplerWord.BIASES] = len(self.logit_bias)
+        floats = words.view(np.float32)
+        floats[SamplerWord.TEMPERATURE] = self.temperature
+        floats[SamplerWord.TOP_P] = self.top_p
+        floats[SamplerWord.MIN_P] = self.min_p
+        floats[SamplerWord.REPETITION] = self.repetition_penalty
+        floats[SamplerWord.PRESENCE] = self.presence_penalty
+        floats[SamplerWord.FREQUENCY] = self.frequency_penalty
+        return words.tobytes()
 
     def pack_bias(self) -> bytes:
         """The bytes of region `bias`."""
@@ -87,6 +119,7 @@ class SamplerParams:
         return entries.ljust(8 * BIAS_ENTRIES, b"\0")
 
 
+_WHOLE = ("top_k", "seed")
 _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("temperature", "[0, inf)", lambda x: 0 <= x < np.inf),
     ("top_k", "[0, 2^31)", lambda x: 0 <= x < 1 << 31),
@@ -97,3 +130,28 @@ _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("presence_penalty", "(-inf, inf)", lambda x: abs(x) < np.inf),
     ("frequency_penalty", "(-inf, inf)", lambda x: abs(x) < np.inf),
 )
+
+
+def _as_f32(value: float) -> float:
+    """What the kernels get: 0 and infinity when it is beyond float32."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
+
+
+def _checked_bias(given: object) -> tuple[tuple[tuple[int, float], ...], str]:
+    """The entries as Python's numbers, and what is wrong with them, if anything is."""
+    entries: list[tuple[int, float]] = []
+    try:
+        pairs = [(token, value) for token, value in given]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        return (), f"{shown(given)} is not a sequence of (token id, number)"
+    for token, value in pairs:
+        known, added = as_integer(token), as_number(value)
+        if known is None or not 0 <= known < 1 << 31 or added is None:
+            return (), f"({shown(token)}, {shown(value)}) is not (token id, number)"
+        entries.append((known, added))
+    if len(entries) > BIAS_ENTRIES or len({token for token, _ in entries}) < len(entries):
+        return (), f"wants up to {BIAS_ENTRIES} tokens, each once"
+    if any(not _as_f32(value) < np.inf for _, value in entries):
+        return (), "a value is NaN or inf; -inf forbids a token"
+    return tuple(entries), ""

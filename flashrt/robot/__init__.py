@@ -1,1 +1,25 @@
-"""Rank 5: control loops: a policy at a fixed rate that can be snapshot, restored, forked and rewound."""
+"""Rank 5: control loops: a policy at a fixed rate that can be snapshot, forked and rewound."""
+
+from flashrt.robot.environment import Environment, EnvironmentState, PlainState
+from flashrt.robot.lerobot import PolicyAgent
+from flashrt.robot.loop import ControlLoop
+from flashrt.robot.policy import Policy
+from flashrt.robot.recording import record, replay
+from flashrt.robot.rollout import Moment, Rollout, Transition
+from flashrt.robot.run import RunReport, run
+
+__all__ = [
+    "ControlLoop",
+    "Environment",
+    "EnvironmentState",
+    "Moment",
+    "PlainState",
+    "Policy",
+    "PolicyAgent",
+    "Rollout",
+    "RunReport",
+    "Transition",
+    "record",
+    "replay",
+    "run",
+]

@@ -1,10 +1,10 @@
-"""What a control loop was told lately, and boundaries to go back to.
+"""The latest ticks of a control loop, and boundaries to go back to.
 
 IS: a ring of ticks (observation, interrupt, what was executed in place of a late action) in arrays
-allocated once, and a ring of automatic capsules. IS NOT: policy on when a boundary is due. Called
-by: control.
+allocated once, and a ring of automatic capsules. IS NOT: the rule when a boundary is due (loop).
 
-Capsules are of the tick they were taken before; ticks from there on can be told again, exactly.
+A boundary is a capsule taken before a tick; the ticks from there on can be run again, exactly. This
+is what `rewind` is made of.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flashrt.capsule.capsule import Capsule
+from flashrt.robot.policy import Array
 
 NO_CUT = -1
-Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """One tick, as it is to be told again."""
+class PastTick:
+    """One tick, with all that is needed to run it again."""
 
     observation: Array  # [observation_dim], a view
     cut: int  # what the interrupt before it left promised up to; NO_CUT without one
@@ -67,11 +66,11 @@ class History:
         at = (self.end - 1) % self.capacity
         self._executed[at], self._is_override[at] = executed, True
 
-    def told(self, tick: int) -> Told:
+    def past_tick(self, tick: int) -> PastTick:
         """Tick `tick`, of [first, end)."""
         at = tick % self.capacity
         executed = self._executed[at] if self._is_override[at] else None
-        return Told(self._observations[at], int(self._cuts[at]), executed)
+        return PastTick(self._observations[at], int(self._cuts[at]), executed)
 
     def keep(self, capsule: Capsule) -> None:
         """A boundary before the coming tick; those that lead nowhere any more are dropped."""

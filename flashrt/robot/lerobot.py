@@ -1,7 +1,7 @@
 """The interface that LeRobot's policies have: `select_action(observation)` and `reset()`.
 
 IS: batches of one, names of observations, seeds by episode. IS NOT: torch; arrays in and out, and
-anything that numpy can view. Called by: users.
+anything that numpy can view. It lets code that was written for LeRobot's policies drive a loop.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from flashrt.base.errors import ObservationError
+from flashrt.engine.actions import as_array
 from flashrt.robot.loop import ControlLoop
+from flashrt.robot.options import checked_seed
 from flashrt.robot.policy import Array
 
 STATE = "observation.state"
@@ -24,7 +24,7 @@ class PolicyAgent:
     def __init__(self, loop: ControlLoop, seed: int = 0) -> None:
         """Episode i, counted from 0, begins with seed `seed` + i."""
         self.loop = loop
-        self._seed = seed
+        self._seed = checked_seed(seed)
         self._episodes = 0
         self.reset()
 
@@ -40,11 +40,10 @@ class PolicyAgent:
         """
         if isinstance(observation, Mapping):
             if set(observation) != {STATE}:
-                raise ObservationError(
-                    f"observations {sorted(observation)}: the policy takes {STATE!r} alone"
-                )
+                names = sorted(map(str, observation))
+                raise ObservationError(f"observations {names}: the policy takes {STATE!r} alone")
             observation = observation[STATE]
-        given = np.asarray(observation)
+        given = as_array("observation", observation)
         if given.ndim != 2:
             return self.loop.tick(given)
         if len(given) != 1:

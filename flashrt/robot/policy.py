@@ -1,10 +1,10 @@
-"""What a control loop asks of a policy engine.
+"""What a control loop asks of a policy: verbs on lanes, as a protocol.
 
-IS: the verbs on lanes as a protocol: flashrt's PolicyEngine has them; so may a policy of your own.
-IS NOT: the loop. Called by: control, recording.
+IS: the verbs, the sizes and the cursor that a loop needs: flashrt's ActionEngine has them, and so
+may a policy of your own. IS NOT: the loop, nor when it plans (schedule).
 
 Every verb is a graph boundary: whole, or not begun. Observations and actions are float32, in the
-environment's units.
+environment's units. The loop checks observations at its own door, hence the `_trusted` verbs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane
 from flashrt.capsule.table import CapsuleTable
-from flashrt.robot.schedule import Cursor
 
 Array = NDArray[np.float32]
 
@@ -32,17 +31,46 @@ class PolicyShape(Protocol):
     def action_dim(self) -> int: ...
     @property
     def chunk_size(self) -> int:
-        """Actions of a plan."""
+        """Actions of a chunk."""
         ...
 
     @property
     def n_action_steps(self) -> int:
-        """Of which are executed before the next plan takes over, beyond those committed."""
+        """Of which are executed before the next chunk takes over, beyond those committed."""
         ...
 
     @property
     def num_inference_steps(self) -> int:
-        """Euler steps of a plan."""
+        """Euler steps of a chunk."""
+        ...
+
+
+class Cursor(Protocol):
+    """What decides when to plan; see ops.cursor."""
+
+    @property
+    def tick(self) -> int:
+        """Actions taken since the reset; the number of the tick to come."""
+        ...
+
+    @property
+    def observed(self) -> int:
+        """Tick of the last observation; -1: none since the reset or since an interrupt."""
+        ...
+
+    @property
+    def stop(self) -> int:
+        """The first tick that no action is promised for."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of the noise of plans, with the tick."""
+        ...
+
+    @property
+    def plan_steps_left(self) -> int:
+        """Euler steps until the chunk in the making is done; 0: none is in the making."""
         ...
 
 
@@ -62,7 +90,7 @@ class Policy(Protocol):
         ...
 
     def take_lane(self) -> Lane:
-        """A free lane; forgotten ones are given back first. Raises LaneBusy."""
+        """A free lane in any state; forgotten ones are given back first. Raises LaneBusy."""
         ...
 
     def release(self, lane: Lane) -> None: ...
@@ -74,9 +102,12 @@ class Policy(Protocol):
         """The noise of plans from here on."""
         ...
 
-    def cursor(self, lane: Lane) -> Cursor: ...
-    def observe(self, lane: Lane, observation: Array) -> None:
-        """Take in the coming tick's observation [observation_dim]."""
+    def cursor(self, lane: Lane) -> Cursor:
+        """Where the lane is; asked for a few times per tick, so the host had better know it."""
+        ...
+
+    def observe_trusted(self, lane: Lane, observation: Array) -> None:
+        """Take in the coming tick's observation [observation_dim], which the loop has checked."""
         ...
 
     def act(self, lane: Lane) -> Array:
@@ -87,8 +118,8 @@ class Policy(Protocol):
         """The action executed last [action_dim]."""
         ...
 
-    def tick(self, lane: Lane, observation: Array) -> Array:
-        """observe and act in one replay."""
+    def tick_trusted(self, lane: Lane, observation: Array) -> Array:
+        """observe_trusted and act in one replay."""
         ...
 
     def plan(self, lane: Lane, committed: int = 0) -> None:

@@ -1,7 +1,7 @@
-"""Recordings: what a control loop was told and what it answered, and the same again to the bit.
+"""Recordings: what a control loop takes in and answers, and the same again to the bit.
 
-IS: the recorder behind `ControlLoop.record`, and `replay`, which names the first tick that differs.
-IS NOT: the file (recording_file). Called by: control, users.
+IS: `record`, and `replay`, which names the first tick that differs. IS NOT: the file
+(recording_file), nor a recording of a session of tokens (session.recording).
 
 Clocks are not recorded: a missed deadline is, with the action that was executed in its place. So a
 replay takes as long as it takes, and gives the same actions and digests.
@@ -37,8 +37,25 @@ from flashrt.robot.recording_file import (
 ROOM = 1024  # ticks that arrays grow by at first; made in the slack, long before they are needed
 
 
-class Recorder:
-    """Takes down what a loop does. Made by `ControlLoop.record`."""
+@contextmanager
+def record(loop: ControlLoop, path: str | os.PathLike[str]) -> Iterator[LoopRecorder]:
+    """In a `with` block: what the loop takes in and answers goes to a file, written whole when the
+    block ends; see `replay`. Raises RecordingError when it cannot be written.
+    """
+    if loop.listener is not None:
+        raise SessionError("record: the loop is being recorded already")
+    loop.listener = recorder = LoopRecorder(loop, path)
+    try:
+        yield recorder
+    finally:
+        if not loop.is_closed:
+            recorder.event(DIGEST, digest=loop.digest())
+        loop.listener = None
+        recorder.write()
+
+
+class LoopRecorder:
+    """Writes down what a loop does. Made by `record`."""
 
     def __init__(self, loop: ControlLoop, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -66,16 +83,16 @@ class Recorder:
         self._actions[self.ticks - 1] = executed
         self._outcomes[self.ticks - 1] = HELD
 
-    def settled(self, digest: str | None) -> None:
+    def slack(self, digest: str | None) -> None:
         """The slack after a tick is over; at boundaries the state has a digest."""
         if len(self._outcomes) - self.ticks < ROOM // 2:
             self._grow()
         if digest is not None:
             self.event(DIGEST, 0, digest)
 
-    def event(self, what: str, value: int = 0, digest: str = NO_DIGEST) -> None:
+    def event(self, what: str, value: int = 0, digest: str | None = None) -> None:
         """Something between two ticks."""
-        self._events.append(Event(self.ticks, what, value, digest))
+        self._events.append(Event(self.ticks, what, value, digest or NO_DIGEST))
 
     def recording(self) -> Recording:
         """So far."""
@@ -103,21 +120,6 @@ class Recorder:
         self._outcomes = np.append(self._outcomes, np.zeros_like(self._outcomes))
 
 
-@contextmanager
-def recorded(loop: ControlLoop, path: str | os.PathLike[str]) -> Iterator[Recorder]:
-    """See ControlLoop.record."""
-    if loop.recorder is not None:
-        raise SessionError("record: the loop is being recorded already")
-    loop.recorder = recorder = Recorder(loop, path)
-    try:
-        yield recorder
-    finally:
-        if not loop.is_closed:
-            recorder.event(DIGEST, digest=loop.digest())
-        loop.recorder = None
-        recorder.write()
-
-
 @dataclass(frozen=True, slots=True)
 class ReplayReport:
     """What a replay found. `first_difference` is the number of the first tick that differs, counted
@@ -125,7 +127,7 @@ class ReplayReport:
     both None when all bits agreed.
     """
 
-    ticks: int  # told
+    ticks: int  # that were run
     digests: int  # that agreed
     first_difference: int | None
     mismatch: str | None
@@ -134,7 +136,7 @@ class ReplayReport:
 def replay(
     engine: Policy, path: str | os.PathLike[str], capsules: Iterable[Capsule] = ()
 ) -> ReplayReport:
-    """Tell a free lane of an engine what a recording says, and compare every action and digest.
+    """Run a recording on a free lane of an engine, and compare every action and digest.
 
     capsules: those that the recording begins with or restores, but did not snapshot itself; one
     that begins after a reset needs none. Stops at the first difference. Raises RecordingError for a
@@ -162,7 +164,7 @@ def replay(
 
 
 class _Replay:
-    """One recording, told to one loop."""
+    """One recording, run on one loop."""
 
     def __init__(
         self, loop: ControlLoop, recording: Recording, path: str, capsules: Iterable[Capsule]

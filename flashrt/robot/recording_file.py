@@ -1,7 +1,7 @@
 """The file of a recording: a safetensors file, written whole, checked before anything is believed.
 
-IS: the format, and the refusal of everything that is not it. IS NOT: recording or replaying. Called
-by: recording.
+IS: the format, and the refusal of everything that is not it. IS NOT: recording or replaying
+(recording): a file that was damaged or forged is found here, before a loop runs it.
 
 Tensors: observations float32 [T, O], actions float32 [T, A], outcomes uint8 [T]; events int64
 [E, 3] (tick, what, value) and event_digests uint8 [E, 16], in the order in which they happened: an
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from flashrt.base.errors import RecordingError
+from flashrt.base.files import replacing
 
 FORMAT = "flashrt-recording-1"
 ON_TIME, LATE, HELD = 0, 1, 2  # outcomes: sent; sent late, or raised; something else was executed
@@ -45,7 +45,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What a loop was told, and what it answered."""
+    """What a loop took in, and what it answered."""
 
     fingerprint: str
     seed: int  # of the state that it begins with
@@ -91,17 +91,10 @@ def write_recording(recording: Recording, path: Path) -> None:
         "options": json.dumps(options, sort_keys=True),
     }
     metadata["sum"] = _sum(metadata, tensors)
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        safetensors.numpy.save_file(dict(tensors), temporary, metadata)
-        with Path(temporary).open("rb+") as file:
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        with replacing(path, is_durable=True) as temporary:
+            safetensors.numpy.save_file(dict(tensors), temporary, metadata)
     except (OSError, safetensors.SafetensorError) as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise RecordingError(f"cannot write {path}: {error}; nothing was left there") from error
 
 

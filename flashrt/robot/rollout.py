@@ -1,34 +1,28 @@
-"""Environments beside a control loop: driven together, saved together, forked together.
+"""Rollouts: an environment and a control loop in step, saved together, forked together.
 
-IS: the gymnasium interface as a protocol, the pairing of an environment's state with a capsule
-(`Rollout`), and a saver for environments whose state is plain data. IS NOT: any environment; this
-module imports none, and gymnasium only where one of its environments was given. Called by: users,
-control_run.
+IS: the pairing of an environment's state with a capsule: a policy alone cannot go back, its world
+must, too. IS NOT: an environment, nor how one is saved (environment), nor a run by the clock (run).
 """
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, SupportsFloat
+from typing import Any
 
-import numpy as np
-
-from flashrt.base.errors import EnvironmentFailed, FlashrtError
+from flashrt.base.errors import EnvironmentFailed
 from flashrt.capsule.capsule import Capsule
-from flashrt.robot.environment import EnvironmentState, PlainState
+from flashrt.robot.environment import (
+    Environment,
+    EnvironmentState,
+    PlainState,
+    command_for,
+    reset_environment,
+    step_environment,
+)
 from flashrt.robot.loop import ControlLoop
+from flashrt.robot.options import checked_seed
 from flashrt.robot.policy import Array
-
-
-class Environment(Protocol):
-    """A gymnasium environment, or anything that steps like one."""
-
-    def reset(self, *, seed: int | None = None) -> tuple[Any, Mapping[str, Any]]: ...
-    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, Mapping[str, Any]]: ...
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,36 +86,37 @@ class Rollout:
         return self._is_over
 
     def reset(self, seed: int = 0) -> Array:
-        """Begin an episode of both; the first observation."""
+        """Begin an episode of both; the first observation.
+
+        Raises EnvironmentFailed when the environment fails: the loop is then where it was before.
+        """
         self._check_open()
-        with in_step("reset"):
-            observation, _ = self.environment.reset(seed=seed)
+        seed = checked_seed(seed)
+        observation = reset_environment(self.environment, seed)
         self.loop.reset(seed)
-        self._observation, self._is_over = observation_of(observation), False
-        return self._observation
+        self._observation, self._is_over = observation, False
+        return observation
 
     def step(self) -> Transition:
         """One tick of the loop and one step of the environment.
 
-        Raises EnvironmentFailed when the environment is closed or fails, or the episode is over:
-        the loop is then where it was before.
+        Raises EnvironmentFailed when the environment is closed or fails, or the episode is over,
+        ObservationError for an observation that the policy cannot take: the loop is then where it
+        was before.
         """
         observation = self.observation
         if self._is_over:
             raise EnvironmentFailed("the episode is over; reset the rollout, or restore a moment")
         action = self.loop.tick(observation)
         try:
-            with in_step("step"):
-                result = self.environment.step(self._to_command(action))
+            result = step_environment(self.environment, self._to_command, action)
         except BaseException:
-            self.loop.rewind_ticks(1)
+            self.loop.rewind_ticks(1)  # the environment did not take the action
             raise
-        seen, reward, is_terminated, is_truncated, info = result
-        self._observation = observation_of(seen)
-        self._is_over = bool(is_terminated or is_truncated)
+        self._observation, self._is_over = result.observation, result.is_over
         self.loop.slack()
         return Transition(
-            observation, action, float(reward), self._observation, self._is_over, info
+            observation, action, result.reward, result.observation, result.is_over, result.info
         )
 
     def snapshot(self, name: str | None = None) -> Moment:
@@ -140,27 +135,34 @@ class Rollout:
         self._state.load_state(moment.environment)
         self._observation, self._is_over = moment.observation, moment.is_over
 
-    def fork(self, n: int = 1, seeds: list[int] | None = None) -> list[Rollout]:
+    def fork(self, n: int = 1, seeds: Sequence[int] | None = None) -> list[Rollout]:
         """`n` more rollouts in this one's state, each with an environment of its own; `seeds` as in
         ControlLoop.fork. Raises LaneBusy, and makes none, when lanes are short.
         """
         observation, state = self.observation, self._state.save_state()
+        loops = self.loop.fork(n, seeds)
         rollouts: list[Rollout] = []
-        for loop in self.loop.fork(n, seeds):
-            other = Rollout(self._make, loop, self._save)
-            with in_step("reset"):
-                other.environment.reset(seed=0)
-            other._state.load_state(state)
-            other._observation, other._is_over = observation, self._is_over
-            rollouts.append(other)
+        try:
+            for loop in loops:
+                other = Rollout(self._make, loop, self._save)
+                reset_environment(other.environment, 0)
+                other._state.load_state(state)
+                other._observation, other._is_over = observation, self._is_over
+                rollouts.append(other)
+        except BaseException:
+            for loop in loops:
+                loop.close()
+            raise
         return rollouts
 
     def close(self) -> None:
         """Close the environment and the loop. A second close does nothing."""
         if not self._is_closed:
             self._is_closed = True
-            self.environment.close()
-            self.loop.close()
+            try:
+                self.environment.close()
+            finally:
+                self.loop.close()
 
     def __enter__(self) -> Rollout:
         return self
@@ -171,48 +173,3 @@ class Rollout:
     def _check_open(self) -> None:
         if self._is_closed:
             raise EnvironmentFailed("the rollout's environment is closed; make another rollout")
-
-
-def observation_of(given: Any) -> Array:
-    """An environment's observation as float32 [n]: a vector, or arrays by name, in their order."""
-    if isinstance(given, Mapping):
-        parts = [np.ravel(np.asarray(part, np.float32)) for part in given.values()]
-        return np.concatenate(parts)
-    return np.array(given, np.float32).ravel()
-
-
-def command_for(environment: Any) -> Callable[[Array], Any]:
-    """What an action is for an environment: an index where its actions are discrete (the policy's
-    are one-hot), else an array of the space's shape and dtype, within its bounds.
-    """
-    if "gymnasium" not in sys.modules:
-        return _unchanged
-    import gymnasium
-
-    if not isinstance(environment, gymnasium.Env):
-        return _unchanged
-    space = environment.action_space
-    if isinstance(space, gymnasium.spaces.Discrete):
-        first = int(space.start)
-        return lambda action: first + int(np.argmax(action))
-    if isinstance(space, gymnasium.spaces.Box):
-        shape, low, high = space.shape, space.low, space.high
-        return lambda action: np.clip(action.reshape(shape), low, high).astype(space.dtype)
-    raise EnvironmentFailed(f"{environment}: actions of {space} are not served; Box or Discrete")
-
-
-@contextlib.contextmanager
-def in_step(what: str) -> Iterator[None]:
-    """What an environment raises becomes EnvironmentFailed."""
-    try:
-        yield
-    except FlashrtError:
-        raise
-    except Exception as error:
-        raise EnvironmentFailed(
-            f"the environment failed in {what}: {error!r}; the loop is at the boundary before it"
-        ) from error
-
-
-def _unchanged(action: Array) -> Array:
-    return action

@@ -1,7 +1,6 @@
 """Driving an environment with a control loop, in real time or as fast as it goes.
 
-IS: pacing, episodes, and a report. IS NOT: the environment, nor saving it (environment). Called by:
-control (ControlLoop.run), commands bench_policy.
+IS: pacing, episodes, and a report. IS NOT: the environment, nor saving it (environment).
 
 Instants are absolute: a late tick delays no later one. Python's garbage collector waits meanwhile,
 and gets its turn between episodes.
@@ -13,14 +12,19 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flashrt.base.errors import SessionError
-from flashrt.robot.rollout import Environment, command_for, in_step, observation_of
+from flashrt.base.checks import as_number
+from flashrt.robot.environment import (
+    Environment,
+    command_for,
+    reset_environment,
+    step_environment,
+)
+from flashrt.robot.loop import ControlLoop
+from flashrt.robot.options import checked_hz, checked_seconds, checked_seed
+from flashrt.robot.policy import Array
 from flashrt.robot.timing import Pace
-
-if TYPE_CHECKING:
-    from flashrt.robot.loop import ControlLoop
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,50 +40,58 @@ class RunReport:
 
 
 def run(
-    loop: ControlLoop, environment: Environment, seconds: float, rate: float | None, seed: int
+    loop: ControlLoop,
+    environment: Environment,
+    seconds: float,
+    rate: float | None = None,
+    seed: int = 0,
 ) -> RunReport:
     """`seconds` of the environment's time, one tick each 1/hz; episodes begin with seeds `seed`,
     `seed` + 1, ..., both of the environment and of the loop.
 
     rate: ticks per second of wall-clock time; None is the loop's hz; 0 is as fast as it goes.
-    Raises EnvironmentFailed when the environment does: the loop is then at the tick before.
+    Raises SessionError for arguments out of range; EnvironmentFailed when the environment fails,
+    and ObservationError for an observation that the policy cannot take: the loop is then at the
+    tick before.
     """
-    hz = loop.options.hz if rate is None else rate
-    if not hz >= 0:
-        raise SessionError(f"run: rate={rate} is negative")
-    pace = Pace(int(1e9 / hz)) if hz else None
+    n_ticks = round(checked_seconds("run: seconds", seconds) * loop.options.hz)
+    seed = checked_seed(seed)
+    pace = _pace(loop.options.hz if rate is None else rate)
     to_command = command_for(environment)
     returns: list[float] = []
     total: float | None = None
-    n_ticks = round(seconds * loop.options.hz)
     with collector_waits():
         for _ in range(n_ticks):
             if total is None:
-                with in_step("reset"):
-                    observation, _ = environment.reset(seed=seed + len(returns))
-                loop.reset(seed + len(returns))
+                episode_seed = checked_seed(seed + len(returns))
+                observation = reset_environment(environment, episode_seed)
+                loop.reset(episode_seed)
                 total = 0.0
                 gc.collect(0)
                 pace = None if pace is None else Pace(pace.period_ns)
-            action = _tick(loop, observation_of(observation), pace)
+            action = _tick(loop, observation, pace)
             try:
-                with in_step("step"):
-                    result = environment.step(to_command(action))
+                result = step_environment(environment, to_command, action)
             except BaseException:
                 loop.rewind_ticks(1)  # the environment did not take the action
                 raise
-            observation, reward, is_over, is_cut, _ = result
-            total += float(reward)
+            observation = result.observation
+            total += result.reward
             loop.slack()
             if pace is not None:
                 loop.timing.overruns += pace.advance()
-            if is_over or is_cut:
+            if result.is_over:
                 returns.append(total)
                 total = None
     return RunReport(n_ticks, tuple(returns), total, loop.stats())
 
 
-def _tick(loop: ControlLoop, observation: Any, pace: Pace | None) -> Any:
+def _pace(rate: float) -> Pace | None:
+    """None for a rate of 0: as fast as it goes."""
+    return None if as_number(rate) == 0 else Pace(int(1e9 / checked_hz("run: rate", rate)))
+
+
+def _tick(loop: ControlLoop, observation: Array, pace: Pace | None) -> Array:
     if pace is None:
         return loop.tick(observation)
     loop.timing.lateness.add(pace.wait())

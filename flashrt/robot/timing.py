@@ -1,7 +1,7 @@
 """Time in a control loop: pacing by absolute deadlines, and what ticks took.
 
 IS: a pace that does not drift, and samples in arrays that are allocated once. IS NOT: anything that
-results depend on. Called by: control, commands bench_policy.
+results depend on.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class LoopTiming:
         self._before = engine_stats()
         self.ticks = self.misses = self.overruns = 0
         self.latency = Samples()  # from the call of a tick to its action
-        self.planning = (
-            Samples()
-        )  # of a slack with something to plan; its launch, where that is all
+        # Of a slack in which something was planned. A device may still be at it afterwards: then
+        # this is the time that the launches took.
+        self.planning = Samples()
         self.lateness = Samples()  # of the start of a tick, where a run paces it
 
     def summary(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from flashrt.capsule.capsule import Capsule
 from flashrt.session.session import Session, as_tokens
 
 if TYPE_CHECKING:
-    from flashrt.load import SessionEngine
+    from flashrt.session.engine import SessionEngine
 
 FORMAT = "flashrt-journal-1"
 OPTIONS = frozenset(inspect.signature(Session.generate).parameters) - {"self", "max_tokens"}

@@ -1,7 +1,7 @@
 """Sessions: one live sequence with prefill, generate, snapshot, restore, fork and rollback.
 
 IS: validation and policy over an engine's verbs; the public face of a lane. IS NOT: kernels, copies
-or file formats. Called by: users, serve, cli.
+or file formats.
 
 A token that `generate` yields is history at once, but fed to the model only when something needs
 the state after it (`tail`): the last token of a turn costs nothing until it is built upon.
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,25 +21,57 @@ from flashrt.base.errors import CapsuleError, PoolFull, SessionError, TokenError
 from flashrt.base.tracing import PLAN, trace
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane, Waypoint
+from flashrt.engine.tokens import TokenEngine
 from flashrt.ops.sample import SamplerParams
 from flashrt.session import waypoints
 from flashrt.session.speculate import Draft, DraftLength
 from flashrt.session.tail import Tail
 
-if TYPE_CHECKING:
-    from flashrt.load import SessionEngine
-
 RESTORE_BANDS = (("fixed", "rows"), ("rows",))
+
+
+EndReason = Literal["stop", "length", "context"]
+
+
+class Generation(Iterator[int]):
+    """Tokens as they are sampled. Made by `Session.generate`; nothing runs before the first."""
+
+    def __init__(self, begin: Callable[[], Generator[int, None, EndReason]]) -> None:
+        self._steps = begin()
+        self._reason: EndReason | None = None
+
+    @property
+    def reason(self) -> EndReason | None:
+        """Why it ended: "stop" (a stop token came next), "length" (max_tokens) or "context" (the
+        lane is full). None while it runs, and when it was closed or failed.
+        """
+        return self._reason
+
+    def __next__(self) -> int:
+        try:
+            return next(self._steps)
+        except StopIteration as end:
+            if end.value is not None:
+                self._reason = end.value
+            raise StopIteration from None
+
+    def close(self) -> None:
+        """End it here; what was yielded is history."""
+        self._steps.close()
 
 
 class Session:
     """One sequence on one lane. Made by `engine.session()`; not for use by two threads at once."""
 
-    def __init__(self, engine: SessionEngine, lane: Lane) -> None:
+    def __init__(self, engine: TokenEngine, lane: Lane, parent: Capsule | None = None) -> None:
+        """On a lane of its own, in the state that the lane is in; `parent`: the capsule that this
+        state descends from.
+        """
         self._engine = engine
         self._table = engine.capsules
         self._lane = lane
-        self._parent: Capsule | None = None
+        self._parent = parent
+        engine.forget_host_view(lane)
         self._tail = Tail(engine, lane, self._place_waypoint)
         self._adaptive = DraftLength("auto" if engine.max_draft else 0, engine.max_draft)
         self._epoch = 0  # counts changes from outside a generator
@@ -58,6 +90,11 @@ class Session:
         return np.append(self._lane.tokens, np.array(self._tail.pending, np.int32))
 
     @property
+    def lane(self) -> Lane:
+        """Where the session lives: its rows, waypoints and boundary. Not to be changed."""
+        return self._lane
+
+    @property
     def is_closed(self) -> bool:
         """Whether the lane was given back."""
         return self._is_closed
@@ -72,12 +109,12 @@ class Session:
 
         Raises SessionError while nothing is committed.
         """
-        self._settle()
+        self._check_open()
         if self.position == 0:
             raise SessionError("logits: the session is empty; prefill at least one token first")
         logits = self._tail.logits(self.position)
         if logits is None:
-            self._tail.sample(SamplerParams())
+            self._tail.sample()
             logits = self._engine.logits(self._lane)
         return logits
 
@@ -106,8 +143,8 @@ class Session:
         """
         array = as_tokens(tokens, self._engine.vocab_size)
         self._check_room(len(array), "prefill")
-        self._settle()
-        self._feed(array)
+        if len(array):
+            self._feed(np.concatenate([self._tail.take_pending(), array]))
 
     def generate(
         self,
@@ -124,15 +161,16 @@ class Session:
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         logit_bias: Mapping[int, float] | None = None,
-    ) -> Iterator[int]:
+    ) -> Generation:
         """Sample up to `max_tokens` tokens; each is history when it is yielded.
 
         temperature 0 is greedy. A token is a function of the logits, these parameters, the tokens
         before it and its position; penalties count all committed tokens. draft: how many tokens to
         guess and verify at once, or "auto"; it changes the speed and nothing else. A token in
-        `stop` ends generation and is not committed. Closing the iterator early leaves exactly what
-        was yielded. Raises SessionError for bad parameters, an empty session, a lane that is full,
-        or if the session is changed by other calls meanwhile.
+        `stop` ends generation and is not committed; so does the end of the context. Closing the
+        iterator early leaves exactly what was yielded; its `reason` says why it ended. Raises
+        SessionError for bad parameters, an empty session, a lane that is full already, or if the
+        session is changed by other calls meanwhile.
         """
         bias = tuple(sorted((logit_bias or {}).items()))
         as_tokens([token for token, _ in bias], self._engine.vocab_size)
@@ -149,25 +187,30 @@ class Session:
             raise SessionError("generate: the session is empty; prefill at least one token first")
         if draft == "auto":
             length = self._adaptive
-        return self._generate(max_tokens, params, stops, length)
+        if max_tokens:
+            self._check_room(1, "generate")
+        return Generation(lambda: self._generate(max_tokens, params, stops, length))
 
     def _generate(
         self, max_tokens: int, params: SamplerParams, stops: frozenset[int], draft: DraftLength
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, EndReason]:
         epoch = self._epoch
         for wanted in range(max_tokens, 0, -1):
             if self._epoch != epoch:
                 raise SessionError("generate: the session was changed meanwhile; start another one")
-            self._check_room(1, "generate")
+            self._check_open()
+            if self.position >= self._engine.max_positions:
+                return "context"
             token = self._tail.next(params, draft, wanted)
             if token < 0:
                 raise SessionError(
                     f"generate: the logits at position {self.position} hold NaN, or leave no token"
                 )
             if token in stops:
-                return
+                return "stop"
             self._tail.take()
             yield token
+        return "length"
 
     # -- capsules -------------------------------------------------------------------------------
 
@@ -192,11 +235,11 @@ class Session:
         _check_type(capsule)
         if bands not in RESTORE_BANDS:
             raise CapsuleError(f"restore: bands={bands}; choose one of {RESTORE_BANDS}")
-        plan = None
+        moves = None
         if bands == ("rows",):
             cursor = self._engine.arena.lane(0).fixed.slot("cursor")
-            plan = self._table.plan_restore_rows(self._lane, capsule, cursor)
-        self._table.restore(self._lane, capsule, plan)
+            moves = self._table.moves_to_restore_rows(self._lane, capsule, cursor)
+        self._table.restore(self._lane, capsule, moves)
         self._parent = capsule
         self._moved()
 
@@ -211,14 +254,16 @@ class Session:
             self._table.check(capsule)
         else:
             self._settle()
-        other = self._engine.session()
-        if capsule is not None:
-            other.restore(capsule)
-        else:
-            self._table.fork(self._lane, other._lane)
-            other._parent = self._parent
-            other._moved()
-        return other
+        lane = self._engine.take_lane()
+        try:
+            if capsule is not None:
+                self._table.restore(lane, capsule)
+            else:
+                self._table.fork(self._lane, lane)
+            return Session(self._engine, lane, capsule or self._parent)
+        except BaseException:
+            self._engine.release(lane)
+            raise
 
     def rollback(self, position: int) -> None:
         """Back to any earlier position: the nearest boundary below it, then the journal.
@@ -257,7 +302,7 @@ class Session:
         """
         with contextlib.suppress(AttributeError):  # of an instance whose __init__ did not finish
             if not self._is_closed:
-                self._engine.forgotten.append(self._lane)
+                self._engine.forget(self._lane)
 
     def __enter__(self) -> Session:
         return self

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.capsule.lineage import Lane
-from flashrt.engine.tokens import Engine
+from flashrt.engine.tokens import TokenEngine
 from flashrt.ops.sample import SamplerParams
 from flashrt.session.speculate import DraftLength
 
@@ -31,7 +31,7 @@ _NONE = range(0)
 class Tail:
     """Of one session. `committed` is called whenever the lane's boundary has moved."""
 
-    def __init__(self, engine: Engine, lane: Lane, committed: Callable[[], None]) -> None:
+    def __init__(self, engine: TokenEngine, lane: Lane, committed: Callable[[], None]) -> None:
         self._engine = engine
         self._lane = lane
         self._committed = committed
@@ -66,8 +66,6 @@ class Tail:
     def next(self, params: SamplerParams, draft: DraftLength, wanted: int) -> int:
         """The token after `end`; -1 if the logits are NaN. `wanted`: how many will be, at most."""
         if self._has_ahead and self._params != params:
-            self.settle(params)
-        if self._has_ahead and self._params != params:
             self.sample(params)
         elif not self._has_ahead:
             if self.end > self._lane.position:
@@ -76,14 +74,33 @@ class Tail:
                 self.sample(params)
         return self._known[self.end - self._base]
 
-    def settle(self, params: SamplerParams | None = None) -> None:
-        """Commit all history; what follows it is sampled by the way, if that costs nothing."""
+    def take_pending(self) -> NDArray[np.int32]:
+        """History that is to be fed: int32 [0] or [1]; whatever the device kept is committed.
+
+        It goes in front of what is fed next, in the same replay: the bits do not depend on that.
+        """
+        self._commit_kept()
+        return np.array(self.pending, np.int32)
+
+    def settle(self) -> None:
+        """All history becomes state. One row without logits, sampling or a read of the device: what
+        follows is sampled when somebody asks.
+        """
+        pending = self.take_pending()
+        if len(pending):
+            self._engine.prefill(self._lane, pending)
+            self.clear()
+            self._committed()
+
+    def sample(self, params: SamplerParams | None = None) -> None:
+        """All history becomes state; logits of its boundary, and a token ahead, sampled with
+        `params`, or as the token before.
+        """
+        params = params or self._params or SamplerParams()
         self._commit_kept()
         if self.pending:  # one token at most: the one that the device sampled last
-            self._decode(params or self._params or SamplerParams())
-
-    def sample(self, params: SamplerParams) -> None:
-        """Logits of the boundary, and a token ahead; nothing is pending."""
+            self._decode(params)
+            return
         token = self._engine.sample(self._lane, params)
         self._restart([token], params)
         self._logits_at = self._lane.position

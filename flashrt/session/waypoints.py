@@ -1,8 +1,8 @@
-"""Waypoints: automatic marks, so that a rollback to any position replays few tokens.
+"""Waypoints: boundaries that a session keeps by itself, so that a rollback replays few tokens.
 
 IS: a pure rule: which boundaries to keep, dense near the head and log-spaced behind it. IS NOT: the
-marks themselves (core.capsule) nor anything exactness rests on: without a waypoint a rollback
-replays more, to the same bits. Called by: session.
+waypoints themselves (capsule.table), or anything that exactness rests on: without a waypoint a
+rollback replays more, to the same bits.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Rank 6: capsules that outlive the process: content-addressed objects, manifests, upkeep, reuse."""
+"""Rank 6: capsules that outlive the process: objects by content, manifests, upkeep, reuse."""

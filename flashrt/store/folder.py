@@ -1,11 +1,11 @@
 """Folders: where a store's files lie. A directory, or any fsspec filesystem with a cache in front.
 
 IS: whole files by name: atomic durable writes, checked names, reads without locks. IS NOT: what the
-files mean (store). Called by: store, spill.
+files mean (store).
 
-A directory is used directly: a file is written to `tmp/`, fsynced and renamed, and its folder is
-fsynced; so a name, once seen, has its content, whenever the writer is killed. Writers of one
-directory hold its lock shared, the sweeper exclusively; a dead process holds no lock.
+A directory is used directly: a file is written in `tmp/` and renamed (base.files); so a name, once
+seen, has its content, whenever the writer is killed. Writers of one directory hold its lock shared,
+the sweeper exclusively; a dead process holds no lock.
 A remote filesystem publishes a whole file at once, or is verified by whoever reads it; it has no
 lock, so sweeping there leaves young files alone.
 """
@@ -17,7 +17,6 @@ import fcntl
 import mmap
 import os
 import re
-import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ import numpy as np
 import xxhash
 
 from flashrt.base.errors import StoreError
+from flashrt.base.files import replacing, sync_folder
 from flashrt.base.flags import flags
 from flashrt.core.backend import Bytes
 
@@ -138,22 +138,12 @@ class Directory:
     def write(self, name: str, data: Bytes) -> None:
         """See Folder."""
         path = self.root / checked(name)
-        temporary = self.root / TMP / f"{os.getpid()}-{secrets.token_hex(8)}"
         try:
-            self._make(temporary.parent)
+            self._make(self.root / TMP)
             self._make(path.parent)
-            try:
-                with temporary.open("xb", buffering=0) as file:
-                    rest = data.data.cast("B")
-                    while len(rest):
-                        rest = rest[file.write(rest) :]
-                    if self._is_durable:
-                        os.fsync(file.fileno())
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            self._sync(path.parent)
+            fresh = replacing(path, is_durable=self._is_durable, temporary_in=self.root / TMP)
+            with fresh as temporary:
+                temporary.write_bytes(data.data)
         except OSError as error:
             raise StoreError(
                 f"cannot write {path}: {error}; nothing half-written was left"
@@ -229,15 +219,8 @@ class Directory:
     def _make(self, folder: Path) -> None:
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
-            self._sync(folder.parent)
-
-    def _sync(self, folder: Path) -> None:
-        if self._is_durable:
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            if self._is_durable:
+                sync_folder(folder.parent)
 
 
 class Remote:

@@ -2,7 +2,7 @@
 
 IS: the record and its canonical text, every field checked when read. The file's name tells the
 position, the digest of the tokens below it and that of the file, so that a listing alone answers
-which stored capsules are a prefix of a prompt. IS NOT: objects or policy. Called by: store.
+which stored capsules are a prefix of a prompt. IS NOT: objects or policy.
 """
 
 from __future__ import annotations

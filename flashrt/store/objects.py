@@ -1,7 +1,8 @@
 """Objects: immutable byte strings named by their content.
 
-IS: put (a content that is there already costs a look), and read (checked each time). IS NOT: which
-objects make a capsule (manifest). Called by: store, spill.
+IS: put (a content that is there already is not written again), and read (checked each time). IS
+NOT: which objects make a capsule (manifest). It exists so that capsules which share rows, in a
+store or on the disk tier, share their bytes on disk.
 
 The name is the xxh3-128 of the bytes: it finds damage, not malice; who can write to a store is
 trusted.

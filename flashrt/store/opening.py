@@ -1,7 +1,8 @@
 """Opening a session on a prompt: find what is known of it, go there, prefill the rest.
 
-IS: candidates from the live lane, from capsules in memory and from the store; the decision is made
-in reuse. IS NOT: the store. Called by: store.open_session.
+IS: candidates from the live lane, from capsules in memory and from the store, and carrying out what
+reuse decides. IS NOT: the store, or the decision. It exists so that neither a session nor a store
+has to know the other.
 """
 
 from __future__ import annotations
@@ -9,21 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt.base.errors import CapsuleError, PoolFull, StoreError
+from flashrt.base.errors import CapsuleError, PoolFull, SessionError, StoreError
 from flashrt.capsule.capsule import Capsule, extents_of
 from flashrt.capsule.lineage import Lane, Segment, path_to, segment_layout, shared_rows
+from flashrt.session.engine import SessionEngine
 from flashrt.session.session import Session, as_tokens
 from flashrt.store.manifest import Place
 from flashrt.store.reuse import Action, Boundary, Decision, Live, Rates, boundaries_due, decide
-
-if TYPE_CHECKING:
-    from flashrt.load import SessionEngine
-    from flashrt.store.store import Store
+from flashrt.store.store import Store
 
 MEASURED_TOKENS = 64  # fewer say nothing about the speed of prefill
 
@@ -42,17 +40,28 @@ def open_session(
     store: Store,
     engine: SessionEngine,
     tokens: Iterable[int] | NDArray[np.integer],
-    session: Session | None,
-    marks: Iterable[int],
-    every: int | None,
+    *,
+    session: Session | None = None,
+    boundaries: Iterable[int] = (),
+    every: int | None = None,
 ) -> Opened:
-    """See Store.open_session."""
+    """A session whose tokens are `tokens`, with as little prefill as the store allows.
+
+    `session`: one that is live already and may be close by (default: a new one, on a free lane).
+    `boundaries`: positions, such as ends of messages and tool calls; `every`: a number of tokens; a
+    capsule is published at each of them that is passed. Raises LaneBusy, SessionError, TokenError.
+    A stored capsule that cannot be read is passed over, and `decision.reason` says so.
+    """
     wanted = as_tokens(tokens, engine.vocab_size)
+    if every is not None and every < 1:
+        raise SessionError(f"open_session: every={every}; give a number of tokens, or None")
+    if session is not None and session.lane not in engine.lanes:
+        raise SessionError("open_session: the session belongs to another engine")
     live = None if session is None else _live(engine, session)
     opened = session or engine.session()
     try:
         decision = _go(store, engine, opened, wanted, live)
-        published, problems = _prefill(store, opened, wanted, marks, every)
+        published, problems = _prefill(store, opened, wanted, boundaries, every)
     except BaseException:
         if session is None:
             opened.close()
@@ -83,7 +92,7 @@ def matching_capsules(capsules: Iterable[Capsule], tokens: NDArray[np.int32]) ->
 
 
 def _live(engine: SessionEngine, session: Session) -> Live:
-    lane = session._lane
+    lane = session.lane
     boundaries = [m.position for m in lane.waypoints]
     deepest = engine.capsules.boundaries(lane, lane.position)
     if deepest is not None:
@@ -99,7 +108,7 @@ def _go(
     live: Live | None,
 ) -> Decision:
     """Carry out the best decision whose bytes can be read."""
-    candidates = _candidates(store, engine, session._lane, wanted)
+    candidates = _candidates(store, engine, session.lane, wanted)
     passed_over = ""
     while True:
         fixed_nbytes = engine.capsules.fixed_nbytes
@@ -158,15 +167,15 @@ def _prefill(
     store: Store,
     session: Session,
     wanted: NDArray[np.int32],
-    marks: Iterable[int],
+    boundaries: Iterable[int],
     every: int | None,
 ) -> tuple[tuple[Capsule, ...], tuple[str, ...]]:
     """The rest of the prompt, with boundaries on the way; measures the speed of prefill.
 
-    A boundary that finds no room costs a later session time, not this one its life.
+    Where there is no room for a capsule, a later session prefills more; this one goes on.
     """
     start, n = session.position, len(wanted)
-    due = boundaries_due(start, n, marks, every)
+    due = boundaries_due(start, n, boundaries, every)
     published: list[Capsule] = []
     problems: list[str] = []
     spent_s = 0.0
@@ -177,7 +186,7 @@ def _prefill(
         if stop in due:
             try:
                 capsule = session.snapshot()
-                store.settle(capsule)
+                store.offload(capsule)
                 published.append(capsule)
             except (PoolFull, StoreError) as error:
                 problems.append(f"no capsule at {stop:,}: {error}")

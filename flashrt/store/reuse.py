@@ -2,7 +2,7 @@
 
 IS: (live lane, known boundaries, tokens wanted) -> continue | rollback | restore | cold, with
 tokens, bytes and a reason; and which boundaries to place. IS NOT: anything that touches a session
-or a file. Called by: store.open_session.
+or a file (opening).
 """
 
 from __future__ import annotations
@@ -121,12 +121,12 @@ def common_prefix(a: Tokens, b: Tokens) -> int:
 
 
 def boundaries_due(
-    start: int, stop: int, marks: Iterable[int] = (), every: int | None = None
+    start: int, stop: int, wanted: Iterable[int] = (), every: int | None = None
 ) -> list[int]:
-    """Where to keep a capsule while prefilling [start, stop): the caller's marks (message and
-    tool-call ends), and every so many tokens. Rollback has log-spaced waypoints of its own.
+    """Where to keep a capsule while prefilling [start, stop): the positions that the caller wants
+    (ends of messages and tool calls), and every so many tokens. Waypoints are apart from these.
     """
-    due = {m for m in marks if start < m <= stop}
+    due = {p for p in wanted if start < p <= stop}
     if every is not None:
         due |= set(range((start // every + 1) * every, stop + 1, every))
     return sorted(due)

@@ -1,7 +1,7 @@
 """Spill: the disk tier of one process, a folder that goes when the process does.
 
-IS: core.extent.Shelf over objects; equal bytes are kept once and counted. IS NOT: a store: nobody
-else reads it. Called by: load.
+IS: capsule.extent.Shelf over objects; equal bytes are kept once and counted. IS NOT: a store:
+nobody else reads it. It exists so that a pool of a few GB can serve more capsules than it holds.
 
 The folder lies in the cache folder, as a temporary folder may lie in memory. It is locked while its
 process lives; what a killed process left behind is removed by the next one that spills.
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from flashrt.base.errors import CapsuleError
 from flashrt.base.flags import flags
-from flashrt.capsule.extent import Source
+from flashrt.capsule.extent import StoredBytes
 from flashrt.core.backend import Bytes
 from flashrt.store.folder import LOCK, Directory
 from flashrt.store.objects import object_name, put
@@ -30,7 +30,7 @@ _LIVE = "process-"  # folders whose lock is held, or was until the process died
 
 
 class Spill:
-    """See core.extent.Shelf. Nothing is made before the first use."""
+    """See capsule.extent.Shelf. Nothing is made before the first use."""
 
     def __init__(self, parent: Path | None = None) -> None:
         """`parent`: where the folder will be made; default: `spill` in the cache folder."""
@@ -38,8 +38,8 @@ class Spill:
         self._folder: Directory | None = None
         self._users: Counter[str] = Counter()
 
-    def put(self, data: Bytes) -> Source:
-        """See core.extent.Shelf. Raises CapsuleError when it cannot be written."""
+    def put(self, data: Bytes) -> StoredBytes:
+        """See capsule.extent.Shelf. Raises CapsuleError when it cannot be written."""
         if self._folder is None:
             self._folder = self._make()
         stored, _ = put(self._folder, data)

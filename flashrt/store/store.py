@@ -5,8 +5,7 @@ IS: publish (save), load, names, and the search for the longest stored prefix of
     objects/ab/cdef...   segments' rows, segments' tokens, fixed bands; named by content
     capsules/FINGERPRINT/POSITION-TOKENS-ID.json    manifests
     refs/NAME            one line: the manifest that a name stands for
-IS NOT: files (folder), sweeping and checking (upkeep), the choice between ways (reuse). Called by:
-users, cli.
+IS NOT: files (folder), sweeping and checking (upkeep), or sessions from prompts (opening).
 
 Order of writes: objects, manifest, name. So whatever is seen is whole, and a killed writer leaves
 objects that nobody refers to. A capsule that is loaded stays on the disk tier until it is restored.
@@ -17,31 +16,24 @@ from __future__ import annotations
 import os
 import urllib.parse
 import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CapsuleError, StoreError
-from flashrt.capsule import tiers
+from flashrt.base.messages import listed
 from flashrt.capsule.capsule import Capsule, CapsuleOwner
-from flashrt.capsule.extent import Extent, Source
+from flashrt.capsule.extent import Extent, StoredBytes
 from flashrt.capsule.image import fixed_image, rows_image
 from flashrt.capsule.lineage import Segment, chain_of, segment_layout
 from flashrt.engine.admission import check_state
-from flashrt.engine.tokens import Engine
+from flashrt.engine.tokens import TokenEngine
 from flashrt.store import manifest as manifests
 from flashrt.store.folder import Folder, open_folder
 from flashrt.store.manifest import Manifest, ObjectRef, Place, SegmentRecord
 from flashrt.store.objects import StoredObject, put
-from flashrt.store.opening import Opened, open_session
 from flashrt.store.reuse import Rates
-
-if TYPE_CHECKING:
-    from flashrt.load import SessionEngine
-    from flashrt.session.session import Session
 
 FORMAT = b"flashrt-store-1\n"
 FORMAT_FILE, REFS = "format", "refs"
@@ -133,15 +125,15 @@ class Store:
         known.capsules[capsule] = place
         return Saved(place, *tally)
 
-    def settle(self, capsule: Capsule) -> Saved:
+    def offload(self, capsule: Capsule) -> Saved:
         """Publish a capsule and move it to the disk tier: its bytes are in the store."""
         saved = self.save(capsule)
         known = self._known[capsule.owner]
         made = self.manifest(saved.place)
-        sources: dict[Extent, Source] = {capsule.fixed: self._source(made.fixed)}
+        sources: dict[Extent, StoredBytes] = {capsule.fixed: self._source(made.fixed)}
         for segment in chain_of(capsule.segment):
             sources[segment.rows] = self._source(known.records[segment].rows)
-        tiers.settle(capsule, sources)
+        capsule.owner.offload(capsule, sources)
         return saved
 
     # -- questions ------------------------------------------------------------------------------
@@ -192,7 +184,7 @@ class Store:
 
     # -- loading --------------------------------------------------------------------------------
 
-    def load(self, engine: Engine, which: str | Place) -> Capsule:
+    def load(self, engine: TokenEngine, which: str | Place) -> Capsule:
         """A stored capsule, on the disk tier; rows that the engine knows already are shared.
 
         Raises StoreError or CapsuleError for what is missing, damaged or foreign; nothing is
@@ -228,10 +220,11 @@ class Store:
     def remove(self, which: str | Place) -> Place:
         """Forget a name, and the capsule when it was its last; by id, the capsule and all names.
 
-        Its objects go with the next sweep. Raises StoreError when there is no such capsule. Where
-        there is no lock, a save under another name may find the manifest, which then goes: it looks
-        for it again after the name is there, and this for names after the manifest is gone; so one
-        of the two sees the other, and writes it again.
+        Its objects go with the next sweep. Raises StoreError when there is no such capsule.
+
+        Without a lock, the same capsule may be saved under another name meanwhile. The save looks
+        for the manifest again once its name is there; this looks for names again once the manifest
+        is gone. So one of the two sees the other, and writes the manifest again.
         """
         with self.folder.sweeping():
             refs = self.refs()
@@ -249,26 +242,6 @@ class Store:
             if place.name in self._targets().values():
                 self.folder.write(place.name, text)
         return place
-
-    # -- sessions -------------------------------------------------------------------------------
-
-    def open_session(
-        self,
-        engine: SessionEngine,
-        tokens: Iterable[int] | NDArray[np.integer],
-        *,
-        session: Session | None = None,
-        marks: Iterable[int] = (),
-        every: int | None = None,
-    ) -> Opened:
-        """A session whose tokens are `tokens`, with as little prefill as the store allows.
-
-        `session`: one that is live already and may be close by (default: a free lane). `marks`:
-        positions of message and tool-call ends; `every`: a number of tokens; a capsule is published
-        at each of them that is passed. Raises LaneBusy, SessionError, TokenError. A stored capsule
-        that cannot be read is passed over, and `decision.reason` says so.
-        """
-        return open_session(self, engine, tokens, session, marks, every)
 
     # -- inside ---------------------------------------------------------------------------------
 
@@ -321,7 +294,7 @@ class Store:
             parent = parent.parent
         return None
 
-    def _check(self, engine: Engine, found: Manifest, where: str) -> None:
+    def _check(self, engine: TokenEngine, found: Manifest, where: str) -> None:
         table = engine.capsules
         if found.fingerprint != table.fingerprint:
             raise CapsuleError(
@@ -341,7 +314,7 @@ class Store:
             raise StoreError(f"{where}: sizes of its objects do not fit the engine's plan")
         gone = [ref.digest for ref in found.objects if not self._has(ref)]
         if gone:
-            raise StoreError(f"{where}: objects {gone} are missing or have another size")
+            raise StoreError(f"{where}: objects {listed(gone)} are missing or have another size")
 
     def _tokens(self, record: SegmentRecord) -> NDArray[np.int32]:
         raw = self._source(record.tokens).read()

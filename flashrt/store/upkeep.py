@@ -1,6 +1,6 @@
 """Upkeep of a store: sweep what nobody refers to, check every byte, tell what is shared.
 
-IS: garbage collection, verification, totals. IS NOT: publishing (store). Called by: cli, users.
+IS: garbage collection, verification, totals. IS NOT: publishing (store).
 
 Every manifest is a root: a capsule stays until it is removed, whether or not it has a name.
 """
@@ -68,8 +68,8 @@ def sweep(store: Store) -> Swept:
 
 
 def verify(store: Store) -> Verdict:
-    """Read everything once. Problems are collected, not raised; what others remove meanwhile is
-    none.
+    """Read everything once. Problems are collected, not raised. A file that another process
+    removes meanwhile is not a problem.
     """
     found = Verdict()
     wanted: dict[ObjectRef, list[Place]] = {}

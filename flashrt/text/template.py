@@ -1,29 +1,40 @@
 """Chat messages -> prompt text, by the Jinja template that comes with a checkpoint.
 
-IS: a sandboxed renderer: templates are downloaded code. IS NOT: a tokenizer, or a parser of text.
-Called by: serve, cli.
+IS: a renderer in a sandbox, since templates are downloaded code, with what templates written for
+transformers expect: its `tojson`, `raise_exception`, `strftime_now` and `{% generation %}`. IS NOT:
+a tokenizer, or what keeps contents apart from the template's own text (prompt).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2.ext import Extension
+from jinja2.nodes import Node, Scope
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flashrt.base.errors import CheckpointError, FlashrtError
+from flashrt.text.config import TOKENIZER_CONFIG_FILE, special_tokens, tokenizer_config
 
-TEMPLATE_FILE, TOKENIZER_CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
+# Characters that no text holds: Unicode keeps them for use within a program. `tojson` leaves them
+# as they are, so that `prompt` finds in a rendered text what it put into the messages.
+NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+_NOT_ASCII = re.compile("[^\x00-\x7f\ufdd0-\ufdef]")
 
 Message = Mapping[str, object]
 
 
 class ChatError(FlashrtError):
-    """The chat template refused the messages."""
+    """The chat template refused the messages, or they are no messages."""
 
 
 class ChatTemplate:
@@ -31,16 +42,19 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _GenerationBlock],
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
-        self._special_tokens = dict(special_tokens or {})
+        self.source = source
+        self.special_tokens = dict(special_tokens or {})
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise CheckpointError(f"chat template: {error}") from error
+        except Exception as error:  # constant expressions are computed here: they raise anything
+            raise CheckpointError(f"chat template: {_reason(error)}") from error
 
     def render(
         self,
@@ -52,14 +66,14 @@ class ChatTemplate:
     ) -> str:
         """The prompt for messages ({"role": ..., "content": ...}); options are the template's own.
 
-        Raises ChatError with the template's words if it refuses them.
+        Raises ChatError with the template's words if it refuses them, or fails in any way.
         """
-        variables: dict[str, object] = {**self._special_tokens, **options}
+        variables: dict[str, object] = {**self.special_tokens, **options}
         variables |= {"messages": messages, "tools": tools}
         try:
             return self._template.render(variables, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise ChatError(f"chat template: {error}") from error
+        except Exception as error:  # a template is code of others: it may raise anything
+            raise ChatError(f"chat template: {_reason(error)}") from error
 
 
 def chat_template_of(checkpoint: Path) -> ChatTemplate | None:
@@ -67,7 +81,7 @@ def chat_template_of(checkpoint: Path) -> ChatTemplate | None:
 
     None if there is none. Raises CheckpointError for files that cannot be read.
     """
-    config = _tokenizer_config(checkpoint / TOKENIZER_CONFIG_FILE)
+    config = tokenizer_config(checkpoint)
     try:
         source: object = (checkpoint / TEMPLATE_FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -81,34 +95,44 @@ def chat_template_of(checkpoint: Path) -> ChatTemplate | None:
         return None
     if not isinstance(source, str):
         raise CheckpointError(f"{checkpoint / TOKENIZER_CONFIG_FILE}: chat_template is no text")
-    return ChatTemplate(source, _special_tokens(config))
+    return ChatTemplate(source, special_tokens(config))
 
 
-def _tokenizer_config(path: Path) -> Mapping[str, object]:
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: holds a {type(config).__name__}, expected an object")
-    return config
+class _GenerationBlock(Extension):
+    """`{% generation %}...{% endgeneration %}`: marks, for training, what the assistant wrote. Here
+    its body stands for itself.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 (the library declares it so)
+
+    def parse(self, parser: Parser) -> Node:
+        """The body, in a scope of its own, as transformers has it."""
+        line = next(parser.stream).lineno
+        return Scope(
+            parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+        )
 
 
-def _special_tokens(config: Mapping[str, object]) -> dict[str, str]:
-    """`bos_token` and the like: spelled out, or as an object with a `content`."""
-    found = {}
-    for name, value in config.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
-            found[name] = text
-    return found
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers has it: no HTML escapes."""
+    text = json.dumps(
+        value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
 
 
 def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def _reason(error: Exception) -> str:
+    """The template's own words, or what went wrong in it."""
+    if isinstance(error, jinja2.TemplateError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

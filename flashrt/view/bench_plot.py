@@ -1,7 +1,6 @@
 """The bench's document as a picture: four panels over context length.
 
-IS: figures -> PNG or SVG by matplotlib, which is optional. IS NOT: measurement.
-Called by: commands bench.
+IS: figures -> PNG or SVG. IS NOT: measurement.
 """
 
 from __future__ import annotations
@@ -10,21 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flashrt.base.errors import FlashrtError
+from flashrt.view.figure import new_figure, save_figure
 
 OURS, LIMIT, WARM, REFERENCE = "#2f6fb0", "#8c959f", "#c8741a", "#3d8f57"
+TURN = "#8a63b8"
 Document = Mapping[str, Any]
 
 
 def plot(document: Document, path: Path) -> Path:
     """Draw and write. Raises FlashrtError without matplotlib or when it cannot be written."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FlashrtError(
-            "a plot needs matplotlib: pip install 'flashrt[plot]'; the tables and --json do not"
-        ) from error
-    figure: Any = Figure(figsize=(11, 7.2), layout="constrained")
+    figure = new_figure(11, 7.2)
     (prefill, decode), (starts, copies) = figure.subplots(2, 2)
     _prefill(prefill, document)
     _decode(decode, document)
@@ -41,11 +35,7 @@ def plot(document: Document, path: Path) -> Path:
     )
     if document["reference"]:
         figure.supxlabel(f"reference: {document['reference_note']}", fontsize=8, color="#656d76")
-    try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        raise FlashrtError(f"cannot write {path}: {error}; give a .png or .svg path") from error
-    return path
+    return save_figure(figure, path)
 
 
 def _prefill(axes: Any, document: Document) -> None:
@@ -70,6 +60,7 @@ def _starts(axes: Any, document: Document) -> None:
     axes.set_title("time to first token, ms")
     _line(axes, document, "ttft_cold_s", "cold prefill", OURS, scale=1e3)
     _line(axes, document, "ttft_warm_s", "warm: restore + turn", WARM, scale=1e3)
+    _line(axes, document, "ttft_turn_s", "a turn after a reply", TURN, scale=1e3)
     _reference(axes, document, "ttft_warm_s", scale=1e3)
     axes.set_yscale("log")
 
@@ -79,7 +70,7 @@ def _copies(axes: Any, document: Document) -> None:
     _line(axes, document, "snapshot_s", "snapshot, everything", OURS, scale=1e3)
     _line(axes, document, "restore_s", "restore, everything", WARM, scale=1e3)
     _line(axes, document, "restore_ancestor_s", "restore of an ancestor", REFERENCE, scale=1e3)
-    _line(axes, document, "rollback_s", "rollback, with replay", "#8a63b8", scale=1e3)
+    _line(axes, document, "rollback_s", "rollback, with replay", TURN, scale=1e3)
     if all("memcpy_s" in row for row in document["rows"]):
         memcpy = [1e3 * row["memcpy_s"] for row in document["rows"]]
         axes.plot(_lengths(document), memcpy, "--", color=LIMIT, label="memcpy of everything")

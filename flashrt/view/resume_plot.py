@@ -1,16 +1,15 @@
 """Time to the first token after a restart as a picture: from disk beside a cold prefill.
 
-IS: rows of commands.bench_resume, as mappings -> PNG or SVG by matplotlib, which is optional.
-IS NOT: measurement. Called by: commands bench.
+IS: the document of `bench --resume` -> PNG or SVG. IS NOT: measurement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flashrt.base.errors import FlashrtError
+from flashrt.view.figure import new_figure, save_figure
 from flashrt.view.units import seconds_text
 
 SERIES = (
@@ -20,13 +19,9 @@ SERIES = (
 )
 
 
-def plot(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> Path:
+def plot(document: Mapping[str, Any], path: Path) -> Path:
     """Draw and write. Raises FlashrtError without matplotlib or when it cannot be written."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FlashrtError("a plot needs matplotlib: pip install 'flashrt[plot]'") from error
-    figure: Any = Figure(figsize=(8, 4.2), layout="constrained")
+    figure, rows = new_figure(8, 4.2), document["rows"]
     axes = figure.subplots()
     width = 0.8 / len(SERIES)
     for i, (key, label, colour) in enumerate(SERIES):
@@ -40,9 +35,6 @@ def plot(rows: Sequence[Mapping[str, float]], path: Path, title: str) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.15)
     axes.legend(frameon=False, fontsize=9)
+    title = f"First token after a restart: {document['model']}, {document['device']}"
     axes.set_title(title, loc="left", fontsize=11)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise FlashrtError(f"cannot write {path}: {error}") from error
-    return path
+    return save_figure(figure, path)

@@ -79,8 +79,8 @@ def _node(
     drawing.rect(x, y, width, _NODE_HEIGHT, "lane" if here else "rows", radius=7)
     drawing.text(x + 10, y + 18, capsule.name or "capsule", "on strong")
     drawing.text(x + 10, y + 33, _second_line(capsule, lanes), "on")
-    rows = capsule.nbytes - capsule.owner.fixed_nbytes
-    own = f"{bytes_text(capsule.owner.fixed_nbytes)} fixed + {bytes_text(rows)} rows"
+    rows = capsule.nbytes - capsule.fixed.nbytes
+    own = f"{bytes_text(capsule.fixed.nbytes)} fixed + {bytes_text(rows)} rows"
     drawing.text(x + 10, y + 48, own, "on")
 
 
@@ -99,6 +99,6 @@ def _second_line(capsule: Capsule, lanes: Mapping[str, Capsule]) -> str:
 def bytes_alone(capsule: Capsule) -> int:
     """Bytes of a capsule that shared nothing: the fixed band and all rows below its position."""
     if not capsule.position:
-        return capsule.owner.fixed_nbytes
+        return capsule.fixed.nbytes
     rows = capsule.owner.arena.lane(0).rows
-    return capsule.owner.fixed_nbytes + segment_layout(rows, 0, capsule.position)[1]
+    return capsule.fixed.nbytes + segment_layout(rows, 0, capsule.position)[1]

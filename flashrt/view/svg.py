@@ -9,6 +9,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
 from flashrt.base.errors import FlashrtError
+from flashrt.base.files import replace_file
 
 FONT_NARROW = 6.2  # pixels per character of the small text, on the generous side
 _STYLE = """
@@ -91,7 +92,7 @@ def save_svg(svg: str, path: Path) -> Path:
     """Write a document, folder and all. Raises FlashrtError when it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(svg, encoding="utf-8")
+        replace_file(path, svg, is_durable=False)
     except OSError as error:
         raise FlashrtError(f"cannot write {path}: {error}; give another path") from error
     return path

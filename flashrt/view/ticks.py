@@ -1,7 +1,6 @@
 """Control loops as a picture: a few ticks against the clock, and the histogram of all latencies.
 
-IS: the document of commands.bench_policy -> SVG, or PNG by matplotlib, which is optional. IS NOT:
-measurement. Called by: commands bench_policy.
+IS: the document of `bench --policy` -> SVG, or PNG by matplotlib. IS NOT: measurement.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashrt.base.errors import FlashrtError
+from flashrt.view.figure import new_figure, save_figure
 from flashrt.view.svg import Drawing, save_svg
 from flashrt.view.units import seconds_text, significant
 
@@ -117,13 +116,7 @@ def _nice(value: float) -> float:
 
 
 def _plot_histogram(document: Document, path: Path) -> Path:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FlashrtError(
-            "a plot needs matplotlib: pip install 'flashrt[plot]'; a .svg does not"
-        ) from error
-    figure: Any = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = new_figure(8, 3.6)
     axes = figure.subplots()
     edges, counts = document["histogram"]["edges_s"], document["histogram"]["counts"]
     axes.stairs(counts, edges, fill=True, color="#e3ab52")
@@ -137,8 +130,4 @@ def _plot_histogram(document: Document, path: Path) -> Path:
     axes.set_ylabel("ticks")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"{document['model']}, {document['hz']:g} Hz", loc="left", fontsize=11)
-    try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
-        raise FlashrtError(f"cannot write {path}: {error}; give a .png or .svg path") from error
-    return path
+    return save_figure(figure, path)

@@ -1,7 +1,6 @@
 """The checkpoint in the package: a tiny trained Qwen3.5 hybrid, for demos, examples and tests.
 
-IS: its path. IS NOT: a download. Called by: commands, the examples, the tests.
-What it can do, and how it was made: README.md in its folder.
+IS: its path. IS NOT: a download. What it can do, and how it was made: README.md in its folder.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flashrt.base.errors import CheckpointError
-from flashrt.weights.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from flashrt.weights.folder import CONFIG_FILE, WEIGHTS_FILE
 
 _FOLDER = Path(__file__).parent / "bundled" / "tiny-agent"
 

@@ -1,12 +1,12 @@
 """Run weight rules: check every name, shape and dtype first, then stream the tensors into a sink.
 
 IS: the one path from checkpoint bytes to logical weight arrays; the process holds one chunk at a
-time, never the weights. IS NOT: packing into a backend's storage, which is the sink's work. Called
-by: engine (load).
+time, never the weights. IS NOT: packing into a backend's storage, which is the sink's work.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CheckpointError
+from flashrt.base.messages import MOST_LISTED, printable, shown
 from flashrt.core.arena import Arena
 from flashrt.core.backend import Bytes, Progress
 from flashrt.core.region import Region
@@ -23,16 +24,13 @@ from flashrt.weights.checkpoint import Checkpoint, Tensor
 from flashrt.weights.rules import Source, Transform, WeightRule
 
 CHUNK_NBYTES = 16 << 20  # fits a last-level cache: read, hashed and packed while it is warm
-CHUNK_ROWS = (
-    32  # chunks begin at multiples of this: the widest panel of any backend's matrix storage
-)
-OPTIONAL_PREFIXES = (
-    "mtp.",
-)  # parts that a checkpoint may carry and a model may leave unused, as a whole
+# Chunks begin at multiples of this: the widest panel of any backend's matrix storage.
+CHUNK_ROWS = 32
+# Parts that a checkpoint may carry and a model may leave unused, as a whole.
+OPTIONAL_PREFIXES = ("mtp.",)
 
-Sink = Callable[
-    [Region, int, NDArray[np.generic]], None
-]  # region, first row, rows; the array is reused afterwards
+# Takes a region, a first row and rows; the array is reused afterwards.
+Sink = Callable[[Region, int, NDArray[np.generic]], None]
 
 _NUMPY_DTYPE: dict[str, np.dtype[np.generic]] = {
     "BF16": np.dtype(np.uint16),  # as bits
@@ -44,7 +42,7 @@ _NUMPY_DTYPE: dict[str, np.dtype[np.generic]] = {
 @dataclass(frozen=True, slots=True)
 class LoadReport:
     """What `load` did: xxh3-128 of all source tensors in rule order (names, dtypes, shapes, bytes),
-    their size, and one note per tensor whose values had to be rounded.
+    their size, and what a user should know about them (see `check_sources`).
     """
 
     digest: str
@@ -52,42 +50,72 @@ class LoadReport:
     notes: tuple[str, ...]
 
 
-def resolve(rules: Sequence[WeightRule], checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Check that the checkpoint holds what the rules need and nothing else; return notes on rounded
-    tensors.
+def check_sources(rules: Sequence[WeightRule], checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Check that the checkpoint holds what the rules need and nothing else, by its headers alone.
 
-    Raises one CheckpointError that names every missing, unused, wrongly shaped and wrongly typed
-    tensor.
+    Returns notes for the user: at most one, on matrices that will be rounded to bfloat16. Raises
+    one CheckpointError on all tensors that are missing, unused, or have a wrong shape or dtype.
     """
-    problems, notes, used = [], [], set()
+    missing, misfits, rounded, used = [], [], [], set()
     for rule in rules:
         for source in rule.sources:
             used.add(source.name)
             tensor = checkpoint.tensors.get(source.name)
             if tensor is None:
-                problems.append(f"missing {source.name} {list(source.shape)}")
+                missing.append(source)
             elif tensor.shape != source.shape:
-                problems.append(
-                    f"{tensor.stored_name} is {list(tensor.shape)}, expected {list(source.shape)}"
+                misfits.append(
+                    f"{printable(tensor.stored_name)} is {shown(list(tensor.shape))}, expected "
+                    f"{list(source.shape)}"
                 )
             elif tensor.dtype not in _NUMPY_DTYPE:
-                problems.append(
-                    f"{tensor.stored_name} is {tensor.dtype}, expected BF16, F16 or F32"
+                misfits.append(
+                    f"{printable(tensor.stored_name)} is {tensor.dtype}, expected BF16, F16 or F32"
                 )
             elif rule.is_matrix and tensor.dtype != "BF16":
-                notes.append(f"{tensor.stored_name}: {tensor.dtype} rounded to BF16")
+                rounded.append(tensor)
     idle = tuple(p for p in OPTIONAL_PREFIXES if not any(name.startswith(p) for name in used))
     unused = [
         t.stored_name
         for name, t in checkpoint.tensors.items()
         if name not in used and not name.startswith(idle)
     ]
-    problems += [f"unused {name}" for name in sorted(unused)]
+    problems = _missing(missing, checkpoint)
+    problems += _first(misfits, "more have a wrong shape or dtype")
+    problems += _first([f"unused {printable(name)}" for name in sorted(unused)], "more are unused")
     if problems:
         raise CheckpointError(
             f"{checkpoint.path}: tensors do not fit the config:\n  " + "\n  ".join(problems)
         )
-    return tuple(notes)
+    return _note_on_rounding(rounded)
+
+
+def _missing(missing: Sequence[Source], checkpoint: Checkpoint) -> list[str]:
+    """What to say of sources that the checkpoint lacks; a part that it lacks whole is one line."""
+    lines = []
+    for prefix in OPTIONAL_PREFIXES:
+        rest = [s for s in missing if not s.name.startswith(prefix)]
+        if len(rest) < len(missing) and not any(n.startswith(prefix) for n in checkpoint.tensors):
+            lines.append(f"missing {prefix}*: the checkpoint has no draft head; load without draft")
+            missing = rest
+    stated = [f"missing {s.name} {list(s.shape)}" for s in missing]
+    return lines + _first(stated, "more are missing")
+
+
+def _first(lines: list[str], what: str) -> list[str]:
+    more = len(lines) - MOST_LISTED
+    return lines if more <= 0 else [*lines[:MOST_LISTED], f"and {more:,} {what}"]
+
+
+def _note_on_rounding(rounded: Sequence[Tensor]) -> tuple[str, ...]:
+    if not rounded:
+        return ()
+    counts = Counter(t.dtype for t in rounded)
+    stored = " and ".join(f"{count:,} matrices stored as {d}" for d, count in counts.items())
+    return (
+        f"{stored} are rounded to bfloat16, {printable(rounded[0].stored_name)} among them; logits "
+        "differ from those of the stored weights, by some tenths in models that were tried",
+    )
 
 
 def load(
@@ -101,9 +129,9 @@ def load(
     Matrices come as bfloat16 bits (uint16) [rows, K], in chunks of about CHUNK_NBYTES whose first
     row is a multiple of CHUNK_ROWS; everything else comes whole, as float32, first row 0. An array
     is valid only during the call. Raises CheckpointError, before the first call of the sink if the
-    tensors do not fit (see `resolve`).
+    tensors do not fit (see `check_sources`).
     """
-    notes = resolve(rules, checkpoint)
+    notes = check_sources(rules, checkpoint)
     sources = [s for rule in rules for s in rule.sources]
     reader = _Reader(checkpoint, sum(checkpoint.tensors[s.name].nbytes for s in sources), progress)
     try:
@@ -174,9 +202,8 @@ def _matrix_chunks(rule: WeightRule, reader: _Reader) -> Iterator[tuple[int, NDA
     n_rows, n_columns = rule.region.shape
     step = max(1, CHUNK_NBYTES // (2 * n_columns * CHUNK_ROWS)) * CHUNK_ROWS
     buffer = np.empty((min(step, n_rows), n_columns), np.uint16)
-    bounds = np.cumsum(
-        [0, *(s.shape[0] for s in rule.sources)]
-    ).tolist()  # rows where sources begin, and the end
+    # rows where sources begin, and the end
+    bounds = np.cumsum([0, *(s.shape[0] for s in rule.sources)]).tolist()
     for start in range(0, n_rows, step):
         stop = min(start + step, n_rows)
         for source, begin, end in zip(rule.sources, bounds, bounds[1:], strict=False):

@@ -1,11 +1,10 @@
-"""Random checkpoints in the Hugging Face format, of real shapes: for tests, benchmarks and
-demonstrations.
+"""Random checkpoints in the Hugging Face format, of real shapes.
 
 IS: config.json, generation_config.json and model.safetensors of a Qwen3.5 text model, the same
 bytes for the same seed, streamed to disk. Weights are scaled so that each sublayer writes O(1) into
 the residual stream and decay rates span slow to fast: greedy text does not fall into a loop and the
-recurrent state matters. IS NOT: a trained model, or knowledge that the loader uses. Called by: cli,
-examples, tests.
+recurrent state matters. IS NOT: a trained model, or knowledge that the loader uses. Exists because
+tests, benchmarks and demonstrations need models of any size, where no network is.
 """
 
 from __future__ import annotations
@@ -26,13 +25,15 @@ from numpy.typing import NDArray
 
 from flashrt.base.errors import CheckpointError
 from flashrt.core.backend import Progress
-from flashrt.weights.checkpoint import CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE
+from flashrt.weights.checkpoint import GENERATION_FILE
+from flashrt.weights.folder import CONFIG_FILE, WEIGHTS_FILE
 
 CHUNK_SIZE = 1 << 18  # elements drawn at a time; the work of a chunk stays in a second-level cache
+# Standard deviation of a matrix times sqrt(inputs); 1 where not named.
 _GAIN = {
     "in_proj_b": 1.5, "gate_proj": 1.2, "up_proj": 1.2, "down_proj": 1.6, "out_proj": 1.5,
     "o_proj": 2.5, "conv1d": 1.4,
-}  # fmt: skip  # standard deviation of a matrix times sqrt(inputs); 1 where not named
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,17 +243,14 @@ class Draw:
         for start in range(0, size, CHUNK_SIZE):
             count = min(CHUNK_SIZE, size - start)
             index = bits.random_raw(-(-count // 4)).view(np.uint16)[:count].astype(np.intp)
-            yield values.take(
-                index, mode="clip"
-            )  # in range anyway; `clip` spares a check per index
+            # All indices are in range; `clip` spares a check of each.
+            yield values.take(index, mode="clip")
 
     def moments(self, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
         """Mean and standard deviation of a tensor's values; A_log has neither."""
         if name.endswith("dt_bias"):
             return -1.0, 1.0
-        if name.endswith(
-            "linear_attn.norm.weight"
-        ):  # the one norm whose weight is not zero-centred
+        if name.endswith("linear_attn.norm.weight"):  # the one norm that is not zero-centred
             return 1.0, 0.25
         if len(shape) == 1:
             return 0.0, 0.25

@@ -1,8 +1,7 @@
 """Random policy checkpoints: for tests, benchmarks and demonstrations without training.
 
 IS: config.json and model.safetensors of a robot policy, the same bytes for the same seed, scaled so
-that every layer hands on O(1). IS NOT: a trained policy, or knowledge that the loader uses. Called
-by: commands, examples, tests.
+that every layer hands on O(1). IS NOT: a trained policy, or knowledge that the loader uses.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CheckpointError
-from flashrt.weights.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from flashrt.weights.folder import CONFIG_FILE, WEIGHTS_FILE
 
 # observation, action, encoder, memory, chunk, executed, Euler steps, head, blocks
 SHAPES: Mapping[str, tuple[int, ...]] = {

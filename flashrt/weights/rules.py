@@ -1,7 +1,7 @@
 """Weight rules: which checkpoint tensors fill which weight region, and how.
 
-IS: pure data that a model declares. IS NOT: reading; `loader` checks the rules against a checkpoint
-and runs them. Called by: models (declare), engine (regions to plan), loader.
+IS: pure data that a model declares; the engine plans its regions, and the loader checks the rules
+against a checkpoint and runs them. IS NOT: reading.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A checkpoint that is nowhere: the tensors of a named shape, drawn when they are read.
 
-IS: the same names, shapes and values as `random_checkpoint` writes, without a file; and how far the
-values of each tensor spread, for who fills matrices in place. IS NOT: a format. Called by: commands
-(gpu_bench_engine), tests.
+IS: the same names, shapes and values as `random_checkpoint` writes, without a file; and the
+standard deviation of each tensor, for a benchmark that fills matrices on the device. IS NOT: a
+format.
 """
 
 from __future__ import annotations

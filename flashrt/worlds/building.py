@@ -1,8 +1,8 @@
 """A building with hidden things and two tools, `look` and `take`, which may fail.
 
 IS: hints for the prompt, a simulator that answers tool calls, the right next turn, a check of the
-goal. IS NOT: an agent. Called by: robot (syntax of calls), the demo, the examples, the tests,
-tools/train_tiny.
+goal. IS NOT: an agent. It exists because tool calls change a world: an agent that rolls back must
+roll back the world too, and this one is small enough to check that.
 
 Each hint names two places. The agent looks into the first, then into the second, takes the thing
 when it sees it (some are stuck once: the same call again works), and tells where it was, or that

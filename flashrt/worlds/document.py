@@ -1,10 +1,10 @@
 """What every world is made of: things, messages of a chat, and documents that are chats.
 
-IS: the types, the seeds, the two sentences that several worlds share. IS NOT: a prompt: the chat
-template of the checkpoint makes one of `Message.as_dict`. Called by: every module of worlds.
+IS: the types, the seeds, the two sentences that several worlds share. IS NOT: a prompt; the chat
+template of the checkpoint makes one of `Message.as_dict`.
 
-A seed gives the same world on every machine. Seeds below HELD_OUT were used to train the bundled
-model; worlds with seeds from HELD_OUT on it has never seen.
+A seed gives the same world on every machine. The bundled model was trained on seeds below HELD_OUT.
+It has never seen a world whose seed is HELD_OUT or above: tests and the demo draw from those.
 """
 
 from __future__ import annotations

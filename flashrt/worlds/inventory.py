@@ -1,7 +1,7 @@
 """Facts in a system prompt, and questions about them: recall over long distances.
 
-IS: which thing is in which place, with story between the facts if asked for. IS NOT: changing
-(see updates). Called by: the demo, the examples, the tests, tools/train_tiny.
+IS: which thing is in which place, with story between the facts if asked for. IS NOT: facts that
+change (see updates). It exists to ask for something that stands far back in the context.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Whole sessions: facts and hints in one prompt, then questions, updates, moves and requests.
 
-IS: the worlds combined, as the demo and the loops use them. IS NOT: another kind of question.
-Called by: the tests, tools/train_tiny.
+IS: the worlds combined, as the demo and the loops use them. IS NOT: another kind of question. It
+exists so that the model is trained on the mixture that a real session holds.
 """
 
 from __future__ import annotations

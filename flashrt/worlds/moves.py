@@ -1,7 +1,8 @@
 """A position on a grid after many moves: state that must be carried, not looked up.
 
 IS: a start, steps north, south, east and west inside GRID x GRID, and the position. IS NOT: a
-robot that acts (see robot). Called by: robot, the demo, the examples, the tests, tools/train_tiny.
+robot that acts (see robot). It exists to ask for something that stands nowhere in the text: the
+recurrent state must hold it.
 """
 
 from __future__ import annotations

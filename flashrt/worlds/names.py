@@ -1,7 +1,7 @@
 """The words of the worlds: colours, things, places, directions, heroes of stories.
 
-IS: word lists; each word is one token of the bundled model. IS NOT: grammar (see the worlds).
-Called by: every module of worlds, tools/train_tiny.
+IS: word lists; each word is one token of the bundled model. IS NOT: grammar (see the worlds). The
+lists are part of what a seed means: another word, or another order, makes other worlds.
 """
 
 from __future__ import annotations

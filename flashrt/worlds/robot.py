@@ -1,7 +1,7 @@
 """A robot on the grid that is sent to a goal, told once: the model as a policy.
 
 IS: goal, position, tool calls `go <direction>`, wheels that slip by chance. IS NOT: a gymnasium
-environment (examples wrap it). Called by: the examples, the tests, tools/train_tiny.
+environment (examples wrap it). It exists to show a language model in a loop with a body.
 """
 
 from __future__ import annotations

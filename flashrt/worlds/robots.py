@@ -3,16 +3,16 @@
 IS: gymnasium's own Pendulum-v1 and MountainCarContinuous-v0 with the velocity hidden, and two
 doors, whose goal is shown only at the start. Two doors and the pendulum need a memory; the car gets
 by with its previous action. IS NOT the pairing of an environment with a policy's capsules
-(flashrt/robot/rollout.py). Needs the `gym` extra. Called by examples, tests and
-tools/train_policy.
+(flashrt/robot/rollout.py). Needs the `gym` extra; gymnasium's own environments also need what they
+ask for.
 """
 
 from typing import Any
 
-import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from flashrt.worlds.gym import gymnasium
 from flashrt.worlds.two_doors import TwoDoors
 
 Environment = gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]

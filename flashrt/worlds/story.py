@@ -1,7 +1,7 @@
 """Plain narrative from a small grammar: language to model, and filler for long prompts.
 
-IS: sentences in which the hero, and what the hero found, stay the same. IS NOT: literature.
-Called by: inventory (filler), mixed, the demo, the examples, tools/train_tiny.
+IS: sentences in which the hero, and what the hero found, stay the same. IS NOT: facts that a test
+asks about. It exists to make prompts long without making questions harder.
 """
 
 from __future__ import annotations

@@ -5,14 +5,15 @@ dynamics over batches of states. A point robot with a motor lag starts below a w
 A goal beyond the wall is shown for the first five ticks, then hidden: only memory can find it.
 Either door will do, so a good policy has two modes; one door may be jammed, which the robot cannot
 see but a simulation of its future can. The goal may move on the way. IS NOT a learner or an expert
-(tools/train_policy). Called by the bundled policies' tests, examples and figures.
+(tools/train_policy). It exists because the usual control tasks need neither memory nor a choice.
 """
 
 from typing import Any
 
-import gymnasium
 import numpy as np
 from numpy.typing import NDArray
+
+from flashrt.worlds.gym import gymnasium
 
 Array = NDArray[np.float64]
 

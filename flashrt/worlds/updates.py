@@ -1,7 +1,7 @@
 """Things that are carried from place to place: the last write wins.
 
 IS: a stream of updates about a few things, and questions where they are now. IS NOT: an inventory
-(each thing told once). Called by: the demo, the examples, the tests, tools/train_tiny.
+(each thing told once). It exists to ask for a fact that was told several times, the last one right.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Launches to try: for each op a builder of random operands, and a list of shapes off every grid.
 
 IS: inputs only; rows at or beyond the valid ones, and positions nobody has written, are NaN.
-IS NOT: expected values, see tests/reference. Called by: test_ops, test_exactness.
+IS NOT: expected values, see tests/reference.
 """
 
 from __future__ import annotations

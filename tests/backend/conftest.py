@@ -1,4 +1,4 @@
-"""Backends for the tests of this folder: each that this machine can open.
+"""Backends for the tests of this folder: each that this machine has.
 
 IS: the factory `make_backend` and the fixtures `device`, `runner` and `cpu`. IS NOT: tests.
 """
@@ -11,7 +11,6 @@ import pytest
 
 from flashrt.backends.cpu.device import CpuDevice
 from flashrt.backends.cuda.device import Precision, open_device
-from flashrt.backends.cuda.probe import probe
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.core.backend import Backend
 from tests.backend.runner import Runner
@@ -44,8 +43,6 @@ def make_backend(name: str, threads: int | None = None) -> Backend:
 @pytest.fixture(scope="session", params=BACKENDS)
 def device(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """An open backend, not yet built."""
-    if request.param.startswith("cuda") and not (status := probe()).is_usable:
-        pytest.skip(str(status))
     backend = make_backend(request.param)
     yield backend
     backend.close()

@@ -1,6 +1,6 @@
 """Launches of the ops that drafting adds, and of attention with rows shifted against positions.
 
-IS: inputs only, as in cases. Called by: test_draft_ops, test_ops.
+IS: inputs only, as in cases.
 """
 
 from __future__ import annotations

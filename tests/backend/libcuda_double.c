@@ -1,9 +1,9 @@
 /* libcuda_double.c - a libcuda.so.1 of the calls that flashrt makes, on host memory.
  *
- * IS: what lets the real cuda.bindings.driver and flashrt's cuda/driver.py run on a machine without a GPU,
- * so that calling conventions (structs, enums, parameter arrays, result tuples) are checked.
- * IS NOT: a GPU; streams run at once; of kernels only `add_one` (and `advance`, of flashrt's own) does anything.
- * Called by: test_driver.py.
+ * IS: what lets the real cuda.bindings.driver and flashrt's cuda/driver.py run on a machine without
+ * a GPU, so that calling conventions (structs, enums, parameter arrays, result tuples) are checked.
+ * IS NOT: a GPU; streams run at once; of kernels only `add_one` (and `advance`, of flashrt's own)
+ * does anything.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -12,15 +12,35 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_IMAGE = 200,
-       INVALID_CONTEXT = 201, NOT_FOUND = 500, NOT_READY = 600, ILLEGAL_ADDRESS = 700 };
+enum {
+  SUCCESS = 0,
+  INVALID_VALUE = 1,
+  OUT_OF_MEMORY = 2,
+  NO_DEVICE = 100,
+  INVALID_IMAGE = 200,
+  INVALID_CONTEXT = 201,
+  NOT_FOUND = 500,
+  NOT_READY = 600,
+  ILLEGAL_ADDRESS = 700
+};
 typedef uint64_t Device;
-typedef struct { int32_t *p; int32_t n; } AddOne;  /* the argument block of the only kernel */
-typedef struct { void *kernel; AddOne arguments; } Node;
-typedef struct { int n; Node nodes[4096]; } Graph;
-typedef struct { Graph *capturing; } Stream;
+typedef struct {
+  int32_t *p;
+  int32_t n;
+} AddOne; /* the argument block of the only kernel */
+typedef struct {
+  void *kernel;
+  AddOne arguments;
+} Node;
+typedef struct {
+  int n;
+  Node nodes[4096];
+} Graph;
+typedef struct {
+  Graph *capturing;
+} Stream;
 
-static __thread void *current;           /* contexts are per thread */
+static __thread void *current; /* contexts are per thread */
 static int context, polls, module, add_one, advance, nothing, max_shared;
 
 static const char *option(const char *name, const char *otherwise) {
@@ -29,26 +49,60 @@ static const char *option(const char *name, const char *otherwise) {
 }
 
 int cuInit(unsigned flags) { return flags ? INVALID_VALUE : atoi(option("DOUBLE_INIT", "0")); }
-int cuDriverGetVersion(int *v) { *v = atoi(option("DOUBLE_VERSION", "13000")); return SUCCESS; }
-int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return ordinal ? 101 : SUCCESS; }
-int cuDeviceGetName(char *name, int n, int device) { snprintf(name, n, "Double %d", device); return SUCCESS; }
-int cuDeviceTotalMem(size_t *n, int device) { (void)device; *n = 1 << 30; return SUCCESS; }
+int cuDriverGetVersion(int *v) {
+  *v = atoi(option("DOUBLE_VERSION", "13000"));
+  return SUCCESS;
+}
+int cuDeviceGet(int *device, int ordinal) {
+  *device = ordinal;
+  return ordinal ? 101 : SUCCESS;
+}
+int cuDeviceGetName(char *name, int n, int device) {
+  snprintf(name, n, "Double %d", device);
+  return SUCCESS;
+}
+int cuDeviceTotalMem(size_t *n, int device) {
+  (void)device;
+  *n = 1 << 30;
+  return SUCCESS;
+}
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
   (void)device;
   int major = atoi(option("DOUBLE_MAJOR", "9"));
-  *value = attribute == 75 ? major : attribute == 76 ? 0 : attribute == 16 ? 132 : attribute == 97 ? 232448 : -1;
+  *value = attribute == 75   ? major
+           : attribute == 76 ? 0
+           : attribute == 16 ? 132
+           : attribute == 97 ? 232448
+                             : -1;
   return *value < 0 ? INVALID_VALUE : SUCCESS;
 }
-int cuDevicePrimaryCtxRetain(void **c, int device) { (void)device; *c = &context; return SUCCESS; }
-int cuDevicePrimaryCtxRelease(int device) { (void)device; return SUCCESS; }
-int cuCtxSetCurrent(void *c) { current = c; return SUCCESS; }
-#define NEED_CONTEXT if (current != &context) return INVALID_CONTEXT
-
-int cuGetErrorString(int error, const char **text) {
-  *text = error == OUT_OF_MEMORY ? "out of memory" : error == ILLEGAL_ADDRESS ? "an illegal memory access" : "an error";
+int cuDevicePrimaryCtxRetain(void **c, int device) {
+  (void)device;
+  *c = &context;
   return SUCCESS;
 }
-int cuGetErrorName(int error, const char **text) { (void)error; *text = "CUDA_ERROR"; return SUCCESS; }
+int cuDevicePrimaryCtxRelease(int device) {
+  (void)device;
+  return SUCCESS;
+}
+int cuCtxSetCurrent(void *c) {
+  current = c;
+  return SUCCESS;
+}
+#define NEED_CONTEXT \
+  if (current != &context) return INVALID_CONTEXT
+
+int cuGetErrorString(int error, const char **text) {
+  *text = error == OUT_OF_MEMORY     ? "out of memory"
+          : error == ILLEGAL_ADDRESS ? "an illegal memory access"
+                                     : "an error";
+  return SUCCESS;
+}
+int cuGetErrorName(int error, const char **text) {
+  (void)error;
+  *text = "CUDA_ERROR";
+  return SUCCESS;
+}
 
 int cuMemAlloc(Device *p, size_t n) {
   NEED_CONTEXT;
@@ -56,28 +110,100 @@ int cuMemAlloc(Device *p, size_t n) {
   *p = (Device)(uintptr_t)malloc(n);
   return SUCCESS;
 }
-int cuMemFree(Device p) { free((void *)(uintptr_t)p); return SUCCESS; }
-int cuMemGetInfo(size_t *nfree, size_t *total) { *nfree = 12345678; *total = 1 << 30; return SUCCESS; }
-int cuMemHostAlloc(void **p, size_t n, unsigned flags) { NEED_CONTEXT; (void)flags; *p = malloc(n); return SUCCESS; }
-int cuMemFreeHost(void *p) { free(p); return SUCCESS; }
-int cuMemcpyHtoDAsync(Device d, const void *s, size_t n, Stream *t) { (void)t; memcpy((void *)(uintptr_t)d, s, n); return SUCCESS; }
-int cuMemcpyDtoHAsync(void *d, Device s, size_t n, Stream *t) { (void)t; memcpy(d, (void *)(uintptr_t)s, n); return SUCCESS; }
-int cuMemcpyDtoDAsync(Device d, Device s, size_t n, Stream *t) { (void)t; memcpy((void *)(uintptr_t)d, (void *)(uintptr_t)s, n); return SUCCESS; }
-int cuMemsetD8Async(Device d, unsigned char byte, size_t n, Stream *t) { (void)t; memset((void *)(uintptr_t)d, byte, n); return SUCCESS; }
-int cuStreamCreate(Stream **t, unsigned flags) { NEED_CONTEXT; *t = calloc(1, sizeof **t); return flags == 1 ? SUCCESS : INVALID_VALUE; }
-int cuStreamDestroy(Stream *t) { free(t); return SUCCESS; }
-int cuStreamSynchronize(Stream *t) { (void)t; return atoi(option("DOUBLE_SYNC", "0")); }
-int cuStreamWaitEvent(Stream *t, void *e, unsigned flags) { (void)t; (void)e; return flags ? INVALID_VALUE : SUCCESS; }
-int cuEventCreate(void **e, unsigned flags) { *e = malloc(1); return flags <= 2 ? SUCCESS : INVALID_VALUE; }
-int cuEventDestroy(void *e) { free(e); return SUCCESS; }
-int cuEventRecord(void *e, Stream *t) { (void)e; (void)t; polls = 1; return SUCCESS; }
-int cuEventSynchronize(void *e) { (void)e; return SUCCESS; }
-int cuEventQuery(void *e) { (void)e; return polls-- > 0 ? NOT_READY : SUCCESS; }
-int cuEventElapsedTime(float *ms, void *a, void *b) { (void)a; (void)b; *ms = 1.5f; return SUCCESS; }
+int cuMemFree(Device p) {
+  free((void *)(uintptr_t)p);
+  return SUCCESS;
+}
+int cuMemGetInfo(size_t *nfree, size_t *total) {
+  *nfree = 12345678;
+  *total = 1 << 30;
+  return SUCCESS;
+}
+int cuMemHostAlloc(void **p, size_t n, unsigned flags) {
+  NEED_CONTEXT;
+  (void)flags;
+  *p = malloc(n);
+  return SUCCESS;
+}
+int cuMemFreeHost(void *p) {
+  free(p);
+  return SUCCESS;
+}
+int cuMemcpyHtoDAsync(Device d, const void *s, size_t n, Stream *t) {
+  (void)t;
+  memcpy((void *)(uintptr_t)d, s, n);
+  return SUCCESS;
+}
+int cuMemcpyDtoHAsync(void *d, Device s, size_t n, Stream *t) {
+  (void)t;
+  memcpy(d, (void *)(uintptr_t)s, n);
+  return SUCCESS;
+}
+int cuMemcpyDtoDAsync(Device d, Device s, size_t n, Stream *t) {
+  (void)t;
+  memcpy((void *)(uintptr_t)d, (void *)(uintptr_t)s, n);
+  return SUCCESS;
+}
+int cuMemsetD8Async(Device d, unsigned char byte, size_t n, Stream *t) {
+  (void)t;
+  memset((void *)(uintptr_t)d, byte, n);
+  return SUCCESS;
+}
+int cuStreamCreate(Stream **t, unsigned flags) {
+  NEED_CONTEXT;
+  *t = calloc(1, sizeof **t);
+  return flags == 1 ? SUCCESS : INVALID_VALUE;
+}
+int cuStreamDestroy(Stream *t) {
+  free(t);
+  return SUCCESS;
+}
+int cuStreamSynchronize(Stream *t) {
+  (void)t;
+  return atoi(option("DOUBLE_SYNC", "0"));
+}
+int cuStreamWaitEvent(Stream *t, void *e, unsigned flags) {
+  (void)t;
+  (void)e;
+  return flags ? INVALID_VALUE : SUCCESS;
+}
+int cuEventCreate(void **e, unsigned flags) {
+  *e = malloc(1);
+  return flags <= 2 ? SUCCESS : INVALID_VALUE;
+}
+int cuEventDestroy(void *e) {
+  free(e);
+  return SUCCESS;
+}
+int cuEventRecord(void *e, Stream *t) {
+  (void)e;
+  (void)t;
+  polls = 1;
+  return SUCCESS;
+}
+int cuEventSynchronize(void *e) {
+  (void)e;
+  return SUCCESS;
+}
+int cuEventQuery(void *e) {
+  (void)e;
+  return polls-- > 0 ? NOT_READY : SUCCESS;
+}
+int cuEventElapsedTime(float *ms, void *a, void *b) {
+  (void)a;
+  (void)b;
+  *ms = 1.5f;
+  return SUCCESS;
+}
 
 int cuModuleLoadData(void **m, const void *image) {
   *m = &module;
-  return memcmp(image, "cubin", 5) && memcmp(image, "\x7f" "ELF", 4) ? INVALID_IMAGE : SUCCESS;
+  return memcmp(image, "cubin", 5) && memcmp(image,
+                                             "\x7f"
+                                             "ELF",
+                                             4)
+             ? INVALID_IMAGE
+             : SUCCESS;
 }
 int cuModuleGetFunction(void **f, void *m, const char *name) {
   *f = !strcmp(name, "add_one") ? &add_one : !strcmp(name, "advance") ? &advance : &nothing;
@@ -90,51 +216,90 @@ int cuFuncSetAttribute(void *f, int attribute, int value) {
 }
 static void run(const Node *node) {
   const AddOne *a = &node->arguments;
-  if (node->kernel == &add_one) for (int i = 0; i < a->n; i++) a->p[i]++;
+  if (node->kernel == &add_one)
+    for (int i = 0; i < a->n; i++) a->p[i]++;
   if (node->kernel == &advance) a->p[0] += a->p[1];
 }
 static int launch(void *f, const unsigned *geometry, unsigned shared, Stream *t, void **params) {
   if (shared > 49152 && (int)shared > max_shared) return INVALID_VALUE;
   Node node = {.kernel = f};
   memcpy(&node.arguments, params[0], f == &add_one ? sizeof node.arguments : sizeof(void *));
-  for (int i = 0; i < 6; i++)  /* add_one: grid 1 2 3, block 4 5 6 */
+  for (int i = 0; i < 6; i++) /* add_one: grid 1 2 3, block 4 5 6 */
     if (f == &add_one && geometry[i] != (unsigned)(i + 1)) return INVALID_VALUE;
   if (t->capturing) t->capturing->nodes[t->capturing->n++] = node;
   else run(&node);
   return SUCCESS;
 }
-int cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-                   Stream *t, void **params, void **extra) {
+int cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
+                   unsigned bz, unsigned shared, Stream *t, void **params, void **extra) {
   if (extra) return INVALID_VALUE;
   return launch(f, (unsigned[]){gx, gy, gz, bx, by, bz}, shared, t, params);
 }
-typedef struct { int id; char pad[4]; int value; char rest[60]; } LaunchAttribute;
-typedef struct { unsigned geometry[6], shared; Stream *stream; LaunchAttribute *attributes; unsigned n; } LaunchConfig;
+typedef struct {
+  int id;
+  char pad[4];
+  int value;
+  char rest[60];
+} LaunchAttribute;
+typedef struct {
+  unsigned geometry[6], shared;
+  Stream *stream;
+  LaunchAttribute *attributes;
+  unsigned n;
+} LaunchConfig;
 int cuLaunchKernelEx(const LaunchConfig *c, void *f, void **params, void **extra) {
-  if (extra || c->n != 1 || c->attributes[0].id != 6 || c->attributes[0].value != 1) return INVALID_VALUE;
+  if (extra || c->n != 1 || c->attributes[0].id != 6 || c->attributes[0].value != 1)
+    return INVALID_VALUE;
   return launch(f, c->geometry, c->shared, c->stream, params);
 }
 
-int cuStreamBeginCapture(Stream *t, int mode) { t->capturing = calloc(1, sizeof(Graph)); return mode == 1 ? SUCCESS : INVALID_VALUE; }
-int cuStreamEndCapture(Stream *t, Graph **g) { *g = t->capturing; t->capturing = NULL; return SUCCESS; }
+int cuStreamBeginCapture(Stream *t, int mode) {
+  t->capturing = calloc(1, sizeof(Graph));
+  return mode == 1 ? SUCCESS : INVALID_VALUE;
+}
+int cuStreamEndCapture(Stream *t, Graph **g) {
+  *g = t->capturing;
+  t->capturing = NULL;
+  return SUCCESS;
+}
 int cuGraphInstantiateWithFlags(Graph **x, Graph *g, unsigned long long flags) {
   *x = malloc(sizeof **x);
   **x = *g;
   return flags ? INVALID_VALUE : SUCCESS;
 }
-int cuGraphInstantiate(Graph **x, Graph *g, unsigned long long flags) { return cuGraphInstantiateWithFlags(x, g, flags); }
-int cuGraphUpload(Graph *x, Stream *t) { (void)x; (void)t; return SUCCESS; }
-int cuGraphLaunch(Graph *x, Stream *t) { (void)t; for (int i = 0; i < x->n; i++) run(&x->nodes[i]); return SUCCESS; }
+int cuGraphInstantiate(Graph **x, Graph *g, unsigned long long flags) {
+  return cuGraphInstantiateWithFlags(x, g, flags);
+}
+int cuGraphUpload(Graph *x, Stream *t) {
+  (void)x;
+  (void)t;
+  return SUCCESS;
+}
+int cuGraphLaunch(Graph *x, Stream *t) {
+  (void)t;
+  for (int i = 0; i < x->n; i++) run(&x->nodes[i]);
+  return SUCCESS;
+}
 int cuGraphDebugDotPrint(Graph *g, const char *path, unsigned flags) {
   FILE *file = fopen(path, "w");
   fprintf(file, "digraph { /* %d nodes, flags %u */ }\n", g->n, flags);
   return fclose(file);
 }
-int cuGraphExecDestroy(Graph *x) { free(x); return SUCCESS; }
-int cuGraphDestroy(Graph *g) { free(g); return SUCCESS; }
+int cuGraphExecDestroy(Graph *x) {
+  free(x);
+  return SUCCESS;
+}
+int cuGraphDestroy(Graph *g) {
+  free(g);
+  return SUCCESS;
+}
 
 /* NVRTC looks for libcuda too, to ask it for undocumented tables; it takes no for an answer. */
-int cuGetExportTable(const void **table, const void *id) { (void)table; (void)id; return NOT_FOUND; }
+int cuGetExportTable(const void **table, const void *id) {
+  (void)table;
+  (void)id;
+  return NOT_FOUND;
+}
 
 /* cuda.bindings finds everything through this one. */
 int cuGetProcAddress_v2(const char *name, void **p, int version, uint64_t flags, int *status) {

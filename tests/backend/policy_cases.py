@@ -1,6 +1,6 @@
 """Launches of the ops of robot policies, at sizes off every grid.
 
-IS: inputs only, as in cases. Called by: test_policy_ops, test_ops.
+IS: inputs only, as in cases.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt.ops.cursor import Word
+from flashrt.ops.cursor import PolicyWord
 from flashrt.ops.table import IDENTITY, REQUEST_WORDS, SILU
 from tests.backend.cases import randn
 from tests.backend.runner import Case, rng_for
@@ -24,7 +24,7 @@ def words(**values: int) -> NDArray[np.int32]:
     """A cursor."""
     out = np.zeros(16, np.int32)
     for name, value in values.items():
-        out[Word[name.upper()]] = value
+        out[PolicyWord[name.upper()]] = value
     return out
 
 

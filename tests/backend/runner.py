@@ -1,7 +1,7 @@
 """Runs one launch on a backend: numpy arrays in, numpy arrays out, poison everywhere else.
 
 IS: regions, addresses and packing for a single launch, the way the arena does it for a whole tape.
-IS NOT: a judge: comparing is up to the tests. Called by: tests/backend.
+IS NOT: a judge: comparing is up to the tests.
 """
 
 from __future__ import annotations

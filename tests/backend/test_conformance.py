@@ -15,11 +15,10 @@ import pytest
 from flashrt.backends.cpu.device import CpuDevice
 from flashrt.backends.cuda.device import Capacities, CudaDevice, open_device
 from flashrt.backends.cuda.graph import CudaGraph
-from flashrt.backends.cuda.probe import probe
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.base.errors import BackendError, SealedError
 from flashrt.core.backend import Backend, BoundLaunch, Bytes
-from flashrt.core.copyplan import Copy, CopyPlan, Upload
+from flashrt.core.copylist import Copy, CopyList, Upload
 from flashrt.core.digest import DigestTerm, digest_reference, region_seed
 from flashrt.core.op import bind
 from flashrt.core.region import DType, Layout, Region, Role
@@ -53,9 +52,8 @@ class Bench:
         self.mirror[offset : offset + nbytes] = byte
 
     def copy(self, *copies: Copy) -> None:
-        plan = CopyPlan(copies)
-        plan.check(ARENA_BYTES)
-        self.backend.copy(plan, self.base, self.base)
+        moves = CopyList(copies).check(ARENA_BYTES)
+        self.backend.copy(moves, self.base, self.base)
         for c in copies:
             for row in range(c.height):
                 src, dst = c.src + row * c.src_pitch, c.dst + row * c.dst_pitch
@@ -77,8 +75,6 @@ class Bench:
 ])  # fmt: skip
 def opened(request: pytest.FixtureRequest) -> Iterator[Bench]:
     """One device per module: opening and building is not what these tests are about."""
-    if request.param == "cuda" and not (status := probe()).is_usable:
-        pytest.skip(str(status))
     backend = OPENERS[request.param]()
     backend.build(OPS)
     memory = backend.allocate("arena", ARENA_BYTES)
@@ -164,7 +160,7 @@ def test_large_and_small_copies_in_one_plan(bench: Bench) -> None:
     bench.check()
 
 
-def test_empty_plan_does_nothing(bench: Bench) -> None:
+def test_an_empty_list_does_nothing(bench: Bench) -> None:
     before = replace(bench.backend.counters)
     bench.copy()
     bench.check()
@@ -172,9 +168,9 @@ def test_empty_plan_does_nothing(bench: Bench) -> None:
 
 
 def test_bases_are_added_to_each_side(bench: Bench) -> None:
-    plan = CopyPlan((Copy(10, 20, 30), Copy(100, 200, 40, 2, 50, 60)))
-    bench.backend.copy(plan, bench.base + 1000, bench.base + 5000)
-    for c in plan:
+    moves = CopyList((Copy(10, 20, 30), Copy(100, 200, 40, 2, 50, 60)))
+    bench.backend.copy(moves, bench.base + 1000, bench.base + 5000)
+    for c in moves:
         for row in range(c.height):
             src, dst = 1000 + c.src + row * c.src_pitch, 5000 + c.dst + row * c.dst_pitch
             bench.mirror[dst : dst + c.width] = bench.mirror[src : src + c.width]
@@ -185,14 +181,14 @@ def test_uploads_take_rows_out_of_host_bytes(bench: Bench) -> None:
     source = np.random.default_rng(3).integers(0, 256, 300_000, np.uint8)
     other = ~source[:5000]
     uploads = [
-        Upload(source, CopyPlan((Copy(7, 9, 90_001), Copy(100_000, 200_000, 30, 40, 33, 1000)))),
-        Upload(other, CopyPlan((Copy(1, 100_000, 4000),))),
+        Upload(source, CopyList((Copy(7, 9, 90_001), Copy(100_000, 200_000, 30, 40, 33, 1000)))),
+        Upload(other, CopyList((Copy(1, 100_000, 4000),))),
     ]
     expected = [source.copy(), other.copy()]
     bench.backend.upload(uploads, bench.base)
     source[:], other[:] = 0, 0  # they may change as soon as the call returns
     for upload, host in zip(uploads, expected, strict=True):
-        for c in upload.plan.check(ARENA_BYTES, host.size):
+        for c in upload.moves.check(ARENA_BYTES, host.size):
             for row in range(c.height):
                 src, dst = c.src + row * c.src_pitch, c.dst + row * c.dst_pitch
                 bench.mirror[dst : dst + c.width] = host[src : src + c.width]
@@ -218,7 +214,7 @@ def test_reads_that_have_begun_are_not_overtaken(bench: Bench, how: str) -> None
         bench.copy(Copy(1 << 20, 0, 800_000), Copy(2 << 20, 800_000, 100_000))
     else:
         zeros = np.zeros(900_000, np.uint8)
-        bench.backend.upload([Upload(zeros, CopyPlan((Copy(0, 0, 900_000),)))], bench.base)
+        bench.backend.upload([Upload(zeros, CopyList((Copy(0, 0, 900_000),)))], bench.base)
         bench.mirror[:900_000] = 0
     bench.check()
     assert np.array_equal(short(), expected[800_000:870_001])
@@ -391,7 +387,7 @@ def test_replay_sees_earlier_writes_and_not_later_ones(bench: Bench) -> None:
     for i in range(100):
         set_cursor(bench, i, 1000)
         bench.backend.replay(graph)
-        bench.backend.copy(CopyPlan((Copy(0, 4096 + 4 * i, 4),)), bench.base, bench.base)
+        bench.backend.copy(CopyList((Copy(0, 4096 + 4 * i, 4),)), bench.base, bench.base)
     bench.backend.sync()
     got = bench.read(4096, 400).view(np.int32)
     assert (got == np.arange(100) + 1000).all()
@@ -403,8 +399,6 @@ def test_replay_sees_earlier_writes_and_not_later_ones(bench: Bench) -> None:
 @pytest.fixture(params=["cpu", "simt", pytest.param("cuda", marks=pytest.mark.gpu)])
 def fresh(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """A device of its own, for tests that seal or break it."""
-    if request.param == "cuda" and not (status := probe()).is_usable:
-        pytest.skip(str(status))
     backend = OPENERS[request.param]()
     yield backend
     backend.close()
@@ -420,7 +414,7 @@ def test_counters_count(fresh: Backend) -> None:
     fresh.replay(graph)
     fresh.replay(graph)
     fresh.eager([advance(bench)])
-    fresh.copy(CopyPlan((Copy(0, 100, 10), Copy(200, 300, 5, 2, 10, 10))), bench.base, bench.base)
+    fresh.copy(CopyList((Copy(0, 100, 10), Copy(200, 300, 5, 2, 10, 10))), bench.base, bench.base)
     now = fresh.counters
     assert fresh.counters.allocations == before.allocations == 1
     assert (now.captures, now.replays) == (before.captures + 1, before.replays + 2)

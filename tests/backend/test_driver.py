@@ -388,7 +388,7 @@ DEVICE = """
 import numpy as np
 from flashrt.backends.cuda.device import open_device
 from flashrt.core.backend import BoundLaunch
-from flashrt.core.copyplan import Copy, CopyPlan
+from flashrt.core.copylist import Copy, CopyList
 from flashrt.core.op import bind
 from flashrt.core.region import DType, Region, Role
 from flashrt.ops.table import ADVANCE, OPS
@@ -407,7 +407,7 @@ device.write(arena.address, words.view(np.uint8))
 for _ in range(100):
     device.replay(graph)
 device.eager(launches)
-device.copy(CopyPlan((Copy(0, 4096, 4),)), arena.address, arena.address)
+device.copy(CopyList((Copy(0, 4096, 4),)), arena.address, arena.address)
 device.fill(arena.address + 4, 1, 255)
 device.sync()
 out = np.zeros(16384, np.uint8)

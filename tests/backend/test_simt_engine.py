@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from flashrt.backends.simt.device import SimtDevice
-from flashrt.load import Precision, SessionEngine, load_on
+from flashrt.load import Precision, load_on
+from flashrt.session.engine import SessionEngine
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "tiny"
 N_TOKENS = 39  # over buckets, granules and mma tiles, on none of their boundaries
-SCHEDULES = (0, 1, 2, 3, 4)  # 0: threads and blocks in order
+SCHEDULES = (0, 1, 2)  # 0: threads and blocks in order
 
 
 def load(device: SimtDevice, max_positions: int = 128) -> SessionEngine:

@@ -1,13 +1,14 @@
 """The SIMT shim finds what it promises to find: planted faults, each caught; real kernels, clean.
 
 IS: faults in tiny kernels (the checks of the shim itself), faults planted into the shipped sources
-(would the suite notice?), random schedules, the race detector over every kernel. IS NOT: a check
-of results, see test_ops. Called by: pytest.
+(would the suite notice?), random schedules, the race detector over every kernel. IS NOT: a check of
+results, see test_ops.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -218,6 +219,12 @@ PLANTS = {
 }
 
 
+def planted(names: Iterable[str]) -> list[object]:
+    """Cases by name; each compiles kernels, so the quick suite takes the first alone."""
+    first, *others = names
+    return [pytest.param(first), *(pytest.param(n, marks=pytest.mark.slow) for n in others)]
+
+
 def run_planted(
     plant: Plant, compiler: Compiler, seed: int, *, is_planted: bool
 ) -> NDArray[np.generic]:
@@ -234,7 +241,7 @@ def run_planted(
     return np.concatenate([after[n].reshape(-1) for n in outputs if n != "partials"])
 
 
-@pytest.mark.parametrize("name", PLANTS)
+@pytest.mark.parametrize("name", planted(PLANTS))
 def test_a_planted_fault_shows_in_some_schedule(name: str, tmp_path: Path) -> None:
     plant, compiler = PLANTS[name], ShimCompiler(tmp_path)
     right = run_planted(plant, compiler, 0, is_planted=False)
@@ -253,7 +260,7 @@ def test_a_planted_fault_shows_in_some_schedule(name: str, tmp_path: Path) -> No
     assert found, f"{name}: no schedule shows it"
 
 
-@pytest.mark.parametrize("name", [name for name in PLANTS if "no barrier" in name])
+@pytest.mark.parametrize("name", planted(name for name in PLANTS if "no barrier" in name))
 def test_the_race_detector_names_a_missing_barrier(name: str, tmp_path: Path) -> None:
     compiler = ShimCompiler(tmp_path, is_watched=True)
     with pytest.raises(BackendError, match=r"race: thread \d+ .*\.cuh?:\d+"):

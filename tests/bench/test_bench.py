@@ -10,11 +10,12 @@ import pytest
 import flashrt
 from flashrt import cli
 from flashrt.base.flags import Flags
-from flashrt.commands.bench.bench_work import prefill_flop, streamed_bytes
+from flashrt.commands.bench import resume as bench_resume
 from flashrt.commands.bench.document import BenchOptions
 from flashrt.commands.bench.session import bench
-from flashrt.commands.bench.session import resume as bench_resume
 from flashrt.commands.checkpoints import EngineOptions
+from flashrt.models.model import DECODE, PREFILL
+from flashrt.ops.work import flop_of, streamed_bytes
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 
@@ -78,11 +79,11 @@ def test_work_counted_from_tapes_is_work_counted_by_hand(engine: flashrt.Engine)
     for n in (1, 7, 100):
         pairs = n * (n + 1) // 2
         expected = per_token * n + n_full * 4 * q * d * pairs
-        assert prefill_flop(engine.model, n) == expected
+        assert flop_of(engine.model.record(PREFILL, 1), n) == expected
 
 
 def test_a_token_streams_all_weights_but_a_gathered_table(engine: flashrt.Engine) -> None:
-    tied = streamed_bytes(engine.model, engine.backend)
+    tied = streamed_bytes(engine.model.record(DECODE, 1), engine.backend)
     total = sum(slot.storage.nbytes for slot in engine.arena.weights.slots)
     assert tied == total  # the head of this checkpoint is the table, and is read in whole
     untied = flashrt.load(
@@ -90,7 +91,10 @@ def test_a_token_streams_all_weights_but_a_gathered_table(engine: flashrt.Engine
     )
     total = sum(slot.storage.nbytes for slot in untied.arena.weights.slots)
     (table,) = [s for s in untied.arena.weights.slots if "embed" in s.region.name]
-    assert streamed_bytes(untied.model, untied.backend) == total - table.storage.nbytes
+    assert (
+        streamed_bytes(untied.model.record(DECODE, 1), untied.backend)
+        == total - table.storage.nbytes
+    )
 
 
 def test_resume_from_the_command_line(

@@ -11,9 +11,9 @@ import pytest
 
 import flashrt
 from flashrt import cli
+from flashrt.commands.bench import draft as module
 from flashrt.commands.bench.document import BenchOptions
 from flashrt.commands.bench.draft import FORCED, LENGTHS, REPLAYS, bench_draft, measure
-from flashrt.commands.bench.session import draft as module
 from flashrt.commands.checkpoints import EngineOptions
 from flashrt.weights.random_checkpoint import write_random_checkpoint
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from flashrt import cli
+from flashrt.commands.bench import policy as module
 from flashrt.commands.bench.policy import PolicyBenchOptions, bench_policy
-from flashrt.commands.bench.policy_report import bars
-from flashrt.commands.bench.session import policy as module
+from flashrt.commands.bench.report import bars
 from flashrt.robot.loop import ControlLoop
 
 SHORT = PolicyBenchOptions("random-tiny", "cpu", seconds=0.3, hz=200.0, repeats=6)
@@ -87,8 +87,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert cli.main([*common, "--policy", "random-tiny", "--json", str(target)]) == 0
     assert json.loads(target.read_text())["ticks"] == 30
     assert cli.main([*common, "--policy", "none-such"]) == 2
-    assert "'random-base'" in capsys.readouterr().err
-    assert cli.main(["bench", "--policy", "random-tiny", "--seconds", "0"]) == 2
+    assert "two-doors, random-tiny" in capsys.readouterr().err
+    assert cli.main([*common, "--policy", "random-tiny", "--hz", "1"]) == 2
     assert "have no tick" in capsys.readouterr().err
     assert cli.main([*common, "--policy", "random-tiny", "--lengths", "3"]) == 2
     assert "leave out --checkpoint" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from flashrt.capsule import file as blob
+from flashrt.capsule import file
 
 Mutation = Callable[[np.random.Generator, bytes], bytes]
 ABSURD = (-1, 0, 1, 2**31, 2**32 + 1, 2**63 - 1, 2**63, 2**64, 10**30, 0.5, True, None, "7", [], {})
@@ -165,4 +165,4 @@ FORGERY: tuple[Mutation, ...] = tuple(
     )
 )  # fmt: skip
 CAPSULE_FILE: tuple[Mutation, ...] = (*DAMAGE, flip_header, claim_a_length, *FORGERY)
-assert blob.FORMAT == "flashrt-capsule-1", "the forgeries know this header"
+assert file.FORMAT == "flashrt-capsule-1", "the forgeries know this header"

@@ -135,7 +135,7 @@ def test_mutated_stores_are_refused(
                 continue
             path = Path(store.folder.url, name)
             path.write_bytes(mutated)
-            engine.poison_lane(target._lane)
+            engine.poison_lane(target.lane)
             with pytest.raises(flashrt.FlashrtError):
                 target.restore(store.load(engine, place))
                 pytest.fail(f"accepted number {i}, {name}, {mutate}")

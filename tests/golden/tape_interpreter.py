@@ -1,7 +1,7 @@
 """Runs recorded tapes with the reference of each op, in float64.
 
 IS: an independent check that a model's regions and tapes compute the model; every element that
-nobody wrote is NaN. IS NOT: a backend. Called by: test_tapes, test_random_checkpoint.
+nobody wrote is NaN. IS NOT: a backend. Without it, a wrong tape and a wrong kernel could cancel.
 """
 
 from __future__ import annotations

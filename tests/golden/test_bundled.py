@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from flashrt.base.errors import CheckpointError
-from flashrt.load import SessionEngine, load
+from flashrt.load import load
+from flashrt.session.engine import SessionEngine
 from flashrt.session.session import Session
 from flashrt.text.template import ChatTemplate, chat_template_of
 from flashrt.text.tokenizer import Tokenizer

@@ -53,7 +53,7 @@ def test_drafts(engine: flashrt.Engine, expected: Expected) -> None:
         session.prefill(expected.prompts[expected.draft_prompt])
         first = next(iter(session.generate(1)))
         assert first == expected.greedy[expected.draft_prompt][0]
-        lane, logits = session._lane, []
+        lane, logits = session.lane, []
         for i in range(len(expected.drafts)):
             engine.draft(lane, 1 + i)  # the same drafts again, and one more
             logits.append(engine.lane_array(lane, "draft_logits")[0])
@@ -70,7 +70,7 @@ def test_rows_and_every_slot(engine: flashrt.Engine, expected: Expected) -> None
     following = [*prompt[1:], expected.greedy[expected.draft_prompt][0]]
     hidden, logits = [], []
     with engine.session() as session:
-        lane = session._lane
+        lane = session.lane
         for token, after in zip(prompt, following, strict=True):
             session.prefill([token])
             engine.write_cursor(lane, 2, after)

@@ -73,7 +73,7 @@ def test_states_after_prefill(
         pytest.skip("this set holds no states")
     session.prefill(expected.prompts[expected.cache_prompt])
     names = ("state", "window", "keys", "values")
-    lane = {name: engine.lane_array(session._lane, name) for name in names}
+    lane = {name: engine.lane_array(session.lane, name) for name in names}
     assert_states(lane, expected)
 
 

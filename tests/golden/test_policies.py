@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import flashrt
-from flashrt.engine.actions import PolicyEngine
-from flashrt.robot.rollout import Rollout
+from flashrt.engine.actions import ActionEngine
+from flashrt.robot import Rollout
 from flashrt.worlds import robots, two_doors
 
 ROOT = Path(__file__).parents[2]
@@ -31,13 +31,13 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def engine(name: str) -> Iterator[PolicyEngine]:
+def engine(name: str) -> Iterator[ActionEngine]:
     engine = flashrt.load_policy(name, device="cpu", lanes=1)
     yield engine
     engine.close()
 
 
-def rollout_of(engine: PolicyEngine) -> Rollout:
+def rollout_of(engine: ActionEngine) -> Rollout:
     environment = str(engine.config.card["environment"])
     loop = flashrt.ControlLoop(engine, engine.config.fps)
     return Rollout(lambda: robots.make(environment), loop)
@@ -57,18 +57,18 @@ def mean_return(
     return float(np.mean(returns))
 
 
-def test_solves_its_task(name: str, engine: PolicyEngine) -> None:
+def test_solves_its_task(name: str, engine: ActionEngine) -> None:
     episodes, enough = ENOUGH[name]
     with rollout_of(engine) as rollout:
         assert mean_return(rollout, episodes) >= enough
 
 
 @pytest.mark.parametrize("name", NEED_MEMORY)
-def test_needs_its_memory(name: str, engine: PolicyEngine) -> None:
+def test_needs_its_memory(name: str, engine: ActionEngine) -> None:
     with rollout_of(engine) as rollout:
 
         def forget() -> None:
-            lane = rollout.loop._drive.lane
+            lane = rollout.loop.lane
             memory = engine.lane_array(lane, "memory")
             engine.set_lane_array(lane, "memory", np.zeros_like(memory))
 
@@ -76,7 +76,7 @@ def test_needs_its_memory(name: str, engine: PolicyEngine) -> None:
         assert without < whole - 0.25 * abs(whole)
 
 
-def test_goes_on_to_the_bit_after_a_restore(engine: PolicyEngine) -> None:
+def test_goes_on_to_the_bit_after_a_restore(engine: ActionEngine) -> None:
     with rollout_of(engine) as rollout:
         rollout.reset(FIRST_SEED)
         for _ in range(21):

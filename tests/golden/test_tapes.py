@@ -25,7 +25,14 @@ def parts(golden_set: Path) -> tuple[Expected, Checkpoint, Model]:
     return read_expected(golden_set), checkpoint, model
 
 
-@pytest.mark.parametrize("prompt", [1, 3, 5], ids=["5 tokens", "65 tokens", "777 tokens"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        pytest.param(1, id="5 tokens"),
+        pytest.param(3, id="65 tokens"),
+        pytest.param(5, id="777 tokens", marks=pytest.mark.slow),
+    ],
+)
 def test_prefill_then_decode(parts: tuple[Expected, Checkpoint, Model], prompt: int) -> None:
     expected, checkpoint, model = parts
     lane = TapeInterpreter(model, checkpoint)

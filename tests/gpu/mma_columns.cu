@@ -1,4 +1,5 @@
-// mma_columns.cu - one mma of flashrt.cuh per block, operands and result in memory: to look at columns one by one.
+// mma_columns.cu - one mma of flashrt.cuh per block, operands and result in memory: to look at
+// columns one by one.
 #include "flashrt.cuh"
 
 struct mma_columns_args {

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from flashrt.commands.bench.session.gpu import run as module
 
 from flashrt.base.errors import FlashrtError
-from flashrt.commands.bench.gpu.report import markdown, targets
+from flashrt.commands.bench.gpu import run as module
 from flashrt.commands.bench.gpu.run import SIMT_NOTE, GpuBenchOptions, gpu_bench
+from flashrt.view.gpu_page import markdown, targets
 
 
 def test_simt_figures_do_not_go_among_measurements(tmp_path: Path) -> None:

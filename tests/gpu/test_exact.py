@@ -14,8 +14,8 @@ import pytest
 
 from flashrt.backends.cuda.device import Precision, open_device
 from flashrt.commands.bench.gpu.engine import load_synthetic
-from flashrt.load import SessionEngine, load_on
-from tests.gpu.conftest import require_gpu
+from flashrt.load import load_on
+from flashrt.session.engine import SessionEngine
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 FEW_CUTS = [(1,), (8, 17), (256,), (31, 32, 33, 290)]
@@ -25,7 +25,6 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module", params=["tiny bfloat16", "tiny high", "0.8b bfloat16"])
 def engine(request: pytest.FixtureRequest) -> Iterator[SessionEngine]:
-    require_gpu()
     model, precision = request.param.split()
     made = _load(model, precision)
     yield made
@@ -37,7 +36,7 @@ def _load(model: str, precision: Precision) -> SessionEngine:
         return load_on(
             lambda: open_device(precision), TINY, max_positions=512, lanes=2, draft=False
         )
-    return load_synthetic(lambda: open_device(precision), model, max_positions=512)
+    return load_synthetic(lambda: open_device(precision), model, max_positions=512).engine
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +117,6 @@ def test_no_kernel_writes_past_its_region(engine: SessionEngine) -> None:
 
 
 def test_a_thousand_tokens_ask_the_driver_for_nothing_but_graphs() -> None:
-    require_gpu()
     device = open_device()
     engine = load_on(lambda: device, TINY, max_positions=1100, draft=False)
     with engine.session() as session:
@@ -137,7 +135,6 @@ def test_a_thousand_tokens_ask_the_driver_for_nothing_but_graphs() -> None:
 @pytest.mark.parametrize("precision", ["bfloat16", "high"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_drafting_changes_nothing_but_speed(precision: Precision, temperature: float) -> None:
-    require_gpu()
     engine = load_on(lambda: open_device(precision), TINY, max_positions=256, lanes=1, draft=True)
     found = set()
     with engine.session() as session:

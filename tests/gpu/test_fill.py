@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from flashrt.backends.cuda.extra_ops import BYTE_SUM_DEVIATION, add_kernels, random_fill
 from flashrt.base.errors import CheckpointError
 from flashrt.commands.bench.gpu.engine import load_synthetic
-from flashrt.commands.bench.gpu.kernels import BYTE_SUM_DEVIATION, add_kernels, random_fill
 from flashrt.ops import OPS
 from flashrt.weights.checkpoint import open_checkpoint
 from flashrt.weights.random_checkpoint import SHAPES, write_random_checkpoint
@@ -90,13 +90,14 @@ def test_named_shapes_have_as_many_parameters_as_their_models(shape: str, billio
 
 def test_weights_spread_as_in_a_written_checkpoint(device_name: str) -> None:
     """Tiny has matrices of both kinds: filled on the device, and loaded (heads off the tiles)."""
-    engine = load_synthetic(lambda: open_named(device_name), "tiny", max_positions=128)
+    made = load_synthetic(lambda: open_named(device_name), "tiny", max_positions=128)
+    engine = made.engine
     try:
         base = engine.arena.weight_memory.address
         for slot in engine.arena.weights.slots:
             raw = np.empty(slot.storage.nbytes, np.uint8)
-            engine.gpu.read(base + slot.offset, raw)
-            array = engine.gpu.unpack(slot.region, raw)
+            made.gpu.read(base + slot.offset, raw)
+            array = made.gpu.unpack(slot.region, raw)
             is_matrix = array.dtype == np.uint16
             values = array.view(ml_dtypes.bfloat16) if is_matrix else array
             assert np.isfinite(values.astype(np.float32)).all(), slot.region.name

@@ -9,7 +9,7 @@ import pytest
 
 from flashrt.backends.cuda.device import CudaDevice, open_device
 from flashrt.backends.simt.device import SimtDevice
-from flashrt.commands.bench.gpu.kernels import (
+from flashrt.backends.cuda.extra_ops import (
     MMA_CHAINS,
     THREADS,
     add_kernels,
@@ -79,9 +79,8 @@ def test_every_mma_is_in_the_sum(device: CudaDevice) -> None:
 
 
 @pytest.mark.gpu
-def test_limits_of_a_gpu_are_those_of_a_gpu(gpu: None) -> None:
+def test_limits_of_a_gpu_are_those_of_a_gpu() -> None:
     """Wide bounds: what is below or above them is a mistake in measuring, not a GPU."""
-    del gpu
     found = measure_limits(open_device, LimitSizes(repeats=3))
     assert 5e10 < found.kernel_copy_bytes_per_s < 2e13
     assert 5e10 < found.driver_copy_bytes_per_s < 2e13

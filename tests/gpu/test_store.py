@@ -32,14 +32,14 @@ def test_capsules_outlive_their_engine(
     assert store.save(leaf).shared_nbytes > 0
     for tier in ("host", "disk", "device"):
         leaf.to(tier)
-        first.poison_lane(session._lane)
+        first.poison_lane(session.lane)
         session.restore(leaf)
         assert (session.digest(), leaf.tier, leaf.digest) == (digest, tier, digest)
     leaf.save(tmp_path / "c.capsule")
     expected = list(session.generate(3, temperature=1.0, seed=2)), session.logits().tobytes()
     other = second.session()
     for capsule in (store.load(second, "leaf"), second.load_capsule(tmp_path / "c.capsule")):
-        second.poison_lane(other._lane)
+        second.poison_lane(other.lane)
         other.restore(capsule)
         assert other.digest() == digest
         found = list(other.generate(3, temperature=1.0, seed=2)), other.logits().tobytes()

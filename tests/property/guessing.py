@@ -61,9 +61,9 @@ def check_wrong_commit_shows(engine: flashrt.Engine, prompt: list[int]) -> None:
     with engine.session() as session:
         session.prefill(prompt)
         next(iter(session.generate(1)))
-        engine._write_io(session._lane, "drafted", np.array(wrong, np.int32))
-        assert engine.verify(session._lane, 2) == following[1:2]
-        engine.commit(session._lane, np.array(following[:2], np.int32))
+        engine._write_io(session.lane, "drafted", np.array(wrong, np.int32))
+        assert engine.verify(session.lane, 2) == following[1:2]
+        engine.commit(session.lane, np.array(following[:2], np.int32))
         assert session.digest() != cold(engine, prompt + following[:2])[1]
 
 

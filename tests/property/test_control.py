@@ -1,4 +1,4 @@
-"""Random lives of control loops against an oracle that tells each history to an empty lane.
+"""Random lives of control loops against an oracle that runs each history on an empty lane.
 
 The oracle knows no loop: it calls the engine's verbs one by one, looks at the cursor before each,
 and plans in slices always. On the numpy policy a capsule is a deepcopy, so that the loop is tested
@@ -26,10 +26,12 @@ from hypothesis.stateful import (
 
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.base.errors import SessionError
-from flashrt.engine.actions import PolicyEngine, load_policy
-from flashrt.robot.history import NO_CUT, History, Told
+from flashrt.engine.actions import ActionEngine
+from flashrt.load import load_policy
+from flashrt.ops.cursor import read_cursor
+from flashrt.robot import schedule
+from flashrt.robot.history import NO_CUT, History, PastTick
 from flashrt.robot.loop import ControlLoop
-from flashrt.robot.schedule import Schedule
 from flashrt.weights.checkpoint import open_checkpoint
 from flashrt.weights.random_policy import write_random_policy
 from tests.numpy_policy import NumpyPolicy
@@ -177,9 +179,9 @@ class Lives(RuleBasedStateMachine):
     @rule(i=CHOICE, j=CHOICE, is_poisoned=st.booleans())
     def restore(self, i: int, j: int, is_poisoned: bool) -> None:
         loop, capsule = self.loop(i), self.capsule(j)
-        if is_poisoned and isinstance(self.engine, PolicyEngine):
+        if is_poisoned and isinstance(self.engine, ActionEngine):
             self.engine.arena.poison_scratch()
-            self.engine.arena.poison_lane(loop._drive.lane.index)
+            self.engine.arena.poison_lane(loop.lane.index)
         loop.restore(capsule)
         self.put(loop, self.frozen[capsule])
         self.compare(i, [])
@@ -253,14 +255,14 @@ class Lives(RuleBasedStateMachine):
         self.far[loop] = max(self.far[loop], self.reach[loop])
 
     @invariant()
-    def the_schedule_is_the_lanes(self) -> None:
+    def the_host_knows_the_cursor(self) -> None:
+        """Red when a rule of engine.cursors is not what the kernel does."""
         for loop in getattr(self, "told", {}):
-            drive = loop._drive
-            c, s = self.engine.cursor(drive.lane), drive.schedule
-            assert (c.tick, c.observed, c.stop) == (s.tick, s.observed, s.stop)
-            assert c.plan_steps_left == s.steps_left
+            if isinstance(self.engine, ActionEngine):
+                words = self.engine.lane_array(loop.lane, "cursor").tolist()
+                assert self.engine.cursor(loop.lane) == read_cursor(words)
             assert loop.position == sum(e[0] == "tick" for e in self.told[loop])
-        if isinstance(self.engine, PolicyEngine):
+        if isinstance(self.engine, ActionEngine):
             self.engine.capsules.check_integrity()
 
     def teardown(self) -> None:
@@ -270,7 +272,7 @@ class Lives(RuleBasedStateMachine):
             capsule.drop()
         if self.engine is not None:
             self.engine.release(self.lane)
-        if isinstance(self.engine, PolicyEngine):
+        if isinstance(self.engine, ActionEngine):
             assert self.engine.stats()["pool_used_bytes"] == 0
             self.engine.arena.check_guards()
 
@@ -306,7 +308,7 @@ def test_lives_on_cpu(checkpoint: Path, overlaps: int) -> None:
         overlap = overlaps
 
         @staticmethod
-        def load() -> PolicyEngine:
+        def load() -> ActionEngine:
             return load_policy(checkpoint, device="cpu", lanes=LANES)
 
     run_state_machine_as_test(CpuLives, settings=limits(100, 30))
@@ -319,7 +321,7 @@ def test_lives_on_simt(checkpoint: Path, overlaps: int, seed: int) -> None:
     """On the raw CUDA kernels, under random schedules of their threads."""
 
     class SimtLives(Lives):
-        engine = PolicyEngine(open_checkpoint(checkpoint), SimtDevice(seed=seed), lanes=LANES)
+        engine = ActionEngine(open_checkpoint(checkpoint), SimtDevice(seed=seed), lanes=LANES)
         overlap = overlaps
 
     walk(SimtLives, 60, seed)
@@ -356,7 +358,7 @@ def walk(kind: type[Lives], n: int, seed: int) -> None:
                 lives.drop(j=some(6))
             case 11:
                 (lives.reset if rng.random() < 0.5 else lives.set_seed)(i=some(6), seed=some(9))
-        lives.the_schedule_is_the_lanes()
+        lives.the_host_knows_the_cursor()
     for i in range(len(lives.told)):
         lives.compare(i=i, following=[1, 2, 3])
     lives.teardown()
@@ -382,30 +384,26 @@ def test_a_long_life_of_a_numpy_policy() -> None:
     walk(LongLives, 300, seed=1)
 
 
-def forgets_overrides(history: History, tick: int) -> Told:
-    return replace(TOLD(history, tick), executed=None)
+def forgets_overrides(history: History, tick: int) -> PastTick:
+    return replace(PAST_TICK(history, tick), executed=None)
 
 
-def forgets_interrupts(history: History, tick: int) -> Told:
-    return replace(TOLD(history, tick), cut=NO_CUT)
+def forgets_interrupts(history: History, tick: int) -> PastTick:
+    return replace(PAST_TICK(history, tick), cut=NO_CUT)
 
 
-def plans_too_late(schedule: Schedule) -> int:
-    return 0 if schedule.overlap == 3 else COMMITTED.fget(schedule)
-
-
-TOLD, COMMITTED = History.told, vars(Schedule)["committed"]
+PAST_TICK = History.past_tick
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "wrong"),
     [
-        (History, "told", forgets_overrides),
-        (History, "told", forgets_interrupts),
+        (History, "past_tick", forgets_overrides),
+        (History, "past_tick", forgets_interrupts),
         (History, "clear", lambda history: None),
-        (Schedule, "committed", property(plans_too_late)),
-        (Schedule, "slices", property(lambda schedule: schedule.steps_left)),
-        (ControlLoop, "_settle", lambda loop: None),
+        (schedule, "committed_rows", lambda cursor, overlap: 0),  # plans too late
+        (schedule, "euler_steps_due", lambda cursor: cursor.plan_steps_left),
+        (ControlLoop, "_finish_tick", lambda loop: None),
     ],
 )
 def test_negative_controls(

@@ -39,7 +39,7 @@ SAMPLING: tuple[dict[str, Any], ...] = (
     st.sampled_from([0.0, 0.5, 0.8, 1.0]),
     st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_drafting_changes_nothing(
     engine: flashrt.Engine,
     prompt: list[int],
@@ -69,7 +69,7 @@ def test_a_rejected_draft_leaves_no_trace(engine: flashrt.Engine) -> None:
     with engine.session() as session:
         session.prefill(PROMPT)
         before = outcome(session)
-        lane = session._lane
+        lane = session.lane
         names = ("state", "window", "last_hidden", "sampler", "bias")
         fixed = {name: engine.lane_array(lane, name).tobytes() for name in names}
         for length in range(1, 9):
@@ -211,7 +211,7 @@ def test_logits_that_are_not_numbers_are_reported(engine: flashrt.Engine, draft:
     with engine.session() as session:
         session.prefill(PROMPT)
         capsule = session.snapshot()
-        slot = engine.arena.lane(session._lane.index).fixed.slot("last_hidden")
+        slot = engine.arena.lane(session.lane.index).fixed.slot("last_hidden")
         hidden = engine.arena.read(slot)
         engine.arena.write(slot, np.full_like(hidden, np.nan))
         with pytest.raises(flashrt.SessionError, match="position 50 hold NaN"):

@@ -46,7 +46,7 @@ def test_any_row_bucket(engine: flashrt.Engine, tail: list[int], tokens: list[in
     for bucket in engine.model.buckets[1:]:
         with engine.session() as session:
             session.prefill(tokens)
-            engine.prefill(session._lane, np.array(tail, np.int32), bucket)
+            engine.prefill(session.lane, np.array(tail, np.int32), bucket)
             seen.add(fingerprint_of(session))
     assert seen == {cold(engine, tokens + tail)}
 
@@ -94,7 +94,7 @@ def test_poison_then_restore_is_complete(engine: flashrt.Engine) -> None:
         capsule = session.snapshot()
         expected = [*session.generate(20)], fingerprint_of(session)
         engine.arena.poison_scratch()
-        engine.poison_lane(session._lane)
+        engine.poison_lane(session.lane)
         session.restore(capsule)
         assert ([*session.generate(20)], fingerprint_of(session)) == expected
         capsule.drop()
@@ -107,9 +107,9 @@ def test_without_a_region_the_restore_is_incomplete(engine: flashrt.Engine) -> N
         session.prefill(range(1, 200))
         capsule = session.snapshot()
         before = fingerprint_of(session)
-        slot = engine.arena.lane(session._lane.index).fixed.slot("state")
+        slot = engine.arena.lane(session.lane.index).fixed.slot("state")
         saved = engine.arena.read(slot)
-        engine.poison_lane(session._lane)
+        engine.poison_lane(session.lane)
         session.restore(capsule)
         assert fingerprint_of(session) == before
         engine.arena.write(slot, np.zeros_like(saved))  # as if the region had been scratch

@@ -144,8 +144,8 @@ class Histories(RuleBasedStateMachine):
         if self.live(session) and capsule in self.frozen:
             if is_poisoned:
                 self.engine.arena.poison_scratch()
-                self.engine.capsules._forget_waypoints(session._lane, -1)
-                self.engine.poison_lane(session._lane)
+                self.engine.capsules._forget_waypoints(session.lane, -1)
+                self.engine.poison_lane(session.lane)
             session.restore(capsule)
             self.history[session] = list(self.frozen[capsule])
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashrt
+from flashrt.store.opening import open_session
 from flashrt.store.reuse import Action
 from flashrt.store.store import Store
 
@@ -38,12 +39,13 @@ def test_every_way_leads_to_the_same_state(
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, engine.session() as live:
         store = Store(folder)
-        for prompt, is_live, waypoints, every, is_restart in calls:
+        for prompt, is_live, boundaries, every, is_restart in calls:
             if is_restart:
                 for capsule in list(engine.capsules.capsules):
                     capsule.drop()
-            opened = store.open_session(
-                engine, prompt, session=live if is_live else None, waypoints=waypoints, every=every
+            near = live if is_live else None
+            opened = open_session(
+                store, engine, prompt, session=near, boundaries=boundaries, every=every
             )
             session, decision = opened.session, opened.decision
             assert session.tokens.tolist() == prompt

@@ -14,8 +14,8 @@ from flashrt.backends.simt.device import SimtDevice
 from flashrt.load import load_on
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SEEDS = (0, 1, 2, 3, 4)  # 0: threads in order
-PRECISIONS = ("bfloat16", "high")
+SEEDS = (0, 1, 2)  # 0: threads in order
+PRECISIONS = ("bfloat16", pytest.param("high", marks=pytest.mark.slow))
 Found = tuple[bytes, str]
 
 
@@ -73,7 +73,7 @@ def test_any_row_bucket(engines: list[flashrt.Engine], data: st.DataObject) -> N
     for bucket in engine.model.buckets[1:]:
         with engine.session() as session:
             session.prefill(head)
-            engine.prefill(session._lane, np.array(tail, np.int32), bucket)
+            engine.prefill(session.lane, np.array(tail, np.int32), bucket)
             seen.add(found(session))
     assert seen == {cold(engines[0], head + tail)}
 
@@ -91,12 +91,12 @@ def test_capsules_are_complete(engines: list[flashrt.Engine], data: st.DataObjec
         assert capsule.digest == session.digest()
         session.prefill(branch)
         engine.arena.poison_scratch()
-        engine.poison_lane(other._lane)
+        engine.poison_lane(other.lane)
         other.restore(capsule)
         other.prefill(branch)
         assert found(other) == found(session) == cold(engines[0], prefix + branch)
-        plan = engine.capsules.plan_restore(session._lane, capsule)
-        assert plan.nbytes == engine.stats()["fixed_bytes"]
+        moves = engine.capsules.moves_to_restore(session.lane, capsule)
+        assert moves.nbytes == engine.stats()["fixed_bytes"]
         session.restore(capsule)
         assert found(session) == cold(engines[0], prefix)
         capsule.drop()

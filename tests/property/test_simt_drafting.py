@@ -38,7 +38,7 @@ SAMPLING: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "high"])
+@pytest.fixture(scope="module", params=["bfloat16", pytest.param("high", marks=pytest.mark.slow)])
 def engine(request: pytest.FixtureRequest) -> Iterator[flashrt.Engine]:
     """Two lanes: the tested session's and its oracle's; positions beyond a block of 256 keys."""
     engine = load_on(lambda: SimtDevice(request.param, seed=5), TINY, max_positions=320, lanes=2)

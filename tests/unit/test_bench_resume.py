@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 import flashrt
-from flashrt.commands import console
-from flashrt.commands.bench.resume import measure, table
+from flashrt.commands.bench.resume import measure
 from flashrt.view.resume_plot import plot
 
 
-def test_rows_table_and_plot(
-    engine: flashrt.Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_and_plot(engine: flashrt.Engine, tmp_path: Path) -> None:
     seen: list[str] = []
     rows = measure(engine, tmp_path / "b", [64, 130], lambda what, done, total: seen.append(what))
     assert [r.tokens for r in rows] == [64, 130]
@@ -26,8 +22,7 @@ def test_rows_table_and_plot(
     assert set(seen) == {"cold 64", "cold 130"}
     assert not (tmp_path / "b").exists()
     assert engine.stats()["capsules"] == engine.stats()["pool_used_bytes"] == 0
-    console.screen().print(table(rows))
-    assert "First token after a restart" in capsys.readouterr().out
-    assert plot([asdict(r) for r in rows], tmp_path / "p.svg", "tiny").stat().st_size > 1000
+    document = {"model": "tiny", "device": "cpu", "rows": [row.row() for row in rows]}
+    assert plot(document, tmp_path / "p.svg").stat().st_size > 1000
     with pytest.raises(flashrt.FlashrtError, match="cannot write"):
-        plot([asdict(r) for r in rows], tmp_path / "absent" / "p.png", "tiny")
+        plot(document, tmp_path / "absent" / "p.png")

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import flashrt
-from flashrt.capsule import file as blob
+from flashrt.capsule import file
+from tests.fuzz.mutations import forged
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -32,7 +34,7 @@ def test_round_trip(engine: flashrt.Engine, session: flashrt.Session, saved: Pat
     capsule = engine.load_capsule(saved)
     assert (capsule.digest, capsule.tokens.tolist()) == expected
     assert capsule.name == "branch"
-    engine.poison_lane(session._lane)
+    engine.poison_lane(session.lane)
     session.restore(capsule)
     assert session.digest() == expected[0]
     assert list(session.generate(8)) == following
@@ -85,11 +87,31 @@ def test_foreign_capsules_are_refused(engine: flashrt.Engine, saved: Path) -> No
         short.load_capsule(saved)
 
 
+def test_a_long_list_of_names_is_cut(engine: flashrt.Engine, saved: Path, tmp_path: Path) -> None:
+    """Red while every name was listed: here 3,000 tensors, of a header whose checksum is good."""
+
+    def scatter(_: np.random.Generator, header: dict[str, Any]) -> None:
+        name = next(n for n, e in header.items() if n != "__metadata__" and e["shape"][0] >= 3000)
+        start, stop = header.pop(name)["data_offsets"]
+        for i in range(3000):
+            end = stop if i == 2999 else start + 1
+            header[f"fixed/{i:04}"] = {
+                "dtype": "U8", "shape": [end - start], "data_offsets": [start, end],
+            }  # fmt: skip
+            start = end
+
+    bad = tmp_path / "bad"
+    bad.write_bytes(forged(scatter)(np.random.default_rng(0), saved.read_bytes()))
+    with pytest.raises(flashrt.CapsuleError, match="do not fit the engine's plan") as caught:
+        engine.load_capsule(bad)
+    assert "and 2,993 more" in str(caught.value) and len(str(caught.value)) < 600
+
+
 def test_header_is_read_without_an_engine(saved: Path) -> None:
-    header = blob.read_header(saved)
+    header = file.read_header(saved)
     assert (header.position, header.name) == (79, "branch")
     assert header.parent_digest is not None
-    assert set(blob.read_tensors(header)) == set(header.table)
+    assert set(file.read_tensors(header)) == set(header.table)
 
 
 def test_a_full_disk_leaves_nothing_behind(
@@ -122,7 +144,7 @@ def test_equal_states_have_equal_files(
         session.rollback(0)
         session.prefill(range(70))
         session.snapshot().save(tmp_path / "c")
-        tensors = blob.read_tensors(blob.read_header(tmp_path / "c"))
+        tensors = file.read_tensors(file.read_header(tmp_path / "c"))
         files.append({n: t.tobytes() for n, t in tensors.items() if n.startswith("rows/")})
     assert files[0] == files[1]
 

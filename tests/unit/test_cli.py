@@ -127,7 +127,7 @@ def test_run_reads_and_writes_text(
     session = flashrt.load(TINY, device="cpu", max_positions=64).session()
     session.prefill([5, 6, 7])
     assert from_argument.split() == [f"w{token}" for token in session.generate(6)]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("w5 w6\nw7"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"w5 w6\nw7")))
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out == from_argument
     assert "the prompt is empty" in refusal(capsys, *arguments, "--prompt", "")

@@ -21,7 +21,7 @@ from flashrt.robot import loop as module
 from flashrt.robot import timing
 from flashrt.robot.lerobot import PolicyAgent
 from flashrt.robot.loop import ControlLoop
-from flashrt.robot.recording import replay
+from flashrt.robot.recording import record, replay
 from flashrt.robot.timing import Pace, Samples
 from tests.numpy_policy import NumpyPolicy
 
@@ -82,7 +82,7 @@ def test_committed_actions_are_executed_as_promised(engine: NumpyPolicy) -> None
     for overlap in (1, 2, 4):
         loop = ControlLoop(engine, overlap=overlap)
         loop.tick(SEEN[0])
-        promised = engine.cursor(loop._drive.lane).queue.copy()
+        promised = engine.cursor(loop.lane).queue.copy()
         executed = [loop.tick(SEEN[i]) for i in range(1, 4)]
         assert np.array_equal(executed, promised[1:4])
         loop.close()
@@ -109,7 +109,7 @@ def test_an_interrupt_may_keep_actions_that_were_promised(engine: NumpyPolicy) -
     loop = ControlLoop(engine)
     ticks(loop, 0, 5)
     loop.slack()
-    promised = engine.cursor(loop._drive.lane).queue
+    promised = engine.cursor(loop.lane).queue
     loop.interrupt(keep=1)
     assert np.array_equal(loop.tick(SEEN[5]), promised[5 - 3])
     loop.slack()
@@ -241,11 +241,15 @@ def test_a_foreign_capsule_changes_nothing(engine: NumpyPolicy) -> None:
 @pytest.mark.parametrize(
     ("observation", "said"),
     [
-        (np.zeros(4, np.float32), r"shape \(4,\), the policy takes \(3,\)"),
-        (np.zeros((1, 3), np.float32), r"shape \(1, 3\)"),
-        (np.zeros(3, np.int32), "dtype int32"),
-        (np.zeros(3, np.complex64), "dtype complex64"),
-        (np.array(["a", "b", "c"]), "dtype <U1"),
+        (np.zeros(4, np.float32), r"float32 \(4,\), expected float32 \(3,\)"),
+        (np.zeros((1, 3), np.float32), r"float32 \(1, 3\), expected"),
+        (np.zeros(3, np.int32), r"int32 \(3,\), expected float32"),
+        (np.zeros(3, np.complex64), r"complex64 \(3,\), expected"),
+        (np.array(["a", "b", "c"]), r"<U1 \(3,\), expected"),
+        ([[0.0], [1.0, 2.0], 3.0], "numpy cannot read this list as an array"),
+        ({"a": 0.0}, "dict, for numpy object"),
+        ("1.5", "str, for numpy <U3"),
+        (None, "NoneType, for numpy object"),
         ([0.0, float("nan"), 1.0], r"observation\[1\] is nan"),
         ([0.0, 1.0, 1e300], r"observation\[2\] is 1e\+300"),
     ],
@@ -285,7 +289,7 @@ def test_hold_executes_the_previous_action(
     clock(monkeypatch, [0, 0, 3.0])
     held = loop.tick(SEEN[5])
     assert held.tobytes() == sent.tobytes() and loop.stats()["misses"] == 1
-    lane = engine.cursor(loop._drive.lane)
+    lane = engine.cursor(loop.lane)
     assert (lane.tick, lane.previous.tobytes()) == (6, held.tobytes())
     digest = loop.digest()
     following = ticks(loop, 6, 20)
@@ -299,7 +303,7 @@ def test_hold_executes_the_previous_action(
     assert again.digest() == digest
     assert ticks(again, 6, 20) == following
     again.rewind_ticks(14)
-    assert again.digest() == digest, "what was executed is told again"
+    assert again.digest() == digest, "what was executed comes again"
 
 
 def test_hold_executes_the_hold_action(
@@ -314,7 +318,7 @@ def test_what_was_executed_can_be_said(engine: NumpyPolicy, tmp_path: Path) -> N
     """By a limiter, say: before the slack, so that what is planned follows on it."""
     loop, plain = ControlLoop(engine), ControlLoop(engine)
     limited = []
-    with loop.record(tmp_path / "r"):
+    with record(loop, tmp_path / "r"):
         for i in range(20):
             action = np.clip(loop.tick(SEEN[i]), -0.3, 0.3)
             loop.executed(action)
@@ -385,7 +389,7 @@ def test_after_an_interruption_the_schedule_is_read_from_the_lane(
         tick(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "tick", interrupted)
+    monkeypatch.setattr(engine, "tick_trusted", interrupted)
     with pytest.raises(KeyboardInterrupt):
         loop.tick(SEEN[5])
     monkeypatch.undo()
@@ -408,9 +412,9 @@ def test_a_recording_says_where_it_was_interrupted(
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), loop.record(tmp_path / "r"):
+    with pytest.raises(KeyboardInterrupt), record(loop, tmp_path / "r"):
         ticks(loop, 0, 5)
-        monkeypatch.setattr(engine, "tick", interrupted)
+        monkeypatch.setattr(engine, "tick_trusted", interrupted)
         loop.tick(SEEN[5])
     monkeypatch.undo()
     with pytest.raises(RecordingError, match="needs the capsule"):

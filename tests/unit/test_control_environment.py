@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from flashrt.base.errors import EnvironmentFailed, LaneBusy
-from flashrt.robot.environment import PlainState, layers
+from flashrt.robot.environment import PlainState, command_for, layers, observation_of
 from flashrt.robot.loop import ControlLoop
-from flashrt.robot.rollout import Rollout, command_for, observation_of
+from flashrt.robot.rollout import Rollout
+from flashrt.robot.run import run
 from tests.numpy_policy import NumpyPolicy
 
 gymnasium = pytest.importorskip("gymnasium")
@@ -168,15 +169,15 @@ def test_a_failing_environment_leaves_the_loop_where_it_was() -> None:
 def test_run_counts_episodes() -> None:
     engine = NumpyPolicy(observation_dim=3, action_dim=1)
     loop = ControlLoop(engine, 20.0)
-    report = loop.run(make("Pendulum-v1")(), seconds=8.0, rate=0, seed=4)
+    report = run(loop, make("Pendulum-v1")(), seconds=8.0, rate=0, seed=4)
     assert report.ticks == 160 and len(report.returns) == 2 and report.partial is not None
-    assert loop.run(make("Pendulum-v1")(), seconds=8.0, rate=0, seed=4).returns == report.returns
+    assert run(loop, make("Pendulum-v1")(), seconds=8.0, rate=0, seed=4).returns == report.returns
     assert report.stats["ticks"] == 160 and "lateness_p50_s" not in report.stats
 
 
 def test_run_keeps_pace() -> None:
     loop = ControlLoop(NumpyPolicy(), 200.0)
-    report = loop.run(Breakable(), seconds=0.25)
+    report = run(loop, Breakable(), seconds=0.25)
     assert report.ticks == 50 and report.returns == () and report.partial == 50.0
     assert report.stats["lateness_p50_s"] >= 0
     assert report.stats["latency_max_s"] > 0
@@ -187,7 +188,7 @@ def test_run_stops_where_the_environment_fails() -> None:
     step, count = environment.step, iter(range(100))
     environment.step = lambda action: step(action) if next(count) < 9 else step(None)
     with pytest.raises(EnvironmentFailed):
-        loop.run(environment, seconds=1.0, rate=0)
+        run(loop, environment, seconds=1.0, rate=0)
     assert loop.position == 9
 
 

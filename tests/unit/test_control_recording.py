@@ -11,7 +11,7 @@ import pytest
 
 from flashrt.base.errors import LaneBusy, RecordingError, SessionError
 from flashrt.robot.loop import ControlLoop
-from flashrt.robot.recording import ReplayReport, replay
+from flashrt.robot.recording import ReplayReport, record, replay
 from flashrt.robot.recording_file import HELD, LATE, Recording, read_recording, write_recording
 from tests.numpy_policy import NumpyPolicy
 
@@ -25,7 +25,7 @@ def engine() -> NumpyPolicy:
 
 def everything(engine: NumpyPolicy, path: Path) -> ReplayReport:
     """All that can happen to a loop, in one recording."""
-    with ControlLoop(engine, 20.0, overlap=2, seed=9) as loop, loop.record(path):
+    with ControlLoop(engine, 20.0, overlap=2, seed=9) as loop, record(loop, path):
         for i in range(20):
             loop.tick(SEEN[i])
         loop.interrupt(keep=1)
@@ -61,10 +61,10 @@ def test_the_same_bits(engine: NumpyPolicy, tmp_path: Path) -> None:
     assert replay(NumpyPolicy(lanes=1), path).mismatch is None, "in another process, say"
 
 
-def test_late_actions_are_told_again(engine: NumpyPolicy, tmp_path: Path) -> None:
+def test_late_actions_come_again(engine: NumpyPolicy, tmp_path: Path) -> None:
     """With a deadline that nothing can meet: every action but the first is held."""
     path = tmp_path / "late"
-    with ControlLoop(engine, deadline_ms=0.0) as loop, loop.record(path):
+    with ControlLoop(engine, deadline_ms=0.0) as loop, record(loop, path):
         sent = [loop.tick(SEEN[i]) for i in range(30)]
     assert all(np.array_equal(sent[0], action) for action in sent)
     outcomes = read_recording(path).outcomes
@@ -78,7 +78,7 @@ def test_it_may_begin_anywhere(engine: NumpyPolicy, tmp_path: Path) -> None:
     for i in range(7):
         loop.tick(SEEN[i])
     start = loop.snapshot()
-    with loop.record(path):
+    with record(loop, path):
         for i in range(7, 20):
             loop.tick(SEEN[i])
         other = loop.fork(1, seeds=[5])[0]
@@ -92,7 +92,7 @@ def test_it_may_begin_anywhere(engine: NumpyPolicy, tmp_path: Path) -> None:
         replay(engine, path, [start])
     with pytest.raises(RecordingError, match=f"needs the capsule with digest {start.digest}"):
         replay(engine, path)
-    with loop.record(path):  # a file of that name is replaced
+    with record(loop, path):  # a file of that name is replaced
         loop.reset(8)
         loop.tick(SEEN[0])
     assert replay(engine, path).mismatch is None, "what came before the reset does not matter"
@@ -201,11 +201,11 @@ def test_what_cannot_be_replayed_or_written(engine: NumpyPolicy, tmp_path: Path)
     loops = [ControlLoop(engine) for _ in range(3)]
     with pytest.raises(LaneBusy):
         replay(engine, path)
-    with pytest.raises(RecordingError, match="nothing was left there"), loops[0].record("/none/a"):
+    with pytest.raises(RecordingError, match="nothing was left there"), record(loops[0], "/none/a"):
         loops[0].tick(SEEN[0])
-    with loops[0].record(path), pytest.raises(SessionError, match="recorded already"):
-        loops[0].record(path).__enter__()
-    with loops[1].record(path):
+    with record(loops[0], path), pytest.raises(SessionError, match="recorded already"):
+        record(loops[0], path).__enter__()
+    with record(loops[1], path):
         loops[1].tick(SEEN[0])
         loops[1].close()
     assert len(read_recording(path).outcomes) == 1
@@ -213,7 +213,7 @@ def test_what_cannot_be_replayed_or_written(engine: NumpyPolicy, tmp_path: Path)
 
 def test_long_recordings_grow(engine: NumpyPolicy, tmp_path: Path) -> None:
     path = tmp_path / "long"
-    with ControlLoop(engine) as loop, loop.record(path):
+    with ControlLoop(engine) as loop, record(loop, path):
         for observation in SEEN:
             loop.tick(observation)
     assert replay(engine, path).ticks == len(SEEN)

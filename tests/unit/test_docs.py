@@ -24,7 +24,7 @@ from flashrt.weights.random_checkpoint import SHAPES, shape_config
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
-    ROOT / "README.md", ROOT / "examples/README.md", *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(ROOT.glob("*.md")), ROOT / "examples/README.md", *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "docs/measured/README.md",
 ]  # fmt: skip
 BLOCK = re.compile(r"^```(python|sh)(?: ([^\n]+))?\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -39,7 +39,16 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def cases(pages: list[Path]) -> list[object]:
+    """Pages to run; those that play the demo or start many processes are slow."""
+    slow = {"docs/quickstart.md", "docs/store.md"}
+    return [
+        pytest.param(p, id=name_of(p), marks=[pytest.mark.slow] * (name_of(p) in slow))
+        for p in pages
+    ]
+
+
+@pytest.mark.parametrize("page", cases(PAGES))
 def test_blocks_run(page: Path, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -113,6 +122,7 @@ def planned_for(shape: str, positions: int) -> Planned:
     return lay_out(model_for(shape_config(shape), max_positions=positions), options)
 
 
+@pytest.mark.slow
 def test_the_api_reference_builds(tmp_path: Path) -> None:
     pytest.importorskip("pdoc")
     command = [sys.executable, str(ROOT / "tools/api_reference.py"), "--out", str(tmp_path)]

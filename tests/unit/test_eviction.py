@@ -40,7 +40,7 @@ def test_capsules_move_down_and_all_can_be_restored(small: flashrt.Engine) -> No
     tiers = [c.tier for c, _ in kept]
     assert {"device", "host", "disk"} == set(tiers)
     for capsule, digest in kept:
-        small.poison_lane(session._lane)
+        small.poison_lane(session.lane)
         session.restore(capsule)
         assert session.digest() == digest == capsule.digest
 
@@ -70,7 +70,7 @@ def test_pinned_capsules_and_those_of_live_lanes_stay(small: flashrt.Engine) -> 
         session.prefill([token] * 15)
         newest = session.snapshot()
     assert pinned.fixed.tier == newest.fixed.tier == Tier.DEVICE
-    assert in_use(small.capsules, [session._lane]) == {newest}
+    assert in_use(small.capsules, [session.lane]) == {newest}
     demoted = [c for c in small.capsules.capsules if c.fixed.tier is Tier.HOST]
     assert demoted
 

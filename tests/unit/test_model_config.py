@@ -9,7 +9,7 @@ import pytest
 
 from flashrt.base.errors import CheckpointError, PlanError
 from flashrt.core.region import DType, Role
-from flashrt.models import Model, model_for
+from flashrt.models import Model, model_for, notes_on
 from flashrt.models.qwen35.config import LayerKind, parse_config
 from flashrt.models.qwen35.model import Qwen35
 
@@ -51,7 +51,8 @@ def test_inverse_frequencies(config: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("outer", "inner", "given", "tied"),
     [(True, None, None, True), (True, False, None, False), (False, True, None, True),
-     (None, None, None, False), (True, True, False, False), (False, False, True, True)],
+     (None, None, None, False), (True, True, False, False), (False, True, True, True),
+     (True, None, True, True)],
 )  # fmt: skip
 def test_tied_embeddings(
     config: dict[str, object],
@@ -80,29 +81,103 @@ BAD = [
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
     ({"linear_num_value_heads": 3}, "linear_num_value_heads 3 is no multiple of"),
     ({"num_attention_heads": 3}, "num_attention_heads 3 is no multiple of"),
-    ({"attention_bias": True}, "attention_bias is true"),
-    ({"attention_bias": "no"}, "attention_bias is 'no', expected true or false"),
+    ({"attention_bias": True}, "attention_bias is True; only False or None is supported"),
+    ({"attention_bias": "no"}, "attention_bias is 'no'"),
+    ({"attn_output_gate": False}, "attn_output_gate is False"),
+    ({"output_gate_type": "sigmoid"}, "output_gate_type is 'sigmoid'"),
+    ({"use_sliding_window": True}, "use_sliding_window is True"),
+    ({"is_causal": False}, "is_causal is False"),
+    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+    ({"num_experts": 256}, "num_experts is 256"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ({"vocab_size": 7}, "vocab_size is 7, expected 8 to 1,048,576"),
+    ({"vocab_size": 20_000_000}, "vocab_size is 20000000, expected 8 to 1,048,576"),
+    ({"head_dim": 2**30}, "head_dim is 1073741824, expected 1 to 1,024"),
+    ({"hidden_size": 10**5000}, "hidden_size is an integer of 16,610 bits"),
+    ({"max_position_embeddings": "long"}, "max_position_embeddings is 'long'"),
     ({"layer_types": ["mamba"] * 4}, "layer_types[3] is 'mamba'"),
     ({"layer_types": [{}] * 4}, "layer_types[0] is {}"),
     ({"layer_types": ["full_attention"]}, "expected a list of num_hidden_layers = 4"),
     ({"layer_types": "full_attention"}, "expected a list"),
     ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim is 1"),
     ({"rope_parameters": {"partial_rotary_factor": 0.1}}, "turns 3 dims, expected an even number"),
-    ({"rope_parameters": {"partial_rotary_factor": 2.0}}, "turns 64 dims"),
+    (
+        {"rope_parameters": {"partial_rotary_factor": 2.0}},
+        "partial_rotary_factor is 2.0, expected a positive number from 0 to 1",
+    ),
     ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta is 'big'"),
-    ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+    ({"rope_parameters": {"rope_theta": 0.5}}, "rope_theta is 0.5"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differs by layer"),
     ({"rope_parameters": [1]}, "rope_parameters is [1]"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type is 'linear'"),
+    ({"rope_scaling": {"rope_theta": 1e4}}, "rope_theta is 10000000.0, but rope_scaling takes"),
+    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "checkpoint (AWQ, 4 bits)"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
 ]
 
 
-@pytest.mark.parametrize(("change", "words"), BAD, ids=[words for _, words in BAD])
+@pytest.mark.parametrize(("change", "words"), BAD, ids=[words[:48] for _, words in BAD])
 def test_refusals(config: dict[str, object], change: dict[str, object], words: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         build(config | change)
     assert words in str(caught.value)
+
+
+HARMLESS = [
+    {"hidden_act": "swish"},
+    {"output_gate_type": "swish"},  # of Qwen3.6: another name of silu
+    {"attn_output_gate": True, "mamba_ssm_dtype": "float32", "use_sliding_window": False},
+    {"rope_parameters": None, "rope_scaling": {"type": "mrope"}, "rope_theta": 1e7},
+    {"rope_scaling": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}},
+    {"sliding_window": 4096, "attention_dropout": 0.1, "initializer_range": 1.0},
+    {"mtp_num_hidden_layers": 2},  # matters only where the draft head is run
+]
+
+
+@pytest.mark.parametrize("change", HARMLESS, ids=[",".join(c) for c in HARMLESS])
+def test_settings_that_change_nothing(config: dict[str, object], change: dict[str, object]) -> None:
+    assert parse_config(config | change) == parse_config(config)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear", "dynamic", "longrope", "llama3"])
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters", "outer"])
+def test_scaled_positions_are_refused_wherever_they_are_said(
+    config: dict[str, object], kind: str, place: str
+) -> None:
+    """Red when `rope_scaling` beside `rope_parameters`, or an outer level, is not read."""
+    scaling = {"rope_type": kind, "factor": 4.0}
+    outer = {"rope_scaling": scaling} if place == "outer" else {}
+    inner = config if place == "outer" else config | {place: scaling}
+    with pytest.raises(CheckpointError, match=f"rope_type is '{kind}'") as caught:
+        build({"model_type": "qwen3_5", "text_config": inner} | outer)
+    assert "remove it" in str(caught.value)
+
+
+@pytest.mark.parametrize("said", [False, None])
+def test_a_head_that_is_nowhere_is_not_tied_in_silence(
+    config: dict[str, object], said: bool | None
+) -> None:
+    """Red when a missing lm_head.weight decides over `tie_word_embeddings`."""
+    config["tie_word_embeddings"] = said
+    with pytest.raises(CheckpointError, match=r"the head is lm_head\.weight, which the weight"):
+        parse_config(config, is_tied=True)
+    assert not parse_config(config, is_tied=False).is_tied
+
+
+def test_a_draft_head_of_two_layers_names_both_ways_out(config: dict[str, object]) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        model_for(config | {"mtp_num_hidden_layers": 2}, max_positions=8, has_draft_head=True)
+    for words in ("mtp_num_hidden_layers is 2", "draft=False", "--no-draft"):
+        assert words in str(caught.value)
+
+
+def test_positions_beyond_those_of_training_are_noted(config: dict[str, object]) -> None:
+    nested = {"model_type": "qwen3_5", "text_config": config}
+    for given in (config, nested):
+        assert notes_on(given, 32768) == ()
+        (note,) = notes_on(given, 32769)
+        assert "beyond the 32,768 of max_position_embeddings" in note
 
 
 def test_one_error_lists_all_problems(config: dict[str, object]) -> None:
@@ -110,6 +185,14 @@ def test_one_error_lists_all_problems(config: dict[str, object]) -> None:
         build(config | {"hidden_size": None, "hidden_act": "gelu", "num_attention_heads": 3})
     for words in ("hidden_size", "hidden_act", "num_attention_heads"):
         assert words in str(caught.value)
+
+
+def test_many_problems_are_counted(config: dict[str, object]) -> None:
+    """Red when a list in a message is not cut."""
+    with pytest.raises(CheckpointError) as caught:
+        build(config | {"num_hidden_layers": 300, "layer_types": ["mamba"] * 300})
+    assert len(str(caught.value).splitlines()) == 10
+    assert "and 292 more" in str(caught.value)
 
 
 @pytest.mark.parametrize("nested", [None, [], "text"])

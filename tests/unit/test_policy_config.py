@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 import flashrt
 from flashrt.base.errors import CheckpointError, LaneBusy, PlanError
-from flashrt.engine.actions import load_policy
+from flashrt.load import load_policy
 from flashrt.models.flow_policy.config import parse_config
-from flashrt.models.flow_policy.model import Policy, time_features
+from flashrt.models.flow_policy.model import FlowPolicy, time_features
 from flashrt.weights.bundled_policies import bundled_policies, policy_path
 from flashrt.weights.random_policy import SHAPES, policy_config, write_random_policy
 
@@ -37,13 +37,23 @@ def rewrite(folder: Path, change: Callable[[Tensors], None]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_shape_round_trips(shape: str) -> None:
     config = parse_config(policy_config(shape))
-    policy = Policy(config)
+    policy = FlowPolicy(config)
     assert config.flow_size == config.chunk_size * (config.action_dim + 1)
     assert len(policy.phases) == 5 + config.num_inference_steps
     for phase, rows in policy.phases:
         assert policy.record(phase, rows).launches
     with pytest.raises(PlanError, match="no phase"):
         policy.record("plan_step", config.num_inference_steps + 1)
+
+
+def test_sizes_are_capped() -> None:
+    """Red when sizes alone make a policy of 65,535 tapes, or tensors beyond 2^31 values."""
+    config = policy_config("tiny")
+    most = {"chunk_size": 1 << 10, "action_dim": 1 << 10, "head_dim": 1 << 10}
+    assert parse_config(config | most).flow_size * (1 << 10) < 1 << 31
+    for name in ("num_inference_steps", "chunk_size", "head_blocks"):
+        with pytest.raises(CheckpointError, match=f"{name} is 65535, expected an integer from 1"):
+            parse_config(config | {name: 65535})
 
 
 def test_every_problem_is_named() -> None:
@@ -127,7 +137,10 @@ def test_lanes_are_lent_and_taken_back(checkpoint: Path) -> None:
         engine.take_lane()
     engine.observe(first, np.ones(engine.config.observation_dim))
     engine.release(first)
-    assert engine.cursor(engine.take_lane()).observed == -1
+    taken = engine.take_lane()
+    assert taken is first
+    engine.reset(taken)  # a lane is lent as its last user left it
+    assert engine.cursor(taken).observed == -1
 
 
 def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
@@ -144,7 +157,9 @@ def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_path_comes_before_a_bundled_name(checkpoint: Path) -> None:
     assert policy_path(checkpoint) == checkpoint
-    assert policy_path("no such policy") == Path("no such policy")
+    assert policy_path("folder/no such policy") == Path("folder/no such policy")
+    with pytest.raises(CheckpointError, match="no bundled policy; there are mountain-car"):
+        policy_path("no such policy")
     for name, folder in bundled_policies().items():
         assert policy_path(name) == folder
     assert flashrt.load_policy is load_policy

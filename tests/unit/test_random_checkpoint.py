@@ -13,7 +13,7 @@ from flashrt.core.region import DType
 from flashrt.models import Model, model_for
 from flashrt.weights import random_checkpoint
 from flashrt.weights.checkpoint import Checkpoint, open_checkpoint
-from flashrt.weights.loader import resolve
+from flashrt.weights.loader import check_sources
 from flashrt.weights.random_checkpoint import SHAPES, Shape, shape_config, write_random_checkpoint
 from tests.golden.tape_interpreter import TapeInterpreter
 
@@ -33,7 +33,7 @@ def test_rules_fit(tmp_path: Path, is_tied: bool, has_draft_head: bool, ssm_dtyp
         tmp_path / "c", is_tied=is_tied, has_draft_head=has_draft_head, ssm_dtype=ssm_dtype
     )
     checkpoint, model = parts(path, has_draft_head=has_draft_head)
-    assert resolve(model.weights, checkpoint) == ()
+    assert check_sources(model.weights, checkpoint) == ()
     dtypes = {t.dtype for n, t in checkpoint.tensors.items() if n.endswith("A_log")}
     assert dtypes == {ssm_dtype}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
@@ -115,5 +115,5 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
 def test_any_shape(tmp_path: Path) -> None:
     shape = Shape(48, 5, 40, (3, 1, 16), (2, 4, 8), 100)
     checkpoint, model = parts(write_random_checkpoint(tmp_path / "c", shape))
-    resolve(model.weights, checkpoint)
+    check_sources(model.weights, checkpoint)
     assert json.loads((tmp_path / "c" / "generation_config.json").read_text())["use_cache"] is True

@@ -102,12 +102,32 @@ def test_foreign_and_dropped_capsules_are_refused(session: flashrt.Session) -> N
 def test_generation_stops_when_the_lane_is_full(session: flashrt.Session) -> None:
     session.prefill(np.zeros(398, int))
     stream = session.generate(10)
-    got = [next(stream), next(stream)]
-    with pytest.raises(flashrt.SessionError, match="max_positions 400"):
-        next(stream)
+    got = list(stream)
+    assert len(got) == 2
+    assert stream.reason == "context"
     assert session.position == 400
     assert session.tokens[-2:].tolist() == got
     session.digest()
+    with pytest.raises(flashrt.SessionError, match="max_positions 400"):
+        session.generate(1)
+
+
+def test_a_generation_says_why_it_ended(session: flashrt.Session) -> None:
+    session.prefill(range(20))
+    capsule = session.snapshot()
+    stream = session.generate(6)
+    assert stream.reason is None
+    free = list(stream)
+    assert stream.reason == "length"
+    session.restore(capsule)
+    stream = session.generate(6, stop=[free[3]])
+    assert list(stream) == free[: free.index(free[3])]
+    assert stream.reason == "stop"
+    stream = session.generate(6)
+    next(stream)
+    stream.close()
+    assert stream.reason is None
+    assert list(stream) == []
 
 
 def test_stop_tokens_are_not_committed(session: flashrt.Session) -> None:

@@ -20,7 +20,7 @@ import flashrt
 from flashrt.base.errors import StoreError
 from flashrt.store import upkeep
 from flashrt.store.folder import open_folder
-from flashrt.store.opening import matching_capsules
+from flashrt.store.opening import matching_capsules, open_session
 from flashrt.store.reuse import Action
 from flashrt.store.store import Store
 
@@ -62,7 +62,7 @@ def test_another_engine_continues_with_the_same_bits(
     capsule.prefetch()
     assert (capsule.tier, capsule.name, capsule.position) == ("disk", "here", session.position)
     assert capsule.tokens.tolist() == session.tokens.tolist()
-    other.poison_lane(elsewhere._lane)
+    other.poison_lane(elsewhere.lane)
     elsewhere.restore(capsule)
     assert other.stats()["pool_used_bytes"] == 0  # straight from disk into the lane
     assert elsewhere.digest() == session.digest() == capsule.digest
@@ -76,9 +76,10 @@ def test_another_process_finds_the_longest_prefix(session: flashrt.Session, stor
     store.save(session.snapshot())
     list(session.generate(3))
     code = (
-        "import flashrt, sys; from flashrt.store.store import Store; "
+        "import flashrt, sys; from flashrt.store.opening import open_session; "
+        "from flashrt.store.store import Store; "
         "e = flashrt.load(sys.argv[1], device='cpu', max_positions=300); "
-        "o = Store(sys.argv[2]).open_session(e, list(range(200)) + [1, 2]); "
+        "o = open_session(Store(sys.argv[2]), e, list(range(200)) + [1, 2]); "
         "print(o.decision.action, o.decision.position, o.session.digest())"
     )
     command = [sys.executable, "-c", code, str(GOLDEN / "tiny"), store.folder.url]
@@ -142,12 +143,12 @@ def test_loaded_capsules_share_rows_and_know_lineage(
     other.capsules.check_integrity()
     elsewhere.restore(leaf)
     fixed = other.stats()["fixed_bytes"]
-    assert other.capsules.plan_restore(elsewhere._lane, root).nbytes == fixed
+    assert other.capsules.moves_to_restore(elsewhere.lane, root).nbytes == fixed
     leaf.drop()
     root.drop()
     again = store.load(other, "root")  # the lane still holds its rows
     other.capsules.check_integrity()
-    assert other.capsules.plan_restore(elsewhere._lane, again).nbytes == fixed
+    assert other.capsules.moves_to_restore(elsewhere.lane, again).nbytes == fixed
     elsewhere.restore(again)
     elsewhere.prefill([8])
     child = elsewhere.snapshot("child")
@@ -155,7 +156,7 @@ def test_loaded_capsules_share_rows_and_know_lineage(
     assert store.manifest(saved.place).parent == store.resolve("root").id
     assert saved.shared_nbytes >= again.nbytes - fixed
     again.to("device")
-    assert again.digest == child.table.digest_capsule(again)
+    assert again.digest == child.owner.digest_capsule(again)
 
 
 @pytest.mark.parametrize("what", ["fixed", "rows", "tokens", "manifest"])
@@ -187,7 +188,7 @@ def test_damage_is_refused_and_nothing_changes(
     for capsule in list(engine.capsules.capsules):
         capsule.drop()  # or its rows on the device would do
     with engine.session() as fresh, pytest.raises(flashrt.CapsuleError):
-        engine.poison_lane(fresh._lane)
+        engine.poison_lane(fresh.lane)
         fresh.restore(store.load(engine, "c"))
     assert session.digest() == digest
     if not (what == "manifest" and how == "gone"):
@@ -386,35 +387,52 @@ def test_open_session_goes_the_cheapest_way(
     engine: flashrt.Engine, session: flashrt.Session, store: Store
 ) -> None:
     prompt = [*PREFIX, 300, 301]
-    cold = store.open_session(engine, prompt, session=session, marks=[150], every=64)
+    cold = open_session(store, engine, prompt, session=session, boundaries=[150], every=64)
     assert (cold.decision.action, cold.decision.n_prefill) == (Action.COLD, 202)
     assert [c.position for c in cold.published] == [64, 128, 150, 192]
     assert {c.tier for c in cold.published} == {"disk"}
     expected = session.digest()
 
-    further = store.open_session(engine, [*prompt, 5], session=session)
+    further = open_session(store, engine, [*prompt, 5], session=session)
     assert (further.decision.action, further.decision.position) == (Action.CONTINUE, 202)
-    back = store.open_session(engine, [*PREFIX[:195], 9], session=session)
+    back = open_session(store, engine, [*PREFIX[:195], 9], session=session)
     assert (back.decision.action, back.decision.position) == (Action.ROLLBACK, 192)
     for capsule in cold.published:
         capsule.drop()
     with engine.session() as fresh:
-        engine.poison_lane(fresh._lane)
-        found = store.open_session(engine, prompt, session=fresh)
+        engine.poison_lane(fresh.lane)
+        found = open_session(store, engine, prompt, session=fresh)
         assert (found.decision.action, found.decision.position) == (Action.RESTORE, 192)
         assert fresh.digest() == expected
-    nothing = store.open_session(engine, [400, 401])
+    nothing = open_session(store, engine, [400, 401])
     assert nothing.decision.action is Action.COLD
     nothing.session.close()
+
+
+def test_open_session_refuses_before_it_takes_a_lane(
+    engine: flashrt.Engine, other: flashrt.Engine, elsewhere: flashrt.Session, store: Store
+) -> None:
+    """Red: every=0 was a ValueError of range, a negative one published nothing in silence, and a
+    session of another engine ended in an AttributeError or in that engine's capsules.
+    """
+    for every in (0, -5):
+        with pytest.raises(flashrt.SessionError, match="number of tokens"):
+            open_session(store, engine, PREFIX, every=every)
+    with pytest.raises(flashrt.SessionError, match="another engine"):
+        open_session(store, engine, PREFIX, session=elsewhere)
+    for _ in engine.lanes:
+        with engine.session():
+            pass
+    assert elsewhere.position == 0 and store.places() == []
 
 
 def test_open_session_passes_over_what_it_cannot_read(
     engine: flashrt.Engine, session: flashrt.Session, store: Store
 ) -> None:
     session.prefill(PREFIX[:100])
-    store.settle(session.snapshot())
+    store.offload(session.snapshot())
     session.prefill(PREFIX[100:150])
-    place = store.settle(session.snapshot()).place
+    place = store.offload(session.snapshot()).place
     for capsule in list(engine.capsules.capsules):
         capsule.drop()
     rows = store.manifest(place).segments[-1].rows.digest
@@ -423,8 +441,8 @@ def test_open_session_passes_over_what_it_cannot_read(
     raw[5] ^= 1
     path.write_bytes(raw)
     with engine.session() as fresh:
-        engine.poison_lane(fresh._lane)
-        opened = store.open_session(engine, PREFIX, session=fresh)
+        engine.poison_lane(fresh.lane)
+        opened = open_session(store, engine, PREFIX, session=fresh)
         assert (opened.decision.action, opened.decision.position) == (Action.RESTORE, 100)
         assert "passed over 150" in opened.decision.reason
         assert [c.position for c in engine.capsules.capsules] == [100]

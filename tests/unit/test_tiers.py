@@ -33,7 +33,7 @@ def test_restore_straight_from_any_tier(
         leaf.to(tier)
         assert (leaf.tier, leaf.digest) == (tier, expected[0])
         engine.capsules.check_integrity()
-        engine.poison_lane(session._lane)
+        engine.poison_lane(session.lane)
         session.restore(leaf)
         assert (session.digest(), list(session.generate(6))) == expected
         engine.arena.check_guards()
@@ -61,7 +61,7 @@ def test_a_demoted_ancestor_leaves_its_rows_to_its_descendants(
     assert child.digest == session.digest()
     root.drop()
     for capsule in (child, leaf):
-        engine.poison_lane(session._lane)
+        engine.poison_lane(session.lane)
         session.restore(capsule)
         assert session.digest() == capsule.digest
     child.to("device")
@@ -135,17 +135,17 @@ def test_damage_on_disk_is_found_before_anything_moves(
         capsule.save(tmp_path / "c")
 
 
-def test_a_kept_plan_is_used_only_where_the_bytes_lie_still(
+def test_kept_moves_are_used_only_where_the_bytes_lie_still(
     engine: flashrt.Engine, session: flashrt.Session
 ) -> None:
     session.prefill(range(40))
     capsule, digest = session.snapshot(), session.digest()
-    lane, table = session._lane, engine.capsules
+    lane, table = session.lane, engine.capsules
     engine.poison_lane(lane)
     session.restore(capsule)
     engine.poison_lane(lane)
-    kept = table.plan_restore(lane, capsule)
-    assert kept is table.plan_restore(lane, capsule) is capsule.plans[lane.index]
+    kept = table.moves_to_restore(lane, capsule)
+    assert kept is table.moves_to_restore(lane, capsule) is capsule.known_moves[lane.index]
     block = capsule.fixed.block
     capsule.to("host")
     session.prefill([3])
@@ -153,7 +153,7 @@ def test_a_kept_plan_is_used_only_where_the_bytes_lie_still(
     capsule.to("device")
     assert capsule.fixed.block != block
     engine.poison_lane(lane)
-    assert table.plan_restore(lane, capsule) is not kept
+    assert table.moves_to_restore(lane, capsule) is not kept
     session.restore(capsule)
     assert session.digest() == digest != other.digest
 
@@ -240,8 +240,8 @@ def test_images_do_not_depend_on_what_lay_there_before(
     images = []
     for detour in ([], [7] * 150, [3] * 60):
         session.rollback(0)
-        engine.poison_lane(session._lane)
-        engine.capsules.reset(session._lane)
+        engine.poison_lane(session.lane)
+        engine.capsules.reset(session.lane)
         session.prefill(detour)
         session.rollback(0)
         session.prefill(range(70))

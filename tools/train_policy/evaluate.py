@@ -20,9 +20,8 @@ from card import write_card
 from tasks import TASKS, Array, expert_returns, state_of
 
 import flashrt
-from flashrt.engine.actions import PolicyEngine
-from flashrt.robot.loop import ControlLoop
-from flashrt.robot.rollout import Moment, Rollout
+from flashrt.engine.actions import ActionEngine
+from flashrt.robot import ControlLoop, Moment, Rollout
 from flashrt.worlds.robots import make
 
 FIRST_SEED = 1_000_000  # training draws its states from other generators
@@ -48,7 +47,7 @@ class Figure:
 class Episodes:
     """Episodes of one policy in one environment; keeps the loops between them."""
 
-    def __init__(self, engine: PolicyEngine, overlap: int, count: int, **options: object) -> None:
+    def __init__(self, engine: ActionEngine, overlap: int, count: int, **options: object) -> None:
         self._engine, self._count = engine, count
         self._name = str(engine.config.card["environment"])
         self._task = TASKS[self._name]
@@ -94,7 +93,7 @@ class Episodes:
         """Restore all of the control state except the recurrent memory."""
         capsule = self.main.loop.snapshot()
         self.main.loop.restore(capsule)
-        lane = self.main.loop._drive.lane
+        lane = self.main.loop.lane
         memory = self._engine.lane_array(lane, "memory")
         self._engine.set_lane_array(lane, "memory", np.zeros_like(memory))
         capsule.drop()

@@ -22,7 +22,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from flashrt.load import SessionEngine, load
+from flashrt.load import load
+
+from flashrt.session.engine import SessionEngine
 from flashrt.session.session import Session
 from flashrt.text.template import ChatTemplate, chat_template_of
 from flashrt.weights.bundled import bundled_checkpoint

@@ -15,10 +15,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define TAPS 4     // of the convolution
-#define BLOCK 32   // tokens between saved states
-#define LANES 64   // channels that a thread of the convolution's backward pass holds at a time
-#define MAX_DIM 64 // of a head
+#define TAPS 4      // of the convolution
+#define BLOCK 32    // tokens between saved states
+#define LANES 64    // channels that a thread of the convolution's backward pass holds at a time
+#define MAX_DIM 64  // of a head
 #define INLINE static inline __attribute__((always_inline))
 #define EPS 1e-6f
 
@@ -148,8 +148,9 @@ INLINE void delta_backward(const float *qkv, const float *g, const float *beta, 
 #pragma omp parallel for num_threads(threads) collapse(2)
   for (long b = 0; b < B; b++)
     for (long h = 0; h < H; h++) {
-      float *S = malloc(sizeof(float) * size * (BLOCK + 1)); // before each token, and after the last
-      float dS[MAX_DIM * MAX_DIM];                           // gradient of the state after a token
+      // before each token, and after the last
+      float *S = malloc(sizeof(float) * size * (BLOCK + 1));
+      float dS[MAX_DIM * MAX_DIM];  // gradient of the state after a token
       float q[BLOCK][MAX_DIM], k[BLOCK][MAX_DIM], d[BLOCK][MAX_DIM], qn[BLOCK], kn[BLOCK];
       memset(dS, 0, sizeof(float) * size);
       for (long block = blocks - 1; block >= 0; block--) {
@@ -160,8 +161,8 @@ INLINE void delta_backward(const float *qkv, const float *g, const float *beta, 
           const float *x = qkv + at * C;
           qn[i] = normalise(x + h * DK, q[i], scale, DK);
           kn[i] = normalise(x + (H + h) * DK, k[i], 1, DK);
-          step(S + i * size, S + (i + 1) * size, k[i], x + 2 * H * DK + h * DV,
-               expf(g[at * H + h]), beta[at * H + h], d[i], DK, DV);
+          step(S + i * size, S + (i + 1) * size, k[i], x + 2 * H * DK + h * DV, expf(g[at * H + h]),
+               beta[at * H + h], d[i], DK, DV);
         }
         for (long t = n - 1; t >= 0; t--) {
           const long at = b * T + t0 + t;
@@ -171,7 +172,7 @@ INLINE void delta_backward(const float *qkv, const float *g, const float *beta, 
           float *dx = dqkv + at * C, *dv = dx + 2 * H * DK + h * DV;
           float dq[MAX_DIM], dk[MAX_DIM], dd[MAX_DIM], dread[MAX_DIM], de = 0, db = 0;
           for (long j = 0; j < DV; j++) dd[j] = 0;
-          for (long i = 0; i < DK; i++) { // through o = S^T q and S = e S + k d^T
+          for (long i = 0; i < DK; i++) {  // through o = S^T q and S = e S + k d^T
             float to_q = 0, to_k = 0, *row = dS + i * DV;
             for (long j = 0; j < DV; j++) {
               row[j] += q[t][i] * dout[j];
@@ -182,12 +183,12 @@ INLINE void delta_backward(const float *qkv, const float *g, const float *beta, 
             dq[i] = to_q;
             dk[i] = to_k;
           }
-          for (long j = 0; j < DV; j++) { // through d = beta (v - e read)
+          for (long j = 0; j < DV; j++) {  // through d = beta (v - e read)
             dv[j] = bt * dd[j];
-            dread[j] = -bt * dd[j]; // of e read
+            dread[j] = -bt * dd[j];  // of e read
             db += dd[j] * d[t][j];
           }
-          for (long i = 0; i < DK; i++) { // through read = S^T k and the decay
+          for (long i = 0; i < DK; i++) {  // through read = S^T k and the decay
             float to_k = 0, to_e = 0, *row = dS + i * DV;
             const float *s = before + i * DV;
             for (long j = 0; j < DV; j++) {
@@ -210,15 +211,15 @@ INLINE void delta_backward(const float *qkv, const float *g, const float *beta, 
 }
 
 // The sizes must be constants where the loops are compiled.
-#define INSTANCE(DK, DV)                                                                           \
-  void delta_##DK##_##DV(const float *qkv, const float *g, const float *beta, float *o,            \
-                         float *states, long B, long T, long H, long threads) {                    \
-    delta(qkv, g, beta, o, states, B, T, H, threads, DK, DV);                                      \
-  }                                                                                                \
-  void delta_backward_##DK##_##DV(const float *qkv, const float *g, const float *beta,             \
-                                  const float *states, const float *d_o, float *dqkv, float *dg,   \
-                                  float *dbeta, long B, long T, long H, long threads) {            \
-    delta_backward(qkv, g, beta, states, d_o, dqkv, dg, dbeta, B, T, H, threads, DK, DV);          \
+#define INSTANCE(DK, DV)                                                                         \
+  void delta_##DK##_##DV(const float *qkv, const float *g, const float *beta, float *o,          \
+                         float *states, long B, long T, long H, long threads) {                  \
+    delta(qkv, g, beta, o, states, B, T, H, threads, DK, DV);                                    \
+  }                                                                                              \
+  void delta_backward_##DK##_##DV(const float *qkv, const float *g, const float *beta,           \
+                                  const float *states, const float *d_o, float *dqkv, float *dg, \
+                                  float *dbeta, long B, long T, long H, long threads) {          \
+    delta_backward(qkv, g, beta, states, d_o, dqkv, dg, dbeta, B, T, H, threads, DK, DV);        \
   }
 INSTANCE(32, 32)
 INSTANCE(64, 64)

@@ -1,8 +1,7 @@
 """The CPU kernel library: C sources compiled for this machine on first use, cached by content.
 
 IS: finding a compiler, building one shared object, publishing it atomically (two processes may
-build at once). IS NOT: loading or calling it; see `device`. Called by: device (build), build.py
-(ahead of time).
+build at once). IS NOT: loading or calling it; see `device`.
 """
 
 from __future__ import annotations
@@ -19,9 +18,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from flashrt.backends.code import digest_of
 from flashrt.base.errors import CompileError
+from flashrt.base.files import replacing
 from flashrt.base.flags import flags, thread_count
-from flashrt.core.op import Op, c_header
+from flashrt.base.tracing import announce
+from flashrt.core.backend import Progress
+from flashrt.core.header import c_header
+from flashrt.core.op import Op
 
 KERNELS = Path(__file__).with_name("kernels")
 # No -ffast-math, no contraction: bits are decided by the sources alone.
@@ -49,8 +53,7 @@ def compiler() -> tuple[str, ...]:
         return (sys.executable, "-m", "ziglang", "cc")
     raise CompileError(
         "no C compiler: install gcc or clang (for instance `apt install gcc`, `xcode-select "
-        "--install`), "
-        "or `pip install flashrt[zig]`"
+        "--install`), or `pip install flashrt[zig]`"
     )
 
 
@@ -60,17 +63,20 @@ def sources() -> list[Path]:
 
 
 def source_digest(ops: Sequence[Op], extra: Sequence[Path] = ()) -> str:
-    """Hash of everything that decides the kernels' bits but the compiler."""
-    text = hashlib.sha256(c_header(ops).encode())
-    for path in (*sources(), *extra):
-        text.update(path.name.encode() + b"\0" + path.read_bytes())
-    return text.hexdigest()
+    """Hash of everything that decides the kernels' bits but the compiler; comments do not."""
+    return digest_of(ops, ((path.name, path.read_text()) for path in (*sources(), *extra)))
 
 
 def library(
-    ops: Sequence[Op], folder: Path | None = None, extra: Sequence[Path] = ()
+    ops: Sequence[Op],
+    folder: Path | None = None,
+    extra: Sequence[Path] = (),
+    progress: Progress | None = None,
 ) -> tuple[Path, bool]:
-    """Path of the shared object, built if it is not in the cache; and whether it was built now."""
+    """Path of the shared object, built if it is not in the cache; and whether it was built now.
+
+    A build takes some seconds: `progress` is told "kernels", or a line on stderr says so.
+    """
     key = hashlib.sha256(
         "\0".join(
             (source_digest(ops, extra), *CFLAGS, *compiler(), _compiler_version(), _machine())
@@ -82,7 +88,9 @@ def library(
         return target, False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _build(ops, target, extra)
+        if progress is None:
+            announce(f"compiling the CPU kernels into {folder}, once; this takes some seconds")
+        _build(ops, target, extra, progress or _tell_nobody)
     except OSError as error:
         raise CompileError(
             f"cannot write the kernel cache {folder}: {error}; set FLASHRT_CACHE_DIR to a "
@@ -91,7 +99,11 @@ def library(
     return target, True
 
 
-def _build(ops: Sequence[Op], target: Path, extra: Sequence[Path]) -> None:
+def _tell_nobody(what: str, done: int, total: int) -> None:
+    """The progress callback of who has none."""
+
+
+def _build(ops: Sequence[Op], target: Path, extra: Sequence[Path], progress: Progress) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as temporary:
         work = Path(temporary)
         (work / "ops.h").write_text(c_header(ops))
@@ -102,11 +114,16 @@ def _build(ops: Sequence[Op], target: Path, extra: Sequence[Path]) -> None:
             (*compiler(), *CFLAGS, *WARNINGS, *include, "-c", str(p), "-o", o)
             for p, o in zip(files, objects, strict=True)
         ]
+        total = len(commands) + 1  # and the link
+        progress("kernels", 0, total)
         with ThreadPoolExecutor(thread_count()) as pool:
-            list(pool.map(_run, commands))
+            for done, _ in enumerate(pool.map(_run, commands), 1):
+                progress("kernels", done, total)
         output = work / target.name
         _run((*compiler(), *CFLAGS, "-shared", *objects, "-o", str(output), "-lm"))
-        output.replace(target)  # atomic: whoever is second publishes the same bytes
+        with replacing(target, is_durable=True, temporary_in=work) as built:
+            output.replace(built)  # whoever is second publishes the same bytes
+        progress("kernels", total, total)
 
 
 def _run(command: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """The CPU device: a host arena, the kernel library through ctypes, graphs replayed by one C call.
 
 IS: core.backend.Backend for the host. IS NOT: kernels (kernels/*.c), storage arithmetic (layouts),
-the compiler (compile). Called by: engine (through core.backend), build.py, tests.
+the compiler (compile).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from flashrt.backends.cpu import layouts
 from flashrt.backends.cpu.limits import CpuLimits
 from flashrt.base.errors import BackendError, SealedError
 from flashrt.base.flags import thread_count
-from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Storage
-from flashrt.core.copyplan import CopyPlan, Upload
+from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Progress, Storage
+from flashrt.core.copylist import CopyList, Upload
 from flashrt.core.digest import LAYOUT_CODE, DigestTerm
 from flashrt.core.op import Op
 from flashrt.core.region import DType, Layout, Region, resolve_dtype
@@ -105,7 +105,7 @@ class CpuDevice:
 
     def limits(self) -> CpuLimits:
         """Measures of this machine, for benchmarks; after `build`."""
-        return CpuLimits(self._c, self.threads)
+        return CpuLimits(self._c)
 
     def storage(self, region: Region) -> Storage:
         """See Backend."""
@@ -136,10 +136,10 @@ class CpuDevice:
         self._refuse_if_sealed("add a kernel source")
         self._own_sources.append(source)
 
-    def build(self, ops: Sequence[Op]) -> None:
+    def build(self, ops: Sequence[Op], progress: Progress | None = None) -> None:
         """See Backend."""
         self._refuse_if_sealed("build kernels")
-        path, was_built = toolchain.library(ops, extra=self._own_sources)
+        path, was_built = toolchain.library(ops, extra=self._own_sources, progress=progress)
         self.counters.compilations += was_built
         try:
             self._lib = ctypes.CDLL(str(path))
@@ -182,17 +182,17 @@ class CpuDevice:
         """See Backend."""
         self._c.flashrt_fill(address, nbytes, byte)
 
-    def copy(self, plan: CopyPlan, src_base: int, dst_base: int) -> None:
+    def copy(self, moves: CopyList, src_base: int, dst_base: int) -> None:
         """See Backend."""
-        if plan.copies:
-            self._c.flashrt_copy(plan.pack(src_base, dst_base), len(plan.copies))
+        if len(moves):
+            self._c.flashrt_copy(moves.pack(src_base, dst_base), len(moves))
             self.counters.copies += 1
-            self.counters.copied_bytes += plan.nbytes
+            self.counters.copied_bytes += moves.nbytes
 
     def upload(self, uploads: Sequence[Upload], dst_base: int) -> None:
         """See Backend."""
-        tables = [u.plan.pack(u.source.ctypes.data, dst_base) for u in uploads]
-        self._c.flashrt_copy(b"".join(tables), sum(len(u.plan.copies) for u in uploads))
+        tables = [u.moves.pack(u.source.ctypes.data, dst_base) for u in uploads]
+        self._c.flashrt_copy(b"".join(tables), sum(len(u.moves) for u in uploads))
 
     def digest(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]:
         """See Backend."""

@@ -2,8 +2,8 @@
 in vector lanes.
 
 IS: sizes, and numpy statements of the index functions in kernels/common.h. IS NOT: the fast packing
-of weights, which is C (kernels/pack.c). Called by: device. Sources: the order is the one measured
-in docs/exactness.md.
+of weights, which is C (kernels/pack.c). Sources: the order is the one measured in
+docs/exactness.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The machine's own limits, measured when asked, by the threads that run the kernels.
 
 IS: multiply-add peak, read bandwidth, memcpy; what benchmarks put beside each number. IS NOT: a
-benchmark of kernels. Called by: device (limits), commands bench.
+benchmark of kernels.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ _SHARED_FROM_NBYTES = 1 << 20  # below this, starting a thread costs more than i
 class CpuLimits:
     """Made by `CpuDevice.limits`; `lib` is its kernel library, with its thread pool running."""
 
-    def __init__(self, lib: ctypes.CDLL, threads: int) -> None:
+    def __init__(self, lib: ctypes.CDLL) -> None:
         self._lib = lib
-        self._threads = threads
 
     def fma_flops(self, seconds: float = 0.05) -> float:
         """Independent float32 multiply-adds on all threads, in FLOP/s (a multiply-add is two)."""

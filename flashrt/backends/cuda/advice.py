@@ -1,6 +1,6 @@
 """What to do about a driver error, by the name of its CUresult.
 
-IS: one table. IS NOT: detection; see `driver`. Called by: driver.
+IS: one table. IS NOT: detection; see `driver`.
 """
 
 from __future__ import annotations

@@ -1,19 +1,18 @@
 """Compilation units and what compiles them, as one protocol.
 
 IS: the seam between the CUDA backend and a compiler: `cuda.nvrtc` (cubins) or the SIMT shim (shared
-objects). IS NOT: the choice of kernels; that is `kernels`. Called by: device, both compilers.
+objects). IS NOT: the choice of kernels; that is `kernels`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from flashrt.base.errors import CompileError
+from flashrt.base.files import replace_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +47,15 @@ class Compiler(Protocol):
         """What decides bits besides the units: compiler, version, options, architecture."""
         ...
 
+    @property
+    def title(self) -> str:
+        """Compiler and target, as messages show them."""
+        ...
+
+    def is_cached(self, unit: Unit) -> bool:
+        """Whether `compile` would take it from the cache."""
+        ...
+
     def compile(self, unit: Unit) -> Binary:
         """Compile, or take from the cache. Raises CompileError with the compiler's log."""
         ...
@@ -68,18 +76,9 @@ def publish(path: Path, data: bytes) -> None:
     """Write a cache file so that no other process ever sees a part of it. Raises CompileError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        replace_file(path, data, is_durable=True)  # cut short, it would fail every later start
     except OSError as error:
         raise CompileError(
             f"cannot write the kernel cache {path.parent}: {error}; set FLASHRT_CACHE_DIR to a "
             "folder that can be written"
         ) from error
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        temporary.replace(path)
-    except OSError as error:
-        raise CompileError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

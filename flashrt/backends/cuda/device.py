@@ -4,7 +4,6 @@ IS: the verbs, on one compute stream. With `driver.CudaDriver` and `nvrtc.Nvrtc`
 with simt's double and shim on any CPU: this code does not know which. Driver memory is allocated at
 open and by `allocate`, never after `seal`.
 IS NOT: geometry (kernels), storage (layouts), driver calls (driver).
-Called by: engine (through core.backend), simt.device, build.py.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from flashrt.backends.cuda.staging import DownloadRing, Readback, UploadRing
 from flashrt.backends.cuda.views import CPU, CUDA, DeviceArray, view
 from flashrt.base.errors import BackendError, SealedError
 from flashrt.base.tracing import PLAN, trace
-from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Storage
-from flashrt.core.copyplan import COPY_FORMAT, CopyPlan, Upload
+from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Progress, Storage
+from flashrt.core.copylist import COPY_FORMAT, CopyList, Upload
 from flashrt.core.digest import DigestTerm
 from flashrt.core.op import Op
 from flashrt.core.region import DType, Region
@@ -185,7 +184,7 @@ class CudaDevice:
         self._expansions.update(expansions)
         self._library.forget_units()
 
-    def build(self, ops: Sequence[Op]) -> None:
+    def build(self, ops: Sequence[Op], progress: Progress | None = None) -> None:
         """See Backend. Compiles the copy and digest kernels; others when a capture needs them.
 
         Raises CompileError, and BackendError for an op without an expansion.
@@ -195,6 +194,7 @@ class CudaDevice:
             raise BackendError(f"no CUDA kernels for ops {unknown}: see CudaDevice.add_source")
         self._sources.set_ops(ops)
         self._library.forget_units()
+        self._library.progress = progress
         self._prepare([kernels.copy_launch(1, self._n_sms), kernels.digest_launch(1, self._n_sms)])
         self._is_built = True
 
@@ -261,40 +261,40 @@ class CudaDevice:
         if nbytes:
             self.driver.fill(address, byte, nbytes, self._stream)
 
-    def copy(self, plan: CopyPlan, src_base: int, dst_base: int) -> None:
+    def copy(self, moves: CopyList, src_base: int, dst_base: int) -> None:
         """See Backend: a single range by the driver, others by one launch over a table (the
         driver's 2-D copy may refuse pitches that are not its own).
         """
-        if not plan.copies:
+        if not len(moves):
             return
         self._downloads.fence()
-        first = plan.copies[0]
-        if len(plan.copies) == 1 and first.height == 1:
+        first = moves.copies[0]
+        if len(moves) == 1 and first.height == 1:
             self.driver.copy_on_device(
                 dst_base + first.dst, src_base + first.src, first.width, self._stream
             )
         else:
             self._require_build()
-            for i in range(0, len(plan.copies), self._capacities.copies):
-                part = CopyPlan(plan.copies[i : i + self._capacities.copies])
+            for i in range(0, len(moves), self._capacities.copies):
+                part = CopyList(moves.copies[i : i + self._capacities.copies])
                 self._copy_table(part, src_base, dst_base)
         self.counters.copies += 1
-        self.counters.copied_bytes += plan.nbytes
+        self.counters.copied_bytes += moves.nbytes
 
     def upload(self, uploads: Sequence[Upload], dst_base: int) -> None:
         """See Backend: row by row through the ring."""
         self._downloads.fence()
-        for source, copy in ((u.source, copy) for u in uploads for copy in u.plan):
+        for source, copy in ((u.source, copy) for u in uploads for copy in u.moves):
             for row in range(copy.height):
                 first, to = copy.src + row * copy.src_pitch, copy.dst + row * copy.dst_pitch
                 self._ring.upload(dst_base + to, source[first : first + copy.width])
 
-    def _copy_table(self, plan: CopyPlan, src_base: int, dst_base: int) -> None:
+    def _copy_table(self, moves: CopyList, src_base: int, dst_base: int) -> None:
         """In stream order, so that the one table may be overwritten for the next launch."""
-        table = np.frombuffer(plan.pack(src_base, dst_base), np.uint8)
+        table = np.frombuffer(moves.pack(src_base, dst_base), np.uint8)
         self._ring.upload(self._tables.address, table)
-        arguments = struct.pack(kernels.COPY_ARGS_FORMAT, self._tables.address, len(plan.copies))
-        launch = kernels.copy_launch(plan.nbytes, self._n_sms)
+        arguments = struct.pack(kernels.COPY_ARGS_FORMAT, self._tables.address, len(moves))
+        launch = kernels.copy_launch(moves.nbytes, self._n_sms)
         self._node(launch, ArgumentBlock(arguments)).launch(self.driver, self._stream)
 
     def digest(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """The CUDA driver through cuda-python: every call checked, counted and, when it fails, explained.
 
 IS: the only file that imports cuda.bindings.driver, and that when a driver is opened, not before.
-IS NOT: policy; it holds no buffers and no graphs, it hands out integers. Called by: device, probe.
+IS NOT: policy; it holds no buffers and no graphs, it hands out integers.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 IS: the seam between the CUDA backend and what it runs on: `cuda.driver` (a GPU) or `simt.driver` (a
 double on host memory). Handles are integers, as in C. Methods raise BackendError.
-IS NOT: an abstraction over devices; that is core.backend. Called by: device, graph, both drivers.
+IS NOT: an abstraction over devices; that is core.backend.
 """
 
 from __future__ import annotations

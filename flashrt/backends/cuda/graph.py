@@ -1,7 +1,7 @@
 """CUDA graphs: launches captured from a private stream, instantiated and uploaded before first use.
 
 IS: capture and what holds its handles. Arguments are packed once, before; the driver copies them at
-capture. IS NOT: the choice of kernels. Called by: device.
+capture. IS NOT: the choice of kernels.
 """
 
 from __future__ import annotations

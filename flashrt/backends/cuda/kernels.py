@@ -1,7 +1,7 @@
 """Kernels: how each op expands into CUDA launches: source, kernel, constants and geometry.
 
 IS: the one declarative table between the table of ops and cuda_src; pure functions of dims and
-dtypes. IS NOT: code, compiling or launching. Called by: device (capture, build) and build.py.
+dtypes. IS NOT: code, compiling or launching.
 
 Every kernel of an expansion takes the op's argument block by value. Which variant is chosen (few or
 many tokens, tile sizes) may depend on the rows of the tape and on the device: all variants of an op

@@ -1,7 +1,7 @@
 """How the CUDA backend stores each layout: weights as tensor-core operands, all else in C order.
 
 IS: sizes, packing and unpacking with numpy. IS NOT: the index functions of the kernels; a matrix
-lies as cuda_src/linear.cuh says, and a test compares the two. Called by: device.
+lies as cuda_src/linear.cuh says, and a test compares the two.
 
 Matrix [N, K], bfloat16: row tiles of 16, each a run of chunks of 32 k; zeros fill N to 16 and K to
 32. A chunk is [2 steps][8 g][4 t][2 rows: g, g + 8][4 k], where k = 8 t + 4 step + 0..3. A float32

@@ -1,7 +1,7 @@
 """The kernel library of one device: launches to loaded functions, compiled at first need.
 
-IS: units -> binaries (several at a time) -> modules -> functions, each once. IS NOT: launching.
-Called by: device (before capture; nothing is compiled after seal).
+IS: units -> binaries (several at a time) -> modules -> functions, each once and before a capture;
+nothing is compiled after seal. IS NOT: launching.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from flashrt.backends.cuda.driver_api import DEFAULT_SHARED_BYTES, Driver
 from flashrt.backends.cuda.kernels import KernelLaunch
 from flashrt.backends.cuda.sources import Sources
 from flashrt.base.flags import thread_count
-from flashrt.base.tracing import PLAN, trace
+from flashrt.base.tracing import PLAN, announce, trace
+from flashrt.core.backend import Progress
 
 
 @dataclass(slots=True)
@@ -35,6 +36,7 @@ class KernelLibrary:
         self._loaded: dict[Unit, _Loaded] = {}
         self._units: dict[tuple[str, tuple[tuple[str, str], ...]], Unit] = {}
         self.n_compiled = 0  # compiler runs; the cache does not count
+        self.progress: Progress | None = None  # told of them; else a line on stderr
 
     def missing(self, launches: Iterable[KernelLaunch]) -> list[Unit]:
         """Units of the launches that are not loaded yet, each once."""
@@ -44,14 +46,17 @@ class KernelLibrary:
     def prepare(self, launches: Sequence[KernelLaunch]) -> None:
         """Compile and load what the launches need. Raises CompileError, BackendError."""
         units = self.missing(launches)
+        total = self.n_compiled + sum(not self._compiler.is_cached(unit) for unit in units)
+        if total and not self.n_compiled and self.progress is None:
+            announce(f"compiling kernels with {self._compiler.title}, once; this takes a while")
         if len(units) == 1:
-            self._load(units[0], self._compiler.compile(units[0]))
+            self._load(units[0], self._compiler.compile(units[0]), total)
         elif units:
             with ThreadPoolExecutor(min(thread_count(), len(units))) as pool:
                 for unit, binary in zip(
                     units, pool.map(self._compiler.compile, units), strict=True
                 ):
-                    self._load(unit, binary)
+                    self._load(unit, binary, total)
         for launch in launches:
             self.function(launch)  # found now, so that nothing is looked up after seal
 
@@ -72,10 +77,12 @@ class KernelLibrary:
         """Sources changed: texts are looked up again (modules in use stay loaded)."""
         self._units.clear()
 
-    def _load(self, unit: Unit, binary: Binary) -> None:
-        self.n_compiled += not binary.was_cached
+    def _load(self, unit: Unit, binary: Binary, total: int) -> None:
         if not binary.was_cached:
+            self.n_compiled += 1
             trace(PLAN, f"compiled {unit.title} -> {binary.path}")
+            if self.progress is not None:
+                self.progress("kernels", self.n_compiled, max(total, self.n_compiled))
         self._loaded[unit] = _Loaded(self._driver.module_load(binary.path))
 
     def _unit(self, launch: KernelLaunch) -> Unit:

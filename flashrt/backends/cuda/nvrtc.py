@@ -2,7 +2,7 @@
 
 IS: the only file that imports cuda.bindings.nvrtc. Needs no GPU and no driver. Cubins, never PTX:
 what runs is what was compiled, and a newer NVRTC serves older drivers of the same major version.
-IS NOT: a loader. Called by: device (through compiler_api.Compiler), build.py (ahead of time).
+IS NOT: a loader.
 """
 
 from __future__ import annotations
@@ -42,11 +42,21 @@ class Nvrtc:
         self._cache = cache if cache is not None else flags().cache_dir / "cuda"
         self.identity = f"nvrtc {self.version} {self.arch} {' '.join(OPTIONS)}"
 
+    @property
+    def title(self) -> str:
+        """NVRTC and the architecture."""
+        return f"NVRTC {self.version} for {self.arch}"
+
+    def is_cached(self, unit: Unit) -> bool:
+        """See Compiler."""
+        path = self.path(unit)
+        return path.exists() and path.with_suffix(".log").exists()
+
     def compile(self, unit: Unit) -> Binary:
         """Compile, or take from the cache. Raises CompileError with NVRTC's log."""
         path = self.path(unit)
         log_path = path.with_suffix(".log")
-        if path.exists() and log_path.exists():
+        if self.is_cached(unit):
             return Binary(path, log_path.read_text(), was_cached=True)
         cubin, log = self._compile(unit)
         publish(log_path, log.encode())

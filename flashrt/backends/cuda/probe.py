@@ -1,7 +1,7 @@
 """The probe: can this process use a GPU, and if not, why not.
 
 IS: what device="auto" and `flashrt doctor` ask; it never raises and leaves nothing open.
-IS NOT: a device. Called by: session.load, cli, tests (to skip with a reason).
+IS NOT: a device.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 IS: why `write` can return before its copy has run: the bytes are in the ring, and a section of it
 is reused only after the event behind its last copy. Allocated once, at open.
-IS NOT: for transfers between device ranges. Called by: device.
+IS NOT: for transfers between device ranges.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 IS: a region in its storage order, offered to other libraries (cupy, torch, jax, numba, numpy).
 IS NOT: synchronised; call `sync` on the device before reading what it wrote. A view is valid until
-its device is closed. Called by: device.view, users who look inside.
+its device is closed.
 """
 
 from __future__ import annotations

@@ -2,18 +2,18 @@
 
 IS: the `Compiler` of the simt device. A stub includes the shim, then the source, and exports a
 launcher for each `extern "C" __global__` kernel. With `is_watched` the race detector is built in
-(shim/race.h). IS NOT: running; that is `kernel`. Called by: simt.device, tests.
+(shim/race.h). IS NOT: running; that is `kernel`.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 import subprocess
 import tempfile
 from pathlib import Path
 
+from flashrt.backends.code import digest_of
 from flashrt.backends.cuda.compiler_api import Binary, Unit, cache_key, publish
 from flashrt.base.errors import CompileError
 from flashrt.base.flags import flags
@@ -39,12 +39,20 @@ class ShimCompiler:
         self._cache = cache if cache is not None else flags().cache_dir / "simt"
         self._options = OPTIONS + (WATCHED_OPTIONS if is_watched else ())
         self._is_watched = is_watched
-        self.identity = f"simt {_compiler_version()} {_shim_digest()} {' '.join(self._options)}"
+        self.identity = f"simt {_compiler_version()} {shim_digest()} {' '.join(self._options)}"
+
+    @property
+    def title(self) -> str:
+        """g++ and the shim."""
+        return f"{_compiler_version()} and the SIMT shim"
+
+    def is_cached(self, unit: Unit) -> bool:
+        """See Compiler."""
+        return self._path(unit).exists()
 
     def compile(self, unit: Unit) -> Binary:
         """Compile, or take from the cache. Raises CompileError with g++'s messages."""
-        stem = unit.name.removesuffix(".cu").replace("/", "-")
-        path = self._cache / f"{stem}-{cache_key(unit, self.identity)}.so"
+        path = self._path(unit)
         if path.exists():
             return Binary(path, "", was_cached=True)
         self._cache.mkdir(parents=True, exist_ok=True)
@@ -52,6 +60,10 @@ class ShimCompiler:
             log = self._compile(unit, Path(folder))
             publish(path, (Path(folder) / "kernel.so").read_bytes())
         return Binary(path, log, was_cached=False)
+
+    def _path(self, unit: Unit) -> Path:
+        stem = unit.name.removesuffix(".cu").replace("/", "-")
+        return self._cache / f"{stem}-{cache_key(unit, self.identity)}.so"
 
     def _compile(self, unit: Unit, folder: Path) -> str:
         for name, text in (*unit.headers, (unit.name, unit.text)):
@@ -91,11 +103,9 @@ def _run(command: list[str], unit: Unit, folder: Path) -> str:
 
 
 @functools.cache
-def _shim_digest() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(SHIM.glob("*.h")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+def shim_digest() -> str:
+    """Hash of the shim's code: it decides bits as a compiler does."""
+    return digest_of([], ((path.name, path.read_text()) for path in sorted(SHIM.glob("*.h"))))[:16]
 
 
 @functools.cache

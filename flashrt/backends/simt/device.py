@@ -2,7 +2,7 @@
 
 IS: wiring. Every verb, capture, staging, layout and kernel is that of backends/cuda, run on any
 CPU: for people who write kernels without a GPU at hand, and for the tests.
-IS NOT: fast; a warp is 32 fibers. Called by: engine (through core.backend), tests.
+IS NOT: fast; a warp is 32 fibers.
 """
 
 from __future__ import annotations

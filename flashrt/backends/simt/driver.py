@@ -3,7 +3,7 @@
 IS: the same interface as cuda.driver, stricter than a GPU: streams are lazy queues that only a sync
 or an event drains, so that a missing sync reads old data every time; copies are checked against
 allocations; limits on geometry, shared memory and capture are those of the smallest supported GPU.
-IS NOT: fast, or a model of time. Called by: simt.device, tests of the CUDA backend.
+IS NOT: fast, or a model of time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One kernel built by the SIMT shim: found in its library, checked against limits, run.
 
 IS: the calling convention of the shim's entries, `int simt_<kernel>(grid_block[6], shared_bytes,
-seed, params, error, error_chars)`. IS NOT: the shim, nor the queue before it. Called by: driver.
+seed, params, error, error_chars)`. IS NOT: the shim, nor the queue before it.
 """
 
 from __future__ import annotations

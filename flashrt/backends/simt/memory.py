@@ -1,7 +1,7 @@
 """Host memory dressed as device and pinned memory: allocations with bounds, poison and a limit.
 
 IS: what makes a wrong address an error that names it, instead of a crash of the process.
-IS NOT: able to watch what kernels touch; they run on raw pointers. Called by: driver.
+IS NOT: able to watch what kernels touch; they run on raw pointers.
 """
 
 from __future__ import annotations

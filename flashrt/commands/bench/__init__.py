@@ -1,1 +1,1 @@
-"""`flashrt bench`: sessions, drafting, resuming and control loops, measured beside the machine's limits."""
+"""`flashrt bench`: sessions, drafting, resuming, control loops, beside the machine's limits."""

@@ -1,7 +1,7 @@
-"""What every bench on a checkpoint shares: its options, its model, and the facts about a run.
+"""What every bench shares: its options, its model, the facts about a run, and where results go.
 
-IS: the choice of model, the opening of the document and of its report, and where the JSON goes.
-IS NOT: any measurement. Called by: bench, bench_report, and the other benches.
+IS: the choice of model, the opening of the document and of its report, and the outputs, checked
+before anything is measured. IS NOT: any measurement.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
-
 from flashrt.base.errors import FlashrtError
+from flashrt.base.files import replace_file
 from flashrt.base.flags import thread_count
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions, cached_random_checkpoint
 from flashrt.commands.doctor import cpu_name, version_of
-from flashrt.engine.actions import PolicyEngine
-from flashrt.load import SessionEngine
-from flashrt.view.units import bytes_text
+from flashrt.engine.engine import Engine
+from flashrt.view.figure import check_figure
 
 Document = Mapping[str, Any]
+Show = Callable[[Document], None]
+Plot = Callable[[Document, Path], Path]
 T = TypeVar("T")
-_BUSY = 0.5  # load average before a run, beyond which a report warns
+_STDOUT = "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +56,21 @@ def checkpoint_of(options: BenchOptions, has_draft_head: bool = False) -> Path:
         return cached_random_checkpoint(options.shape, progress, has_draft_head)[0]
 
 
+def provenance(*distributions: str) -> dict[str, Any]:
+    """What ran, when, and on which versions."""
+    return {
+        "command": shlex.join(["flashrt", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {n: version_of(n) for n in ("flashrt", "numpy", *distributions)}
+        | {"python": platform.python_version()},
+    }
+
+
 def opening(options: BenchOptions) -> dict[str, Any]:
     """Facts from before the run: it is the load of others that counts, not our own."""
     is_named = options.checkpoint is None
     return {
-        "command": shlex.join(["flashrt", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **provenance(),
         "model": f"random, {options.shape}" if is_named else str(options.checkpoint),
         "precision": options.engine.precision,
         "threads": thread_count(),
@@ -70,13 +79,11 @@ def opening(options: BenchOptions) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "system": platform.platform(),
         },
-        "versions": {n: version_of(n) for n in ("flashrt", "numpy")}
-        | {"python": platform.python_version()},
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load_average": os.getloadavg()[0],
     }
 
 
-def of_engine(engine: SessionEngine | PolicyEngine) -> dict[str, Any]:
+def of_engine(engine: Engine) -> dict[str, Any]:
     """Facts about what was loaded."""
     return {
         "device": engine.device,
@@ -85,32 +92,36 @@ def of_engine(engine: SessionEngine | PolicyEngine) -> dict[str, Any]:
     }
 
 
-def show_opening(screen: Console, document: Document) -> None:
-    """Model, machine and date; a warning if others were using the machine."""
-    screen.print(
-        f"\n[bold]{document['model']}[/] ({bytes_text(document['weights_bytes'])} of weights) on "
-        f"{document['device']}: {document['machine']['processor']}, {document['threads']} threads, "
-        f"{document['date']}"
-    )
-    if (load := document["load_average"]) is not None and load > _BUSY:
-        screen.print(
-            f"[yellow]The machine was busy before this run (load average {load:.1f}): "
-            "figures are lower than they would be.[/]"
-        )
+def check_outputs(
+    json_path: Path | None, plot_path: Path | None = None, *, svg_is_ours: bool = False
+) -> None:
+    """Before anything is measured. Raises FlashrtError for a folder that is not there, and for a
+    plot that could not be drawn (see `check_figure`).
+    """
+    for path in (json_path, plot_path):
+        if path is not None and str(path) != _STDOUT and not path.absolute().parent.is_dir():
+            raise FlashrtError(f"cannot write {path}: there is no folder {path.absolute().parent}")
+    if plot_path is not None:
+        check_figure(plot_path, svg_is_ours=svg_is_ours)
 
 
-def deliver(document: Document, json_path: Path | None, show: Callable[[Document], None]) -> None:
+def deliver(
+    document: Document, json_path: Path | None, show: Show,
+    plot_path: Path | None = None, plot: Plot | None = None,
+) -> None:  # fmt: skip
     """As a report on stdout, and JSON in a file; `-` is JSON on stdout in place of the report.
 
-    Raises FlashrtError if the file cannot be written.
+    Raises FlashrtError if a file cannot be written.
     """
-    if json_path is not None and str(json_path) == "-":
+    if str(json_path) == _STDOUT:
         console.print_json(document)
-        return
-    show(document)
-    if json_path is None:
-        return
-    try:
-        json_path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise FlashrtError(f"cannot write {json_path}: {error}; give another path") from error
+    else:
+        show(document)
+        if json_path is not None:
+            try:
+                replace_file(json_path, json.dumps(document, indent=2) + "\n", is_durable=True)
+            except OSError as error:
+                reason = f"cannot write {json_path}: {error.strerror}; give another path"
+                raise FlashrtError(reason) from error
+    if plot_path is not None and plot is not None:
+        console.screen(is_error=True).print(f"plot: {plot(document, plot_path)}")

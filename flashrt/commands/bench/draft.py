@@ -1,7 +1,7 @@
 """Drafting: what each replay of a step costs, and tokens per second by draft length.
 
 IS: measurements from one boundary, side by side, and the command around them. IS NOT: the tables
-(bench_draft_report), or what every bench says about a run (bench_document). Called by: cli.
+(report), or what every bench says about a run (document).
 
 The head of a random model agrees by chance only. So speed is measured with the agreement that the
 model has, and again with true tokens written over the drafts, each with a given probability: the
@@ -27,17 +27,18 @@ from flashrt.capsule.lineage import Lane
 from flashrt.commands import console
 from flashrt.commands.bench.document import (
     BenchOptions,
+    check_outputs,
     checkpoint_of,
     deliver,
     of_engine,
     opening,
 )
-from flashrt.commands.bench.draft_report import show
+from flashrt.commands.bench.report import show_draft
 from flashrt.commands.checkpoints import open_engine
 from flashrt.commands.timing import Tokens, prefill, synthetic_tokens
 from flashrt.core.backend import Progress
-from flashrt.load import SessionEngine
 from flashrt.ops.sample import SamplerParams
+from flashrt.session.engine import SessionEngine
 from flashrt.session.speculate import Draft
 
 POSITIONS: Final = [128]
@@ -87,6 +88,7 @@ def bench_draft(options: BenchOptions, json_path: Path | None, tokens: int | Non
 
     Raises FlashrtError if the checkpoint has no draft head or the device does not draft.
     """
+    check_outputs(json_path)
     facts = opening(options)
     path = checkpoint_of(options, has_draft_head=True)
     positions = sorted(options.lengths or POSITIONS)
@@ -103,7 +105,7 @@ def bench_draft(options: BenchOptions, json_path: Path | None, tokens: int | Non
         "rows": [_row(row) for row in rows],
     }
     engine.close()
-    deliver(document, json_path, show)
+    deliver(document, json_path, show_draft)
     return 0 if all(row.is_exact for row in rows) else 1
 
 

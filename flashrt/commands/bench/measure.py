@@ -1,7 +1,7 @@
 """The measurements of `flashrt bench`: one pass over growing lengths, and what is done at each.
 
 IS: clocks around public session calls, limits measured in between. IS NOT: statistics or tables
-(bench_report). Called by: bench.
+(report).
 
 A prefill to length n is timed as the sum of its pieces on the way to longer ones: the work and the
 bits are the same, and nothing is prefilled twice.
@@ -20,10 +20,11 @@ from flashrt.backends.cpu.limits import MemcpyLimit
 from flashrt.capsule.capsule import Capsule
 from flashrt.commands.timing import Tokens, prefill, synthetic_tokens, timed
 from flashrt.core.backend import Progress
-from flashrt.load import SessionEngine
+from flashrt.session.engine import SessionEngine
 from flashrt.session.session import Session
 
 TURN = 32  # tokens of the turn of a warm start
+REPLY, SHORT_TURN = 8, 16  # tokens of a reply, and of the user's turn after it
 AHEAD, BACK = 96, 59  # a rollback goes this far back of that many tokens
 DECODE_TOKENS, DECODE_S, DECODE_MIN = 128, 6.0, 24  # at each position: as many, at most so long
 
@@ -36,6 +37,7 @@ class AtLength:
     prefill_s: list[float] = field(default_factory=list)
     ttft_cold_s: list[float] = field(default_factory=list)
     ttft_warm_s: list[float] = field(default_factory=list)
+    ttft_turn_s: list[float] = field(default_factory=list)  # of a turn after a reply
     inter_token_s: list[float] = field(default_factory=list)
     snapshot_s: list[float] = field(default_factory=list)
     snapshot_bytes: int = 0
@@ -82,7 +84,7 @@ class Bench:
                 elapsed += prefill(self.engine, self.main, piece, self.progress, what)
                 at.prefill_s.append(elapsed)
                 capsule = self._snapshot(at) if repeat == 0 else self.main.snapshot()
-                at.ttft_cold_s.append(elapsed + self._turn(self.main))
+                at.ttft_cold_s.append(elapsed + first_token_s(self.main, self.turn))
                 if repeat == 0:
                     self._measure_at(at, capsule)
                 between()
@@ -94,6 +96,7 @@ class Bench:
         digest = capsule.digest
         parts = (
             ("decode", self._decode),
+            ("a turn after a reply", self._turn_after_reply),
             ("restore an ancestor", self._ancestor),
             ("snapshot of a turn", self._snapshot_turn),
             ("roll back", self._rollback),
@@ -127,6 +130,15 @@ class Bench:
             before = now
             if now - begun > DECODE_S and len(at.inter_token_s) >= DECODE_MIN:
                 break
+
+    def _turn_after_reply(self, at: AtLength, capsule: Capsule) -> None:
+        """The last token of a reply is sampled and not yet fed: the turn has to carry it too."""
+        for _ in range(2 * self.repeats + 1):
+            self.main.restore(capsule)
+            for _token in self.main.generate(REPLY):
+                pass
+            self.engine.backend.sync()
+            at.ttft_turn_s.append(first_token_s(self.main, self.turn[:SHORT_TURN]))
 
     def _ancestor(self, at: AtLength, capsule: Capsule) -> None:
         for _ in range(3 * self.repeats):
@@ -163,7 +175,7 @@ class Bench:
                 started = time.perf_counter()
                 _, seconds, moved = timed(self.engine, lambda: other.restore(capsule))
                 at.restore_s.append(seconds)
-                self._turn(other)
+                first_token_s(other, self.turn)
                 at.ttft_warm_s.append(time.perf_counter() - started)
                 at.restore_bytes = moved
                 memcpy = memcpy or self.memcpy(moved)
@@ -181,12 +193,13 @@ class Bench:
         self.main.prefill(self._tokens(256))
         list(self.main.generate(4))
 
-    def _turn(self, session: Session) -> float:
-        """Seconds of a turn's prefill and the first token after it."""
-        started = time.perf_counter()
-        session.prefill(self.turn)
-        next(session.generate(1))
-        return time.perf_counter() - started
-
     def _tokens(self, count: int) -> Tokens:
         return synthetic_tokens(self.random, self.engine.vocab_size, count)
+
+
+def first_token_s(session: Session, turn: Tokens) -> float:
+    """Time to first token: seconds of a turn's prefill, and of the first token after it."""
+    started = time.perf_counter()
+    session.prefill(turn)
+    next(session.generate(1))
+    return time.perf_counter() - started

@@ -2,7 +2,7 @@
 
 IS: the paced run with its latency histogram, a close look at a few ticks, restore, snapshot, fork
 and rewind, and the checks that decide the exit code; one document. IS NOT: its tables
-(bench_policy_report) or its picture (view.ticks). Called by: cli.
+(report) or its picture (view.ticks).
 
 Observations are drawn beforehand: what is measured is the loop, not an environment. Latency is from
 the call of `tick` to its action; lateness is how long after the instant due the call began.
@@ -10,7 +10,6 @@ the call of `tick` to its action; lateness is how long after the instant due the
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,26 +21,33 @@ import numpy as np
 from flashrt.base.errors import CheckpointError, FlashrtError
 from flashrt.base.flags import flags
 from flashrt.commands import console
-from flashrt.commands.bench.document import BenchOptions, deliver, of_engine, opening
-from flashrt.commands.bench.policy_report import show
+from flashrt.commands.bench.document import (
+    BenchOptions,
+    check_outputs,
+    deliver,
+    of_engine,
+    opening,
+)
+from flashrt.commands.bench.report import show_policy
 from flashrt.core.backend import Progress
-from flashrt.engine.actions import PolicyEngine, load_policy
+from flashrt.engine.actions import ActionEngine
+from flashrt.load import load_policy
 from flashrt.robot.loop import ControlLoop
-from flashrt.robot.run import collector_waits
+from flashrt.robot.run import collector_waits, run
 from flashrt.robot.timing import Pace, Samples
 from flashrt.view.ticks import plot
-from flashrt.weights.bundled_policies import bundled_policies, policy_path
+from flashrt.weights.bundled_policies import policy_path
 from flashrt.weights.random_policy import SHAPES, write_random_policy
 
 RANDOM = "random-"  # a policy of that name is drawn: random-tiny, random-small, random-base
 DEFAULT = "two-doors"
 SECONDS, HZ, REPEATS = 60.0, 100.0, 200
+MOST_HZ = 1e6  # beyond that a tick is shorter than what the clock can tell
 TARGETS = {"latency_p50_s": 1e-3, "latency_p99_s": 3e-3, "restore_p50_s": 50e-6}
 REWINDS = (0.1, 0.5, 2.0)  # seconds
 LOOK = 3  # chunks to look at closely
 EDGES_PER_DECADE = 20
 _WARM_TICKS = 200
-Options = argparse._MutuallyExclusiveGroup  # its public name is missing in argparse
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,32 +59,6 @@ class PolicyBenchOptions:
     seconds: float = SECONDS
     hz: float = HZ
     repeats: int = REPEATS
-
-
-def add_policy_options(what: Options, parser: argparse.ArgumentParser) -> None:
-    """`--policy` beside the other kinds of bench, and what belongs to it."""
-    what.add_argument(
-        "--policy", nargs="?", const=DEFAULT, metavar="POLICY",
-        help=f"instead: a robot policy's control loop in real time: a checkpoint directory, a "
-        f"bundled name (default: {DEFAULT}), or random-base, random-small, random-tiny",
-    )  # fmt: skip
-    group = parser.add_argument_group("with --policy")
-    group.add_argument("--seconds", type=float, default=SECONDS, help=f"default: {SECONDS:g}")
-    group.add_argument("--hz", type=float, default=HZ, help=f"ticks per second (default: {HZ:g})")
-
-
-def policy_options(options: argparse.Namespace) -> PolicyBenchOptions:
-    """Those of a command line. Raises FlashrtError for a run without a tick, and for options of
-    the other benches.
-    """
-    if options.checkpoint or options.lengths or options.out:
-        raise FlashrtError(
-            "bench --policy takes its checkpoint as `--policy DIR`; leave out --checkpoint, "
-            "--lengths and --out"
-        )
-    if not options.seconds * options.hz >= 1:
-        raise FlashrtError(f"bench --policy: {options.seconds} s at {options.hz} Hz have no tick")
-    return PolicyBenchOptions(options.policy, options.device, options.seconds, options.hz)
 
 
 class Seen:
@@ -107,8 +87,12 @@ def bench_policy(
     options: PolicyBenchOptions, json_path: Path | None, plot_path: Path | None
 ) -> int:
     """The command. Returns 1 if a state that was restored went on differently, or if something
-    allocated, compiled or captured while the loop ran.
+    allocated, compiled or captured while the loop ran. Raises FlashrtError for a run without a
+    tick.
     """
+    if not options.seconds * options.hz >= 1:
+        raise FlashrtError(f"bench --policy: {options.seconds} s at {options.hz} Hz have no tick")
+    check_outputs(json_path, plot_path, svg_is_ours=True)
     path = checkpoint_of(options.policy)
     facts = opening(BenchOptions(checkpoint=path)) | {"model": f"policy {options.policy}"}
     del facts["precision"]
@@ -116,14 +100,12 @@ def bench_policy(
     with console.progress_bars() as progress:
         document = {**facts, **of_engine(engine), **measure(engine, options, progress)}
     engine.close()
-    deliver(document, json_path, show)
-    if plot_path is not None:
-        console.screen(is_error=True).print(f"plot: {plot(document, plot_path)}")
+    deliver(document, json_path, show_policy, plot_path, plot)
     return 0 if document["is_exact"] and document["is_steady"] else 1
 
 
 def measure(
-    engine: PolicyEngine, options: PolicyBenchOptions, progress: Progress
+    engine: ActionEngine, options: PolicyBenchOptions, progress: Progress
 ) -> dict[str, Any]:
     """All figures. Times in seconds."""
     seen, hz = Seen(engine.config.observation_dim), options.hz
@@ -157,11 +139,11 @@ def checkpoint_of(policy: str) -> Path:
     """The directory of a policy. Raises CheckpointError for a name that is not known."""
     shape = policy.removeprefix(RANDOM)
     if policy == shape or shape not in SHAPES:
-        path = policy_path(policy)
-        if not path.exists():
-            names = [*bundled_policies(), *(f"{RANDOM}{shape}" for shape in SHAPES)]
-            raise CheckpointError(f"policy {policy!r}: no such directory; names: {names}")
-        return path
+        try:
+            return policy_path(policy)
+        except CheckpointError as error:
+            names = ", ".join(f"{RANDOM}{shape}" for shape in SHAPES)
+            raise CheckpointError(f"{error}, {names}") from error
     path = flags().cache_dir / "checkpoints" / f"policy-{policy}-seed0"
     try:
         return path if path.is_dir() else write_random_policy(path, shape)
@@ -181,12 +163,12 @@ def histogram(latencies: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, lis
 
 
 def _run(loop: ControlLoop, seen: Seen, seconds: float, progress: Progress) -> dict[str, Any]:
-    """In real time, as `ControlLoop.run` does it."""
+    """In real time, as `robot.run` does it."""
     for samples in (loop.timing.latency, loop.timing.planning, loop.timing.lateness):
         samples.clear()
     loop.timing.ticks = loop.timing.misses = loop.timing.overruns = 0
     progress(f"running for {seconds:g} s", 0, 0)
-    report = loop.run(seen, seconds)
+    report = run(loop, seen, seconds)
     kept = ("ticks", "misses", "overruns")
     return {
         name: value
@@ -285,7 +267,7 @@ def _rewind(loop: ControlLoop, seen: Seen, seconds: float, repeats: int) -> dict
     return {"seconds": seconds, **samples.quantiles("rewind")}
 
 
-def _shape(engine: PolicyEngine) -> dict[str, int]:
+def _shape(engine: ActionEngine) -> dict[str, int]:
     c, stats = engine.config, engine.stats()
     return {
         "observation_dim": c.observation_dim,

@@ -1,22 +1,102 @@
-"""The bench's document as tables.
+"""The documents of the benches as tables: sessions, drafting, resuming, control loops.
 
-IS: figures -> what a person reads. IS NOT: measurement. Called by: bench.
+IS: figures -> what a person reads. IS NOT: measurement, nor pictures (view).
 """
 
 from __future__ import annotations
 
-from rich.table import Table
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from flashrt.commands import console
-from flashrt.commands.bench.document import Document, show_opening
+from flashrt.commands.bench.document import Document
+from flashrt.commands.console import Screen, Table, styled
 from flashrt.view.units import bytes_text, percent_text, rate_text, seconds_text, significant
 
+BUSY = 0.5  # load average before a run, beyond which a report warns
+_BAR = 60  # characters of the longest bar
+_QUANTILES = ("p50", "p99", "p999", "max")
+Column = tuple[str, str, Callable[[Any], str]]  # header, key of a row, how it reads
 
-def show(document: Document) -> None:
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+def _times(value: float) -> str:
+    return f"{significant(value)} x"
+
+
+def _fraction(value: float | None) -> str:
+    return "-" if value is None else percent_text(value)
+
+
+def _table(title: str, columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> Table:
+    lines = [[text(row[key]) for _, key, text in columns] for row in rows]
+    return console.table(title, [f">{header}" for header, _, _ in columns], lines)
+
+
+def _opening(screen: Screen, document: Document) -> None:
+    """Model, machine and date; a warning if others were using the machine."""
+    screen.print(
+        "\n", styled(document["model"], "bold"),
+        f" ({bytes_text(document['weights_bytes'])} of weights) on "
+        f"{document['device']}: {document['machine']['processor']}, {document['threads']} threads, "
+        f"{document['date']}",
+    )  # fmt: skip
+    if document["load_average"] > BUSY:
+        screen.print(
+            f"The machine was busy before this run (load average {document['load_average']:.1f}): "
+            "figures are lower than they would be.",
+            style="yellow",
+        )
+
+
+def _notes(screen: Screen, *notes: str) -> None:
+    screen.print("\n".join(notes), style="dim")
+
+
+# -- sessions -------------------------------------------------------------------------------------
+
+_SPEED: tuple[Column, ...] = (
+    ("tokens", "tokens", _count),
+    ("prefill tok/s", "prefill_tokens_per_s", significant),
+    ("of FMA peak", "prefill_of_fma_peak", _fraction),
+    ("decode tok/s", "decode_tokens_per_s", significant),
+    ("of streaming", "decode_of_streaming", _fraction),
+    ("ITL p50", "inter_token_p50_s", seconds_text),
+    ("ITL p99", "inter_token_p99_s", seconds_text),
+)
+_STARTS: tuple[Column, ...] = (
+    ("tokens", "tokens", _count),
+    ("TTFT cold", "ttft_cold_s", seconds_text),
+    ("TTFT warm", "ttft_warm_s", seconds_text),
+    ("cold / warm", "ttft_ratio", _times),
+    ("TTFT of a turn", "ttft_turn_s", seconds_text),
+    ("in ITL", "ttft_turn_of_itl", _times),
+)
+_RESTORES: tuple[Column, ...] = (
+    ("tokens", "tokens", _count),
+    ("restore", "restore_s", seconds_text),
+    ("bytes", "restore_bytes", bytes_text),
+    ("bytes/s", "restore_bytes_per_s", rate_text),
+    ("of memcpy", "restore_of_memcpy", _fraction),
+    ("to an ancestor", "restore_ancestor_s", seconds_text),
+    ("bytes", "restore_ancestor_bytes", bytes_text),
+)
+_SNAPSHOTS: tuple[Column, ...] = (
+    ("tokens", "tokens", _count),
+    ("snapshot", "snapshot_s", seconds_text),
+    ("bytes", "snapshot_bytes", bytes_text),
+    ("snapshot of a turn", "snapshot_turn_s", seconds_text),
+    ("bytes", "snapshot_turn_bytes", bytes_text),
+)
+
+
+def show_session(document: Document) -> None:
     """Print everything on stdout."""
-    screen = console.screen()
-    limits = document["limits"]
-    show_opening(screen, document)
+    screen, limits, rows = console.screen(), document["limits"], document["rows"]
+    _opening(screen, document)
     if limits["fma_flops"] is not None:
         screen.print(
             f"limits in this run: {significant(limits['fma_flops'] / 1e9)} GFLOP/s multiply-add, "
@@ -24,57 +104,30 @@ def show(document: Document) -> None:
             f"({bytes_text(limits['streamed_bytes'])} in {seconds_text(limits['stream_s'])}), "
             f"{rate_text(limits['memcpy_bytes_per_s'])} memcpy of a large range"
         )
+    ahead, back = document["rollback_tokens"]
+    rollback: Column = (f"back {back} of {ahead}", "rollback_s", seconds_text)
+    restores = "Restore: everything; to an ancestor, whose rows are there"
+    snapshots = "Snapshot: everything; of a turn. Rollback, with replay"
     screen.print()
-    screen.print(_speed(document))
-    screen.print(_starts(document))
-    screen.print(_restores(document))
-    screen.print(_snapshots(document))
+    screen.print(_table("Prefill from empty, decode at that position", _SPEED, rows))
+    screen.print(_table("Time to first token of a turn after a prompt", _STARTS, rows))
+    screen.print(_table(restores, _RESTORES, rows))
+    screen.print(_table(snapshots, (*_SNAPSHOTS, rollback), rows))
     against = _against(document)
     if against.row_count:
         screen.print(against)
-    notes = [
+    _notes(
+        screen,
         "Medians. Decode: tokens over the time of all of them; ITL: inter-token latency.",
         f"Warm: full restore into a lane that holds another text, {document['turn_tokens']} "
         "tokens, first token.",
+        f"TTFT of a turn: after a reply of {document['reply_tokens']} tokens, "
+        f"{document['short_turn_tokens']} tokens of the user, first token; in ITL p50 of that "
+        "position.",
         "Restore of memcpy: the same bytes by libc's memcpy, taking turns, over the restore.",
-    ]
-    screen.print("[dim]" + "\n".join(notes) + "[/]")
-    exact = all(row["is_exact"] for row in document["rows"])
-    screen.print(f"Digests equal after every restore: {console.yes_no(exact)}")
-
-
-def _speed(document: Document) -> Table:
-    columns = (
-        ">tokens", ">prefill tok/s", ">of FMA peak", ">decode tok/s", ">of streaming",
-        ">ITL p50", ">ITL p99",
-    )  # fmt: skip
-    rows = [
-        [
-            f"{row['tokens']:,}",
-            significant(row["prefill_tokens_per_s"]),
-            _fraction(row["prefill_of_fma_peak"]),
-            significant(row["decode_tokens_per_s"]),
-            _fraction(row["decode_of_streaming"]),
-            seconds_text(row["inter_token_p50_s"]),
-            seconds_text(row["inter_token_p99_s"]),
-        ]
-        for row in document["rows"]
-    ]
-    return console.table("Prefill from empty, decode at that position", columns, rows)
-
-
-def _starts(document: Document) -> Table:
-    columns = (">tokens", ">TTFT cold", ">TTFT warm", ">cold / warm")
-    rows = [
-        [
-            f"{row['tokens']:,}",
-            seconds_text(row["ttft_cold_s"]),
-            seconds_text(row["ttft_warm_s"]),
-            f"{significant(row['ttft_ratio'])} x",
-        ]
-        for row in document["rows"]
-    ]
-    return console.table("Time to first token of a turn after a prompt", columns, rows)
+    )
+    exact = all(row["is_exact"] for row in rows)
+    screen.print("Digests equal after every restore: ", console.yes_no(exact))
 
 
 _COMPARED = (  # key, what, whether more is better
@@ -93,50 +146,152 @@ def _against(document: Document) -> Table:
             if reference is not None:
                 times = row[key] / reference if is_rate else reference / row[key]
                 text = significant if is_rate else seconds_text
-                cells = [what, f"{row['tokens']:,}", text(reference), text(row[key])]
-                rows.append([*cells, f"{significant(times)} x"])
+                rows.append(
+                    [what, _count(row["tokens"]), text(reference), text(row[key]), _times(times)]
+                )
     columns = ("", ">tokens", ">llama.cpp f16", ">flashrt", ">speed ratio")
     return console.table(f"Reference: {document['reference_note']}", columns, rows)
 
 
-def _restores(document: Document) -> Table:
-    columns = (
-        ">tokens", ">restore", ">bytes", ">bytes/s", ">of memcpy", ">to an ancestor", ">bytes",
-    )  # fmt: skip
-    rows = [
-        [
-            f"{row['tokens']:,}",
-            seconds_text(row["restore_s"]),
-            bytes_text(row["restore_bytes"]),
-            rate_text(row["restore_bytes_per_s"]),
-            _fraction(row["restore_of_memcpy"]),
-            seconds_text(row["restore_ancestor_s"]),
-            bytes_text(row["restore_ancestor_bytes"]),
-        ]
-        for row in document["rows"]
+# -- drafting -------------------------------------------------------------------------------------
+
+
+def show_draft(document: Document) -> None:
+    """Print everything on stdout."""
+    screen = console.screen()
+    _opening(screen, document)
+    for row in document["rows"]:
+        screen.print()
+        screen.print(_costs(row, document["replays"]))
+        screen.print(_speeds(row, document["repeats"]))
+    _notes(
+        screen,
+        "A replay: one verb of the engine from the same boundary, taking turns, with what the host "
+        "writes and reads.",
+        "Forced: true tokens were written over the drafts, each with the probability given; the "
+        "drafts were still made.",
+        "In brackets: share of all drafted tokens that were accepted; one that disagrees rejects "
+        "those after it. auto learns within each run, from nothing.",
+    )
+    exact = all(row["is_exact"] for row in document["rows"])
+    screen.print("Tokens of every run equal those of draft=0: ", console.yes_no(exact))
+
+
+def _costs(row: dict[str, Any], replays: int) -> Table:
+    cells = [
+        [c["what"], str(c["rows"]), seconds_text(c["median_s"]), f"{c['of_decode']:.2f} x"]
+        for c in row["costs"]
     ]
-    return console.table("Restore: everything; to an ancestor, whose rows are there", columns, rows)
+    title = f"One replay at position {row['position']:,}, median of {replays}"
+    return console.table(title, ("", ">rows", ">time", ">of a decode"), cells)
 
 
-def _snapshots(document: Document) -> Table:
-    ahead, back = document["rollback_tokens"]
-    columns = (
-        ">tokens", ">snapshot", ">bytes", ">snapshot of a turn", ">bytes",
-        f">back {back} of {ahead}",
-    )  # fmt: skip
-    rows = [
-        [
-            f"{row['tokens']:,}",
-            seconds_text(row["snapshot_s"]),
-            bytes_text(row["snapshot_bytes"]),
-            seconds_text(row["snapshot_turn_s"]),
-            bytes_text(row["snapshot_turn_bytes"]),
-            seconds_text(row["rollback_s"]),
-        ]
-        for row in document["rows"]
+def _speeds(row: dict[str, Any], repeats: int) -> Table:
+    """A line per agreement, a column per draft length."""
+    speeds = row["speeds"]
+    lengths = list(dict.fromkeys(s["draft"] for s in speeds))
+    columns = ("agreement", *(f">{f'draft={n}' if n != 'auto' else n}" for n in lengths))
+    lines = [
+        [_agreement(forced), *(_speed(s) for s in speeds if s["forced"] == forced)]
+        for forced in dict.fromkeys(s["forced"] for s in speeds)
     ]
-    return console.table("Snapshot: everything; of a turn. Rollback, with replay", columns, rows)
+    title = (
+        f"Tokens/s, greedy, {row['tokens']} tokens from position {row['position']:,}, "
+        f"median of {repeats}"
+    )
+    return console.table(title, columns, lines)
 
 
-def _fraction(value: float | None) -> str:
-    return "-" if value is None else percent_text(value)
+def _agreement(forced: float | None) -> str:
+    return "as the model agrees" if forced is None else f"forced: {forced:.1f}"
+
+
+def _speed(speed: dict[str, Any]) -> str:
+    text, share = significant(speed["tokens_per_s"]), speed["acceptance"]
+    return text if share is None else f"{text} ({percent_text(share)})"
+
+
+# -- resuming -------------------------------------------------------------------------------------
+
+_RESUME: tuple[Column, ...] = (
+    ("prompt", "tokens", _count),
+    ("capsule", "nbytes", bytes_text),
+    ("cold", "cold_s", seconds_text),
+    ("from disk, cached", "cached_s", seconds_text),
+    ("evicted", "evicted_s", seconds_text),
+    ("faster", "faster", lambda value: f"{value:,.0f} x"),
+    ("restore", "restore_bytes_per_s", rate_text),
+    ("of a file read", "of_read", percent_text),
+    ("of a refill", "of_refill", percent_text),
+    ("save", "save_s", seconds_text),
+)
+
+
+def show_resume(document: Document) -> None:
+    """Print everything on stdout."""
+    screen = console.screen()
+    _opening(screen, document)
+    screen.print()
+    screen.print(_table("First token after a restart", _RESUME, document["rows"]))
+    _notes(
+        screen,
+        f"Medians of {document['repeats']}; cold and save once; restore, file read and refill: "
+        f"of {document['turns']}, taking turns.",
+        "From disk: open the store, find the prefix, read, check every checksum, restore, sample.",
+        "Cached: the files are in the page cache. Evicted: the kernel was asked to forget them.",
+        "Of a file read, of a refill: beside reading the same files into new memory, and into "
+        f"memory that was touched before. The store was in {document['folder']}.",
+    )
+
+
+# -- control loops --------------------------------------------------------------------------------
+
+_TIMES = (
+    ("tick: observation to action", "latency"),
+    ("plan, in the slack of every chunk's last tick", "planning"),
+    ("tick begun late by", "lateness"),
+    ("restore", "restore"),
+    ("snapshot", "snapshot"),
+    ("fork onto another lane", "fork"),
+)
+
+
+def show_policy(document: Document) -> None:
+    """Everything but the picture."""
+    screen, sizes = console.screen(), document["policy"]
+    _opening(screen, document)
+    screen.print(
+        f"{document['ticks']:,} ticks at {document['hz']:g} Hz; executes {sizes['n_action_steps']} "
+        f"of {sizes['chunk_size']} actions planned in {sizes['num_inference_steps']} Euler steps; "
+        f"a capsule is {bytes_text(sizes['capsule_bytes'])}\n"
+    )
+    lines = [[label, *_quantiles(document, what)] for label, what in _TIMES]
+    for row in document["rewind"]:
+        lines.append([f"rewind by {row['seconds']:g} s", *_quantiles(row, "rewind")])
+    screen.print(console.table("Times", ("", ">p50", ">p99", ">p99.9", ">max"), lines))
+    edges, counts = document["histogram"]["edges_s"], document["histogram"]["counts"]
+    screen.print("Latency of ticks", style="bold")
+    for low, count, bar in zip(edges[:-1], counts, bars(counts), strict=True):
+        screen.print(f"{seconds_text(low):>8} {bar} {count or ''}")
+    screen.print()
+    frozen = ", ".join(f"{document[n]} {n}" for n in ("allocations", "compilations", "captures"))
+    screen.print(
+        f"{document['overruns']} instants left out, {document['misses']} actions later than the "
+        f"next instant; {frozen}"
+    )
+    exact = console.yes_no(document["is_exact"])
+    screen.print("restored and rewound states go on to the bit: ", exact)
+    for name, (limit, is_met) in document["targets"].items():
+        what, quantile, _ = name.split("_")
+        label = f"{what} {quantile}: {seconds_text(document[name])}, under {seconds_text(limit)}: "
+        screen.print(label, console.yes_no(is_met))
+
+
+def bars(counts: Sequence[int]) -> list[str]:
+    """A bar per count; whatever occurred is seen."""
+    most = max(counts, default=0)
+    return ["█" * max(round(_BAR * n / most), 1) if n else "" for n in counts]
+
+
+def _quantiles(document: Document, what: str) -> list[str]:
+    return [seconds_text(document[f"{what}_{name}_s"]) for name in _QUANTILES]

@@ -1,7 +1,7 @@
 """Resume after a restart: time to the first token from a store on disk, beside a cold prefill.
 
 IS: measurements by prompt length, and what reading the same files into memory takes, in one run.
-IS NOT: what every bench says about a run (bench_document). Called by: cli.
+IS NOT: its tables (report), or what every bench says about a run (document).
 
 "From disk" is a session on a lane that holds nothing: open the store, find the prefix, read, check
 every checksum, restore, sample a token. "cached": the files are in the page cache; "evicted": the
@@ -21,28 +21,27 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
 from flashrt.base.flags import flags
 from flashrt.commands import console
 from flashrt.commands.bench.document import (
     BenchOptions,
-    Document,
+    check_outputs,
     checkpoint_of,
     deliver,
     of_engine,
     opening,
-    show_opening,
 )
+from flashrt.commands.bench.report import show_resume
 from flashrt.commands.checkpoints import open_engine
 from flashrt.commands.timing import Tokens, prefill, synthetic_tokens
 from flashrt.core.backend import Progress
-from flashrt.load import SessionEngine
+from flashrt.session.engine import SessionEngine
 from flashrt.session.session import Session
+from flashrt.store.opening import open_session
 from flashrt.store.reuse import Action
 from flashrt.store.store import Store
 from flashrt.view.resume_plot import plot
-from flashrt.view.units import bytes_text, percent_text, rate_text, seconds_text
 
 LENGTHS = {"tiny": [256, 1024], "mini": [2048, 8192, 16384]}
 CHECKPOINT_LENGTHS = [512, 2048]
@@ -64,19 +63,20 @@ class Resume:
     read_s: float  # the same files, read into new memory, in turns with restore
     refill_s: float  # the same, into memory that was touched before, at pages' beginnings
 
-    @property
-    def restore_share(self) -> float:
-        """Speed of restore as a share of that of reading the files."""
-        return self.read_s / self.restore_s
-
-    @property
-    def refill_share(self) -> float:
-        """The same, against reading into memory that was touched before: unchecked, one copy."""
-        return self.refill_s / self.restore_s
+    def row(self) -> dict[str, float]:
+        """With ratios; `of_read` and `of_refill` are speeds beside reading the same files."""
+        return {
+            **asdict(self),
+            "faster": self.cold_s / self.cached_s,
+            "restore_bytes_per_s": self.nbytes / self.restore_s,
+            "of_read": self.read_s / self.restore_s,
+            "of_refill": self.refill_s / self.restore_s,
+        }
 
 
 def resume(options: BenchOptions, json_path: Path | None, plot_path: Path | None) -> int:
     """The command. Its store lies in the cache folder while it runs."""
+    check_outputs(json_path, plot_path)
     facts = opening(options)
     path = checkpoint_of(options)
     lengths = options.lengths or options.by_shape(LENGTHS, CHECKPOINT_LENGTHS)
@@ -91,13 +91,10 @@ def resume(options: BenchOptions, json_path: Path | None, plot_path: Path | None
         "folder": str(folder.parent),
         "repeats": options.repeats,
         "turns": max(TURNS, 4 * options.repeats),
-        "rows": [asdict(row) for row in rows],
+        "rows": [row.row() for row in rows],
     }
     engine.close()
-    deliver(document, json_path, lambda told: _show(told, rows))
-    if plot_path is not None:
-        title = f"First token after a restart: {document['model']}, {document['device']}"
-        console.screen(is_error=True).print(f"plot: {plot(document['rows'], plot_path, title)}")
+    deliver(document, json_path, show_resume, plot_path, plot)
     return 0
 
 
@@ -122,46 +119,6 @@ def measure(
     return rows
 
 
-def table(rows: Sequence[Resume]) -> Table:
-    """As shown to people."""
-    columns = (
-        ">prompt", ">capsule", ">cold", ">from disk, cached", ">evicted", ">faster",
-        ">restore", ">of a file read", ">of a refill", ">save",
-    )  # fmt: skip
-    lines = [
-        [
-            f"{r.tokens:,}",
-            bytes_text(r.nbytes),
-            seconds_text(r.cold_s),
-            seconds_text(r.cached_s),
-            seconds_text(r.evicted_s),
-            f"{r.cold_s / r.cached_s:,.0f} x",
-            rate_text(r.nbytes / r.restore_s),
-            percent_text(r.restore_share),
-            percent_text(r.refill_share),
-            seconds_text(r.save_s),
-        ]
-        for r in rows
-    ]
-    return console.table("First token after a restart", columns, lines)
-
-
-def _show(document: Document, rows: Sequence[Resume]) -> None:
-    screen = console.screen()
-    show_opening(screen, document)
-    screen.print()
-    screen.print(table(rows))
-    notes = [
-        f"Medians of {document['repeats']}; cold and save once; restore, file read and refill: "
-        f"of {document['turns']}, taking turns.",
-        "From disk: open the store, find the prefix, read, check every checksum, restore, sample.",
-        "Cached: the files are in the page cache. Evicted: the kernel was asked to forget them.",
-        f"Of a file read, of a refill: beside reading the same files into new memory, and into "
-        f"memory that was touched before. The store was in {document['folder']}.",
-    ]
-    screen.print("[dim]" + "\n".join(notes) + "[/]")
-
-
 def _measure_one(
     engine: SessionEngine, folder: Path, tokens: Tokens, progress: Progress, repeats: int
 ) -> Resume:
@@ -178,7 +135,7 @@ def _measure_one(
 
     def resume() -> None:
         with _empty_session(engine) as fresh:
-            opened = Store(folder).open_session(engine, tokens, session=fresh)
+            opened = open_session(Store(folder), engine, tokens, session=fresh)
             assert opened.decision.action is Action.RESTORE
             assert _first_token(fresh) == expected
         _drop_all(engine)
@@ -233,7 +190,7 @@ def _first_token(session: Session) -> int:
 def _empty_session(engine: SessionEngine) -> Session:
     """On a lane that holds no rows, as after a restart."""
     session = engine.session()
-    session._lane.hold(None, 0)
+    session.lane.hold(None, 0)
     return session
 
 

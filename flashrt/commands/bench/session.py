@@ -1,8 +1,8 @@
 """`flashrt bench`: speed beside this machine's own limits, all measured in one run.
 
 IS: which lengths; measurements to one document, shown as tables, JSON and a plot. IS NOT: the
-measurements (bench_measure), the tables (bench_report), or which model and what every bench says
-about a run (bench_document). Called by: cli.
+measurements (measure), the tables (report), or which model and what every bench says about a run
+(document).
 """
 
 from __future__ import annotations
@@ -17,18 +17,28 @@ from flashrt.backends.cpu.device import CpuDevice
 from flashrt.backends.cpu.limits import CpuLimits, MemcpyLimit
 from flashrt.base.flags import thread_count
 from flashrt.commands import console
-from flashrt.commands.bench.bench_work import prefill_flop, streamed_bytes
 from flashrt.commands.bench.document import (
     BenchOptions,
+    check_outputs,
     checkpoint_of,
     deliver,
     of_engine,
     opening,
 )
-from flashrt.commands.bench.measure import AHEAD, BACK, TURN, AtLength, Bench
-from flashrt.commands.bench.report import show
+from flashrt.commands.bench.measure import (
+    AHEAD,
+    BACK,
+    REPLY,
+    SHORT_TURN,
+    TURN,
+    AtLength,
+    Bench,
+)
+from flashrt.commands.bench.report import show_session
 from flashrt.commands.checkpoints import open_engine
-from flashrt.load import SessionEngine
+from flashrt.models.model import DECODE, PREFILL
+from flashrt.ops.work import flop_of, streamed_bytes
+from flashrt.session.engine import SessionEngine
 from flashrt.view.bench_plot import plot
 
 LENGTHS = {"tiny": [256, 1024], "mini": [512, 2048, 8192, 16384], "0.8b": [512, 2048]}
@@ -57,6 +67,7 @@ _REFERENCE_NOTE = (
 
 def bench(options: BenchOptions, json_path: Path | None, plot_path: Path | None) -> int:
     """The command. Returns 1 if a restored state was not the one that was saved."""
+    check_outputs(json_path, plot_path)
     started = time.perf_counter()
     facts = opening(options)
     path = checkpoint_of(options)
@@ -70,9 +81,7 @@ def bench(options: BenchOptions, json_path: Path | None, plot_path: Path | None)
     document = _document(options, facts, engine, limits, rows)
     document["seconds"] = time.perf_counter() - started
     engine.close()
-    deliver(document, json_path, show)
-    if plot_path is not None:
-        console.screen(is_error=True).print(f"plot: {plot(document, plot_path)}")
+    deliver(document, json_path, show_session, plot_path, plot)
     return 0 if all(row.is_exact for row in rows) else 1
 
 
@@ -83,7 +92,7 @@ class _Limits:
         backend = engine.backend
         self.engine = engine
         self.cpu: CpuLimits | None = backend.limits() if isinstance(backend, CpuDevice) else None
-        self.streamed_bytes = streamed_bytes(engine.model, backend)
+        self.streamed_bytes = streamed_bytes(engine.model.record(DECODE, 1), backend)
         self.fma_flops: list[float] = []
         self.stream_s: list[float] = []
         self.copy_s: list[float] = []
@@ -133,6 +142,8 @@ def _document(
         **facts,
         **of_engine(engine),
         "turn_tokens": TURN,
+        "reply_tokens": REPLY,
+        "short_turn_tokens": SHORT_TURN,
         "rollback_tokens": [AHEAD, BACK],
         "limits": summary,
         "rows": [_row(engine, summary, row) for row in rows],
@@ -146,7 +157,7 @@ def _row(engine: SessionEngine, limits: dict[str, float | None], at: AtLength) -
     samples = asdict(at)
     medians = {k: statistics.median(v) for k, v in samples.items() if isinstance(v, list) and v}
     memcpy_s = medians.get("memcpy_s")
-    flop = prefill_flop(engine.model, at.tokens)
+    flop = flop_of(engine.model.record(PREFILL, 1), at.tokens)
     peak, stream_s = limits["fma_flops"], limits["stream_s"]
     decode_s = statistics.fmean(at.inter_token_s)  # every token counts, slow ones too
     restore_rate = at.restore_bytes / medians["restore_s"]
@@ -163,6 +174,7 @@ def _row(engine: SessionEngine, limits: dict[str, float | None], at: AtLength) -
         "restore_bytes_per_s": restore_rate,
         "restore_of_memcpy": None if memcpy_s is None else memcpy_s / medians["restore_s"],
         "ttft_ratio": medians["ttft_cold_s"] / medians["ttft_warm_s"],
+        "ttft_turn_of_itl": medians["ttft_turn_s"] / medians["inter_token_s"],
         **{k: v for k, v in medians.items() if k != "inter_token_s"},
         **{k: v for k, v in samples.items() if k.endswith("_bytes")},
         "samples": {k: v for k, v in samples.items() if isinstance(v, list)},

@@ -1,7 +1,7 @@
 """Questions after a full restore, and after each half of one: the same capsule.
 
 IS: recall from the prompt, positions after moves, places after updates; every answer beside the
-truth. IS NOT: checks; a model may be wrong either way. Called by: demo_acts.
+truth. IS NOT: checks; a model may be wrong either way.
 
 KV only is what a cache of keys and values would bring back: recurrent states and convolution
 windows are those of an empty session. State only is the other half: the rows are those of another
@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from flashrt.capsule.capsule import Capsule
 from flashrt.commands.demo.findings import Asked
 from flashrt.core.backend import Progress
-from flashrt.load import SessionEngine
-from flashrt.session.chat import Chat, Moment, Said, shared
+from flashrt.session.chat import Chat, ChatPoint, Said, shared
+from flashrt.session.engine import SessionEngine
 from flashrt.worlds.moves import Moves
 from flashrt.worlds.updates import Updates
 
@@ -34,7 +34,7 @@ class Ablation:
         self._engine, self._chat, self._progress = engine, chat, progress
         self._session = chat.session
 
-    def recall(self, facts: Moment, asked: Iterable[tuple[str, str]], other: str) -> None:
+    def recall(self, facts: ChatPoint, asked: Iterable[tuple[str, str]], other: str) -> None:
         """Questions about the prompt, with their true answers; `other`: a prompt no shorter."""
         elsewhere = self._stand_at((("system", other),), facts.capsule.position)
         for question, truth in asked:

@@ -1,7 +1,7 @@
 """The demo's acts: an agent is told a long prompt, branches, errs, goes back, and is resumed.
 
-IS: what happens and what is measured. IS NOT: how it is shown (demo_report), or the questions after
-half a restore (demo_ablation). Called by: demo.
+IS: what happens and what is measured. IS NOT: how it is shown (report), or the questions after half
+a restore (ablation).
 
 Sessions called `cold` never see a capsule: what they compute is the truth about bits. The truth
 about answers comes from the simulators in flashrt.worlds.
@@ -24,16 +24,21 @@ import numpy as np
 from flashrt.base.errors import FlashrtError
 from flashrt.commands.checkpoints import EngineOptions
 from flashrt.commands.demo.ablation import OTHER, Ablation
-from flashrt.commands.demo.findings import Branch, Mishap, NewProcess, Story, Turn
-from flashrt.commands.demo.starts import State, Step, measure_starts, state_of
+from flashrt.commands.demo.findings import (
+    AgentFindings,
+    Branch,
+    Mishap,
+    NewProcess,
+    Operation,
+    Turn,
+)
+from flashrt.commands.demo.report import draw
+from flashrt.commands.demo.starts import State, measure_starts, state_of
 from flashrt.commands.timing import Tokens, prefill, timed
 from flashrt.core.backend import Progress
-from flashrt.load import SessionEngine
-from flashrt.session.chat import Chat, Moment, open_chat
+from flashrt.session.chat import Chat, ChatPoint, open_chat
+from flashrt.session.engine import SessionEngine
 from flashrt.store.store import Store
-from flashrt.view.arena_map import arena_map, widest
-from flashrt.view.session_tree import bytes_alone, session_tree
-from flashrt.view.svg import save_svg
 from flashrt.worlds.building import Building, parse_call
 from flashrt.worlds.document import HELD_OUT, Thing
 from flashrt.worlds.inventory import Inventory
@@ -63,7 +68,7 @@ SMALL = Sizes(20, 4, 4, 2, 6, 20, 12, (256, 1024))
 FAST_TOKENS_PER_S = 2000.0  # a model that prefills slower gets SMALL
 
 
-class Stage:
+class AgentDemo:
     """An engine with three lanes; `chat` is the agent."""
 
     def __init__(
@@ -71,13 +76,13 @@ class Stage:
         engine: SessionEngine,
         options: EngineOptions,
         sizes: Sizes,
-        story: Story,
+        found: AgentFindings,
         progress: Progress,
     ) -> None:
         self.engine, self.options, self.sizes = engine, options, sizes
-        self.story, self.progress = story, progress
+        self.found, self.progress = found, progress
         self.chat = open_chat(engine)
-        seed = HELD_OUT + story.seed
+        seed = HELD_OUT + found.seed
         self.inventory = Inventory(seed, sizes.facts, sizes.filler)
         self.building = _apart_from(self.inventory, seed, sizes.hints)
         self.walker = Moves(seed)
@@ -89,28 +94,29 @@ class Stage:
         ends = [self._recall(), self._walk(facts), self._errand(facts)]
         before = self._mishap(facts)
         self._resume(ends[0])
-        self._draw(out, [facts, *ends, *before], ends[0])
+        tree = [point.capsule for point in (facts, *ends, *before)]
+        draw(self.found, self.engine, tree, {"the agent": ends[0].capsule}, out)
         self._ask_the_witness()
         self._ablation(facts)
-        for moment in (*ends, *before, facts):
-            moment.capsule.drop()
+        for point in (*ends, *before, facts):
+            point.capsule.drop()
         self._starts()
 
     # -- acts -----------------------------------------------------------------------------------
 
-    def _prompt(self) -> Moment:
-        story = self.story
-        story.prompt = f"{self.inventory.prompt()} {self.building.prompt()}"
-        story.facts, story.hints = self.sizes.facts, self.sizes.hints
-        self.chat.add("system", story.prompt)
+    def _prompt(self) -> ChatPoint:
+        found = self.found
+        found.prompt = f"{self.inventory.prompt()} {self.building.prompt()}"
+        found.facts, found.hints = self.sizes.facts, self.sizes.hints
+        self.chat.add("system", found.prompt)
         tokens = np.array(self.chat.tokens(), np.int32)
-        story.prompt_tokens = len(tokens)
-        story.prefill_s = prefill(self.engine, self.chat.session, tokens, self.progress, "prompt")
-        facts, story.snapshot_s, _ = timed(self.engine, lambda: self.chat.snapshot("facts"))
-        story.capsule_bytes = facts.capsule.nbytes
+        found.prompt_tokens = len(tokens)
+        found.prefill_s = prefill(self.engine, self.chat.session, tokens, self.progress, "prompt")
+        facts, found.snapshot_s, _ = timed(self.engine, lambda: self.chat.snapshot("facts"))
+        found.capsule_bytes = facts.capsule.nbytes
         return facts
 
-    def _recall(self) -> Moment:
+    def _recall(self) -> ChatPoint:
         """A fact is recalled, changed, recalled."""
         thing, chat = self.inventory.things[self.sizes.facts // 3], self.chat
         moved_to = self.inventory.places[self.inventory.things[-1]]
@@ -119,7 +125,7 @@ class Stage:
         turns += self._ask(chat, said, f"the {thing} is in the {moved_to} .")
         return self._branch("recall", "goes straight on", chat, turns)
 
-    def _walk(self, facts: Moment) -> Moment:
+    def _walk(self, facts: ChatPoint) -> ChatPoint:
         """A position after some moves, told in one turn."""
         self._step("restore the prompt", lambda: self.chat.restore(facts))
         walker = self.walker
@@ -127,7 +133,7 @@ class Stage:
         turns = self._ask(self.chat, said, walker.answer())
         return self._branch("walk", "restored on the same lane", self.chat, turns)
 
-    def _errand(self, facts: Moment) -> Moment:
+    def _errand(self, facts: ChatPoint) -> ChatPoint:
         """A thing is fetched with tools, in a fork."""
         thing = self._hidden()[0]
         truth = self.building.right_turns(thing)
@@ -139,7 +145,7 @@ class Stage:
         other.close()
         return made
 
-    def _mishap(self, facts: Moment) -> list[Moment]:
+    def _mishap(self, facts: ChatPoint) -> list[ChatPoint]:
         """A tool call fails. One agent goes on with the failure; the other takes it back."""
         chat, building = self.chat, self.building
         hints, hidden = building.hints, building.hidden  # best in the first place of its hint
@@ -155,7 +161,7 @@ class Stage:
         kept = self._tools(chat, other, [])
         self._step("roll back the failed call", lambda: chat.restore(before))
         retried = self._tools(chat, building, truth)
-        self.story.mishap = Mishap(
+        self.found.mishap = Mishap(
             request=building.request(thing),
             failed=[Turn("assistant", call, truth[0]), Turn("tool", FAILURE)],
             kept=kept,
@@ -166,12 +172,12 @@ class Stage:
         )
         return [before, after, chat.snapshot("called again")]
 
-    def _resume(self, moment: Moment) -> None:
+    def _resume(self, point: ChatPoint) -> None:
         """Another process goes on from a branch, by way of a store on disk."""
         thing = self.inventory.things[self.sizes.facts // 2]
         question = self.inventory.question(thing)
         with tempfile.TemporaryDirectory(prefix="flashrt-demo-") as folder:
-            saved = Store(folder).save(moment.capsule, "branch")
+            saved = Store(folder).save(point.capsule, "branch")
             told = {
                 "checkpoint": str(self.engine.checkpoint.path),
                 "options": {
@@ -181,14 +187,14 @@ class Stage:
                 },
                 "store": folder,
                 "name": "branch",
-                "said": moment.said,
+                "messages": point.messages,
                 "question": question,
                 "answer_tokens": ANSWER_TOKENS,
             }
             found = _in_a_new_process(told)
-        self._step("switch to a branch", lambda: self.chat.restore(moment))
+        self._step("switch to a branch", lambda: self.chat.restore(point))
         self.chat.add("user", question)
-        self.story.process = NewProcess(
+        self.found.process = NewProcess(
             question=question,
             answer=found["answer"],
             answer_here=self.chat.reply(ANSWER_TOKENS),
@@ -196,7 +202,7 @@ class Stage:
             loaded_s=found["loaded_s"],
             restored_s=found["restored_s"],
             answered_s=found["answered_s"],
-            is_equal=found["digest"] == moment.capsule.digest,
+            is_equal=found["digest"] == point.capsule.digest,
         )
 
     def _ask_the_witness(self) -> None:
@@ -208,8 +214,8 @@ class Stage:
                 tell(state_of(cold) == state)
         self.progress("cold prefills, to compare", len(self.pending), len(self.pending))
 
-    def _ablation(self, facts: Moment) -> None:
-        seed, sizes = HELD_OUT + self.story.seed, self.sizes
+    def _ablation(self, facts: ChatPoint) -> None:
+        seed, sizes = HELD_OUT + self.found.seed, self.sizes
         seeds = range(seed, seed + sizes.questions)
         things = self.inventory.things[:: sizes.facts // sizes.questions][: sizes.questions]
         ablation = Ablation(self.engine, self.chat, self.progress)
@@ -218,10 +224,10 @@ class Stage:
         ablation.recall(facts, asked, other)
         ablation.walks(seeds, sizes.moves)
         ablation.updates(seeds, sizes.updates)
-        self.story.answers, self.story.rows_only_differs = ablation.answers, ablation.differs
+        self.found.answers, self.found.rows_only_differs = ablation.answers, ablation.differs
 
     def _starts(self) -> None:
-        text = Inventory(HELD_OUT + self.story.seed, 384, 400).prompt()
+        text = Inventory(HELD_OUT + self.found.seed, 384, 400).prompt()
         prompt = np.array(self.chat.tokens((("system", text),)), np.int32)
         turn = np.array(
             self.chat.tokens(
@@ -229,24 +235,11 @@ class Stage:
             ),
             np.int32,
         )
-        self.story.turn_tokens = len(turn)
+        self.found.turn_tokens = len(turn)
         self.chat.close()
-        self.story.starts = measure_starts(
+        self.found.starts = measure_starts(
             self.engine, prompt, self.sizes.lengths, turn, self.progress
         )
-
-    def _draw(self, out: Path, tree: list[Moment], here: Moment) -> None:
-        engine, story = self.engine, self.story
-        capsules = [moment.capsule for moment in tree]
-        story.tree_bytes = sum(c.nbytes for c in capsules)
-        story.tree_bytes_alone = sum(bytes_alone(c) for c in capsules)
-        tapes = [engine.model.record(phase, rows) for phase, rows in engine.model.phases]
-        title = f"Arena: {len(engine.lanes)} lanes of {engine.max_positions:,} positions"
-        pictures = {
-            "arena.svg": arena_map(engine.arena.plan, widest(tapes), title),
-            "session-tree.svg": session_tree(capsules, {"the agent": here.capsule}),
-        }
-        story.files = [str(save_svg(svg, out / name)) for name, svg in pictures.items()]
 
     # -- tools ----------------------------------------------------------------------------------
 
@@ -271,15 +264,15 @@ class Stage:
         """Things that can be found now, in the order of the prompt."""
         return [thing for thing in self.building.things if thing in self.building.hidden]
 
-    def _branch(self, name: str, how: str, chat: Chat, turns: list[Turn]) -> Moment:
-        moment = chat.snapshot(name)
-        position, own = moment.capsule.position, moment.capsule.nbytes
+    def _branch(self, name: str, how: str, chat: Chat, turns: list[Turn]) -> ChatPoint:
+        point = chat.snapshot(name)
+        position, own = point.capsule.position, point.capsule.nbytes
 
         def tell(is_equal: bool) -> None:
-            self.story.branches.append(Branch(name, how, turns, position, own, is_equal))
+            self.found.branches.append(Branch(name, how, turns, position, own, is_equal))
 
         self._note(chat, tell)
-        return moment
+        return point
 
     def _step(self, what: str, act: Callable[[], Chat | None]) -> Chat:
         """Do something to the agent's conversation, or make another one of it."""
@@ -288,7 +281,7 @@ class Stage:
         position = chat.session.position
 
         def tell(is_equal: bool) -> None:
-            self.story.steps.append(Step(what, position, seconds, moved, is_equal))
+            self.found.steps.append(Operation(what, position, seconds, moved, is_equal))
 
         self._note(chat, tell)
         return chat
@@ -308,7 +301,7 @@ def _apart_from(inventory: Inventory, seed: int, hints: int) -> Building:
 
 
 def _in_a_new_process(told: dict[str, Any]) -> dict[str, Any]:
-    """What demo_resume found. Raises FlashrtError when it failed."""
+    """What `resume` found. Raises FlashrtError when it failed."""
     command = [sys.executable, "-m", "flashrt.commands.demo.resume"]
     ran = subprocess.run(
         command, input=json.dumps(told), capture_output=True, text=True, check=False

@@ -1,7 +1,7 @@
 """`flashrt demo`: an agent's session with capsules, its answers and its bits checked on the way.
 
-IS: the choice of model and story. IS NOT: the acts: agent plays an agent in small text worlds,
-random_ids any checkpoint on random token ids. Called by: cli.
+IS: the choice of model and of what is played. IS NOT: the acts: agent plays an agent in small text
+worlds, random_ids any checkpoint on random token ids.
 
 A check that fails makes exit code 1. A wrong answer does not: models err, and it is shown.
 """
@@ -17,12 +17,11 @@ import numpy as np
 
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions, cached_random_checkpoint, open_engine
-from flashrt.commands.demo import agent, bits_report, random_ids, report
-from flashrt.commands.demo.bits_story import Story as BitsStory
-from flashrt.commands.demo.findings import Story
+from flashrt.commands.demo import agent, random_ids, report
+from flashrt.commands.demo.findings import AgentFindings, TokenFindings
 from flashrt.commands.plan import lay_out, model_of
 from flashrt.commands.timing import timed
-from flashrt.load import SessionEngine
+from flashrt.session.engine import SessionEngine
 from flashrt.text.template import ChatError, chat_template_of
 from flashrt.text.tokenizer import tokenizer_of
 from flashrt.weights.bundled import bundled_checkpoint
@@ -51,20 +50,18 @@ def demo(options: DemoOptions) -> int:
     path = options.checkpoint or (
         _random_checkpoint() if options.is_random else bundled_checkpoint()
     )
-    story: Story | BitsStory
+    found: AgentFindings | TokenFindings
     if options.is_random or options.tokens is not None or not _can_talk(path):
-        story = _bits(path, options)
+        found = _random_ids(path, options)
     else:
-        story = _agent(path, options)
-    story.seconds = time.perf_counter() - started
+        found = _agent(path, options)
+    found.seconds = time.perf_counter() - started
     if options.as_json:
-        scores = {"scores": story.scores} if isinstance(story, Story) else {}
-        console.print_json({**asdict(story), **scores, "checks": story.checks})
-    elif isinstance(story, Story):
-        report.show(story)
+        scores = {"scores": found.scores} if isinstance(found, AgentFindings) else {}
+        console.print_json({**asdict(found), **scores, "checks": found.checks})
     else:
-        bits_report.show(story)
-    return 0 if all(story.checks.values()) else 1
+        report.show(found)
+    return 0 if all(found.checks.values()) else 1
 
 
 def _can_talk(path: Path) -> bool:
@@ -82,17 +79,19 @@ def _can_talk(path: Path) -> bool:
     return True
 
 
-def _agent(path: Path, options: DemoOptions) -> Story:
+def _agent(path: Path, options: DemoOptions) -> AgentFindings:
     engine_options = _with_room(path, options.engine, agent.Sizes().lengths[-1] + 256)
     engine = open_engine(path, engine_options)
     parameters = sum(math.prod(t.shape) for t in engine.checkpoint.tensors.values())
-    story = Story(path.name, parameters, engine.device, options.seed)
+    found = AgentFindings(
+        device=engine.device, model=path.name, parameters=parameters, seed=options.seed
+    )
     is_fast = _prefill_tokens_per_s(engine) >= agent.FAST_TOKENS_PER_S
     sizes = agent.Sizes() if is_fast else agent.SMALL
     with console.progress_bars() as progress:
-        agent.Stage(engine, engine_options, sizes, story, progress).play(options.out)
+        agent.AgentDemo(engine, engine_options, sizes, found, progress).play(options.out)
     engine.close()
-    return story
+    return found
 
 
 def _prefill_tokens_per_s(engine: SessionEngine) -> float:
@@ -104,25 +103,26 @@ def _prefill_tokens_per_s(engine: SessionEngine) -> float:
     return TRIAL / seconds
 
 
-def _bits(path: Path, options: DemoOptions) -> BitsStory:
+def _random_ids(path: Path, options: DemoOptions) -> TokenFindings:
     longest = max(options.tokens or random_ids.LENGTHS[-1], 2 * random_ids.TURN)
     room = longest + random_ids.TURN + random_ids.ANSWER + 1
     engine = open_engine(path, _with_room(path, options.engine, room))
-    story = BitsStory(str(path), options.is_random, engine.device)
+    found = TokenFindings(device=engine.device, checkpoint=str(path), is_random=options.is_random)
     with console.progress_bars() as progress:
-        stage = random_ids.Stage(engine, story, progress)
-        stage.play(longest, is_fixed=options.tokens is not None, out=options.out)
+        played = random_ids.TokenDemo(engine, found, progress)
+        played.play(longest, is_fixed=options.tokens is not None, out=options.out)
     engine.close()
-    return story
+    return found
 
 
 def _random_checkpoint() -> Path:
     with console.progress_bars() as progress:
         path, was_made = cached_random_checkpoint(RANDOM_SHAPE, progress)
     console.screen(is_error=True).print(
-        f"[yellow]This is a random model of shape {RANDOM_SHAPE!r}, "
+        f"This is a random model of shape {RANDOM_SHAPE!r}, "
         f"{'made just now' if was_made else 'from the cache'}, in the real format but untrained: "
-        f"its tokens mean nothing, its speed and its bits do.[/]"
+        "its tokens mean nothing, its speed and its bits do.",
+        style="yellow",
     )
     return path
 

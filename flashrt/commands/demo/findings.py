@@ -1,7 +1,6 @@
-"""What the demo's agent said and what was measured: every answer with the truth beside it, every
-claim with the outcome of its check.
+"""What a demo found out: measurements, answers with the truth beside them, claims with outcomes.
 
-IS: data. IS NOT: the acts (demo_acts) or how they are shown (demo_report). Called by: both, demo.
+IS: data. IS NOT: the acts (agent, random_ids) or how they are shown (report).
 
 Answers of the model may be wrong: they are counted and shown. Checks are about bits.
 """
@@ -10,7 +9,92 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flashrt.commands.demo.starts import Start, Step
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One thing that was done with a capsule, and whether the state is that of a cold prefill."""
+
+    what: str
+    position: int
+    seconds: float
+    moved_bytes: int
+    is_equal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Time to first token of a turn after a prompt of `tokens`, cold and warm."""
+
+    tokens: int
+    cold_s: float
+    restore_s: float
+    restore_bytes: int
+    warm_s: float
+    is_equal: bool  # state after the first token, warm against cold
+
+
+@dataclass(slots=True, kw_only=True)
+class Findings:
+    """What every demo finds out. Seconds and bytes; `*_tokens` are counts."""
+
+    device: str
+    prompt_tokens: int = 0
+    prefill_s: float = 0.0
+    snapshot_s: float = 0.0
+    capsule_bytes: int = 0
+    turn_tokens: int = 0
+    steps: list[Operation] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
+    tree_bytes: int = 0  # of all capsules, rows shared
+    tree_bytes_alone: int = 0  # of all capsules, if each held its own rows
+    rows_only_differs: bool = False  # logits after a KV-only restore and a turn
+    files: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def own_checks(self) -> dict[str, bool]:
+        """Claims of this demo alone, with their outcomes."""
+        raise NotImplementedError
+
+    @property
+    def checks(self) -> dict[str, bool]:
+        """Every claim about bits, with its outcome."""
+        return {
+            **{f"{s.what}: bits equal to a cold prefill": s.is_equal for s in self.steps},
+            **{
+                f"warm start after {s.tokens:,} tokens: bits equal": s.is_equal for s in self.starts
+            },
+            **self.own_checks,
+            "KV-only restore and a turn: other logits": self.rows_only_differs,
+            "branches share the rows of their prompt": self.tree_bytes < self.tree_bytes_alone,
+        }
+
+
+# -- on random token ids --------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class TokenFindings(Findings):
+    """Of the demo on random token ids."""
+
+    checkpoint: str
+    is_random: bool
+    answer_tokens: int = 0
+    rows_only_token: int | None = None  # first greedy token that differs; None: none of them
+    full_agrees: bool = False  # logits and greedy tokens after the same turn on a full restore
+    file_agrees: bool = False
+    file_bytes: int = 0
+
+    @property
+    def own_checks(self) -> dict[str, bool]:
+        """See Findings."""
+        return {
+            "full restore and a turn: same logits, same greedy tokens": self.full_agrees,
+            "capsule file, saved and loaded: bits equal": self.file_agrees,
+        }
+
+
+# -- of an agent ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +104,6 @@ class Turn:
     role: str
     text: str
     truth: str | None = None
-
-    @property
-    def is_right(self) -> bool | None:
-        """None where there is nothing to compare with."""
-        return None if self.truth is None else self.text == self.truth
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,33 +157,20 @@ class NewProcess:
     is_equal: bool  # digests
 
 
-@dataclass(slots=True)
-class Story:
-    """Everything that the demo found out. Seconds and bytes."""
+@dataclass(slots=True, kw_only=True)
+class AgentFindings(Findings):
+    """Of the demo that plays an agent."""
 
     model: str
     parameters: int
-    device: str
     seed: int
     prompt: str = ""  # how it begins
     facts: int = 0
     hints: int = 0
-    prompt_tokens: int = 0
-    prefill_s: float = 0.0
-    snapshot_s: float = 0.0
-    capsule_bytes: int = 0
     answers: list[Asked] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
     mishap: Mishap | None = None
-    steps: list[Step] = field(default_factory=list)
     process: NewProcess | None = None
-    rows_only_differs: bool = False  # logits after a KV-only restore and a question
-    starts: list[Start] = field(default_factory=list)
-    turn_tokens: int = 0
-    tree_bytes: int = 0  # of all capsules, rows shared
-    tree_bytes_alone: int = 0  # of all capsules, if each held its own rows
-    files: list[str] = field(default_factory=list)
-    seconds: float = 0.0
 
     @property
     def scores(self) -> dict[str, tuple[int, int, int, int]]:
@@ -117,19 +183,10 @@ class Story:
         return found
 
     @property
-    def checks(self) -> dict[str, bool]:
-        """Every claim about bits, with its outcome."""
-        made = {f"{s.what}: bits equal to a cold prefill": s.is_equal for s in self.steps}
-        made |= {
-            f"branch {b.name}: bits equal to a cold prefill": b.is_equal for b in self.branches
-        }
-        if self.process is not None:
-            p = self.process
+    def own_checks(self) -> dict[str, bool]:
+        """See Findings."""
+        made = {f"branch {b.name}: bits equal to a cold prefill": b.is_equal for b in self.branches}
+        if (p := self.process) is not None:
             made["a new process restored the same digest"] = p.is_equal
             made["a new process gave the same answer"] = p.answer == p.answer_here
-        made |= {
-            f"warm start after {s.tokens:,} tokens: bits equal": s.is_equal for s in self.starts
-        }
-        made["KV-only restore and a question: other logits"] = self.rows_only_differs
-        made["branches share the rows of their prompt"] = self.tree_bytes < self.tree_bytes_alone
         return made

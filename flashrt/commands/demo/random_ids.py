@@ -1,7 +1,7 @@
 """The demo on token ids: for any checkpoint, with or without a tokenizer, at any length.
 
 IS: a prompt of random ids, prefilled, snapshot, branched, rolled back, each state compared. IS NOT:
-the agent of the bundled model (demo_acts). Called by: demo.
+the agent of the bundled model (agent).
 """
 
 from __future__ import annotations
@@ -13,30 +13,28 @@ from pathlib import Path
 import numpy as np
 
 from flashrt.capsule.capsule import Capsule
-from flashrt.commands.demo.bits_story import Story
-from flashrt.commands.demo.starts import State, Step, measure_starts, state_of
+from flashrt.commands.demo.findings import Operation, TokenFindings
+from flashrt.commands.demo.report import draw
+from flashrt.commands.demo.starts import State, measure_starts, state_of
 from flashrt.commands.timing import Tokens, prefill, synthetic_tokens, timed
 from flashrt.core.backend import Progress
-from flashrt.load import SessionEngine
+from flashrt.session.engine import SessionEngine
 from flashrt.session.session import Session
-from flashrt.view.arena_map import arena_map, widest
-from flashrt.view.session_tree import bytes_alone, session_tree
-from flashrt.view.svg import save_svg
 
-LENGTHS = (512, 2048, 8192)  # prompts of the comparison cold / warm; the last is the story's
+LENGTHS = (512, 2048, 8192)  # prompts of the comparison cold / warm; the last is the demo's
 TURN, ANSWER = 32, 48  # tokens of a tool result; of the model's answer
 ROLLBACK = 17  # how far into the turn the rollback goes: no boundary was ever there
 BUDGET_S = 6.0  # the prompt is halved until its prefill should fit
 
 
-class Stage:
+class TokenDemo:
     """An engine with three lanes. `main` is the agent's session. Sessions called `cold` never see a
     capsule: what they compute is the truth that all else is compared with.
     """
 
-    def __init__(self, engine: SessionEngine, story: Story, progress: Progress) -> None:
+    def __init__(self, engine: SessionEngine, found: TokenFindings, progress: Progress) -> None:
         self.engine = engine
-        self.story = story
+        self.found = found
         self.progress = progress
         self.random = np.random.default_rng(0)
         self.main = engine.session()
@@ -44,29 +42,26 @@ class Stage:
 
     def play(self, longest: int, *, is_fixed: bool, out: Path) -> None:
         """All acts, in order."""
-        story = self.story
+        found = self.found
         n_prompt = longest if is_fixed else self._affordable(longest)
         prompt, turns = self._tokens(n_prompt), [self._tokens(TURN) for _ in range(3)]
-        story.prompt_tokens, story.turn_tokens, story.answer_tokens = n_prompt, TURN, ANSWER
-        story.prefill_s = prefill(self.engine, self.main, prompt, self.progress, "prompt")
-        root, story.snapshot_s, _ = timed(self.engine, lambda: self.main.snapshot("prompt"))
-        story.capsule_bytes = root.nbytes
+        found.prompt_tokens, found.turn_tokens, found.answer_tokens = n_prompt, TURN, ANSWER
+        found.prefill_s = prefill(self.engine, self.main, prompt, self.progress, "prompt")
+        root, found.snapshot_s, _ = timed(self.engine, lambda: self.main.snapshot("prompt"))
+        found.capsule_bytes = root.nbytes
         branches = self._branch(root, turns)
         self._file(branches[0])
-        tree = [root, *branches]
-        story.tree_bytes = sum(c.nbytes for c in tree)
-        story.tree_bytes_alone = sum(bytes_alone(c) for c in tree)
-        self._draw(out, tree, branches[0])
+        draw(found, self.engine, [root, *branches], {"main": branches[0]}, out)
         self._roll_back(n_prompt + ROLLBACK)
         after_turn = self._ask_the_witness(n_prompt, branches[0].tokens)
         greedy = self._rows_only(root, branches[1], turns[0], after_turn)
         for capsule in branches:
             capsule.drop()
         self.main.restore(root)
-        story.full_agrees &= self._cold_answer(prompt, turns[0]) == greedy
+        found.full_agrees &= self._cold_answer(prompt, turns[0]) == greedy
         lengths = [*(n for n in LENGTHS if n < n_prompt), n_prompt]
         self.main.close()
-        story.starts = measure_starts(self.engine, prompt, lengths, turns[0], self.progress)
+        found.starts = measure_starts(self.engine, prompt, lengths, turns[0], self.progress)
 
     # -- acts -----------------------------------------------------------------------------------
 
@@ -92,11 +87,11 @@ class Stage:
         with tempfile.TemporaryDirectory(prefix="flashrt-demo-") as folder:
             path = Path(folder) / "branch-a.capsule"
             capsule.save(path)
-            self.story.file_bytes = path.stat().st_size
+            self.found.file_bytes = path.stat().st_size
             loaded = self.engine.load_capsule(path)
         with self.engine.session() as other:
             other.restore(loaded)
-            self.story.file_agrees = state_of(other) == state_of(self.main)
+            self.found.file_agrees = state_of(other) == state_of(self.main)
         loaded.drop()
 
     def _ask_the_witness(self, n_prompt: int, tokens: Tokens) -> State:
@@ -112,7 +107,7 @@ class Stage:
                 truth[stop] = state_of(cold)
         for what, state, seconds, moved in self.pending:
             is_equal = state == truth[state.position]
-            self.story.steps.append(Step(what, state.position, seconds, moved, is_equal))
+            self.found.steps.append(Operation(what, state.position, seconds, moved, is_equal))
         return truth[n_prompt + TURN]
 
     def _rows_only(
@@ -127,9 +122,9 @@ class Stage:
             found.append((state_of(self.main), list(self.main.generate(ANSWER))))
         (wrong, other), (right, greedy) = found
         differing = (i for i, (a, b) in enumerate(zip(other, greedy, strict=True)) if a != b)
-        self.story.rows_only_token = next(differing, None)
-        self.story.rows_only_differs = wrong.logits != truth.logits
-        self.story.full_agrees = right == truth
+        self.found.rows_only_token = next(differing, None)
+        self.found.rows_only_differs = wrong.logits != truth.logits
+        self.found.full_agrees = right == truth
         return greedy
 
     def _cold_answer(self, prompt: Tokens, turn: Tokens) -> list[int]:
@@ -138,16 +133,6 @@ class Stage:
             prefill(self.engine, cold, prompt, self.progress, "cold answer")
             cold.prefill(turn)
             return list(cold.generate(ANSWER))
-
-    def _draw(self, out: Path, tree: list[Capsule], here: Capsule) -> None:
-        engine, story = self.engine, self.story
-        tapes = [engine.model.record(phase, rows) for phase, rows in engine.model.phases]
-        title = f"Arena: {len(engine.lanes)} lanes of {engine.max_positions:,} positions"
-        pictures = {
-            "arena.svg": arena_map(engine.arena.plan, widest(tapes), title),
-            "session-tree.svg": session_tree(tree, {"main": here}),
-        }
-        story.files = [str(save_svg(svg, out / name)) for name, svg in pictures.items()]
 
     # -- tools ----------------------------------------------------------------------------------
 

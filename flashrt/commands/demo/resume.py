@@ -1,7 +1,7 @@
 """The other process of the demo: opens the store, restores a capsule, answers one question.
 
-IS: a program that reads one JSON object on stdin and writes one on stdout. IS NOT: a command of
-the CLI. Called by: demo_acts, as `python -m flashrt.commands.demo.resume`.
+IS: a program that reads one JSON object on stdin and writes one on stdout; the agent's demo runs it
+as `python -m flashrt.commands.demo.resume`. IS NOT: a command of the CLI.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import time
 
 from flashrt.load import load
-from flashrt.session.chat import Moment, open_chat
+from flashrt.session.chat import ChatPoint, open_chat
 from flashrt.store.store import Store
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     ready = time.perf_counter()
     with open_chat(engine) as chat:
         capsule = Store(told["store"]).load(engine, told["name"])
-        chat.restore(Moment(capsule, tuple((role, content) for role, content in told["said"])))
+        chat.restore(ChatPoint(capsule, tuple(told["messages"])))
         engine.backend.sync()
         restored = time.perf_counter()
         digest = chat.session.digest()

@@ -1,7 +1,6 @@
-"""Time to first token of a turn after prompts of several lengths, cold and warm; a step, as data.
+"""Time to first token of a turn after prompts of several lengths, cold and warm.
 
-IS: the measurement, with the states compared. IS NOT: a benchmark (bench). Called by: demo_acts,
-demo_bits.
+IS: the measurement, with the states compared. IS NOT: a benchmark (bench).
 """
 
 from __future__ import annotations
@@ -12,23 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashrt.capsule.capsule import Capsule
+from flashrt.commands.demo.findings import Start
 from flashrt.commands.timing import Tokens, prefill, timed
 from flashrt.core.backend import Progress
-from flashrt.load import SessionEngine
+from flashrt.session.engine import SessionEngine
 from flashrt.session.session import Session
 
 REPEATS = 3  # of a warm start; the median counts
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One thing that was done with a capsule, and whether the state is that of a cold prefill."""
-
-    what: str
-    position: int
-    seconds: float
-    moved_bytes: int
-    is_equal: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +32,6 @@ class State:
 def state_of(session: Session) -> State:
     """The state of a session at its boundary."""
     return State(session.position, session.logits().tobytes(), session.digest())
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Time to first token of a turn after a prompt of `tokens`, cold and warm."""
-
-    tokens: int
-    cold_s: float
-    restore_s: float
-    restore_bytes: int
-    warm_s: float
-    is_equal: bool  # state after the first token, warm against cold
 
 
 def measure_starts(

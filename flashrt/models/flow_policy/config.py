@@ -1,27 +1,29 @@
 """The configuration of a robot policy, read from config.json.
 
-IS: fields and every check on them, all problems in one error. IS NOT: shapes of tensors (see
-policy). Called by: policy, policy_engine, tests.
+IS: fields and every check on them, all problems in one error. IS NOT: shapes of tensors (model).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flashrt.base.errors import CheckpointError
+from flashrt.base.messages import indented, listed, shown
 from flashrt.weights.checkpoint import Checkpoint
 
 MODEL_TYPE = "flashrt_policy"
 MEMORIES = ("gru",)
 FREQUENCIES = (1, 2, 4, 8)  # of the time features, in periods per integration
 TIME_FEATURES = 2 * len(FREQUENCIES)
-_MOST = 1 << 16  # of any size; products stay far from 2^31
-_SIZES = (
-    "observation_dim", "action_dim", "encoder_dim", "memory_dim", "chunk_size", "n_action_steps",
-    "num_inference_steps", "head_dim", "head_blocks",
-)  # fmt: skip
+_MOST_FPS = 1_000_000
+# The most of each size: no product of two, which a tensor has, comes near 2^31, and each Euler step
+# is a tape of its own.
+_MOST = {
+    "observation_dim": 1 << 14, "action_dim": 1 << 10, "encoder_dim": 1 << 14,
+    "memory_dim": 1 << 13, "chunk_size": 1 << 10, "n_action_steps": 1 << 10,
+    "num_inference_steps": 256, "head_dim": 1 << 10, "head_blocks": 256,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,48 +50,51 @@ class PolicyConfig:
 
 def config_of(checkpoint: Checkpoint) -> PolicyConfig:
     """The config of a policy. Raises CheckpointError for another model, or naming all problems."""
-    model_type = checkpoint.config.get("model_type")
-    if model_type != MODEL_TYPE:
-        raise CheckpointError(
-            f"{checkpoint.path}: model_type is {model_type!r}, a policy's is {MODEL_TYPE!r}; "
-            "language models load with flashrt.load"
-        )
-    return parse_config(checkpoint.config)
+    config = checkpoint.config
+    if config.get("model_type") == MODEL_TYPE:
+        return parse_config(config)
+    if "model_type" not in config and isinstance(config.get("type"), str):
+        what = f"a policy of type {shown(config['type'])}, as LeRobot stores them"
+        way_out = f"flashrt.load_policy runs those of model_type {MODEL_TYPE!r}"
+    else:
+        what = f"model_type is {shown(config.get('model_type'))}, a policy's is {MODEL_TYPE!r}"
+        way_out = "language models load with flashrt.load"
+    raise CheckpointError(f"{checkpoint.path}: {what}; {way_out}")
 
 
 def parse_config(config: Mapping[str, object]) -> PolicyConfig:
     """Read a config.json object. Raises CheckpointError listing every problem."""
     problems: list[str] = []
-    sizes = {name: _size(config, name, problems) for name in _SIZES}
+    sizes = {name: _size(config, name, problems) for name in _MOST}
     if sizes["n_action_steps"] > sizes["chunk_size"]:
         problems.append(
             f"n_action_steps {sizes['n_action_steps']} exceeds chunk_size {sizes['chunk_size']}"
         )
     if config.get("memory") not in MEMORIES:
-        problems.append(f"memory is {config.get('memory')!r}; supported: {', '.join(MEMORIES)}")
+        problems.append(f"memory is {shown(config.get('memory'))}; supported: {listed(MEMORIES)}")
     if config.get("time_features", TIME_FEATURES) != TIME_FEATURES:
         problems.append(
-            f"time_features is {config['time_features']!r}; only {TIME_FEATURES} is supported"
+            f"time_features is {shown(config['time_features'])}; only {TIME_FEATURES} is supported"
         )
     if images := sorted(name for name in config if "image" in name):
         problems.append(
-            f"{', '.join(images)}: observations are vectors; run an image encoder of your own and "
+            f"{listed(images)}: observations are vectors; run an image encoder of your own and "
             "give its features as part of the observation"
         )
     fps = config.get("fps")
-    if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps < math.inf:
-        problems.append(f"fps is {fps!r}, expected ticks per second")
+    if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps <= _MOST_FPS:
+        problems.append(f"fps is {shown(fps)}, expected ticks per second, up to {_MOST_FPS:,}")
         fps = 1.0
     if problems:
-        raise CheckpointError("config.json does not fit:\n  " + "\n  ".join(problems))
-    known = {*_SIZES, "model_type", "memory", "time_features", "fps"}
+        raise CheckpointError(f"config.json does not fit:{indented(problems)}")
+    known = {*_MOST, "model_type", "memory", "time_features", "fps"}
     card = {name: value for name, value in config.items() if name not in known}
     return PolicyConfig(**sizes, fps=float(fps), card=card)
 
 
 def _size(config: Mapping[str, object], name: str, problems: list[str]) -> int:
     value = config.get(name)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST[name]:
         return value
-    problems.append(f"{name} is {value!r}, expected an integer in [1, {_MOST})")
+    problems.append(f"{name} is {shown(value)}, expected an integer from 1 to {_MOST[name]:,}")
     return 1

@@ -1,7 +1,7 @@
 """Robot policies: an encoder, a recurrent memory, and a flow-matching head that plans a chunk.
 
 IS: the regions of a lane, the weight rules, and the launches of each phase. IS NOT: config fields
-(policy_config), the schedule of plans (session) or kernels (ops/table). Called by: policy_engine.
+(config), when to plan (robot/schedule) or kernels (ops/).
 
 The head is integrated from noise to actions along x' = v(x, t), the rectified form of flow matching
 (Lipman et al. 2023, arXiv 2210.02747), S Euler steps of 1 / S. Rows of the chunk that are promised
@@ -11,6 +11,7 @@ chunking (Black et al. 2025, arXiv 2512.05964).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from flashrt.base.errors import PlanError
@@ -21,11 +22,11 @@ from flashrt.models.flow_policy.config import FREQUENCIES, TIME_FEATURES, Policy
 from flashrt.ops import table as ops
 from flashrt.weights.rules import WeightRule, dense, vector
 
-OBSERVE, ACT, TICK, PLAN = "observe", "act", "tick", "plan"
+OBSERVE, ACT_PHASE, TICK, PLAN = "observe", "act", "tick", "plan"
 PLAN_BEGIN, PLAN_STEP = "plan_begin", "plan_step"  # a plan in slices; PLAN_STEP has a tape per step
 
 
-class Policy:
+class FlowPolicy:
     """Regions, weight rules and tapes of one policy.
 
     The `rows` of a phase are 1, but for PLAN_STEP, where they number the Euler steps from 1.
@@ -35,10 +36,11 @@ class Policy:
 
     def __init__(self, config: PolicyConfig) -> None:
         self.config = config
+        self.identity = dataclasses.asdict(dataclasses.replace(config, card={}))
         self.weights = weight_rules(config)
         self.lane_regions = _lane_regions(config)
         self.phases: tuple[tuple[str, int], ...] = (
-            *((phase, 1) for phase in (OBSERVE, ACT, TICK, PLAN, PLAN_BEGIN)),
+            *((phase, 1) for phase in (OBSERVE, ACT_PHASE, TICK, PLAN, PLAN_BEGIN)),
             *((PLAN_STEP, step + 1) for step in range(config.num_inference_steps)),
         )
         self._regions = {
@@ -50,10 +52,10 @@ class Policy:
         if (phase, rows) not in self.phases:
             raise PlanError(f"{self.name} has no phase {phase!r} of {rows} rows")
         tape = Tape(phase, rows)
-        recorder = _Recorder(self.config, self._regions, tape)
+        recorder = FlowRecorder(self.config, self._regions, tape)
         if phase in (OBSERVE, TICK):
             recorder.observe()
-        if phase in (ACT, TICK):
+        if phase in (ACT_PHASE, TICK):
             recorder.act()
         if phase in (PLAN, PLAN_BEGIN):
             recorder.begin()
@@ -133,7 +135,7 @@ def _lane_regions(c: PolicyConfig) -> tuple[Region, ...]:
     )
 
 
-class _Recorder:
+class FlowRecorder:
     """Records the launches of one tape."""
 
     def __init__(self, config: PolicyConfig, regions: dict[str, Region], tape: Tape) -> None:

@@ -1,7 +1,7 @@
 """Drafting with Qwen3.5's multi-token-prediction head: regions and tapes of draft, verify, commit.
 
-IS: one line per launch. IS NOT: how many tokens to draft (session/speculate), or the filling of the
-head's rows, which is part of every forward pass (qwen35_tapes). Called by: qwen35.
+IS NOT: how many tokens to draft (session/speculate), or the filling of the head's rows, which is
+part of every forward pass (tapes).
 
 draft         the boundary's token and hidden state -> one drafted token; a cursor of its own moves
 draft_next    the same from the last drafted token and the head's own output
@@ -12,25 +12,25 @@ commit        the first cursor.rows of what was verified become state, by the op
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
 
-from flashrt.core.op import Op
-from flashrt.core.region import DType, Layout, Operand, Region, Role, View
+from flashrt.core.region import DType, Layout, Region, Role, as_view
 from flashrt.core.tape import Tape
+from flashrt.models.blocks import DeltaInputs
+from flashrt.models.model import COMMIT, DRAFT, DRAFT_NEXT, VERIFY
 from flashrt.models.qwen35.config import LayerKind, Qwen35Config
-from flashrt.models.qwen35.tapes import DRAFT_SHIFT, Recorder, columns
-from flashrt.models.qwen35.weights import DRAFT, layer_name
+from flashrt.models.qwen35.tapes import DRAFT_SHIFT, Qwen35Recorder
+from flashrt.models.qwen35.weights import DRAFT_HEAD, layer_name
 from flashrt.ops import table as ops
 
-DRAFT_PHASE, DRAFT_NEXT, VERIFY, COMMIT = "draft", "draft_next", "verify", "commit"
 MAX_DRAFT = 8
-MAX_ROWS = MAX_DRAFT + 1  # of a verify: the boundary's token comes first
+MAX_ROWS = MAX_DRAFT + 1  # of a verify: the boundary's token and the drafted ones
 VERIFY_BUCKETS = (8, MAX_ROWS)  # 8 tokens are one tile of a matrix unit
 # A guess may come from the first ids alone, which byte-pair encoding gives to the commonest tokens.
 # With a vocabulary of 248,320 the head's matrix is a third of all weights; drafts stream a quarter.
 DRAFT_VOCABULARY = 1 << 16
 PHASES = (
-    (DRAFT_PHASE, 1), (DRAFT_NEXT, 1), *((VERIFY, rows) for rows in VERIFY_BUCKETS),
+    (DRAFT, 1), (DRAFT_NEXT, 1), *((VERIFY, rows) for rows in VERIFY_BUCKETS),
     (COMMIT, MAX_ROWS),
 )  # fmt: skip
 
@@ -66,38 +66,37 @@ def _vocabulary(c: Qwen35Config) -> int:
     return min(c.vocab_size, DRAFT_VOCABULARY)
 
 
-def record(
-    config: Qwen35Config, max_positions: int, regions: dict[str, Region], tape: Tape
-) -> None:
+def record(config: Qwen35Config, regions: Mapping[str, Region], tape: Tape) -> None:
     """Fill a tape of one of PHASES."""
-    if tape.phase in (DRAFT_PHASE, DRAFT_NEXT):
-        _DraftRecorder(config, max_positions, regions, tape).draft(tape.phase == DRAFT_PHASE)
+    if tape.phase in (DRAFT, DRAFT_NEXT):
+        DraftRecorder(config, regions, tape).draft(is_first=tape.phase == DRAFT)
     elif tape.phase == VERIFY:
-        _VerifyRecorder(config, max_positions, regions, tape).verify()
+        VerifyRecorder(config, regions, tape).verify()
     else:
-        _VerifyRecorder(config, max_positions, regions, tape).commit()
+        VerifyRecorder(config, regions, tape).commit()
 
 
-class _DraftRecorder(Recorder):
+class DraftRecorder(Qwen35Recorder):
     """One row through the draft head; all launches on the cursor `draft_cursor`."""
 
-    def draft(self, is_first: bool) -> None:
+    def draft(self, *, is_first: bool) -> None:
         """The token of the draft cursor -> the next token, there and in `drafted`."""
-        regions, at = self.regions, f"{DRAFT}.layer"
+        regions, at = self.regions, f"{DRAFT_HEAD}.layer"
         cursor, self.cursor = regions["cursor"], regions["draft_cursor"]
         if is_first:
             self.tape.record(ops.DRAFT_BEGIN, cursor=cursor, draft=self.cursor)
             self._note(cursor)
         token, own = self.cursor.view().cols(2, 3), regions["draft_hidden"]
         last = regions["last_hidden"] if is_first else own
-        keys, values = regions["draft_keys"], regions["draft_values"]
-        x, u, q = self._draft_qkv(token, hidden=own, last=last)
-        r = self._attend(at, u, q, keys, values, DRAFT_SHIFT)
-        r = self._mlp(at, x, r)
-        self._add_rmsnorm(x, r, f"{DRAFT}.norm", own)
-        logits = self._head(own, regions["draft_logits"], _vocabulary(self.config))
-        self._launch(ops.ADVANCE)
-        self._sample(logits, self.cursor)
+        keys, values = as_view(regions["draft_keys"]), as_view(regions["draft_values"])
+        x, u, q = self.draft_keys(token, hidden=own, last=last)
+        r = self.attend(at, u, q, keys, values, DRAFT_SHIFT)
+        r = self.mlp(at, x, r)
+        self.add_rmsnorm(x, r, f"{DRAFT_HEAD}.norm", own)
+        logits = regions["draft_logits"]
+        self.head(own, self.head_weight, logits, _vocabulary(self.config))
+        self.launch(ops.ADVANCE)
+        self.sample(logits, self.cursor)
         self._note(cursor)
 
     def _note(self, cursor: Region) -> None:
@@ -107,50 +106,43 @@ class _DraftRecorder(Recorder):
         )
 
 
-class _VerifyRecorder(Recorder):
-    """Forward passes that leave the recurrent state alone, and keep what it would have become."""
+class VerifyRecorder(Qwen35Recorder):
+    """Forward passes that leave the recurrent state alone, and keep what changes it later."""
 
-    conv_op: ClassVar[Op] = ops.CONV_VERIFY
-    delta_op: ClassVar[Op] = ops.DELTA_VERIFY
+    def __init__(self, config: Qwen35Config, regions: Mapping[str, Region], tape: Tape) -> None:
+        super().__init__(config, regions, tape, kept=self.kept)
+
+    def kept(self, index: int) -> DeltaInputs:
+        """Where a verify keeps what the delta rule of a linear layer reads."""
+        return DeltaInputs(
+            *(
+                self.regions[f"verify_{name}"].span(index * MAX_ROWS, self.rows)
+                for name in DeltaInputs._fields
+            )
+        )
 
     def verify(self) -> None:
         """`drafted` -> `samples`, `verdict`; keeps hidden states and what the delta rule reads."""
         rows, regions = self.rows, self.regions
         tokens = regions["drafted"].view().cols(0, rows)
-        h = self.layers(tokens, regions["verify_hidden"].span(0, rows))
+        hidden = regions["verify_hidden"].span(0, rows)
+        self.layers(tokens, hidden)
         logits = regions["verify_logits"]
-        self._head(h, logits.span(0, rows))
+        self.head(hidden, self.head_weight, logits.span(0, rows))
         samples = regions["samples"].span(0, rows)
-        self._launch(ops.VERIFY_CURSORS, samples=samples)
+        self.launch(ops.VERIFY_CURSORS, samples=samples)
         for row in range(rows):
-            self._sample(logits.span(row, 1), regions["samples"].at(row))
+            self.sample(logits.span(row, 1), regions["samples"].at(row))
         verdict = regions["verdict"].view().cols(0, rows + 1)
-        self._launch(ops.ACCEPT, drafted=tokens, samples=samples, verdict=verdict)
+        self.launch(ops.ACCEPT, drafted=tokens, samples=samples, verdict=verdict)
 
     def commit(self) -> None:
         """The kept rows [0, cursor.rows) -> window, state, last hidden state, token, position."""
         c, regions = self.config, self.regions
-        for index in range(c.n_linear):
-            layer = [i for i, kind in enumerate(c.layers) if kind is LayerKind.LINEAR][index]
-            at = layer_name(layer)
-            u, qkv, decay, beta = self._delta_inputs(at, index)
-            window, state = regions["window"].at(index), regions["state"].at(index)
-            self._launch(
-                ops.CONV_WINDOW, u=columns(u, c.conv_channels)[0], w=regions[f"{at}.conv"],
-                window=window, y=self._scratch(f"{at}.qkv", c.conv_channels),
-            )  # fmt: skip
-            self._launch(
-                ops.DELTA_RULE, y=qkv, decay=decay, beta=beta, state=state,
-                o=self._scratch(f"{at}.o", c.value_heads * c.value_dim), key_heads=c.key_heads,
-            )  # fmt: skip
-        self._launch(ops.LAST_ROW, x=regions["verify_hidden"], y=regions["last_hidden"])
-        self._launch(ops.TAKE_TOKEN, samples=regions["samples"])
-        self._launch(ops.ADVANCE)
-
-    def _delta_inputs(self, at: str, index: int) -> tuple[Operand, Operand, Operand, Operand]:
-        kept = (self._kept(name, index) for name in ("u", "qkv", "decay", "beta"))
-        u, qkv, decay, beta = kept
-        return u, qkv, decay, beta
-
-    def _kept(self, name: str, index: int) -> View:
-        return self.regions[f"verify_{name}"].span(index * MAX_ROWS, self.rows)
+        linear = [i for i, kind in enumerate(c.layers) if kind is LayerKind.LINEAR]
+        for index, layer in enumerate(linear):
+            state, window = regions["state"].at(index), regions["window"].at(index)
+            self.update_state(layer_name(layer), self.kept(index), state, window, c.key_heads)
+        self.launch(ops.LAST_ROW, x=regions["verify_hidden"], y=regions["last_hidden"])
+        self.launch(ops.TAKE_TOKEN, samples=regions["samples"])
+        self.launch(ops.ADVANCE)

@@ -1,36 +1,44 @@
 """Qwen3.5 dense text models: Gated DeltaNet layers with full attention among them.
 
-IS: the regions of a lane, and which tape a phase is. IS NOT: config fields (qwen35_config), weight
-names (qwen35_weights) or the launches of a tape (qwen35_tapes, qwen35_draft). Called by:
-models.model_for, engine.
+IS: the regions of a lane, and which tape a phase is. IS NOT: config fields (config), weight names
+(weights) or the launches of a tape (tapes, draft).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from flashrt.base.errors import PlanError
+from flashrt.base.messages import shown
 from flashrt.core.region import DType, Layout, Region, Role
 from flashrt.core.tape import Tape
-from flashrt.models.model import BUCKETS
+from flashrt.models.model import BUCKETS, DECODE, PREFILL, SAMPLE
 from flashrt.models.qwen35 import draft as drafting
 from flashrt.models.qwen35.config import Qwen35Config
-from flashrt.models.qwen35.tapes import Recorder
+from flashrt.models.qwen35.tapes import Qwen35Recorder
 from flashrt.models.qwen35.weights import weight_rules
 from flashrt.ops import table as ops
 
-PREFILL, DECODE, SAMPLE = "prefill", "decode", "sample"
+MOST_POSITIONS = 1 << 24  # far beyond any model; positions and rows of a lane are int32
 
 
 class Qwen35:
     """One model at one context length. See `models.model.Model`."""
 
     name = "qwen3_5"
+    identity: ClassVar[Mapping[str, object]] = {}  # all of it is in tapes, regions and constants
     buckets = BUCKETS
 
     def __init__(
         self, config: Qwen35Config, *, max_positions: int, kv_dtype: DType, has_draft_head: bool
     ) -> None:
-        if max_positions < 1:
-            raise PlanError(f"max_positions is {max_positions}; at least 1 is needed")
+        is_whole = isinstance(max_positions, int) and not isinstance(max_positions, bool)
+        if not is_whole or not 1 <= max_positions <= MOST_POSITIONS:
+            raise PlanError(
+                f"max_positions is {shown(max_positions)}; an integer from 1 to {MOST_POSITIONS:,} "
+                "is needed"
+            )
         if kv_dtype not in (DType.BF16, DType.F32):
             raise PlanError(f"kv_dtype is {kv_dtype}; {DType.BF16} and {DType.F32} are supported")
         self.config = config
@@ -58,16 +66,16 @@ class Qwen35:
             )
         tape = Tape(phase, rows)
         if (phase, rows) in drafting.PHASES:
-            drafting.record(self.config, self.max_positions, self._regions, tape)
+            drafting.record(self.config, self._regions, tape)
             return tape
-        recorder = Recorder(self.config, self.max_positions, self._regions, tape)
+        recorder = Qwen35Recorder(self.config, self._regions, tape)
         if phase == PREFILL:
             recorder.forward(self._regions["tokens"].view().cols(0, rows))
         elif phase == DECODE:
             recorder.forward(self._regions["cursor"].view().cols(2, 3))  # the token sampled last
-            recorder.sample()
+            recorder.sample_next()
         else:
-            recorder.sample()
+            recorder.sample_next()
         return tape
 
 

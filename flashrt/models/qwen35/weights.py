@@ -2,7 +2,6 @@
 
 IS: the region of each projection, norm and gate, and the tensors behind it: names and shapes.
 Projections that share an input are stacked into one matrix. IS NOT: reading (weights/loader).
-Called by: qwen35.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from flashrt.models.qwen35.config import LayerKind, Qwen35Config
 from flashrt.weights.rules import Transform, WeightRule, constant, depthwise_conv, matrix, vector
 
 EMBED, HEAD, FINAL_NORM, INV_FREQ = "embed", "head", "final_norm", "inv_freq"
-DRAFT = "draft"  # regions of the multi-token-prediction head: draft.fc, draft.layer.qkv, ...
+DRAFT_HEAD = "draft"  # regions of the multi-token-prediction head: draft.fc, draft.layer.qkv, ...
 
 
 def layer_name(index: int) -> str:
@@ -88,11 +87,11 @@ def _full_attention(c: Qwen35Config, region: str, source: str) -> list[WeightRul
 
 def _draft_head(c: Qwen35Config) -> list[WeightRule]:
     return [
-        _norm(f"{DRAFT}.embedding_norm", "mtp.pre_fc_norm_embedding", c.hidden),
-        _norm(f"{DRAFT}.hidden_norm", "mtp.pre_fc_norm_hidden", c.hidden),
-        matrix(f"{DRAFT}.fc", 2 * c.hidden, ("mtp.fc.weight", c.hidden)),
-        *_layer(c, f"{DRAFT}.layer", "mtp.layers.0", LayerKind.FULL),
-        _norm(f"{DRAFT}.norm", "mtp.norm", c.hidden),
+        _norm(f"{DRAFT_HEAD}.embedding_norm", "mtp.pre_fc_norm_embedding", c.hidden),
+        _norm(f"{DRAFT_HEAD}.hidden_norm", "mtp.pre_fc_norm_hidden", c.hidden),
+        matrix(f"{DRAFT_HEAD}.fc", 2 * c.hidden, ("mtp.fc.weight", c.hidden)),
+        *_layer(c, f"{DRAFT_HEAD}.layer", "mtp.layers.0", LayerKind.FULL),
+        _norm(f"{DRAFT_HEAD}.norm", "mtp.norm", c.hidden),
     ]
 
 

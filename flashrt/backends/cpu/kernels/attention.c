@@ -1,7 +1,8 @@
-/* attention: causal softmax(q K^T / sqrt(D)) V, times sigmoid(gate), in absolute blocks of 256 keys.
+/* attention: causal softmax(q K^T / sqrt(D)) V, times sigmoid(gate), in absolute blocks of 256
+ *            keys.
  *
- * Order, per query and head. In a block, over the keys of it that the query sees, which are those of
- * rows [shift, its own]:
+ * Order, per query and head. In a block, over the keys of it that the query sees, which are those
+ * of rows [shift, its own]:
  *   s = chain over d of fma(k[d], q[d] * scale) from +0      m_b = max s      p = exp(s - m_b)
  *   l_b = p summed over 16 lanes (key i in lane i % 16), then over a tree of halves: i with i + 8,
  *         i + 4, i + 2, i + 1
@@ -13,8 +14,9 @@
  * query may have its blocks spread over threads, many queries may walk through them one by one, and
  * the bits are the same.
  *
- * Keys that a query does not see are not visited by its chains; they are read at most as lanes whose
- * result is selected away, so they may hold anything. A query that sees no key at all gives 0.
+ * Keys that a query does not see are not visited by its chains; they are read at most as lanes
+ * whose result is selected away, so they may hold anything. A query that sees no key at all gives
+ * 0.
  *
  * The queries of one key/value head, [token][head of the group], are worked on in sets of up to
  * MAX_QUERIES, so that 32 keys or values go to L1 once for all of them. All buffers are on the
@@ -148,15 +150,14 @@ TILE(9)
 TILE(10)
 TILE(11)
 TILE(12)
-#define TILES(kind) \
-  {UP_TO_6(kind), kind##_7, kind##_8, kind##_9, kind##_10, kind##_11, kind##_12}
+#define TILES(kind) {UP_TO_6(kind), kind##_7, kind##_8, kind##_9, kind##_10, kind##_11, kind##_12}
 #else
 #define TILES(kind) {UP_TO_6(kind)}
 #endif
-static const score_function score_tiles[2][TOKENS + 1] = {[DTYPE_F32] = TILES(score_f32),
-                                                          [DTYPE_BF16] = TILES(score_bf16)};
-static const value_function value_tiles[2][TOKENS + 1] = {[DTYPE_F32] = TILES(value_f32),
-                                                          [DTYPE_BF16] = TILES(value_bf16)};
+static const score_function score_tiles[2][TOKENS + 1] = {
+    [DTYPE_F32] = TILES(score_f32), [DTYPE_BF16] = TILES(score_bf16)};
+static const value_function value_tiles[2][TOKENS + 1] = {
+    [DTYPE_F32] = TILES(value_f32), [DTYPE_BF16] = TILES(value_bf16)};
 
 /* ---- one block ---- */
 

@@ -14,23 +14,20 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "ops.h" /* generated: <op>_args and DTYPE_* */
+#include "ops.h" /* generated: <op>_args, words of cursors, dtypes; see core/header.py */
 #include "vec.h"
 
 enum {
-  CHAIN = 64,           /* k per chain of fma of `linear` */
-  SLICE = 4 * CHAIN,    /* k per partial sum of `linear` */
-  LANES = 32,           /* matrix rows of a panel, positions of a granule, columns of a block */
-  ATTENTION_BLOCK = 256 /* keys per partial softmax, in absolute positions */
+  CHAIN = 64,        /* k per chain of fma of `linear` */
+  SLICE = 4 * CHAIN, /* k per partial sum of `linear` */
+  LANES = 32         /* matrix rows of a panel, positions of a granule, columns of a block */
 };
 
 /* ---- the launch ---- */
 
-enum { POSITION, ROWS, TOKEN, CURSOR_WORDS = 16 };
-
-static inline int32_t position_of(const int32_t *cursor) { return cursor[POSITION]; }
+static inline int32_t position_of(const int32_t *cursor) { return cursor[CURSOR_POSITION]; }
 static inline int rows_of(const int32_t *cursor, int T) {
-  return cursor[ROWS] < T ? cursor[ROWS] : T;
+  return cursor[CURSOR_ROWS] < T ? cursor[CURSOR_ROWS] : T;
 }
 
 /* Waits until all nt threads of the launch have come here; what they wrote before is then visible.
@@ -80,10 +77,6 @@ static inline uint16_t to_bf16(float x) {
   return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-static inline float load_as_float(const void *base, int64_t index, int dtype) {
-  return dtype == DTYPE_BF16 ? from_bf16(((const uint16_t *)base)[index])
-                             : ((const float *)base)[index];
-}
 static inline void store_float(void *base, int64_t index, int dtype, float x) {
   if (dtype == DTYPE_BF16) ((uint16_t *)base)[index] = to_bf16(x);
   else ((float *)base)[index] = x;

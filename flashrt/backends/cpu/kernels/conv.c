@@ -1,7 +1,8 @@
-/* conv_window, conv_verify: causal depthwise convolution over the last W raw rows and the new ones, then silu.
+/* conv_window, conv_verify: causal depthwise convolution over the last W raw rows and the new ones,
+ * then silu.
  *
- * IS: channels are split over threads, so each thread owns the window of its channels; per output one chain over taps,
- * oldest first. IS NOT: aware of which channels are queries, keys or values. Called by: the launch list of a graph.
+ * IS: channels are split over threads, so each thread owns the window of its channels; per output
+ * one chain over taps, oldest first. IS NOT: aware of which channels are queries, keys or values.
  */
 #include "common.h"
 #include "fmath.h"
@@ -15,7 +16,8 @@ INLINE const float *raw_row(const conv_window_args *a, int64_t index) {
 INLINE void add_tap(float *sum, const float *w, const float *x, int is_first, int64_t n) {
   int64_t c = 0;
   for (; c + VL <= n; c += VL) {
-    vf product = is_first ? v_load(w + c) * v_load(x + c) : v_fma(v_load(w + c), v_load(x + c), v_load(sum + c));
+    vf product = is_first ? v_load(w + c) * v_load(x + c)
+                          : v_fma(v_load(w + c), v_load(x + c), v_load(sum + c));
     v_store(sum + c, product);
   }
   for (; c < n; c++) sum[c] = is_first ? w[c] * x[c] : s_fma(w[c], x[c], sum[c]);
@@ -37,7 +39,8 @@ static void convolve(const conv_window_args *a, span channels, int rows) {
   for (int64_t t = 0; t < rows; t++) {
     float *y = a->y + t * a->C + begin;
     add_tap(y, a->w + begin, raw_row(a, t) + begin, 1, n);
-    for (int64_t tap = 1; tap < a->W1; tap++) add_tap(y, a->w + tap * a->C + begin, raw_row(a, t + tap) + begin, 0, n);
+    for (int64_t tap = 1; tap < a->W1; tap++)
+      add_tap(y, a->w + tap * a->C + begin, raw_row(a, t + tap) + begin, 0, n);
     silu_in_place(y, n);
   }
 }
@@ -55,7 +58,16 @@ void op_conv_window(const conv_window_args *a, int tid, int nt) {
 }
 
 void op_conv_verify(const conv_verify_args *v, int tid, int nt) {
-  conv_window_args a = {.u = v->u, .w = v->w, .window = (float *)v->window, .cursor = v->cursor, .y = v->y, .T = v->T,
-                        .C = v->C, .W1 = v->W1, .W = v->W, .u_stride = v->u_stride}; /* the window is only read */
+  conv_window_args a = {.u = v->u,
+                        .w = v->w,
+                        .window = (float *)v->window,
+                        .cursor = v->cursor,
+                        .y = v->y,
+                        .T = v->T,
+                        /* the window is only read */
+                        .C = v->C,
+                        .W1 = v->W1,
+                        .W = v->W,
+                        .u_stride = v->u_stride};
   convolve(&a, channels_of(a.C, tid, nt), rows_of(a.cursor, a.T));
 }

@@ -1,7 +1,6 @@
 /* Batches of copies, and fill.
  *
- * IS: bytes moved at the speed of memory. IS NOT: what to move (core/copyplan.py). Called by: the
- * device, via ctypes.
+ * IS: bytes moved at the speed of memory. IS NOT: what to move (core/copylist.py).
  */
 #include "common.h"
 #include "pool.h"
@@ -12,7 +11,7 @@ enum {
   PAGE = 4096                /* shorter rows are not worth a stream of their own */
 };
 
-/* `height` rows of `width` bytes; the order of fields is that of core/copyplan.py. */
+/* `height` rows of `width` bytes; the order of fields is that of core/copylist.py. */
 typedef struct {
   uint64_t src, dst, width, height, src_pitch, dst_pitch;
 } flashrt_copy_desc;
@@ -75,7 +74,7 @@ static void copy_body(void *argument, int tid, int nt) {
 #endif
 }
 
-/* Copies of a batch do not overlap each other (core/copyplan.py says so), so they may run in any
+/* Copies of a batch do not overlap each other (core/copylist.py says so), so they may run in any
  * order. */
 void flashrt_copy(const flashrt_copy_desc *copies, int n) {
   copy_batch batch = {copies, n, 0};

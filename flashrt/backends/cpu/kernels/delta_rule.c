@@ -103,7 +103,8 @@ static void run_strip(const delta_rule_args *a, float *S, int64_t head, int col,
   }
 }
 
-/* `copy`, if not NULL, holds one block of state [dk][32]: rows then change that instead of the state. */
+/* `copy`, if not NULL, holds one block of state [dk][32]: rows then change that instead of the
+ * state. */
 static void run_blocks(const delta_rule_args *a, float *copy, int tid, int nt) {
   int n_rows = rows_of(a->cursor, a->T);
   int64_t blocks = ceil_div(a->dv, LANES);
@@ -114,7 +115,8 @@ static void run_blocks(const delta_rule_args *a, float *copy, int tid, int nt) {
     int first = (int)(unit % blocks) * LANES, end = (int)min_of(first + LANES, a->dv);
     float *S = a->state + state_index(head, 0, first, a->dk, a->dv);
     if (copy) S = memcpy(copy, S, (size_t)a->dk * LANES * sizeof(float));
-    for (int col = first; col < end; col += STRIP) run_strip(a, S + (col - first), head, col, n_rows);
+    for (int col = first; col < end; col += STRIP)
+      run_strip(a, S + (col - first), head, col, n_rows);
   }
 }
 
@@ -122,7 +124,17 @@ void op_delta_rule(const delta_rule_args *a, int tid, int nt) { run_blocks(a, NU
 
 void op_delta_verify(const delta_verify_args *v, int tid, int nt) {
   float copy[(int64_t)v->dk * LANES];
-  delta_rule_args a = {.y = v->y, .decay = v->decay, .beta = v->beta, .state = (float *)v->state, .cursor = v->cursor,
-                       .o = v->o, .T = v->T, .C = v->C, .Hv = v->Hv, .dk = v->dk, .dv = v->dv, .key_heads = v->key_heads};
+  delta_rule_args a = {.y = v->y,
+                       .decay = v->decay,
+                       .beta = v->beta,
+                       .state = (float *)v->state,
+                       .cursor = v->cursor,
+                       .o = v->o,
+                       .T = v->T,
+                       .C = v->C,
+                       .Hv = v->Hv,
+                       .dk = v->dk,
+                       .dv = v->dv,
+                       .key_heads = v->key_heads};
   run_blocks(&a, copy, tid, nt); /* so that the state is only read */
 }

@@ -5,8 +5,7 @@
  * threads decide only which chains run side by side.
  *
  * Weights: panels of 32 outputs, [ceil(N / 32)][K][32], read once in order. Threads share the
- * panels. IS NOT: for many rows; each row reads the panel again, from cache. Called by: the launch
- * list of a graph.
+ * panels. IS NOT: for many rows; each row reads the panel again, from cache.
  */
 #include "common.h"
 #include "fmath.h"
@@ -46,11 +45,9 @@ INLINE vf load_some(const float *p, int64_t count) {
 }
 INLINE void store_some(float *p, vf x, int64_t count) {
   if (count >= VL) v_store(p, x);
-  else for (int64_t i = 0; i < count; i++) p[i] = x[i];
+  else
+    for (int64_t i = 0; i < count; i++) p[i] = x[i];
 }
-
-enum { IDENTITY, SILU };         /* activations, as ops/table.py numbers them */
-enum { PLAN_STEPS_LEFT = 8 };    /* word of the cursor, see ops/policy_cursor.py */
 
 void op_dense(const dense_args *a, int tid, int nt) {
   span panels = share(ceil_div(a->N, LANES), tid, nt);
@@ -61,7 +58,7 @@ void op_dense(const dense_args *a, int tid, int nt) {
         int64_t n = at * LANES + i * VL, count = a->N - n;
         if (count <= 0) break;
         vf y = sums.part[i] + load_some(a->b + n, count);
-        store_some(a->y + t * a->N + n, a->activation == SILU ? v_silu(y) : y, count);
+        store_some(a->y + t * a->N + n, a->activation == ACTIVATION_SILU ? v_silu(y) : y, count);
       }
     }
   }
@@ -94,5 +91,5 @@ void op_flow_step(const flow_step_args *a, int tid, int nt) {
       if (a->mask[n / action_dim] == 0.0f) a->x[n] += velocity / (float)a->steps;
     }
   }
-  if (tid == 0) a->cursor[PLAN_STEPS_LEFT] -= 1;
+  if (tid == 0) a->cursor[POLICY_PLAN_STEPS_LEFT] -= 1;
 }

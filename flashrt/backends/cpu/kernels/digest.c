@@ -1,5 +1,5 @@
 /* The state digest. IS: the sums that core/digest.py defines, over elements as they are stored. IS
- * NOT: the definition, nor the folding into hexadecimal digits. Called by: the device, via ctypes.
+ * NOT: the definition, nor the folding into hexadecimal digits.
  *
  * Terms are added modulo 2^64, so any order gives the same sums: elements are visited in storage
  * order, by all threads.
@@ -20,27 +20,23 @@ typedef struct {
   uint64_t lo, hi;
 } digest_sums;
 
-enum { PLAIN, ROWS_IN_LANES, COLS_IN_LANES, WORTH_SHARING = 16 << 10 /* elements */ };
-
-static const uint64_t A = 0x9E3779B97F4A7C15, B = 0xC2B2AE3D27D4EB4F, C = 0x165667B19E3779F9;
-static const uint64_t D = 0xFF51AFD7ED558CCD, E = 0xA0761D6478BD642F, F = 0xE7037ED1A0B428DB;
-static const uint64_t G = 0xD6E8FEB86659FD93, H = 0xC4CEB9FE1A85EC53;
+enum { WORTH_SHARING = 16 << 10 /* elements */ };
 
 INLINE uint64_t mix(uint64_t z) {
-  z = (z ^ z >> 32) * G;
-  z = (z ^ z >> 29) * H;
+  z = (z ^ z >> 32) * DIGEST_G;
+  z = (z ^ z >> 29) * DIGEST_H;
   return z ^ z >> 32;
 }
 
 /* One run of n elements whose keys are key, key + step, key + 2 step, ...: along columns step is
- * C, along rows it is B. */
+ * DIGEST_C, along rows it is DIGEST_B. */
 #define DEFINE_RUN(name, type)                                                        \
   static digest_sums name(const type *bits, int64_t n, uint64_t key, uint64_t step) { \
     digest_sums sums = {0, 0};                                                        \
     for (int64_t i = 0; i < n; i++) {                                                 \
       uint64_t k = key + (uint64_t)i * step, v = (uint64_t)bits[i] + 1;               \
-      sums.lo += mix(k ^ v * D);                                                      \
-      sums.hi += mix((k + E) * D ^ v * F);                                            \
+      sums.lo += mix(k ^ v * DIGEST_D);                                               \
+      sums.hi += mix((k + DIGEST_E) * DIGEST_D ^ v * DIGEST_F);                       \
     }                                                                                 \
     return sums;                                                                      \
   }
@@ -75,8 +71,8 @@ static void add(digest_sums *sums, digest_sums more) {
 static digest_sums plain_row(const flashrt_digest_term *t, const char *plane, uint64_t key,
                              int64_t row, int64_t begin, int64_t end) {
   int64_t index = (row - t->origin) * t->cols + begin;
-  return run(plane, index, end - begin, key + (uint64_t)row * B + (uint64_t)begin * C, C,
-             t->elem_nbytes);
+  return run(plane, index, end - begin, key + (uint64_t)row * DIGEST_B + (uint64_t)begin * DIGEST_C,
+             DIGEST_C, t->elem_nbytes);
 }
 
 /* The rows of one granule that lie in [start, stop). `granule` counts from row `origin`. */
@@ -86,20 +82,20 @@ static digest_sums granule_rows(const flashrt_digest_term *t, const char *plane,
   int first = (int)max_of(t->start - row, 0), last = (int)min_of(t->stop - row, LANES);
   int64_t col_blocks = ceil_div(t->cols, LANES);
   digest_sums sums = {0, 0};
-  if (t->layout == ROWS_IN_LANES) {
+  if (t->layout == LAYOUT_ROWS_IN_LANES) {
     for (int64_t col = 0; col < t->cols; col++) {
-      uint64_t k = key + (uint64_t)row * B + (uint64_t)col * C;
-      add(&sums,
-          lanes(plane, (granule * t->cols + col) * LANES, first, last, k, B, t->elem_nbytes));
+      uint64_t k = key + (uint64_t)row * DIGEST_B + (uint64_t)col * DIGEST_C;
+      add(&sums, lanes(plane, (granule * t->cols + col) * LANES, first, last, k, DIGEST_B,
+                       t->elem_nbytes));
     }
     return sums;
   }
   for (int64_t block = 0; block < col_blocks; block++) {
     int n_cols = (int)min_of(t->cols - block * LANES, LANES);
     for (int r = first; r < last; r++) {
-      uint64_t k = key + (uint64_t)(row + r) * B + (uint64_t)block * LANES * C;
-      add(&sums, lanes(plane, ((granule * col_blocks + block) * LANES + r) * LANES, 0, n_cols, k, C,
-                       t->elem_nbytes));
+      uint64_t k = key + (uint64_t)(row + r) * DIGEST_B + (uint64_t)block * LANES * DIGEST_C;
+      add(&sums, lanes(plane, ((granule * col_blocks + block) * LANES + r) * LANES, 0, n_cols, k,
+                       DIGEST_C, t->elem_nbytes));
     }
   }
   return sums;
@@ -116,7 +112,7 @@ static digest_sums term_part(const flashrt_digest_term *t, int tid, int nt) {
   enum { CHUNK = 4096 };
   int64_t first_granule = (t->start - t->origin) / LANES;
   int64_t chunks = ceil_div(t->cols, CHUNK);
-  int64_t units_per_plane = t->layout == PLAIN
+  int64_t units_per_plane = t->layout == LAYOUT_PLAIN
                                 ? (t->stop - t->start) * chunks
                                 : ceil_div(t->stop - t->origin, LANES) - first_granule;
   digest_sums sums = {0, 0};
@@ -125,8 +121,8 @@ static digest_sums term_part(const flashrt_digest_term *t, int tid, int nt) {
   for (int64_t i = mine.begin; i < mine.end; i++) {
     int64_t p = i / units_per_plane, unit = i % units_per_plane;
     const char *plane = (const char *)(uintptr_t)t->address + p * t->pitch;
-    uint64_t key = t->seed + (uint64_t)p * A;
-    if (t->layout == PLAIN) {
+    uint64_t key = t->seed + (uint64_t)p * DIGEST_A;
+    if (t->layout == LAYOUT_PLAIN) {
       int64_t begin = unit % chunks * CHUNK;
       add(&sums, plain_row(t, plane, key, t->start + unit / chunks, begin,
                            min_of(begin + CHUNK, t->cols)));

@@ -1,8 +1,8 @@
 /* draft_*, verify_cursors, accept, take_token: what drafting needs beside the kernels of a forward
  * pass.
  *
- * IS: the head's input, and bookkeeping on cursors, a few words each. IS NOT: the choice of how many
- * tokens to draft. Called by: the launch list of a graph.
+ * IS: the head's input, and bookkeeping on cursors, a few words each. IS NOT: the choice of how
+ * many tokens to draft.
  */
 #include "common.h"
 #include "fmath.h"
@@ -37,17 +37,18 @@ void op_draft_input(const draft_input_args *a, int tid, int nt) {
 void op_draft_begin(const draft_begin_args *a, int tid, int nt) {
   if (tid > 0) return;
   memset(a->draft, 0, CURSOR_WORDS * sizeof(int32_t));
-  a->draft[POSITION] = a->cursor[POSITION];
-  a->draft[ROWS] = 1;
-  a->draft[TOKEN] = a->cursor[TOKEN];
+  a->draft[CURSOR_POSITION] = a->cursor[CURSOR_POSITION];
+  a->draft[CURSOR_ROWS] = 1;
+  a->draft[CURSOR_TOKEN] = a->cursor[CURSOR_TOKEN];
 }
 
 void op_draft_note(const draft_note_args *a, int tid, int nt) {
   if (tid > 0) return;
-  int32_t position = a->draft[POSITION], index = position - a->cursor[POSITION];
-  if (a->draft[TOKEN] < 0) a->draft[TOKEN] = 0; /* a guess may be wrong, but not no token */
-  if (index < a->N) a->drafted[index] = a->draft[TOKEN];
-  if (position < a->S) a->journal[position] = a->draft[TOKEN];
+  int32_t position = a->draft[CURSOR_POSITION], index = position - a->cursor[CURSOR_POSITION];
+  /* a guess may be wrong, but not no token */
+  if (a->draft[CURSOR_TOKEN] < 0) a->draft[CURSOR_TOKEN] = 0;
+  if (index < a->N) a->drafted[index] = a->draft[CURSOR_TOKEN];
+  if (position < a->S) a->journal[position] = a->draft[CURSOR_TOKEN];
 }
 
 void op_verify_cursors(const verify_cursors_args *a, int tid, int nt) {
@@ -55,8 +56,8 @@ void op_verify_cursors(const verify_cursors_args *a, int tid, int nt) {
   memset(a->samples, 0, (size_t)a->T * CURSOR_WORDS * sizeof(int32_t));
   for (int t = 0; t < rows_of(a->cursor, a->T); t++) {
     int32_t *sample = a->samples + t * CURSOR_WORDS;
-    sample[POSITION] = a->cursor[POSITION] + t + 1;
-    sample[ROWS] = 1;
+    sample[CURSOR_POSITION] = a->cursor[CURSOR_POSITION] + t + 1;
+    sample[CURSOR_ROWS] = 1;
   }
 }
 
@@ -64,14 +65,15 @@ void op_accept(const accept_args *a, int tid, int nt) {
   if (tid > 0) return;
   int rows = rows_of(a->cursor, a->T), n = 0;
   for (int is_agreed = 1; n < rows && is_agreed; n++) {
-    int32_t sampled = a->samples[n * CURSOR_WORDS + TOKEN];
-    a->verdict[1 + n] = sampled;
+    int32_t sampled = a->samples[n * CURSOR_WORDS + CURSOR_TOKEN];
+    a->verdict[VERDICT_TOKENS + n] = sampled;
     is_agreed = n + 1 < rows && a->drafted[n + 1] == sampled;
   }
-  a->verdict[0] = n;
+  a->verdict[VERDICT_ACCEPTED] = n;
 }
 
 void op_take_token(const take_token_args *a, int tid, int nt) {
   int rows = rows_of(a->cursor, a->T);
-  if (tid == 0 && rows > 0) a->cursor[TOKEN] = a->samples[(rows - 1) * CURSOR_WORDS + TOKEN];
+  if (tid == 0 && rows > 0)
+    a->cursor[CURSOR_TOKEN] = a->samples[(rows - 1) * CURSOR_WORDS + CURSOR_TOKEN];
 }

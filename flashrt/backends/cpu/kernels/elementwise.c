@@ -1,6 +1,6 @@
 /* silu_mul, last_row, last_values, last_cursor, advance: small steps between the larger kernels.
  *
- * IS: columns split over threads. IS NOT: anything with a sum. Called by: the launch list of a graph.
+ * IS: columns split over threads. IS NOT: anything with a sum.
  */
 #include "common.h"
 #include "fmath.h"
@@ -12,7 +12,8 @@ void op_silu_mul(const silu_mul_args *a, int tid, int nt) {
     const float *gate = a->u + t * 2 * a->I, *up = gate + a->I;
     float *y = (float *)a->y + t * a->I;
     int64_t i = columns.begin;
-    for (; i + VL <= columns.end; i += VL) v_store(y + i, v_silu(v_load(gate + i)) * v_load(up + i));
+    for (; i + VL <= columns.end; i += VL)
+      v_store(y + i, v_silu(v_load(gate + i)) * v_load(up + i));
     for (; i < columns.end; i++) y[i] = s_silu(gate[i]) * up[i];
   }
 }
@@ -32,11 +33,11 @@ void op_last_values(const last_values_args *a, int tid, int nt) {
 void op_last_cursor(const last_cursor_args *a, int tid, int nt) {
   if (tid > 0) return;
   memset(a->last, 0, CURSOR_WORDS * sizeof(int32_t));
-  if (a->cursor[ROWS] < 1) return;
-  a->last[POSITION] = a->cursor[POSITION] + a->cursor[ROWS] - 1;
-  a->last[ROWS] = 1;
+  if (a->cursor[CURSOR_ROWS] < 1) return;
+  a->last[CURSOR_POSITION] = a->cursor[CURSOR_POSITION] + a->cursor[CURSOR_ROWS] - 1;
+  a->last[CURSOR_ROWS] = 1;
 }
 
 void op_advance(const advance_args *a, int tid, int nt) {
-  if (tid == 0) a->cursor[POSITION] += a->cursor[ROWS];
+  if (tid == 0) a->cursor[CURSOR_POSITION] += a->cursor[CURSOR_ROWS];
 }

@@ -1,8 +1,9 @@
 /* embed: rows of the embedding table, and the journal of what went in.
  *
- * IS: a gather of bfloat16 rows from a MATRIX (panels of 32 rows), widened to float32. An id outside [0, V), which the
- * host should have refused, gives a row of NaN: nothing beyond the table is read, and `sample` reports it.
- * IS NOT: scaling. Called by: the launch list of a graph.
+ * IS: a gather of bfloat16 rows from a MATRIX (panels of 32 rows), widened to float32. An id
+ * outside [0, V), which the host should have refused, gives a row of NaN: nothing beyond the table
+ * is read, and `sample` reports it.
+ * IS NOT: scaling.
  */
 #include "common.h"
 
@@ -10,7 +11,8 @@
 static void gather(float *x, const embed_args *a, int32_t token, span columns) {
   int is_known = token >= 0 && token < a->V;
   const uint16_t *row = a->table + matrix_index(is_known ? token : 0, 0, a->H);
-  for (int64_t k = columns.begin; k < columns.end; k++) x[k] = is_known ? from_bf16(row[k * LANES]) : NAN;
+  for (int64_t k = columns.begin; k < columns.end; k++)
+    x[k] = is_known ? from_bf16(row[k * LANES]) : NAN;
 }
 
 void op_embed(const embed_args *a, int tid, int nt) {

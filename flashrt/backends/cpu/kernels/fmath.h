@@ -1,7 +1,8 @@
-/* Elementary functions on top of vec.h: sums with one order, silu, log, softplus, sine and cosine, random numbers.
+/* Elementary functions on top of vec.h: sums with one order, silu, log, softplus, sine and cosine,
+ * random numbers.
  *
- * IS: every function here gives the same bits for an element wherever it stands, at every vector width, with every C
- * library (nothing is taken from libm but the correctly rounded square root).
+ * IS: every function here gives the same bits for an element wherever it stands, at every vector
+ * width, with every C library (nothing is taken from libm but the correctly rounded square root).
  * IS NOT: general: each function states the domain it was made for.
  * Included by: the kernels of one row at a time (norm, conv, gates, rope, elementwise, sample).
  */
@@ -12,8 +13,8 @@
 
 enum { SUM_LANES = 16 };
 
-/* Sum of x[i]^2, i in [0, n): element i goes to lane i % 16, each lane is one fma chain in ascending i, the lanes are
- * added as a tree. n alone fixes the order. */
+/* Sum of x[i]^2, i in [0, n): element i goes to lane i % 16, each lane is one fma chain in
+ * ascending i, the lanes are added as a tree. n alone fixes the order. */
 INLINE float sum_of_squares(const float *x, int n) {
   vf acc[SUM_LANES / VL] = {};
   float lanes[SUM_LANES] = {0};
@@ -25,7 +26,8 @@ INLINE float sum_of_squares(const float *x, int n) {
     }
   }
   UNROLL for (int v = 0; v < SUM_LANES / VL; v++) v_store(lanes + v * VL, acc[v]);
-  for (int lane = 0; i + lane < n; lane++) lanes[lane] = s_fma(x[i + lane], x[i + lane], lanes[lane]);
+  for (int lane = 0; i + lane < n; lane++)
+    lanes[lane] = s_fma(x[i + lane], x[i + lane], lanes[lane]);
   UNROLL for (int half = SUM_LANES / 2; half > 0; half /= 2) {
     UNROLL for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
   }
@@ -35,7 +37,9 @@ INLINE float sum_of_squares(const float *x, int n) {
 INLINE float s_rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 
 /* 1 / root mean square, what rmsnorm multiplies by. */
-INLINE float inverse_rms(const float *x, int n, float eps) { return s_rsqrt(sum_of_squares(x, n) / (float)n + eps); }
+INLINE float inverse_rms(const float *x, int n, float eps) {
+  return s_rsqrt(sum_of_squares(x, n) / (float)n + eps);
+}
 
 /* ---- silu ---- */
 
@@ -44,11 +48,11 @@ INLINE vf v_silu(vf x) { return x / (1.0f + v_exp(-x)); }
 
 /* ---- log and softplus ---- */
 
-/* log of a positive normal number, about 1 ulp: x = 2^e m with m in [sqrt(1/2), sqrt(2)), and the polynomial of Cephes
- * (logf) in m - 1. */
+/* log of a positive normal number, about 1 ulp: x = 2^e m with m in [sqrt(1/2), sqrt(2)), and the
+ * polynomial of Cephes (logf) in m - 1. */
 #define LOG_SQRT_HALF 0x3f3504f3u
-#define LOG_COEFFICIENTS                                                                                         \
-  {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,  -1.2420140846e-1f, 1.4249322787e-1f,                 \
+#define LOG_COEFFICIENTS                                                                         \
+  {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,  -1.2420140846e-1f, 1.4249322787e-1f, \
    -1.6668057665e-1f, 2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f}
 
 INLINE float s_log(float x) {
@@ -95,8 +99,8 @@ INLINE vf v_softplus(vf x) {
 
 /* ---- sine and cosine ---- */
 
-/* Correct to about 1 ulp of float32 for |x| below 2^30: quadrants are taken off in float64 with pi / 2 in two parts, and
- * the Taylor polynomials on [-pi/4, pi/4] are cut where they reach 2e-9. */
+/* Correct to about 1 ulp of float32 for |x| below 2^30: quadrants are taken off in float64 with pi
+ * / 2 in two parts, and the Taylor polynomials on [-pi/4, pi/4] are cut where they reach 2e-9. */
 typedef struct {
   float sine, cosine;
 } sine_cosine;
@@ -123,7 +127,8 @@ INLINE sine_cosine s_sincos(float x) {
   c = __builtin_fma(c, z, -0.5);
   c = __builtin_fma(c, z, 1.0);
   double sine = quadrant & 1 ? c : s, cosine = quadrant & 1 ? s : c;
-  return (sine_cosine){(float)(quadrant & 2 ? -sine : sine), (float)((quadrant + 1) & 2 ? -cosine : cosine)};
+  return (sine_cosine){(float)(quadrant & 2 ? -sine : sine),
+                       (float)((quadrant + 1) & 2 ? -cosine : cosine)};
 }
 
 /* ---- random numbers ---- */
@@ -152,7 +157,8 @@ INLINE vu_product v_mul(vu x, uint32_t m) {
   return (vu_product){(vu)((even >> 32) | (odd & upper)), (vu)((even & ~upper) | (odd << 32))};
 }
 
-/* Philox4x32-10 (Salmon et al., SC'11) on VL counters at once; the counters are replaced by the random words. */
+/* Philox4x32-10 (Salmon et al., SC'11) on VL counters at once; the counters are replaced by the
+ * random words. */
 INLINE void v_philox(vu counter[4], uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; round++) {
     vu_product a = v_mul(counter[0], 0xD2511F53u), b = v_mul(counter[2], 0xCD9E8D57u);
@@ -172,7 +178,8 @@ INLINE vf v_uniform(vu words) {
   return v_select(v > top, top, v);
 }
 
-/* Standard Gumbel noise from uniform v. The noise that can win comes from small v, where float32 is finest. */
+/* Standard Gumbel noise from uniform v. The noise that can win comes from small v, where float32
+ * is finest. */
 INLINE vf v_gumbel(vf v) { return -v_log(-v_log1p(-v)); }
 
 /* Whether any lane of a comparison holds. */

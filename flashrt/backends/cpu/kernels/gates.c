@@ -1,7 +1,6 @@
 /* delta_gates: what the delta rule needs beside v: unit queries and keys, decay and write strength.
  *
  * IS: per row and head; q and k are normalised in place. IS NOT: the recurrence, see delta_rule.c.
- * Called by: the launch list of a graph.
  */
 #include "common.h"
 #include "fmath.h"

@@ -1,7 +1,7 @@
 /* The machine's own limits, measured by the same threads as the kernels: what benchmarks put
  * beside each number.
- * IS: multiply-add peak, read bandwidth, an empty launch. IS NOT: timing; the caller has the
- * clock. Called by: benchmarks.
+ * IS: multiply-add peak, read bandwidth. IS NOT: timing; the caller has the
+ * clock.
  */
 #include "common.h"
 #include "pool.h"
@@ -66,11 +66,4 @@ static void read_body(void *argument, int tid, int nt) {
 void flashrt_read_stream(const void *base, uint64_t nbytes) {
   limit_job job = {base, (int64_t)nbytes};
   pool_run(read_body, &job);
-}
-
-/* A launch that does nothing: what a replay costs by itself. */
-void flashrt_nop_launch(const void *arguments, int tid, int nt) {
-  (void)arguments;
-  (void)tid;
-  (void)nt;
 }

@@ -31,7 +31,7 @@ typedef struct {
   int n_groups;   /* of all panels */
   int n_k;
   int is_first_slice, is_whole; /* whole: 256 k, and all columns exist */
-  const uint16_t *ahead; /* many rows: weights to come, of n_ahead k with each tile */
+  const uint16_t *ahead;        /* many rows: weights to come, of n_ahead k with each tile */
   int n_ahead;
 } tile_job;
 
@@ -194,12 +194,12 @@ typedef void (*wide_function)(tile_job *job, int band, const float *wide, int n)
 
 #define STREAM(groups, tokens) \
   static void stream_##groups##x##tokens(const tile_job *job) { stream(job, groups, tokens); }
-#define WIDE(tokens)                                                              \
-  static void wide_##tokens(tile_job *job, int band, const float *wide, int n) {  \
-    for (; n > 0; n--, pass_tile(job, tokens)) {                                  \
-      if (job->is_whole) wide_tile(job, band, wide, tokens, 1);                   \
-      else wide_tile(job, band, wide, tokens, 0);                                 \
-    }                                                                             \
+#define WIDE(tokens)                                                             \
+  static void wide_##tokens(tile_job *job, int band, const float *wide, int n) { \
+    for (; n > 0; n--, pass_tile(job, tokens)) {                                 \
+      if (job->is_whole) wide_tile(job, band, wide, tokens, 1);                  \
+      else wide_tile(job, band, wide, tokens, 0);                                \
+    }                                                                            \
   }
 STREAM(4, 1)
 STREAM(2, 1)

@@ -1,7 +1,7 @@
 /* rmsnorm, add_rmsnorm, gated_rmsnorm: root-mean-square norms over a row or over one head of a row.
  *
- * IS: one thread per row (or head): a row's sum has one order, see sum_of_squares. IS NOT: the norms inside rope_append and
- * delta_gates, which are over heads that those kernels hold already. Called by: the launch list of a graph.
+ * IS: one thread per row (or head): a row's sum has one order, see sum_of_squares. IS NOT: the
+ * norms inside rope_append and delta_gates, which are over heads that those kernels hold already.
  */
 #include "common.h"
 #include "fmath.h"

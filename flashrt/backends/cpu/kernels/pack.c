@@ -1,6 +1,5 @@
-/* Weights to panels and back. IS: the MATRIX layout of common.h, at the speed of memory: reading a
- * checkpoint is mostly this. IS NOT: file reading or dtype conversion. Called by: the device, via
- * ctypes.
+/* Weights to panels. IS: the MATRIX layout of common.h, at the speed of memory: reading a
+ * checkpoint is mostly this. IS NOT: file reading or dtype conversion.
  */
 #include "common.h"
 #include "pool.h"
@@ -41,36 +40,8 @@ static void pack_body(void *argument, int tid, int nt) {
   }
 }
 
-/* Row pairs of a panel, back to two rows each. */
-static void unpack_panel(const matrix_pair *m, int64_t panel, int64_t k0, int64_t k1) {
-  const uint32_t *words = (const uint32_t *)(m->src + panel * m->K * LANES);
-  for (int r = 0; r < 16; r++) {
-    int64_t row = panel * LANES + r;
-    uint16_t *low = m->dst + row * m->K, *high = low + 16 * m->K;
-    for (int64_t k = k0; k < k1; k++) {
-      if (row < m->N) low[k] = (uint16_t)words[k * 16 + r];
-      if (row + 16 < m->N) high[k] = (uint16_t)(words[k * 16 + r] >> 16);
-    }
-  }
-}
-
-static void unpack_body(void *argument, int tid, int nt) {
-  const matrix_pair *m = argument;
-  span mine = share(ceil_div(m->N, LANES), tid, nt);
-  for (int64_t panel = mine.begin; panel < mine.end; panel++) {
-    for (int64_t k = 0; k < m->K; k += K_BLOCK)
-      unpack_panel(m, panel, k, min_of(k + K_BLOCK, m->K));
-  }
-}
-
 /* src [N, K] bf16 in C order -> dst, panels. */
 void flashrt_pack_matrix(const uint16_t *src, uint16_t *dst, int64_t N, int64_t K) {
   matrix_pair m = {src, dst, N, K};
   pool_run_if(N * K >= WORTH_SHARING, pack_body, &m);
-}
-
-/* src, panels -> dst [N, K] bf16 in C order. */
-void flashrt_unpack_matrix(const uint16_t *src, uint16_t *dst, int64_t N, int64_t K) {
-  matrix_pair m = {src, dst, N, K};
-  pool_run_if(N * K >= WORTH_SHARING, unpack_body, &m);
 }

@@ -1,14 +1,10 @@
 /* observe, gru_cell, flow_begin, flow_end, take_action: a policy's steps between its dense layers.
  *
- * IS: elementwise work of a few hundred numbers, and the cursor's words. What writes the cursor runs
- * on thread 0 alone. IS NOT: the schedule of plans (the host's), or dense layers (dense.c). Called
- * by: the launch list of a graph.
+ * IS: elementwise work of a few hundred numbers, and the cursor's words. What writes the cursor
+ * runs on thread 0 alone. IS NOT: the schedule of plans (the host's), or dense layers (dense.c).
  */
 #include "common.h"
 #include "fmath.h"
-
-/* Words of the cursor; see ops/policy_cursor.py. */
-enum { TICK, OBSERVED, SEED_LOW, SEED_HIGH, CHUNK, STOP, PLAN_TICK, PLAN_STOP, PLAN_STEPS_LEFT, HELD };
 
 #define OBSERVATION_LIMIT 10.0f
 #define TWO_PI 6.28318530717958648f
@@ -22,7 +18,7 @@ void op_observe(const observe_args *a, int tid, int nt) {
     a->x[i] = clip((a->observation[i] - a->mean[i]) / a->std[i], OBSERVATION_LIMIT);
   }
   memcpy(a->x + a->O, a->previous, (size_t)a->A * sizeof(float));
-  a->cursor[OBSERVED] = a->cursor[TICK];
+  a->cursor[POLICY_OBSERVED] = a->cursor[POLICY_TICK];
 }
 
 /* ---- memory ---- */
@@ -52,13 +48,14 @@ void op_gru_cell(const gru_cell_args *a, int tid, int nt) {
 
 /* ---- plans ---- */
 
-/* x[i] = standard normal numbers, i in [0, n), as Box and Muller make them in pairs: number i is one
- * of the four of Philox' counter (i / 4, tick, 0, 0), so it depends on (seed, tick, i) alone. */
+/* x[i] = standard normal numbers, i in [0, n), as Box and Muller make them in pairs: number i is
+ * one of the four of Philox' counter (i / 4, tick, 0, 0), so it depends on (seed, tick, i)
+ * alone. */
 static void normal_noise(float *x, int n, const int32_t *cursor, int32_t tick) {
   for (int i = 0; i < n; i += 4 * VL) {
     vu words[4] = {{}, (vu){} + (uint32_t)tick, {}, {}};
     for (int lane = 0; lane < VL; lane++) words[0][lane] = (uint32_t)(i / 4 + lane);
-    v_philox(words, (uint32_t)cursor[SEED_LOW], (uint32_t)cursor[SEED_HIGH]);
+    v_philox(words, (uint32_t)cursor[POLICY_SEED_LOW], (uint32_t)cursor[POLICY_SEED_HIGH]);
     for (int pair = 0; pair < 2; pair++) {
       vf logs = -2.0f * v_log(v_uniform(words[2 * pair]));
       vf turns = TWO_PI * v_uniform(words[2 * pair + 1]);
@@ -76,38 +73,38 @@ static void normal_noise(float *x, int n, const int32_t *cursor, int32_t tick) {
 /* The action that tick t was promised, or NULL. */
 static const float *promised(const flow_begin_args *a, int32_t t) {
   const int32_t *c = a->cursor;
-  if (t < c[TICK]) return t == c[TICK] - 1 ? a->previous : NULL;
-  int64_t row = (int64_t)t - c[CHUNK];
-  return t < c[STOP] && row >= 0 && row < a->H ? a->queue + row * a->A : NULL;
+  if (t < c[POLICY_TICK]) return t == c[POLICY_TICK] - 1 ? a->previous : NULL;
+  int64_t row = (int64_t)t - c[POLICY_CHUNK];
+  return t < c[POLICY_STOP] && row >= 0 && row < a->H ? a->queue + row * a->A : NULL;
 }
 
 void op_flow_begin(const flow_begin_args *a, int tid, int nt) {
   if (tid > 0) return;
-  int32_t *c = a->cursor, t = c[OBSERVED] < 0 ? 0 : c[OBSERVED];
+  int32_t *c = a->cursor, t = c[POLICY_OBSERVED] < 0 ? 0 : c[POLICY_OBSERVED];
   memcpy(a->context, a->memory, (size_t)a->M * sizeof(float));
   memcpy(a->context + a->M, a->encoded, (size_t)a->E * sizeof(float));
   float *x = a->flow, *mask = a->flow + a->H * a->A;
   normal_noise(x, a->H * a->A, c, t);
   int committed = 0;
   for (int j = 0; j < a->H; j++) {
-    const float *action = j < a->request[0] ? promised(a, t + j) : NULL;
+    const float *action = j < a->request[REQUEST_COMMITTED] ? promised(a, t + j) : NULL;
     if (action) {
       memcpy(x + j * a->A, action, (size_t)a->A * sizeof(float));
       committed = j + 1;
     }
     mask[j] = action ? 1.0f : 0.0f;
   }
-  c[PLAN_TICK] = t;
-  c[PLAN_STOP] = t + (int32_t)min_of(committed + a->execute, a->H);
-  c[PLAN_STEPS_LEFT] = a->steps;
+  c[POLICY_PLAN_TICK] = t;
+  c[POLICY_PLAN_STOP] = t + (int32_t)min_of(committed + a->execute, a->H);
+  c[POLICY_PLAN_STEPS_LEFT] = a->steps;
 }
 
 void op_flow_end(const flow_end_args *a, int tid, int nt) {
   if (tid > 0) return;
   for (int i = 0; i < a->H * a->A; i++) a->queue[i] = clip(a->x[i], 1.0f);
-  a->cursor[CHUNK] = a->cursor[PLAN_TICK];
-  a->cursor[STOP] = a->cursor[PLAN_STOP];
-  a->cursor[PLAN_STEPS_LEFT] = 0;
+  a->cursor[POLICY_CHUNK] = a->cursor[POLICY_PLAN_TICK];
+  a->cursor[POLICY_STOP] = a->cursor[POLICY_PLAN_STOP];
+  a->cursor[POLICY_PLAN_STEPS_LEFT] = 0;
 }
 
 /* ---- actions ---- */
@@ -115,12 +112,12 @@ void op_flow_end(const flow_end_args *a, int tid, int nt) {
 void op_take_action(const take_action_args *a, int tid, int nt) {
   if (tid > 0) return;
   int32_t *c = a->cursor;
-  int64_t row = (int64_t)c[TICK] - c[CHUNK];
-  if (c[TICK] < c[STOP] && row >= 0 && row < a->H) {
+  int64_t row = (int64_t)c[POLICY_TICK] - c[POLICY_CHUNK];
+  if (c[POLICY_TICK] < c[POLICY_STOP] && row >= 0 && row < a->H) {
     memcpy(a->previous, a->queue + row * a->A, (size_t)a->A * sizeof(float));
   } else {
-    c[HELD] += 1;
+    c[POLICY_HELD] += 1;
   }
   for (int i = 0; i < a->A; i++) a->action[i] = s_fma(a->previous[i], a->scale[i], a->offset[i]);
-  c[TICK] += 1;
+  c[POLICY_TICK] += 1;
 }

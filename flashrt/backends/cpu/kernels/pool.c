@@ -202,12 +202,6 @@ static void stop_threads(void) {
   forget_threads();
 }
 
-void flashrt_pool_stop(void) {
-  pthread_mutex_lock(&turn);
-  stop_threads();
-  pthread_mutex_unlock(&turn);
-}
-
 /* Threads [1, n_threads) are started, those of an earlier start are stopped. 0, or -1 when the
  * system refuses; then the pool has one thread. */
 int flashrt_pool_start(int n_threads) {

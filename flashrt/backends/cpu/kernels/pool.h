@@ -1,8 +1,8 @@
 /* The thread pool: n threads run one function at once, the caller being thread 0.
  *
- * IS: start, stop, run, barrier. IS NOT: a scheduler: kernels split their work by (tid, nt), or by
- * claims (common.h), and no bit depends on which thread did what. Included by: runtime.c and whoever
- * runs something on all threads outside a replay.
+ * IS: start, run, barrier. IS NOT: a scheduler: kernels split their work by (tid, nt), or by
+ * claims (common.h), and no bit depends on which thread did what. Included by: runtime.c and
+ * whoever runs something on all threads outside a replay.
  *
  * Waiting spins for about 30 us, then sleeps in the kernel: a replay's barriers are a fraction of
  * a microsecond apart, and a thread that spins longer takes the core from whoever it waits for

@@ -1,7 +1,7 @@
 /* rope_append: norm and rotation of queries and keys, and the new rows of the key and value store.
  *
- * IS: one unit of work per head and row, units of one head next to each other, so that threads share few cache lines of
- * the store. IS NOT: attention. Called by: the launch list of a graph.
+ * IS: one unit of work per head and row, units of one head next to each other, so that threads
+ * share few cache lines of the store. IS NOT: attention.
  */
 #include "common.h"
 #include "fmath.h"
@@ -16,11 +16,14 @@ static void put_query(const place *at, int d, float x) {
 }
 static void put_key(const place *at, int d, float x) {
   const rope_append_args *a = at->a;
-  store_float(a->keys, keys_index(at->head, at->position, d, a->S, a->D, a->keys_dtype), a->keys_dtype, x);
+  store_float(a->keys, keys_index(at->head, at->position, d, a->S, a->D, a->keys_dtype),
+              a->keys_dtype, x);
 }
 
-/* put(rope(rmsnorm(x, w))) for one head. The angle is rounded to float32 before the sine is taken: so is the model's. */
-INLINE void turn(const place *at, const float *x, const float *w, void (*put)(const place *, int, float)) {
+/* put(rope(rmsnorm(x, w))) for one head. The angle is rounded to float32 before the sine is
+ * taken: so is the model's. */
+INLINE void turn(const place *at, const float *x, const float *w,
+                 void (*put)(const place *, int, float)) {
   int D = at->a->D, R2 = at->a->R2;
   float scale = inverse_rms(x, D, at->a->eps);
   for (int j = 0; j < R2; j++) {

@@ -1,7 +1,7 @@
 /* What the host calls besides kernels: replay a launch list.
  *
  * IS: the C half of the device's verbs. IS NOT: threads (pool.c), copies (copy.c), the digest
- * (digest.c). Called by: the device, via ctypes.
+ * (digest.c).
  */
 #include "common.h"
 #include "pool.h"

@@ -1,11 +1,13 @@
 /* sample: the next token from one row of logits.
  *
- * IS: logits with bias and penalties (ops/sampler.py), then the arg max at temperature 0; otherwise top_k, top_p and min_p on z = (logit - largest) / temperature, then
- * Gumbel-max. The noise of a token depends on (seed, position, token) alone: Philox with the seed as key and the counter
- * (position, token / 4, 0, 0), word token % 4. Tokens are ordered by z, equals by lower id; a filter keeps a prefix of
- * that order, so it is one cut (z, id). Masses are integers: their sums do not depend on an order.
- * IS NOT: a check of logits. A NaN among them, or nothing but -inf, gives token -1, which the host turns into an error; +inf
- * wins at any temperature, as in the limit. Called by: the launch list of a graph. V is at least 4.
+ * IS: logits with bias and penalties (ops/sample.py), then the arg max at temperature 0; otherwise
+ * top_k, top_p and min_p on z = (logit - largest) / temperature, then Gumbel-max. The noise of a
+ * token depends on (seed, position, token) alone: Philox with the seed as key and the counter
+ * (position, token / 4, 0, 0), word token % 4. Tokens are ordered by z, equals by lower id; a
+ * filter keeps a prefix of that order, so it is one cut (z, id). Masses are integers: their sums do
+ * not depend on an order.
+ * IS NOT: a check of logits. A NaN among them, or nothing but -inf, gives token -1, which the host
+ * turns into an error; +inf wins at any temperature, as in the limit. V is at least 4.
  */
 #include "common.h"
 #include "fmath.h"
@@ -25,14 +27,26 @@ typedef struct {
 } settings;
 
 static settings settings_of(const uint32_t *words) {
-  settings s;
-  memcpy(&s, words, sizeof s);
+  settings s = {
+      .seed = {words[SAMPLER_SEED_LOW], words[SAMPLER_SEED_HIGH]},
+      .top_k = (int32_t)words[SAMPLER_TOP_K],
+      .temperature = s_from_bits(words[SAMPLER_TEMPERATURE]),
+      .top_p = s_from_bits(words[SAMPLER_TOP_P]),
+      .min_p = s_from_bits(words[SAMPLER_MIN_P]),
+      .repetition = s_from_bits(words[SAMPLER_REPETITION]),
+      .presence = s_from_bits(words[SAMPLER_PRESENCE]),
+      .frequency = s_from_bits(words[SAMPLER_FREQUENCY]),
+      .n_bias = (int32_t)words[SAMPLER_BIASES],
+  };
   if (s.repetition == 0) s.repetition = 1; /* words that are all 0 are greedy */
   return s;
 }
 
-/* Row 1 of `work` passes candidates between threads: thread i has place i, the cut comes after the last thread's. */
-static void put(const sample_args *a, int at, candidate c) { memcpy(a->work + a->V + 2 * at, &c, sizeof c); }
+/* Row 1 of `work` passes candidates between threads: thread i has place i, the cut comes after
+ * the last thread's. */
+static void put(const sample_args *a, int at, candidate c) {
+  memcpy(a->work + a->V + 2 * at, &c, sizeof c);
+}
 static candidate get(const sample_args *a, int at) {
   candidate c;
   memcpy(&c, a->work + a->V + 2 * at, sizeof c);
@@ -97,11 +111,13 @@ INLINE uint64_t mass_of(float probability) { return (uint64_t)(int64_t)(probabil
 INLINE uint32_t key_of(float z) { return s_bits(z) >> 31 ? ~s_bits(z) : s_bits(z) | 0x80000000u; }
 INLINE float value_of(uint32_t key) { return s_from_bits(key >> 31 ? key & 0x7fffffffu : ~key); }
 
-INLINE int is_kept(float z, int32_t id, candidate cut) { return z > cut.value || (z == cut.value && id <= cut.id); }
+INLINE int is_kept(float z, int32_t id, candidate cut) {
+  return z > cut.value || (z == cut.value && id <= cut.id);
+}
 
 /* Adds to weight[digit] what the tokens with z in [low, high] weigh: their mass, or 1. */
-static void weigh(uint64_t *weight, const float *z, int V, int by_mass, float low, float high, uint32_t shift,
-                  uint32_t last) {
+static void weigh(uint64_t *weight, const float *z, int V, int by_mass, float low, float high,
+                  uint32_t shift, uint32_t last) {
   for (int i = 0; i < V; i += VL) {
     vf e = block_of(z, i, V);
     vi inside = (e >= low) & (e <= high);
@@ -120,24 +136,26 @@ static uint64_t mass_kept(const float *z, int V, candidate cut) {
     vf e = block_of(z, i, V);
     if (!v_any(e >= cut.value)) continue;
     vf p = v_exp(e);
-    for (int lane = 0; lane < VL; lane++) total += is_kept(e[lane], i + lane, cut) ? mass_of(p[lane]) : 0;
+    for (int lane = 0; lane < VL; lane++)
+      total += is_kept(e[lane], i + lane, cut) ? mass_of(p[lane]) : 0;
   }
   return total;
 }
 
 /* What a prefix has to weigh, given the weights of the first digit. */
-static uint64_t target_of(const float *z, int V, settings set, int by_mass, candidate within, const uint64_t *weight,
-                          uint32_t last) {
+static uint64_t target_of(const float *z, int V, settings set, int by_mass, candidate within,
+                          const uint64_t *weight, uint32_t last) {
   if (!by_mass) return (uint64_t)set.top_k;
   uint64_t total = 0;
   for (uint32_t digit = 0; digit <= last; digit++) total += weight[digit];
-  if (within.value > -INFINITY) total = mass_kept(z, V, within); /* not all equals of the last token are within */
+  /* not all equals of the last token are within */
+  if (within.value > -INFINITY) total = mass_kept(z, V, within);
   uint64_t target = (uint64_t)__builtin_ceil((double)set.top_p * (double)total);
   return target > 0 ? target : 1;
 }
 
-/* End of the smallest prefix of `within` that holds top_k tokens, or weighs at least top_p of its mass: a radix select,
- * three digits of the key from the top. */
+/* End of the smallest prefix of `within` that holds top_k tokens, or weighs at least top_p of its
+ * mass: a radix select, three digits of the key from the top. */
 static candidate prefix_of(const float *z, int V, settings set, int by_mass, candidate within) {
   static const struct {
     uint32_t shift, last;
@@ -152,7 +170,8 @@ static candidate prefix_of(const float *z, int V, settings set, int by_mass, can
     if (pass == 0) target = target_of(z, V, set, by_mass, within, weight, digit);
     for (; digit > 0 && weight[digit] < target; digit--) target -= weight[digit];
     known |= digit << shift;
-    low = s_max(value_of(known), -INFINITY); /* keys beyond those of infinities are NaN: nothing has them */
+    /* keys beyond those of infinities are NaN: nothing has them */
+    low = s_max(value_of(known), -INFINITY);
     high = s_max(value_of(known | ((1u << shift) - 1)), low);
   }
   uint64_t one = by_mass ? mass_of(s_exp(low)) : 1;
@@ -174,18 +193,19 @@ static candidate cut_of(const float *z, int V, settings set) {
 
 /* ---- noise ---- */
 
-/* Uniform numbers of tokens [first, first + BLOCK), first a multiple of 4: number `word` of lane `lane` is for token
- * first + 4 * lane + word. */
+/* Uniform numbers of tokens [first, first + BLOCK), first a multiple of 4: number `word` of lane
+ * `lane` is for token first + 4 * lane + word. */
 INLINE void uniform_of(vf v[4], const uint32_t seed[2], int32_t position, int64_t first) {
   static const uint32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  vu words[4] = {(vu){} + (uint32_t)position, v_load_words(lanes) + (uint32_t)(first / 4), (vu){}, (vu){}};
+  vu words[4] = {(vu){} + (uint32_t)position, v_load_words(lanes) + (uint32_t)(first / 4), (vu){},
+                 (vu){}};
   v_philox(words, seed[0], seed[1]);
   UNROLL for (int word = 0; word < 4; word++) v[word] = v_uniform(words[word]);
 }
 
 /* The better of `best` and the kept tokens of a block; those that min_p drops are not kept. */
-static candidate better_of_block(candidate best, const float *z, int64_t first, int m, const vf v[4], candidate cut,
-                                 float min_p) {
+static candidate better_of_block(candidate best, const float *z, int64_t first, int m,
+                                 const vf v[4], candidate cut, float min_p) {
   float noise[4][VL];
   for (int word = 0; word < 4; word++) v_store(noise[word], v_gumbel(v[word]));
   for (int i = 0; i < m; i++) {
@@ -211,9 +231,10 @@ static float largest_of_block(const float *z, int m) {
 
 /* Largest z + noise over the kept tokens of a share.
  *
- * Most tokens are far too unlikely to win, and need no logarithm: noise is below -log v, so z + noise > best needs
- * v < exp(z - best). Twice that is asked for, which rounding cannot reach. */
-static candidate noisy_largest(const float *z, span s, candidate cut, settings set, int32_t position) {
+ * Most tokens are far too unlikely to win, and need no logarithm: noise is below -log v, so z +
+ * noise > best needs v < exp(z - best). Twice that is asked for, which rounding cannot reach. */
+static candidate noisy_largest(const float *z, span s, candidate cut, settings set,
+                               int32_t position) {
   candidate best = {-INFINITY, -1};
   for (int64_t first = s.begin; first < s.end; first += BLOCK) {
     int m = (int)min_of(BLOCK, s.end - first);
@@ -274,14 +295,18 @@ void op_sample(const sample_args *a, int tid, int nt) {
   if (tid < parts) put(a, tid, first_largest(logits, mine));
   flashrt_barrier(nt);
   candidate best = best_of(a, parts);
-  int is_greedy = !(set.temperature > 0) || best.value == INFINITY, is_valid = best.value > -INFINITY; /* false for NaN */
+  /* false for NaN */
+  int is_greedy = !(set.temperature > 0) || best.value == INFINITY,
+      is_valid = best.value > -INFINITY;
   if (is_greedy || !is_valid) {
-    if (tid == 0) a->cursor[2] = is_valid ? best.id : -1;
+    if (tid == 0) a->cursor[CURSOR_TOKEN] = is_valid ? best.id : -1;
     return;
   }
 
   float *z = a->work;
-  for (int64_t i = mine.begin; i < mine.end; i++) z[i] = (logits[i] - best.value) / set.temperature + 0.0f; /* no -0 */
+  /* no -0 */
+  for (int64_t i = mine.begin; i < mine.end; i++)
+    z[i] = (logits[i] - best.value) / set.temperature + 0.0f;
   flashrt_barrier(nt);
   candidate cut = {-INFINITY, a->V};
   if (set.top_k > 0 || set.top_p < 1.0f) {
@@ -291,5 +316,5 @@ void op_sample(const sample_args *a, int tid, int nt) {
   }
   if (tid < parts) put(a, tid, noisy_largest(z, mine, cut, set, position_of(a->cursor)));
   flashrt_barrier(nt);
-  if (tid == 0) a->cursor[2] = best_of(a, parts).id;
+  if (tid == 0) a->cursor[CURSOR_TOKEN] = best_of(a, parts).id;
 }

@@ -23,10 +23,12 @@ extern "C" char _end[] __attribute__((visibility("hidden")));
 
 namespace simt {
 
-constexpr int MAX_THREADS = 1024, STACK_BYTES = 64 << 10, DYNAMIC_BYTES = 256 << 10, CANARY_BYTES = 256;
+constexpr int MAX_THREADS = 1024, STACK_BYTES = 64 << 10, DYNAMIC_BYTES = 256 << 10,
+              CANARY_BYTES = 256;
 constexpr int MAX_COPIES = 64;
-constexpr uint64_t LENIENT = 1ull << 63;  // seed bit: threads that exited count as arrived (sm_70 and later)
-constexpr char POISON = char(0xFF);       // NaN in every float format
+// seed bit: threads that exited count as arrived (sm_70 and later)
+constexpr uint64_t LENIENT = 1ull << 63;
+constexpr char POISON = char(0xFF);  // NaN in every float format
 constexpr uint64_t STACK_CANARY = 0x5ca1ab1e0ddba11;
 
 enum State : uint8_t { RUNNABLE, AT_BARRIER, IN_WARP_OP, DONE };
@@ -34,13 +36,13 @@ enum State : uint8_t { RUNNABLE, AT_BARRIER, IN_WARP_OP, DONE };
 struct alignas(64) Fiber {
   void* stack;
   uint3 index;
-  unsigned linear, mask;            // linear thread id; mask of the collective it waits in
+  unsigned linear, mask;  // linear thread id; mask of the collective it waits in
   State state;
   uint8_t barrier;
-  int line;                         // where it waits
+  int line;  // where it waits
   const char* file;
   void (*function)(Fiber*, unsigned);  // collective: run once, by the last lane to arrive
-  void* operands;                   // of this lane, on its own stack
+  void* operands;                      // of this lane, on its own stack
 };
 
 // cp.async: issued copies, done only when waited for.
@@ -60,9 +62,9 @@ struct Barrier {
 };
 
 SIMT_STATE Fiber* current;
-SIMT_STATE Fiber* fibers;                      // lane l of warp w is fibers[32 w + l]
-SIMT_STATE AsyncCopies* async_copies;          // per thread
-SIMT_STATE Fiber* ready[MAX_THREADS];          // ring of runnable fibers
+SIMT_STATE Fiber* fibers;              // lane l of warp w is fibers[32 w + l]
+SIMT_STATE AsyncCopies* async_copies;  // per thread
+SIMT_STATE Fiber* ready[MAX_THREADS];  // ring of runnable fibers
 SIMT_STATE unsigned ready_head, n_ready, n_threads, n_live;
 SIMT_STATE unsigned waiting[MAX_THREADS / 32];  // lanes of each warp that wait in a collective
 SIMT_STATE Barrier barriers[16];
@@ -90,7 +92,8 @@ inline void make_ready(Fiber* f) {
 
 inline Fiber* take_ready() {
   if (!n_ready) return nullptr;
-  if (random_state) std::swap(ready[ready_head], ready[(ready_head + random_below(n_ready)) % MAX_THREADS]);
+  if (random_state)
+    std::swap(ready[ready_head], ready[(ready_head + random_below(n_ready)) % MAX_THREADS]);
   Fiber* f = ready[ready_head];
   ready_head = (ready_head + 1) % MAX_THREADS;
   n_ready--;
@@ -135,7 +138,8 @@ inline int wait_barrier(int id, int expected, int predicate, int line, const cha
   Fiber* me = current;
   n_syncs++;
   if (b.arrived && b.expected != expected)
-    fail("%s:%d: barrier %d: %d threads expected here, %d elsewhere", file, line, id, expected, b.expected);
+    fail("%s:%d: barrier %d: %d threads expected here, %d elsewhere", file, line, id, expected,
+         b.expected);
   me->barrier = id;
   me->line = line;
   me->file = file;
@@ -151,8 +155,8 @@ inline int wait_barrier(int id, int expected, int predicate, int line, const cha
   for (unsigned i = 0; i < n_threads; i++) {  // every thread must wait at the same source line
     Fiber& f = fibers[i];
     if (f.state == AT_BARRIER && f.barrier == id && (f.line != line || strcmp(f.file, file)))
-      fail("divergent barrier %d: thread %u at %s:%d, thread %u at %s:%d", id, me->linear, file, line, f.linear,
-           f.file, f.line);
+      fail("divergent barrier %d: thread %u at %s:%d, thread %u at %s:%d", id, me->linear, file,
+           line, f.linear, f.file, f.line);
   }
   me->state = RUNNABLE;
   release(id);
@@ -170,7 +174,8 @@ inline void collective(unsigned mask, void (*function)(Fiber*, unsigned), void* 
   unsigned warp = me->linear / 32, lane = me->linear % 32;
   Fiber* lanes = fibers + 32 * warp;
   n_syncs++;
-  if (!(mask >> lane & 1)) fail("%s:%d: thread %u is not in its own mask %08x", file, line, me->linear, mask);
+  if (!(mask >> lane & 1))
+    fail("%s:%d: thread %u is not in its own mask %08x", file, line, me->linear, mask);
   me->mask = mask;
   me->function = function;
   me->operands = operands;
@@ -185,8 +190,8 @@ inline void collective(unsigned mask, void (*function)(Fiber*, unsigned), void* 
   for (unsigned m = mask; m; m &= m - 1) {
     Fiber& f = lanes[__builtin_ctz(m)];
     if (f.mask != mask || f.function != function || f.line != line)
-      fail("warp %u disagrees: lane %u at %s:%d mask %08x, lane %u at %s:%d mask %08x", warp, lane, file, line, mask,
-           f.linear % 32, f.file, f.line, f.mask);
+      fail("warp %u disagrees: lane %u at %s:%d mask %08x, lane %u at %s:%d mask %08x", warp, lane,
+           file, line, mask, f.linear % 32, f.file, f.line, f.mask);
   }
   if (function) function(lanes, mask);
   waiting[warp] &= ~mask;
@@ -205,7 +210,8 @@ inline void collective(unsigned mask, void (*function)(Fiber*, unsigned), void* 
 inline void run_thread() {
   thunk(parameters);
   if (async_copies[current->linear].n)
-    fail("thread %u ended with %d cp.async never waited for", current->linear, async_copies[current->linear].n);
+    fail("thread %u ended with %d cp.async never waited for", current->linear,
+         async_copies[current->linear].n);
   current->state = DONE;
   n_live--;
   if (is_lenient && barriers[0].arrived && barriers[0].arrived == int(n_live)) release(0);
@@ -230,8 +236,8 @@ inline void report_deadlock() {
         if (j > i) fibers[j].state = DONE;  // reported
       }
     const char* what = state == AT_BARRIER ? "barrier" : "warp op";
-    n += snprintf(error_text + n, error_size - n, "; %u wait at %s %s:%d (first %u, last %u)", count, what, f.file,
-                  f.line, f.linear, last);
+    n += snprintf(error_text + n, error_size - n, "; %u wait at %s %s:%d (first %u, last %u)",
+                  count, what, f.file, f.line, f.linear, last);
     if (state == IN_WARP_OP)
       n += snprintf(error_text + n, error_size - n, " mask %08x, absent lanes %08x", f.mask,
                     f.mask & ~waiting[i / 32]);
@@ -239,7 +245,9 @@ inline void report_deadlock() {
   has_failed = 1;
 }
 
-inline uint64_t* stack_canary(int thread) { return (uint64_t*)(stacks + size_t(thread) * STACK_BYTES); }
+inline uint64_t* stack_canary(int thread) {
+  return (uint64_t*)(stacks + size_t(thread) * STACK_BYTES);
+}
 
 inline void allocate_once() {
   if (stacks) return;
@@ -247,7 +255,8 @@ inline void allocate_once() {
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) abort();
   stacks = (char*)memory + STACK_BYTES;  // below the first one is room for what overflows it
-  // A canary per stack, not a guard page: a process may have 65,530 mappings, and loads many libraries.
+  // A canary per stack, not a guard page: a process may have 65,530 mappings, and loads many
+  // libraries.
   for (int i = 0; i < MAX_THREADS; i++) *stack_canary(i) = STACK_CANARY;
   dynamic_shared = (char*)aligned_alloc(1024, DYNAMIC_BYTES);
   fibers = (Fiber*)aligned_alloc(64, MAX_THREADS * sizeof(Fiber));
@@ -268,8 +277,10 @@ inline void start_block(unsigned dynamic_nbytes) {
     f.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     f.linear = i;
     async_copies[i].n = async_copies[i].n_groups = 0;
-    // staggered tops: equal offsets would put every fiber's frame into the same sets of the L1 cache
-    uintptr_t top = uintptr_t(stacks + size_t(i + 1) * STACK_BYTES - i * 832 % 16384) & ~uintptr_t(63);
+    // staggered tops: equal offsets would put every fiber's frame into the same sets of the L1
+    //                 cache
+    uintptr_t top =
+        uintptr_t(stacks + size_t(i + 1) * STACK_BYTES - i * 832 % 16384) & ~uintptr_t(63);
     void** s = (void**)top;
     *--s = nullptr;  // run_thread() sees a 16-byte aligned frame: rsp % 16 == 8
     *--s = (void*)+[] { run_thread(); };
@@ -282,8 +293,8 @@ inline void start_block(unsigned dynamic_nbytes) {
 inline unsigned common_divisor(unsigned a, unsigned b) { return b ? common_divisor(b, a % b) : a; }
 
 // Run all blocks. `geometry`: grid xyz, block xyz. Returns 0, or -1 with a message.
-inline int launch(void (*run)(void**), const unsigned* geometry, unsigned dynamic_nbytes, uint64_t seed,
-                  void** params, char* error, int size) {
+inline int launch(void (*run)(void**), const unsigned* geometry, unsigned dynamic_nbytes,
+                  uint64_t seed, void** params, char* error, int size) {
   gridDim = {geometry[0], geometry[1], geometry[2]};
   blockDim = {geometry[3], geometry[4], geometry[5]};
   n_threads = blockDim.x * blockDim.y * blockDim.z;
@@ -296,12 +307,14 @@ inline int launch(void (*run)(void**), const unsigned* geometry, unsigned dynami
   is_lenient = seed & LENIENT;
   n_syncs = n_switches = 0;
   if (n_threads == 0 || n_threads > MAX_THREADS || dynamic_nbytes > DYNAMIC_BYTES - CANARY_BYTES) {
-    snprintf(error, size, "bad launch: %u threads, %u bytes of dynamic shared memory", n_threads, dynamic_nbytes);
+    snprintf(error, size, "bad launch: %u threads, %u bytes of dynamic shared memory", n_threads,
+             dynamic_nbytes);
     return -1;
   }
   allocate_once();
   unsigned n_blocks = gridDim.x * gridDim.y * gridDim.z;
-  unsigned start = random_state ? random_below(n_blocks) : 0, step = random_state ? 2 * random_below(n_blocks) + 1 : 1;
+  unsigned start = random_state ? random_below(n_blocks) : 0,
+           step = random_state ? 2 * random_below(n_blocks) + 1 : 1;
   while (common_divisor(step, n_blocks) != 1) step += 2;
   unsigned b = start;
   for (unsigned i = 0; i < n_blocks; i++, b = unsigned((uint64_t(b) + step) % n_blocks)) {
@@ -341,11 +354,13 @@ inline void call(void (*kernel)(A...), void** p) {
 
 }  // namespace simt
 
-// int simt_<kernel>(grid and block [6], dynamic shared bytes, seed (0: in order), void* params[], error text, its size)
-#define SIMT_EXPORT(kernel)                                                                                     \
-  extern "C" int simt_##kernel(const unsigned* geometry, unsigned nbytes, uint64_t seed, void** p, char* error, \
-                               int size) {                                                                      \
-    return simt::launch([](void** q) { simt::call(kernel, q); }, geometry, nbytes, seed, p, error, size);       \
+// int simt_<kernel>(grid and block [6], dynamic shared bytes, seed (0: in order), void* params[],
+// error text, its size)
+#define SIMT_EXPORT(kernel)                                                                        \
+  extern "C" int simt_##kernel(const unsigned* geometry, unsigned nbytes, uint64_t seed, void** p, \
+                               char* error, int size) {                                            \
+    return simt::launch([](void** q) { simt::call(kernel, q); }, geometry, nbytes, seed, p, error, \
+                        size);                                                                     \
   }
 
 // Synchronisations and fiber switches of the last launch.

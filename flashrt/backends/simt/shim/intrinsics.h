@@ -1,11 +1,16 @@
-// intrinsics.h - barriers, warp operations, atomics and arithmetic of CUDA that kernels use. Part of simt.h.
+// intrinsics.h - barriers, warp operations, atomics and arithmetic of CUDA that kernels use. Part
+// of simt.h.
 #pragma once
 
 // ---- synchronisation
 
 inline void __syncthreads(SIMT_AT) { simt::wait_barrier(0, simt::n_threads, 0, line, file); }
-inline int __syncthreads_or(int p, SIMT_AT) { return simt::wait_barrier(0, simt::n_threads, p != 0, line, file); }
-inline void __syncwarp(unsigned mask = ~0u, SIMT_AT) { simt::collective(mask, nullptr, nullptr, line, file); }
+inline int __syncthreads_or(int p, SIMT_AT) {
+  return simt::wait_barrier(0, simt::n_threads, p != 0, line, file);
+}
+inline void __syncwarp(unsigned mask = ~0u, SIMT_AT) {
+  simt::collective(mask, nullptr, nullptr, line, file);
+}
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 [[noreturn]] inline void __trap(SIMT_AT) {
@@ -25,7 +30,8 @@ inline void run_shuffle(Fiber* lanes, unsigned mask) {
   for (unsigned m = mask; m; m &= m - 1) {
     Exchange* e = exchange_of(lanes[__builtin_ctz(m)]);
     if (!(mask >> e->source & 1))
-      fail("%s:%d: shuffle reads lane %d outside mask %08x", current->file, current->line, e->source, mask);
+      fail("%s:%d: shuffle reads lane %d outside mask %08x", current->file, current->line,
+           e->source, mask);
     e->out = exchange_of(lanes[e->source])->in;
   }
 }
@@ -74,20 +80,27 @@ inline unsigned __ballot_sync(unsigned mask, int p, SIMT_AT) {
   simt::collective(mask, simt::run_ballot, &e, line, file);
   return unsigned(e.out);
 }
-inline int __any_sync(unsigned mask, int p, SIMT_AT) { return __ballot_sync(mask, p, line, file) != 0; }
-inline int __all_sync(unsigned mask, int p, SIMT_AT) { return __ballot_sync(mask, p, line, file) == mask; }
+inline int __any_sync(unsigned mask, int p, SIMT_AT) {
+  return __ballot_sync(mask, p, line, file) != 0;
+}
+inline int __all_sync(unsigned mask, int p, SIMT_AT) {
+  return __ballot_sync(mask, p, line, file) == mask;
+}
 
 // ---- atomics (integers only: floating-point atomics have no order, and no place in these kernels)
 
 inline int atomicAdd(int* p, int v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
-inline unsigned atomicAdd(unsigned* p, unsigned v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
+inline unsigned atomicAdd(unsigned* p, unsigned v) {
+  return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
+}
 inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long v) {
   return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
 }
 template <class T>
 inline T atomicMax(T* p, T v) {
   T old = __atomic_load_n(p, __ATOMIC_SEQ_CST);
-  while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+  while (old < v &&
+         !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
   }
   return old;
 }

@@ -12,7 +12,8 @@
 #define __noinline__ __attribute__((noinline))
 #define __align__(n) __attribute__((aligned(n)))
 
-// All of .bss is shared memory: poisoned when a block starts. The runtime's own state must therefore live elsewhere.
+// All of .bss is shared memory: poisoned when a block starts. The runtime's own state must
+// therefore live elsewhere.
 #define __shared__ static
 #define SIMT_STATE static __attribute__((section("simt_state"), unused))
 
@@ -23,14 +24,10 @@ struct dim3 {
   unsigned x, y, z;
 };
 
-#define SIMT_VECTORS(T, name)                                                                                 \
-  struct alignas(2 * sizeof(T)) name##2 {                                                                     \
-    T x, y;                                                                                                   \
-  };                                                                                                          \
-  struct alignas(4 * sizeof(T)) name##4 {                                                                     \
-    T x, y, z, w;                                                                                             \
-  };                                                                                                          \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                                  \
+#define SIMT_VECTORS(T, name)                                \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };         \
+  struct alignas(4 * sizeof(T)) name##4 { T x, y, z, w; };   \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 SIMT_VECTORS(float, float)
 SIMT_VECTORS(int, int)

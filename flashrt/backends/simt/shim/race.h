@@ -1,8 +1,9 @@
-// race.h - the race detector: with SIMT_RACE defined and -fsanitize=thread, linked without its library, the compiler
-// calls these hooks at every memory access of a kernel. Part of simt.h.
+// race.h - the race detector: with SIMT_RACE defined and -fsanitize=thread, linked without its
+// library, the compiler calls these hooks at every memory access of a kernel. Part of simt.h.
 //
-// Two accesses of the same two bytes of shared memory by different threads, one of them a write, are a race unless a
-// block barrier lies between them, or the threads share a warp and a warp operation does.
+// Two accesses of the same two bytes of shared memory by different threads, one of them a write,
+// are a race unless a block barrier lies between them, or the threads share a warp and a warp
+// operation does.
 #pragma once
 #ifndef SIMT_RACE
 
@@ -15,7 +16,7 @@ inline void note_write(void*, size_t, int, const char*) {}
 #define SIMT_UNWATCHED __attribute__((no_sanitize_thread))
 
 namespace simt {
-struct Seen {  // the last access of a kind
+struct Seen {                  // the last access of a kind
   uint16_t thread, is_shared;  // is_shared: by several threads
   uint32_t block_epoch, warp_epoch;
 };
@@ -26,21 +27,22 @@ SIMT_STATE Shadow* shadow;
 
 SIMT_UNWATCHED inline bool clashes(const Seen& s, unsigned t) {
   if (s.block_epoch != block_epoch || (!s.is_shared && s.thread == t)) return false;
-  bool is_ordered_in_warp = !s.is_shared && s.thread / 32 == t / 32 && s.warp_epoch != warp_epoch[t / 32];
+  bool is_ordered_in_warp =
+      !s.is_shared && s.thread / 32 == t / 32 && s.warp_epoch != warp_epoch[t / 32];
   return !is_ordered_in_warp;
 }
 
-// The place is a source line, or the address of an instruction, from which the driver finds the line.
-SIMT_UNWATCHED __attribute__((noinline)) inline void touch(void* address, size_t nbytes, bool is_write, void* pc,
-                                                           int line = 0, const char* file = nullptr) {
+// The place is a source line, or the address of an instruction, from which the driver finds the
+// line.
+SIMT_UNWATCHED __attribute__((noinline)) inline void touch(void* address, size_t nbytes,
+                                                           bool is_write, void* pc, int line = 0,
+                                                           const char* file = nullptr) {
   uintptr_t a = (uintptr_t)address, base;
   size_t n_static = _end - __bss_start;
-  if (a - (uintptr_t)__bss_start < n_static)
-    base = a - (uintptr_t)__bss_start;
+  if (a - (uintptr_t)__bss_start < n_static) base = a - (uintptr_t)__bss_start;
   else if (a - (uintptr_t)dynamic_shared < (uintptr_t)DYNAMIC_BYTES)
     base = a - (uintptr_t)dynamic_shared + ((n_static + 1) & ~size_t(1));
-  else
-    return;
+  else return;
   if (!current) return;  // the launcher looks at its canary
   if (!shadow) shadow = (Shadow*)calloc((n_static + DYNAMIC_BYTES) / 2 + 2, sizeof(Shadow));
   unsigned t = current->linear, warp = t / 32;
@@ -50,8 +52,7 @@ SIMT_UNWATCHED __attribute__((noinline)) inline void touch(void* address, size_t
     if (after_write || (is_write && clashes(s.read, t))) {
       char place[256];
       Dl_info info;
-      if (file)
-        snprintf(place, sizeof place, "%s:%d", file, line);
+      if (file) snprintf(place, sizeof place, "%s:%d", file, line);
       else if (dladdr(pc, &info))
         snprintf(place, sizeof place, "+0x%lx", (uintptr_t)pc - 1 - (uintptr_t)info.dli_fbase);
       fail("race: thread %u %s shared memory that thread %u %s since the last barrier, at %s", t,
@@ -59,8 +60,9 @@ SIMT_UNWATCHED __attribute__((noinline)) inline void touch(void* address, size_t
            after_write ? "wrote" : "read", place);
     }
     Seen& e = is_write ? s.write : s.read;
-    bool is_concurrent = e.block_epoch == block_epoch &&
-                         (e.is_shared || e.thread / 32 != warp || (e.thread != t && e.warp_epoch == warp_epoch[warp]));
+    bool is_concurrent =
+        e.block_epoch == block_epoch && (e.is_shared || e.thread / 32 != warp ||
+                                         (e.thread != t && e.warp_epoch == warp_epoch[warp]));
     e = {uint16_t(t), uint16_t(!is_write && is_concurrent), block_epoch, warp_epoch[warp]};
   }
 }
@@ -84,31 +86,35 @@ SIMT_WATCH_SIZE(2)
 SIMT_WATCH_SIZE(4)
 SIMT_WATCH_SIZE(8)
 SIMT_WATCH_SIZE(16)
-SIMT_HOOK __tsan_read_range(void* p, size_t n) { simt::touch(p, n, false, __builtin_return_address(0)); }
-SIMT_HOOK __tsan_write_range(void* p, size_t n) { simt::touch(p, n, true, __builtin_return_address(0)); }
+SIMT_HOOK __tsan_read_range(void* p, size_t n) {
+  simt::touch(p, n, false, __builtin_return_address(0));
+}
+SIMT_HOOK __tsan_write_range(void* p, size_t n) {
+  simt::touch(p, n, true, __builtin_return_address(0));
+}
 SIMT_HOOK __tsan_init() {}
 SIMT_HOOK __tsan_func_entry(void*) {}
 SIMT_HOOK __tsan_func_exit() {}
 
 // Atomics are no races; fibers do not run at the same time.
-#define SIMT_ATOMIC_HOOKS(bits, T)                                                                          \
-  extern "C" SIMT_UNWATCHED T __tsan_atomic##bits##_fetch_add(volatile void* p, T v, int) {                 \
-    T old = *(volatile T*)p;                                                                                \
-    *(volatile T*)p = old + v;                                                                              \
-    return old;                                                                                             \
-  }                                                                                                         \
-  extern "C" SIMT_UNWATCHED T __tsan_atomic##bits##_load(const volatile void* p, int) {                     \
-    return *(const volatile T*)p;                                                                           \
-  }                                                                                                         \
-  extern "C" SIMT_UNWATCHED int __tsan_atomic##bits##_compare_exchange_strong(volatile void* p, void* seen, \
-                                                                              T v, int, int) {              \
-    T old = *(volatile T*)p;                                                                                \
-    if (old != *(T*)seen) {                                                                                 \
-      *(T*)seen = old;                                                                                      \
-      return 0;                                                                                             \
-    }                                                                                                       \
-    *(volatile T*)p = v;                                                                                    \
-    return 1;                                                                                               \
+#define SIMT_ATOMIC_HOOKS(bits, T)                                                          \
+  extern "C" SIMT_UNWATCHED T __tsan_atomic##bits##_fetch_add(volatile void* p, T v, int) { \
+    T old = *(volatile T*)p;                                                                \
+    *(volatile T*)p = old + v;                                                              \
+    return old;                                                                             \
+  }                                                                                         \
+  extern "C" SIMT_UNWATCHED T __tsan_atomic##bits##_load(const volatile void* p, int) {     \
+    return *(const volatile T*)p;                                                           \
+  }                                                                                         \
+  extern "C" SIMT_UNWATCHED int __tsan_atomic##bits##_compare_exchange_strong(              \
+      volatile void* p, void* seen, T v, int, int) {                                        \
+    T old = *(volatile T*)p;                                                                \
+    if (old != *(T*)seen) {                                                                 \
+      *(T*)seen = old;                                                                      \
+      return 0;                                                                             \
+    }                                                                                       \
+    *(volatile T*)p = v;                                                                    \
+    return 1;                                                                               \
   }
 SIMT_ATOMIC_HOOKS(32, uint32_t)
 SIMT_ATOMIC_HOOKS(64, uint64_t)

@@ -1,14 +1,17 @@
-// simt.h - runs raw CUDA C++ kernels on the CPU, a fiber per CUDA thread: for verification, not for speed.
+// simt.h - runs raw CUDA C++ kernels on the CPU, a fiber per CUDA thread: for verification, not for
+// speed.
 //
-// IS: the CUDA language as far as kernels use it, and a scheduler that is stricter than a GPU. The stub that build.py
-// generates includes this, then the kernel file inside an anonymous namespace, then SIMT_EXPORT(kernel) per kernel.
-// IS NOT: a model of time, of caches, or of the bits of tensor cores (mma here is 16 products in fp32, then their sum to the accumulator).
-// Called by: the launcher functions `simt_<kernel>`, through ctypes.
+// IS: the CUDA language as far as kernels use it, and a scheduler that is stricter than a GPU. The
+// stub that build.py generates includes this, then the kernel file inside an anonymous namespace,
+// then SIMT_EXPORT(kernel) per kernel.
+// IS NOT: a model of time, of caches, or of the bits of tensor cores (mma here is 16 products in
+// fp32, then their sum to the accumulator).
 //
-// One OS thread per loaded library: all shared memory is static, and blocks run one after the other, threads in turn
-// (seed 0) or in a random order (any other seed). What it catches: missing and divergent barriers, exits before a
-// barrier, partial warp operations, reads of shared memory never written (it is NaN), cp.async not waited for, writes
-// past dynamic shared memory; with SIMT_RACE also races that no schedule would show (race.h).
+// One OS thread per loaded library: all shared memory is static, and blocks run one after the
+// other, threads in turn (seed 0) or in a random order (any other seed). What it catches: missing
+// and divergent barriers, exits before a barrier, partial warp operations, reads of shared memory
+// never written (it is NaN), cp.async not waited for, writes past dynamic shared memory; with
+// SIMT_RACE also races that no schedule would show (race.h).
 #pragma once
 #include <cmath>
 #include <cstdarg>

@@ -1,4 +1,5 @@
-// tensor.h - host bodies of the tensor-core and asynchronous-copy primitives of flashrt.cuh. Part of simt.h.
+// tensor.h - host bodies of the tensor-core and asynchronous-copy primitives of flashrt.cuh. Part
+// of simt.h.
 #pragma once
 
 namespace simt {
@@ -8,9 +9,10 @@ struct MmaOperands {
   float* c;
 };
 
-// mma.sync.m16n8k16: c[16 x 8] += a[16 x 16] b[16 x 8] for a whole warp. Each element: the 16 products, an fp32 chain
-// over ascending k, then their sum to c: nearly as exact as tensor cores, which round such a step to float once.
-// Lane 4g + t holds a: (g, 2t..) (g+8, 2t..) (g, 2t+8..) (g+8, 2t+8..), b: k = 2t.., 2t+8.. of column g,
+// mma.sync.m16n8k16: c[16 x 8] += a[16 x 16] b[16 x 8] for a whole warp. Each element: the 16
+// products, an fp32 chain over ascending k, then their sum to c: nearly as exact as tensor cores,
+// which round such a step to float once. Lane 4g + t holds a: (g, 2t..) (g+8, 2t..) (g, 2t+8..)
+// (g+8, 2t+8..), b: k = 2t.., 2t+8.. of column g,
 // c: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1).
 inline void run_mma(Fiber* lanes, unsigned mask) {
   if (mask != ~0u) fail("mma.sync needs the whole warp");
@@ -33,7 +35,8 @@ inline void run_mma(Fiber* lanes, unsigned mask) {
       Row even = (Row)(*(Bits*)b[p] << 16), odd = (Row)(*(Bits*)b[p] & 0xffff0000u);
       for (int i = 0; i < 4; i++) {
         uint32_t pair = a[r + i][p];
-        sum[i] = __uint_as_float(pair & 0xffff0000u) * odd + (__uint_as_float(pair << 16) * even + sum[i]);
+        sum[i] = __uint_as_float(pair & 0xffff0000u) * odd +
+                 (__uint_as_float(pair << 16) * even + sum[i]);
       }
     }
     for (int i = 0; i < 4; i++) *(Row*)c[r + i] += sum[i];
@@ -50,10 +53,12 @@ inline void mma(float* c, const uint32_t* a, const uint32_t* b, int line, const 
 }
 
 // The destination is poison until the group is waited for.
-inline void issue_copy(void* dst, const void* src, int nbytes, int valid, int line, const char* file) {
+inline void issue_copy(void* dst, const void* src, int nbytes, int valid, int line,
+                       const char* file) {
   AsyncCopies& p = async_copies[current->linear];
   if (p.n == MAX_COPIES)
-    fail("%s:%d: more than %d cp.async in flight in thread %u", file, line, MAX_COPIES, current->linear);
+    fail("%s:%d: more than %d cp.async in flight in thread %u", file, line, MAX_COPIES,
+         current->linear);
   if ((uintptr_t)dst % nbytes || (valid && (uintptr_t)src % nbytes))
     fail("%s:%d: cp.async with a misaligned address in thread %u", file, line, current->linear);
   note_write(dst, nbytes, line, file);
@@ -63,14 +68,16 @@ inline void issue_copy(void* dst, const void* src, int nbytes, int valid, int li
 
 inline void commit_copies() {
   AsyncCopies& p = async_copies[current->linear];
-  if (p.n_groups == MAX_COPIES) fail("thread %u: more than %d cp.async groups", current->linear, MAX_COPIES);
+  if (p.n_groups == MAX_COPIES)
+    fail("thread %u: more than %d cp.async groups", current->linear, MAX_COPIES);
   p.group_end[p.n_groups++] = p.n;
 }
 
 // Finish all but the newest `pending` groups.
 inline void wait_copies(int pending) {
   AsyncCopies& p = async_copies[current->linear];
-  int n_done = p.n_groups > pending ? p.n_groups - pending : 0, n = n_done ? p.group_end[n_done - 1] : 0;
+  int n_done = p.n_groups > pending ? p.n_groups - pending : 0,
+      n = n_done ? p.group_end[n_done - 1] : 0;
   for (int i = 0; i < n; i++) {
     AsyncCopies::Copy& c = p.copy[i];
     note_write(c.dst, c.nbytes, c.line, c.file);

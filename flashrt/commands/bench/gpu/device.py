@@ -2,7 +2,7 @@
 
 IS: one sweep over the lengths, all by events on the device's stream with cold caches, each move
 beside a plain device copy of the bytes that it moved. IS NOT: what a user of the session waits for;
-bench_measure takes that by the host's clock. Called by: gpu_bench.
+measure takes that by the host's clock.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from functools import partial
 
 import numpy as np
 
+from flashrt.backends.cuda.clock import DeviceClock
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane
-from flashrt.commands.bench.gpu.clock import DeviceClock
 from flashrt.commands.bench.gpu.engine import Probe, SyntheticEngine
 from flashrt.commands.bench.measure import TURN
 from flashrt.commands.timing import Tokens, synthetic_tokens
 from flashrt.core.graph import GraphKey
-from flashrt.engine.tokens import DECODE, PREFILL
+from flashrt.models.model import DECODE, PREFILL
 from flashrt.session.session import Session
 
 DECODE_REPLAYS = 8  # back to back, between two events
@@ -71,11 +71,12 @@ class KernelTime:
 class DeviceBench:
     """Lane 0 grows; lane 1 receives whole restores."""
 
-    def __init__(self, engine: SyntheticEngine, clock: DeviceClock, repeats: int) -> None:
+    def __init__(self, made: SyntheticEngine, clock: DeviceClock, repeats: int) -> None:
         """The engine must have no sessions yet."""
-        self.engine, self.clock, self.repeats = engine, clock, repeats
-        self.main = engine.session()
-        self.lane: Lane = engine.lanes[0]
+        self.made, self.clock, self.repeats = made, clock, repeats
+        self.engine = made.engine
+        self.main = self.engine.session()
+        self.lane: Lane = self.engine.lanes[0]
         self.random = np.random.default_rng(1)
         self.turn = self._tokens(TURN)
         self._seed(8)  # wakes clocks, loads what is loaded at first use
@@ -153,9 +154,9 @@ class DeviceBench:
         return statistics.median(samples), moved
 
     def _move(self, nbytes: int, us: float) -> Move:
-        gpu, base = self.engine.gpu, self.engine.buffers.address
+        gpu, base = self.made.gpu, self.made.buffers.address
         copy = partial(
-            gpu.driver.copy_on_device, base + self.engine.buffer_bytes, base, nbytes, gpu.stream
+            gpu.driver.copy_on_device, base + self.made.buffer_bytes, base, nbytes, gpu.stream
         )
         return Move(nbytes, us, self.clock.median_us(copy, self.repeats))
 
@@ -179,18 +180,18 @@ class DeviceBench:
     def kernels(self, position: int) -> list[KernelTime]:
         """Each op of a decode and of the widest prefill, at a position; the state is lost."""
         rows = []
-        for probe in self.engine.probes:
+        for probe in self.made.probes:
             samples = []
             for _ in range(self.repeats):
                 self._place(position, probe.rows)
-                samples.append(self.clock.time_us(partial(self.engine.gpu.replay, probe.graph)))
+                samples.append(self.clock.time_us(partial(self.made.gpu.replay, probe.graph)))
             rows.append(self._kernel_time(probe, position, statistics.median(samples)))
         self.engine.forget_host_view(self.lane)
         self.main.rollback(0)
         return rows
 
     def _kernel_time(self, probe: Probe, position: int, graph_us: float) -> KernelTime:
-        work = self.engine.work(probe, position)
+        work = self.made.work(probe, position)
         return KernelTime(
             probe.phase, probe.rows, probe.op, probe.dims, probe.n_in_tape,
             graph_us / (probe.n_in_tape * probe.repeats), work.nbytes, work.flop, probe.repeats > 1,

@@ -3,7 +3,7 @@
 IS: the loader's path for vectors and odd matrices, a fill kernel over the storage of all other
 matrices (tens of gigabytes in milliseconds), and, captured before the seal, a graph per kernel of
 the tapes, to time it. IS NOT: a way to load a model: weights have the spread of a random
-checkpoint's, not its values. Called by: gpu_bench, tests.
+checkpoint's, not its values.
 """
 
 from __future__ import annotations
@@ -11,23 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from flashrt.backends.cuda.device import CudaDevice
+from flashrt.backends.cuda.extra_ops import add_kernels, random_fill
 from flashrt.backends.cuda.layouts import K_CHUNK, ROW_TILE
-from flashrt.commands.bench.gpu.kernels import add_kernels, random_fill
-from flashrt.commands.bench.work import Work, work_of
-from flashrt.core.backend import BoundLaunch, Bytes, Graph, Memory, Progress
-from flashrt.core.planner import Slot
-from flashrt.core.region import Region
+from flashrt.core.arena import Arena
+from flashrt.core.backend import BoundLaunch, Graph, Memory, Progress
 from flashrt.core.tape import Tape
-from flashrt.engine.tokens import DECODE, PREFILL
-from flashrt.load import SessionEngine
-from flashrt.models import Model, model_for
-from flashrt.weights.loader import LoadReport, load
-from flashrt.weights.random_checkpoint import Shape
+from flashrt.models import model_for
+from flashrt.models.model import DECODE, PREFILL
+from flashrt.ops.work import Work, work_of
+from flashrt.session.engine import SessionEngine
+from flashrt.weights.checkpoint import Checkpoint
+from flashrt.weights.loader import LoadReport, fill_weights
+from flashrt.weights.random_checkpoint import Shape as Sizes
 from flashrt.weights.rules import WeightRule
 from flashrt.weights.synthetic import SyntheticCheckpoint, synthetic_checkpoint
 
@@ -51,118 +49,28 @@ class Probe:
     launch: BoundLaunch  # the first
 
 
-class SyntheticEngine(SessionEngine):
-    """See `load_synthetic`. `gpu` is its device, `buffers` memory of the benchmark's own."""
+@dataclass(frozen=True, slots=True)
+class SyntheticEngine:
+    """An engine, its device, and what was made beside the model before the seal."""
 
-    def __init__(
-        self,
-        model: Model,
-        checkpoint: SyntheticCheckpoint,
-        gpu: CudaDevice,
-        *,
-        lanes: int,
-        pool_bytes: int | None,
-        least_buffer_bytes: int,
-        progress: Progress | None,
-    ) -> None:
-        """See Engine; `buffers` are two halves, each of at least so many bytes."""
-        self.gpu = gpu
-        self.source = checkpoint
-        self.probes: list[Probe] = []
-        self.buffers: Memory
-        self._least_buffer_bytes = least_buffer_bytes
-        add_kernels(gpu)
-        super().__init__(
-            model, checkpoint, gpu, lanes=lanes, pool_bytes=pool_bytes, progress=progress,
-            tokenizer=None,
-        )  # fmt: skip
+    engine: SessionEngine
+    gpu: CudaDevice
+    probes: list[Probe]
+    buffers: Memory  # of the benchmark's own: two halves, each with room for what a capsule moves
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of each half of `buffers`: room for whatever a capsule moves."""
-        lane = self.arena.plan.lanes[0]
-        return max(self._least_buffer_bytes, lane.fixed.nbytes + lane.rows.nbytes)
+        """Bytes of each half of `buffers`."""
+        return self.buffers.nbytes // 2
 
     def work(self, probe: Probe, position: int) -> Work:
         """What one launch of a probe asks for."""
         return work_of(probe.launch.launch, self.gpu.act, position)
 
-    # -- weights --------------------------------------------------------------------------------
-
-    def _load(self, progress: Progress | None) -> LoadReport:
-        slots = {s.region: s for s in self.arena.weights.slots}
-        base = self.arena.weight_memory.address
-        rest: list[WeightRule] = []
-        digest = xxhash.xxh3_128(b"filled on the device")
-        filled_bytes = 0
-        for i, rule in enumerate(self.model.weights):
-            if not _is_fillable(rule):
-                rest.append(rule)
-                continue
-            filled_bytes += self._fill(rule, slots[rule.region], base)
-            digest.update(f"{rule}".encode())
-            if progress is not None:
-                progress("random weights", i + 1, len(self.model.weights))
-
-        def sink(region: Region, first_row: int, rows: NDArray[np.generic]) -> None:
-            slot, part = slots[region], Region(region.name, rows.shape, region.dtype, region.role,
-                                               region.layout)  # fmt: skip
-            stored: Bytes = np.empty(self.gpu.storage(part).nbytes, np.uint8)
-            self.gpu.pack(part, rows, stored)
-            self.gpu.write(base + slot.offset + first_row * slot.storage.lead_nbytes, stored)
-
-        names = {s.name for rule in rest for s in rule.sources}
-        report = load(rest, self.source.only(names), sink, progress)
-        digest.update(report.digest.encode())
-        return LoadReport(digest.hexdigest(), report.source_nbytes + filled_bytes, report.notes)
-
-    def _fill(self, rule: WeightRule, slot: Slot, base: int) -> int:
-        """Each source of a stacked matrix with its own spread; returns bytes."""
-        address = base + slot.offset
-        for source in rule.sources:
-            nbytes = source.shape[0] * slot.storage.lead_nbytes
-            seed = xxhash.xxh32(source.name.encode(), self.source.draw.seed).intdigest() >> 1
-            deviation = self.source.deviation(source.name)
-            self.gpu.eager([random_fill(address, nbytes, seed, deviation)])
-            address += nbytes
-        return slot.storage.nbytes
-
-    # -- probes ---------------------------------------------------------------------------------
-
-    def _capture(self, tapes: Sequence[Tape], progress: Progress | None) -> None:
-        super()._capture(tapes, progress)
-        self.buffers = self.gpu.allocate("benchmark buffers", 2 * self.buffer_bytes)
-        widest = self.model.buckets[-1]
-        for tape in tapes:
-            if (tape.phase, tape.rows) in ((DECODE, 1), (PREFILL, widest)):
-                self.probes += self._probes_of(tape)
-
-    def _probes_of(self, tape: Tape) -> list[Probe]:
-        groups: dict[str, list[BoundLaunch]] = {}
-        for bound in self.arena.bind(tape, 0):
-            launch = bound.launch
-            groups.setdefault(f"{launch.op.name} {launch.dims} {launch.attrs}", []).append(bound)
-        probes = []
-        for bounds in groups.values():
-            first, repeats = bounds[0], -(-_LEAST_LAUNCHES // len(bounds))
-            graph = self.gpu.capture(bounds * repeats)
-            op, dims = first.launch.op.name, dict(first.launch.dims)
-            probes.append(
-                Probe(tape.phase, tape.rows, op, dims, len(bounds), repeats, graph, first)
-            )
-        return probes
-
-
-def _is_fillable(rule: WeightRule) -> bool:
-    """Whether each source is a run of whole storage tiles, so that any bits are weights of it."""
-    if not rule.is_matrix or rule.region.shape[1] % K_CHUNK:
-        return False
-    return all(source.shape[0] % ROW_TILE == 0 for source in rule.sources)
-
 
 def load_synthetic(
     open_device: Callable[[], CudaDevice],
-    shape: str | Shape,
+    shape: str | Sizes,
     *,
     max_positions: int = 4096,
     lanes: int = 2,
@@ -174,7 +82,79 @@ def load_synthetic(
     """An engine of a shape with random weights. Raises CheckpointError, BackendError, PlanError."""
     checkpoint = synthetic_checkpoint(shape, seed=seed)
     model = model_for(checkpoint.config, max_positions=max_positions)
-    return SyntheticEngine(
-        model, checkpoint, open_device(), lanes=lanes, pool_bytes=pool_bytes,
-        least_buffer_bytes=least_buffer_bytes, progress=progress,
+    gpu = open_device()
+    add_kernels(gpu)
+    probes: list[Probe] = []
+    buffers: list[Memory] = []
+
+    def before_seal(arena: Arena, tapes: Sequence[Tape]) -> None:
+        lane = arena.plan.lanes[0]
+        nbytes = max(least_buffer_bytes, lane.fixed.nbytes + lane.rows.nbytes)
+        buffers.append(gpu.allocate("benchmark buffers", 2 * nbytes))
+        for tape in tapes:
+            if (tape.phase, tape.rows) in ((DECODE, 1), (PREFILL, model.buckets[-1])):
+                probes.extend(_probes_of(gpu, arena, tape))
+
+    engine = SessionEngine(
+        model, checkpoint, gpu, tokenizer=None, lanes=lanes, pool_bytes=pool_bytes,
+        fill=fill_on_device, before_seal=before_seal, progress=progress,
     )  # fmt: skip
+    return SyntheticEngine(engine, gpu, probes, *buffers)
+
+
+def fill_on_device(
+    rules: Sequence[WeightRule],
+    checkpoint: Checkpoint,
+    arena: Arena,
+    progress: Progress | None = None,
+) -> LoadReport:
+    """In place of `fill_weights`: a kernel draws matrices of whole tiles where they lie; the loader
+    takes the rest. Only for a SyntheticCheckpoint on a device that has `random_fill`.
+    """
+    gpu = arena.backend
+    assert isinstance(checkpoint, SyntheticCheckpoint) and isinstance(gpu, CudaDevice)
+    slots = {slot.region: slot for slot in arena.weights.slots}
+    digest = xxhash.xxh3_128(b"filled on the device")
+    rest: list[WeightRule] = []
+    n_bytes = 0
+    for i, rule in enumerate(rules):
+        if not _is_fillable(rule):
+            rest.append(rule)
+            continue
+        slot = slots[rule.region]
+        address = arena.weight_memory.address + slot.offset
+        for source in rule.sources:  # of a stacked matrix, each with its own spread
+            nbytes = source.shape[0] * slot.storage.lead_nbytes
+            name_seed = xxhash.xxh32(source.name.encode(), checkpoint.draw.seed).intdigest() >> 1
+            deviation = checkpoint.deviation(source.name)
+            gpu.eager([random_fill(address, nbytes, name_seed, deviation)])
+            address += nbytes
+        digest.update(f"{rule}".encode())
+        n_bytes += slot.storage.nbytes
+        if progress is not None:
+            progress("random weights", i + 1, len(rules))
+    names = {source.name for rule in rest for source in rule.sources}
+    report = fill_weights(rest, checkpoint.only(names), arena, progress)
+    digest.update(report.digest.encode())
+    return LoadReport(digest.hexdigest(), report.source_nbytes + n_bytes, report.notes)
+
+
+def _probes_of(gpu: CudaDevice, arena: Arena, tape: Tape) -> list[Probe]:
+    groups: dict[str, list[BoundLaunch]] = {}
+    for bound in arena.bind(tape, 0):
+        launch = bound.launch
+        groups.setdefault(f"{launch.op.name} {launch.dims} {launch.attrs}", []).append(bound)
+    probes = []
+    for bounds in groups.values():
+        first, repeats = bounds[0], -(-_LEAST_LAUNCHES // len(bounds))
+        graph = gpu.capture(bounds * repeats)
+        op, dims = first.launch.op.name, dict(first.launch.dims)
+        probes.append(Probe(tape.phase, tape.rows, op, dims, len(bounds), repeats, graph, first))
+    return probes
+
+
+def _is_fillable(rule: WeightRule) -> bool:
+    """Whether each source is a run of whole storage tiles, so that any bits are weights of it."""
+    if not rule.is_matrix or rule.region.shape[1] % K_CHUNK:
+        return False
+    return all(source.shape[0] % ROW_TILE == 0 for source in rule.sources)

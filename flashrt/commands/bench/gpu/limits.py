@@ -1,8 +1,7 @@
 """What a device can do, measured in the run that uses it: copy, read and multiply.
 
 IS: bare kernels (cuda_src/limits.cu) and the driver's own copy, on a device opened for them alone
-and closed again, so that its buffers are not beside the model's. IS NOT: data sheets. Called by:
-gpu_bench.
+and closed again, so that its buffers are not beside the model's. IS NOT: data sheets.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from flashrt.backends.cuda.clock import DeviceClock
 from flashrt.backends.cuda.device import CudaDevice
-from flashrt.commands.bench.gpu.clock import DeviceClock
-from flashrt.commands.bench.gpu.kernels import (
+from flashrt.backends.cuda.extra_ops import (
     THREADS,
     add_kernels,
     copy_stream,

@@ -1,7 +1,7 @@
 """Clocks, temperature and driver of the GPU, as nvidia-smi tells them.
 
 IS: a note beside figures: a GPU that throttles or shares its power is slower than its name. IS NOT:
-required; without nvidia-smi the note is empty. Called by: gpu_bench, tools/gpu_report.py.
+required; without nvidia-smi the note is empty.
 """
 
 from __future__ import annotations

@@ -1,40 +1,37 @@
 """`flashrt bench --device cuda`: a shape's speed as fractions of what the GPU can do in this run.
 
 IS: the stages in order, each written to disk as soon as it is done, so that a stage that hangs or
-fails takes nothing with it. IS NOT: the measurements (gpu_bench_limits, _device, bench_measure) or
-the pages (gpu_bench_report). On `simt` the same code runs as a check, and its times mean nothing.
-Called by: cli, tools/gpu_report.py.
+fails takes nothing with it. IS NOT: the measurements (limits, device, bench.measure) or the pages
+(report). On `simt` the same code runs as a check, and its times mean nothing.
 """
 
 from __future__ import annotations
 
 import platform
-import shlex
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from flashrt.backends.cuda.clock import DeviceClock
 from flashrt.backends.cuda.device import CudaDevice, open_device
 from flashrt.backends.cuda.nvrtc import Nvrtc
 from flashrt.backends.simt.build import ShimCompiler
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.base.errors import BackendError, FlashrtError
-from flashrt.commands.bench.bench_work import prefill_flop, streamed_bytes
-from flashrt.commands.bench.gpu.clock import DeviceClock
+from flashrt.commands.bench.document import provenance
 from flashrt.commands.bench.gpu.device import DECODE_REPLAYS, DeviceBench
 from flashrt.commands.bench.gpu.engine import SyntheticEngine, load_synthetic
 from flashrt.commands.bench.gpu.limits import DeviceLimits, LimitSizes, measure_limits
 from flashrt.commands.bench.gpu.machine import clocks
 from flashrt.commands.bench.gpu.report import fold_lengths, stem, write
-from flashrt.commands.bench.measure import TURN, Bench
-from flashrt.commands.doctor import version_of
-from flashrt.engine.tokens import DECODE
+from flashrt.commands.bench.measure import REPLY, SHORT_TURN, TURN, Bench
 from flashrt.load import Precision
+from flashrt.models.model import DECODE, PREFILL
+from flashrt.ops.work import flop_of, streamed_bytes
 
 LENGTHS = (2048, 4096, 8192, 16384)
 MEASURED = Path("docs/measured")
@@ -101,7 +98,7 @@ class _Run:
     def __init__(self, options: GpuBenchOptions) -> None:
         self.options = options
         self.started = time.perf_counter()
-        self.engine: SyntheticEngine | None = None
+        self.made: SyntheticEngine | None = None
         self.bench: DeviceBench | None = None
         self.found_limits: DeviceLimits | None = None
         self.document: dict[str, Any] = self._head()
@@ -133,23 +130,23 @@ class _Run:
     def load(self) -> None:
         """The engine, its weights drawn in place."""
         started = time.perf_counter()
-        engine = load_synthetic(
+        made = load_synthetic(
             self.open, self.options.shape, max_positions=self.options.lengths[-1] + _ROOM,
             least_buffer_bytes=self.options.limit_sizes.buffer_bytes // 2,
         )  # fmt: skip
-        engine.gpu.sync()
-        self.engine = engine
+        made.gpu.sync()
+        self.made, engine = made, made.engine
         stats = engine.stats()
         self.document |= {
             "load_s": time.perf_counter() - started,
             "weights_bytes": stats["weights_bytes"],
             "arena_bytes": stats["arena_bytes"],
-            "streamed_bytes": streamed_bytes(engine.model, engine.backend),
+            "streamed_bytes": streamed_bytes(engine.model.record(DECODE, 1), engine.backend),
             "fingerprint": engine.fingerprint,
-            "launches_per_token": sum(p.n_in_tape for p in engine.probes if p.phase == DECODE),
+            "launches_per_token": sum(p.n_in_tape for p in made.probes if p.phase == DECODE),
         }
-        clock = DeviceClock(engine.gpu, engine.buffers.address, engine.buffer_bytes)
-        self.bench = DeviceBench(engine, clock, self.options.repeats)
+        clock = DeviceClock(made.gpu, made.buffers.address, made.buffer_bytes)
+        self.bench = DeviceBench(made, clock, self.options.repeats)
 
     def device(self) -> None:
         """Device times at each length."""
@@ -175,13 +172,14 @@ class _Run:
 
     def session(self) -> None:
         """What a user of the session waits for, by the host's clock."""
-        assert self.bench is not None and self.engine is not None
+        assert self.bench is not None
+        engine = self.bench.engine
         self.bench.main.close()
-        wall = Bench(self.engine, self.options.repeats, _no_progress, lambda nbytes: None)
+        wall = Bench(engine, self.options.repeats, _no_progress, lambda nbytes: None)
         for found in wall.run(list(self.options.lengths), lambda: None):
             row = self._row(found.tokens)
             row["session"] = asdict(found)
-            row["prefill_flop"] = prefill_flop(self.engine.model, found.tokens)
+            row["prefill_flop"] = flop_of(engine.model.record(PREFILL, 1), found.tokens)
             self.document["is_exact"] &= found.is_exact
 
     # -- the document ---------------------------------------------------------------------------
@@ -217,8 +215,8 @@ class _Run:
 
     def close(self) -> None:
         """Give the device back."""
-        if self.engine is not None:
-            self.engine.close()
+        if self.made is not None:
+            self.made.engine.close()
 
     def say(self, line: str) -> None:
         """A line of progress, with the seconds since the start."""
@@ -235,15 +233,15 @@ class _Run:
 
     def _tape_bytes(self, position: int) -> int:
         """Bytes that one decoded token at a position must move: weights, state, rows, scratch."""
-        assert self.engine is not None
-        decode = [p for p in self.engine.probes if p.phase == DECODE]
-        return sum(p.n_in_tape * self.engine.work(p, position).nbytes for p in decode)
+        assert self.made is not None
+        decode = [p for p in self.made.probes if p.phase == DECODE]
+        return sum(p.n_in_tape * self.made.work(p, position).nbytes for p in decode)
 
     def _launch_flop(self, position: int) -> int:
         """FLOP of one widest prefill launch that begins at a position."""
-        assert self.engine is not None
-        prefill = [p for p in self.engine.probes if p.phase != DECODE]
-        return sum(p.n_in_tape * self.engine.work(p, position).flop for p in prefill)
+        assert self.made is not None
+        prefill = [p for p in self.made.probes if p.phase != DECODE]
+        return sum(p.n_in_tape * self.made.work(p, position).flop for p in prefill)
 
     def _head(self) -> dict[str, Any]:
         gpu = self.open()
@@ -252,8 +250,7 @@ class _Run:
         is_simt = self.options.device == "simt"
         compiler = ShimCompiler() if is_simt else Nvrtc(info.arch)
         return {
-            "command": shlex.join(["flashrt", *sys.argv[1:]]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **provenance("cuda-bindings"),
             "is_verification_only": is_simt,
             "backend": self.options.device,
             "device": info.name,
@@ -264,12 +261,12 @@ class _Run:
             "compiler": compiler.identity,
             "clocks_before": clocks(),
             "system": platform.platform(),
-            "versions": {n: version_of(n) for n in ("flashrt", "numpy", "cuda-bindings")}
-            | {"python": platform.python_version()},
             "shape": self.options.shape,
             "precision": self.options.precision,
             "repeats": self.options.repeats,
             "turn_tokens": TURN,
+            "reply_tokens": REPLY,
+            "short_turn_tokens": SHORT_TURN,
             "decode_replays": DECODE_REPLAYS,
             "is_exact": True,
             "failed": {},

@@ -1,7 +1,6 @@
 """The GPU bench's documents as a picture: four panels over context length, a line per shape.
 
-IS: figures -> PNG by matplotlib, which is optional: without it there is no picture. IS NOT: ratios
-(gpu_bench_report). Called by: gpu_bench_report.
+IS: figures -> PNG; without matplotlib there is no picture. IS NOT: ratios; the documents have them.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flashrt.view.figure import has_matplotlib, new_figure, save_figure
+
 Document = dict[str, Any]
 _COLORS = ("#2f6fb0", "#c8741a", "#3d8f57", "#8a63b8", "#b04a5a", "#5a6572")
 
@@ -17,13 +18,9 @@ _COLORS = ("#2f6fb0", "#c8741a", "#3d8f57", "#8a63b8", "#b04a5a", "#5a6572")
 def plot(documents: Sequence[Document], path: Path) -> bool:
     """Draw and write; False without matplotlib, or while there is nothing to draw."""
     drawn = [d for d in documents if any(row.get("figures") for row in d["rows"])]
-    if not drawn:
+    if not drawn or not has_matplotlib():
         return False
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure: Any = Figure(figsize=(11, 7.4), layout="constrained")
+    figure = new_figure(11, 7.4)
     (decode, prefill), (starts, moves) = figure.subplots(2, 2)
     for color, document in zip(_COLORS, drawn, strict=False):
         shape = document["shape"]
@@ -49,7 +46,7 @@ def plot(documents: Sequence[Document], path: Path) -> bool:
     if first["is_verification_only"]:
         title += " -- simt: verification, not speed"
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     return True
 
 

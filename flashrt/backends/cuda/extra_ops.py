@@ -1,8 +1,7 @@
 """Kernels beside a model's: random weights in place, and the bare rates of a device.
 
 IS: the ops over cuda_src/random_fill.cu and cuda_src/limits.cu, and launches of them on any
-CudaDevice. They are not in the table of ops: no tape needs them. IS NOT: measurement. Called by:
-gpu_bench_engine, gpu_bench_limits, tests.
+CudaDevice. They are not in the table of ops: no tape needs them. IS NOT: measurement.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 IS: an event before and one after some work, both behind a delay that keeps the device busy until
 the host has queued all of it, and that leaves nothing of use in the second-level cache. IS NOT:
-host time; see timing. Called by: gpu_bench_limits, gpu_bench_device.
+host time; see timing.
 """
 
 from __future__ import annotations

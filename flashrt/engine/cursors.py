@@ -1,0 +1,104 @@
+"""The cursors of a policy's lanes as the host knows them: no verb reads them from the device.
+
+IS: a copy of each lane's words, moved on by the rules by which kernels move theirs. IS NOT: the
+truth; that is on the device. Where the rules do not reach (a restore, an exception in the middle of
+a verb), the copy is forgotten, and the next question reads the device once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flashrt.capsule.lineage import Lane
+from flashrt.models.flow_policy.config import PolicyConfig
+from flashrt.ops.cursor import CURSOR_WORDS, NO_OBSERVATION, PolicyCursor, PolicyWord, read_cursor
+
+Words = list[int]
+
+
+class KnownCursors:
+    """A copy per lane; None where the device has to be asked.
+
+    A verb that changes words takes them, replays, moves them on, and keeps them. After an exception
+    in between nobody knows how far the device came: then they stay forgotten.
+    """
+
+    def __init__(self, n_lanes: int, read: Callable[[Lane], Words]) -> None:
+        self._read = read
+        self._known: list[Words | None] = [None] * n_lanes
+        self._records: list[PolicyCursor | None] = [None] * n_lanes  # of the words, when asked for
+
+    def words(self, lane: Lane) -> Words:
+        """The words of a lane. Not to be changed."""
+        words = self._known[lane.index]
+        if words is None:
+            words = self._known[lane.index] = self._read(lane)
+        return words
+
+    def record(self, lane: Lane) -> PolicyCursor:
+        """The words of a lane by name."""
+        record = self._records[lane.index]
+        if record is None:
+            record = self._records[lane.index] = read_cursor(self.words(lane))
+        return record
+
+    def take(self, lane: Lane) -> Words:
+        """The words, to be changed and kept."""
+        words = self.words(lane)
+        self.forget(lane)
+        return words
+
+    def keep(self, lane: Lane, words: Words) -> None:
+        """The device's words are these now."""
+        self._known[lane.index] = words
+
+    def forget(self, lane: Lane) -> None:
+        """Something writes to the lane that the rules below do not describe."""
+        self._known[lane.index] = self._records[lane.index] = None
+
+    def copy(self, source: Lane, target: Lane) -> None:
+        """The target is where the source is."""
+        self.forget(target)
+        words = self._known[source.index]
+        self._known[target.index] = None if words is None else list(words)
+
+    def clear(self, lane: Lane, seed: tuple[int, int]) -> None:
+        """The lane is empty, with this seed: its low and its high word."""
+        words = [0] * CURSOR_WORDS
+        words[PolicyWord.OBSERVED] = NO_OBSERVATION
+        words[PolicyWord.SEED_LOW], words[PolicyWord.SEED_HIGH] = seed
+        self.forget(lane)
+        self.keep(lane, words)
+
+
+# -- what kernels do to the words; see cuda_src/policy.cu -----------------------------------------
+
+
+def observed(words: Words) -> None:
+    """After op `observe`."""
+    words[PolicyWord.OBSERVED] = words[PolicyWord.TICK]
+
+
+def acted(words: Words, config: PolicyConfig) -> None:
+    """After op `take_action`."""
+    tick, stop = words[PolicyWord.TICK], words[PolicyWord.STOP]
+    row = tick - words[PolicyWord.CHUNK]
+    if not (tick < stop and 0 <= row < config.chunk_size):
+        words[PolicyWord.HELD] += 1
+    words[PolicyWord.TICK] = tick + 1
+
+
+def began(words: Words, committed: int, config: PolicyConfig) -> None:
+    """After op `flow_begin`; all of the `committed` rows were promised."""
+    tick = words[PolicyWord.OBSERVED]
+    words[PolicyWord.PLAN_TICK] = tick
+    words[PolicyWord.PLAN_STOP] = tick + min(committed + config.n_action_steps, config.chunk_size)
+    words[PolicyWord.PLAN_STEPS_LEFT] = config.num_inference_steps
+
+
+def stepped(words: Words, steps: int = 1) -> None:
+    """After op `flow_step`, `steps` times; after the last of all, after `flow_end` too."""
+    words[PolicyWord.PLAN_STEPS_LEFT] -= steps
+    if words[PolicyWord.PLAN_STEPS_LEFT] == 0:
+        words[PolicyWord.CHUNK] = words[PolicyWord.PLAN_TICK]
+        words[PolicyWord.STOP] = words[PolicyWord.PLAN_STOP]

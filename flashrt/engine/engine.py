@@ -1,0 +1,322 @@
+"""The engine: a model, its weights and a backend; planned, loaded, captured and sealed.
+
+IS: what every engine has, whatever its model predicts: the arena, graphs, lanes and who has them,
+capsules and room for them, identity, counters. IS NOT: the verbs on lanes; see `tokens` and
+`actions`, which derive from it.
+
+    model -> regions + tapes -> plan -> arena -> weights -> capture -> seal
+
+After `seal` nothing allocates, compiles or captures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from flashrt.base import tracing
+from flashrt.base.errors import LaneBusy, PlanError, PoolFull
+from flashrt.base.flags import flags
+from flashrt.capsule.capsule import Capsule
+from flashrt.capsule.eviction import Budgets, make_room
+from flashrt.capsule.extent import Shelf
+from flashrt.capsule.file import CapsuleHeader
+from flashrt.capsule.lineage import Lane
+from flashrt.capsule.table import CapsuleTable
+from flashrt.core.arena import Arena
+from flashrt.core.backend import Backend, Bytes, Progress
+from flashrt.core.graph import GraphKey, GraphTable
+from flashrt.core.op import Op
+from flashrt.core.planner import ArenaPlan, plan_arena, plan_band
+from flashrt.core.region import Region, Role
+from flashrt.core.tape import Tape
+from flashrt.models.model import Model
+from flashrt.ops import OPS
+from flashrt.weights.checkpoint import Checkpoint
+from flashrt.weights.loader import LoadReport, check_sources, fill_weights
+from flashrt.weights.rules import WeightRule
+
+Fill = Callable[[Sequence[WeightRule], Checkpoint, Arena, Progress | None], LoadReport]
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PoolDefault:
+    """Room for capsules when the user does not say how much: counted in what a lane takes."""
+
+    fixed: int  # capsules' fixed bands
+    lanes: int = 0  # lanes' worth of rows, besides
+
+    def nbytes(self, model: Model, backend: Backend) -> int:
+        """Bytes of such a pool."""
+        fixed, rows = (
+            plan_band([r for r in model.lane_regions if r.role is role], backend.storage).nbytes
+            for role in (Role.FIXED, Role.ROWS)
+        )
+        return self.fixed * fixed + self.lanes * rows
+
+
+class Engine:
+    """What all engines share. Built by `flashrt.load` and `flashrt.load_policy`."""
+
+    def __init__(
+        self,
+        model: Model,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        *,
+        lanes: int,
+        pool_bytes: int | None,
+        pool_default: PoolDefault,
+        shelf: Shelf | None = None,
+        fill: Fill = fill_weights,
+        before_seal: Callable[[Arena, Sequence[Tape]], None] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Plan, allocate, load, capture, seal. Raises FlashrtError from any of these.
+
+        pool_bytes: room for capsules; None is `pool_default`. shelf: the disk tier, if there is
+        one. fill: what puts weights into the arena. before_seal: is called once all graphs of the
+        model are captured, and may capture more.
+        """
+        self.model = model
+        self.backend = backend
+        self.checkpoint = checkpoint
+        check_sources(model.weights, checkpoint)  # before time or memory is spent
+        tapes = [model.record(phase, rows) for phase, rows in model.phases]
+        backend.build(_with_own_ops(tapes), progress)
+        plan = self._plan(tapes, lanes, pool_bytes, pool_default)
+        weights = plan_band([r.region for r in model.weights], backend.storage)
+        self.arena = Arena(backend, plan, weights)
+        self.load_report = fill(model.weights, checkpoint, self.arena, progress)
+        self.fingerprint = _fingerprint(model, self.load_report, backend, plan, tapes)
+        self.max_positions = _max_positions(model)
+        journal = max(self.max_positions, 0)
+        self.lanes = [Lane(i, np.zeros(journal, np.int32)) for i in range(lanes)]
+        self.capsules = CapsuleTable(self.arena, self.lanes, self.fingerprint)
+        self.capsules.shelf = shelf
+        self.budgets = Budgets()
+        self.graphs = GraphTable(backend, self.arena)
+        self._tapes = {(t.phase, t.rows): t for t in tapes}
+        self._free = self.lanes[::-1]
+        # What gives back the lanes of sessions and loops that were dropped without `close`.
+        self.forgotten: list[Callable[[], None]] = []
+        self._capture(tapes, progress)
+        if before_seal is not None:
+            before_seal(self.arena, tapes)
+        self.graphs.seal()
+        backend.seal()
+        tracing.trace(tracing.PLAN, f"{self.stats()}")
+
+    @property
+    def device(self) -> str:
+        """Name of the backend."""
+        return self.backend.name
+
+    # -- lanes ----------------------------------------------------------------------------------
+
+    @property
+    def free_lanes(self) -> tuple[Lane, ...]:
+        """Lanes that nobody has, the next one to be taken last."""
+        return tuple(self._free)
+
+    def take_lane(self) -> Lane:
+        """A free lane, in whatever state its last user left it. Raises LaneBusy when none is free.
+
+        The caller resets it, restores a capsule into it, or forks another lane into it.
+        """
+        if not self._free:
+            gc.collect()
+        while self.forgotten:
+            self.forgotten.pop()()
+        if not self._free:
+            raise LaneBusy(f"all {len(self.lanes)} lanes are in use; close one, or load more lanes")
+        return self._free.pop()
+
+    def release(self, lane: Lane) -> None:
+        """Take a lane back. Its rows stay: a next user who needs the same ones copies less."""
+        for waypoint in list(lane.waypoints):
+            self.capsules.drop_waypoint(lane, waypoint)
+        self._free.append(lane)
+
+    def forget(self, lane: Lane) -> None:
+        """`release` at the next `take_lane`: what a finaliser may do, since a collection can strike
+        in the middle of a change to the pool.
+        """
+        self.forgotten.append(partial(self.release, lane))
+
+    def lane_array(self, lane: Lane, name: str) -> NDArray[np.generic]:
+        """A lane's region as a logical array (bfloat16 as uint16 bits)."""
+        return self.arena.read(self.arena.lane(lane.index).slot(name))
+
+    def set_lane_array(self, lane: Lane, name: str, array: NDArray[np.generic]) -> None:
+        """Overwrite a lane's region, for ablations and experiments. Raises PlanError for a wrong
+        name, shape or dtype.
+        """
+        slot = self.arena.lane(lane.index).slot(name)
+        wanted = self.arena.read(slot).dtype
+        if array.dtype != wanted:
+            raise PlanError(f"region {name!r} is {wanted}, got {array.dtype}")
+        self.arena.write(slot, array)
+
+    def poison_lane(self, lane: Lane) -> None:
+        """0xFF over a lane: nothing of it may be used before a restore brings it all back."""
+        self.arena.poison_lane(lane.index)
+        lane.hold(None, 0)
+
+    # -- capsules -------------------------------------------------------------------------------
+
+    def load_capsule(self, path: str | os.PathLike[str]) -> Capsule:
+        """A capsule from a file that `Capsule.save` wrote.
+
+        Raises CapsuleError when the file is foreign, truncated or damaged, or holds what kernels
+        could not be let loose on; PoolFull when there is no room. Nothing is changed then.
+        """
+        return self.with_room(lambda: self.capsules.load(path, self.admit))
+
+    def admit(
+        self, header: CapsuleHeader, tensors: Mapping[str, Bytes], tokens: NDArray[np.int32]
+    ) -> None:
+        """Raises CapsuleError unless what was read is a state that kernels may run on."""
+        raise NotImplementedError
+
+    def with_room(self, take: Callable[[], _T]) -> _T:
+        """`take()`, others giving way while the pool is full: waypoints cost only speed, so they
+        are dropped oldest first; then capsules go to slower tiers, as far as `budgets` allow.
+        """
+        while True:
+            try:
+                return take()
+            except PoolFull:
+                lane = max(self.lanes, key=lambda lane: len(lane.waypoints))
+                if lane.waypoints:
+                    self.capsules.drop_waypoint(lane, lane.waypoints[0])
+                    continue
+                busy = [lane for lane in self.lanes if lane not in self._free]
+                if not make_room(self.capsules, self.budgets, busy):
+                    raise
+
+    # -- the rest -------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and sizes, in bytes."""
+        plan, pool = self.arena.plan, self.capsules.pool
+        return {
+            **dataclasses.asdict(self.backend.counters),
+            "device": self.device,
+            "graphs": len(self.graphs.graphs),
+            "lanes": len(self.lanes),
+            "arena_bytes": plan.nbytes,
+            "weights_bytes": self.arena.weights.nbytes,
+            "fixed_bytes": plan.lanes[0].fixed.nbytes,
+            "rows_bytes": plan.lanes[0].rows.nbytes,
+            "scratch_bytes": plan.scratch.nbytes,
+            "pool_bytes": pool.nbytes,
+            "pool_used_bytes": pool.used_nbytes,
+            "capsules": len(self.capsules.capsules),
+        }
+
+    def close(self) -> None:
+        """Give the device's memory back; sessions, loops and capsules are dead."""
+        self.backend.close()
+
+    # -- for verbs ------------------------------------------------------------------------------
+
+    def replay(self, phase: str, rows: int, lane: Lane) -> None:
+        """One graph on a lane; at FLASHRT_DEBUG=2 launch by launch, with microseconds."""
+        if tracing.is_on(tracing.LAUNCHES):
+            self._replay_traced(phase, rows, lane)
+        else:
+            self.graphs.replay(GraphKey(phase, rows, lane.index))
+
+    def boundary(self) -> None:
+        """Between two verbs: scratch is dead, and with FLASHRT_POISON it shows who relies on it."""
+        if flags().poison:
+            self.arena.poison_scratch()
+
+    # -- inside ---------------------------------------------------------------------------------
+
+    def _plan(
+        self, tapes: Sequence[Tape], lanes: int, pool_bytes: int | None, default: PoolDefault
+    ) -> ArenaPlan:
+        if lanes < 1:
+            raise PlanError(f"lanes={lanes}; at least 1 is needed")
+        if pool_bytes is None:
+            pool_bytes = default.nbytes(self.model, self.backend)
+        if pool_bytes < 0:
+            raise PlanError(f"pool_bytes={pool_bytes} is negative; 0 is a pool without room")
+        regions, storage = self.model.lane_regions, self.backend.storage
+        return plan_arena(regions, tapes, storage, lanes=lanes, pool_nbytes=pool_bytes)
+
+    def _capture(self, tapes: Sequence[Tape], progress: Progress | None) -> None:
+        total = len(tapes) * len(self.lanes)
+        for i, (lane, tape) in enumerate((lane, t) for lane in self.lanes for t in tapes):
+            self.graphs.capture(tape, lane.index)
+            if progress is not None:
+                progress("graphs", i + 1, total)
+
+    def _replay_traced(self, phase: str, rows: int, lane: Lane) -> None:
+        for i, bound in enumerate(self.arena.bind(self._tapes[phase, rows], lane.index)):
+            start = time.perf_counter()
+            self.backend.eager([bound])
+            self.backend.sync()
+            spent_us = (time.perf_counter() - start) * 1e6
+            op, dims = bound.launch.op.name, dict(bound.launch.dims)
+            tracing.trace(
+                tracing.LAUNCHES, f"{phase}/{rows} {i:4d} {op:14s} {spent_us:9.1f} us {dims}"
+            )
+
+
+def _with_own_ops(tapes: Sequence[Tape]) -> tuple[Op, ...]:
+    """The table of ops, and ops outside it that a model records: kernels of the user's own."""
+    recorded = dict.fromkeys(launch.op for tape in tapes for launch in tape.launches)
+    return (*OPS, *(op for op in recorded if op not in OPS))
+
+
+def _max_positions(model: Model) -> int:
+    """Rows of the append-only regions; 0 where a model has none."""
+    return next((r.shape[1] for r in model.lane_regions if r.role is Role.ROWS), 0)
+
+
+def _fingerprint(
+    model: Model, report: LoadReport, backend: Backend, plan: ArenaPlan, tapes: Sequence[Tape]
+) -> str:
+    """Identity of weights + config + kernels + what capsules look like; 32 hex digits.
+
+    Context length, lane count and the buckets of a phase are not part of it: a capsule fits
+    wherever its position does.
+    """
+    first = {tape.phase: tape for tape in reversed(tapes)}
+    described: Mapping[str, object] = {
+        "format": 2,
+        "model": model.name,
+        "config": model.identity,
+        "weights": report.digest,
+        "constants": [r.constant for r in model.weights if r.constant],
+        "launches": {
+            phase: [(launch.op.name, launch.attrs) for launch in tape.launches]
+            for phase, tape in first.items()
+        },
+        "kernels": backend.kernel_digest,
+        "device": backend.name,
+        "act": backend.act,
+        "fixed": [_describe(s.region) for s in plan.lanes[0].fixed.slots],
+        "rows": [
+            (_describe(s.region)[0::2], s.storage.row_nbytes) for s in plan.lanes[0].rows.slots
+        ],
+    }
+    return xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode())
+
+
+def _describe(region: Region) -> tuple[str, tuple[int, ...], str, str]:
+    return region.name, region.shape, str(region.dtype), str(region.layout)

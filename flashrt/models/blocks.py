@@ -1,0 +1,250 @@
+"""Blocks that model families share: attention, delta rule, MLP, head, sampling.
+
+IS: `BlockRecorder`, which records the launches of a block on a tape. A family's own file holds its
+config, its weights, and how blocks are put together. IS NOT: a kernel (flashrt/ops has the
+signatures), a model, or the owner of a region. It exists so that a second family does not repeat
+the order of launches: results are exact because every model records a block the same way.
+
+Weights are found by name: the block at `layers.3` reads `layers.3.qkv`, `layers.3.o_proj`, and so
+on; each method lists its weights. Sizes are read from the shapes of regions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from flashrt.core.op import AttrValue, Op
+from flashrt.core.region import DType, Operand, Region, View, as_view
+from flashrt.core.tape import Tape
+from flashrt.ops import table as ops
+
+# Up to this many rows, attention leaves partials so that key blocks can be spread over cores.
+_SPREAD_ROWS = 9
+
+
+class DeltaInputs(NamedTuple):
+    """What a delta rule reads, a row per token."""
+
+    u: Operand  # the projection, columns [qkv | z | b | a]
+    qkv: Operand  # after the convolution
+    decay: Operand
+    beta: Operand
+
+
+class BlockRecorder:
+    """Records blocks on one tape. Scratch is named by layer: the planner may give the bytes of one
+    layer to the next.
+
+    `rows` and `cursor` are those of the launches to come; `narrow` changes both.
+    """
+
+    def __init__(self, regions: Mapping[str, Region], tape: Tape, eps: float) -> None:
+        self.regions = regions  # of the lane and of the weights, by name
+        self.tape = tape
+        self.eps = eps  # of every norm
+        self.rows = tape.rows
+        self.cursor = regions["cursor"]
+
+    def attention(
+        self,
+        at: str,
+        h: Operand,
+        keys: View,
+        values: View,
+        query_heads: int,
+        *,
+        last_row_only: bool = False,
+    ) -> Region:
+        """Gated attention; weights qkv, q_norm, k_norm, o_proj, and `inv_freq` of the model.
+
+        `last_row_only`: all rows get keys and values, then only the last valid row goes on.
+        """
+        u, q = self.append_keys(at, h, keys, values, query_heads)
+        if last_row_only:
+            u, q = self.last_of(u), self.last_of(q)
+            self.narrow()
+        return self.attend(at, u, q, keys, values)
+
+    def append_keys(
+        self, at: str, h: Operand, keys: View, values: View, query_heads: int, shift: int = 0
+    ) -> tuple[Region, Region]:
+        """Projections u, columns [per head: query, gate | k | v], and rotated queries; new rows of
+        keys and values. Angles are those of `shift` positions before each row.
+        """
+        weights = self.regions
+        u = self.linear(f"{at}.u", h, f"{at}.qkv")
+        q = self.scratch(f"{at}.q", query_heads, keys.shape[2])
+        self.launch(
+            ops.ROPE_APPEND, u=u, q_norm=weights[f"{at}.q_norm"], k_norm=weights[f"{at}.k_norm"],
+            inv_freq=weights["inv_freq"], q=q, keys=keys, values=values, eps=self.eps, shift=shift,
+        )  # fmt: skip
+        return u, q
+
+    def attend(
+        self, at: str, u: Region, q: Region, keys: View, values: View, shift: int = 0
+    ) -> Region:
+        """The second half of attention: what `append_keys` left -> the block's output. Rows of keys
+        below `shift` are not read.
+        """
+        _, query_heads, head_dim = q.shape
+        spread = self.rows if self.rows <= _SPREAD_ROWS else 1
+        n_blocks = -(-keys.shape[1] // ops.ATTENTION_BLOCK)
+        partials = self.tape.scratch(f"{at}.partials", spread, query_heads, n_blocks, head_dim + 2)
+        mixed = self.activation(f"{at}.mixed", query_heads * head_dim)
+        self.launch(
+            ops.ATTENTION, q=q, u=u, keys=keys, values=values, partials=partials, y=mixed,
+            shift=shift,
+        )  # fmt: skip
+        return self.linear(f"{at}.r", mixed, f"{at}.o_proj")
+
+    def delta_rule(
+        self,
+        at: str,
+        h: Operand,
+        state: View,
+        window: View,
+        key_heads: int,
+        *,
+        kept: DeltaInputs | None = None,
+        last_row_only: bool = False,
+    ) -> Region:
+        """Gated DeltaNet; weights in_proj, conv, a_log, dt_bias, gated_norm, out_proj.
+
+        `kept`: leave state and window as they are, and write here what `update_state` needs to
+        change them later. `last_row_only`: all rows change the state, then only the last valid row
+        goes on.
+        """
+        value_heads, key_dim, value_dim = state.shape
+        weights, inner = self.regions, value_heads * value_dim
+        channels = window.shape[-1]
+        inputs = kept or self._delta_inputs(at, channels, value_heads)
+        conv, rule = (
+            (ops.CONV_VERIFY, ops.DELTA_VERIFY) if kept else (ops.CONV_WINDOW, ops.DELTA_RULE)
+        )
+        y, decay, beta = inputs.qkv, inputs.decay, inputs.beta
+        self.launch(ops.LINEAR, x=h, w=weights[f"{at}.in_proj"], y=inputs.u)
+        z: Operand
+        qkv, z, b, a = columns(inputs.u, channels, inner, value_heads, value_heads)
+        self.launch(conv, u=qkv, w=weights[f"{at}.conv"], window=window, y=y)
+        self.launch(
+            ops.DELTA_GATES, y=y, a=a, b=b, a_log=weights[f"{at}.a_log"],
+            dt_bias=weights[f"{at}.dt_bias"], decay=decay, beta=beta, key_heads=key_heads,
+            key_dim=key_dim,
+        )  # fmt: skip
+        o = self.scratch(f"{at}.o", inner)
+        self.launch(rule, y=y, decay=decay, beta=beta, state=state, o=o, key_heads=key_heads)
+        if last_row_only:
+            o, z = self.last_of(o), self.last_of(z, f"{at}.z")
+            self.narrow()
+        mixed = self.activation(f"{at}.mixed", inner, DType.ACT_WIDE)
+        norm = weights[f"{at}.gated_norm"]
+        self.launch(ops.GATED_RMSNORM, o=o, z=z, w=norm, y=mixed, eps=self.eps)
+        return self.linear(f"{at}.r", mixed, f"{at}.out_proj")
+
+    def update_state(
+        self, at: str, kept: DeltaInputs, state: View, window: View, key_heads: int
+    ) -> None:
+        """The valid rows of what `delta_rule` kept change window and state, by the ops that would
+        have done it at once: so the bits are the same.
+        """
+        value_heads, _, value_dim = state.shape
+        channels = window.shape[-1]
+        self.launch(
+            ops.CONV_WINDOW, u=columns(kept.u, channels)[0], w=self.regions[f"{at}.conv"],
+            window=window, y=self.scratch(f"{at}.qkv", channels),
+        )  # fmt: skip
+        self.launch(
+            ops.DELTA_RULE, y=kept.qkv, decay=kept.decay, beta=kept.beta, state=state,
+            o=self.scratch(f"{at}.o", value_heads * value_dim), key_heads=key_heads,
+        )  # fmt: skip
+
+    def mlp(self, at: str, x: Region, r: Region) -> Region:
+        """x += r, and the MLP of that; weights mlp_norm, gate_up, down."""
+        hidden, intermediate = self.regions[f"{at}.down"].shape
+        h = self.activation(f"{at}.mlp.h", hidden, DType.ACT_WIDE)
+        self.add_rmsnorm(x, r, f"{at}.mlp_norm", h)
+        u = self.linear(f"{at}.mlp.u", h, f"{at}.gate_up")
+        y = self.activation(f"{at}.mlp.y", intermediate, DType.ACT_WIDE)
+        self.launch(ops.SILU_MUL, u=u, y=y)
+        return self.linear(f"{at}.mlp.r", y, f"{at}.down")
+
+    def head(
+        self, hidden: Operand, weight: str, logits: Operand, n_tokens: int | None = None
+    ) -> None:
+        """Logits of the first `n_tokens` tokens, of all by default."""
+        w = self.regions[weight]
+        self.launch(ops.LINEAR, x=hidden, w=w.span(0, n_tokens or w.shape[0]), y=logits)
+
+    def sample(self, logits: Operand, cursor: Operand) -> None:
+        """A token from one row of logits, into a cursor and for its position; reads the lane's
+        sampler, bias and journal.
+        """
+        regions = self.regions
+        name = f"sample.{len(self.tape.launches)}"
+        work = self.tape.scratch(name, 2, as_view(logits).shape[1])
+        self.tape.record(
+            ops.SAMPLE, logits=logits, sampler=regions["sampler"], bias=regions["bias"],
+            journal=regions["journal"], work=work, cursor=cursor,
+        )  # fmt: skip
+
+    def linear(self, name: str, x: Operand, weight: str) -> Region:
+        """A new scratch region [rows, N] = x w^T."""
+        w = self.regions[weight]
+        y = self.scratch(name, w.shape[0])
+        self.launch(ops.LINEAR, x=x, w=w, y=y)
+        return y
+
+    def rmsnorm(self, x: Operand, norm: str, out: Operand) -> None:
+        """`out` becomes the norm of x."""
+        self.launch(ops.RMSNORM, x=x, w=self.regions[norm], y=out, eps=self.eps)
+
+    def add_rmsnorm(self, x: Region, r: Region, norm: str, out: Operand) -> None:
+        """x += r; `out` becomes its norm."""
+        self.launch(ops.ADD_RMSNORM, x=x, r=r, w=self.regions[norm], y=out, eps=self.eps)
+
+    def last_of(self, x: Operand, name: str = "") -> Region:
+        """A copy of x's last valid row."""
+        shape = as_view(x).shape
+        y = self.tape.scratch(f"{name or as_view(x).region.name}.last", 1, *shape[1:])
+        if len(shape) > 2:
+            x = as_view(x).reshape(shape[0], math.prod(shape[1:]))
+        row = y.view().reshape(1, math.prod(shape[1:]))
+        self.launch(ops.LAST_VALUES, x=x, y=row)
+        return y
+
+    def narrow(self) -> None:
+        """Later launches are about the last valid row alone, as in a launch of one row."""
+        last = self.tape.scratch("last_cursor", ops.CURSOR_WORDS, dtype=DType.I32)
+        self.launch(ops.LAST_CURSOR, last=last)
+        self.cursor, self.rows = last, 1
+
+    def launch(self, op: Op, **bindings: Operand | AttrValue) -> None:
+        """One launch on the recorder's cursor."""
+        self.tape.record(op, cursor=self.cursor, **bindings)
+
+    def scratch(self, name: str, *columns: int) -> Region:
+        """Float32 scratch with a row per row of the launch."""
+        return self.tape.scratch(name, self.rows, *columns)
+
+    def activation(self, name: str, columns: int, dtype: DType = DType.ACT) -> Region:
+        """Scratch in the backend's activation dtype, as `linear` reads it."""
+        return self.tape.scratch(name, self.rows, columns, dtype=dtype)
+
+    def _delta_inputs(self, at: str, channels: int, value_heads: int) -> DeltaInputs:
+        return DeltaInputs(
+            self.scratch(f"{at}.u", self.regions[f"{at}.in_proj"].shape[0]),
+            self.scratch(f"{at}.qkv", channels),
+            self.scratch(f"{at}.decay", value_heads),
+            self.scratch(f"{at}.beta", value_heads),
+        )
+
+
+def columns(u: Operand, *widths: int) -> tuple[View, ...]:
+    """Windows over the columns of u, side by side."""
+    stops = tuple(itertools.accumulate(widths))
+    return tuple(
+        as_view(u).cols(stop - width, stop) for width, stop in zip(widths, stops, strict=True)
+    )

@@ -1,0 +1,82 @@
+"""A robot policy between its dense layers: observe, remember, plan by Euler steps, take an action.
+
+IS: signatures. IS NOT: code; see `table`. O observation, A action, E encoder, M memory, H rows of a
+chunk of actions; everything is float32. The cursor's words are those of cursor.PolicyWord.
+"""
+
+from __future__ import annotations
+
+from flashrt.core.op import Attr, Op
+from flashrt.ops.cursor import REQUEST_WORDS, RequestWord
+from flashrt.ops.params import POLICY_CURSOR, f32, f32_matrix, i32
+
+OBSERVE = Op(
+    "observe",
+    "x = [clip((observation - mean) / std, -10, 10) | previous]; cursor.observed = cursor.tick",
+    (
+        f32("observation", "r", "O"),
+        f32("mean", "r", "O"),
+        f32("std", "r", "O"),
+        f32("previous", "r", "A"),
+        POLICY_CURSOR,
+        f32("x", "w", "O+A"),
+    ),
+)
+GRU_CELL = Op(
+    "gru_cell",
+    "r, z = sigmoid(u + v), n = tanh(u + r v), each of its third; memory = (1 - z) n + z memory",
+    (f32("u", "r", "3*M"), f32("v", "r", "3*M"), f32("memory", "rw", "M")),
+)
+FLOW_BEGIN = Op(
+    "flow_begin",
+    "a plan for the observed tick t: context = [memory | encoded]; flow = [x | mask]. In the first "
+    "`committed` rows j, mask is 1 and x the promised action of tick t + j (the previous one for a "
+    "tick that is done); in the others mask is 0 and x standard normal noise, Philox keyed by "
+    "(seed, t). Sets the cursor's words of the plan",
+    (
+        f32("memory", "r", "M"),
+        f32("encoded", "r", "E"),
+        f32("previous", "r", "A"),
+        f32("queue", "r", "H", "A"),
+        i32("request", "r", REQUEST_WORDS, words=RequestWord),
+        POLICY_CURSOR,
+        f32("context", "w", "M+E"),
+        f32("flow", "w", "H*A+H"),
+    ),
+    (Attr("steps"), Attr("execute")),  # Euler steps; rows to execute after the committed ones
+)
+FLOW_STEP = Op(
+    "flow_step",
+    "x += (z w^T + b) / steps in rows whose mask is 0; cursor.plan_steps_left -= 1",
+    (
+        f32("z", "r", 1, "K"),
+        f32_matrix("w", "N", "K"),
+        f32("b", "r", "N"),
+        f32("mask", "r", "H"),
+        f32("x", "rw", "N"),
+        POLICY_CURSOR,
+    ),
+    (Attr("steps"),),
+)
+FLOW_END = Op(
+    "flow_end",
+    "queue = clip(x, -1, 1); cursor.chunk, .stop = those of the plan",
+    (
+        f32("x", "r", "H*A"),
+        f32("queue", "w", "H", "A"),
+        POLICY_CURSOR,
+    ),
+)
+TAKE_ACTION = Op(
+    "take_action",
+    "previous = the queue's row for cursor.tick, or stays where there is none; action = previous * "
+    "scale + offset; cursor.tick += 1",
+    (
+        f32("queue", "r", "H", "A"),
+        f32("scale", "r", "A"),
+        f32("offset", "r", "A"),
+        f32("previous", "rw", "A"),
+        POLICY_CURSOR,
+        f32("action", "w", "A"),
+    ),
+)

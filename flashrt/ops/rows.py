@@ -1,0 +1,42 @@
+"""Ops that move or map rows: embedding, the last row of a launch, the cursor's advance.
+
+IS: signatures. IS NOT: code; see `table`.
+"""
+
+from __future__ import annotations
+
+from flashrt.core.op import Op
+from flashrt.ops.params import CURSOR, act, cursors, f32, i32, matrix
+
+EMBED = Op(
+    "embed",
+    "x[t] = table[tokens[t]]; journal[position + t] = tokens[t]",
+    (
+        i32("tokens", "r", "T"),
+        matrix("table", "V", "H"),
+        CURSOR,
+        i32("journal", "w", 1, "S", 1),
+        f32("x", "w", "T", "H"),
+    ),
+)
+SILU_MUL = Op(
+    "silu_mul",
+    "y = silu(u[:, :I]) * u[:, I:]",
+    (f32("u", "r", "T", "2*I"), CURSOR, act("y", "w", "T", "I")),
+)
+LAST_ROW = Op(
+    "last_row",
+    "y = x[rows - 1]",
+    (act("x", "r", "T", "H"), CURSOR, act("y", "w", 1, "H")),
+)
+LAST_VALUES = Op(
+    "last_values",
+    "y = x[rows - 1], in float32",
+    (f32("x", "r", "T", "C", strided=True), CURSOR, f32("y", "w", 1, "C")),
+)
+LAST_CURSOR = Op(
+    "last_cursor",
+    "last = a cursor of one row, the last of the launch; of no row if there is none",
+    (CURSOR, cursors("last", "w")),
+)
+ADVANCE = Op("advance", "cursor.position += cursor.rows", (cursors("cursor", "rw"),))

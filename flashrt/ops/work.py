@@ -1,0 +1,83 @@
+"""How much an op asks of a machine, counted from its dims: the one table of FLOP and bytes.
+
+IS: FLOP of the products and bytes that must move at least once, of a launch and of a tape. IS NOT:
+measurement, nor what a kernel really moves: a rate beyond the limit is a cache at work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from flashrt.core.backend import Backend
+from flashrt.core.op import Launch, Op, Param
+from flashrt.core.region import DType, Layout, Role, View, resolve_dtype
+from flashrt.core.tape import Tape
+from flashrt.ops import table as ops
+
+# FLOP by op, two per multiply-add, of: dims, rows, pairs of a row and a key that it sees. Norms,
+# gates, convolutions and the softmax are left out: they are under a percent.
+_FLOP: Mapping[Op, Callable[[Mapping[str, int], int, int], int]] = {
+    ops.LINEAR: lambda dims, rows, pairs: 2 * rows * dims["N"] * dims["K"],
+    # per state element: k.S, the update, q.S
+    ops.DELTA_RULE: lambda dims, rows, pairs: 6 * rows * dims["Hv"] * dims["dk"] * dims["dv"],
+    # per key and query element: q.k, p.v
+    ops.ATTENTION: lambda dims, rows, pairs: 4 * pairs * dims["Nq"] * dims["D"],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Of one launch."""
+
+    nbytes: int
+    flop: int
+
+
+def work_of(launch: Launch, act: DType, position: int) -> Work:
+    """Work of a launch whose rows are all valid and begin at a position."""
+    pairs = zip(launch.op.params, launch.operands, strict=True)
+    nbytes = sum(_moved_bytes(launch, param, view, act, position) for param, view in pairs)
+    return Work(nbytes, _flop(launch, launch.dims.get("T", 1), position))
+
+
+def flop_of(tape: Tape, rows: int) -> int:
+    """FLOP of a tape over so many rows from position 0, however many it was recorded for."""
+    return sum(_flop(launch, rows, 0) for launch in tape.launches)
+
+
+def streamed_bytes(tape: Tape, backend: Backend) -> int:
+    """Bytes of weights that a tape reads, as they are stored.
+
+    A table that is only gathered from counts for nothing; a tied head is read in whole.
+    """
+    read = {
+        view.region
+        for launch in tape.launches
+        if launch.op is not ops.EMBED
+        for view in launch.operands
+        if view.region.role is Role.WEIGHT
+    }
+    return sum(backend.storage(region).nbytes for region in read)
+
+
+def _flop(launch: Launch, rows: int, position: int) -> int:
+    count = _FLOP.get(launch.op)
+    pairs = rows * position + rows * (rows + 1) // 2
+    return 0 if count is None else count(launch.dims, rows, pairs)
+
+
+def _moved_bytes(launch: Launch, param: Param, view: View, act: DType, position: int) -> int:
+    item = resolve_dtype(view.region.dtype, act).nbytes
+    dims, count = launch.dims, math.prod(view.shape)
+    rows = dims.get("T", 1)
+    if view.region.role is Role.ROWS:  # those that attention sees, or those that are appended
+        seen = position + rows if launch.op is ops.ATTENTION else rows
+        return count // view.shape[1] * seen * item
+    if launch.op is ops.EMBED and view.region.layout is Layout.MATRIX:
+        return rows * dims["H"] * item
+    if param.name == "partials":  # written, then read by the merge; none when rows are many
+        blocks = -(-(position + rows) // ops.ATTENTION_BLOCK) if dims["TP"] >= rows else 0
+        return 2 * count // dims["B"] * blocks * item
+    return count * item * (2 if param.access == "rw" else 1)

@@ -1,0 +1,32 @@
+"""The engine that hands out sessions: `flashrt.Engine`, returned by `flashrt.load`.
+
+IS: the verbs on tokens, with sessions on its free lanes, and the checkpoint's tokenizer. IS NOT:
+what a session may do (session).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashrt.engine.tokens import TokenEngine
+from flashrt.session.session import Session
+from flashrt.text.tokenizer import Tokenizer
+
+
+class SessionEngine(TokenEngine):
+    """An engine with sessions."""
+
+    def __init__(self, *arguments: Any, tokenizer: Tokenizer | None, **options: Any) -> None:
+        """See Engine; `tokenizer` is that of the checkpoint, if it has one."""
+        super().__init__(*arguments, **options)
+        self.tokenizer = tokenizer
+
+    def session(self) -> Session:
+        """An empty session on a free lane. Raises LaneBusy when there is none."""
+        lane = self.take_lane()
+        try:
+            self.capsules.reset(lane)
+            return Session(self, lane)
+        except BaseException:
+            self.release(lane)
+            raise
