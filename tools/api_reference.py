@@ -1,6 +1,6 @@
 """Makes the API reference from docstrings, as a folder of static pages.
 
-IS: the choice of modules, and pdoc. IS NOT: prose; that is docs/*.md. Called by: developers, tests.
+IS: the choice of modules, and pdoc. IS NOT: prose; that is docs/*.md.
 
     python tools/api_reference.py      # -> out/api; needs pdoc: pip install -e '.[docs]'
 """
@@ -14,16 +14,16 @@ import pdoc
 import pdoc.render
 
 MODULES = (  # what a user calls, then what a writer of a model, a kernel or a backend meets
-    "flashrt",
-    "flashrt.session.session", "flashrt.load", "flashrt.session.chat",
+    "flashrt",  # and flashrt.load, which pdoc finds by the name of the function in it
+    "flashrt.session.session", "flashrt.session.chat",
     "flashrt.store.store", "flashrt.store.opening", "flashrt.session.recording",
     "flashrt.capsule.eviction", "flashrt.store.upkeep",
     "flashrt.robot.loop", "flashrt.robot.rollout", "flashrt.robot.recording",
     "flashrt.engine.actions", "flashrt.text.tokenizer", "flashrt.text.template", "flashrt.worlds",
-    "flashrt.engine.tokens", "flashrt.capsule.table", "flashrt.core.region", "flashrt.core.op",
-    "flashrt.core.tape", "flashrt.core.planner", "flashrt.core.backend", "flashrt.core.digest",
-    "flashrt.models.model", "flashrt.ops.table", "flashrt.ops.sample", "flashrt.base.errors",
-    "flashrt.base.flags",
+    "flashrt.engine.engine", "flashrt.engine.tokens", "flashrt.capsule.table",
+    "flashrt.core.region", "flashrt.core.op", "flashrt.core.tape", "flashrt.core.planner",
+    "flashrt.core.backend", "flashrt.core.digest", "flashrt.models.model", "flashrt.models.blocks",
+    "flashrt.ops.table", "flashrt.ops.sample", "flashrt.base.errors", "flashrt.base.flags",
 )  # fmt: skip
 
 

@@ -89,6 +89,13 @@ class Lane:
         self.intact = min(self.intact, self.position)
         self.position = stop
 
+    def overwrite(self) -> None:
+        """Rows at and beyond the position are about to be written: they are nobody's from here on.
+
+        To be said before the first byte: commits, and guesses that may never be committed.
+        """
+        self.intact = min(self.intact, self.position)
+
     def hold(self, segment: Segment | None, intact: int) -> None:
         """From now on rows [0, intact) are those of `segment`'s chain."""
         self.held, self.intact = segment, intact

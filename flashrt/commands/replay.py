@@ -1,6 +1,6 @@
 """`flashrt replay`: run a recorded session again and check its digest at every boundary.
 
-IS: the command around session.replay. IS NOT: recording. Called by: cli.
+IS: the command around session.recording's replay. IS NOT: recording.
 """
 
 from __future__ import annotations
@@ -22,30 +22,32 @@ def register(commands: Subparsers) -> None:
     """Add `replay` to the command line."""
     purpose = "Run a recorded session again and check tokens and digests at every boundary."
     examples = (
-        "examples:\n  flashrt replay agent.capsule agent.journal\n"
-        "  flashrt replay none cold.journal --checkpoint ~/models/Qwen3.5-0.8B\n"
-        '  flashrt replay "system prompt" agent.journal --store ~/capsules'
+        "examples:\n  flashrt replay agent.capsule agent.recording\n"
+        "  flashrt replay none cold.recording --checkpoint ~/models/Qwen3.5-0.8B\n"
+        '  flashrt replay "system prompt" agent.recording --store ~/capsules'
     )
     parser = commands.add_parser("replay", help=purpose, description=purpose, epilog=examples)
     parser.set_defaults(command=_command)
     parser.add_argument(
         "capsule", metavar="CAPSULE",
-        help="a capsule file; with --store a name or an id; `none` for a journal from the start",
+        help="a capsule file; with --store a name or an id; `none` for a recording from the start",
     )  # fmt: skip
-    parser.add_argument("journal", type=Path, metavar="JOURNAL", help="what a Recorder wrote")
+    parser.add_argument(
+        "recording", type=Path, metavar="RECORDING", help="what a SessionRecorder wrote"
+    )
     parser.add_argument("--store", metavar="STORE", help="where the capsule is")
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="default: the one that the journal names"
+        "--checkpoint", type=Path, metavar="DIR", help="default: the one that the recording names"
     )
     parser.add_argument("--kv-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead")
 
 
 def replay(
-    which: str, journal: Path, store: str | None, options: EngineOptions, checkpoint: Path | None
-) -> replays.Report:
-    """Load what the journal was recorded with, and run it. Raises FlashrtError."""
-    head, _, _ = replays.read_journal(journal)
+    which: str, recording: Path, store: str | None, options: EngineOptions, checkpoint: Path | None
+) -> replays.SessionReplay:
+    """Load what the recording was made with, and run it. Raises FlashrtError."""
+    head, _, _ = replays.read_recording(recording)
     options = dataclasses.replace(
         options, device=head.device, max_positions=head.max_positions, lanes=1
     )
@@ -53,13 +55,13 @@ def replay(
     capsule = None
     if which != NOTHING:
         capsule = engine.load_capsule(which) if store is None else Store(store).load(engine, which)
-    return replays.replay(engine, capsule, journal)
+    return replays.replay(engine, capsule, recording)
 
 
 def _command(options: argparse.Namespace) -> int:
     """1 when something differs."""
     engine = EngineOptions(kv_dtype=options.kv_dtype)
-    report = replay(options.capsule, options.journal, options.store, engine, options.checkpoint)
+    report = replay(options.capsule, options.recording, options.store, engine, options.checkpoint)
     if options.json:
         console.print_json(dataclasses.asdict(report))
     else:
@@ -67,7 +69,7 @@ def _command(options: argparse.Namespace) -> int:
     return 0 if report.mismatch is None else 1
 
 
-def _show(report: replays.Report) -> None:
+def _show(report: replays.SessionReplay) -> None:
     screen = console.screen()
     if report.mismatch is None:
         screen.print(
@@ -79,4 +81,4 @@ def _show(report: replays.Report) -> None:
         screen.print(differs, f" after {report.steps} calls that agree")
         screen.print(report.mismatch)
     if report.is_cut_short:
-        screen.print("the journal's last line was cut short; it was left out")
+        screen.print("the recording's last line was cut short; it was left out")

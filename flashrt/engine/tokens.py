@@ -114,6 +114,7 @@ class TokenEngine(Engine):
         Leaves nothing but guesses: the state is as before. n_tokens is in [1, max_draft], and
         position + n_tokens within max_positions.
         """
+        lane.overwrite()
         for i in range(n_tokens):
             self.replay(DRAFT_NEXT if i else DRAFT, 1, lane)
             self.boundary()
@@ -126,6 +127,7 @@ class TokenEngine(Engine):
         many rows as there are tokens.
         """
         bucket = min(r for phase, r in self.model.phases if phase == VERIFY and r >= rows)
+        lane.overwrite()
         self._set_rows(lane, rows)
         self.replay(VERIFY, bucket, lane)
         verdict = self._read_io(lane, "verdict", rows + 1)
@@ -204,6 +206,7 @@ class TokenEngine(Engine):
 
     def _replay_commit(self, phase: str, rows: int, lane: Lane, tokens: NDArray[np.int32]) -> None:
         """A replay after which the tokens are history, on the device and here."""
+        lane.overwrite()
         self._in_flight[lane.index] = tokens
         self._set_rows(lane, len(tokens))
         self.replay(phase, rows, lane)

@@ -14,18 +14,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from flashrt.core.op import AttrValue, Op
 from flashrt.core.region import DType, Operand, Region, View, as_view
 from flashrt.core.tape import Tape
 from flashrt.ops import table as ops
+from flashrt.ops.cursor import CursorWord
 
 # Up to this many rows, attention leaves partials so that key blocks can be spread over cores.
 _SPREAD_ROWS = 9
 
 
-class DeltaInputs(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class DeltaInputs:
     """What a delta rule reads, a row per token."""
 
     u: Operand  # the projection, columns [qkv | z | b | a]
@@ -240,6 +242,11 @@ class BlockRecorder:
             self.scratch(f"{at}.decay", value_heads),
             self.scratch(f"{at}.beta", value_heads),
         )
+
+
+def sampled_token(cursor: Region) -> View:
+    """The token that was sampled last into a cursor, as the tokens of a launch of one row."""
+    return cursor.view().cols(CursorWord.TOKEN, CursorWord.TOKEN + 1)
 
 
 def columns(u: Operand, *widths: int) -> tuple[View, ...]:

@@ -1,9 +1,9 @@
-"""Replay: write down what a session was told, and run it again to the same bits.
+"""Recordings of sessions: each call of a session written down, and run again to the same bits.
 
-IS: a recorder around a session, the journal file, and the check of tokens and digests at every
-boundary. IS NOT: a log for people. Called by: users, cli.
+IS: a recorder around a session, its file, and the check of tokens and digests at every boundary.
+IS NOT: a log for people, nor a recording of a control loop (robot.recording).
 
-A journal is JSON lines: a head (model, position and digest at the start), then one line per call:
+A recording is JSON lines: a head (model, position and digest at the start), then one line per call:
 prefill, generate (parameters, what was yielded, how it ended) or rollback, each with the position
 and the digest after it. A line is written when its call is over; a last line that a crash cut short
 is left out of the replay, and the report says so.
@@ -14,20 +14,18 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import SessionError
 from flashrt.capsule.capsule import Capsule
-from flashrt.session.session import Session, as_tokens
-
-if TYPE_CHECKING:
-    from flashrt.session.engine import SessionEngine
+from flashrt.session.engine import SessionEngine
+from flashrt.session.session import EndReason, Generation, Session, as_tokens
 
 FORMAT = "flashrt-journal-1"
 OPTIONS = frozenset(inspect.signature(Session.generate).parameters) - {"self", "max_tokens"}
@@ -35,8 +33,8 @@ LIMIT, STOPPED, INTERRUPTED = "limit", "stop", "interrupt"
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """The first line of a journal."""
+class RecordingHead:
+    """The first line of a recording."""
 
     fingerprint: str
     checkpoint: str
@@ -47,8 +45,8 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One call, from line `line` of a journal."""
+class RecordedCall:
+    """One call, from line `line` of a recording."""
 
     line: int
     do: str
@@ -58,27 +56,27 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class SessionReplay:
     """What a replay found; `mismatch` is None when every boundary agreed."""
 
     steps: int
     tokens: int
     boundaries: int
     mismatch: str | None
-    is_cut_short: bool  # the journal's last line is incomplete
+    is_cut_short: bool  # the recording's last line is incomplete
 
 
-class Recorder:
-    """A session whose calls go into a journal. Use it in place of the session."""
+class SessionRecorder:
+    """A session whose calls go into a recording. Use it in place of the session."""
 
     def __init__(
         self, engine: SessionEngine, session: Session, path: str | os.PathLike[str]
     ) -> None:
-        """Starts the journal at the session's present state. Raises SessionError when `path` exists
-        or cannot be written.
+        """Starts the recording at the session's present state. Raises SessionError when `path`
+        exists or cannot be written.
         """
         self.session = session
-        head = Head(
+        head = RecordingHead(
             fingerprint=engine.fingerprint,
             checkpoint=str(engine.checkpoint.path.absolute()),
             device=engine.device,
@@ -89,43 +87,44 @@ class Recorder:
         try:
             self._file = Path(path).open("x", encoding="utf-8")  # noqa: SIM115 - see close
         except OSError as error:
-            raise SessionError(f"cannot start a journal at {path}: {error}") from error
+            raise SessionError(f"cannot start a recording at {path}: {error}") from error
         self._write({"format": FORMAT, **asdict(head)})
 
     def prefill(self, tokens: Iterable[int] | NDArray[np.integer]) -> None:
         """See Session.prefill."""
         array = np.asarray(tokens if isinstance(tokens, np.ndarray) else list(tokens))
         self.session.prefill(array)
-        self._step("prefill", tokens=array.tolist())
+        self._call("prefill", tokens=array.tolist())
 
-    def generate(self, max_tokens: int, **options: Any) -> Iterator[int]:
+    def generate(self, max_tokens: int, **options: Any) -> Generation:
         """See Session.generate for the options, by name; the line is written when the iterator
         ends or is closed.
         """
-        plain = {**options, "stop": sorted(int(token) for token in options.get("stop", ()))}
+        stop = list(options.get("stop", ()))
+        stream = self.session.generate(max_tokens, **{**options, "stop": stop})
+        plain = {**options, "stop": sorted(int(token) for token in stop)}
         if plain.get("logit_bias") is not None:
             plain["logit_bias"] = sorted(plain["logit_bias"].items())
-        stream = self.session.generate(max_tokens, **{**options, "stop": plain["stop"]})
-        return self._recorded(stream, max_tokens, plain)
+        return Generation(lambda: self._recorded(stream, max_tokens, plain))
 
     def rollback(self, position: int) -> None:
         """See Session.rollback."""
         self.session.rollback(position)
-        self._step("rollback", to=position)
+        self._call("rollback", to=position)
 
     def close(self) -> None:
-        """Close the journal; the session stays open."""
+        """Close the recording; the session stays open."""
         self._file.close()
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> SessionRecorder:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
     def _recorded(
-        self, stream: Iterator[int], max_tokens: int, options: Mapping[str, object]
-    ) -> Iterator[int]:
+        self, stream: Generation, max_tokens: int, options: Mapping[str, object]
+    ) -> Generator[int, None, EndReason]:
         out: list[int] = []
         end = INTERRUPTED
         try:
@@ -134,47 +133,56 @@ class Recorder:
                 yield token
             end = LIMIT if len(out) == max_tokens else STOPPED
         finally:
-            self._step("generate", max_tokens=max_tokens, options=options, tokens=out, end=end)
+            stream.close()
+            self._call("generate", max_tokens=max_tokens, options=options, tokens=out, end=end)
+        assert stream.reason is not None  # it ended by itself
+        return stream.reason
 
-    def _step(self, do: str, **fields: object) -> None:
+    def _call(self, do: str, **fields: object) -> None:
         position, digest = self.session.position, self.session.digest()
         self._write({"do": do, **fields, "position": position, "digest": digest})
 
     def _write(self, line: Mapping[str, object]) -> None:
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps(line, default=_plain) + "\n")
             self._file.flush()
         except OSError as error:
-            raise SessionError(f"cannot write to journal {self._file.name}: {error}") from error
+            raise SessionError(
+                f"cannot write to recording {self._file.name}: {error}; it ends before this call"
+            ) from error
 
 
-def read_journal(path: str | os.PathLike[str]) -> tuple[Head, list[Step], bool]:
-    """The head, the steps, and whether the last line is cut short. Raises SessionError."""
+def read_recording(
+    path: str | os.PathLike[str],
+) -> tuple[RecordingHead, list[RecordedCall], bool]:
+    """The head, the calls, and whether the last line is cut short. Raises SessionError."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise SessionError(f"cannot read journal {path}: {error}") from error
+        raise SessionError(f"cannot read recording {path}: {error}") from error
     is_cut_short = lines.pop() != ""
     if not lines:
-        raise SessionError(f"{path} is not a journal: it has no whole line")
+        raise SessionError(f"{path} is not a recording: it has no whole line")
     try:
         first = json.loads(lines[0])
         if first.pop("format") != FORMAT:
             raise ValueError(f"this version reads {FORMAT!r}")
-        head = Head(**first)
-        steps = [_step(number, json.loads(text)) for number, text in enumerate(lines[1:], 2)]
+        head = RecordingHead(**first)
+        calls = [_call_of(number, json.loads(text)) for number, text in enumerate(lines[1:], 2)]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise SessionError(f"{path} is not a journal that can be replayed: {error!r}") from error
-    return head, steps, is_cut_short
+        raise SessionError(f"{path} is not a recording that can be replayed: {error!r}") from error
+    return head, calls, is_cut_short
 
 
-def replay(engine: SessionEngine, capsule: Capsule | None, path: str | os.PathLike[str]) -> Report:
-    """Run a journal again, from a capsule or from nothing, and compare at every boundary.
+def replay(
+    engine: SessionEngine, capsule: Capsule | None, path: str | os.PathLike[str]
+) -> SessionReplay:
+    """Run a recording again, from a capsule or from nothing, and compare at every boundary.
 
-    Stops at the first difference. Raises SessionError for a journal of another model or one that
+    Stops at the first difference. Raises SessionError for a recording of another model or one that
     does not start where the capsule is.
     """
-    head, steps, is_cut_short = read_journal(path)
+    head, calls, is_cut_short = read_recording(path)
     if head.fingerprint != engine.fingerprint:
         raise SessionError(
             f"{path}: recorded with fingerprint {head.fingerprint}, the engine's is "
@@ -189,21 +197,21 @@ def replay(engine: SessionEngine, capsule: Capsule | None, path: str | os.PathLi
                 f"capsule is at {session.position} with {session.digest()}"
             )
         tokens = 0
-        for done, step in enumerate(steps):
-            mismatch = _run(session, step, engine.vocab_size)
-            tokens += len(step.fields.get("tokens", ()))
+        for done, call in enumerate(calls):
+            mismatch = _run(session, call, engine.vocab_size)
+            tokens += len(call.fields.get("tokens", ()))
             if mismatch is not None:
-                text = f"{path}, line {step.line} ({step.do}): {mismatch}"
-                return Report(done, tokens, done, text, is_cut_short)
-    return Report(len(steps), tokens, len(steps) + 1, None, is_cut_short)
+                text = f"{path}, line {call.line} ({call.do}): {mismatch}"
+                return SessionReplay(done, tokens, done, text, is_cut_short)
+    return SessionReplay(len(calls), tokens, len(calls) + 1, None, is_cut_short)
 
 
-def _run(session: Session, step: Step, vocab_size: int) -> str | None:
-    """One step again; what differs, or None."""
-    fields = step.fields
-    if step.do == "prefill":
+def _run(session: Session, call: RecordedCall, vocab_size: int) -> str | None:
+    """One call again; what differs, or None."""
+    fields = call.fields
+    if call.do == "prefill":
         session.prefill(as_tokens(fields["tokens"], vocab_size))
-    elif step.do == "rollback":
+    elif call.do == "rollback":
         session.rollback(fields["to"])
     else:
         options = dict(fields["options"])
@@ -217,14 +225,14 @@ def _run(session: Session, step: Step, vocab_size: int) -> str | None:
                 return f"token {i} is {found}, recorded {token}"
         if fields["end"] != INTERRUPTED and (more := next(stream, None)) is not None:
             return f"went on with token {more}, recorded the end after {len(expected)}"
-    if session.position != step.position:
-        return f"position {session.position}, recorded {step.position}"
-    if (digest := session.digest()) != step.digest:
-        return f"digest {digest} at position {step.position}, recorded {step.digest}"
+    if session.position != call.position:
+        return f"position {session.position}, recorded {call.position}"
+    if (digest := session.digest()) != call.digest:
+        return f"digest {digest} at position {call.position}, recorded {call.digest}"
     return None
 
 
-def _step(line: int, fields: dict[str, Any]) -> Step:
+def _call_of(line: int, fields: dict[str, Any]) -> RecordedCall:
     wanted: dict[str, set[str]] = {
         "prefill": {"tokens"},
         "rollback": {"to"},
@@ -240,4 +248,11 @@ def _step(line: int, fields: dict[str, Any]) -> Step:
             raise ValueError(f"line {line}: max_tokens is {fields['max_tokens']!r}")
         if unknown := set(fields["options"]) - OPTIONS:
             raise ValueError(f"line {line}: unknown options {sorted(unknown)}")
-    return Step(line, do, fields, int(position), str(digest))
+    return RecordedCall(line, do, fields, int(position), str(digest))
+
+
+def _plain(value: object) -> object:
+    """Numpy's scalars as JSON has them."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} cannot be recorded")

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from flashrt.base.checks import shown
 from flashrt.base.errors import CapsuleError, PoolFull, SessionError, TokenError
 from flashrt.base.tracing import PLAN, trace
 from flashrt.capsule.capsule import Capsule
@@ -172,8 +173,7 @@ class Session:
         SessionError for bad parameters, an empty session, a lane that is full already, or if the
         session is changed by other calls meanwhile.
         """
-        bias = tuple(sorted((logit_bias or {}).items()))
-        as_tokens([token for token, _ in bias], self._engine.vocab_size)
+        bias = _checked_bias(logit_bias, self._engine.vocab_size)
         params = SamplerParams(
             temperature, top_k, top_p, min_p, seed,
             repetition_penalty, presence_penalty, frequency_penalty, bias,
@@ -391,6 +391,18 @@ def as_tokens(tokens: Iterable[int] | NDArray[np.integer], vocab_size: int) -> N
         at = int(wrong[0])
         raise TokenError(f"token {array[at]} at index {at} is not in [0, {vocab_size})")
     return array.astype(np.int32)
+
+
+def _checked_bias(
+    logit_bias: Mapping[int, float] | None, vocab_size: int
+) -> tuple[tuple[int, float], ...]:
+    """Entries by token. Raises SessionError for keys that are no tokens."""
+    if logit_bias is None:
+        return ()
+    if not isinstance(logit_bias, Mapping):
+        raise SessionError(f"logit_bias is {shown(logit_bias)}, expected a dict of token to number")
+    tokens = as_tokens(logit_bias.keys(), vocab_size).tolist()
+    return tuple(sorted(zip(tokens, logit_bias.values(), strict=True)))
 
 
 def _check_type(capsule: Capsule) -> None:

@@ -33,6 +33,7 @@ from flashrt.text.tokenizer import AddedToken, Tokenizer
 # Written by whoever runs the model, or by the model: tokens that are added but not special, such as
 # <think> and <tool_call>, are meant there. Special ones never are.
 TRUSTED_ROLES = frozenset({"system", "developer", "assistant"})
+_Place = tuple[int, AddedToken]  # where a text spells a mark
 _STAND_IN = {"role": "user", "content": "?"}, {"role": "user", "content": "!"}
 
 
@@ -72,13 +73,13 @@ class PromptEncoder:
             self._tools,
             self._options,
         )
-        hidden, own, table = given, list[AddedToken](), dict[int, str]()
+        hidden, table = given, dict[int, str]()
         if self._marks.handles & given.characters:
             table = self._marks.disguise(given.characters | set(self._template.source))
             hidden = given.changed(lambda text, trusted: self._marks.hide(text, trusted, table))
         text = self._text(hidden, is_asked)
         own = self._marks.spelled(text)
-        tokens = self._whole(given, is_asked, own)
+        tokens = self._whole(given, is_asked, text.translate(_back(table)), own)
         if tokens is None:
             tokens = self._marks.encode_apart(text, table)
             if not self._marks.are(tokens, own):
@@ -89,18 +90,25 @@ class PromptEncoder:
                 )
         return Prompt(tokens, is_asked and opens_thought(text))
 
-    def _whole(self, given: _Given, is_asked: bool, own: list[AddedToken]) -> list[int] | None:
-        """Ids of the text as the template makes it, if just the template's own marks are in it: a
-        template may look into contents, and see there what it was not shown.
+    def _whole(
+        self, given: _Given, is_asked: bool, shown: str, own: list[_Place]
+    ) -> list[int] | None:
+        """Ids of the text as the template makes it, if just the template's own marks are in it.
+
+        `shown` is what it makes of contents without marks. It may look into contents and make
+        another text of the real ones: that one counts if no content spells a mark.
         """
         try:
             text = self._text(given, is_asked)
         except ChatError:
             return None
-        if self._marks.spelled(text) != own:
-            return None
-        tokens = self.tokenizer.encode(text)
-        return tokens if self._marks.are(tokens, own) else None
+        found = self._marks.spelled(text)
+        if text == shown:
+            is_own = found == own
+        else:
+            is_own = [m for _, m in found] == [m for _, m in own] and not given.spells(self._marks)
+        tokens = self.tokenizer.encode(text) if is_own else []
+        return tokens if is_own and self._marks.are(tokens, own) else None
 
     def _text(self, given: _Given, is_asked: bool) -> str:
         try:
@@ -158,6 +166,17 @@ class _Given:
             found.update(text)
         return found
 
+    def spells(self, marks: _Marks) -> bool:
+        """Whether a text spells a mark that its writer may not."""
+        found: list[bool] = []
+
+        def look(text: str, is_trusted: bool) -> str:
+            found.extend(not (is_trusted and not m.is_special) for _, m in marks.spelled(text))
+            return text
+
+        self.changed(look)
+        return any(found)
+
     def changed(self, change: Callable[[str, bool], str]) -> _Given:
         """A copy with each text changed; the second argument is whether its writer is trusted."""
         return _Given(
@@ -181,9 +200,10 @@ class _Marks:
         self._pattern = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
         self.handles = frozenset(map(_handle, self._by_spelling))
 
-    def spelled(self, text: str) -> list[AddedToken]:
+    def spelled(self, text: str) -> list[_Place]:
         """Marks in a text, in order."""
-        return [self._by_spelling[found[0]] for found in self._pattern.finditer(text)]
+        found = self._pattern.finditer(text)
+        return [(match.start(), self._by_spelling[match[0]]) for match in found]
 
     def disguise(self, characters: set[str]) -> dict[int, str]:
         """What each handle becomes: a character that occurs nowhere. Raises ChatError."""
@@ -197,25 +217,25 @@ class _Marks:
         special stay.
         """
         made, at = [], 0
-        for found in self._pattern.finditer(text) if is_trusted else ():
-            if not self._by_spelling[found[0]].is_special:
-                made += [text[at : found.start()].translate(table), found[0]]
-                at = found.end()
+        for start, mark in self.spelled(text) if is_trusted else ():
+            if not mark.is_special:
+                made += [text[at:start].translate(table), mark.spelling]
+                at = start + len(mark.spelling)
         return "".join([*made, text[at:].translate(table)])
 
     def encode_apart(self, hidden: str, table: Mapping[int, str]) -> list[int]:
         """Ids of a text in whose contents marks are hidden."""
-        back = {ord(disguise): chr(handle) for handle, disguise in table.items()}
         made, at = [], 0
-        for found in self._pattern.finditer(hidden):
-            made += [hidden[at : found.start()].translate(back), self._respelled.secret[found[0]]]
-            at = found.end()
-        tokens = self._respelled.tokenizer.encode("".join([*made, hidden[at:].translate(back)]))
+        for start, mark in self.spelled(hidden):
+            made += [hidden[at:start], self._respelled.secret[mark.spelling]]
+            at = start + len(mark.spelling)
+        text = "".join([*made, hidden[at:]]).translate(_back(table))
+        tokens = self._respelled.tokenizer.encode(text)
         return [self._respelled.ids.get(token, token) for token in tokens]
 
-    def are(self, tokens: Sequence[int], own: Sequence[AddedToken]) -> bool:
+    def are(self, tokens: Sequence[int], own: Sequence[_Place]) -> bool:
         """Whether the marks among ids are these."""
-        return [t for t in tokens if t in self._ids] == [mark.id for mark in own]
+        return [t for t in tokens if t in self._ids] == [mark.id for _, mark in own]
 
     @cached_property
     def _respelled(self) -> _Respelled:
@@ -250,6 +270,11 @@ class _Respelled:
         if isinstance(vocab, list):  # of pairs: piece and score
             return [[self.secret.get(piece, piece), score] for piece, score in vocab]
         return vocab
+
+
+def _back(table: Mapping[int, str]) -> dict[int, str]:
+    """From what handles became to the handles."""
+    return {ord(disguise): chr(handle) for handle, disguise in table.items()}
 
 
 def _is_mark(token: AddedToken, unknown_id: int | None) -> bool:

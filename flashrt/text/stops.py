@@ -27,10 +27,12 @@ class StopStrings:
         if self.is_found:
             return ""
         self._held += piece
-        starts = [at for s in self._strings if (at := self._held.find(s)) >= 0]
-        self.is_found = bool(starts)
-        end = min(starts) if starts else len(self._held) - self._longest_beginning()
-        given, self._held = self._held[:end], "" if starts else self._held[end:]
+        # The one that is whole first, and of those that end together the longest: so it does not
+        # matter how the text was cut.
+        found = [(at + len(s), at) for s in self._strings if (at := self._held.find(s)) >= 0]
+        self.is_found = bool(found)
+        end = min(found)[1] if found else len(self._held) - self._longest_beginning()
+        given, self._held = self._held[:end], "" if found else self._held[end:]
         return given
 
     def flush(self) -> str:

@@ -181,11 +181,21 @@ class PlantingCompiler:
     def identity(self) -> str:
         return self.inner.identity
 
+    @property
+    def title(self) -> str:
+        return self.inner.title
+
+    def is_cached(self, unit: Unit) -> bool:
+        return self.inner.is_cached(self.changed(unit))
+
     def compile(self, unit: Unit) -> Binary:
-        if unit.name == self.plant.source:
-            assert unit.text.count(self.plant.old) == 1, f"{self.plant.old!r} is not in the source"
-            unit = replace(unit, text=unit.text.replace(self.plant.old, self.plant.new))
-        return self.inner.compile(unit)
+        return self.inner.compile(self.changed(unit))
+
+    def changed(self, unit: Unit) -> Unit:
+        if unit.name != self.plant.source:
+            return unit
+        assert unit.text.count(self.plant.old) == 1, f"{self.plant.old!r} is not in the source"
+        return replace(unit, text=unit.text.replace(self.plant.old, self.plant.new))
 
 
 PLANTS = {

@@ -4,19 +4,23 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from flashrt.backends.cuda.device import CudaDevice
 from flashrt.backends.cuda.extra_ops import BYTE_SUM_DEVIATION, add_kernels, random_fill
+from flashrt.backends.cuda.layouts import K_CHUNK, ROW_TILE
 from flashrt.base.errors import CheckpointError
 from flashrt.commands.bench.gpu.engine import load_synthetic
+from flashrt.core.backend import BoundLaunch
 from flashrt.ops import OPS
-from flashrt.weights.checkpoint import open_checkpoint
+from flashrt.weights.checkpoint import Tensor, open_checkpoint
 from flashrt.weights.random_checkpoint import SHAPES, write_random_checkpoint
-from flashrt.weights.synthetic import synthetic_checkpoint
+from flashrt.weights.synthetic import SyntheticCheckpoint, synthetic_checkpoint
 from tests.gpu.conftest import open_named
 
 VECTORS = 3000
@@ -86,6 +90,38 @@ def test_named_shapes_have_as_many_parameters_as_their_models(shape: str, billio
     n_parameters = sum(t.nbytes // (4 if t.dtype == "F32" else 2) for t in tensors)
     assert n_parameters / 1e9 == pytest.approx(billions, abs=0.001)
     assert SHAPES[shape].vocab_size == 248320
+
+
+def test_no_matrix_of_whole_tiles_is_drawn_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red when the engine does not call the fill that it was given: every weight is then drawn on
+    the host, which takes an hour for a large shape.
+    """
+    read: set[str] = set()
+    filled: list[str] = []
+    read_into, eager = SyntheticCheckpoint.read_into, CudaDevice.eager
+
+    def reading(self: SyntheticCheckpoint, tensor: Tensor, first: int, out: memoryview) -> None:
+        read.add(tensor.stored_name)
+        read_into(self, tensor, first, out)
+
+    def launching(self: CudaDevice, launches: Sequence[BoundLaunch]) -> None:
+        filled.extend(bound.launch.op.name for bound in launches)
+        eager(self, launches)
+
+    monkeypatch.setattr(SyntheticCheckpoint, "read_into", reading)
+    monkeypatch.setattr(CudaDevice, "eager", launching)
+    made = load_synthetic(lambda: open_named("simt"), "tiny", max_positions=128)
+    made.engine.close()
+    whole = {
+        source.name
+        for rule in made.engine.model.weights
+        if rule.is_matrix and rule.region.shape[1] % K_CHUNK == 0
+        if all(source.shape[0] % ROW_TILE == 0 for source in rule.sources)
+        for source in rule.sources
+    }
+    assert {"model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"} <= whole
+    assert filled == ["random_fill"] * len(whole)
+    assert read == set(synthetic_checkpoint("tiny").tensors) - whole
 
 
 def test_weights_spread_as_in_a_written_checkpoint(device_name: str) -> None:

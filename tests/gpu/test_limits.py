@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from flashrt.backends.cuda.device import CudaDevice, open_device
-from flashrt.backends.simt.device import SimtDevice
 from flashrt.backends.cuda.extra_ops import (
     MMA_CHAINS,
     THREADS,
@@ -18,7 +17,8 @@ from flashrt.backends.cuda.extra_ops import (
     mma_rate,
     read_stream,
 )
-from flashrt.commands.bench.gpu.limits import LimitSizes, measure_limits
+from flashrt.backends.cuda.limits import LimitSizes, measure_limits
+from flashrt.backends.simt.device import SimtDevice
 from flashrt.ops import OPS
 
 NBYTES = 16 * 70_001  # off every multiple: tails of blocks and of threads

@@ -247,3 +247,25 @@ def test_a_checkpoint_without_a_head_is_refused(tmp_path: Path) -> None:
     assert flashrt.load(path, device="cpu", max_positions=64).max_draft == 0
     with pytest.raises(flashrt.CheckpointError, match=r"mtp\."):
         flashrt.load(path, device="cpu", max_positions=64, draft=True)
+
+
+@pytest.mark.parametrize("taken", range(1, 6))
+def test_guesses_below_a_descendant_do_not_reach_it(engine: flashrt.Engine, taken: int) -> None:
+    """Red when a verify writes rows that the lane goes on taking for a capsule's.
+
+    Back at an ancestor the lane still holds the descendant's rows; drafting there writes over them.
+    """
+    with engine.session() as session:
+        session.prefill(PROMPT)
+        ancestor = session.snapshot()
+        session.prefill(range(300, 380))
+        descendant = session.snapshot()
+        session.restore(ancestor)
+        stream = session.generate(20, temperature=1.5, seed=taken, draft=4)
+        for _ in range(taken):
+            next(stream)
+        stream.close()
+        session.restore(descendant)
+        assert session.digest() == descendant.digest
+        descendant.drop()
+        ancestor.drop()

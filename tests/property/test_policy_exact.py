@@ -25,6 +25,7 @@ from flashrt.core.region import Region, Role
 from flashrt.engine.actions import ActionEngine
 from flashrt.models.flow_policy import model as policy_model
 from flashrt.models.flow_policy.config import PolicyConfig
+from flashrt.ops.cursor import read_cursor
 from flashrt.weights.checkpoint import open_checkpoint
 from flashrt.weights.random_policy import write_random_policy
 from tests.policy_reference import ReferencePolicy
@@ -371,6 +372,9 @@ def test_random_histories_equal_their_replay(name: str, checkpoint: Path) -> Non
                 apply(engine, lane, verb, n)
                 told[index].append((verb, n))
             engine.arena.poison_scratch()
+            # Red when a rule of engine.cursors is not what the kernel does.
+            words = engine.lane_array(lane, "cursor").tolist()
+            assert engine.cursor(lane) == read_cursor(words)
         oracle = engine.lanes[ORACLE]
         for index, past in enumerate(told):
             engine.reset(oracle, 1)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import flashrt
-from flashrt.session.chat import Chat, open_chat, shared
+from flashrt.base.errors import CheckpointError, SessionError
+from flashrt.session.chat import Chat, ChatPoint, open_chat, recommended_sampling, shared
+from flashrt.text.config import end_of_turn
+from flashrt.text.template import ChatError
 from flashrt.weights.bundled import bundled_checkpoint
 from flashrt.worlds.document import HELD_OUT
 from flashrt.worlds.inventory import Inventory
@@ -58,14 +64,14 @@ def test_each_message_is_fed_once(chat: Chat) -> None:
     assert chat.session.tokens.tolist() == chat.tokens()[: chat.session.position]
 
 
-def test_a_moment_brings_back_words_and_state(chat: Chat) -> None:
-    moment = chat.snapshot("prompt")
+def test_a_point_brings_back_words_and_state(chat: Chat) -> None:
+    point = chat.snapshot("prompt")
     digest = chat.session.digest()
     first = ask(chat, 2)
-    chat.restore(moment)
-    assert (chat.said, chat.session.digest()) == (moment.said, digest)
+    chat.restore(point)
+    assert (chat.said, chat.session.digest()) == (point.said, digest)
     assert ask(chat, 2) == first
-    with chat.fork(moment) as other:
+    with chat.fork(point) as other:
         assert ask(other, 2) == first
         assert other.session.digest() == chat.session.digest()
     with chat.fork() as other:
@@ -88,12 +94,289 @@ def test_a_stream_closed_early_was_said_so_far(engine: flashrt.Engine, chat: Cha
     chat.add("user", WORLD.question(WORLD.things[0]))
     stream = chat.stream(24)
     said = next(stream) + next(stream)
-    stream.close()  # type: ignore[attr-defined]
-    assert chat.said[-1] == ("assistant", said.strip())
+    stream.close()
+    assert chat.said[-1] == ("assistant", said.strip()) and stream.reason is chat.reason is None
     after = chat.snapshot()
     with engine.session() as cold:
         cold.prefill(chat.tokens())
         assert cold.digest() == after.capsule.digest
+
+
+# -- what leaves the conversation as it was -------------------------------------------------------
+
+
+def test_an_empty_reply_is_no_message(engine: flashrt.Engine, chat: Chat) -> None:
+    """Red when ("assistant", "") joins."""
+    chat.add("user", "hello .")
+    before = chat.messages
+    (end,) = engine.checkpoint.stop_tokens
+    assert chat.reply(8, logit_bias={end: 1e6}) == ""
+    assert chat.messages == before and str(chat.reason) == "stop"
+    assert chat.reply(0) == "" and chat.messages == before and str(chat.reason) == "length"
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"stop": ("",)}, {"max_tokens": -1}])
+def test_a_reply_that_fails_moves_nothing(chat: Chat, wrong: dict[str, Any]) -> None:
+    """Red when the prompt is fed before parameters are looked at, or ("assistant", "") joins."""
+    ask(chat, 0)
+    chat.add("user", WORLD.question(WORLD.things[1]))
+    before, digest, fed = chat.messages, chat.session.digest(), chat.fed_tokens
+    with pytest.raises(SessionError):
+        chat.reply(**wrong)
+    assert (chat.messages, chat.session.digest(), chat.fed_tokens) == (before, digest, fed)
+    chat.messages = before[:-1]
+    assert ask(chat, 1) == chat.said[-1][1]
+
+
+def test_a_reply_that_breaks_off_adds_nothing(chat: Chat) -> None:
+    """Red when what came before a failure joins as if it were the answer."""
+    chat.add("user", WORLD.question(WORLD.things[0]))
+    before, stream = chat.messages, chat.stream(24)
+    next(stream)
+    chat.session.prefill([5])  # somebody else changes the session
+    with pytest.raises(SessionError, match="changed meanwhile"):
+        list(stream)
+    assert chat.messages == before and chat.reason is None
+    whole = chat.reply(24)
+    chat.messages = before
+    assert chat.reply(24) == whole
+
+
+def test_while_a_reply_comes_nothing_else_begins(chat: Chat) -> None:
+    """Red when a second stream moves the session back under the first."""
+    point = chat.snapshot()
+    expected = ask(chat, 5)
+    chat.restore(point)
+    chat.add("user", WORLD.question(WORLD.things[5]))
+    stream = chat.stream(24)
+    pieces = [next(stream)]
+    for other in (
+        lambda: next(chat.stream(4)),
+        lambda: chat.add("user", "wait ."),
+        chat.snapshot,
+        chat.fork,
+        lambda: chat.restore(point),
+        lambda: setattr(chat, "messages", ()),
+    ):
+        with pytest.raises(SessionError, match="a reply is coming"):
+            other()
+    pieces += list(stream)
+    assert "".join(pieces).strip() == expected == chat.said[-1][1]
+    chat.add("user", "now .")
+
+
+def test_a_stream_that_is_forgotten_blocks_nothing(chat: Chat) -> None:
+    chat.add("user", WORLD.question(WORLD.things[0]))
+    stream = chat.stream(24)
+    said = next(stream)
+    del stream
+    assert chat.said[-1] == ("assistant", said.strip())
+    chat.add("user", "go on .")
+
+
+def test_a_message_too_long_moves_nothing(chat: Chat) -> None:
+    """Red when the session is rolled back before its room is looked at."""
+    ask(chat, 0)
+    chat.said = (("system", "other words ."), *chat.said[1:])  # differs early: much to roll back
+    before, position = chat.messages, chat.session.position
+    chat.add("user", "the fox " * 600)
+    for call in (chat.reply, chat.snapshot):
+        with pytest.raises(SessionError, match=r"has 1,\d+ tokens, of 600"):
+            call()
+        assert chat.session.position == position
+    chat.messages = before
+    ask(chat, 1)
+
+
+# -- how replies end ------------------------------------------------------------------------------
+
+
+def test_a_reply_says_why_it_ended(engine: flashrt.Engine, chat: Chat) -> None:
+    """Red at the end of the context when what was sampled is lost with an error."""
+    chat.add("user", WORLD.question(WORLD.things[0]))
+    stream = chat.stream(3)
+    words = "".join(stream)
+    assert [stream.reason, chat.reason] == ["length", "length"] and stream.token_count == 3
+    assert chat.said[-1] == ("assistant", words.strip())
+    ask(chat, 1)
+    assert str(chat.reason) == "stop"
+    room = engine.max_positions - chat.session.position
+    chat.add("user", " fox" * (room - 15))
+    assert chat.reply(64, logit_bias={engine.checkpoint.stop_tokens[0]: -1e6}) != ""
+    assert str(chat.reason) == "context" and chat.session.position == engine.max_positions
+
+
+def test_a_stop_string_ends_a_reply(chat: Chat) -> None:
+    """Across tokens; red when it is yielded, or part of the conversation."""
+    point = chat.snapshot()
+    whole = ask(chat, 2)
+    words = whole.split()
+    cut = f"{words[1][-1]} {words[2][:1]}"  # within two words
+    chat.restore(point)
+    chat.add("user", WORLD.question(WORLD.things[2]))
+    pieces = list(chat.stream(24, stop=[cut, "never said"]))
+    assert "".join(pieces).strip() == whole[: whole.index(cut)] == chat.said[-1][1]
+    assert str(chat.reason) == "stop" and cut not in "".join(pieces)
+    assert chat.snapshot().capsule.tokens.tolist() == chat.tokens()
+
+
+# -- templates, tools, thoughts -------------------------------------------------------------------
+
+STRICT = """
+{%- if messages | selectattr('role', 'equalto', 'user') | list | length == 0 -%}
+    {{- raise_exception('No user query found in messages.') -}}
+{%- endif -%}
+{%- for m in messages -%}
+    {{- '<|im_start|>' ~ ('user' if m.role == 'tool' else m.role) ~ '\n' -}}
+    {%- if m.reasoning_content -%}{{- '<think>' ~ m.reasoning_content ~ '</think>' -}}{%- endif -%}
+    {{- ' ' ~ (m.content or '') -}}
+    {%- for call in m.tool_calls or [] -%}
+        {%- for name, value in call.function.arguments | items -%}
+            {{- '<tool_call> ' ~ call.function.name ~ ' ' ~ name ~ ' ' ~ value ~ '</tool_call>' -}}
+        {%- endfor -%}
+    {%- endfor -%}
+    {{- '<|im_end|>' -}}
+{%- endfor -%}
+{%- if tools -%}{{- tools | tojson -}}{%- endif -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\n' ~ ('' if enable_thinking is false else '<think>') -}}
+{%- endif -%}
+"""
+
+
+def checkpoint_with(folder: Path, **files: object) -> Path:
+    """A copy of the bundled checkpoint; None leaves a file out, a mapping changes what it holds."""
+    shutil.copytree(bundled_checkpoint(), folder, dirs_exist_ok=True)
+    for name, given in files.items():
+        path = folder / (f"{name}.jinja" if isinstance(given, str) else f"{name}.json")
+        if given is None:
+            path.unlink()
+        elif isinstance(given, dict):
+            path.write_text(json.dumps({**json.loads(path.read_text()), **given}))
+        else:
+            path.write_text(str(given))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> flashrt.Engine:
+    """The bundled model with a template as strict as Qwen3.5's, which opens a thought."""
+    path = checkpoint_with(tmp_path_factory.mktemp("strict"), chat_template=STRICT)
+    return flashrt.load(path, device="cpu", max_positions=600, lanes=2)
+
+
+def test_the_quick_start_works_with_a_template_that_wants_a_question(
+    strict: flashrt.Engine,
+) -> None:
+    """Red without a user's turn that stands in: "No user query found in messages."."""
+    with open_chat(strict, template_options={"enable_thinking": False}) as chat:
+        chat.add("system", WORLD.prompt())
+        point = chat.snapshot("facts")
+        fed = chat.fed_tokens
+        for thing in WORLD.things[:2]:
+            chat.restore(point)
+            chat.add("user", WORLD.question(thing))
+            assert chat.reply(24) == WORLD.answer(thing)
+        assert chat.fed_tokens - fed <= 2 * TURN
+        chat.messages = chat.messages[:1]
+        with pytest.raises(ChatError, match="No user query"):
+            chat.reply()
+        point.capsule.drop()
+
+
+def test_a_thought_is_apart_from_the_answer(strict: flashrt.Engine) -> None:
+    """Red when a thought that max_tokens cut off comes back as the answer."""
+    with open_chat(strict) as chat:
+        chat.add("user", "tell me a story about a fox .")
+        (end,) = strict.checkpoint.stop_tokens
+        assert chat.reply(6, logit_bias={end: -1e6}) == "" and str(chat.reason) == "length"
+        message = chat.messages[-1]
+        assert message["content"] == "" and message["reasoning_content"]
+        assert chat.said[-1] == ("assistant", "")
+        assert strict.tokenizer is not None
+        text = strict.tokenizer.decode(chat.tokens(), skip_special=False)
+        assert f"<think>{message['reasoning_content']}</think> <|im_end|>" in text
+
+
+def test_tools_and_calls_reach_the_template(strict: flashrt.Engine) -> None:
+    """Red when messages are pairs of role and content, and when arguments stay JSON text."""
+    tools = [{"name": "look", "description": "look in a place"}]
+    with open_chat(strict, tools=tools) as chat:
+        chat.add("user", "where is it ?")
+        call = {"function": {"name": "look", "arguments": '{"place": "cellar"}'}}
+        chat.add("assistant", None, tool_calls=[call])
+        chat.add("tool", "it is not there .", tool_call_id="1")
+        assert strict.tokenizer is not None
+        text = strict.tokenizer.decode(chat.tokens(), skip_special=False)
+        assert "<tool_call> look place cellar</tool_call>" in text
+        assert '"description": "look in a place"' in text
+        with chat.fork(chat.snapshot()) as other:
+            assert other.messages == chat.messages
+            other.said = other.said[:2]  # what agrees is kept with all its fields
+            assert other.messages == chat.messages[:2]
+        with pytest.raises(ChatError, match="arguments are no JSON"):
+            chat.add("assistant", None, tool_calls=[{"name": "look", "arguments": "{"}])
+        assert len(chat.messages) == 3
+
+
+def test_a_point_of_a_file_brings_back_messages(chat: Chat) -> None:
+    point = chat.snapshot()
+    chat.messages = ()
+    chat.restore(ChatPoint(point.capsule, tuple(json.loads(json.dumps(point.messages)))))
+    assert chat.messages == point.messages
+    with pytest.raises(ChatError, match="role"):
+        chat.restore(ChatPoint(point.capsule, ({"content": "x"},)))
+
+
+# -- what the checkpoint says ---------------------------------------------------------------------
+
+
+def test_a_reply_ends_where_any_file_says(tmp_path: Path) -> None:
+    """Red when only the first file that names a token counts: config.json has <|endoftext|>, and
+    turns end with another token, which tokenizer_config.json names.
+    """
+    path = checkpoint_with(tmp_path, generation_config=None, config={"eos_token_id": 0})
+    engine = flashrt.load(path, device="cpu", max_positions=600)
+    assert engine.checkpoint.stop_tokens == (0, 1)
+    with open_chat(engine) as chat:
+        chat.add("system", WORLD.prompt())
+        assert ask(chat, 3) == WORLD.answer(WORLD.things[3]) and str(chat.reason) == "stop"
+
+
+@pytest.mark.parametrize("wrong", ["1", [], -1, 704, 1.0, True, [1, "2"], {}])
+@pytest.mark.parametrize("place", ["generation_config", "config"])
+def test_what_is_no_stop_token_is_refused(tmp_path: Path, place: str, wrong: object) -> None:
+    """Red when it is passed over, and replies run on."""
+    path = checkpoint_with(tmp_path, **{place: {"eos_token_id": wrong}})
+    with pytest.raises(CheckpointError, match=rf"{place}\.json: eos_token_id is "):
+        flashrt.load(path, device="cpu", max_positions=64)
+
+
+def test_a_stop_token_beyond_the_model_is_refused(engine: flashrt.Engine) -> None:
+    assert engine.tokenizer is not None
+    path = engine.checkpoint.path
+    assert end_of_turn(path, engine.tokenizer, 2) == (1,)
+    with pytest.raises(CheckpointError, match=r"eos_token '<\|im_end\|>' has id 1 in tokenizer"):
+        end_of_turn(path, engine.tokenizer, 1)
+
+
+def test_sampling_as_the_checkpoint_recommends(tmp_path: Path) -> None:
+    said = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": 1}
+    path = checkpoint_with(tmp_path, generation_config=said)
+    engine = flashrt.load(path, device="cpu", max_positions=600, lanes=2)
+    found: Any = recommended_sampling(engine.checkpoint)
+    assert found == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    with open_chat(engine, sampling=found) as chat, open_chat(engine) as plain:
+        for one in (chat, plain):
+            one.add("user", "tell me a story about a fox .")
+        assert chat.reply(16, seed=3) == plain.reply(16, seed=3, **found)
+    checkpoint_with(tmp_path, generation_config={"temperature": "hot"})
+    other = flashrt.load(tmp_path, device="cpu", max_positions=64).checkpoint
+    assert recommended_sampling(other) == {"temperature": 0.0}
+    checkpoint_with(tmp_path, generation_config={"do_sample": True, "temperature": "hot"})
+    other = flashrt.load(tmp_path, device="cpu", max_positions=64).checkpoint
+    with pytest.raises(CheckpointError, match="temperature is 'hot'"):
+        recommended_sampling(other)
 
 
 def test_a_checkpoint_without_words_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -369,12 +370,76 @@ def test_last_and_raise(engine: NumpyPolicy, monkeypatch: pytest.MonkeyPatch) ->
         {"keep_seconds": 0.0},
         {"boundary_seconds": float("inf")},
         {"seed": -1},
+        {"hz": None},
+        {"hz": "50"},
+        {"hz": 1e12, "keep_seconds": 1e-9, "boundary_seconds": 1e-9},
+        {"hz": 1e-300},
+        {"deadline_ms": "2"},
+        {"on_miss": None},
+        {"overlap": 1.0},
+        {"overlap": True},
+        {"hold_action": [[1.0], [1.0, 2.0]]},
+        {"hold_action": "ab"},
+        {"keep_seconds": None},
+        {"keep_seconds": float("nan")},
+        {"boundary_seconds": "1"},
+        {"seed": None},
+        {"seed": 1.0},
+        {"seed": True},
+        {"seed": "1"},
     ],
 )
 def test_bad_options_take_no_lane(engine: NumpyPolicy, options: dict[str, Any]) -> None:
-    with pytest.raises(SessionError):
+    """Red when an option of a wrong type or unit gets to arithmetic, as None or 1e12 Hz did."""
+    with pytest.raises(SessionError, match=next(iter(options))):
         ControlLoop(engine, **options)
     assert len(engine.free) == 4
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda loop: loop.reset(None),
+        lambda loop: loop.reset(1.0),
+        lambda loop: loop.set_seed("1"),
+        lambda loop: loop.interrupt(None),
+        lambda loop: loop.interrupt(0.5),
+        lambda loop: loop.rewind(float("nan")),
+        lambda loop: loop.rewind(-1),
+        lambda loop: loop.rewind("1"),
+        lambda loop: loop.rewind_ticks(1.0),
+        lambda loop: loop.rewind_ticks(None),
+        lambda loop: loop.fork(-1),
+        lambda loop: loop.fork(1.0),
+        lambda loop: loop.fork(1, seeds=[None]),
+        lambda loop: loop.fork(2, seeds=[1, -1]),
+        lambda loop: loop.adopt(None),
+        lambda loop: PolicyAgent(loop, seed=None),
+        lambda loop: PolicyAgent(loop, seed=1).select_action([[0.0], [1.0, 2.0]]),
+    ],
+)
+def test_bad_arguments_change_nothing(engine: NumpyPolicy, use: Callable[[Any], object]) -> None:
+    """Red when a wrong type fails after something has changed, or with a TypeError."""
+    loop = ControlLoop(engine, seed=1)
+    ticks(loop, 0, 6)
+    position, digest = loop.position, loop.digest()
+    with pytest.raises(SessionError):
+        use(loop)
+    if loop.position:  # an agent begins its episode before it is asked
+        assert (loop.position, loop.digest()) == (position, digest)
+    assert len(engine.free) == 3
+
+
+def test_numbers_of_numpy_are_options(engine: NumpyPolicy, tmp_path: Path) -> None:
+    """Red when a seed or a rate from numpy is refused, or cannot be written into a recording."""
+    options = {"hz": np.float32(20), "overlap": np.int64(2), "deadline_ms": np.float64(1e9)}
+    loop = ControlLoop(engine, **options, seed=np.uint32(7), keep_seconds=np.int64(3))
+    plain = ControlLoop(engine, 20.0, 1e9, overlap=2, seed=7, keep_seconds=3.0)
+    with record(loop, tmp_path / "r"):
+        assert ticks(loop, 0, 20) == ticks(plain, 0, 20)
+        loop.rewind_ticks(np.int64(3))
+        loop.reset(np.int64(9))
+    assert replay(engine, tmp_path / "r").mismatch is None
 
 
 def test_after_an_interruption_the_schedule_is_read_from_the_lane(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashrt.base.errors import EnvironmentFailed, LaneBusy
+from flashrt.base.errors import EnvironmentFailed, LaneBusy, ObservationError, SessionError
 from flashrt.robot.environment import PlainState, command_for, layers, observation_of
 from flashrt.robot.loop import ControlLoop
 from flashrt.robot.rollout import Rollout
@@ -166,6 +166,91 @@ def test_a_failing_environment_leaves_the_loop_where_it_was() -> None:
     assert twin.loop.digest() == digest
 
 
+OLD_STEP = (np.zeros(3), 1.0, False, {})  # of gym before 0.26
+SEEN = np.zeros(3, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (OLD_STEP, "a tuple of 4 values: an old gym environment"),
+        (np.zeros(3), "step returned one ndarray; needed are five values"),
+        (None, "step returned one NoneType"),
+        ((SEEN, None, False, False, {}), "reward is None; a finite number"),
+        ((SEEN, float("nan"), False, False, {}), "reward is nan"),
+        ((SEEN, "1.0", False, False, {}), r"reward is '1\.0'"),
+        ((SEEN, np.zeros(2), False, False, {}), r"reward is array\(\[0\., 0\.\]\)"),
+        ((SEEN, 1.0, np.zeros(2), False, {}), "failed in step: ValueError"),
+        ((None, 1.0, False, False, {}), "observation: a NoneType that holds more than numbers"),
+        (("1.5", 1.0, False, False, {}), "observation: a str that holds more"),
+        (([[0.0], [1.0, 2.0]], 1.0, False, False, {}), "numpy cannot read this list"),
+        (({"a": {"b": 1.0}}, 1.0, False, False, {}), r"observation\['a'\]: a dict that holds more"),
+    ],
+)
+def test_a_step_that_is_no_step_leaves_the_loop_where_it_was(result: Any, said: str) -> None:
+    """Red when a step is unpacked outside of the guarded part: the loop was a tick ahead then."""
+    rolled = Rollout(Breakable, ControlLoop(NumpyPolicy()))
+    rolled.reset(1)
+    walk(rolled, 5)
+    position, digest = rolled.loop.position, rolled.loop.digest()
+    environment, step = rolled.environment, rolled.environment.step
+    environment.step = lambda action: result
+    with pytest.raises((EnvironmentFailed, ObservationError), match=said):
+        rolled.step()
+    assert (rolled.loop.position, rolled.loop.digest()) == (position, digest)
+    environment.step = step
+    walk(rolled, 1)
+
+    left = iter(range(5))
+    environment.step = lambda action: result if next(left, None) is None else step(action)
+    with pytest.raises((EnvironmentFailed, ObservationError), match=said):
+        run(rolled.loop, environment, seconds=1, rate=0, seed=1)
+    assert (rolled.loop.position, rolled.loop.digest()) == (position, digest)
+
+
+@pytest.mark.parametrize("result", [np.zeros(3), [0.0, 1.0], (SEEN, 1.0), (SEEN, {}, 1), None])
+def test_a_reset_that_returns_no_pair_is_refused(result: Any) -> None:
+    """Red when an observation of two numbers is taken for (observation, info)."""
+    rolled = Rollout(Breakable, ControlLoop(NumpyPolicy()))
+    rolled.reset(1)
+    walk(rolled, 5)
+    digest = rolled.loop.digest()
+    rolled.environment.reset = lambda seed=None: result
+    with pytest.raises(EnvironmentFailed, match=r"a pair \(observation, info\) is needed"):
+        rolled.reset(2)
+    with pytest.raises(EnvironmentFailed, match=r"a pair \(observation, info\) is needed"):
+        run(rolled.loop, rolled.environment, 1, rate=0)
+    for seed in (None, 1.0, True, -1):
+        with pytest.raises(SessionError, match="seed="):
+            rolled.reset(seed)  # type: ignore[arg-type]
+    assert rolled.loop.digest() == digest
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"seconds": -1}, "seconds=-1 is not"),
+        ({"seconds": float("nan")}, "seconds=nan"),
+        ({"seconds": float("inf")}, "seconds=inf"),
+        ({"seconds": None}, "seconds=None"),
+        ({"seconds": 1, "rate": 1e12}, r"rate=1000000000000\.0 is not"),
+        ({"seconds": 1, "rate": float("nan")}, "rate=nan"),
+        ({"seconds": 1, "rate": -1}, "rate=-1"),
+        ({"seconds": 1, "rate": "0"}, "rate='0'"),
+        ({"seconds": 1, "seed": None}, "seed=None"),
+        ({"seconds": 1, "seed": 0.0}, r"seed=0\.0"),
+    ],
+)
+def test_run_refuses_what_makes_no_sense(options: dict[str, Any], said: str) -> None:
+    """Red when seconds=-1 reports -50 ticks, or rate=1e12 divides by zero after the first tick."""
+    loop = ControlLoop(NumpyPolicy())
+    loop.tick(SEEN)
+    digest = loop.digest()
+    with pytest.raises(SessionError, match=said):
+        run(loop, Breakable(), **options)
+    assert (loop.position, loop.digest()) == (1, digest)
+
+
 def test_run_counts_episodes() -> None:
     engine = NumpyPolicy(observation_dim=3, action_dim=1)
     loop = ControlLoop(engine, 20.0)
@@ -207,7 +292,7 @@ def test_commands_and_observations() -> None:
 
 
 def test_gymnasium_is_not_imported() -> None:
-    code = "import sys, flashrt, flashrt.robot.rollout; print('gymnasium' in sys.modules)"
+    code = "import sys, flashrt, flashrt.robot; print('gymnasium' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )

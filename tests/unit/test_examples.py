@@ -44,7 +44,10 @@ def test_an_example_on_a_device(name: str, device: str) -> None:
     assert said.startswith(f"{device}:")
 
 
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n == "robot_rollout")) for n in LOOPS],
+)
 def test_a_loop_prints_its_comparison(name: str) -> None:
     said = run(EXAMPLES[name])
     assert re.search(LOOPS[name], said), said

@@ -7,11 +7,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import flashrt
 from flashrt.commands import replay as command
-from flashrt.session.recording import Recorder, read_journal, replay
+from flashrt.session.recording import SessionRecorder, read_recording, replay
 from flashrt.store.store import Store
 
 
@@ -22,8 +23,8 @@ def recorded(
     """A session with an interrupt, a stop token and a rollback, from a capsule on."""
     session.prefill(range(40))
     capsule = session.snapshot("start")
-    path = tmp_path / "a.journal"
-    with Recorder(engine, session, path) as told:
+    path = tmp_path / "a.recording"
+    with SessionRecorder(engine, session, path) as told:
         told.prefill([3, 1, 4])
         stream = told.generate(20, temperature=0.9, top_k=40, seed=11, logit_bias={7: 1.5})
         heard = [next(stream) for _ in range(6)]
@@ -39,12 +40,29 @@ def recorded(
 
 def test_the_same_bits(engine: flashrt.Engine, recorded: tuple[flashrt.Capsule, Path]) -> None:
     capsule, path = recorded
-    head, steps, is_cut_short = read_journal(path)
+    head, calls, is_cut_short = read_recording(path)
     assert (head.position, head.digest, is_cut_short) == (40, capsule.digest, False)
-    ends = [s.fields["end"] for s in steps if s.do == "generate"]
+    ends = [s.fields["end"] for s in calls if s.do == "generate"]
     assert ends == ["interrupt", "limit", "stop"]
     report = replay(engine, capsule, path)
     assert (report.steps, report.boundaries, report.mismatch) == (7, 8, None)
+
+
+def test_numpy_numbers_are_recorded(
+    engine: flashrt.Engine, session: flashrt.Session, tmp_path: Path
+) -> None:
+    """Red when a seed from numpy's generator is not JSON: the reply was made, its line was lost."""
+    session.prefill(range(20))
+    start = session.snapshot()
+    with SessionRecorder(engine, session, tmp_path / "r") as told:
+        reply = told.generate(
+            np.int64(4), temperature=np.float32(0.9), seed=np.uint64(1 << 63), top_k=np.int32(9)
+        )
+        assert len(list(reply)) == 4 and reply.reason == "length"
+        with pytest.raises(flashrt.SessionError, match="seed=None is not an integer"):
+            told.generate(4, seed=None)
+    report = replay(engine, start, tmp_path / "r")
+    assert (report.steps, report.mismatch) == (1, None)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +93,7 @@ def test_a_difference_is_named(
     assert re.search(said, report.mismatch), report.mismatch
 
 
-def test_a_journal_that_a_crash_cut_short(
+def test_a_recording_that_a_crash_cut_short(
     engine: flashrt.Engine, recorded: tuple[flashrt.Capsule, Path]
 ) -> None:
     capsule, path = recorded
@@ -93,7 +111,7 @@ def test_what_cannot_be_replayed_is_refused(
     with pytest.raises(flashrt.SessionError, match="starts at position 40"):
         replay(engine, None, path)
     with pytest.raises(flashrt.SessionError, match="File exists"):
-        Recorder(engine, session, path)
+        SessionRecorder(engine, session, path)
     for text in (
         "", "x\n", "{}\n", "[]\n", head.replace("journal-1", "journal-2") + "\n",
         whole + '{"do": "dance", "position": 1, "digest": ""}\n', whole + "[]\n",
@@ -103,7 +121,7 @@ def test_what_cannot_be_replayed_is_refused(
         head.replace('"device"', '"devices"') + "\n" + rest, "[" * 100_000 + "\n",
     ):  # fmt: skip
         path.write_text(text)
-        with pytest.raises(flashrt.SessionError, match="journal"):
+        with pytest.raises(flashrt.SessionError, match="recording"):
             replay(engine, capsule, path)
     path.write_text(whole.replace(engine.fingerprint, "0" * 32))
     with pytest.raises(flashrt.SessionError, match=engine.fingerprint):

@@ -74,9 +74,7 @@ def test_a_hidden_token_swallows_no_space(tmp_path: Path) -> None:
 
 def test_tokens_that_end_inside_characters_do_no_damage(tmp_path: Path) -> None:
     """Red when tokens are counted instead of bytes: each of these ends inside a character."""
-    alphabet = {
-        byte: character for byte, character in zip(range(256), _byte_alphabet(), strict=True)
-    }
+    alphabet = _byte_alphabet()
     text = "日" * 40
     data = text.encode()
     cuts = [data[:1], *(data[i : i + 3] for i in range(1, len(data) - 2, 3)), data[-2:]]
@@ -133,7 +131,7 @@ def test_stream_of_byte_tokens_equals_decode(byte_fallback: Tokenizer, words: li
     ids = list[int]()
     for word in words:
         known = byte_fallback.token_id(word)
-        ids += [b for b in word.encode()] if known is None else [known]
+        ids += list(word.encode()) if known is None else [known]
     stream = byte_fallback.stream()
     assert "".join([*map(stream.push, ids), stream.flush()]) == byte_fallback.decode(ids)
 
@@ -272,14 +270,13 @@ def test_a_text_that_is_none_is_refused(tokenizer: Tokenizer) -> None:
 def test_stop_strings_end_a_text_wherever_it_is_cut(
     text: str, cuts: list[int], strings: list[str]
 ) -> None:
-    """The end of the first stop string to be complete decides, as if the pieces were characters."""
+    """Red when a stop string across pieces is missed, or what is found depends on the cuts."""
     ends = [(at + len(s), at) for s in strings if (at := text.find(s)) >= 0]
-    first = min(ends)[0] if ends else None
-    wanted = text if first is None else text[: min(at for end, at in ends if end == first)]
+    wanted = text[: min(ends)[1]] if ends else text
     stops = StopStrings(strings)
-    at = sorted({0, len(text), *(c for c in cuts if c < len(text))})
-    characters = [c for start, stop in pairwise(at) for c in text[start:stop]]
-    assert "".join(map(stops.push, characters)) + stops.flush() == wanted
+    borders = sorted({0, len(text), *(c for c in cuts if c < len(text))})
+    pieces = [text[start:stop] for start, stop in pairwise(borders)]
+    assert "".join(map(stops.push, pieces)) + stops.flush() == wanted
     assert stops.is_found == bool(ends)
 
 
@@ -312,11 +309,11 @@ def test_render() -> None:
         "{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ messages[0].x.y }}",
         "{{ 1 / (messages | length - 1) }}", "{{ 2.0 ** 5000 * messages | length }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ 'a' * 10 ** 15 * messages | length }}", "{{ messages[0]['content'] | int('x') + 'a' }}",
+        "{{ 'a' * 10 ** 15 * messages | length }}", "{{ messages | length + 'a' }}",
     ],
 )  # fmt: skip
 def test_templates_are_sandboxed_and_fail_clearly(source: str) -> None:
-    """Red when only some exceptions are caught: ZeroDivision, Overflow, Recursion, Memory passed."""
+    """Red when only some exceptions are caught: ZeroDivision and others passed."""
     with pytest.raises(ChatError, match="chat template: "):
         ChatTemplate(source).render(HELLO)
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from flashrt.core.region import DType, Layout, Region, Role, as_view
 from flashrt.core.tape import Tape
-from flashrt.models.blocks import DeltaInputs
+from flashrt.models.blocks import DeltaInputs, sampled_token
 from flashrt.models.model import COMMIT, DRAFT, DRAFT_NEXT, VERIFY
 from flashrt.models.qwen35.config import LayerKind, Qwen35Config
 from flashrt.models.qwen35.tapes import DRAFT_SHIFT, Qwen35Recorder
@@ -86,7 +86,7 @@ class DraftRecorder(Qwen35Recorder):
         if is_first:
             self.tape.record(ops.DRAFT_BEGIN, cursor=cursor, draft=self.cursor)
             self._note(cursor)
-        token, own = self.cursor.view().cols(2, 3), regions["draft_hidden"]
+        token, own = sampled_token(self.cursor), regions["draft_hidden"]
         last = regions["last_hidden"] if is_first else own
         keys, values = as_view(regions["draft_keys"]), as_view(regions["draft_values"])
         x, u, q = self.draft_keys(token, hidden=own, last=last)
@@ -117,7 +117,7 @@ class VerifyRecorder(Qwen35Recorder):
         return DeltaInputs(
             *(
                 self.regions[f"verify_{name}"].span(index * MAX_ROWS, self.rows)
-                for name in DeltaInputs._fields
+                for name in ("u", "qkv", "decay", "beta")
             )
         )
 

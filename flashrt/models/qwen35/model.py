@@ -13,6 +13,7 @@ from flashrt.base.errors import PlanError
 from flashrt.base.messages import shown
 from flashrt.core.region import DType, Layout, Region, Role
 from flashrt.core.tape import Tape
+from flashrt.models.blocks import sampled_token
 from flashrt.models.model import BUCKETS, DECODE, PREFILL, SAMPLE
 from flashrt.models.qwen35 import draft as drafting
 from flashrt.models.qwen35.config import Qwen35Config
@@ -72,7 +73,7 @@ class Qwen35:
         if phase == PREFILL:
             recorder.forward(self._regions["tokens"].view().cols(0, rows))
         elif phase == DECODE:
-            recorder.forward(self._regions["cursor"].view().cols(2, 3))  # the token sampled last
+            recorder.forward(sampled_token(self._regions["cursor"]))
             recorder.sample_next()
         else:
             recorder.sample_next()

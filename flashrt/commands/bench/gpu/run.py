@@ -18,6 +18,7 @@ from typing import Any
 
 from flashrt.backends.cuda.clock import DeviceClock
 from flashrt.backends.cuda.device import CudaDevice, open_device
+from flashrt.backends.cuda.limits import DeviceLimits, LimitSizes, measure_limits
 from flashrt.backends.cuda.nvrtc import Nvrtc
 from flashrt.backends.simt.build import ShimCompiler
 from flashrt.backends.simt.device import SimtDevice
@@ -25,7 +26,6 @@ from flashrt.base.errors import BackendError, FlashrtError
 from flashrt.commands.bench.document import provenance
 from flashrt.commands.bench.gpu.device import DECODE_REPLAYS, DeviceBench
 from flashrt.commands.bench.gpu.engine import SyntheticEngine, load_synthetic
-from flashrt.commands.bench.gpu.limits import DeviceLimits, LimitSizes, measure_limits
 from flashrt.commands.bench.gpu.machine import clocks
 from flashrt.commands.bench.gpu.report import fold_lengths, stem, write
 from flashrt.commands.bench.measure import REPLY, SHORT_TURN, TURN, Bench

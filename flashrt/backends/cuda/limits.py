@@ -20,7 +20,6 @@ from flashrt.backends.cuda.extra_ops import (
     read_stream,
 )
 from flashrt.core.backend import BoundLaunch
-from flashrt.ops import OPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ def measure_limits(open_device: Callable[[], CudaDevice], sizes: LimitSizes) -> 
 
 def _measure(device: CudaDevice, sizes: LimitSizes) -> DeviceLimits:
     add_kernels(device)
-    device.build(OPS)
+    device.build(())  # none of a model's ops
     nbytes = min(sizes.buffer_bytes, device.driver.mem_info()[0] // 8) // 4096 * 4096
     n_sms = device.driver.info.multiprocessors
     blocks, readers = 4 * n_sms, 8 * n_sms  # as many as fit, so that no wave is a short one

@@ -1,0 +1,162 @@
+"""Control loops on a real engine: what a tick reads, writes and checks, and what a fork touches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flashrt
+from flashrt.base.errors import CapsuleError, ObservationError, SessionError
+from flashrt.engine import actions
+from flashrt.engine.actions import ActionEngine
+from flashrt.ops.cursor import read_cursor
+from flashrt.robot import loop as loops
+from flashrt.weights.random_policy import write_random_policy
+
+SEEN = np.random.default_rng(4).normal(size=(60, 5)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_policy(tmp_path_factory.mktemp("policy") / "tiny", "tiny", seed=3)
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[ActionEngine]:
+    made = flashrt.load_policy(folder, device="cpu", lanes=3)
+    yield made
+    made.close()
+
+
+class Counted:
+    """How often a function is called, and what it does is done."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.count = function, 0
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.count += 1
+        return self.function(*arguments, **options)
+
+
+def cursor_on_device(engine: ActionEngine, loop: flashrt.ControlLoop) -> object:
+    return read_cursor(engine.lane_array(loop.lane, "cursor").tolist())
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 3])
+def test_a_tick_reads_the_action_and_nothing_else(
+    engine: ActionEngine, monkeypatch: pytest.MonkeyPatch, overlap: int
+) -> None:
+    """Red when a verb asks the device for its cursor: two more reads a tick, one more a plan."""
+    loop = flashrt.ControlLoop(engine, overlap=overlap)
+    read = Counted(engine.backend.read)
+    monkeypatch.setattr(engine.backend, "read", read)
+    for i, seen in enumerate(SEEN):
+        loop.tick(seen)
+        loop.slack()
+        assert read.count == i + 1
+    loop.interrupt(1)
+    loop.set_seed(3)
+    assert read.count == len(SEEN)
+    assert engine.cursor(loop.lane) == cursor_on_device(engine, loop)
+
+
+def test_a_tick_checks_its_observation_once(
+    engine: ActionEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when the engine checks again what the loop let in."""
+    loop = flashrt.ControlLoop(engine)
+    checked = Counted(actions.checked_vector)
+    for module in (actions, loops):
+        monkeypatch.setattr(module, "checked_vector", checked)
+    for i, seen in enumerate(SEEN):
+        loop.tick(seen)
+        loop.slack()
+        assert checked.count == i + 1
+
+
+def test_verbs_of_the_engine_check_at_their_own_door(engine: ActionEngine) -> None:
+    lane = engine.take_lane()
+    engine.reset(lane)
+    digest = engine.digest(lane)
+    for verb in (engine.observe, engine.tick):
+        for bad in ([[0.0], [1.0, 2.0]], None, "12345", {"a": 1}, np.zeros(4), [np.nan] * 5):
+            with pytest.raises(ObservationError, match="observation"):
+                verb(lane, bad)  # type: ignore[operator]
+    engine.observe(lane, SEEN[0])
+    for committed in (None, 1.0, True, -1):
+        with pytest.raises(SessionError, match="committed="):
+            engine.plan(lane, committed)  # type: ignore[arg-type]
+    for seed in (None, 1.0, True, "1", 1 << 64):
+        with pytest.raises(SessionError, match="seed="):
+            engine.reset(lane, seed)  # type: ignore[arg-type]
+    with pytest.raises(CapsuleError, match="is not a capsule"):
+        engine.restore(lane, "reach.capsule")  # type: ignore[arg-type]
+    engine.reset(lane)
+    assert engine.digest(lane) == digest
+
+
+@pytest.mark.parametrize("phase", ["tick", "plan", "plan_step"])
+def test_after_an_interruption_the_cursor_is_read_back(
+    engine: ActionEngine, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    """Ctrl-C right after a graph. Red when the host keeps the words of before the graph."""
+    loop, twin = flashrt.ControlLoop(engine, overlap=3), flashrt.ControlLoop(engine, overlap=3)
+    replay = engine.replay
+
+    def interrupted(name: str, *arguments: Any) -> None:
+        replay(name, *arguments)
+        if name == phase:
+            raise KeyboardInterrupt
+
+    at = 0
+    while True:  # up to the first tick that replays such a graph
+        monkeypatch.setattr(engine, "replay", interrupted)
+        try:
+            loop.tick(SEEN[at])
+        except KeyboardInterrupt:
+            break
+        finally:
+            monkeypatch.undo()
+        twin.tick(SEEN[at])
+        at += 1
+    assert engine.cursor(loop.lane) == cursor_on_device(engine, loop)
+    assert loop.position == at + (phase == "tick")
+    if phase == "tick":
+        twin.tick(SEEN[at])
+        assert loop.digest() == twin.digest()
+    for seen in SEEN[at + 1 : at + 9]:
+        loop.tick(seen)
+    assert engine.cursor(loop.lane) == cursor_on_device(engine, loop)
+
+
+def test_a_fork_clears_nothing(engine: ActionEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red when the lane of a fork is reset before the copy that overwrites all of it."""
+    loop = flashrt.ControlLoop(engine)
+    for seen in SEEN[:9]:
+        loop.tick(seen)
+    fill = Counted(engine.backend.fill)
+    monkeypatch.setattr(engine.backend, "fill", fill)
+    other = loop.fork()[0]
+    assert fill.count == 0
+    assert other.digest() == loop.digest()
+    assert other.tick(SEEN[9]).tobytes() == loop.tick(SEEN[9]).tobytes()
+    flashrt.ControlLoop(engine)
+    assert fill.count > 0, "a new loop does clear its lane: the count can be red"
+
+
+def test_what_a_test_overwrites_is_known(engine: ActionEngine) -> None:
+    """Red when the host still believes in the cursor that an experiment overwrote."""
+    loop = flashrt.ControlLoop(engine)
+    for seen in SEEN[:9]:
+        loop.tick(seen)
+    words = engine.lane_array(loop.lane, "cursor").copy()
+    words[0] += 1
+    engine.set_lane_array(loop.lane, "cursor", words)
+    assert loop.position == 10
+    engine.poison_lane(loop.lane)
+    assert loop.position == -1
