@@ -1,7 +1,7 @@
 """Draws the pictures of the docs from a real run of the bundled model.
 
 IS: docs/pictures/*.svg: the arena, a session tree, who holds which rows, ways to one state. IS NOT:
-drawing (flashrt.view). Called by: developers, when the model or a drawing changes.
+drawing (flashrt.view). Run it when the model or a drawing changes.
 
     python tools/docs_pictures.py [--out docs/pictures]
 """

@@ -7,7 +7,7 @@ part; what is done is on disk before the next begins. IS NOT: installed; run it 
     python tools/gpu_report.py --out gpu-report
 
 Writes log.txt, summary.md, and <device>-<date>.json, .md and .png with the figures of all shapes.
-`--device simt --shapes tiny` is its dry run on any machine. Called by: people.
+`--device simt --shapes tiny` is its dry run on any machine.
 """
 
 from __future__ import annotations

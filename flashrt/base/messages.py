@@ -8,12 +8,19 @@ terminal.
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Collection
 
 MOST_LISTED = 8
 _MOST_CHARACTERS = 100  # of one name
 _MOST_BITS = 256  # of an integer that is written out
+# Control characters, separators of lines, marks that change the direction of text, and bytes that
+# were no UTF-8: all that a terminal would act on, or that would make a line look like another one.
+_ACTIVE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"
+    r"\ud800-\udfff]"
+)
 
 
 def listed(names: Collection[object], separator: str = ", ") -> str:
@@ -34,6 +41,16 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )
+
+
+def visible(text: str) -> str:
+    """Text that a terminal shows and does not obey, whole; newlines and tabs stay."""
+    return _ACTIVE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def visible_json(text: str) -> str:
+    """The same of a JSON document, which stays the same document."""
+    return _ACTIVE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def shown(value: object) -> str:

@@ -7,9 +7,9 @@ go to the owner, an engine's table of capsules. So this module imports no module
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 from flashrt.capsule.extent import Extent, StoredBytes
 from flashrt.capsule.lineage import Segment, chain_of, tokens_of
 from flashrt.capsule.restore import RestoreMoves
+from flashrt.capsule.turn import Turn
 from flashrt.core.arena import Arena
+
+_R = TypeVar("_R")
 
 
 class CapsuleOwner(Protocol):
@@ -25,6 +28,10 @@ class CapsuleOwner(Protocol):
 
     arena: Arena
     fingerprint: str
+    capsules: set[Capsule]
+
+    @property
+    def turn(self) -> Turn: ...
 
     def save(self, capsule: Capsule, path: str | os.PathLike[str]) -> None: ...
     def move(self, capsule: Capsule, tier: str) -> None: ...
@@ -32,6 +39,7 @@ class CapsuleOwner(Protocol):
     def drop(self, capsule: Capsule) -> None: ...
     def check(self, capsule: Capsule) -> None: ...
     def digest_capsule(self, capsule: Capsule) -> str: ...
+    def change(self, work: Callable[[], _R]) -> _R: ...
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -43,9 +51,10 @@ class Capsule:
     fixed: Extent  # the fixed band
     nbytes: int  # its own: fixed band, and rows that no ancestor holds
     name: str | None
-    parent: Capsule | None  # the capsule that its lane descends from
     known_digest: str | None = None  # kept when the bytes leave the device
     is_pinned: bool = False  # eviction leaves it where it is
+    parent: Capsule | None = None  # the nearest living one that its lane descended from
+    children: set[Capsule] = field(default_factory=set)  # the living ones whose parent this is
     known_moves: dict[int, RestoreMoves] = field(default_factory=dict)  # by lane: the last ones
 
     @property
@@ -61,7 +70,7 @@ class Capsule:
     @property
     def is_dropped(self) -> bool:
         """Whether its memory was given back."""
-        return not self.fixed.is_stored
+        return self not in self.owner.capsules
 
     @property
     def tier(self) -> str:

@@ -84,30 +84,39 @@ class HostBytes:
         """They go when nobody refers to them."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Extent:
-    """`nbytes` in the pool at `block`, or in `source`; in neither once given back."""
+    """`nbytes` at one place: the offset of a block of the pool, stored bytes elsewhere, or None
+    once given back. One word says where, so that no exception can fall between two of them.
+    """
 
     nbytes: int
-    block: int = -1
-    source: StoredBytes | None = None
+    place: int | StoredBytes | None = None
 
     @property
     def is_stored(self) -> bool:
         """Whether the bytes are anywhere; identity outlives storage."""
-        return self.block >= 0 or self.source is not None
+        return self.place is not None
 
     @property
     def is_on_device(self) -> bool:
         """Whether copies within the arena can address the bytes."""
-        return self.block >= 0
+        return isinstance(self.place, int)
+
+    @property
+    def block(self) -> int:
+        """Offset of the block in the pool; -1 where there is none."""
+        return self.place if isinstance(self.place, int) else -1
+
+    @property
+    def source(self) -> StoredBytes | None:
+        """The bytes off the device, if they are there."""
+        return None if isinstance(self.place, int) else self.place
 
     @property
     def tier(self) -> Tier:
         """Where the bytes are. Raises CapsuleError once they were given back."""
-        if self.block >= 0:
-            return Tier.DEVICE
-        return self.need_source().tier
+        return Tier.DEVICE if isinstance(self.place, int) else self.need_source().tier
 
     def need_source(self) -> StoredBytes:
         """The source of an extent that is not on the device."""
@@ -115,10 +124,14 @@ class Extent:
             raise CapsuleError("these bytes were given back; the capsule was dropped")
         return self.source
 
+    def move_to(self, place: int | StoredBytes | None, pool: Pool) -> None:
+        """The bytes are at another place already, or are not needed; then the old one is freed."""
+        old, self.place = self.place, place
+        if isinstance(old, int):
+            pool.give(old)
+        elif old is not None:
+            old.release()
+
     def give_back(self, pool: Pool) -> None:
         """Free the bytes, wherever they are."""
-        pool.give(self.block)
-        self.block = -1
-        if self.source is not None:
-            self.source.release()
-            self.source = None
+        self.move_to(None, pool)

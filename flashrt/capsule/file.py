@@ -33,7 +33,6 @@ from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.extent import Extent
 from flashrt.capsule.image import fixed_image, row_parts, rows_image, stamp_gaps
 from flashrt.capsule.lineage import Segment, path_to, segment_layout
-from flashrt.capsule.pool import Pool
 from flashrt.core.arena import Arena
 from flashrt.core.backend import Bytes
 from flashrt.core.copylist import Copy, CopyList, Upload
@@ -205,8 +204,13 @@ def read(
     return header, read_tensors(header)
 
 
-def place(arena: Arena, pool: Pool, header: CapsuleHeader, tensors: Mapping[str, Bytes]) -> Loaded:
-    """The bytes of `read`, put into the pool. Raises PoolFull and changes nothing."""
+def place(
+    arena: Arena,
+    take: Callable[..., tuple[int, ...]],
+    header: CapsuleHeader,
+    tensors: Mapping[str, Bytes],
+) -> Loaded:
+    """The bytes of `read`, put into blocks that `take` gives. Raises PoolFull and changes nothing."""
     plan, position = arena.lane(0), header.position
     blocks, rows_nbytes = segment_layout(plan.rows, 0, position) if position else ([], 0)
     fixed: Bytes = np.empty(plan.fixed.nbytes, np.uint8)
@@ -214,7 +218,7 @@ def place(arena: Arena, pool: Pool, header: CapsuleHeader, tensors: Mapping[str,
         first = slot.offset - plan.fixed.offset
         fixed[first : first + slot.storage.nbytes] = tensors[f"fixed/{slot.region.name}"]
     stamp_gaps(arena, fixed)
-    fixed_block, block = pool.take(fixed.size, rows_nbytes)
+    fixed_block, block = take(fixed.size, rows_nbytes)
     base = arena.memory.address
     arena.backend.write(base + fixed_block, fixed)
     segment = None
@@ -226,7 +230,7 @@ def place(arena: Arena, pool: Pool, header: CapsuleHeader, tensors: Mapping[str,
             uploads.append(Upload(data, moves.check(arena.plan.nbytes, data.size)))
         arena.backend.upload(uploads, base)
         rows = Extent(rows_nbytes, block)
-        segment = Segment(None, 0, position, journal(tensors, position), rows, refs=1)
+        segment = Segment(None, 0, position, journal(tensors, position), rows)
     return Loaded(Extent(fixed.size, fixed_block), segment, fixed.size + rows_nbytes)
 
 

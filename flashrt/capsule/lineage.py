@@ -12,7 +12,7 @@ is beyond them. Hence going back to an ancestor moves no rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -23,28 +23,69 @@ from flashrt.core.copylist import Copy
 from flashrt.core.planner import Band, Slot, align
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
-class Segment:
-    """Rows [start, stop) after `parent`; stored in some tier while anybody refers to it."""
+class Body(NamedTuple):
+    """What a segment is at present: rows [start, stop) after `parent`, and their tokens."""
 
     parent: Segment | None
     start: int
     stop: int
     tokens: NDArray[np.int32]  # [stop - start]
     rows: Extent
-    refs: int = 0  # capsules and living child segments
+
+
+class Segment:
+    """Rows [start, stop) after `parent`; stored in some tier while anybody refers to it.
+
+    An only child may take in its parent's rows: then its body is another, swapped as a whole, and
+    whoever refers to the segment goes on doing so.
+    """
+
+    __slots__ = ("__weakref__", "body", "refs")
+
+    def __init__(
+        self, parent: Segment | None, start: int, stop: int, tokens: NDArray[np.int32],
+        rows: Extent, refs: int = 0,
+    ) -> None:  # fmt: skip
+        """See Body; `refs`: capsules and living child segments."""
+        self.body = Body(parent, start, stop, tokens, rows)
+        self.refs = refs
+
+    @property
+    def parent(self) -> Segment | None:
+        """The segment whose rows come before."""
+        return self.body.parent
+
+    @property
+    def start(self) -> int:
+        """The first row."""
+        return self.body.start
+
+    @property
+    def stop(self) -> int:
+        """One past the last row."""
+        return self.body.stop
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """Of these rows, int32 [stop - start]."""
+        return self.body.tokens
+
+    @property
+    def rows(self) -> Extent:
+        """The bytes."""
+        return self.body.rows
 
     @property
     def is_stored(self) -> bool:
         """Whether some tier still has the rows; identity outlives storage."""
-        return self.rows.is_stored
+        return self.body.rows.place is not None
 
     def chain(self) -> Iterator[Segment]:
         """This segment, its parent, and so on to the first."""
         at: Segment | None = self
         while at is not None:
             yield at
-            at = at.parent
+            at = at.body.parent
 
 
 def chain_of(segment: Segment | None) -> Iterator[Segment]:
@@ -52,7 +93,7 @@ def chain_of(segment: Segment | None) -> Iterator[Segment]:
     return iter(()) if segment is None else segment.chain()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Waypoint:
     """A boundary of one lane whose rows need no storing: they are in the lane. `block` has the
     fixed band.
@@ -62,43 +103,153 @@ class Waypoint:
     block: int
 
 
-@dataclass(slots=True, eq=False)
-class Lane:
-    """The host's record of one live sequence.
+class LaneRecord(NamedTuple):
+    """What the host knows of a lane; swapped as a whole, so that no exception can fall between two
+    words of it.
 
     Invariants: 0 <= position <= len(journal); waypoints ascend and lie at or below position; rows
     [0, intact) in the arena are those of `held`'s chain, and intact <= held.stop (0 without held).
     """
 
-    index: int
+    position: int
+    held: Segment | None
+    intact: int
+    waypoints: tuple[Waypoint, ...]
     journal: NDArray[np.int32]  # [max_positions]; [0, position) are history
-    position: int = 0
-    held: Segment | None = None
-    intact: int = 0
-    waypoints: list[Waypoint] = field(default_factory=list)
+    moves: int  # how often the lane was put elsewhere: what was known of it before is void
+
+
+class Doubt(NamedTuple):
+    """Bytes of a lane are moving: should that not end, this history is to be made again."""
+
+    journal: NDArray[np.int32]
+    position: int
 
     @property
     def tokens(self) -> NDArray[np.int32]:
-        """The committed tokens, a copy."""
+        """The history, a copy."""
         return self.journal[: self.position].copy()
+
+
+class Lane:
+    """The host's record of one live sequence, and whether it can be believed."""
+
+    __slots__ = ("_spare", "doubt", "index", "owed", "record")
+
+    def __init__(self, index: int, journal: NDArray[np.int32]) -> None:
+        """An empty lane; `journal`: int32 [max_positions]."""
+        self.index = index
+        self.record = LaneRecord(0, None, 0, (), journal, 0)
+        self.doubt: Doubt | None = None
+        self.owed: NDArray[np.int32] | None = None  # history that is being made again
+        self._spare = np.zeros_like(journal)
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the record is what the device holds."""
+        return self.doubt is None and self.owed is None
+
+    @property
+    def position(self) -> int:
+        """Committed tokens."""
+        return self.record.position
+
+    @property
+    def held(self) -> Segment | None:
+        """The segment whose chain the rows in the arena are of, up to `intact`."""
+        return self.record.held
+
+    @property
+    def intact(self) -> int:
+        """Rows of `held`'s chain that are in the arena."""
+        return self.record.intact
+
+    @property
+    def waypoints(self) -> tuple[Waypoint, ...]:
+        """Boundaries to go back to, ascending."""
+        return self.record.waypoints
+
+    @property
+    def journal(self) -> NDArray[np.int32]:
+        """int32 [max_positions]; [0, position) are the committed tokens."""
+        return self.record.journal
+
+    @property
+    def moves(self) -> int:
+        """Another number whenever the lane was put elsewhere than by committing tokens."""
+        return self.record.moves
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """The committed tokens, a copy; while in doubt, those that are to be made again."""
+        if self.owed is not None:
+            return self.owed.copy()
+        if self.doubt is not None:
+            return self.doubt.tokens
+        record = self.record
+        return record.journal[: record.position].copy()
 
     def commit(self, tokens: NDArray[np.int32]) -> None:
         """Tokens whose rows were just written become history."""
-        stop = self.position + len(tokens)
-        self.journal[self.position : stop] = tokens
-        self.intact = min(self.intact, self.position)
-        self.position = stop
+        position, held, intact, waypoints, journal, moves = self.record
+        stop = position + len(tokens)
+        journal[position:stop] = tokens  # beyond the position nobody reads it
+        self.record = LaneRecord(stop, held, min(intact, position), waypoints, journal, moves)
 
     def overwrite(self) -> None:
         """Rows at and beyond the position are about to be written: they are nobody's from here on.
 
         To be said before the first byte: commits, and guesses that may never be committed.
         """
-        self.intact = min(self.intact, self.position)
+        if self.record.intact > self.record.position:
+            self.record = self.record._replace(intact=self.record.position)
 
     def hold(self, segment: Segment | None, intact: int) -> None:
         """From now on rows [0, intact) are those of `segment`'s chain."""
-        self.held, self.intact = segment, intact
+        self.record = self.record._replace(held=segment, intact=intact)
+
+    def keep(self, waypoints: tuple[Waypoint, ...]) -> None:
+        """These are the boundaries to go back to."""
+        self.record = self.record._replace(waypoints=waypoints)
+
+    def begin_move(self) -> None:
+        """Bytes are about to move: until `moved`, nobody knows what the lane holds."""
+        if self.doubt is None:
+            self.doubt = Doubt(self.record.journal, self.record.position)
+        else:  # an earlier move did not end: what rows are there is not known either
+            self.hold(None, 0)
+
+    def moved(
+        self,
+        position: int,
+        held: Segment | None,
+        intact: int,
+        waypoints: tuple[Waypoint, ...],
+        journal: NDArray[np.int32] | None = None,
+    ) -> None:
+        """The lane is elsewhere, and can be believed again."""
+        journal = self.record.journal if journal is None else journal
+        if journal is self._spare:
+            self._spare = self.record.journal
+        moves = self.record.moves + 1
+        self.record = LaneRecord(position, held, intact, waypoints, journal, moves)
+        self.doubt = None
+
+    def journal_with(self, shared: int) -> NDArray[np.int32]:
+        """A journal to write tokens [shared, ...) into: the present one where nothing of the
+        history would be overwritten, else another that has [0, shared) already.
+        """
+        record, doubt, limit = self.record, self.doubt, self.record.position
+        if doubt is not None and doubt.journal is record.journal:
+            limit = max(limit, doubt.position)
+        if shared >= limit:
+            return record.journal
+        spare = self._spare
+        if spare is record.journal or (doubt is not None and spare is doubt.journal):
+            spare = np.zeros_like(spare)
+        spare[:shared] = record.journal[:shared]
+        self._spare = spare
+        return spare
 
     def base(self, position: int) -> Segment | None:
         """The deepest stored segment of the held chain that ends at or below `position` and is
@@ -110,6 +261,8 @@ class Lane:
 
 def shared_rows(lane: Lane, segment: Segment | None) -> int:
     """How many rows of `segment`'s chain are in the lane already."""
+    if lane.doubt is not None:
+        return 0
     ours, theirs = lane.held, segment
     while ours is not theirs:  # up to where the two chains meet: the deeper one steps
         if ours is None or theirs is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from collections.abc import Mapping
 
 from flashrt.base.errors import PlanError, PoolFull
 from flashrt.core.planner import align
@@ -17,6 +18,7 @@ class Pool:
     """Blocks in [offset, offset + nbytes), each a multiple of 256 bytes."""
 
     def __init__(self, offset: int, nbytes: int) -> None:
+        self.offset = offset
         self.nbytes = nbytes
         self._free: list[tuple[int, int]] = [(offset, nbytes)] if nbytes else []  # (offset, nbytes)
         self._used: dict[int, int] = {}
@@ -66,6 +68,28 @@ class Pool:
             nbytes += before
             at -= 1
         self._free.insert(at, (offset, nbytes))
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """(offset, nbytes) of all blocks, ascending."""
+        return sorted(self._used.items())
+
+    @property
+    def gaps(self) -> list[tuple[int, int]]:
+        """(offset, nbytes) of all free pieces, ascending."""
+        return list(self._free)
+
+    def rebuild(self, used: Mapping[int, int]) -> None:
+        """Blocks in use are these, of so many bytes, and no others."""
+        blocks = {offset: align(nbytes) for offset, nbytes in used.items()}
+        free, at = list[tuple[int, int]](), self.offset
+        for offset, nbytes in sorted(blocks.items()):
+            if offset > at:
+                free.append((at, offset - at))
+            at = offset + nbytes
+        if at < self.offset + self.nbytes:
+            free.append((at, self.offset + self.nbytes - at))
+        self._free, self._used = free, blocks
 
     def check_integrity(self) -> None:
         """Free and used pieces tile the pool. Raises PlanError."""

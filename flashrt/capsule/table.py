@@ -11,12 +11,17 @@ Nobody lists state by hand: a region is in a capsule because of its role.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import TypeVar
 
-from flashrt.base.errors import CapsuleError
+import numpy as np
+from numpy.typing import NDArray
+
+from flashrt.base.errors import CapsuleError, PoolFull
 from flashrt.base.tracing import COPIES, is_on, trace
 from flashrt.capsule import file, tiers
 from flashrt.capsule.capsule import Capsule, extents_of
+from flashrt.capsule.compact import compact
 from flashrt.capsule.digest import device_digest, lane_digest
 from flashrt.capsule.extent import Extent, Shelf, StoredBytes, Tier
 from flashrt.capsule.lineage import (
@@ -34,9 +39,12 @@ from flashrt.capsule.lineage import (
 )
 from flashrt.capsule.pool import Pool
 from flashrt.capsule.restore import RestoreMoves, read_moves
+from flashrt.capsule.turn import Turn, in_turn
 from flashrt.core.arena import Arena
 from flashrt.core.copylist import Copy, CopyList
-from flashrt.core.planner import Band, Slot
+from flashrt.core.planner import Band, Slot, align
+
+_R = TypeVar("_R")
 
 
 class CapsuleTable:
@@ -50,9 +58,11 @@ class CapsuleTable:
         self.capsules: set[Capsule] = set()
         self.fixed_nbytes = arena.lane(0).fixed.nbytes
         self.shelf: Shelf | None = None  # the disk tier, if there is one
+        self.turn = Turn(self._repair)
 
     # -- lane -> capsule ------------------------------------------------------------------------
 
+    @in_turn
     def snapshot(self, lane: Lane, name: str | None, parent: Capsule | None) -> Capsule:
         """Freeze a lane at its boundary. Raises PoolFull and changes nothing when there is no
         room.
@@ -63,36 +73,33 @@ class CapsuleTable:
         rows_nbytes = 0
         if lane.position > start:
             blocks, rows_nbytes = segment_layout(self._rows(lane), start, lane.position)
-        fixed, block = self.pool.take(self.fixed_nbytes, rows_nbytes)
+        fixed, block = self._take(self.fixed_nbytes, rows_nbytes)
         self._run(self._checked(self._fixed_out(lane, fixed), *copies_out(blocks, block)))
         segment = base
         if rows_nbytes:
             tokens = lane.journal[start : lane.position].copy()
-            rows = Extent(rows_nbytes, block)
-            segment = Segment(base, start, lane.position, tokens, rows)
-        if rows_nbytes:
-            lane.hold(segment, lane.position)
-            if base is not None:
-                base.refs += 1
-        if segment is not None:
-            segment.refs += 1
+            segment = Segment(base, start, lane.position, tokens, Extent(rows_nbytes, block))
         nbytes = self.fixed_nbytes + rows_nbytes
-        capsule = Capsule(self, segment, Extent(self.fixed_nbytes, fixed), nbytes, name, parent)
+        capsule = Capsule(self, segment, Extent(self.fixed_nbytes, fixed), nbytes, name)
         if not all(e.is_on_device for e in extents_of(capsule)):
             capsule.known_digest = lane_digest(self.arena, lane)
-        self.capsules.add(capsule)
+        self._add(capsule, parent)
+        if rows_nbytes:
+            lane.hold(segment, lane.position)
         return capsule
 
+    @in_turn
     def keep_waypoint(self, lane: Lane) -> Waypoint:
         """Keep the fixed band of a lane's boundary; its rows are in the lane. Raises PoolFull."""
         (block,) = self.pool.take(self.fixed_nbytes)
         self._run(self._checked(self._fixed_out(lane, block)))
         waypoint = Waypoint(lane.position, block)
-        lane.waypoints.append(waypoint)
+        lane.keep((*lane.waypoints, waypoint))
         return waypoint
 
     # -- capsule -> lane ------------------------------------------------------------------------
 
+    @in_turn
     def moves_to_restore(self, lane: Lane, capsule: Capsule) -> RestoreMoves:
         """What a restore would move: the fixed band, and rows that the lane does not hold already.
 
@@ -109,6 +116,7 @@ class CapsuleTable:
             capsule.known_moves[lane.index] = moves
         return moves
 
+    @in_turn
     def moves_to_restore_rows(self, lane: Lane, capsule: Capsule, cursor: Slot) -> RestoreMoves:
         """Rows and the cursor only: an incomplete restore, for the ablation."""
         self.check(capsule)
@@ -118,44 +126,49 @@ class CapsuleTable:
         copy = Copy(there, here, cursor.storage.nbytes)
         return self._read_moves(lane, capsule, shared_rows(lane, capsule.segment), copy)
 
+    @in_turn
     def restore(
         self, lane: Lane, capsule: Capsule, moves: RestoreMoves | None = None
     ) -> RestoreMoves:
         """Put a lane into a capsule's state, whatever was in it; returns what was moved."""
         moves = moves or self.moves_to_restore(lane, capsule)
+        shared, segment = moves.shared, capsule.segment
+        position = 0 if segment is None else segment.stop
+        lane.begin_move()
         self._run(moves.device)
         if moves.uploads:
             self.arena.backend.upload(moves.uploads, self.arena.memory.address)
-        shared, segment = moves.shared, capsule.segment
-        self._forget_waypoints(lane, min(shared, lane.position))
-        lane.position = 0 if segment is None else segment.stop
-        if shared < lane.position:
-            lane.hold(segment, lane.position)
-        while segment is not None and segment.stop > shared:  # the journal has the tokens below
-            lane.journal[segment.start : segment.stop] = segment.tokens
-            segment = segment.parent
+        journal = lane.journal_with(shared)
+        at = segment
+        while at is not None and at.stop > shared:  # the journal has the tokens below
+            journal[at.start : at.stop] = at.tokens
+            at = at.parent
+        held, intact = (segment, position) if shared < position else (lane.held, lane.intact)
+        self._moved(lane, position, held, intact, min(shared, lane.position), journal)
         return moves
 
+    @in_turn
     def return_to(self, lane: Lane, waypoint: Waypoint) -> CopyList:
         """Put a lane back to one of its waypoints: the fixed band only."""
         if waypoint not in lane.waypoints:
             raise CapsuleError(f"waypoint at {waypoint.position} is not one of lane {lane.index}")
         fixed = self.arena.lane(lane.index).fixed
         moves = self._checked(Copy(waypoint.block, fixed.offset, fixed.nbytes))
+        lane.begin_move()
         self._run(moves)
-        self._forget_waypoints(lane, waypoint.position)
-        lane.position = waypoint.position
+        self._moved(lane, waypoint.position, lane.held, lane.intact, waypoint.position)
         return moves
 
+    @in_turn
     def reset(self, lane: Lane) -> None:
         """The empty state: position 0. Rows stay where they are, dead."""
-        fixed = self.arena.lane(lane.index).fixed
-        for slot in fixed.slots:
+        lane.begin_move()
+        for slot in self.arena.lane(lane.index).fixed.slots:
             address = self.arena.memory.address + slot.offset
             self.arena.backend.fill(address, slot.storage.nbytes, 0)
-        self._forget_waypoints(lane, -1)
-        lane.position = 0
+        self._moved(lane, 0, lane.held, lane.intact, -1)
 
+    @in_turn
     def fork(self, source: Lane, target: Lane) -> CopyList:
         """Put `target`, whatever was in it, into the present state of `source`, without a capsule
         between.
@@ -166,37 +179,43 @@ class CapsuleTable:
         if shared < source.position:
             copies += copies_across(ours.rows, theirs.rows, shared, source.position)
         moves = self._checked(*copies)
+        target.begin_move()
         self._run(moves)
-        self._forget_waypoints(target, -1)
-        target.hold(source.held, min(source.intact, source.position))
-        target.position = source.position
-        target.journal[: target.position] = source.journal[: source.position]
+        journal = target.journal_with(0)
+        journal[: source.position] = source.journal[: source.position]
+        intact = min(source.intact, source.position)
+        self._moved(target, source.position, source.held, intact, -1, journal)
         return moves
 
     # -- giving back ----------------------------------------------------------------------------
 
+    @in_turn
     def drop(self, capsule: Capsule) -> None:
         """See Capsule.drop."""
-        if capsule.is_dropped:
-            return
         if capsule.owner is not self:
             raise CapsuleError(f"{capsule} belongs to another engine")
+        if capsule not in self.capsules:
+            return
+        self.capsules.discard(capsule)  # first: what nobody lists is given back at a repair
+        _unlink(capsule)
         capsule.fixed.give_back(self.pool)
-        self.capsules.discard(capsule)
         release(capsule.segment, self.pool)
 
+    @in_turn
     def drop_waypoint(self, lane: Lane, waypoint: Waypoint) -> None:
         """Give a waypoint's memory back."""
-        lane.waypoints.remove(waypoint)
+        lane.keep(tuple(w for w in lane.waypoints if w is not waypoint))
         self.pool.give(waypoint.block)
 
     # -- files and tiers ------------------------------------------------------------------------
 
+    @in_turn
     def save(self, capsule: Capsule, path: str | os.PathLike[str]) -> None:
         """See Capsule.save."""
         self.check(capsule)
         file.save(self.arena, self.fingerprint, capsule, path)
 
+    @in_turn
     def load(self, path: str | os.PathLike[str], admit: file.Admission | None = None) -> Capsule:
         """A capsule from a file, into the pool; `admit` looks at what was read and may refuse it.
 
@@ -207,13 +226,17 @@ class CapsuleTable:
         header, tensors = file.read(self.arena, self.fingerprint, max_positions, path)
         if admit is not None:
             admit(header, tensors, file.journal(tensors, header.position))
-        made = file.place(self.arena, self.pool, header, tensors)
-        capsule = Capsule(
-            self, made.segment, made.fixed, made.nbytes, header.name, None, header.digest
-        )
-        self.capsules.add(capsule)
+        made = file.place(self.arena, self._take, header, tensors)
+        capsule = Capsule(self, made.segment, made.fixed, made.nbytes, header.name, header.digest)
+        self._add(capsule, None)
         return capsule
 
+    @in_turn
+    def adopt(self, capsule: Capsule) -> None:
+        """A capsule whose bytes are stored elsewhere joins; its segments are linked already."""
+        self._add(capsule, None)
+
+    @in_turn
     def move(self, capsule: Capsule, tier: str) -> None:
         """See Capsule.to."""
         self.check(capsule)
@@ -226,8 +249,9 @@ class CapsuleTable:
         items = tiers.to_move(self.capsules, capsule, target)
         if items:
             capsule.known_digest = capsule.known_digest or self.digest_capsule(capsule)
-            tiers.move(self.arena, self.pool, items, target, self.shelf)
+            tiers.move(self.arena, self._take, self.pool, items, target, self.shelf)
 
+    @in_turn
     def offload(self, capsule: Capsule, sources: Mapping[Extent, StoredBytes]) -> None:
         """To the disk tier, without writing: `sources` has a copy of each extent there."""
         self.check(capsule)
@@ -235,15 +259,21 @@ class CapsuleTable:
         items = tiers.to_move(self.capsules, capsule, Tier.DISK)
         tiers.replace(self.pool, items, [sources[item.extent] for item in items])
 
+    @in_turn
+    def change(self, work: Callable[[], _R]) -> _R:
+        """`work()` as one change to the books; see turn."""
+        return work()
+
     # -- questions ------------------------------------------------------------------------------
 
     def check(self, capsule: Capsule) -> None:
         """Raises CapsuleError unless the capsule can be restored here."""
         if capsule.owner is not self:
             raise CapsuleError(f"{capsule} belongs to another engine; save and load it instead")
-        if capsule.is_dropped:
+        if capsule not in self.capsules:
             raise CapsuleError(f"{capsule} was dropped")
 
+    @in_turn
     def boundaries(
         self, lane: Lane, position: int, without: Collection[Capsule] = ()
     ) -> Capsule | Waypoint | None:
@@ -260,10 +290,12 @@ class CapsuleTable:
                 best = best if capsule in without else capsule
         return best
 
+    @in_turn
     def digest_lane(self, lane: Lane) -> str:
         """Digest of a lane's live state."""
         return lane_digest(self.arena, lane)
 
+    @in_turn
     def digest_capsule(self, capsule: Capsule) -> str:
         """Digest of a capsule's state: from its bytes on the device, else as known from before."""
         self.check(capsule)
@@ -316,16 +348,103 @@ class CapsuleTable:
         base = self.arena.memory.address
         self.arena.backend.copy(moves, base, base)
 
-    def _forget_waypoints(self, lane: Lane, above: int) -> None:
-        while lane.waypoints and lane.waypoints[-1].position > above:  # they ascend
-            self.drop_waypoint(lane, lane.waypoints[-1])
+    def _add(self, capsule: Capsule, parent: Capsule | None) -> None:
+        """A new capsule: counted, linked, and last of all listed."""
+        for segment in chain_of(capsule.segment):  # a segment that lives refers to its parent
+            segment.refs += 1
+            if segment.refs > 1:
+                break
+        self.turn.created.append(capsule)
+        link(capsule, living(parent))
+        self.capsules.add(capsule)
+
+    def _moved(
+        self,
+        lane: Lane,
+        position: int,
+        held: Segment | None,
+        intact: int,
+        above: int,
+        journal: NDArray[np.int32] | None = None,
+    ) -> None:
+        """A lane is elsewhere; waypoints above a position are not of its history any more."""
+        kept = tuple(w for w in lane.waypoints if w.position <= above)
+        gone = lane.waypoints[len(kept) :]
+        lane.moved(position, held, intact, kept, journal)
+        for waypoint in gone:
+            self.pool.give(waypoint.block)
+
+    def _take(self, *sizes: int) -> tuple[int, ...]:
+        """Blocks of the pool; free bytes in pieces are brought together first where that helps.
+        Raises PoolFull.
+        """
+        try:
+            return self.pool.take(*sizes)
+        except PoolFull:
+            compact(self, sum(align(size) for size in sizes))
+            return self.pool.take(*sizes)
+
+    def _repair(self, created: list[Capsule]) -> None:
+        """After a change that did not end: what nobody was given goes, and blocks, references and
+        parents are those that the capsules and lanes at hand say.
+        """
+        for capsule in created:
+            self.capsules.discard(capsule)
+        counts: dict[Segment, int] = {}
+        used: dict[int, int] = {}
+        for capsule in self.capsules:
+            capsule.children.clear()
+        for capsule in self.capsules:
+            link(capsule, living(capsule.parent))
+            if capsule.fixed.is_on_device:
+                used[capsule.fixed.block] = capsule.fixed.nbytes
+            at, is_new = capsule.segment, True
+            while at is not None and is_new:
+                is_new = at not in counts
+                counts[at] = counts.get(at, 0) + 1
+                if is_new and at.rows.is_on_device:
+                    used[at.rows.block] = at.rows.nbytes
+                at = at.parent
+        for segment, count in counts.items():
+            segment.refs = count
+        for lane in self.lanes:
+            used |= {w.block: self.fixed_nbytes for w in lane.waypoints}
+            for segment in chain_of(lane.held):
+                if segment not in counts:  # nobody's any more: its block is free
+                    segment.rows.place = None
+        self.pool.rebuild(used)
+
+
+def link(capsule: Capsule, parent: Capsule | None) -> None:
+    """`parent` is the capsule that it descends from."""
+    capsule.parent = parent
+    if parent is not None:
+        parent.children.add(capsule)
+
+
+def living(capsule: Capsule | None) -> Capsule | None:
+    """The capsule, or its nearest ancestor that was not dropped."""
+    while capsule is not None and capsule.is_dropped:
+        capsule = capsule.parent
+    return capsule
+
+
+def _unlink(capsule: Capsule) -> None:
+    """The children of a dropped capsule descend from its parent: none keeps it alive."""
+    parent = living(capsule.parent)
+    for child in tuple(capsule.children):
+        link(child, parent)
+    capsule.children.clear()
+    capsule.parent = parent
+    if parent is not None:
+        parent.children.discard(capsule)
 
 
 def release(segment: Segment | None, pool: Pool) -> None:
     """One reference less; a segment without any gives its block back, and so on up the chain."""
     while segment is not None:
         segment.refs -= 1
-        if segment.refs:
+        if segment.refs > 0:
             return
         segment.rows.give_back(pool)
         segment = segment.parent

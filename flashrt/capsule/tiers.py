@@ -23,6 +23,8 @@ from flashrt.capsule.pool import Pool
 from flashrt.core.arena import Arena
 from flashrt.core.backend import Bytes
 
+Take = Callable[..., tuple[int, ...]]  # sizes in bytes -> offsets of blocks
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -49,15 +51,21 @@ def to_move(capsules: Collection[Capsule], capsule: Capsule, target: Tier) -> li
 
 
 def move(
-    arena: Arena, pool: Pool, items: Sequence[Item], target: Tier, shelf: Shelf | None
+    arena: Arena,
+    take: Take,
+    pool: Pool,
+    items: Sequence[Item],
+    target: Tier,
+    shelf: Shelf | None,
 ) -> None:
-    """Move them, whole or not at all; `shelf` is the disk tier, if there is one.
+    """Move them, whole or not at all; `take` gives blocks of the pool, `shelf` is the disk tier, if
+    there is one.
 
     Raises PoolFull, or CapsuleError for bytes that cannot be read or written.
     """
     images = [_begin(arena, item) for item in items]
     if target is Tier.DEVICE:
-        _to_device(arena, pool, items, [image() for image in images])
+        _to_device(arena, take, pool, items, [image() for image in images])
     elif target is Tier.DISK:
         replace(pool, items, _shelve(shelf, [image() for image in images]))
     else:
@@ -68,8 +76,7 @@ def move(
 def replace(pool: Pool, items: Sequence[Item], sources: Sequence[StoredBytes]) -> None:
     """Off the device, or from one tier to another: each item's bytes are in its source already."""
     for item, source in zip(items, sources, strict=True):
-        item.extent.give_back(pool)
-        item.extent.source = source
+        item.extent.move_to(source, pool)
 
 
 def _begin(arena: Arena, item: Item) -> Callable[[], Bytes]:
@@ -78,13 +85,14 @@ def _begin(arena: Arena, item: Item) -> Callable[[], Bytes]:
     return begin_rows_image(arena, item.segment)
 
 
-def _to_device(arena: Arena, pool: Pool, items: Sequence[Item], images: Sequence[Bytes]) -> None:
-    blocks = pool.take(*(item.extent.nbytes for item in items))
+def _to_device(
+    arena: Arena, take: Take, pool: Pool, items: Sequence[Item], images: Sequence[Bytes]
+) -> None:
+    blocks = take(*(item.extent.nbytes for item in items))
     for block, image in zip(blocks, images, strict=True):
         arena.backend.write(arena.memory.address + block, image)
     for item, block in zip(items, blocks, strict=True):
-        item.extent.give_back(pool)
-        item.extent.block = block
+        item.extent.move_to(block, pool)
 
 
 def _keep(item: Item, image: Callable[[], Bytes]) -> StoredBytes:

@@ -1,1 +1,1 @@
-"""Rank 7: the commands, one module each; cli parses arguments and calls them."""
+"""The commands, one module or folder each; cli parses arguments and calls them."""

@@ -1,7 +1,7 @@
 """Where a command's model comes from: a checkpoint directory, or a seeded random one in the cache.
 
 IS: the choice between them, and `load` with progress bars. IS NOT: the format (weights.checkpoint)
-or the random values (weights.random_checkpoint). Called by: commands demo, run, bench.
+or the random values (weights.random_checkpoint).
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TextIO
@@ -27,6 +26,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from flashrt.base.errors import FlashrtError
+from flashrt.base.messages import visible, visible_json
 from flashrt.core.backend import Progress
 from flashrt.view.units import bytes_text
 
@@ -35,21 +35,10 @@ Table = rich.table.Table
 
 _PIPE_WIDTH = 140  # columns where there is no terminal to ask
 _COUNTED_IN_BYTES = frozenset({"weights", "random weights"})
-# Control characters, separators of lines, marks that change the direction of text, and bytes that
-# were no UTF-8: all that a terminal would act on, or that would make a line look like another one.
-_ACTIVE = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069"
-    r"\ud800-\udfff]"
-)
 _ASCII = str.maketrans({"µ": "u", "█": "#"})
 
 
 # -- text -----------------------------------------------------------------------------------------
-
-
-def visible(text: str) -> str:
-    """Text that a terminal shows and does not obey; newlines and tabs stay."""
-    return _ACTIVE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: str) -> str:
@@ -238,4 +227,4 @@ def print_json(value: object) -> None:
     """One JSON document on stdout. Every character is one that a terminal shows."""
     is_unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
     text = json.dumps(value, indent=2, ensure_ascii=not is_unicode)
-    sys.stdout.write(_ACTIVE.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n")
+    sys.stdout.write(visible_json(text) + "\n")

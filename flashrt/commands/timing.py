@@ -1,6 +1,6 @@
 """A clock and a byte counter around one act; prefills with a progress bar.
 
-IS: what demo and bench measure with. IS NOT: what they measure. Called by: demo, bench_measure.
+IS: what demo and bench measure with. IS NOT: what they measure.
 """
 
 from __future__ import annotations

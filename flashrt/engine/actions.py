@@ -193,7 +193,7 @@ class ActionEngine(Engine):
         return self._cursors.record(lane)
 
     def reset(self, lane: Lane, seed: int = 0) -> None:
-        """The empty state before tick 0; `seed` is that of the noise of plans."""
+        """The empty state before tick 0; `seed` is that of the noise of chunks."""
         words = seed_words(seed)
         self._cursors.forget(lane)
         self.capsules.reset(lane)
@@ -202,7 +202,7 @@ class ActionEngine(Engine):
         self._cursors.clear(lane, (int(words[0]), int(words[1])))
 
     def set_seed(self, lane: Lane, seed: int) -> None:
-        """Other noise for plans from here on, as of a fork."""
+        """Other noise for chunks from here on, as of a fork."""
         low_high = seed_words(seed)
         words = self._cursors.take(lane)
         self._write(lane, "cursor", low_high, PolicyWord.SEED_LOW)
@@ -325,7 +325,7 @@ class ActionEngine(Engine):
         if c.observed == NO_OBSERVATION or c.observed < c.tick - 1:
             seen = "none" if c.observed == NO_OBSERVATION else f"of tick {c.observed}"
             raise SessionError(
-                f"lane {lane.index}: a plan wants the observation of tick {c.tick} or the one "
+                f"lane {lane.index}: a chunk wants the observation of tick {c.tick} or the one "
                 f"before, the last is {seen}; observe first"
             )
         promised = max(c.stop, c.tick) - c.observed  # ticks done have their action

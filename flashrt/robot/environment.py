@@ -23,6 +23,7 @@ import numpy as np
 
 from flashrt.base.checks import shown
 from flashrt.base.errors import EnvironmentFailed, FlashrtError, ObservationError
+from flashrt.base.messages import listed
 from flashrt.engine.actions import as_array
 from flashrt.robot.policy import Array
 
@@ -170,7 +171,7 @@ def _saved(layer: Any) -> dict[str, Any]:
     odd = [f"{n} ({type(v).__name__})" for n, v in own.items() if not _is_known(v)]
     if odd:
         raise EnvironmentFailed(
-            f"{type(layer).__name__} cannot be saved as plain data because of {', '.join(odd)}; "
+            f"{type(layer).__name__} cannot be saved as plain data because of {listed(odd)}; "
             "give Rollout an EnvironmentState that saves it"
         )
     return {name: copy.deepcopy(value) for name, value in own.items() if _is_state(value)}

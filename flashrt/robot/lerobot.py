@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flashrt.base.errors import ObservationError
+from flashrt.base.messages import listed
 from flashrt.engine.actions import as_array
 from flashrt.robot.loop import ControlLoop
 from flashrt.robot.options import checked_seed
@@ -40,7 +41,7 @@ class PolicyAgent:
         """
         if isinstance(observation, Mapping):
             if set(observation) != {STATE}:
-                names = sorted(map(str, observation))
+                names = listed(sorted(map(str, observation)))
                 raise ObservationError(f"observations {names}: the policy takes {STATE!r} alone")
             observation = observation[STATE]
         given = as_array("observation", observation)

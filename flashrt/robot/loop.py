@@ -69,10 +69,10 @@ class ControlLoop:
         of an action, from the call of `tick`, or from the instant due in `run`; None: none. on_miss
         says what becomes of a late action: "hold" drops it, and `hold_action` (else the previous
         action) is executed; "last" hands it out, late; "raise" raises DeadlineMissed. In each case
-        the observation was taken in and the loop goes on. overlap: ticks that a plan is spread
-        over, in [0, min(N, H - N)] of a policy that executes N of H planned actions; 0 plans within
-        the tick. keep_seconds: how far `rewind` reaches. boundary_seconds: between the boundaries
-        it starts from. Raises SessionError for bad options, LaneBusy.
+        the observation was taken in and the loop goes on. overlap: ticks over which a chunk is
+        made, in [0, min(N, H - N)] of a policy that executes N actions of a chunk of H; 0 plans
+        within the tick. keep_seconds: how far `rewind` reaches. boundary_seconds: between the
+        boundaries it starts from. Raises SessionError for bad options, LaneBusy.
         """
         options = ControlOptions(
             hz, deadline_ms, on_miss, overlap, hold_action, keep_seconds, boundary_seconds
@@ -185,7 +185,7 @@ class ControlLoop:
 
     @property
     def seed(self) -> int:
-        """Of the noise of plans."""
+        """Of the noise that chunks are made from."""
         return self.engine.cursor(self._lane).seed
 
     def digest(self) -> str:
@@ -196,8 +196,8 @@ class ControlLoop:
     # -- episodes, interrupts, boundaries -------------------------------------------------------
 
     def reset(self, seed: int = 0) -> None:
-        """Begin an episode: nothing remembered, nothing promised. The noise of its plans depends on
-        `seed`, in [0, 2**63), and on the tick.
+        """Begin an episode: nothing remembered, nothing promised. The noise of its chunks depends
+        on `seed`, in [0, 2**63), and on the tick.
         """
         self._check_open()
         seed = checked_seed(seed)
@@ -206,7 +206,7 @@ class ControlLoop:
         self._tell("reset", seed)
 
     def set_seed(self, seed: int) -> None:
-        """Other noise for the plans from here on, as for a fork that is to try something else."""
+        """Other noise for the chunks from here on, as for a fork that is to try something else."""
         seed = checked_seed(seed)
         self._finish_tick()
         self.engine.set_seed(self._lane, seed)
@@ -217,7 +217,7 @@ class ControlLoop:
         """Drop the rest of the chunk: what comes is planned from the observations to come.
 
         At most `keep` more of the actions promised are executed; with 0, the next tick plans before
-        it acts, which takes a plan's time.
+        it acts, which takes the time of both.
         """
         keep = checked_count("interrupt: keep", keep)
         self._finish_tick()

@@ -65,7 +65,7 @@ class Cursor(Protocol):
 
     @property
     def seed(self) -> int:
-        """Of the noise of plans, with the tick."""
+        """Of the noise of chunks, with the tick."""
         ...
 
     @property
@@ -99,7 +99,7 @@ class Policy(Protocol):
         ...
 
     def set_seed(self, lane: Lane, seed: int) -> None:
-        """The noise of plans from here on."""
+        """The noise of chunks from here on."""
         ...
 
     def cursor(self, lane: Lane) -> Cursor:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from flashrt.base.errors import RecordingError
 from flashrt.base.files import replacing
+from flashrt.base.messages import listed
 
 FORMAT = "flashrt-recording-1"
 ON_TIME, LATE, HELD = 0, 1, 2  # outcomes: sent; sent late, or raised; something else was executed
@@ -141,7 +142,7 @@ def _recording(metadata: dict[str, str], tensors: dict[str, NDArray[np.generic]]
     )
     options = json.loads(metadata["options"])
     if set(options) != set(_OPTIONS):
-        raise ValueError(f"its options are {sorted(options)}")
+        raise ValueError(f"its options are {listed(sorted(options))}")
     return Recording(
         fingerprint=metadata["fingerprint"],
         seed=int(options["seed"]),

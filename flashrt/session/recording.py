@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import SessionError
+from flashrt.base.messages import listed
 from flashrt.capsule.capsule import Capsule
 from flashrt.session.engine import SessionEngine
 from flashrt.session.session import EndReason, Generation, Session, as_tokens
@@ -240,14 +241,16 @@ def _call_of(line: int, fields: dict[str, Any]) -> RecordedCall:
     }
     do, position, digest = fields.pop("do"), fields.pop("position"), fields.pop("digest")
     if set(fields) != wanted[do]:
-        raise ValueError(f"line {line}: {do} has {sorted(fields)}, expected {sorted(wanted[do])}")
+        raise ValueError(
+            f"line {line}: {do} has {listed(sorted(fields))}, expected {sorted(wanted[do])}"
+        )
     if "tokens" in fields and not isinstance(fields["tokens"], list):
         raise ValueError(f"line {line}: tokens is a list of ids")
     if do == "generate":
         if not isinstance(fields["max_tokens"], int):
             raise ValueError(f"line {line}: max_tokens is {fields['max_tokens']!r}")
         if unknown := set(fields["options"]) - OPTIONS:
-            raise ValueError(f"line {line}: unknown options {sorted(unknown)}")
+            raise ValueError(f"line {line}: unknown options {listed(sorted(unknown))}")
     return RecordedCall(line, do, fields, int(position), str(digest))
 
 

@@ -53,7 +53,7 @@ class Saved:
 class _Known:
     """What a process knows of the segments of one engine: none is written or made twice."""
 
-    records: weakref.WeakKeyDictionary[Segment, SegmentRecord] = field(
+    records: weakref.WeakKeyDictionary[Extent, SegmentRecord] = field(
         default_factory=weakref.WeakKeyDictionary
     )
     segments: weakref.WeakValueDictionary[tuple[Segment | None, str, int], Segment] = field(
@@ -95,6 +95,9 @@ class Store:
         `name`: a ref for it (default: the capsule's name); a ref that exists moves. Raises
         CapsuleError for a dropped capsule, StoreError when the store cannot be written.
         """
+        return capsule.owner.change(lambda: self._save(capsule, name))
+
+    def _save(self, capsule: Capsule, name: str | None) -> Saved:
         table = capsule.owner
         table.check(capsule)
         name = capsule.name if name is None else name
@@ -127,12 +130,15 @@ class Store:
 
     def offload(self, capsule: Capsule) -> Saved:
         """Publish a capsule and move it to the disk tier: its bytes are in the store."""
-        saved = self.save(capsule)
+        return capsule.owner.change(lambda: self._offload(capsule))
+
+    def _offload(self, capsule: Capsule) -> Saved:
+        saved = self._save(capsule, None)
         known = self._known[capsule.owner]
         made = self.manifest(saved.place)
         sources: dict[Extent, StoredBytes] = {capsule.fixed: self._source(made.fixed)}
         for segment in chain_of(capsule.segment):
-            sources[segment.rows] = self._source(known.records[segment].rows)
+            sources[segment.rows] = self._source(known.records[segment.rows].rows)
         capsule.owner.offload(capsule, sources)
         return saved
 
@@ -190,6 +196,9 @@ class Store:
         Raises StoreError or CapsuleError for what is missing, damaged or foreign; nothing is
         changed then.
         """
+        return engine.capsules.change(lambda: self._load(engine, which))
+
+    def _load(self, engine: TokenEngine, which: str | Place) -> Capsule:
         place = which if isinstance(which, Place) else self.resolve(which)
         found, table = self.manifest(place), engine.capsules
         where = f"{self.folder.url}/{place.name}"
@@ -207,13 +216,11 @@ class Store:
         segment: Segment | None = None
         for record, part in zip(found.segments, tokens, strict=True):
             segment = self._segment(known, segment, record, part)
-        if segment is not None:
-            segment.refs += 1
         own = found.segments[-1].rows.nbytes if found.segments else 0
-        extent = Extent(found.fixed.nbytes, source=fixed)
+        extent = Extent(found.fixed.nbytes, fixed)
         nbytes = found.fixed.nbytes + own
-        capsule = Capsule(table, segment, extent, nbytes, self._name_of(place), None, found.digest)
-        table.capsules.add(capsule)
+        capsule = Capsule(table, segment, extent, nbytes, self._name_of(place), found.digest)
+        table.adopt(capsule)
         known.capsules[capsule] = place
         return capsule
 
@@ -262,14 +269,14 @@ class Store:
     def _publish(
         self, table: CapsuleOwner, known: _Known, segment: Segment, tally: list[int]
     ) -> SegmentRecord:
-        record = known.records.get(segment)
+        record = known.records.get(segment.rows)
         if record is not None and all(self._has(r) for r in (record.rows, record.tokens)):
             tally[2] += record.rows.nbytes + record.tokens.nbytes
             return record
         tokens = np.ascontiguousarray(segment.tokens, "<i4").view(np.uint8)
         rows = self._put(rows_image(table.arena, segment), tally)
         record = SegmentRecord(segment.start, segment.stop, rows, self._put(tokens, tally))
-        known.records[segment] = record
+        known.records[segment.rows] = record
         known.segments[segment.parent, rows.digest, segment.stop] = segment
         return record
 
@@ -330,15 +337,13 @@ class Store:
         """The engine's segment of these rows; made, or given its bytes back, when it has none."""
         key = (parent, record.rows.digest, record.stop)
         segment = known.segments.get(key)
-        if segment is None:
+        if segment is None or known.records.get(segment.rows) != record:  # or it was merged since
             rows = Extent(record.rows.nbytes)
             segment = Segment(parent, record.start, record.stop, tokens, rows)
             known.segments[key] = segment
-            known.records[segment] = record
+            known.records[rows] = record
         if not segment.is_stored:
-            segment.rows.source = self._source(record.rows)
-            if parent is not None:
-                parent.refs += 1
+            segment.rows.place = self._source(record.rows)
         return segment
 
     def _name_of(self, place: Place) -> str | None:

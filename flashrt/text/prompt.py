@@ -1,11 +1,11 @@
-"""Messages -> token ids, such that no content can act as the conversation's own marks.
+"""Messages -> token ids, such that no content can act as a control token.
 
-IS: the rendered template encoded as one text, except that an added token (`<|im_start|>`, `</s>`,
+IS: the rendered template encoded as one text, except that a control token (`<|im_start|>`, `</s>`,
 `<tool_call>`) that a content spells out is encoded as the characters it is. IS NOT: a rule on what
 a text may say, or the template (template). Without this a user's message can open a system turn,
 and a tool's result an assistant's.
 
-How: in the contents, characters that added tokens begin with give way to noncharacters of Unicode
+How: in the contents, characters that control tokens begin with give way to noncharacters of Unicode
 before the template sees them. What the rendered text then spells is the template's; after that the
 characters return. If contents spell nothing, the ids are those of the whole text, to the last one.
 """
@@ -33,7 +33,7 @@ from flashrt.text.tokenizer import AddedToken, Tokenizer
 # Written by whoever runs the model, or by the model: tokens that are added but not special, such as
 # <think> and <tool_call>, are meant there. Special ones never are.
 TRUSTED_ROLES = frozenset({"system", "developer", "assistant"})
-_Place = tuple[int, AddedToken]  # where a text spells a mark
+_Place = tuple[int, AddedToken]  # where a text spells a control token
 _STAND_IN = {"role": "user", "content": "?"}, {"role": "user", "content": "!"}
 
 
@@ -64,7 +64,7 @@ class PromptEncoder:
         self._options = dict(options or {})
         if taken := sorted(OWN_VARIABLES & self._options.keys()):
             raise ChatError(f"template options: {', '.join(taken)} cannot be given there")
-        self._marks = _Marks(tokenizer)
+        self._control = _ControlTokens(tokenizer)
 
     def encode(self, messages: Sequence[Message], *, is_asked: bool) -> Prompt:
         """The prompt of messages; is_asked: up to where a reply begins. Raises ChatError."""
@@ -74,41 +74,38 @@ class PromptEncoder:
             self._options,
         )
         hidden, table = given, dict[int, str]()
-        if self._marks.handles & given.characters:
-            table = self._marks.disguise(given.characters | set(self._template.source))
-            hidden = given.changed(lambda text, trusted: self._marks.hide(text, trusted, table))
+        if self._control.handles & given.characters:
+            table = self._control.disguise(given.characters | set(self._template.source))
+            hidden = given.changed(lambda text, trusted: self._control.hide(text, trusted, table))
         text = self._text(hidden, is_asked)
-        own = self._marks.spelled(text)
-        tokens = self._whole(given, is_asked, text.translate(_back(table)), own)
-        if tokens is None:
-            tokens = self._marks.encode_apart(text, table)
-            if not self._marks.are(tokens, own):
+        own = self._control.spelled(text)
+        whole = self._whole(given, is_asked, text.translate(_back(table)), own) if table else text
+        tokens = None if whole is None else self.tokenizer.encode(whole)
+        if tokens is None or not self._control.are(tokens, own):
+            tokens = self._control.encode_apart(text, table)
+            if not self._control.are(tokens, own):
                 raise ChatError(
-                    "a content would be read as marks of the conversation, and this tokenizer "
-                    "cannot encode it as text; take out what looks like a token of "
-                    f"{self.tokenizer.path}"
+                    "a content would be read as control tokens, and this tokenizer cannot encode "
+                    f"it as text; take out what looks like a token of {self.tokenizer.path}"
                 )
         return Prompt(tokens, is_asked and opens_thought(text))
 
-    def _whole(
-        self, given: _Given, is_asked: bool, shown: str, own: list[_Place]
-    ) -> list[int] | None:
-        """Ids of the text as the template makes it, if just the template's own marks are in it.
+    def _whole(self, given: _Given, is_asked: bool, shown: str, own: list[_Place]) -> str | None:
+        """The text as the template makes it of the contents as they are, if just its own control
+        tokens are in it.
 
-        `shown` is what it makes of contents without marks. It may look into contents and make
-        another text of the real ones: that one counts if no content spells a mark.
+        `shown` is what it made of contents without any. It may look into contents and make another
+        text of the real ones: that one counts if no content spells a control token.
         """
         try:
             text = self._text(given, is_asked)
         except ChatError:
             return None
-        found = self._marks.spelled(text)
+        found = self._control.spelled(text)
         if text == shown:
-            is_own = found == own
-        else:
-            is_own = [m for _, m in found] == [m for _, m in own] and not given.spells(self._marks)
-        tokens = self.tokenizer.encode(text) if is_own else []
-        return tokens if is_own and self._marks.are(tokens, own) else None
+            return text if found == own else None
+        is_own = [t for _, t in found] == [t for _, t in own] and not given.spells(self._control)
+        return text if is_own else None
 
     def _text(self, given: _Given, is_asked: bool) -> str:
         try:
@@ -166,12 +163,12 @@ class _Given:
             found.update(text)
         return found
 
-    def spells(self, marks: _Marks) -> bool:
-        """Whether a text spells a mark that its writer may not."""
+    def spells(self, control: _ControlTokens) -> bool:
+        """Whether a text spells a control token that its writer may not use."""
         found: list[bool] = []
 
         def look(text: str, is_trusted: bool) -> str:
-            found.extend(not (is_trusted and not m.is_special) for _, m in marks.spelled(text))
+            found.extend(t.is_special or not is_trusted for _, t in control.spelled(text))
             return text
 
         self.changed(look)
@@ -186,22 +183,22 @@ class _Given:
         )
 
 
-class _Marks:
-    """The added tokens of a tokenizer that are marks of a conversation: the special ones, but not
-    the one for what is unknown, and others that look like one. The rest are words and white space.
+class _ControlTokens:
+    """The added tokens of a tokenizer that control a conversation: the special ones, but not the
+    one for what is unknown, and others in brackets of some kind. The rest are words and spaces.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        marks = [t for t in tokenizer.added_tokens if _is_mark(t, tokenizer.unknown_id)]
-        self._by_spelling = {mark.spelling: mark for mark in marks}
-        self._ids = frozenset(mark.id for mark in marks)
+        tokens = [t for t in tokenizer.added_tokens if _is_control(t, tokenizer.unknown_id)]
+        self._by_spelling = {token.spelling: token for token in tokens}
+        self._ids = frozenset(token.id for token in tokens)
         longest = sorted(self._by_spelling, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
         self.handles = frozenset(map(_handle, self._by_spelling))
 
     def spelled(self, text: str) -> list[_Place]:
-        """Marks in a text, in order."""
+        """Control tokens in a text, in order."""
         found = self._pattern.finditer(text)
         return [(match.start(), self._by_spelling[match[0]]) for match in found]
 
@@ -213,29 +210,32 @@ class _Marks:
         return {ord(handle): c for handle, c in zip(sorted(self.handles), free, strict=False)}
 
     def hide(self, text: str, is_trusted: bool, table: Mapping[int, str]) -> str:
-        """A content in which nothing spells a mark; where its writer is trusted, marks that are not
-        special stay.
+        """A content in which nothing spells a control token; where its writer is trusted, those
+        that are not special stay. Plain names stay too: templates ask for roles and fields.
         """
+        found = self.spelled(text)
+        if not found and text.isidentifier():
+            return text
         made, at = [], 0
-        for start, mark in self.spelled(text) if is_trusted else ():
-            if not mark.is_special:
-                made += [text[at:start].translate(table), mark.spelling]
-                at = start + len(mark.spelling)
+        for start, token in found if is_trusted else ():
+            if not token.is_special:
+                made += [text[at:start].translate(table), token.spelling]
+                at = start + len(token.spelling)
         return "".join([*made, text[at:].translate(table)])
 
     def encode_apart(self, hidden: str, table: Mapping[int, str]) -> list[int]:
-        """Ids of a text in whose contents marks are hidden."""
+        """Ids of a text in whose contents control tokens are hidden."""
         made, at = [], 0
-        for start, mark in self.spelled(hidden):
-            made += [hidden[at:start], self._respelled.secret[mark.spelling]]
-            at = start + len(mark.spelling)
+        for start, token in self.spelled(hidden):
+            made += [hidden[at:start], self._respelled.secret[token.spelling]]
+            at = start + len(token.spelling)
         text = "".join([*made, hidden[at:]]).translate(_back(table))
         tokens = self._respelled.tokenizer.encode(text)
         return [self._respelled.ids.get(token, token) for token in tokens]
 
     def are(self, tokens: Sequence[int], own: Sequence[_Place]) -> bool:
-        """Whether the marks among ids are these."""
-        return [t for t in tokens if t in self._ids] == [mark.id for _, mark in own]
+        """Whether the control tokens among ids are these."""
+        return [t for t in tokens if t in self._ids] == [token.id for _, token in own]
 
     @cached_property
     def _respelled(self) -> _Respelled:
@@ -243,15 +243,15 @@ class _Marks:
 
 
 class _Respelled:
-    """A tokenizer whose marks are spelled in a way that no content can know.
+    """A tokenizer whose control tokens are spelled in a way that no content can know.
 
-    Its rules for everything else are those of the first, also for what stands beside a mark. Made
-    when a content spells a mark for the first time: loading takes seconds for large vocabularies.
+    Its rules for everything else are those of the first, also for what stands beside one. Made when
+    a content spells one for the first time: loading takes seconds for large vocabularies.
     """
 
-    def __init__(self, tokenizer: Tokenizer, marks: Sequence[AddedToken]) -> None:
+    def __init__(self, tokenizer: Tokenizer, control: Sequence[AddedToken]) -> None:
         key = "".join(chr(0xE000 + byte) for byte in secrets.token_bytes(8))
-        self.secret = {m.spelling: f"{key}{chr(0xF0000 + i)}" for i, m in enumerate(marks)}
+        self.secret = {t.spelling: f"{key}{chr(0xF0000 + i)}" for i, t in enumerate(control)}
         file = json.loads(tokenizer.to_json())
         file["post_processor"] = None
         for token in file["added_tokens"]:
@@ -261,7 +261,7 @@ class _Respelled:
         if model["type"] != "BPE":  # whose pieces come of merges; the others look whole words up
             model["vocab"] = self._renamed(model["vocab"])
         self.tokenizer = Tokenizer(tokenizer.path, json.dumps(file))
-        ids = {self.tokenizer.token_id(self.secret[m.spelling]): m.id for m in marks}
+        ids = {self.tokenizer.token_id(self.secret[t.spelling]): t.id for t in control}
         self.ids = {made: own for made, own in ids.items() if made is not None}
 
     def _renamed(self, vocab: object) -> object:
@@ -277,14 +277,14 @@ def _back(table: Mapping[int, str]) -> dict[int, str]:
     return {ord(disguise): chr(handle) for handle, disguise in table.items()}
 
 
-def _is_mark(token: AddedToken, unknown_id: int | None) -> bool:
+def _is_control(token: AddedToken, unknown_id: int | None) -> bool:
     first, last = token.spelling[:1], token.spelling.rstrip()[-1:]
     has_brackets = not (first.isalnum() or last.isalnum() or first in " \t\r\n▁")
     return token.id != unknown_id and bool(last) and (token.is_special or has_brackets)
 
 
 def _handle(spelling: str) -> str:
-    """The character by which a mark is hidden: the first that is no letter, digit or space."""
+    """What hides a control token: its first character that is no letter, digit or space."""
     return next((c for c in spelling if not c.isalnum() and not c.isspace()), spelling[0])
 
 

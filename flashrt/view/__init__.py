@@ -1,1 +1,1 @@
-"""Rank 6: what people look at: arena map, session tree, plots, units. Import the modules."""
+"""What people look at: arena map, session tree, plots, pages, units. Import the modules."""

@@ -1,7 +1,6 @@
 """The arena as a picture: bands to scale, regions in a band, scratch over launches.
 
 IS: ArenaPlan -> SVG. IS NOT: planning (core.planner) or the table (commands.plan).
-Called by: commands plan, demo.
 """
 
 from __future__ import annotations

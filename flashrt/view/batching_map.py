@@ -1,6 +1,6 @@
 """Ways to the same state: calls over an axis of positions, and the digest that each came to.
 
-IS: ways (name, cuts, digest) -> SVG. IS NOT: their measurement. Called by: tools/docs_pictures.
+IS: ways (name, cuts, digest) -> SVG. IS NOT: their measurement.
 """
 
 from __future__ import annotations

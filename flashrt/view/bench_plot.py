@@ -32,6 +32,7 @@ def plot(document: Document, path: Path) -> Path:
         f"{document['model']} on {document['device']}: {machine['processor']}, "
         f"{document['threads']} threads, {document['date'][:10]}",
         fontsize=11,
+        parse_math=False,
     )
     if document["reference"]:
         figure.supxlabel(f"reference: {document['reference_note']}", fontsize=8, color="#656d76")

@@ -1,7 +1,7 @@
 """Who holds which rows: capsules over an axis of positions, rows that are shared drawn once.
 
 IS: capsules -> SVG, one line per capsule: its own segment solid, its ancestors' outlined. IS NOT:
-who descends from whom (session_tree). Called by: tools/docs_pictures, users.
+who descends from whom (session_tree).
 """
 
 from __future__ import annotations

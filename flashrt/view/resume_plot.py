@@ -36,5 +36,5 @@ def plot(document: Mapping[str, Any], path: Path) -> Path:
     axes.margins(y=0.15)
     axes.legend(frameon=False, fontsize=9)
     title = f"First token after a restart: {document['model']}, {document['device']}"
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(title, loc="left", fontsize=11, parse_math=False)
     return save_figure(figure, path)

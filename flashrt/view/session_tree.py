@@ -1,7 +1,6 @@
 """The tree of capsules as a picture: who descends from whom, and what each one costs.
 
-IS: capsules and lane positions -> SVG. IS NOT: lineage itself (core.lineage).
-Called by: commands demo.
+IS: capsules and lane positions -> SVG. IS NOT: lineage itself (capsule.lineage).
 """
 
 from __future__ import annotations

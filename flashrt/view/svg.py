@@ -1,6 +1,6 @@
 """A minimal SVG drawing: rectangles, lines, text; legible on light and on dark pages.
 
-IS: elements as strings, one style sheet. IS NOT: layout. Called by: the other maps of this folder.
+IS: elements as strings, one style sheet; text made visible, whatever it holds. IS NOT: layout.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 from flashrt.base.errors import FlashrtError
 from flashrt.base.files import replace_file
+from flashrt.base.messages import visible
 
 FONT_NARROW = 6.2  # pixels per character of the small text, on the generous side
 _STYLE = """
@@ -43,7 +44,7 @@ class Drawing:
         radius: float = 0,
     ) -> None:  # fmt: skip
         """A rectangle; `hint` is what a browser shows under the pointer."""
-        title = f"<title>{escape(hint)}</title>" if hint else ""
+        title = f"<title>{escape(visible(hint))}</title>" if hint else ""
         rounded = f' rx="{radius:g}"' if radius else ""
         self._elements.append(
             f'<rect x="{x:.2f}" y="{y:.2f}" width="{max(width, 0.5):.2f}" height="{height:.2f}" '
@@ -54,7 +55,7 @@ class Drawing:
         """Text with its baseline at y."""
         self._elements.append(
             f'<text x="{x:.2f}" y="{y:.2f}" text-anchor="{anchor}" class={quoteattr(cls)}>'
-            f"{escape(text)}</text>"
+            f"{escape(visible(text))}</text>"
         )
 
     def text_if_it_fits(self, x: float, y: float, width: float, text: str, cls: str = "on") -> None:

@@ -129,5 +129,6 @@ def _plot_histogram(document: Document, path: Path) -> Path:
     axes.set_xlabel("seconds from observation to action")
     axes.set_ylabel("ticks")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"{document['model']}, {document['hz']:g} Hz", loc="left", fontsize=11)
+    title = f"{document['model']}, {document['hz']:g} Hz"
+    axes.set_title(title, loc="left", fontsize=11, parse_math=False)
     return save_figure(figure, path)

@@ -1,7 +1,6 @@
 """Quantities as text: bytes, seconds, rates, counts.
 
 IS: formatting, decimal prefixes (1 MB = 10^6 bytes), three significant digits. IS NOT: arithmetic.
-Called by: view, commands.
 """
 
 from __future__ import annotations

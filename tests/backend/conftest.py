@@ -6,6 +6,7 @@ IS: the factory `make_backend` and the fixtures `device`, `runner` and `cpu`. IS
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -38,6 +39,17 @@ def make_backend(name: str, threads: int | None = None) -> Backend:
             f"no backend {name!r}; there are cpu, and simt and cuda with or without -high"
         )
     return CpuDevice(threads)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what a test marked `only_on` does not speak of."""
+    items[:] = [item for item in items if _is_about_its_device(item)]
+
+
+def _is_about_its_device(item: pytest.Item) -> bool:
+    callspec: Any = getattr(item, "callspec", None)
+    device = callspec.params.get("device") if callspec else None
+    return device is None or all(device in mark.args for mark in item.iter_markers("only_on"))
 
 
 @pytest.fixture(scope="session", params=BACKENDS)

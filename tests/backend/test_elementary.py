@@ -14,10 +14,8 @@ from tests.backend.runner import Case, Runner, rng_for
 ULP = 2.0**-23
 
 
-@pytest.fixture(autouse=True)
-def only_cpu(runner: Runner) -> None:
-    if runner.backend.name != "cpu":
-        pytest.skip("ulps are promised for float32 kernels; these tests are about scalar tails")
+# Ulps are promised for float32 kernels; these tests are about scalar tails.
+pytestmark = pytest.mark.only_on("cpu")
 
 
 def silu(runner: Runner, x: NDArray[np.float32], I: int) -> NDArray[np.float32]:  # noqa: E741

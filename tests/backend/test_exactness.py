@@ -157,8 +157,6 @@ def test_kernels_for_few_and_many_rows_agree(runner: Runner, case: Case) -> None
 @pytest.fixture(scope="session")
 def others(runner: Runner) -> Iterator[list[Runner]]:
     """simt devices whose threads and blocks run in random orders, of several sizes."""
-    if runner.backend.name != "simt":
-        pytest.skip("schedules can be chosen on simt alone")
     precision: Precision = "high" if runner.backend.act is DType.BF16X2 else "bfloat16"
     devices = [
         SimtDevice(precision, seed=seed, multiprocessors=size)
@@ -169,6 +167,7 @@ def others(runner: Runner) -> Iterator[list[Runner]]:
         device.close()
 
 
+@pytest.mark.only_on("simt", "simt-high")
 @pytest.mark.parametrize("case", [*CASES, *all_cases(ODD), *few_and_many()], ids=str)
 def test_any_schedule_gives_the_same_bits(runner: Runner, others: list[Runner], case: Case) -> None:
     """And any size of the device, which chooses tiles."""
@@ -179,9 +178,8 @@ def test_any_schedule_gives_the_same_bits(runner: Runner, others: list[Runner], 
             assert_same_bits(in_order[name], after[name], f"{case} {name}")
 
 
+@pytest.mark.only_on("cpu")
 def test_any_number_of_threads_gives_the_same_bits(runner: Runner) -> None:
-    if runner.backend.name != "cpu":
-        pytest.skip("threads are the cpu's")
     cases = [*CASES, *all_cases(ODD), *sample_cases()]
     try:
         results = []
@@ -197,13 +195,12 @@ def test_any_number_of_threads_gives_the_same_bits(runner: Runner) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.only_on("cpu")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names an x86 architecture")
 def test_any_vector_width_gives_the_same_bits(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kernels built for plain x86-64: 4 lanes, no fused instructions, fma from the C library."""
-    if runner.backend.name != "cpu":
-        pytest.skip("vectors are the cpu's")
     narrow = tuple(f.replace("native", "x86-64") for f in toolchain.CFLAGS)
     monkeypatch.setattr(toolchain, "CFLAGS", narrow)
     other = Runner(make_backend("cpu", 2))

@@ -83,11 +83,10 @@ def test_op_equals_reference_at_odd_sizes(runner: Runner, case: Case) -> None:
     check(runner, case, runner.run(case))
 
 
+@pytest.mark.only_on("simt", "simt-high", "cuda", "cuda-high")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_op_equals_the_cpu(runner: Runner, cpu: Runner, case: Case) -> None:
     """From the same inputs, as far as the two tolerances go."""
-    if runner.backend.name == "cpu":
-        pytest.skip("this is the cpu")
     case = case.but(**runner.stored(case))
     ours, theirs = runner.run(case), cpu.run(case)
     for name, param in _PARAMS[case.op].items():
@@ -100,6 +99,7 @@ def test_op_equals_the_cpu(runner: Runner, cpu: Runner, case: Case) -> None:
         assert error <= most, f"{case} {name}: {error:.2e} from the cpu"
 
 
+@pytest.mark.only_on("simt", "simt-high", "cuda", "cuda-high")  # the cpu takes all sizes
 @pytest.mark.parametrize(
     ("case", "what"),
     [
@@ -111,8 +111,6 @@ def test_op_equals_the_cpu(runner: Runner, cpu: Runner, case: Case) -> None:
     ids=lambda value: value if isinstance(value, str) else value.op,
 )
 def test_sizes_without_a_kernel_are_refused(runner: Runner, case: Case, what: str) -> None:
-    if runner.backend.name == "cpu":
-        pytest.skip("the cpu has kernels for all sizes")
     with pytest.raises(PlanError, match=what):
         runner.run(case)
 
@@ -132,9 +130,9 @@ def test_replay_equals_eager(runner: Runner) -> None:
             assert np.array_equal(bits(eager[name]), bits(replayed[name])), f"{case} {name}"
 
 
+@pytest.mark.only_on("cpu")
 def test_unknown_token_gives_nan(runner: Runner) -> None:
-    if runner.backend.name != "cpu":
-        pytest.skip("the host refuses unknown ids; the cpu kernel guards its table beside that")
+    """The host refuses unknown ids on every device; the cpu kernel guards its table besides."""
     case = embed(3, 3, V=40, H=64, position=0, S=32)
     x = runner.run(case.but(tokens=np.array([39, 40, -1], np.int32)))["x"]
     assert np.isfinite(x[0]).all() and np.isnan(x[1:]).all()

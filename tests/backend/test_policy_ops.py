@@ -81,8 +81,6 @@ def test_nan_reaches_the_action(runner: Runner) -> None:
 @pytest.fixture(scope="module")
 def others(runner: Runner) -> Iterator[list[Runner]]:
     """The cpu with other numbers of threads; simt with other orders of threads and blocks."""
-    if runner.backend.name.startswith("cuda"):
-        pytest.skip("threads are the cpu's, schedules simt's")
     if runner.backend.name == "cpu":
         yield [Runner(make_backend("cpu", threads)) for threads in (1, 3)]
         runner.backend.resize(2)  # type: ignore[attr-defined]
@@ -93,6 +91,7 @@ def others(runner: Runner) -> Iterator[list[Runner]]:
         device.close()
 
 
+@pytest.mark.only_on("cpu", "simt", "simt-high")
 def test_threads_and_schedules_change_no_bit(runner: Runner, others: list[Runner]) -> None:
     for case in CASES:
         first = runner.run(case)

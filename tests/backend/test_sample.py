@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flashrt.core.region import DType
 from flashrt.ops.sample import SamplerParams
 from flashrt.ops.table import BIAS_ENTRIES, SAMPLER_WORDS
 from tests.backend.cases import cursor, randn
@@ -19,13 +18,8 @@ from tests.reference import adjusted, filtered, gumbel, philox, scores
 Logits = NDArray[np.float32]
 
 
-@pytest.fixture(autouse=True)
-def once_per_kernel(request: pytest.FixtureRequest) -> None:
-    """Sampling knows no activations: in precision "high" it is the same kernels again."""
-    if "runner" in request.fixturenames:
-        runner: Runner = request.getfixturevalue("runner")
-        if runner.backend.act is DType.BF16X2:
-            pytest.skip("the same kernels as in the other precision")
+# Sampling knows no activations: in precision "high" it is the same kernels again.
+pytestmark = pytest.mark.only_on("cpu", "simt", "cuda")
 
 
 def sampler(
@@ -218,10 +212,9 @@ def test_an_invalid_row_is_left_alone(runner: Runner) -> None:
     assert int(runner.run(case.but(cursor=cursor(11, 0)))["cursor"][2]) == 7
 
 
+@pytest.mark.only_on("cpu")  # thousands of launches; the others are held against the reference
 def test_frequencies_with_filters_follow_the_renormalised_softmax(runner: Runner) -> None:
     """Chi-squared over fixed seeds, for each filter that leaves several tokens."""
-    if runner.backend.name != "cpu":
-        pytest.skip("thousands of launches; the others are held against the reference")
     rng, n = rng_for("chi"), 1200
     logits = randn(rng, 12, scale=1.2)
     for words in (

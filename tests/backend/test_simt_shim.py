@@ -200,7 +200,10 @@ class PlantingCompiler:
 
 PLANTS = {
     "few tokens: no barrier before the fold": Plant(
-        "linear_few.cu", "__syncthreads();  // nobody", "// nobody", linear(3, 3, 1024, 16)
+        "linear_few.cu",
+        "next barrier\n    __syncthreads();",
+        "next barrier",
+        linear(3, 3, 1024, 16),
     ),
     "few tokens: no barrier between folds, for parts take no turns": Plant(
         "linear_few.cu", "turn = s0 / WARPS & 1", "turn = 0", linear(3, 3, 4352, 16)

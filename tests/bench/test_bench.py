@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import flashrt
 from flashrt import cli
 from flashrt.base.flags import Flags
-from flashrt.commands.bench import resume as bench_resume
+from flashrt.commands.bench import draft, policy, resume, session
 from flashrt.commands.bench.document import BenchOptions
 from flashrt.commands.bench.session import bench
 from flashrt.commands.checkpoints import EngineOptions
 from flashrt.models.model import DECODE, PREFILL
 from flashrt.ops.work import flop_of, streamed_bytes
+from flashrt.view import figure
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 
@@ -47,6 +49,8 @@ def test_every_figure_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert all(value > 0 for value in document["limits"].values())
     assert "of FMA peak" in printed
     assert "of memcpy" in printed
+    assert "TTFT of a turn" in printed
+    assert document["reply_tokens"] and document["short_turn_tokens"]
 
 
 def test_bytes_are_those_of_the_copy_plans(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,9 +59,9 @@ def test_bytes_are_those_of_the_copy_plans(capsys: pytest.CaptureFixture[str]) -
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     # draft head and all, as bench does
     engine = flashrt.load(TINY, device="cpu", max_positions=320)
-    session = engine.session()
-    session.prefill(range(64))
-    capsule = session.snapshot()
+    one = engine.session()
+    one.prefill(range(64))
+    capsule = one.snapshot()
     fixed = engine.stats()["fixed_bytes"]
     assert row["restore_ancestor_bytes"] == fixed
     assert row["snapshot_bytes"] == row["restore_bytes"]
@@ -97,6 +101,34 @@ def test_a_token_streams_all_weights_but_a_gathered_table(engine: flashrt.Engine
     )
 
 
+@pytest.mark.parametrize("kind", [(), ("--resume",), ("--draft",), ("--policy",)])
+def test_outputs_are_checked_before_anything_is_measured(
+    kind: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Red when matplotlib, or a folder, is found missing only after minutes of measurement."""
+
+    def measured(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("it measures")
+
+    for module in (session, resume, draft):
+        monkeypatch.setattr(module, "checkpoint_of", measured)
+    monkeypatch.setattr(policy, "load_policy", measured)
+    monkeypatch.setattr(figure, "has_matplotlib", lambda: False)
+    refused = {
+        ("--json", str(tmp_path / "absent" / "x.json")): "there is no folder",
+        ("--plot", str(tmp_path / "x.png")): "pip install 'flashrt[plot]'",
+        ("--plot", str(tmp_path / "x.doc")): "ends in .png or .svg",
+    }
+    if kind == ("--draft",):
+        refused = {k: v for k, v in refused.items() if k[0] == "--json"}
+    for outputs, said in refused.items():
+        assert cli.main(["bench", "--device", "cpu", *kind, *outputs]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_resume_from_the_command_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -104,7 +136,7 @@ def test_resume_from_the_command_line(
 ) -> None:
     pytest.importorskip("matplotlib")
     cache = tmp_path / "cache"
-    monkeypatch.setattr(bench_resume, "flags", lambda: Flags(cache_dir=cache))
+    monkeypatch.setattr(resume, "flags", lambda: Flags(cache_dir=cache))
     path, picture = tmp_path / "resume.json", tmp_path / "resume.svg"
     arguments = ["--checkpoint", str(TINY), "--device", "cpu", "--lengths", "130,64"]
     outputs = ["--repeats", "1", "--json", str(path), "--plot", str(picture)]

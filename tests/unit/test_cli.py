@@ -20,7 +20,9 @@ import flashrt
 from flashrt import cli
 from flashrt.commands.demo import agent, random_ids
 from flashrt.commands.demo.starts import State, state_of
+from flashrt.session.chat import open_chat
 from flashrt.session.session import Session
+from flashrt.weights.bundled import bundled_checkpoint
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 COMMANDS = ("demo", "run", "plan", "inspect", "bench", "doctor")
@@ -131,6 +133,27 @@ def test_run_reads_and_writes_text(
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out == from_argument
     assert "the prompt is empty" in refusal(capsys, *arguments, "--prompt", "")
+
+
+def test_run_asks_through_the_chat_template_unless_it_is_raw(capsys: Capture) -> None:
+    """Red when a chat model is given the bare text, and continues it with nonsense."""
+    arguments = ["run", str(bundled_checkpoint()), "--max-positions", "128", "--max-tokens", "12"]
+    question = "tell me a story about a fox ."
+    assert cli.main([*arguments, "--prompt", question]) == 0
+    answered = capsys.readouterr()
+    engine = flashrt.load(bundled_checkpoint(), device="cpu", max_positions=128)
+    with open_chat(engine) as chat:
+        chat.add("user", question)
+        assert answered.out.strip() == chat.reply(12) != ""
+        assert f"{chat.fed_tokens} tokens in, 12 out" in answered.err
+        assert "ended by length" in answered.err
+    assert cli.main([*arguments, "--raw", "--prompt", question]) == 0
+    assert engine.tokenizer is not None
+    with engine.session() as session:
+        session.prefill(engine.tokenizer.encode(question))
+        tokens = list(session.generate(12, stop=engine.checkpoint.stop_tokens))
+    assert capsys.readouterr().out.strip() == engine.tokenizer.decode(tokens).strip()
+    assert "the prompt is empty" in refusal(capsys, *arguments, "--prompt", " ")
 
 
 # -- plan and inspect -----------------------------------------------------------------------------

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import flashrt
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
 ON_DEVICES = [(name, device) for name in ("custom_kernel",) for device in ("cpu", "simt")]
+NEED_GYM = [name for name in EXAMPLES if name.startswith("robot_")]
 LOOPS = {  # what a line of the output must look like: the comparison that it exists for
     "generate": r"the first text \d+ times sooner",
     "agent_rollback": r"\d+ calls taken back in [\d.]+ ms; by prefilling again: [\d,]+ tokens",
@@ -40,8 +44,23 @@ def run(path: Path, *arguments: str) -> str:
 
 @pytest.mark.parametrize(("name", "device"), ON_DEVICES)
 def test_an_example_on_a_device(name: str, device: str) -> None:
-    said = run(EXAMPLES[name], str(ROOT / "tests/golden/tiny"), "--device", device)
+    """Without a checkpoint it runs on the bundled model, which simt is too slow for here."""
+    checkpoint = [] if device == "cpu" else [str(ROOT / "tests/golden/tiny")]
+    said = run(EXAMPLES[name], *checkpoint, "--device", device)
     assert said.startswith(f"{device}:")
+
+
+@pytest.mark.parametrize("name", NEED_GYM)
+def test_an_example_without_gymnasium_says_what_to_install(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when it dies with a ModuleNotFoundError on gymnasium."""
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    for module in ("gym", "two_doors", "robots"):
+        monkeypatch.delitem(sys.modules, f"flashrt.worlds.{module}", raising=False)
+    with pytest.raises((flashrt.FlashrtError, SystemExit), match=r"pip install 'flashrt\[gym\]'"):
+        runpy.run_path(str(EXAMPLES[name]), run_name="example")
+    assert "pip install 'flashrt[gym]'" in EXAMPLES[name].read_text()
 
 
 @pytest.mark.parametrize(

@@ -185,8 +185,8 @@ def kernel_sources() -> dict[str, str]:
 
 @pytest.mark.parametrize("name", sorted(kernel_sources()))
 def test_no_kernel_numbers_a_word_itself(name: str) -> None:
-    """Red before: ten files of kernels numbered the words of cursors, two held the digest's
-    constants.
+    """Red before: kernels of both languages numbered the words of cursors and of the sampler, and
+    held the digest's constants.
     """
     seen = list(tokens(kernel_sources()[name]))
     operands = {"cursor", "draft", "samples", "last", "sampler", "request", "verdict"}

@@ -191,7 +191,7 @@ def test_a_restore_from_several_tiers_does_not_collide(
     plan = engine.arena.lane(0)
     at, n = plan.fixed.offset, capsule.fixed.nbytes
     image = HostBytes(n, lambda: np.zeros(n, np.uint8))
-    parts = [(capsule.fixed, [Copy(0, at, n)]), (Extent(n, source=image), [Copy(0, at + n - 1, 8)])]
+    parts = [(capsule.fixed, [Copy(0, at, n)]), (Extent(n, image), [Copy(0, at + n - 1, 8)])]
     with pytest.raises(flashrt.FlashrtError, match="write the same bytes"):
         read_moves(engine.arena, parts, 0)
 

@@ -5,14 +5,15 @@ Each test runs the command line as a process of its own, as a shell would.
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from flashrt import cli
 
@@ -46,25 +47,40 @@ def refusal(done: subprocess.CompletedProcess[bytes]) -> str:
     return last
 
 
-def test_a_prompt_that_is_no_utf_8() -> None:
-    """Red when surrogates go on to the tokenizer."""
-    done = run("run", str(TINY), "--prompt", b"caf\xe9")
+@pytest.fixture(scope="module")
+def with_words(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint whose tokens are words that ASCII cannot write."""
+    checkpoint = tmp_path_factory.mktemp("c") / "words"
+    shutil.copytree(TINY, checkpoint)
+    words = {f"é{i}": i for i in range(512)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="é0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(checkpoint / "tokenizer.json"))
+    return str(checkpoint)
+
+
+def test_text_that_is_no_utf_8(with_words: str) -> None:
+    """Red when surrogates go on to the tokenizer, or stdin is decoded as it comes."""
+    done = run("run", with_words, "--prompt", b"caf\xe9")
     assert "--prompt: not valid UTF-8 at byte 3" in refusal(done)
+    done = run("run", with_words, stdin=b"caf\xe9")
+    assert "stdin is not valid UTF-8 at byte 3" in refusal(done)
+    done = run("run", with_words, shell="<&-")
+    assert "standard input is closed" in refusal(done)
 
 
-def test_a_prompt_in_any_locale_is_what_its_bytes_say(tmp_path: Path) -> None:
-    """Red when the locale decides: in an ASCII one, "é" is two surrogates."""
-    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = run("run", str(TINY), "--prompt", "café", **ascii_locale)
-    assert "has no tokenizer.json" in refusal(done)
+def test_text_in_an_ascii_locale(with_words: str) -> None:
+    """Red when the locale decides what the bytes of a prompt say, or what may be written."""
+    command = ("run", with_words, "--max-tokens", "4", "--prompt", "é5 é6")
+    expected = run(*command).stdout.decode()
+    assert expected.count("é") == 4
+    done = run(*command, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected.encode("ascii", "backslashreplace")
 
 
-def test_output_in_an_ascii_locale() -> None:
-    """Red when a character that the locale does not have is a UnicodeEncodeError."""
-    for encoding in ("ascii", "latin-1"):
-        done = run("plan", "--shape", "tiny", "--json", PYTHONIOENCODING=encoding)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["arena_bytes"] > 0
+def test_reports_in_an_ascii_locale() -> None:
+    """Red when a report or an error holds what the locale does not have."""
     done = run("inspect", "/nowhere/é\udcff", PYTHONIOENCODING="ascii")
     assert r"/nowhere/\xe9\udcff" in refusal(done)
     done = run(*PLAN, PYTHONIOENCODING="ascii")

@@ -60,9 +60,11 @@ def test_quantities(text: str, expected: str) -> None:
 def test_a_drawing_escapes_what_it_is_told() -> None:
     drawing = Drawing(100)
     drawing.text(0, 0, "a < b & c", 'x"y')
-    drawing.rect(0, 0, 1, 1, "io", hint="<&>")
+    drawing.text(0, 0, "\x1b[31m\udcff")  # what XML and UTF-8 do not allow
+    drawing.rect(0, 0, 1, 1, "io", hint="<&\x00>")
     svg = drawing.svg(50)
-    assert texts(svg) == ["a < b & c"]
+    assert texts(svg) == ["a < b & c", r"\x1b[31m\udcff"]
+    assert svg.encode()
     assert "prefers-color-scheme: dark" in svg
 
 
