@@ -87,9 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_cpu(arguments: argparse.Namespace) -> int:
     """Compile the CPU kernel library."""
     started = time.perf_counter()
-    path, was_built = cpu_compile.library(OPS, arguments.out and arguments.out / "cpu")
-    how = f"built in {time.perf_counter() - started:.1f} s" if was_built else "up to date"
-    print(f"{path}: {how}")
+    binary = cpu_compile.library(OPS, arguments.out and arguments.out / "cpu")
+    seconds = time.perf_counter() - started
+    print(f"{binary.path}: {'up to date' if binary.was_cached else f'built in {seconds:.1f} s'}")
     return 0
 
 

@@ -29,6 +29,10 @@ class CompileError(BackendError):
     """Kernel sources did not compile, or no compiler was found."""
 
 
+class CacheWarning(UserWarning):
+    """Compiled kernels lie where others may write, so they are not run but compiled again."""
+
+
 class CheckpointError(FlashrtError):
     """A checkpoint directory, its config or its tensors are not what the model needs."""
 

@@ -24,12 +24,14 @@ _LONGEST_SUFFIX = 16  # a longer one is no suffix that a writer goes by
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, is_durable: bool, temporary_in: Path | None = None) -> Iterator[Path]:
+def replacing(
+    path: Path, *, is_durable: bool, temporary_in: Path | None = None, mode: int | None = None
+) -> Iterator[Path]:
     """Gives a fresh path with the same suffix; what is written there gets the name `path`.
 
-    The file's mode is that of any new file. A link is replaced, not followed; a device or a pipe is
-    refused. `temporary_in`: a folder of the same filesystem that the caller owns, for the temporary
-    file (default: the folder of `path`, under a hidden name). Raises OSError.
+    The file's mode is `mode`, or that of any new file. A link is replaced, not followed; a device
+    or a pipe is refused. `temporary_in`: a folder of the same filesystem that the caller owns, for
+    the temporary file (default: the folder of `path`, under a hidden name). Raises OSError.
     """
     suffix = path.suffix if len(path.suffix) <= _LONGEST_SUFFIX else ""
     name = f"{os.getpid()}-{secrets.token_hex(8)}{suffix}"
@@ -41,7 +43,8 @@ def replacing(path: Path, *, is_durable: bool, temporary_in: Path | None = None)
         temporary = temporary_in / name
     try:
         temporary.touch(exist_ok=False)
-        mode = stat.S_IMODE(temporary.stat().st_mode)
+        if mode is None:
+            mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         temporary.chmod(mode)  # a writer such as safetensors makes a file of its own, for its owner
         if is_durable:

@@ -210,7 +210,7 @@ def place(
     header: CapsuleHeader,
     tensors: Mapping[str, Bytes],
 ) -> Loaded:
-    """The bytes of `read`, put into blocks that `take` gives. Raises PoolFull and changes nothing."""
+    """The bytes of `read`, put into blocks that `take` gives. Raises PoolFull, changing nothing."""
     plan, position = arena.lane(0), header.position
     blocks, rows_nbytes = segment_layout(plan.rows, 0, position) if position else ([], 0)
     fixed: Bytes = np.empty(plan.fixed.nbytes, np.uint8)

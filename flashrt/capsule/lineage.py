@@ -116,38 +116,30 @@ class LaneRecord(NamedTuple):
     intact: int
     waypoints: tuple[Waypoint, ...]
     journal: NDArray[np.int32]  # [max_positions]; [0, position) are history
-    moves: int  # how often the lane was put elsewhere: what was known of it before is void
-
-
-class Doubt(NamedTuple):
-    """Bytes of a lane are moving: should that not end, this history is to be made again."""
-
-    journal: NDArray[np.int32]
-    position: int
-
-    @property
-    def tokens(self) -> NDArray[np.int32]:
-        """The history, a copy."""
-        return self.journal[: self.position].copy()
+    moves: int = 0  # how often the lane was put elsewhere: what was known of it before is void
+    is_moving: bool = False  # bytes are on their way: the device holds anything
 
 
 class Lane:
-    """The host's record of one live sequence, and whether it can be believed."""
+    """The host's record of one live sequence, and whether it can be believed.
 
-    __slots__ = ("_spare", "doubt", "index", "owed", "record")
+    A lane is in doubt from before the first byte of a move until after the last: if an exception
+    falls in between, the record says what history is to be made again.
+    """
+
+    __slots__ = ("__weakref__", "_spare", "index", "owed", "record")
 
     def __init__(self, index: int, journal: NDArray[np.int32]) -> None:
         """An empty lane; `journal`: int32 [max_positions]."""
         self.index = index
-        self.record = LaneRecord(0, None, 0, (), journal, 0)
-        self.doubt: Doubt | None = None
+        self.record = LaneRecord(0, None, 0, (), journal)
         self.owed: NDArray[np.int32] | None = None  # history that is being made again
         self._spare = np.zeros_like(journal)
 
     @property
     def is_trusted(self) -> bool:
         """Whether the record is what the device holds."""
-        return self.doubt is None and self.owed is None
+        return self.owed is None and not self.record.is_moving
 
     @property
     def position(self) -> int:
@@ -184,14 +176,12 @@ class Lane:
         """The committed tokens, a copy; while in doubt, those that are to be made again."""
         if self.owed is not None:
             return self.owed.copy()
-        if self.doubt is not None:
-            return self.doubt.tokens
         record = self.record
         return record.journal[: record.position].copy()
 
     def commit(self, tokens: NDArray[np.int32]) -> None:
         """Tokens whose rows were just written become history."""
-        position, held, intact, waypoints, journal, moves = self.record
+        position, held, intact, waypoints, journal, moves, _ = self.record
         stop = position + len(tokens)
         journal[position:stop] = tokens  # beyond the position nobody reads it
         self.record = LaneRecord(stop, held, min(intact, position), waypoints, journal, moves)
@@ -213,11 +203,12 @@ class Lane:
         self.record = self.record._replace(waypoints=waypoints)
 
     def begin_move(self) -> None:
-        """Bytes are about to move: until `moved`, nobody knows what the lane holds."""
-        if self.doubt is None:
-            self.doubt = Doubt(self.record.journal, self.record.position)
-        else:  # an earlier move did not end: what rows are there is not known either
-            self.hold(None, 0)
+        """Bytes are about to move: until `moved`, nobody knows what the device holds."""
+        record = self.record
+        if record.is_moving:  # an earlier move did not end: what rows are there is not known either
+            self.record = record._replace(held=None, intact=0)
+        else:
+            self.record = record._replace(is_moving=True)
 
     def moved(
         self,
@@ -233,19 +224,16 @@ class Lane:
             self._spare = self.record.journal
         moves = self.record.moves + 1
         self.record = LaneRecord(position, held, intact, waypoints, journal, moves)
-        self.doubt = None
 
     def journal_with(self, shared: int) -> NDArray[np.int32]:
         """A journal to write tokens [shared, ...) into: the present one where nothing of the
         history would be overwritten, else another that has [0, shared) already.
         """
-        record, doubt, limit = self.record, self.doubt, self.record.position
-        if doubt is not None and doubt.journal is record.journal:
-            limit = max(limit, doubt.position)
-        if shared >= limit:
+        record = self.record
+        if shared >= record.position:
             return record.journal
         spare = self._spare
-        if spare is record.journal or (doubt is not None and spare is doubt.journal):
+        if spare is record.journal:  # an exception fell between two swaps
             spare = np.zeros_like(spare)
         spare[:shared] = record.journal[:shared]
         self._spare = spare
@@ -261,7 +249,7 @@ class Lane:
 
 def shared_rows(lane: Lane, segment: Segment | None) -> int:
     """How many rows of `segment`'s chain are in the lane already."""
-    if lane.doubt is not None:
+    if lane.record.is_moving:
         return 0
     ours, theirs = lane.held, segment
     while ours is not theirs:  # up to where the two chains meet: the deeper one steps

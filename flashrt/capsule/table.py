@@ -59,6 +59,7 @@ class CapsuleTable:
         self.fixed_nbytes = arena.lane(0).fixed.nbytes
         self.shelf: Shelf | None = None  # the disk tier, if there is one
         self.turn = Turn(self._repair)
+        self.is_closed = False
 
     # -- lane -> capsule ------------------------------------------------------------------------
 
@@ -67,13 +68,8 @@ class CapsuleTable:
         """Freeze a lane at its boundary. Raises PoolFull and changes nothing when there is no
         room.
         """
-        base = lane.base(lane.position)
+        base, blocks, rows_nbytes, (fixed, block) = self._room_for(lane)
         start = 0 if base is None else base.stop
-        blocks: list[RowBlock] = []
-        rows_nbytes = 0
-        if lane.position > start:
-            blocks, rows_nbytes = segment_layout(self._rows(lane), start, lane.position)
-        fixed, block = self._take(self.fixed_nbytes, rows_nbytes)
         self._run(self._checked(self._fixed_out(lane, fixed), *copies_out(blocks, block)))
         segment = base
         if rows_nbytes:
@@ -264,12 +260,25 @@ class CapsuleTable:
         """`work()` as one change to the books; see turn."""
         return work()
 
+    def close(self) -> None:
+        """All capsules are dropped, those in host memory and on disk too."""
+        self.is_closed = True
+        gone, self.capsules = self.capsules, set()
+        for capsule in gone:
+            for extent in extents_of(capsule):
+                if extent.source is not None:
+                    extent.source.release()
+                extent.place = None
+            capsule.known_moves.clear()
+
     # -- questions ------------------------------------------------------------------------------
 
     def check(self, capsule: Capsule) -> None:
         """Raises CapsuleError unless the capsule can be restored here."""
         if capsule.owner is not self:
             raise CapsuleError(f"{capsule} belongs to another engine; save and load it instead")
+        if self.is_closed:
+            raise CapsuleError(f"{capsule}: its engine is closed; load it from a file or a store")
         if capsule not in self.capsules:
             raise CapsuleError(f"{capsule} was dropped")
 
@@ -309,6 +318,7 @@ class CapsuleTable:
         extents = {e for c in self.capsules for e in extents_of(c)}
         return sum(e.nbytes for e in extents if e.tier is tier)
 
+    @in_turn
     def check_integrity(self) -> None:
         """Reference counts and pool blocks add up. Raises PlanError or CapsuleError."""
         self.pool.check_integrity()
@@ -347,6 +357,24 @@ class CapsuleTable:
             trace(COPIES, f"{len(moves)} copies, {moves.nbytes} bytes")
         base = self.arena.memory.address
         self.arena.backend.copy(moves, base, base)
+
+    def _room_for(self, lane: Lane) -> tuple[Segment | None, list[RowBlock], int, tuple[int, ...]]:
+        """The segment that a snapshot of a lane stands on, how its own rows lie, their size, and
+        blocks for the fixed band and for them. Raises PoolFull.
+
+        Making room may merge the very segment that was to be stood on: then once more.
+        """
+        while True:
+            base = lane.base(lane.position)
+            start = 0 if base is None else base.stop
+            blocks, nbytes = list[RowBlock](), 0
+            if lane.position > start:
+                blocks, nbytes = segment_layout(self._rows(lane), start, lane.position)
+            taken = self._take(self.fixed_nbytes, nbytes)
+            if lane.base(lane.position) is base:
+                return base, blocks, nbytes, taken
+            for offset in taken:
+                self.pool.give(offset)
 
     def _add(self, capsule: Capsule, parent: Capsule | None) -> None:
         """A new capsule: counted, linked, and last of all listed."""

@@ -30,43 +30,59 @@ class Turn:
         self.lock: Any = threading.RLock()
         self.created: list[Any] = []
         self._repair = repair
-        self._is_over = True
+        self.is_over = True
 
     @property
     def is_mine(self) -> bool:
         """Whether this thread has the turn."""
         return bool(self.lock._is_owned())
 
-    def begin(self) -> None:
-        """A change begins; what an exception left behind is put in order first."""
-        if not self._is_over:
+    def change(self, method: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        """A change, by whoever has just taken the lock; what an exception left behind is put in
+        order first.
+
+        The lock is taken and given back on one line of the caller: tracers strike between lines.
+        """
+        if not self.is_over:
             self._repair(self.created)
         self.created = []
-        self._is_over = False
+        self.is_over = False
+        return self._end(method(*args, **kwargs))
 
-    def end(self, result: _R) -> _R:
+    def keep(self) -> None:
+        """What was made so far has an owner: an exception does not take it back."""
+        self.created = []
+
+    def _end(self, result: _R) -> _R:
         """The change is over. One line: an exception falls before it or after it."""
-        return setattr(self, "_is_over", True) or result  # type: ignore[func-returns-value]
+        return setattr(self, "is_over", True) or result  # type: ignore[func-returns-value]
 
     def given_up(self) -> GivenUp:
-        """In a `with` block others have their turn: while a kernel runs."""
-        return GivenUp(self.lock)
+        """In a `with` block others have their turn: a kernel runs, and the books are right."""
+        return GivenUp(self)
 
 
 class GivenUp:
     """See Turn.given_up."""
 
-    __slots__ = ("_lock", "_state")
+    __slots__ = ("_created", "_state", "_turn")
 
-    def __init__(self, lock: Any) -> None:
-        self._lock = lock
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
         self._state: Any = None
+        self._created: list[Any] = []
 
     def __enter__(self) -> None:
-        self._state = self._lock._release_save() if self._lock._is_owned() else None
+        turn = self._turn
+        if turn.is_mine:
+            self._created, turn.created, turn.is_over = turn.created, [], True
+            self._state = turn.lock._release_save()
 
     def __exit__(self, *exc: object) -> None:
-        self._lock._acquire_restore(self._state) if self._state is not None else None
+        turn = self._turn
+        if self._state is not None:
+            turn.lock._acquire_restore(self._state)
+            turn.created, turn.is_over = self._created, False
 
 
 class HasTurn(Protocol):
@@ -76,12 +92,20 @@ class HasTurn(Protocol):
     def turn(self) -> Turn: ...
 
 
+class HasLock(HasTurn, Protocol):
+    """Whose methods may be `exclusive`."""
+
+    @property
+    def lock(self) -> Any:
+        """An RLock of its own."""
+        ...
+
+
 _S = TypeVar("_S", bound=HasTurn)
+_L = TypeVar("_L", bound=HasLock)
 
 
-def in_turn(
-    method: Callable[Concatenate[_S, _P], _R],
-) -> Callable[Concatenate[_S, _P], _R]:
+def in_turn(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate[_S, _P], _R]:
     """A method that changes the books: one at a time, and repaired first where that is due. Within
     such a method others are part of the same change.
     """
@@ -91,8 +115,21 @@ def in_turn(
         turn = self.turn
         if turn.is_mine:
             return method(self, *args, **kwargs)
-        with turn.lock:
-            turn.begin()
-            return turn.end(method(self, *args, **kwargs))
+        with turn.lock: return turn.change(method, self, *args, **kwargs)  # noqa: E701  # fmt: skip
 
     return cast(Callable[Concatenate[_S, _P], _R], call)
+
+
+def exclusive(method: Callable[Concatenate[_L, _P], _R]) -> Callable[Concatenate[_L, _P], _R]:
+    """The same for a method of one session or loop, which nobody else may enter meanwhile, not even
+    while a kernel runs and the turn is given up.
+    """
+
+    @functools.wraps(method)
+    def call(self: _L, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        turn = self.turn
+        if turn.is_mine:
+            return method(self, *args, **kwargs)
+        with self.lock, turn.lock: return turn.change(method, self, *args, **kwargs)  # noqa: E701  # fmt: skip
+
+    return cast(Callable[Concatenate[_L, _P], _R], call)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt.base.errors import PlanError
+from flashrt.base.errors import BackendError, PlanError
 from flashrt.core.backend import Backend, BoundLaunch, Bytes, Memory
 from flashrt.core.op import Launch
 from flashrt.core.planner import (
@@ -45,6 +45,11 @@ class Arena:
                 backend.fill(self.memory.address + band.offset, band.nbytes, 0)
         for offset in self._guards():
             backend.fill(self.memory.address + offset, GUARD_NBYTES, GUARD_BYTE)
+
+    def close(self) -> None:
+        """Give all memory back. Whoever asks for an address afterwards gets a BackendError."""
+        self.memory = self.weight_memory = _Closed()
+        self.backend.close()
 
     def lane(self, lane: int) -> LanePlan:
         """The bands of a lane."""
@@ -117,6 +122,16 @@ class Arena:
             raise PlanError(f"region {view.region.name!r} is in no band of the plan")
         item = resolve_dtype(view.region.dtype, self.backend.act).nbytes
         return base + slot.offset + view.lead * slot.storage.lead_nbytes + view.col * item
+
+
+class _Closed:
+    """Memory that was given back."""
+
+    nbytes = 0
+
+    @property
+    def address(self) -> int:
+        raise BackendError("the engine is closed and its memory given back; load another engine")
 
 
 def _bands(lane: LanePlan) -> tuple[Band, Band, Band]:

@@ -56,6 +56,10 @@ class GraphTable:
         """Nothing is captured from here on."""
         self._is_sealed = True
 
+    def close(self) -> None:
+        """No graph is left: their launches name memory that is given back."""
+        self._graphs = {}
+
     @property
     def graphs(self) -> Mapping[GraphKey, Graph]:
         """What was captured."""

@@ -16,16 +16,16 @@ import gc
 import json
 import os
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from flashrt.base import tracing
-from flashrt.base.errors import LaneBusy, PlanError, PoolFull
+from flashrt.base.errors import LaneBusy, PlanError, PoolFull, SessionError
 from flashrt.base.flags import flags
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.eviction import Budgets, make_room
@@ -33,6 +33,7 @@ from flashrt.capsule.extent import Shelf
 from flashrt.capsule.file import CapsuleHeader
 from flashrt.capsule.lineage import Lane
 from flashrt.capsule.table import CapsuleTable
+from flashrt.capsule.turn import Turn, in_turn
 from flashrt.core.arena import Arena
 from flashrt.core.backend import Backend, Bytes, Progress
 from flashrt.core.graph import GraphKey, GraphTable
@@ -108,9 +109,8 @@ class Engine:
         self.budgets = Budgets()
         self.graphs = GraphTable(backend, self.arena)
         self._tapes = {(t.phase, t.rows): t for t in tapes}
-        self._free = self.lanes[::-1]
-        # What gives back the lanes of sessions and loops that were dropped without `close`.
-        self.forgotten: list[Callable[[], None]] = []
+        self._owners: list[weakref.ref[object] | None] = [None] * lanes
+        self._is_closed = False
         self._capture(tapes, progress)
         if before_seal is not None:
             before_seal(self.arena, tapes)
@@ -126,34 +126,50 @@ class Engine:
     # -- lanes ----------------------------------------------------------------------------------
 
     @property
+    def turn(self) -> Turn:
+        """Whoever changes a session, loop, capsule or lane of this engine has it."""
+        return self.capsules.turn
+
+    @property
     def free_lanes(self) -> tuple[Lane, ...]:
-        """Lanes that nobody has, the next one to be taken last."""
-        return tuple(self._free)
-
-    def take_lane(self) -> Lane:
-        """A free lane, in whatever state its last user left it. Raises LaneBusy when none is free.
-
-        The caller resets it, restores a capsule into it, or forks another lane into it.
+        """Lanes that nobody has, the next one to be taken last. Whose owner is gone is free: no
+        finaliser has to say so, and no exception can lose a lane.
         """
-        if not self._free:
+        owners = self._owners
+        return tuple(
+            lane
+            for lane in reversed(self.lanes)
+            if (o := owners[lane.index]) is None or o() is None
+        )
+
+    def take_lane(self, owner: object) -> Lane:
+        """A free lane, in whatever state its last user left it, until `release` or until the owner
+        is no more. Raises LaneBusy when none is free.
+
+        The owner resets it, restores a capsule into it, or forks another lane into it.
+        """
+        self.check_open()
+        if not self.free_lanes:
             gc.collect()
-        while self.forgotten:
-            self.forgotten.pop()()
-        if not self._free:
+        free = self.free_lanes
+        if not free:
             raise LaneBusy(f"all {len(self.lanes)} lanes are in use; close one, or load more lanes")
-        return self._free.pop()
+        lane = free[-1]
+        self._owners[lane.index] = weakref.ref(owner)
+        self._drop_waypoints(lane)
+        lane.owed = None
+        return lane
 
     def release(self, lane: Lane) -> None:
         """Take a lane back. Its rows stay: a next user who needs the same ones copies less."""
-        for waypoint in list(lane.waypoints):
-            self.capsules.drop_waypoint(lane, waypoint)
-        self._free.append(lane)
+        self._owners[lane.index] = None
+        self._drop_waypoints(lane)
 
-    def forget(self, lane: Lane) -> None:
-        """`release` at the next `take_lane`: what a finaliser may do, since a collection can strike
-        in the middle of a change to the pool.
-        """
-        self.forgotten.append(partial(self.release, lane))
+    def release_from(self, lane: Lane, owner: object) -> None:
+        """The same, if the lane is still the owner's; may be said more than once."""
+        held = self._owners[lane.index]
+        if held is not None and held() is owner:
+            self.release(lane)
 
     def lane_array(self, lane: Lane, name: str) -> NDArray[np.generic]:
         """A lane's region as a logical array (bfloat16 as uint16 bits)."""
@@ -176,12 +192,14 @@ class Engine:
 
     # -- capsules -------------------------------------------------------------------------------
 
+    @in_turn
     def load_capsule(self, path: str | os.PathLike[str]) -> Capsule:
         """A capsule from a file that `Capsule.save` wrote.
 
         Raises CapsuleError when the file is foreign, truncated or damaged, or holds what kernels
         could not be let loose on; PoolFull when there is no room. Nothing is changed then.
         """
+        self.check_open()
         return self.with_room(lambda: self.capsules.load(path, self.admit))
 
     def admit(
@@ -202,7 +220,8 @@ class Engine:
                 if lane.waypoints:
                     self.capsules.drop_waypoint(lane, lane.waypoints[0])
                     continue
-                busy = [lane for lane in self.lanes if lane not in self._free]
+                free = self.free_lanes
+                busy = [lane for lane in self.lanes if lane not in free]
                 if not make_room(self.capsules, self.budgets, busy):
                     raise
 
@@ -226,9 +245,23 @@ class Engine:
             "capsules": len(self.capsules.capsules),
         }
 
+    @in_turn
     def close(self) -> None:
-        """Give the device's memory back; sessions, loops and capsules are dead."""
-        self.backend.close()
+        """Give all memory back. Sessions, loops and capsules of the engine refuse from here on.
+
+        A second close does nothing; leaving a `with engine:` block closes too.
+        """
+        if not self._is_closed:
+            self._is_closed = True
+            self.capsules.close()
+            self.graphs.close()
+            self.arena.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     # -- for verbs ------------------------------------------------------------------------------
 
@@ -237,7 +270,11 @@ class Engine:
         if tracing.is_on(tracing.LAUNCHES):
             self._replay_traced(phase, rows, lane)
         else:
-            self.graphs.replay(GraphKey(phase, rows, lane.index))
+            key = GraphKey(phase, rows, lane.index)
+            if flags().poison:  # nobody may poison scratch while a kernel runs
+                self.graphs.replay(key)
+            else:
+                with self.turn.given_up(): self.graphs.replay(key)  # noqa: E701  # fmt: skip
 
     def boundary(self) -> None:
         """Between two verbs: scratch is dead, and with FLASHRT_POISON it shows who relies on it."""
@@ -245,6 +282,15 @@ class Engine:
             self.arena.poison_scratch()
 
     # -- inside ---------------------------------------------------------------------------------
+
+    def check_open(self) -> None:
+        """Raises SessionError once the engine is closed."""
+        if self._is_closed:
+            raise SessionError("the engine is closed; load another one")
+
+    def _drop_waypoints(self, lane: Lane) -> None:
+        for waypoint in lane.waypoints:
+            self.capsules.drop_waypoint(lane, waypoint)
 
     def _plan(
         self, tapes: Sequence[Tape], lanes: int, pool_bytes: int | None, default: PoolDefault

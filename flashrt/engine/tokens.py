@@ -33,10 +33,10 @@ from flashrt.models.model import (
     VERIFY,
     TokenModel,
 )
+from flashrt.ops.cursor import CursorWord
 from flashrt.ops.sample import SamplerParams
 from flashrt.weights.checkpoint import Checkpoint
 
-_POSITION_WORD, _ROWS_WORD, _TOKEN_WORD = 0, 1, 2
 POOL_DEFAULT = PoolDefault(fixed=16, lanes=2)
 
 
@@ -47,6 +47,17 @@ class DraftCounters:
     verifies: int = 0
     drafted: int = 0
     accepted: int = 0
+
+
+@dataclass(slots=True)
+class _HostView:
+    """What the host knows of a lane's words on the device; void once the lane was put elsewhere."""
+
+    moves: int = -1
+    rows: int = -1  # rows word of the cursor; -1: unknown
+    token: int = -1  # the token sampled last; -1: unknown
+    sampler: SamplerParams | None = None
+    in_flight: NDArray[np.int32] | None = None  # what the replay at hand commits
 
 
 class TokenEngine(Engine):
@@ -60,10 +71,7 @@ class TokenEngine(Engine):
         """See Engine for the options."""
         self.draft_counters = DraftCounters()
         super().__init__(model, checkpoint, backend, pool_default=POOL_DEFAULT, **options)
-        n = len(self.lanes)
-        self._rows: list[int] = [-1] * n  # rows word in each lane's cursor; -1 = unknown
-        self._sampler: list[SamplerParams | None] = [None] * n
-        self._in_flight: dict[int, NDArray[np.int32]] = {}  # by lane: what its replay commits
+        self._views = [_HostView() for _ in self.lanes]
         self._commit_rows = max(
             (rows for phase, rows in model.phases if phase == COMMIT), default=0
         )
@@ -97,9 +105,19 @@ class TokenEngine(Engine):
         self._replay_commit(PREFILL, rows, lane, tokens)
 
     def decode(self, lane: Lane, token: int) -> int:
-        """Feed the token sampled last (it is on the device), commit it, sample the next."""
+        """Feed a token, which is on the device already if it was sampled last; commit it, sample
+        the next.
+        """
+        self.need_token(lane, token)
         self._replay_commit(DECODE, 1, lane, np.array([token], np.int32))
         return self._read_token(lane)
+
+    def need_token(self, lane: Lane, token: int) -> None:
+        """The token to go on from is this one: written where another was sampled meanwhile."""
+        view = self._view(lane)
+        if view.token != token:
+            self.write_cursor(lane, CursorWord.TOKEN, token)
+            view.token = token
 
     def sample(self, lane: Lane, params: SamplerParams) -> int:
         """Logits of the present boundary, and a token sampled from them."""
@@ -142,26 +160,33 @@ class TokenEngine(Engine):
         """The first rows of the last verify, which were for `tokens`, become state."""
         self._replay_commit(COMMIT, self._commit_rows, lane, tokens)
 
+    def is_in_flight(self, lane: Lane) -> bool:
+        """Whether a replay runs, or ran and was not noted: see `recover`."""
+        return self._view(lane).in_flight is not None
+
     def recover(self, lane: Lane) -> None:
         """After an interrupt: if a replay was finished on the device but not committed by the host,
         commit it.
         """
-        tokens = self._in_flight.pop(lane.index, None)
+        view = self._view(lane)
+        tokens = view.in_flight
         if tokens is not None:
-            self._rows[lane.index] = -1
-            if self._read_cursor(lane, _POSITION_WORD) == lane.position + len(tokens):
+            view.rows = view.token = -1
+            if self._read_cursor(lane, CursorWord.POSITION) == lane.position + len(tokens):
                 lane.commit(tokens)
+            view.in_flight = None
 
     def set_sampler(self, lane: Lane, params: SamplerParams) -> None:
         """Write the sampler's parameters into the lane."""
-        if self._sampler[lane.index] == params:
+        view = self._view(lane)
+        if view.sampler == params:
             return
-        self._sampler[lane.index] = None  # until both are written
+        view.sampler = None  # until both are written
         for name, data in (("sampler", params.pack()), ("bias", params.pack_bias())):
             slot = self.arena.lane(lane.index).fixed.slot(name)
             address = self.arena.memory.address + slot.offset
             self.backend.write(address, np.frombuffer(data, np.uint8))
-        self._sampler[lane.index] = params
+        view.sampler = params
 
     def logits(self, lane: Lane) -> NDArray[np.float32]:
         """The logits region, [vocab_size]: of the last decode or sample."""
@@ -175,9 +200,7 @@ class TokenEngine(Engine):
 
     def forget_host_view(self, lane: Lane) -> None:
         """After a restore, cursor and sampler are not what the host wrote last."""
-        self._rows[lane.index] = -1
-        self._sampler[lane.index] = None
-        self._in_flight.pop(lane.index, None)
+        self._views[lane.index] = _HostView(lane.moves)
 
     # -- for the base ---------------------------------------------------------------------------
 
@@ -207,12 +230,20 @@ class TokenEngine(Engine):
     def _replay_commit(self, phase: str, rows: int, lane: Lane, tokens: NDArray[np.int32]) -> None:
         """A replay after which the tokens are history, on the device and here."""
         lane.overwrite()
-        self._in_flight[lane.index] = tokens
         self._set_rows(lane, len(tokens))
+        view = self._view(lane)
+        view.token = -1
+        view.in_flight = tokens
         self.replay(phase, rows, lane)
         lane.commit(tokens)
-        self._in_flight.pop(lane.index, None)
+        view.in_flight = None
         self.boundary()
+
+    def _view(self, lane: Lane) -> _HostView:
+        view = self._views[lane.index]
+        if view.moves != lane.moves:
+            view = self._views[lane.index] = _HostView(lane.moves)
+        return view
 
     def _read_io(self, lane: Lane, name: str, words: int, first: int = 0) -> NDArray[np.int32]:
         slot = self.arena.lane(lane.index).io.slot(name)
@@ -231,10 +262,11 @@ class TokenEngine(Engine):
         return self.arena.memory.address + slot.offset + 4 * word
 
     def _set_rows(self, lane: Lane, rows: int) -> None:
-        if self._rows[lane.index] != rows:
-            self._rows[lane.index] = -1  # until it is written
-            self.write_cursor(lane, _ROWS_WORD, rows)
-            self._rows[lane.index] = rows
+        view = self._view(lane)
+        if view.rows != rows:
+            view.rows = -1  # until it is written
+            self.write_cursor(lane, CursorWord.ROWS, rows)
+            view.rows = rows
 
     def write_cursor(self, lane: Lane, word: int, value: int) -> None:
         """One word of a lane's cursor."""
@@ -242,7 +274,9 @@ class TokenEngine(Engine):
         self.backend.write(self._cursor_address(lane, word), data)
 
     def _read_token(self, lane: Lane) -> int:
-        return self._read_cursor(lane, _TOKEN_WORD)
+        token = self._read_cursor(lane, CursorWord.TOKEN)
+        self._view(lane).token = token
+        return token
 
     def _read_cursor(self, lane: Lane, word: int) -> int:
         out: Bytes = np.empty(4, np.uint8)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from flashrt.capsule.turn import in_turn
 from flashrt.engine.tokens import TokenEngine
 from flashrt.session.session import Session
 from flashrt.text.tokenizer import Tokenizer
@@ -21,12 +22,7 @@ class SessionEngine(TokenEngine):
         super().__init__(*arguments, **options)
         self.tokenizer = tokenizer
 
+    @in_turn
     def session(self) -> Session:
         """An empty session on a free lane. Raises LaneBusy when there is none."""
-        lane = self.take_lane()
-        try:
-            self.capsules.reset(lane)
-            return Session(self, lane)
-        except BaseException:
-            self.release(lane)
-            raise
+        return Session(self, self.capsules.reset)

@@ -106,7 +106,9 @@ class SessionRecorder:
         plain = {**options, "stop": sorted(int(token) for token in stop)}
         if plain.get("logit_bias") is not None:
             plain["logit_bias"] = sorted(plain["logit_bias"].items())
-        return Generation(lambda: self._recorded(stream, max_tokens, plain))
+        return Generation(
+            self.session.turn, self.session.lock, self._recorded(stream, max_tokens, plain)
+        )
 
     def rollback(self, position: int) -> None:
         """See Session.rollback."""

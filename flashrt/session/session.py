@@ -9,10 +9,10 @@ the state after it (`tail`): the last token of a turn costs nothing until it is 
 
 from __future__ import annotations
 
-import contextlib
 import operator
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from flashrt.base.errors import CapsuleError, PoolFull, SessionError, TokenError
 from flashrt.base.tracing import PLAN, trace
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane, Waypoint
+from flashrt.capsule.turn import Turn, exclusive
 from flashrt.engine.tokens import TokenEngine
 from flashrt.ops.sample import SamplerParams
 from flashrt.session import waypoints
@@ -37,8 +38,9 @@ EndReason = Literal["stop", "length", "context"]
 class Generation(Iterator[int]):
     """Tokens as they are sampled. Made by `Session.generate`; nothing runs before the first."""
 
-    def __init__(self, begin: Callable[[], Generator[int, None, EndReason]]) -> None:
-        self._steps = begin()
+    def __init__(self, turn: Turn, lock: Any, steps: Generator[int, None, EndReason]) -> None:
+        self.turn, self.lock = turn, lock
+        self._steps = steps
         self._reason: EndReason | None = None
 
     @property
@@ -48,6 +50,7 @@ class Generation(Iterator[int]):
         """
         return self._reason
 
+    @exclusive
     def __next__(self) -> int:
         try:
             return next(self._steps)
@@ -56,38 +59,62 @@ class Generation(Iterator[int]):
                 self._reason = end.value
             raise StopIteration from None
 
+    @exclusive
     def close(self) -> None:
         """End it here; what was yielded is history."""
         self._steps.close()
 
 
 class Session:
-    """One sequence on one lane. Made by `engine.session()`; not for use by two threads at once."""
+    """One sequence on one lane. Made by `engine.session()`. Threads take turns, see
+    capsule.turn; what two of them do to one session comes in any order.
+    """
 
-    def __init__(self, engine: TokenEngine, lane: Lane, parent: Capsule | None = None) -> None:
-        """On a lane of its own, in the state that the lane is in; `parent`: the capsule that this
-        state descends from.
+    def __init__(
+        self, engine: TokenEngine, begin: Callable[[Lane], object], parent: Capsule | None = None
+    ) -> None:
+        """On a free lane of its own, which `begin` puts into the state to begin with; `parent`: the
+        capsule that this state descends from. Raises LaneBusy.
         """
         self._engine = engine
         self._table = engine.capsules
-        self._lane = lane
         self._parent = parent
-        engine.forget_host_view(lane)
-        self._tail = Tail(engine, lane, self._place_waypoint)
-        self._adaptive = DraftLength("auto" if engine.max_draft else 0, engine.max_draft)
         self._epoch = 0  # counts changes from outside a generator
-        self._is_closed = False
+        self._closed_with: NDArray[np.int32] | None = None  # its tokens, once it is closed
+        self.lock: Any = threading.RLock()  # held through a call, kernels included
+        self._lane = engine.take_lane(self)
+        try:
+            begin(self._lane)
+            self._tail = Tail(engine, self._lane, self._place_waypoint)
+            self._adaptive = DraftLength("auto" if engine.max_draft else 0, engine.max_draft)
+        except BaseException:
+            engine.release(self._lane)
+            raise
+
+    @property
+    def turn(self) -> Turn:
+        """The engine's: calls of several threads take turns."""
+        return self._engine.turn
 
     # -- what it is -----------------------------------------------------------------------------
 
     @property
     def position(self) -> int:
-        """Number of committed tokens, the position of the next."""
-        return self._tail.end
+        """Number of committed tokens, the position of the next; as it was once it is closed."""
+        if self._closed_with is not None:
+            return len(self._closed_with)
+        self._catch_up()
+        owed = self._lane.owed
+        return self._tail.end if owed is None else len(owed)
 
     @property
     def tokens(self) -> NDArray[np.int32]:
-        """All committed tokens, int32 [position]."""
+        """All committed tokens, int32 [position]; as they were once it is closed."""
+        if self._closed_with is not None:
+            return self._closed_with.copy()
+        self._catch_up()
+        if self._lane.owed is not None:
+            return self._lane.tokens
         return np.append(self._lane.tokens, np.array(self._tail.pending, np.int32))
 
     @property
@@ -98,13 +125,15 @@ class Session:
     @property
     def is_closed(self) -> bool:
         """Whether the lane was given back."""
-        return self._is_closed
+        return self._closed_with is not None
 
+    @exclusive
     def digest(self) -> str:
         """128-bit value of the live state, as 32 hex digits; equal states, equal digests."""
         self._settle()
         return self._table.digest_lane(self._lane)
 
+    @exclusive
     def logits(self) -> NDArray[np.float32]:
         """Logits of the next position, float32 [vocab_size].
 
@@ -119,6 +148,7 @@ class Session:
             logits = self._engine.logits(self._lane)
         return logits
 
+    @exclusive
     def logprobs(self, top: int = 0) -> tuple[float, list[tuple[int, float]]]:
         """Log of the probability, at temperature 1 and without filters, bias or penalties, of the
         token that `generate` yielded last; and the `top` likeliest tokens with theirs.
@@ -136,6 +166,7 @@ class Session:
 
     # -- going on -------------------------------------------------------------------------------
 
+    @exclusive
     def prefill(self, tokens: Iterable[int] | NDArray[np.integer]) -> None:
         """Append tokens and commit them.
 
@@ -147,6 +178,7 @@ class Session:
         if len(array):
             self._feed(np.concatenate([self._tail.take_pending(), array]))
 
+    @exclusive
     def generate(
         self,
         max_tokens: int,
@@ -189,7 +221,7 @@ class Session:
             length = self._adaptive
         if max_tokens:
             self._check_room(1, "generate")
-        return Generation(lambda: self._generate(max_tokens, params, stops, length))
+        return Generation(self.turn, self.lock, self._generate(max_tokens, params, stops, length))
 
     def _generate(
         self, max_tokens: int, params: SamplerParams, stops: frozenset[int], draft: DraftLength
@@ -214,6 +246,7 @@ class Session:
 
     # -- capsules -------------------------------------------------------------------------------
 
+    @exclusive
     def snapshot(self, name: str | None = None) -> Capsule:
         """Freeze the present state. Raises PoolFull, changing nothing, when there is no room."""
         self._settle()
@@ -223,6 +256,7 @@ class Session:
         )
         return self._parent
 
+    @exclusive
     def restore(self, capsule: Capsule, bands: tuple[str, ...] = ("fixed", "rows")) -> None:
         """Continue from a capsule.
 
@@ -231,7 +265,7 @@ class Session:
         values alone would do. Raises CapsuleError for a foreign or dropped capsule or one beyond
         max_positions; the session is unchanged then.
         """
-        self._check_open()
+        self._check_not_closed()  # in doubt or not: what was there before is not needed
         _check_type(capsule)
         if bands not in RESTORE_BANDS:
             raise CapsuleError(f"restore: bands={bands}; choose one of {RESTORE_BANDS}")
@@ -240,9 +274,11 @@ class Session:
             cursor = self._engine.arena.lane(0).fixed.slot("cursor")
             moves = self._table.moves_to_restore_rows(self._lane, capsule, cursor)
         self._table.restore(self._lane, capsule, moves)
+        self._lane.owed = None
         self._parent = capsule
-        self._moved()
+        self._epoch += 1
 
+    @exclusive
     def fork(self, capsule: Capsule | None = None) -> Session:
         """Another session, on a free lane, in this one's present state or in a capsule's.
 
@@ -254,17 +290,12 @@ class Session:
             self._table.check(capsule)
         else:
             self._settle()
-        lane = self._engine.take_lane()
-        try:
-            if capsule is not None:
-                self._table.restore(lane, capsule)
-            else:
-                self._table.fork(self._lane, lane)
-            return Session(self._engine, lane, capsule or self._parent)
-        except BaseException:
-            self._engine.release(lane)
-            raise
+        if capsule is not None:
+            source = capsule
+            return Session(self._engine, lambda lane: self._table.restore(lane, source), capsule)
+        return Session(self._engine, lambda lane: self._table.fork(self._lane, lane), self._parent)
 
+    @exclusive
     def rollback(self, position: int) -> None:
         """Back to any earlier position: the nearest boundary below it, then the journal.
 
@@ -286,23 +317,15 @@ class Session:
         journal = self._lane.journal[:target].copy()
         self._return_to_boundary(target)
         self._parent = _at_or_below(self._parent, self._lane.position)
-        self._moved()
+        self._epoch += 1
         self._feed(journal[self._lane.position :])
 
+    @exclusive
     def close(self) -> None:
         """Give the lane back. Capsules stay. A second close does nothing."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._engine.release(self._lane)
-
-    def __del__(self) -> None:
-        """A forgotten session's lane goes to the next one that asks; better say when: `close`.
-
-        Only noted here: a collection may strike in the middle of a change to the pool.
-        """
-        with contextlib.suppress(AttributeError):  # of an instance whose __init__ did not finish
-            if not self._is_closed:
-                self._engine.forget(self._lane)
+        if self._closed_with is None:
+            self._closed_with = self.tokens
+        self._engine.release_from(self._lane, self)
 
     def __enter__(self) -> Session:
         return self
@@ -345,12 +368,6 @@ class Session:
         self._check_open()
         self._tail.settle()
 
-    def _moved(self) -> None:
-        """The lane is somewhere else: nothing that the host remembers of the device holds."""
-        self._engine.forget_host_view(self._lane)
-        self._tail.clear()
-        self._epoch += 1
-
     def _place_waypoint(self) -> None:
         kept, position = self._lane.waypoints, self._lane.position
         last = kept[-1].position if kept else 0
@@ -365,9 +382,47 @@ class Session:
             self._table.drop_waypoint(self._lane, waypoint)
 
     def _check_open(self) -> None:
-        if self._is_closed:
+        self._check_not_closed()
+        if self._lane.is_trusted:
+            self._engine.recover(self._lane)
+        else:
+            self._make_again()
+
+    def _catch_up(self) -> None:
+        """What the device did and the host did not note, as an exception fell in between."""
+        if self._engine.is_in_flight(self._lane):
+            self._recover()
+
+    @exclusive
+    def _recover(self) -> None:
+        if self._lane.is_trusted:
+            self._engine.recover(self._lane)
+
+    def _check_not_closed(self) -> None:
+        if self._closed_with is not None:
             raise SessionError("the session is closed; open another with engine.session()")
-        self._engine.recover(self._lane)
+        self._engine.check_open()
+
+    def _make_again(self) -> None:
+        """An exception fell into a move: nobody knows what the lane holds. The state is made again
+        from the session's tokens, beginning with the deepest capsule of them.
+        """
+        lane = self._lane
+        if lane.owed is None:
+            lane.owed = self.tokens
+        self._epoch += 1
+        owed = lane.owed
+        known = [c for c in self._table.capsules if np.array_equal(c.tokens, owed[: c.position])]
+        for capsule in sorted(known, key=lambda c: -c.position):
+            try:
+                self._table.restore(lane, capsule)
+                break
+            except CapsuleError as error:  # found before anything moved
+                trace(PLAN, f"the state is not made again from {capsule}: {error}")
+        else:
+            self._table.reset(lane)
+        self._feed(owed[lane.position :])
+        lane.owed = None
 
     def _check_room(self, n_tokens: int, what: str) -> None:
         self._check_open()

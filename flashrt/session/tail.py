@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,18 @@ from flashrt.ops.sample import SamplerParams
 from flashrt.session.speculate import DraftLength
 
 _NONE = range(0)
+
+
+class _Known(NamedTuple):
+    """What the host knows beyond the boundary; swapped as a whole, void once the lane was moved."""
+
+    moves: int  # of the lane when this was known
+    base: int  # position of the first of `tokens`
+    end: int  # one past the last token that is history; the lane may be further
+    tokens: tuple[int, ...] = ()  # at positions base, base + 1, ...
+    params: SamplerParams | None = None  # that tokens ahead were sampled with
+    kept: range = _NONE  # positions whose rows the device can commit without another pass
+    logits_at: int = -1  # boundary whose logits are in the logits region
 
 
 class Tail:
@@ -39,40 +52,44 @@ class Tail:
 
     def clear(self) -> None:
         """The lane is at a boundary that nothing here knows."""
-        self._base = self._end = self._lane.position
-        self._known: list[int] = []  # tokens at positions base, base + 1, ...
-        self._params: SamplerParams | None = None  # of known tokens that are ahead
-        self._kept = _NONE  # positions whose rows the device can commit without another pass
-        self._logits_at = -1  # boundary whose logits are in the logits region
+        self._state = _Known(self._lane.moves, self._lane.position, self._lane.position)
+
+    @property
+    def _known(self) -> _Known:
+        if self._state.moves != self._lane.moves:
+            self.clear()
+        return self._state
 
     @property
     def end(self) -> int:
         """One past the last token that is history."""
-        return max(self._end, self._lane.position)
+        return max(self._known.end, self._lane.position)
 
     @property
     def pending(self) -> list[int]:
         """History that is not committed yet."""
-        return self._known[self._lane.position - self._base : self.end - self._base]
+        known = self._known
+        return list(known.tokens[self._lane.position - known.base : self.end - known.base])
 
     def cut(self, end: int) -> None:
         """Less history: `end` is in [lane.position, self.end]."""
-        self._end = end
+        self._state = self._known._replace(end=end)
 
     def take(self) -> None:
         """The token that `next` returned is history."""
-        self._end = self.end + 1
+        self._state = self._known._replace(end=self.end + 1)
 
     def next(self, params: SamplerParams, draft: DraftLength, wanted: int) -> int:
         """The token after `end`; -1 if the logits are NaN. `wanted`: how many will be, at most."""
-        if self._has_ahead and self._params != params:
+        if self._has_ahead and self._known.params != params:
             self.sample(params)
         elif not self._has_ahead:
             if self.end > self._lane.position:
                 self._step(params, draft, wanted)
             else:
                 self.sample(params)
-        return self._known[self.end - self._base]
+        known = self._known
+        return known.tokens[self.end - known.base]
 
     def take_pending(self) -> NDArray[np.int32]:
         """History that is to be fed: int32 [0] or [1]; whatever the device kept is committed.
@@ -96,51 +113,59 @@ class Tail:
         """All history becomes state; logits of its boundary, and a token ahead, sampled with
         `params`, or as the token before.
         """
-        params = params or self._params or SamplerParams()
+        params = params or self._known.params or SamplerParams()
         self._commit_kept()
         if self.pending:  # one token at most: the one that the device sampled last
             self._decode(params)
             return
         token = self._engine.sample(self._lane, params)
-        self._restart([token], params)
-        self._logits_at = self._lane.position
+        self._restart((token,), params, logits_at=self._lane.position)
 
     def logits(self, boundary: int) -> NDArray[np.float32] | None:
         """Logits that choose the token at `boundary`, float32 [vocab_size], where the device still
         has them.
         """
-        if boundary == self._logits_at:
+        known = self._known
+        if boundary == known.logits_at:
             return self._engine.logits(self._lane)
-        if boundary - 1 in self._kept:
-            return self._engine.verify_logits(self._lane, boundary - 1 - self._kept.start)
+        if boundary - 1 in known.kept:
+            return self._engine.verify_logits(self._lane, boundary - 1 - known.kept.start)
         return None
 
     # -- inside ---------------------------------------------------------------------------------
 
     @property
     def _has_ahead(self) -> bool:
-        return self._base <= self.end < self._base + len(self._known)
+        known = self._known
+        return known.base <= self.end < known.base + len(known.tokens)
 
-    def _restart(self, known: list[int], params: SamplerParams) -> None:
+    def _restart(
+        self,
+        tokens: tuple[int, ...],
+        params: SamplerParams,
+        kept: range = _NONE,
+        logits_at: int = -1,
+    ) -> None:
         """Known tokens begin at the lane's boundary."""
-        self._base, self._end = self._lane.position, self.end
-        self._known, self._params, self._kept = known, params, _NONE
+        lane = self._lane
+        self._state = _Known(lane.moves, lane.position, self.end, tokens, params, kept, logits_at)
 
     def _commit_kept(self) -> None:
         """As many pending tokens as the device has kept rows of."""
-        n = min(len(self.pending), len(self._kept))
-        if not n or self._lane.position != self._kept.start:
+        known, pending = self._known, self.pending
+        n = min(len(pending), len(known.kept))
+        if not n or self._lane.position != known.kept.start:
             return
-        if n < len(self._kept):  # the device's token is the one after; more is not known to it
-            del self._known[self._kept.start + n + 1 - self._base :]
-        self._engine.commit(self._lane, np.array(self.pending[:n], np.int32))
+        if n < len(known.kept):  # the device's token is the one after; more is not known to it
+            tokens = known.tokens[: known.kept.start + n + 1 - known.base]
+            self._state = known._replace(tokens=tokens)
+        self._engine.commit(self._lane, np.array(pending[:n], np.int32))
         self._committed()
 
     def _decode(self, params: SamplerParams) -> None:
         self._engine.set_sampler(self._lane, params)
         following = self._engine.decode(self._lane, self.pending[0])
-        self._restart([following], params)
-        self._logits_at = self._lane.position
+        self._restart((following,), params, logits_at=self._lane.position)
         self._committed()
 
     def _step(self, params: SamplerParams, draft: DraftLength, wanted: int) -> None:
@@ -156,10 +181,11 @@ class Tail:
         if length:
             first = self.pending[0]
             self._engine.set_sampler(lane, params)
+            self._engine.need_token(lane, first)
             self._engine.draft(lane, length)
             sampled = self._engine.verify(lane, length + 1)
-            self._restart([first, *sampled], params)
-            self._kept = range(lane.position, lane.position + len(sampled))
+            kept = range(lane.position, lane.position + len(sampled))
+            self._restart((first, *sampled), params, kept)
             n_accepted = len(sampled) - 1
         else:
             self._decode(params)

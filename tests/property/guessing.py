@@ -47,7 +47,7 @@ def check_drafted_run(
     following = truth(engine, prompt, n_tokens + 8, **params)
     with pytest.MonkeyPatch.context() as patch, engine.session() as session:
         if is_poisoned:  # what a step leaves in scratch is not used by the next
-            patch.setattr(engine, "_boundary", engine.arena.poison_scratch)
+            patch.setattr(engine, "boundary", engine.arena.poison_scratch)
         session.prefill(prompt)
         with guessing(engine, prompt, following, agree):
             assert list(session.generate(n_tokens, draft=draft, **params)) == following[:n_tokens]

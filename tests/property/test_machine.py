@@ -144,7 +144,8 @@ class Histories(RuleBasedStateMachine):
         if self.live(session) and capsule in self.frozen:
             if is_poisoned:
                 self.engine.arena.poison_scratch()
-                self.engine.capsules._forget_waypoints(session.lane, -1)
+                for waypoint in session.lane.waypoints:
+                    self.engine.capsules.drop_waypoint(session.lane, waypoint)
                 self.engine.poison_lane(session.lane)
             session.restore(capsule)
             self.history[session] = list(self.frozen[capsule])

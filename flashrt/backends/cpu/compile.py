@@ -1,7 +1,8 @@
 """The CPU kernel library: C sources compiled for this machine on first use, cached by content.
 
-IS: finding a compiler, building one shared object, publishing it atomically (two processes may
-build at once). IS NOT: loading or calling it; see `device`.
+IS: finding a compiler, and building one shared object (two processes may build at once); a machine
+without a compiler runs kernels that were built elsewhere for the same sources and processor.
+IS NOT: the cache's files (cache), nor loading or calling the kernels (device).
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from flashrt.backends.cache import Binary, KernelCache
 from flashrt.backends.code import digest_of
 from flashrt.base.errors import CompileError
-from flashrt.base.files import replacing
 from flashrt.base.flags import flags, thread_count
 from flashrt.base.tracing import announce
 from flashrt.core.backend import Progress
@@ -72,41 +72,51 @@ def library(
     folder: Path | None = None,
     extra: Sequence[Path] = (),
     progress: Progress | None = None,
-) -> tuple[Path, bool]:
-    """Path of the shared object, built if it is not in the cache; and whether it was built now.
+) -> Binary:
+    """The shared object: from the cache, else built now.
 
-    A build takes some seconds: `progress` is told "kernels", or a line on stderr says so.
+    A build takes some seconds: `progress` is told "kernels", or a line on stderr says so. Raises
+    CompileError; without a compiler, only where the cache holds no library for this processor.
     """
-    key = hashlib.sha256(
-        "\0".join(
-            (source_digest(ops, extra), *CFLAGS, *compiler(), _compiler_version(), _machine())
-        ).encode()
-    ).hexdigest()[:24]
-    folder = folder or flags().cache_dir / "cpu"
-    target = folder / f"flashrt-{key}.so"
-    if target.exists():
-        return target, False
+    cache = KernelCache(folder or flags().cache_dir / "cpu")
+    stem = f"flashrt-{_key(source_digest(ops, extra), *CFLAGS, _machine())}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if progress is None:
-            announce(f"compiling the CPU kernels into {folder}, once; this takes some seconds")
-        _build(ops, target, extra, progress or _tell_nobody)
-    except OSError as error:
+        names = [f"{stem}-{_key(*compiler(), _compiler_version())}.so"]
+        why_no_compiler = None
+    except CompileError as error:  # bits do not depend on the compiler: any one's will do
+        names = cache.names(f"{stem}-*.so")
+        why_no_compiler = error
+    for name in names:
+        if (content := cache.read(name)) is not None:
+            return Binary(cache.path(name), content, "", was_cached=True)
+    if why_no_compiler is not None:
         raise CompileError(
-            f"cannot write the kernel cache {folder}: {error}; set FLASHRT_CACHE_DIR to a "
-            f"folder you can write"
-        ) from error
-    return target, True
+            f"{why_no_compiler}; or bring kernels that `python build.py cpu --out DIR` made for "
+            f"this processor: {cache.folder} holds none that can be used"
+        ) from why_no_compiler
+    if progress is None:
+        announce(f"compiling the CPU kernels into {cache.folder}, once; this takes some seconds")
+    content = _build(ops, cache, extra, progress or _tell_nobody)
+    cache.write(names[0], content)
+    return Binary(cache.path(names[0]), content, "", was_cached=False)
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def _tell_nobody(what: str, done: int, total: int) -> None:
     """The progress callback of who has none."""
 
 
-def _build(ops: Sequence[Op], target: Path, extra: Sequence[Path], progress: Progress) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as temporary:
-        work = Path(temporary)
-        (work / "ops.h").write_text(c_header(ops))
+def _build(
+    ops: Sequence[Op], cache: KernelCache, extra: Sequence[Path], progress: Progress
+) -> bytes:
+    with cache.building() as work:
+        try:
+            (work / "ops.h").write_text(c_header(ops))
+        except OSError as error:
+            raise CompileError(f"cannot write into {work}: {error}") from error
         include = (f"-I{work}", f"-I{KERNELS}")
         files = [p for p in (*sources(), *extra) if p.suffix == ".c"]
         objects = [str(work / f"{i}-{p.stem}.o") for i, p in enumerate(files)]
@@ -119,11 +129,10 @@ def _build(ops: Sequence[Op], target: Path, extra: Sequence[Path], progress: Pro
         with ThreadPoolExecutor(thread_count()) as pool:
             for done, _ in enumerate(pool.map(_run, commands), 1):
                 progress("kernels", done, total)
-        output = work / target.name
+        output = work / "kernels.so"
         _run((*compiler(), *CFLAGS, "-shared", *objects, "-o", str(output), "-lm"))
-        with replacing(target, is_durable=True, temporary_in=work) as built:
-            output.replace(built)  # whoever is second publishes the same bytes
         progress("kernels", total, total)
+        return output.read_bytes()
 
 
 def _run(command: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashrt.backends import shared_object
 from flashrt.backends.cpu import compile as toolchain
 from flashrt.backends.cpu import layouts
 from flashrt.backends.cpu.limits import CpuLimits
@@ -139,12 +140,12 @@ class CpuDevice:
     def build(self, ops: Sequence[Op], progress: Progress | None = None) -> None:
         """See Backend."""
         self._refuse_if_sealed("build kernels")
-        path, was_built = toolchain.library(ops, extra=self._own_sources, progress=progress)
-        self.counters.compilations += was_built
+        binary = toolchain.library(ops, extra=self._own_sources, progress=progress)
+        self.counters.compilations += not binary.was_cached
         try:
-            self._lib = ctypes.CDLL(str(path))
+            self._lib = shared_object.load(binary.path, binary.content)
         except OSError as error:
-            raise BackendError(f"cannot load {path}: {error}; delete the file") from error
+            raise BackendError(f"cannot load {binary.path}: {error}; delete the file") from error
         self._digest = toolchain.source_digest(ops, self._own_sources)
         _declare(self._lib)
         self.resize(self.threads)

@@ -1,18 +1,16 @@
 """Compilation units and what compiles them, as one protocol.
 
 IS: the seam between the CUDA backend and a compiler: `cuda.nvrtc` (cubins) or the SIMT shim (shared
-objects). IS NOT: the choice of kernels; that is `kernels`.
+objects). IS NOT: the choice of kernels (kernels) or where compiled ones are kept (backends.cache).
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-from flashrt.base.errors import CompileError
-from flashrt.base.files import replace_file
+from flashrt.backends.cache import Binary
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +28,8 @@ class Unit:
         return " ".join([self.name, *(f"-D{name}={value}" for name, value in self.defines)])
 
 
-@dataclass(frozen=True, slots=True)
-class Binary:
-    """A compiled unit: a file in the cache."""
-
-    path: Path
-    log: str
-    was_cached: bool
-
-
 class Compiler(Protocol):
-    """Turns units into files for a driver's `module_load`. Safe across threads and processes."""
+    """Turns units into binaries for a driver's `module_load`. Safe across threads and processes."""
 
     @property
     def identity(self) -> str:
@@ -70,15 +59,3 @@ def cache_key(unit: Unit, identity: str) -> str:
         data = part.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()[:32]
-
-
-def publish(path: Path, data: bytes) -> None:
-    """Write a cache file so that no other process ever sees a part of it. Raises CompileError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, data, is_durable=True)  # cut short, it would fail every later start
-    except OSError as error:
-        raise CompileError(
-            f"cannot write the kernel cache {path.parent}: {error}; set FLASHRT_CACHE_DIR to a "
-            "folder that can be written"
-        ) from error

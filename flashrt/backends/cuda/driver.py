@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from flashrt.backends.cache import Binary
 from flashrt.backends.cuda.advice import what_to_do
 from flashrt.backends.cuda.driver_api import ArgumentBlock, DeviceInfo, HostBuffer, LaunchConfig
 from flashrt.base.errors import BackendError
@@ -179,11 +180,10 @@ class CudaDriver:
 
     # ---- code
 
-    def module_load(self, binary: Path) -> int:
+    def module_load(self, binary: Binary) -> int:
         """Load a cubin."""
-        return int(
-            self._call(self._api.cuModuleLoadData, binary.read_bytes(), detail=lambda: str(binary))
-        )
+        load = self._api.cuModuleLoadData
+        return int(self._call(load, binary.content, detail=lambda: str(binary.path)))
 
     def module_function(self, module: int, name: str) -> int:
         """A kernel of a module."""

@@ -16,6 +16,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from flashrt.backends.cache import Binary
+
 DEFAULT_SHARED_BYTES = 48 << 10  # dynamic shared memory that a kernel gets without asking
 
 
@@ -114,7 +116,7 @@ class Driver(Protocol):
     def elapsed_us(self, start: int, end: int) -> float: ...
 
     # code
-    def module_load(self, binary: Path) -> int: ...
+    def module_load(self, binary: Binary) -> int: ...
     def module_function(self, module: int, name: str) -> int: ...
     def allow_shared(self, function: int, nbytes: int) -> None:
         """Let a function use more than DEFAULT_SHARED_BYTES of dynamic shared memory."""

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from flashrt.backends.cuda.compiler_api import Binary, Compiler, Unit
+from flashrt.backends.cache import Binary
+from flashrt.backends.cuda.compiler_api import Compiler, Unit
 from flashrt.backends.cuda.driver_api import DEFAULT_SHARED_BYTES, Driver
 from flashrt.backends.cuda.kernels import KernelLaunch
 from flashrt.backends.cuda.sources import Sources
@@ -83,7 +84,7 @@ class KernelLibrary:
             trace(PLAN, f"compiled {unit.title} -> {binary.path}")
             if self.progress is not None:
                 self.progress("kernels", self.n_compiled, max(total, self.n_compiled))
-        self._loaded[unit] = _Loaded(self._driver.module_load(binary.path))
+        self._loaded[unit] = _Loaded(self._driver.module_load(binary))
 
     def _unit(self, launch: KernelLaunch) -> Unit:
         key = (launch.source, launch.defines)

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flashrt.backends.cuda.compiler_api import Binary, Unit, cache_key, publish
+from flashrt.backends.cache import Binary, KernelCache
+from flashrt.backends.cuda.compiler_api import Unit, cache_key
 from flashrt.base.errors import BackendError, CompileError
 from flashrt.base.flags import flags
 
@@ -39,7 +40,8 @@ class Nvrtc:
         self._api = _import_api()
         self.version = self._read_version()
         self.arch = self._choose_arch(arch)
-        self._cache = cache if cache is not None else flags().cache_dir / "cuda"
+        folder = cache if cache is not None else flags().cache_dir / "cuda"
+        self._cache = KernelCache(folder / self.arch)
         self.identity = f"nvrtc {self.version} {self.arch} {' '.join(OPTIONS)}"
 
     @property
@@ -49,24 +51,32 @@ class Nvrtc:
 
     def is_cached(self, unit: Unit) -> bool:
         """See Compiler."""
-        path = self.path(unit)
-        return path.exists() and path.with_suffix(".log").exists()
+        return self._cached(unit) is not None
 
     def compile(self, unit: Unit) -> Binary:
         """Compile, or take from the cache. Raises CompileError with NVRTC's log."""
-        path = self.path(unit)
-        log_path = path.with_suffix(".log")
-        if self.is_cached(unit):
-            return Binary(path, log_path.read_text(), was_cached=True)
+        if (cached := self._cached(unit)) is not None:
+            return cached
         cubin, log = self._compile(unit)
-        publish(log_path, log.encode())
-        publish(path, cubin)
-        return Binary(path, log, was_cached=False)
+        name = self._name(unit)
+        self._cache.write(f"{name}.log", log.encode())
+        self._cache.write(f"{name}.cubin", cubin)
+        return Binary(self.path(unit), cubin, log, was_cached=False)
 
     def path(self, unit: Unit) -> Path:
         """Where the cache keeps, or would keep, the cubin of a unit."""
+        return self._cache.path(f"{self._name(unit)}.cubin")
+
+    def _name(self, unit: Unit) -> str:
         stem = unit.name.removesuffix(".cu").replace("/", "-")
-        return self._cache / self.arch / f"{stem}-{cache_key(unit, self.identity)}.cubin"
+        return f"{stem}-{cache_key(unit, self.identity)}"
+
+    def _cached(self, unit: Unit) -> Binary | None:
+        name = self._name(unit)
+        cubin, log = self._cache.read(f"{name}.cubin"), self._cache.read(f"{name}.log")
+        if cubin is None or log is None:
+            return None
+        return Binary(self.path(unit), cubin, log.decode(errors="replace"), was_cached=True)
 
     def _compile(self, unit: Unit) -> tuple[bytes, str]:
         api = self._api

@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 import re
 import subprocess
-import tempfile
 from pathlib import Path
 
+from flashrt.backends.cache import Binary, KernelCache
 from flashrt.backends.code import digest_of
-from flashrt.backends.cuda.compiler_api import Binary, Unit, cache_key, publish
+from flashrt.backends.cuda.compiler_api import Unit, cache_key
 from flashrt.base.errors import CompileError
 from flashrt.base.flags import flags
 
@@ -36,7 +36,7 @@ class ShimCompiler:
     """`compiler_api.Compiler` for the CPU. Raises CompileError where g++ is missing."""
 
     def __init__(self, cache: Path | None = None, *, is_watched: bool = False) -> None:
-        self._cache = cache if cache is not None else flags().cache_dir / "simt"
+        self._cache = KernelCache(cache if cache is not None else flags().cache_dir / "simt")
         self._options = OPTIONS + (WATCHED_OPTIONS if is_watched else ())
         self._is_watched = is_watched
         self.identity = f"simt {_compiler_version()} {shim_digest()} {' '.join(self._options)}"
@@ -48,22 +48,22 @@ class ShimCompiler:
 
     def is_cached(self, unit: Unit) -> bool:
         """See Compiler."""
-        return self._path(unit).exists()
+        return self._cache.read(self._name(unit)) is not None
 
     def compile(self, unit: Unit) -> Binary:
         """Compile, or take from the cache. Raises CompileError with g++'s messages."""
-        path = self._path(unit)
-        if path.exists():
-            return Binary(path, "", was_cached=True)
-        self._cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._cache) as folder:
-            log = self._compile(unit, Path(folder))
-            publish(path, (Path(folder) / "kernel.so").read_bytes())
-        return Binary(path, log, was_cached=False)
+        name = self._name(unit)
+        if (cached := self._cache.read(name)) is not None:
+            return Binary(self._cache.path(name), cached, "", was_cached=True)
+        with self._cache.building() as folder:
+            log = self._compile(unit, folder)
+            content = (folder / "kernel.so").read_bytes()
+        self._cache.write(name, content)
+        return Binary(self._cache.path(name), content, log, was_cached=False)
 
-    def _path(self, unit: Unit) -> Path:
+    def _name(self, unit: Unit) -> str:
         stem = unit.name.removesuffix(".cu").replace("/", "-")
-        return self._cache / f"{stem}-{cache_key(unit, self.identity)}.so"
+        return f"{stem}-{cache_key(unit, self.identity)}.so"
 
     def _compile(self, unit: Unit, folder: Path) -> str:
         for name, text in (*unit.headers, (unit.name, unit.text)):

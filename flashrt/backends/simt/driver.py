@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
+from flashrt.backends import shared_object
+from flashrt.backends.cache import Binary
 from flashrt.backends.cuda.driver_api import (
     ArgumentBlock,
     DeviceInfo,
@@ -201,14 +203,15 @@ class SimtDriver:
 
     # ---- code
 
-    def module_load(self, binary: Path) -> int:
+    def module_load(self, binary: Binary) -> int:
         """Load a shared object built by the shim."""
         self._count("cuModuleLoadData", may_capture=False)
         handle = self._handle()
         try:
-            self._modules[handle] = (binary, ctypes.CDLL(str(binary)))
+            library = shared_object.load(binary.path, binary.content)
         except OSError as error:
-            raise BackendError(f"cuModuleLoadData ({binary}): {error}") from error
+            raise BackendError(f"cuModuleLoadData ({binary.path}): {error}") from error
+        self._modules[handle] = (binary.path, library)
         return handle
 
     def module_function(self, module: int, name: str) -> int:

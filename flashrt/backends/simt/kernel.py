@@ -7,8 +7,10 @@ seed, params, error, error_chars)`. IS NOT: the shim, nor the queue before it.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import subprocess
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,12 @@ MAX_BLOCK_THREADS = 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
 _ERROR_CHARS = 1024
 _MASK = (1 << 64) - 1
+# A library keeps its threads, fibers and shared memory in static variables, and all devices of the
+# process share it: one launch at a time. A fork waits for it too.
+_RUNNING = threading.Lock()
+os.register_at_fork(
+    before=_RUNNING.acquire, after_in_parent=_RUNNING.release, after_in_child=_RUNNING.release
+)
 
 
 @dataclass(slots=True)
@@ -49,9 +57,12 @@ class Kernel:
         """Run all blocks; seed 0 in order. Raises BackendError with what the shim found wrong."""
         geometry = (ctypes.c_uint * 6)(*config.grid, *config.block)
         error = ctypes.create_string_buffer(_ERROR_CHARS)
-        if self.entry(
-            ctypes.addressof(geometry), config.shared_bytes, seed, block.params, error, _ERROR_CHARS
-        ):
+        with _RUNNING:
+            status = self.entry(
+                ctypes.addressof(geometry), config.shared_bytes, seed, block.params, error,
+                _ERROR_CHARS,
+            )  # fmt: skip
+        if status:
             text = _with_source_line(self.library, error.value.decode(errors="replace"))
             raise BackendError(f"kernel {self.name}: {text} (schedule seed {seed})")
 

@@ -2,8 +2,8 @@
  * scratch that kernels share. IS NOT: work.
  *
  * A region is: the caller bumps `generation`, everyone runs the body, everyone meets at the
- * barrier. After fork() the child has one thread, as POSIX leaves it; it keeps working, alone,
- * until it calls flashrt_pool_start.
+ * barrier. fork() waits until no region runs. The child has one thread, as POSIX leaves it; it
+ * starts the others anew when it first needs them.
  */
 #define _GNU_SOURCE
 #include <limits.h>
@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "common.h"
+#include "float_mode.h"
 #include "pool.h"
 
 #ifdef __linux__
@@ -32,6 +33,7 @@ typedef struct {
 
 static struct {
   int n_threads;
+  int n_wanted; /* 0, or after a fork as many as the parent had */
   int n_spins;
   pthread_t threads[MAX_THREADS];
   pool_body body; /* NULL: leave */
@@ -66,19 +68,25 @@ static void sleep_while(wait_word *word, unsigned seen) {
 static void wake_all(wait_word *word) {
   syscall(SYS_futex, &word->value, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 }
+static void forget_sleepers(void) {}
 #else
-static pthread_mutex_t bed = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t alarm_bell = PTHREAD_COND_INITIALIZER;
+static pthread_mutex_t sleep_mutex = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t woken = PTHREAD_COND_INITIALIZER;
 static void sleep_while(wait_word *word, unsigned seen) {
-  pthread_mutex_lock(&bed);
-  while (atomic_load(&word->value) == seen) pthread_cond_wait(&alarm_bell, &bed);
-  pthread_mutex_unlock(&bed);
+  pthread_mutex_lock(&sleep_mutex);
+  while (atomic_load(&word->value) == seen) pthread_cond_wait(&woken, &sleep_mutex);
+  pthread_mutex_unlock(&sleep_mutex);
 }
 static void wake_all(wait_word *word) {
   (void)word;
-  pthread_mutex_lock(&bed);
-  pthread_cond_broadcast(&alarm_bell);
-  pthread_mutex_unlock(&bed);
+  pthread_mutex_lock(&sleep_mutex);
+  pthread_cond_broadcast(&woken);
+  pthread_mutex_unlock(&sleep_mutex);
+}
+/* In a forked child: a thread that is no more may have held the mutex. */
+static void forget_sleepers(void) {
+  pthread_mutex_init(&sleep_mutex, NULL);
+  pthread_cond_init(&woken, NULL);
 }
 #endif
 
@@ -129,38 +137,21 @@ int flashrt_claim(claim *c) {
 
 /* ---- threads ---- */
 
+/* Every body runs in the default mode: threads are born with their creator's. */
+static void run_body(pool_body body, void *argument, int tid, int nt) {
+  float_mode callers = enter_default_mode();
+  body(argument, tid, nt);
+  leave_default_mode(callers);
+}
+
 static void *work(void *tid_as_pointer) {
   int tid = (int)(intptr_t)tid_as_pointer;
   for (unsigned seen = 0;; seen++) {
     wait_while(&pool.generation, seen);
     if (!pool.body) return NULL;
-    pool.body(pool.argument, tid, pool.n_threads);
+    run_body(pool.body, pool.argument, tid, pool.n_threads);
     flashrt_barrier(pool.n_threads);
   }
-}
-
-void pool_run(pool_body body, void *argument) {
-  pthread_mutex_lock(&turn);
-  int nt = pool.n_threads;
-  if (nt > 1) {
-    pool.body = body;
-    pool.argument = argument;
-    advance(&pool.generation);
-  }
-  body(argument, 0, nt);
-  flashrt_barrier(nt);
-  pthread_mutex_unlock(&turn);
-}
-
-void pool_run_alone(pool_body body, void *argument) {
-  pthread_mutex_lock(&turn);
-  body(argument, 0, 1);
-  pthread_mutex_unlock(&turn);
-}
-
-void pool_run_if(int is_worth_sharing, pool_body body, void *argument) {
-  if (is_worth_sharing) pool_run(body, argument);
-  else body(argument, 0, 1);
 }
 
 static void forget_threads(void) {
@@ -170,16 +161,6 @@ static void forget_threads(void) {
   atomic_store(&pool.phase.sleepers, 0);
   atomic_store(&pool.n_arrived, 0);
   atomic_store(&pool.n_claimed, 0);
-}
-
-static void before_fork(void) { pthread_mutex_lock(&turn); }
-static void after_fork_in_parent(void) { pthread_mutex_unlock(&turn); }
-static void after_fork_in_child(void) {
-  forget_threads();
-  pthread_mutex_unlock(&turn);
-}
-static void watch_forks(void) {
-  pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
 }
 
 static int spins_of(int n_threads) {
@@ -202,6 +183,59 @@ static void stop_threads(void) {
   forget_threads();
 }
 
+/* With the turn held. 0, or -1 when the system refuses; then the pool has one thread. */
+static int start_threads(int n_threads) {
+  pool.n_wanted = 0;
+  pool.n_spins = spins_of(n_threads);
+  int n = 1;
+  while (n < n_threads && !pthread_create(&pool.threads[n], NULL, work, (void *)(intptr_t)n)) n++;
+  pool.n_threads = n;
+  if (n == n_threads) return 0;
+  stop_threads();
+  return -1;
+}
+
+/* ---- regions ---- */
+
+void pool_run(pool_body body, void *argument) {
+  pthread_mutex_lock(&turn);
+  if (pool.n_wanted) start_threads(pool.n_wanted); /* where that fails, one thread goes on */
+  int nt = pool.n_threads;
+  if (nt > 1) {
+    pool.body = body;
+    pool.argument = argument;
+    advance(&pool.generation);
+  }
+  run_body(body, argument, 0, nt);
+  flashrt_barrier(nt);
+  pthread_mutex_unlock(&turn);
+}
+
+void pool_run_alone(pool_body body, void *argument) {
+  pthread_mutex_lock(&turn);
+  run_body(body, argument, 0, 1);
+  pthread_mutex_unlock(&turn);
+}
+
+void pool_run_if(int is_worth_sharing, pool_body body, void *argument) {
+  if (is_worth_sharing) pool_run(body, argument);
+  else run_body(body, argument, 0, 1);
+}
+
+/* ---- start and fork ---- */
+
+static void before_fork(void) { pthread_mutex_lock(&turn); }
+static void after_fork_in_parent(void) { pthread_mutex_unlock(&turn); }
+static void after_fork_in_child(void) {
+  if (pool.n_threads > 1) pool.n_wanted = pool.n_threads; /* else as many as were wanted before */
+  forget_threads();
+  pthread_mutex_init(&turn, NULL);
+  forget_sleepers();
+}
+static void watch_forks(void) {
+  pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+}
+
 /* Threads [1, n_threads) are started, those of an earlier start are stopped. 0, or -1 when the
  * system refuses; then the pool has one thread. */
 int flashrt_pool_start(int n_threads) {
@@ -212,15 +246,9 @@ int flashrt_pool_start(int n_threads) {
   int status = 0;
   if (n_threads != pool.n_threads) {
     stop_threads();
-    pool.n_spins = spins_of(n_threads);
-    int n = 1;
-    while (n < n_threads && !pthread_create(&pool.threads[n], NULL, work, (void *)(intptr_t)n)) n++;
-    pool.n_threads = n;
-    if (n < n_threads) {
-      stop_threads();
-      status = -1;
-    }
+    status = start_threads(n_threads);
   }
+  pool.n_wanted = 0;
   pthread_mutex_unlock(&turn);
   return status;
 }

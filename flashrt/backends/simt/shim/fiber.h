@@ -290,11 +290,23 @@ inline void start_block(unsigned dynamic_nbytes) {
   }
 }
 
+// Kernels run in the default floating-point mode: to nearest, subnormals kept, no traps. The caller
+// of a launch may be in another, by fesetround or by a library linked with -ffast-math.
+class DefaultFloatMode {
+ public:
+  DefaultFloatMode() : callers_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(0x1f80); }
+  ~DefaultFloatMode() { __builtin_ia32_ldmxcsr(callers_); }
+
+ private:
+  unsigned callers_;
+};
+
 inline unsigned common_divisor(unsigned a, unsigned b) { return b ? common_divisor(b, a % b) : a; }
 
 // Run all blocks. `geometry`: grid xyz, block xyz. Returns 0, or -1 with a message.
 inline int launch(void (*run)(void**), const unsigned* geometry, unsigned dynamic_nbytes,
                   uint64_t seed, void** params, char* error, int size) {
+  DefaultFloatMode mode;
   gridDim = {geometry[0], geometry[1], geometry[2]};
   blockDim = {geometry[3], geometry[4], geometry[5]};
   n_threads = blockDim.x * blockDim.y * blockDim.z;

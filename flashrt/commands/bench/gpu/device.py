@@ -22,11 +22,11 @@ from flashrt.commands.bench.measure import TURN
 from flashrt.commands.timing import Tokens, synthetic_tokens
 from flashrt.core.graph import GraphKey
 from flashrt.models.model import DECODE, PREFILL
+from flashrt.ops.cursor import CursorWord
 from flashrt.session.session import Session
 
 DECODE_REPLAYS = 8  # back to back, between two events
 AHEAD = 96  # a rollback to a boundary comes back from so many tokens later
-_POSITION, _ROWS, _TOKEN = 0, 1, 2  # words of the cursor
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,8 @@ class DeviceBench:
         )  # fmt: skip
 
     def _place(self, position: int, rows: int) -> None:
-        for word, value in ((_POSITION, position), (_ROWS, rows), (_TOKEN, 1)):
+        words = {CursorWord.POSITION: position, CursorWord.ROWS: rows, CursorWord.TOKEN: 1}
+        for word, value in words.items():
             self.engine.write_cursor(self.lane, word, value)
 
     # -- tools ----------------------------------------------------------------------------------
