@@ -13,6 +13,7 @@ from typing import Literal
 
 from flashrt.backends.choose import DEVICES, PRECISIONS, Precision, open_backend
 from flashrt.base.errors import CheckpointWarning, PlanError
+from flashrt.base.float_mode import default_float_mode
 from flashrt.core.backend import Backend, Progress
 from flashrt.core.region import DType
 from flashrt.engine.actions import CPU_ALONE_NBYTES, ActionEngine
@@ -96,27 +97,28 @@ def load_on(
     if kv_dtype not in KV_DTYPES:
         raise PlanError(f"kv_dtype={kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
     source = open_checkpoint(checkpoint)
-    model = model_for(
-        source.config,
-        max_positions=max_positions,
-        kv_dtype=DType(kv_dtype),
-        has_draft_head=DRAFT_HEAD_TENSOR in source.tensors if draft is None else draft,
-        is_tied=HEAD_TENSOR not in source.tensors,
-    )
-    tokenizer = tokenizer_of(source.path)
-    if tokenizer is not None:
-        ends = (*source.stop_tokens, *end_of_turn(source.path, tokenizer, model.vocab_size))
-        source.stop_tokens = tuple(dict.fromkeys(ends))
-    engine = SessionEngine(
-        adapt(model) if adapt is not None else model,
-        source,
-        backend(),
-        lanes=lanes,
-        pool_bytes=pool_bytes,
-        progress=progress,
-        tokenizer=tokenizer,
-        shelf=Spill(),
-    )
+    with default_float_mode():
+        model = model_for(
+            source.config,
+            max_positions=max_positions,
+            kv_dtype=DType(kv_dtype),
+            has_draft_head=DRAFT_HEAD_TENSOR in source.tensors if draft is None else draft,
+            is_tied=HEAD_TENSOR not in source.tensors,
+        )
+        tokenizer = tokenizer_of(source.path)
+        if tokenizer is not None:
+            ends = (*source.stop_tokens, *end_of_turn(source.path, tokenizer, model.vocab_size))
+            source.stop_tokens = tuple(dict.fromkeys(ends))
+        engine = SessionEngine(
+            adapt(model) if adapt is not None else model,
+            source,
+            backend(),
+            lanes=lanes,
+            pool_bytes=pool_bytes,
+            progress=progress,
+            tokenizer=tokenizer,
+            shelf=Spill(),
+        )
     for note in (*notes_on(source.config, max_positions), *engine.load_report.notes):
         warnings.warn(note, CheckpointWarning, stacklevel=3)
     return engine
@@ -139,6 +141,7 @@ def load_policy(
     source = open_checkpoint(policy_path(checkpoint))
     config_of(source)
     backend = open_backend(device, cpu_alone_nbytes=CPU_ALONE_NBYTES)
-    return ActionEngine(
-        source, backend, lanes=lanes, pool_bytes=pool_bytes, shelf=Spill(), progress=progress
-    )
+    with default_float_mode():
+        return ActionEngine(
+            source, backend, lanes=lanes, pool_bytes=pool_bytes, shelf=Spill(), progress=progress
+        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import gc
 import hashlib
+import weakref
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from flashrt.base.errors import CapsuleError, LaneBusy, PoolFull, SessionError
+from flashrt.capsule.turn import Turn
 
 
 @dataclass
@@ -47,6 +49,10 @@ class NumpyCapsule:
     name: str | None = None
 
     @property
+    def is_dropped(self) -> bool:
+        return self.state is None
+
+    @property
     def digest(self) -> str:
         assert self.state is not None
         return self.state.digest()
@@ -60,6 +66,9 @@ class NumpyCapsule:
 class NumpyLane:
     index: int
     state: State = field(default=None)  # type: ignore[assignment]
+    owner: weakref.ref[object] | None = None
+    kept: list[NumpyCapsule] = field(default_factory=list)
+    is_trusted: bool = True
 
 
 class NumpyPolicy:
@@ -79,20 +88,36 @@ class NumpyPolicy:
         self.room = room
         self.log: list[tuple[Any, ...]] = []
         self.lanes = [NumpyLane(i) for i in range(lanes)]
-        self.free = list(self.lanes)
-        self.forgotten: list[Any] = []
+        self.turn = Turn(lambda created: None)
+        self.is_closed = False
 
-    def take_lane(self) -> NumpyLane:
+    @property
+    def free(self) -> list[NumpyLane]:
+        return [lane for lane in self.lanes if lane.owner is None or lane.owner() is None]
+
+    def check_open(self) -> None:
+        if self.is_closed:
+            raise SessionError("the engine is closed; load another one")
+
+    def take_lane(self, owner: object) -> NumpyLane:
         if not self.free:
             gc.collect()
-        while self.forgotten:
-            self.forgotten.pop()()
         if not self.free:
             raise LaneBusy("all lanes are in use")
-        return self.free.pop()
+        for forsaken in self.free:
+            self.release(forsaken)
+        lane = self.free[-1]
+        lane.owner = weakref.ref(owner)
+        return lane
 
     def release(self, lane: NumpyLane) -> None:
-        self.free.append(lane)
+        lane.owner = None
+        for capsule in self.kept_boundaries(lane):
+            capsule.drop()
+
+    def release_from(self, lane: NumpyLane, owner: object) -> None:
+        if lane.owner is not None and lane.owner() is owner:
+            self.release(lane)
 
     def reset(self, lane: NumpyLane, seed: int) -> None:
         c = self.config
@@ -189,9 +214,21 @@ class NumpyPolicy:
         self.capsules.add(capsule)
         return capsule
 
-    def restore(self, lane: NumpyLane, capsule: NumpyCapsule) -> None:
+    def keep_boundary(self, lane: NumpyLane) -> NumpyCapsule:
+        capsule = self.snapshot(lane)
+        lane.kept = [*self.kept_boundaries(lane), capsule]
+        return capsule
+
+    def kept_boundaries(self, lane: NumpyLane) -> tuple[NumpyCapsule, ...]:
+        return tuple(c for c in lane.kept if not c.is_dropped)
+
+    def check_capsule(self, capsule: NumpyCapsule) -> None:
         if capsule.engine is not self or capsule.state is None:
             raise CapsuleError("the capsule is foreign or dropped")
+
+    def restore(self, lane: NumpyLane, capsule: NumpyCapsule) -> None:
+        self.check_capsule(capsule)
+        assert capsule.state is not None
         lane.state = copy.deepcopy(capsule.state)
 
     def fork(self, source: NumpyLane, target: NumpyLane) -> None:

@@ -27,7 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashrt.base.errors import CacheWarning, CompileError
-from flashrt.base.files import replacing
+from flashrt.base.files import (
+    PRIVATE,
+    PRIVATE_FOLDER,
+    make_folders,
+    opened,
+    read_exactly,
+    replacing,
+)
 from flashrt.base.tracing import PLAN, trace
 
 _SEAL = b"\nflashrt-sha256 "  # before 64 hex digits and a newline: a log with one is still text
@@ -93,29 +100,22 @@ class KernelCache:
         """
         path = self.path(name)
         try:
-            # Not blocking, for it may be a pipe. What is asked is asked of the open file.
-            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
+            with opened(path) as (handle, nbytes):
+                why = _why_not_ours(os.fstat(handle))
+                is_read = not why and nbytes <= _MOST_BYTES
+                data = read_exactly(handle, nbytes).tobytes() if is_read else b""
+        except FileNotFoundError:
             return None
-        with os.fdopen(handle, "rb") as file:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
-                why = "is no file of kernels"
-            else:
-                why = _why_not_ours(status)
-            if why:
-                warnings.warn(
-                    f"{path} is not run: it {why}; make it your own (chown, chmod go-w) or "
-                    "delete it",
-                    CacheWarning,
-                    stacklevel=2,
-                )
-                return None
-            try:
-                data = file.read()
-            except OSError as error:  # a sector that cannot be read
-                trace(PLAN, f"{path}: {error}")
-                return None
+        except OSError as error:  # a pipe, or a sector that cannot be read
+            trace(PLAN, f"{path}: {error}; it is replaced")
+            return None
+        if why:
+            warnings.warn(
+                f"{path} is not run: it {why}; make it your own (chown, chmod go-w) or delete it",
+                CacheWarning,
+                stacklevel=2,
+            )
+            return None
         content = data[:-_SEAL_NBYTES]
         if data[-_SEAL_NBYTES:] == _seal(name, content):
             return content
@@ -127,9 +127,10 @@ class KernelCache:
 
         Raises CompileError where the folder cannot be written.
         """
-        with self.building() as work, _told_as_compile_error(self.folder):
-            target = self.folder / name
-            with replacing(target, is_durable=True, temporary_in=work, mode=0o600) as temporary:
+        folder = self.folder
+        with _told_as_compile_error(folder):
+            _make_private(folder)
+            with replacing(folder / name, is_durable=True, mode=PRIVATE) as temporary:
                 temporary.write_bytes(content + _seal(name, content))
 
     @contextlib.contextmanager
@@ -145,11 +146,12 @@ class KernelCache:
                 _sweep(folder)
                 self._is_swept = True
             fresh = Path(tempfile.mkdtemp(prefix="new-", dir=folder))
-            lock = os.open(fresh / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = os.open(fresh / _LOCK, os.O_RDWR | os.O_CREAT, PRIVATE)
         work = fresh
         try:
             with _told_as_compile_error(folder):
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                with contextlib.suppress(OSError):  # without locks nothing of this is ever swept
+                    fcntl.flock(lock, fcntl.LOCK_EX)
                 # Under this name others may sweep it, and find the lock held.
                 work = fresh.rename(folder / fresh.name.replace("new-", "build-", 1))
             yield work
@@ -201,12 +203,9 @@ def _told_as_compile_error(folder: Path) -> Iterator[None]:
 
 def _make_private(folder: Path) -> None:
     """The folder and those above it that are missing, for this user alone."""
+    make_folders(folder, Path(folder.anchor), is_durable=True, mode=PRIVATE_FOLDER)
     if not folder.is_dir():
-        _make_private(folder.parent)
-        with contextlib.suppress(FileExistsError):  # another process was faster
-            folder.mkdir(mode=0o700)
-        if not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is not a folder")
+        raise NotADirectoryError(f"{folder} is not a folder")
 
 
 def _sweep(folder: Path) -> None:
@@ -221,7 +220,7 @@ def _sweep(folder: Path) -> None:
 
 def _sweep_one(path: Path, age_s: float) -> None:
     if path.name.startswith("build-") and (path / _LOCK).exists():
-        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+        lock = os.open(path / _LOCK, os.O_RDWR)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)

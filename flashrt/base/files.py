@@ -1,52 +1,156 @@
-"""Replacing a file: whole or not at all. The only place where flashrt gives a finished file a name.
+"""Files: read whole, or replaced whole or not at all. The one place that opens them by name.
 
-IS: write beside it under a temporary name, fsync, rename, fsync the folder. IS NOT: formats,
-folders that are published whole (a rename of the folder), logs that grow line by line, or errors:
-OSError goes to the caller, who knows what the file was for.
+IS: reads of plain files into memory of our own; a replacement that is written beside the old file,
+synced, renamed. IS NOT: formats, folders published whole, logs, or errors: OSError goes to the
+caller, who knows what the file was for.
 
-The promise. Whoever opens the name sees the old content or the new, never a part, also when the
-writer is killed; with `is_durable`, also after a loss of power, and once `replacing` has returned,
-the new. When it raises, the temporary file is gone and the old content stands (or the new, where
-nothing but the last fsync of the folder failed).
+Reading. Nothing is mapped: a bad sector, or a file cut meanwhile, raises; a mapping would kill the
+process. A pipe, a device or a folder is refused before it is opened.
+Replacing. Whoever opens the name sees the old content or the new, also when the writer is killed;
+with `is_durable` also after a loss of power. A killed writer's temporary file goes with the next.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+PRIVATE = 0o600  # for what holds prompts and states: capsules, objects, recordings
+PRIVATE_FOLDER = 0o700
+_CHUNK_NBYTES = 1 << 20  # looked at while a processor's cache still has it
+_PAGE_NBYTES = 4096
 _LONGEST_SUFFIX = 16  # a longer one is no suffix that a writer goes by
+_TEMPORARY = re.compile(r"\.flashrt-\d+-[0-9a-f]{16}(\.[^.]{0,15})?")
+_swept: set[str] = set()  # folders that this process has looked through for what dead writers left
+
+
+class UnsyncedError(OSError):
+    """A file has its name and its new content, but the disk did not confirm the name."""
+
+
+def outcome(error: OSError) -> str:
+    """What there is after `replacing` raised; for the end of a message."""
+    if isinstance(error, UnsyncedError):
+        return "the new file is there, but a loss of power may take it back"
+    return "nothing half-written was left, and what was there before is untouched"
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str], *, follow_links: bool = True) -> Iterator[tuple[int, int]]:
+    """A descriptor to read a plain file by, and its size. Raises OSError for anything else."""
+    flags = 0 if follow_links else os.O_NOFOLLOW
+    info = Path(path).stat(follow_symlinks=follow_links)
+    _need_plain(info.st_mode, path)  # before it is opened: to open a device can make it act
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
+    try:
+        info = os.fstat(handle)
+        _need_plain(info.st_mode, path)
+        yield handle, info.st_size
+    finally:
+        os.close(handle)
+
+
+def read_file(
+    path: str | os.PathLike[str], most_nbytes: int, *, follow_links: bool = True
+) -> bytes:
+    """All bytes of a plain file. Raises OSError; for more than `most_nbytes` before it reads."""
+    with opened(path, follow_links=follow_links) as (handle, nbytes):
+        if nbytes > most_nbytes:
+            text = f"{nbytes:,} bytes where at most {most_nbytes:,} are expected"
+            raise OSError(errno.EFBIG, text, str(path))
+        return read_exactly(handle, nbytes).tobytes()
+
+
+def read_exactly(
+    handle: int, nbytes: int, offset: int = 0, seen: Callable[[memoryview], object] | None = None
+) -> NDArray[np.uint8]:
+    """Bytes [offset, offset + nbytes), in new memory; `seen` is given each part as it comes.
+
+    Raises OSError when the file ends before that.
+    """
+    room = np.empty(nbytes + _PAGE_NBYTES, np.uint8)
+    first = -room.ctypes.data % _PAGE_NBYTES  # some processors' block copies are slow elsewhere
+    data = room[first : first + nbytes]
+    for part, at in _parts(data.data):
+        read_into(handle, part, offset + at)
+        if seen is not None:
+            seen(part)
+    return data
+
+
+def read_through(handle: int, nbytes: int, seen: Callable[[memoryview], object]) -> None:
+    """`seen` is given the first `nbytes` in parts; none is kept. Raises OSError."""
+    room = np.empty(min(nbytes, _CHUNK_NBYTES), np.uint8).data
+    for at in range(0, nbytes, _CHUNK_NBYTES):
+        part = room[: min(_CHUNK_NBYTES, nbytes - at)]
+        read_into(handle, part, at)
+        seen(part)
+
+
+def read_into(handle: int, out: memoryview, offset: int) -> None:
+    """Fill `out` with the bytes from `offset` on. Raises OSError when the file ends before that."""
+    done = 0
+    while done < len(out):
+        count = os.preadv(handle, [out[done:]], offset + done)
+        if not count:
+            text = f"it ends at byte {offset + done:,}, inside what is to be read"
+            raise OSError(errno.ENODATA, text)
+        done += count
+
+
+def _parts(whole: memoryview) -> Iterator[tuple[memoryview, int]]:
+    for at in range(0, len(whole), _CHUNK_NBYTES):
+        yield whole[at : at + _CHUNK_NBYTES], at
+
+
+def _need_plain(mode: int, path: str | os.PathLike[str]) -> None:
+    if not stat.S_ISREG(mode):
+        kinds = {
+            stat.S_IFDIR: "a folder", stat.S_IFLNK: "a link", stat.S_IFIFO: "a pipe",
+            stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+        }  # fmt: skip
+        kind = kinds.get(stat.S_IFMT(mode), "something else")
+        raise OSError(errno.EINVAL, f"{kind}, not a plain file", os.fspath(path))
+
+
+# -- replacing ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def replacing(
-    path: Path, *, is_durable: bool, temporary_in: Path | None = None, mode: int | None = None
+    path: Path, *, is_durable: bool, mode: int | None = None, temporary_in: Path | None = None
 ) -> Iterator[Path]:
     """Gives a fresh path with the same suffix; what is written there gets the name `path`.
 
-    The file's mode is `mode`, or that of any new file. A link is replaced, not followed; a device
-    or a pipe is refused. `temporary_in`: a folder of the same filesystem that the caller owns, for
+    mode: the new file's, exactly (default: that of any new file, by the umask). A link is replaced,
+    not followed; a device or a pipe is refused. `temporary_in`: a folder of the same filesystem for
     the temporary file (default: the folder of `path`, under a hidden name). Raises OSError.
     """
+    if temporary_in is None and _is_stream(path):
+        raise OSError(errno.EINVAL, "not a file, so it cannot be replaced", str(path))
+    folder = path.parent if temporary_in is None else temporary_in
+    if (known := str(folder.absolute())) not in _swept:
+        _swept.add(known)
+        sweep_dead(folder)
     suffix = path.suffix if len(path.suffix) <= _LONGEST_SUFFIX else ""
-    name = f"{os.getpid()}-{secrets.token_hex(8)}{suffix}"
-    if temporary_in is None:
-        if _is_stream(path):
-            raise OSError(errno.EINVAL, "not a file, so it cannot be replaced", str(path))
-        temporary = path.with_name(f".{name}")
-    else:
-        temporary = temporary_in / name
+    temporary, handle = _temporary(folder, suffix, mode)
     try:
-        temporary.touch(exist_ok=False)
-        if mode is None:
-            mode = stat.S_IMODE(temporary.stat().st_mode)
+        mode = stat.S_IMODE(os.fstat(handle).st_mode) if mode is None else mode
         yield temporary
-        temporary.chmod(mode)  # a writer such as safetensors makes a file of its own, for its owner
+        temporary.chmod(mode)  # some writers make a file of their own
         if is_durable:
             _sync(temporary, os.O_RDWR)
         temporary.replace(path)
@@ -54,11 +158,18 @@ def replacing(
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(handle)
     if is_durable:
-        sync_folder(path.parent)
+        try:
+            sync_folder(path.parent)
+        except OSError as error:
+            raise UnsyncedError(error.errno, error.strerror, str(path.parent)) from error
 
 
-def replace_file(path: Path, data: bytes | memoryview | str, *, is_durable: bool) -> None:
+def replace_file(
+    path: Path, data: bytes | memoryview | str, *, is_durable: bool, mode: int | None = None
+) -> None:
     """A file of these bytes, or of this text as UTF-8; see `replacing`. Raises OSError.
 
     What cannot be replaced, such as /dev/stdout, is written to.
@@ -67,13 +178,80 @@ def replace_file(path: Path, data: bytes | memoryview | str, *, is_durable: bool
     if _is_stream(path):
         path.write_bytes(raw)
         return
-    with replacing(path, is_durable=is_durable) as temporary:
+    with replacing(path, is_durable=is_durable, mode=mode) as temporary:
         temporary.write_bytes(raw)
+
+
+def sweep_dead(folder: Path) -> int:
+    """Remove what writers who were killed left in a folder; how many files. Others' files, and
+    those of writers who live, stay: a writer holds a lock on its own, and the lock dies with it.
+    """
+    swept = 0
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                swept += _removed_if_abandoned(folder / entry.name)
+    return swept
+
+
+def make_folders(folder: Path, root: Path, *, is_durable: bool, mode: int | None = None) -> None:
+    """The folder, and each one above it that is missing; names of new ones below `root`, and of
+    `root` itself, outlive a loss of power. mode: as in `replacing`. Raises OSError.
+    """
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for fresh in reversed(missing):
+        is_inside = fresh == root or root in fresh.parents
+        with contextlib.suppress(FileExistsError):  # made by another process just now
+            fresh.mkdir(0o777 if mode is None or not is_inside else mode)
+            if mode is not None and is_inside:
+                fresh.chmod(mode | stat.S_IMODE(fresh.stat().st_mode) & stat.S_ISGID)
+        if is_durable:
+            sync_folder(fresh.parent)
 
 
 def sync_folder(folder: Path) -> None:
     """Names that were made or replaced in a folder outlive a loss of power. Raises OSError."""
     _sync(folder, os.O_RDONLY)
+
+
+def _temporary(folder: Path, suffix: str, mode: int | None) -> tuple[Path, int]:
+    """A new file, and a descriptor that holds its lock: whoever finds the file unlocked may take it
+    for a dead writer's. Where a filesystem has no locks, nothing is ever swept.
+    """
+    while True:
+        path = folder / f".flashrt-{os.getpid()}-{secrets.token_hex(8)}{suffix}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        handle = os.open(path, flags, 0o666 if mode is None else mode)
+        try:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if mode is not None:
+                os.fchmod(handle, mode)
+            if os.fstat(handle).st_nlink:  # else a sweeper came between the two lines
+                return path, handle
+        except BaseException:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _removed_if_abandoned(path: Path) -> bool:
+    """Removes a file of ours that no writer holds the lock of; removed while we hold it."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(handle).st_uid == os.geteuid():
+                path.unlink()
+                return True
+        finally:
+            os.close(handle)
+    return False
 
 
 def _sync(path: Path, mode: int) -> None:

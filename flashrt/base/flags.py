@@ -1,7 +1,7 @@
 """Flags: every FLASHRT_* environment variable, typed, read once; an unknown one is refused.
 
 IS: the only place that reads the environment. IS NOT: options of an engine; those are arguments of
-`load`. Called by: backends (threads, cache folder), engine (debug level), cli.
+`load`. It exists so that a misspelt variable is an error, and not a setting that does nothing.
 """
 
 from __future__ import annotations
@@ -34,10 +34,9 @@ def read(environ: Mapping[str, str]) -> Flags:
     if unknown := sorted(n for n in environ if n.startswith(PREFIX) and n not in known):
         raise FlagError(f"unknown variables {unknown}; flashrt reads {sorted(known)}")
     text = {field: environ[name] for name, field in known.items() if environ.get(name)}
-    cache = Path(text["cache_dir"]) if "cache_dir" in text else _default_cache(environ)
     return Flags(
         threads=_integer("threads", text.get("threads", "0"), 0, 256),
-        cache_dir=cache.expanduser().absolute(),
+        cache_dir=_cache_dir(text.get("cache_dir", ""), environ.get("XDG_CACHE_HOME", "")),
         debug=_integer("debug", text.get("debug", "0"), 0, 100),
         poison=bool(_integer("poison", text.get("poison", "0"), 0, 1)),
         cc=text.get("cc", environ.get("CC", "")),
@@ -61,9 +60,19 @@ def thread_count() -> int:
     return min(16, os.cpu_count() or 1)
 
 
-def _default_cache(environ: Mapping[str, str]) -> Path:
-    base = environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "flashrt"
+def _cache_dir(chosen: str, base: str) -> Path:
+    """The folder chosen, else `flashrt` in the user's cache folder. Users without a home exist, in
+    containers for instance.
+    """
+    try:
+        if chosen:
+            return Path(chosen).expanduser().absolute()
+        return ((Path(base) if base else Path.home() / ".cache") / "flashrt").absolute()
+    except RuntimeError as error:
+        raise FlagError(
+            f"there is no folder for compiled kernels: {error}; set {PREFIX}CACHE_DIR to a folder "
+            "that this user can write"
+        ) from error
 
 
 def _integer(name: str, text: str, low: int, high: int) -> int:

@@ -13,22 +13,19 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 import xxhash
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CapsuleError
-from flashrt.base.files import replacing
+from flashrt.base.files import PRIVATE, opened, outcome, read_exactly, replacing
 from flashrt.base.messages import listed, shown
+from flashrt.base.tensor_file import StoredTensor, read_table, write_tensors
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.extent import Extent
 from flashrt.capsule.image import fixed_image, row_parts, rows_image, stamp_gaps
@@ -39,6 +36,7 @@ from flashrt.core.copylist import Copy, CopyList, Upload
 
 FORMAT = "flashrt-capsule-1"
 JOURNAL = "journal"  # the rows region of committed tokens, int32 [1, max_positions, 1]
+MOST_HEADER_NBYTES = 16 << 20  # of a file; one of a thousand regions has 200 KB
 _SUM = "xxh3:"
 
 
@@ -101,19 +99,13 @@ def read_header(path: str | os.PathLike[str]) -> CapsuleHeader:
     """The checked header of a capsule file. Raises CapsuleError unless it is whole."""
     file = Path(path)
     try:
-        if not file.is_file():
-            raise CapsuleError(f"{file}: no such file")
-        with file.open("rb") as raw:
-            nbytes = os.fstat(raw.fileno()).st_size
-            start = int.from_bytes(raw.read(8), "little")
-            if not 2 <= start <= nbytes - 8:
-                raise ValueError(f"a header of {start} bytes in a file of {nbytes}")
-            header = json.loads(raw.read(start), object_pairs_hook=_without_duplicates)
-        metadata = header.pop("__metadata__")
-        table = _table(header, 8 + start, nbytes)
+        with opened(file) as (handle, nbytes):
+            found = read_table(handle, nbytes, MOST_HEADER_NBYTES)
+        metadata = found.metadata
+        table = {name: (_shape(name, t), t.offset) for name, t in found.tensors.items()}
         if metadata.get("format") != FORMAT:
-            found = metadata.get("format")
-            raise CapsuleError(f"{file}: format {shown(found)}, this version reads {FORMAT!r}")
+            what = shown(metadata.get("format"))
+            raise CapsuleError(f"{file}: format {what}, this version reads {FORMAT!r}")
         expected = _header_sum(metadata, {name: shape for name, (shape, _) in table.items()})
         if metadata.get("header") != expected:
             raise CapsuleError(f"{file}: the header does not match its checksum; it is damaged")
@@ -127,52 +119,34 @@ def read_header(path: str | os.PathLike[str]) -> CapsuleHeader:
             table=table,
             sums={n.removeprefix(_SUM): s for n, s in metadata.items() if n.startswith(_SUM)},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CapsuleError(f"{file}: not a whole capsule file: {error!r}") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a name occurs twice in the header")
-    return dict(pairs)
-
-
-def _table(
-    header: Mapping[str, Any], first: int, nbytes: int
-) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Tensors that tile [first, nbytes) without gap or overlap. Raises ValueError."""
-    table: dict[str, tuple[tuple[int, ...], int]] = {}
-    spans: list[tuple[int, int]] = []
-    for name, entry in header.items():
-        shape, (start, stop) = entry["shape"], entry["data_offsets"]
-        if entry["dtype"] != "U8" or not 1 <= len(shape) <= 2:
-            raise ValueError(f"tensor {shown(name)} is {shown(entry['dtype'])} {shown(shape)}")
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-            raise ValueError(f"tensor {shown(name)} has sizes or offsets that are not counts")
-        if math.prod(shape) != stop - start:
-            raise ValueError(f"tensor {shown(name)} of {shape} has {stop - start} bytes")
-        table[name] = tuple(shape), first + start
-        spans.append((start, stop))
-    ends = [0, *(stop for _, stop in sorted(spans))]
-    if [start for start, _ in sorted(spans)] != ends[:-1] or ends[-1] != nbytes - first:
-        raise ValueError("tensors do not tile the file")
-    return table
+    except FileNotFoundError as error:
+        raise CapsuleError(f"{file}: no such file") from error
+    except OSError as error:
+        raise CapsuleError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError) as error:
+        raise CapsuleError(f"{file}: not a whole capsule file: {error}") from error
 
 
 def read_tensors(header: CapsuleHeader) -> dict[str, Bytes]:
-    """The tensors, mapped and verified. Raises CapsuleError naming a tensor that is damaged."""
-    try:
-        with header.path.open("rb") as file:
-            whole = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
-    except (OSError, ValueError) as error:
-        raise CapsuleError(f"{header.path}: cannot be mapped: {error}") from error
+    """The tensors, read and verified. Raises CapsuleError naming a tensor that is damaged."""
     tensors: dict[str, Bytes] = {}
-    for name, (shape, first) in header.table.items():
-        tensor = whole[first : first + math.prod(shape)]
-        is_whole = tensor.size == math.prod(shape)  # or the file was replaced since
-        if not is_whole or xxhash.xxh3_128_hexdigest(tensor.data) != header.sums.get(name):
-            raise CapsuleError(f"{header.path}: tensor {name!r} is damaged (checksum differs)")
-        tensors[name] = tensor.reshape(shape)
+    try:
+        with opened(header.path) as (handle, nbytes):
+            for name, (shape, first) in header.table.items():
+                size, state = math.prod(shape), xxhash.xxh3_128()
+                if first + size > nbytes:
+                    raise CapsuleError(
+                        f"{header.path}: ends inside tensor {shown(name)}; it was replaced or cut "
+                        "meanwhile"
+                    )
+                tensor = read_exactly(handle, size, first, state.update)
+                if state.hexdigest() != header.sums.get(name):
+                    raise CapsuleError(
+                        f"{header.path}: tensor {shown(name)} is damaged (checksum differs)"
+                    )
+                tensors[name] = tensor.reshape(shape)
+    except OSError as error:
+        raise CapsuleError(f"{header.path}: cannot be read: {error.strerror}") from error
     return tensors
 
 
@@ -277,6 +251,12 @@ def _rows(arena: Arena, capsule: Capsule) -> dict[str, Bytes]:
     return {f"rows/{name}": tensor for name, tensor in tensors.items()}
 
 
+def _shape(name: str, tensor: StoredTensor) -> tuple[int, ...]:
+    if tensor.dtype != "U8" or not 1 <= len(tensor.shape) <= 2:
+        raise ValueError(f"tensor {shown(name)} is {tensor.dtype} {shown(tensor.shape)}")
+    return tensor.shape
+
+
 def _header_sum(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
     rest = {k: v for k, v in metadata.items() if k != "header"}
     text = json.dumps([rest, {k: list(v) for k, v in shapes.items()}], sort_keys=True)
@@ -285,7 +265,7 @@ def _header_sum(metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...
 
 def _write(path: Path, tensors: dict[str, Bytes], metadata: dict[str, str]) -> None:
     try:
-        with replacing(path, is_durable=True) as temporary:
-            safetensors.numpy.save_file(tensors, temporary, metadata)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CapsuleError(f"cannot write {path}: {error}; nothing was left there") from error
+        with replacing(path, is_durable=True, mode=PRIVATE) as temporary:
+            write_tensors(temporary, tensors, metadata)
+    except OSError as error:
+        raise CapsuleError(f"cannot write {path}: {error}; {outcome(error)}") from error

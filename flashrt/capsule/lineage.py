@@ -115,7 +115,7 @@ class LaneRecord(NamedTuple):
     held: Segment | None
     intact: int
     waypoints: tuple[Waypoint, ...]
-    journal: NDArray[np.int32]  # [max_positions]; [0, position) are history
+    journal: NDArray[np.int32]  # [max_positions]; [0, position) are history, [0, intact) held's
     moves: int = 0  # how often the lane was put elsewhere: what was known of it before is void
     is_moving: bool = False  # bytes are on their way: the device holds anything
 

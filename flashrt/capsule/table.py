@@ -134,7 +134,7 @@ class CapsuleTable:
         self._run(moves.device)
         if moves.uploads:
             self.arena.backend.upload(moves.uploads, self.arena.memory.address)
-        journal = lane.journal_with(shared)
+        journal = lane.journal if shared >= position else lane.journal_with(shared)
         at = segment
         while at is not None and at.stop > shared:  # the journal has the tokens below
             journal[at.start : at.stop] = at.tokens

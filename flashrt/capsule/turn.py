@@ -105,6 +105,13 @@ _S = TypeVar("_S", bound=HasTurn)
 _L = TypeVar("_L", bound=HasLock)
 
 
+def _behind(error: RuntimeError) -> BaseException | None:
+    """What fell after a kernel and before the turn was had back, if that is why the lock says that
+    it is not held.
+    """
+    return error.__context__ if "un-acquired lock" in f"{error}" else None
+
+
 def in_turn(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate[_S, _P], _R]:
     """A method that changes the books: one at a time, and repaired first where that is due. Within
     such a method others are part of the same change.
@@ -115,7 +122,12 @@ def in_turn(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate[_
         turn = self.turn
         if turn.is_mine:
             return method(self, *args, **kwargs)
-        with turn.lock: return turn.change(method, self, *args, **kwargs)  # noqa: E701  # fmt: skip
+        try:
+            with turn.lock: return turn.change(method, self, *args, **kwargs)  # noqa: E701  # fmt: skip
+        except RuntimeError as error:
+            if (struck := _behind(error)) is None:
+                raise
+            raise struck from None
 
     return cast(Callable[Concatenate[_S, _P], _R], call)
 
@@ -130,6 +142,11 @@ def exclusive(method: Callable[Concatenate[_L, _P], _R]) -> Callable[Concatenate
         turn = self.turn
         if turn.is_mine:
             return method(self, *args, **kwargs)
-        with self.lock, turn.lock: return turn.change(method, self, *args, **kwargs)  # noqa: E701  # fmt: skip
+        try:
+            with self.lock, turn.lock: return turn.change(method, self, *args, **kwargs)  # noqa: E701  # fmt: skip
+        except RuntimeError as error:
+            if (struck := _behind(error)) is None:
+                raise
+            raise struck from None
 
     return cast(Callable[Concatenate[_L, _P], _R], call)

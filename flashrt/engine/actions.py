@@ -9,17 +9,24 @@ chunk in the making. An interrupt falls between two replays: the cursor on the d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flashrt.base.checks import as_integer, shown
-from flashrt.base.errors import CapsuleError, CheckpointError, ObservationError, SessionError
+from flashrt.base.errors import (
+    CapsuleError,
+    CheckpointError,
+    ObservationError,
+    PoolFull,
+    SessionError,
+)
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.file import CapsuleHeader
 from flashrt.capsule.lineage import Lane
+from flashrt.capsule.turn import in_turn
 from flashrt.core.backend import Backend, Bytes
 from flashrt.core.planner import Slot
 from flashrt.engine import cursors
@@ -52,6 +59,7 @@ POOL_DEFAULT = PoolDefault(fixed=256)
 # faster when both were awake, and ten times slower when one was not.
 CPU_ALONE_NBYTES = 32 << 20
 Action = NDArray[np.float32]
+_T = TypeVar("_T")
 
 
 def checked_vector(
@@ -104,8 +112,7 @@ class ActionEngine(Engine):
             for band in (plan.lanes[lane.index].fixed, plan.lanes[lane.index].io)
             for slot in band.slots
         }
-        self._cursor_words = np.empty(CURSOR_WORDS, np.int32)  # where cursors are read to
-        self._cursor_bytes = self._cursor_words.view(np.uint8)
+        self._kept: list[tuple[Capsule, ...]] = [() for _ in self.lanes]  # see keep_boundary
         self._cursors = KnownCursors(len(self.lanes), self._read_words)
         self._scale, self._offset = self._statistics()
 
@@ -195,7 +202,6 @@ class ActionEngine(Engine):
     def reset(self, lane: Lane, seed: int = 0) -> None:
         """The empty state before tick 0; `seed` is that of the noise of chunks."""
         words = seed_words(seed)
-        self._cursors.forget(lane)
         self.capsules.reset(lane)
         self._write(lane, "cursor", words, PolicyWord.SEED_LOW)
         self._write_word(lane, PolicyWord.OBSERVED, NO_OBSERVATION)
@@ -248,18 +254,37 @@ class ActionEngine(Engine):
         self, lane: Lane, name: str | None = None, parent: Capsule | None = None
     ) -> Capsule:
         """Freeze a lane between two verbs. Raises PoolFull and changes nothing."""
-        return self.capsules.snapshot(lane, name, parent)
+        return self.with_room(lambda: self.capsules.snapshot(lane, name, parent))
+
+    @in_turn
+    def keep_boundary(self, lane: Lane) -> Capsule:
+        """A snapshot that goes with the lane: it stays on the device, and is dropped when the lane
+        is released, or is free because its owner is no more. Raises PoolFull and changes nothing.
+        """
+        capsule = self.snapshot(lane)
+        capsule.is_pinned = True
+        self._kept[lane.index] = (*self.kept_boundaries(lane), capsule)
+        self.turn.keep()
+        return capsule
+
+    def kept_boundaries(self, lane: Lane) -> tuple[Capsule, ...]:
+        """Those that were kept and not dropped, the oldest first."""
+        return tuple([c for c in self._kept[lane.index] if not c.is_dropped])
+
+    def check_capsule(self, capsule: Capsule) -> None:
+        """Raises CapsuleError for what is no capsule, or is dropped, or another engine's."""
+        if not isinstance(capsule, Capsule):
+            raise CapsuleError(f"restore: {shown(capsule)} is not a capsule")
+        self.capsules.check(capsule)
 
     def restore(self, lane: Lane, capsule: Capsule) -> None:
         """Put a lane into a capsule's state. Raises CapsuleError and changes nothing."""
         if not isinstance(capsule, Capsule):
             raise CapsuleError(f"restore: {shown(capsule)} is not a capsule")
-        self._cursors.forget(lane)
         self.capsules.restore(lane, capsule)
 
     def fork(self, source: Lane, target: Lane) -> None:
         """Put `target` into the present state of `source`."""
-        self._cursors.forget(target)
         self.capsules.fork(source, target)
         self._cursors.copy(source, target)
 
@@ -268,6 +293,26 @@ class ActionEngine(Engine):
         return self.capsules.digest_lane(lane)
 
     # -- for the base -----------------------------------------------------------------------------
+
+    def take_lane(self, owner: object) -> Lane:
+        """See Engine."""
+        lane = super().take_lane(owner)
+        self._drop_kept(lane, *self.free_lanes)
+        return lane
+
+    def release(self, lane: Lane) -> None:
+        """See Engine."""
+        super().release(lane)
+        self._drop_kept(lane)
+
+    def with_room(self, take: Callable[[], _T]) -> _T:
+        """See Engine; boundaries of lanes whose owners are no more give way, too."""
+        try:
+            return super().with_room(take)
+        except PoolFull:
+            if not self._drop_kept(*self.free_lanes):
+                raise
+            return super().with_room(take)
 
     def set_lane_array(self, lane: Lane, name: str, array: NDArray[np.generic]) -> None:
         """See Engine."""
@@ -287,6 +332,13 @@ class ActionEngine(Engine):
 
     # -- inside -----------------------------------------------------------------------------------
 
+    def _drop_kept(self, *lanes: Lane) -> bool:
+        """Drop the boundaries that were kept of some lanes; whether there were any."""
+        kept = [capsule for lane in lanes for capsule in self.kept_boundaries(lane)]
+        for capsule in kept:
+            capsule.drop()
+        return bool(kept)
+
     def _run(self, phase: str, lane: Lane, rows: int = 1) -> None:
         self.replay(phase, rows, lane)
         self.boundary()
@@ -305,8 +357,9 @@ class ActionEngine(Engine):
         self._cursors.keep(lane, words)
 
     def _read_words(self, lane: Lane) -> list[int]:
-        self.backend.read(self._addresses[lane.index, "cursor"], self._cursor_bytes)
-        return self._cursor_words.tolist()
+        words = np.empty(CURSOR_WORDS, np.int32)  # another each time: threads may read two lanes
+        self.backend.read(self._addresses[lane.index, "cursor"], words.view(np.uint8))
+        return words.tolist()
 
     def _checked(self, observation: ArrayLike) -> Action:
         return checked_vector("observation", observation, self.config.observation_dim)

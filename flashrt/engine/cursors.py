@@ -2,7 +2,7 @@
 
 IS: a copy of each lane's words, moved on by the rules by which kernels move theirs. IS NOT: the
 truth; that is on the device. Where the rules do not reach (a restore, an exception in the middle of
-a verb), the copy is forgotten, and the next question reads the device once.
+a verb), the copy is void, and the next question reads the device once.
 """
 
 from __future__ import annotations
@@ -17,58 +17,64 @@ Words = list[int]
 
 
 class KnownCursors:
-    """A copy per lane; None where the device has to be asked.
+    """A copy per lane, void once the lane was put elsewhere; where there is none, the device is
+    asked.
 
     A verb that changes words takes them, replays, moves them on, and keeps them. After an exception
-    in between nobody knows how far the device came: then they stay forgotten.
+    in between nobody knows how far the device came: then there is none. Each entry is swapped as a
+    whole, with the number of moves that it is for.
     """
 
     def __init__(self, n_lanes: int, read: Callable[[Lane], Words]) -> None:
         self._read = read
-        self._known: list[Words | None] = [None] * n_lanes
-        self._records: list[PolicyCursor | None] = [None] * n_lanes  # of the words, when asked for
+        self._known: list[tuple[int, Words] | None] = [None] * n_lanes  # lane.moves, its words
+        # Of an entry above, when the words were asked for by name.
+        self._records: list[tuple[object, PolicyCursor] | None] = [None] * n_lanes
 
     def words(self, lane: Lane) -> Words:
         """The words of a lane. Not to be changed."""
-        words = self._known[lane.index]
-        if words is None:
-            words = self._known[lane.index] = self._read(lane)
-        return words
+        return self._entry(lane)[1]
 
     def record(self, lane: Lane) -> PolicyCursor:
         """The words of a lane by name."""
-        record = self._records[lane.index]
-        if record is None:
-            record = self._records[lane.index] = read_cursor(self.words(lane))
-        return record
+        entry = self._entry(lane)
+        known = self._records[lane.index]
+        if known is None or known[0] is not entry:
+            known = self._records[lane.index] = (entry, read_cursor(entry[1]))
+        return known[1]
 
     def take(self, lane: Lane) -> Words:
         """The words, to be changed and kept."""
-        words = self.words(lane)
-        self.forget(lane)
+        words = self._entry(lane)[1]
+        self._known[lane.index] = None
         return words
 
     def keep(self, lane: Lane, words: Words) -> None:
         """The device's words are these now."""
-        self._known[lane.index] = words
+        self._known[lane.index] = (lane.record.moves, words)
 
     def forget(self, lane: Lane) -> None:
         """Something writes to the lane that the rules below do not describe."""
-        self._known[lane.index] = self._records[lane.index] = None
+        self._known[lane.index] = None
 
     def copy(self, source: Lane, target: Lane) -> None:
-        """The target is where the source is."""
-        self.forget(target)
-        words = self._known[source.index]
-        self._known[target.index] = None if words is None else list(words)
+        """The target was put where the source is."""
+        entry = self._known[source.index]
+        if entry is not None and entry[0] == source.record.moves:
+            self.keep(target, list(entry[1]))
 
     def clear(self, lane: Lane, seed: tuple[int, int]) -> None:
         """The lane is empty, with this seed: its low and its high word."""
         words = [0] * CURSOR_WORDS
         words[PolicyWord.OBSERVED] = NO_OBSERVATION
         words[PolicyWord.SEED_LOW], words[PolicyWord.SEED_HIGH] = seed
-        self.forget(lane)
         self.keep(lane, words)
+
+    def _entry(self, lane: Lane) -> tuple[int, Words]:
+        entry, record = self._known[lane.index], lane.record
+        if entry is None or entry[0] != record.moves or record.is_moving:
+            entry = self._known[lane.index] = (record.moves, self._read(lane))
+        return entry
 
 
 # -- what kernels do to the words; see cuda_src/policy.cu -----------------------------------------

@@ -1,18 +1,15 @@
-"""The latest ticks of a control loop, and boundaries to go back to.
+"""What a control loop knows of itself: one record, the latest ticks, and boundaries to go back to.
 
-IS: a ring of ticks (observation, interrupt, what was executed in place of a late action) in arrays
-allocated once, and a ring of automatic capsules. IS NOT: the rule when a boundary is due (loop).
-
-A boundary is a capsule taken before a tick; the ticks from there on can be run again, exactly. This
-is what `rewind` is made of.
+IS: the record, swapped as a whole; a ring of past ticks; and which boundary to begin from. IS NOT:
+the running of past ticks (loop), or when a boundary is due (loop). It exists because an exception
+may fall anywhere: the record is what happened, and any state that it says can be made again from a
+boundary and the ticks since. `rewind` is the same, to an earlier tick.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
-
-import numpy as np
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from flashrt.capsule.capsule import Capsule
 from flashrt.robot.policy import Array
@@ -20,88 +17,89 @@ from flashrt.robot.policy import Array
 NO_CUT = -1
 
 
-@dataclass(frozen=True, slots=True)
-class PastTick:
+class PastTick(NamedTuple):
     """One tick, with all that is needed to run it again."""
 
-    observation: Array  # [observation_dim], a view
+    observation: Array  # [observation_dim]
     cut: int  # what the interrupt before it left promised up to; NO_CUT without one
     executed: Array | None  # [action_dim]: executed in place of the policy's own action
 
 
-class History:
-    """Ticks [first, end) since the loop last began or was put elsewhere, numbered from 0."""
+class Boundary(NamedTuple):
+    """A state before a tick that the lane can be put into."""
 
-    def __init__(self, capacity: int, observation_dim: int, action_dim: int) -> None:
-        self._observations = np.zeros((capacity, observation_dim), np.float32)
-        self._executed = np.zeros((capacity, action_dim), np.float32)
-        self._is_override = np.zeros(capacity, np.bool_)
-        self._cuts = np.full(capacity, NO_CUT, np.int64)
-        self.capacity = capacity
-        self.boundaries: deque[tuple[int, Capsule]] = deque()  # (tick, capsule), ascending
-        self.end = 0
-        self._pending_cut = NO_CUT
+    tick: int
+    capsule: Capsule | None  # None: the empty state, with `seed`
+    seed: int = 0
 
     @property
-    def first(self) -> int:
+    def is_there(self) -> bool:
+        """Whether nobody dropped it."""
+        return self.capsule is None or not self.capsule.is_dropped
+
+
+class LoopState(NamedTuple):
+    """What happened. Ticks [0, end) since the loop was reset or put elsewhere are its history."""
+
+    origin: Boundary | None = None  # of tick 0; a capsule is the user's, who may drop it
+    boundaries: tuple[Boundary, ...] = ()  # capsules of the loop's own, ascending
+    end: int = 0
+    cut: int = NO_CUT  # of an interrupt since the last tick
+    is_slack_done: bool = True
+    position: int | None = None  # ticks since the reset; None: the device was not asked yet
+    seed: int | None = None  # of the noise of chunks; None likewise
+    sent: Array | None = None  # what was executed last, where the host knows
+    changes: int = 0  # another number after everything that a recording has to know
+
+    def slack_done(self) -> LoopState:
+        """The slack after the last tick is over."""
+        return LoopState(
+            self.origin, self.boundaries, self.end, self.cut, True,
+            self.position, self.seed, self.sent, self.changes,
+        )  # fmt: skip
+
+    def bases(self, tick: int, capacity: int) -> Iterator[Boundary]:
+        """Boundaries that tick `tick` can be made again from, the nearest first, where `capacity`
+        ticks are kept.
+        """
+        oldest = self.end - capacity
+        for boundary in reversed(self.boundaries):
+            if oldest <= boundary.tick <= tick and boundary.is_there:
+                yield boundary
+        if self.origin is not None and oldest <= 0 and self.origin.is_there:
+            yield self.origin
+
+    def has_base(self, capacity: int) -> bool:
+        """Whether the state after one more tick could be made again, whatever the user drops."""
+        if self.boundaries:
+            return self.end - self.boundaries[-1].tick < capacity
+        return self.origin is not None and self.origin.capsule is None and self.end < capacity
+
+    def first(self, capacity: int) -> int:
         """The oldest tick that can be gone back to; `end` without any boundary."""
-        return self.boundaries[0][0] if self.boundaries else self.end
+        bases = [b.tick for b in self.bases(self.end, capacity) if self._is_own(b)]
+        return min(bases, default=self.end)
 
-    def cut(self, stop: int) -> None:
-        """An interrupt before the coming tick."""
-        self._pending_cut = stop
+    def _is_own(self, boundary: Boundary) -> bool:
+        return boundary is not self.origin or boundary.capsule is None
 
-    def add(self, observation: Array) -> None:
-        """One more tick; the oldest is overwritten, and boundaries before it are of no use."""
-        at = self.end % self.capacity
-        self._observations[at] = observation
-        self._cuts[at] = self._pending_cut
-        self._is_override[at] = False
-        self._pending_cut = NO_CUT
-        self.end += 1
-        self._prune()
 
-    def override(self, executed: Array) -> None:
-        """In the last tick something else than the policy's action was executed."""
-        at = (self.end - 1) % self.capacity
-        self._executed[at], self._is_override[at] = executed, True
+class History:
+    """The latest ticks, by number. A slot is written before the record says that it counts."""
+
+    def __init__(self, capacity: int) -> None:
+        """Keeps `capacity` ticks, and one that has not happened yet."""
+        self.capacity = capacity
+        self._ticks: list[PastTick] = []  # tick t at t % (capacity + 1)
+
+    def put(self, tick: int, past: PastTick) -> None:
+        """Tick `tick` is this; the one before was put already."""
+        at = tick % (self.capacity + 1)
+        if at < len(self._ticks):
+            self._ticks[at] = past
+        else:
+            self._ticks.append(past)
 
     def past_tick(self, tick: int) -> PastTick:
-        """Tick `tick`, of [first, end)."""
-        at = tick % self.capacity
-        executed = self._executed[at] if self._is_override[at] else None
-        return PastTick(self._observations[at], int(self._cuts[at]), executed)
-
-    def keep(self, capsule: Capsule) -> None:
-        """A boundary before the coming tick; those that lead nowhere any more are dropped."""
-        self.boundaries.append((self.end, capsule))
-        self._prune()
-
-    def forget_oldest(self) -> bool:
-        """Give the oldest boundary's memory back; False when there is none."""
-        if not self.boundaries:
-            return False
-        self.boundaries.popleft()[1].drop()
-        return True
-
-    def at_or_before(self, tick: int) -> tuple[int, Capsule]:
-        """The latest boundary at or before `tick`, which is at least `first`."""
-        return next(b for b in reversed(self.boundaries) if b[0] <= tick)
-
-    def cut_back(self, tick: int) -> None:
-        """Ticks from `tick` on did not happen."""
-        while self.boundaries and self.boundaries[-1][0] > tick:
-            self.boundaries.pop()[1].drop()
-        self.end = tick
-        self._pending_cut = NO_CUT
-
-    def clear(self) -> None:
-        """Nothing happened yet."""
-        while self.forget_oldest():
-            pass
-        self.end = 0
-        self._pending_cut = NO_CUT
-
-    def _prune(self) -> None:
-        while self.boundaries and self.end - self.boundaries[0][0] > self.capacity:
-            self.forget_oldest()
+        """Tick `tick`, one of the latest."""
+        return self._ticks[tick % (self.capacity + 1)]

@@ -12,20 +12,20 @@ or late anything was; a missed deadline is written down, and comes again in a re
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from flashrt.base.checks import shown
-from flashrt.base.errors import DeadlineMissed, PoolFull, SessionError
+from flashrt.base.errors import CapsuleError, DeadlineMissed, PoolFull, SessionError
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane
+from flashrt.capsule.turn import Turn, exclusive
 from flashrt.engine.actions import checked_vector
-from flashrt.robot.history import NO_CUT, History, PastTick
+from flashrt.robot.history import NO_CUT, Boundary, History, LoopState, PastTick
 from flashrt.robot.options import (
     ControlOptions,
     OnMiss,
@@ -48,7 +48,12 @@ class LoopListener(Protocol):
 
 
 class ControlLoop:
-    """A policy on one lane, ticking. Not for use by two threads at once."""
+    """A policy on one lane, ticking. A call of another thread waits until the one at hand is over.
+
+    After an exception anywhere in a call, Ctrl-C say, the call has happened or it has not, and
+    `position` tells which: the lane is in doubt from before the first byte changes until the record
+    of what happened was swapped, and a lane in doubt is made again before the next call begins.
+    """
 
     def __init__(
         self,
@@ -72,33 +77,43 @@ class ControlLoop:
         the observation was taken in and the loop goes on. overlap: ticks over which a chunk is
         made, in [0, min(N, H - N)] of a policy that executes N actions of a chunk of H; 0 plans
         within the tick. keep_seconds: how far `rewind` reaches. boundary_seconds: between the
-        boundaries it starts from. Raises SessionError for bad options, LaneBusy.
+        boundaries it starts from. Raises SessionError for bad options, LaneBusy, and PoolFull when
+        there is no room for one boundary, which the loop keeps until it is closed.
         """
         options = ControlOptions(
             hz, deadline_ms, on_miss, overlap, hold_action, keep_seconds, boundary_seconds
         )
         options.check(engine.config)
         seed = checked_seed(seed)
-        self._take_lane(engine, options)
-        self.reset(seed)
+        self._open(engine, options, lambda: self.reset(seed))
 
-    def _take_lane(self, engine: Policy, options: ControlOptions) -> None:
-        """Everything but the state that the lane begins in. Raises LaneBusy."""
-        config = engine.config
-        dims = config.observation_dim, config.action_dim
+    def _open(self, engine: Policy, options: ControlOptions, begin: Callable[[], None]) -> None:
+        """On a lane of its own, which `begin` puts into the state to begin with. Raises LaneBusy,
+        PoolFull.
+        """
         self.engine = engine
         self.options = options
-        self.listener: LoopListener | None = None
         self.timing = LoopTiming(engine.stats)
-        self._hold = options.hold(config)
-        self._history = History(options.history_ticks, *dims)
-        self._observation = np.zeros(config.observation_dim, np.float32)  # the one at hand
-        self._sent = np.zeros(config.action_dim, np.float32)  # the previous action
-        self._is_sent_known = False  # to the host; there is none before tick 0
-        self._is_slack_done = True
-        self._lane = engine.take_lane()
-        self._give_back = partial(_give_back, engine, self._lane, self._history)
-        self.is_closed = False
+        self.lock = threading.RLock()  # whoever has it is in a call; see `exclusive`
+        self._hold = options.hold(engine.config)
+        self._boundary_ticks = options.boundary_ticks
+        self._history = History(options.history_ticks)
+        self._state = LoopState()
+        self._is_in_doubt = True  # whether the lane may be elsewhere than the record says
+        self._listener: LoopListener | None = None
+        self._n_told = 0  # changes that the listener heard of
+        self._is_closed = False
+        self._take_lane(begin)
+
+    @exclusive
+    def _take_lane(self, begin: Callable[[], None]) -> None:
+        self._lane = self.engine.take_lane(self)
+        try:
+            begin()
+            self._keep_boundary()
+        except BaseException:
+            self.engine.release_from(self._lane, self)
+            raise
 
     # -- ticking --------------------------------------------------------------------------------
 
@@ -110,26 +125,28 @@ class ControlLoop:
         """
         return self.tick_due(observation, time.perf_counter_ns())
 
+    @exclusive
     def tick_due(self, observation: ArrayLike, due_ns: int) -> Array:
         """The same for an instant of time.perf_counter_ns from which the deadline counts."""
         self._check_open()
         started_ns = time.perf_counter_ns()
         checked = self._checked(observation)
-        action = self._step(checked)
+        state = self._ready_to_tick()
+        self._is_in_doubt = True
+        action = run_tick(self.engine, self._lane, checked)
         now_ns = time.perf_counter_ns()
         is_late = now_ns - due_ns > self.options.deadline_ns
-        instead = self._late() if is_late else None
-        self._note(checked, action, is_late=is_late)
-        if instead is not None:
-            self.executed(instead)
+        instead = self._late(state) if is_late else None
+        self._ticked(state, checked, action, instead, is_late=is_late)
         self.timing.latency.add(now_ns - started_ns)
         if is_late and self.options.on_miss == "raise":
             raise DeadlineMissed(
-                f"tick {self.position - 1}: its action came {(now_ns - due_ns) / 1e6:.3f} ms after "
+                f"tick {state.position}: its action came {(now_ns - due_ns) / 1e6:.3f} ms after "
                 f"it was due, {self.options.deadline_ms:g} ms are allowed; the loop may go on"
             )
-        return action if instead is None else instead
+        return action if instead is None else instead.copy()
 
+    @exclusive
     def executed(self, action: ArrayLike) -> None:
         """Something else than the last tick's action was executed: by a limiter, or a person.
 
@@ -137,41 +154,48 @@ class ControlLoop:
         SessionError when that is over, ObservationError for what is no action.
         """
         self._check_open()
-        if self._is_slack_done:
+        state = self._recovered()
+        if state.is_slack_done:
             raise SessionError("executed: to be said after a tick, before its slack")
-        self.engine.override(self._lane, action)
-        self._send(np.asarray(action, np.float32))
-        self._history.override(self._sent)
-        if self.listener is not None:
-            self.listener.override(self._sent)
+        done = checked_vector("action", action, self.engine.config.action_dim)
+        self._is_in_doubt = True
+        self.engine.override(self._lane, done)
+        last = state.end - 1
+        self._history.put(last, self._history.past_tick(last)._replace(executed=done))
+        self._commit(state._replace(sent=done, changes=state.changes + 1))
+        if (listener := self._listening()) is not None:
+            listener.override(done)
+            self._n_told = self._state.changes
 
+    @exclusive
     def tick_as_recorded(self, observation: ArrayLike, executed: ArrayLike | None) -> Array:
         """A tick without a deadline, and what was executed in place of its action, if anything."""
         self._check_open()
-        action = self._step(checked := self._checked(observation))
-        self._note(checked, action)
+        checked, instead = self._checked(observation), None
         if executed is not None:
-            self.executed(executed)
+            instead = checked_vector("action", executed, self.engine.config.action_dim)
+        state = self._ready_to_tick()
+        self._is_in_doubt = True
+        action = run_tick(self.engine, self._lane, checked)
+        self._ticked(state, checked, action, instead)
         return action
 
+    @exclusive
     def slack(self) -> None:
         """Do what the last tick left to be done: plan ahead, keep a boundary for `rewind`.
 
         To be called once the action is on its way; whatever was not given time is made up for at
         the start of the next tick, to the same bits.
         """
-        if self._is_slack_done:
-            return
         self._check_open()
-        started_ns = time.perf_counter_ns()
-        if run_slack(self.engine, self._lane, self.options.overlap):
-            self.timing.planning.add(time.perf_counter_ns() - started_ns)
-        self._is_slack_done = True
-        is_boundary = self._history.end % self.options.boundary_ticks == 0
-        if is_boundary:
-            self._keep_boundary()
-        if self.listener is not None:
-            self.listener.slack(self.engine.digest(self._lane) if is_boundary else None)
+        state = self._recovered()
+        if not state.is_slack_done:
+            self._slack(state)
+
+    @property
+    def turn(self) -> Turn:
+        """The engine's: calls of several threads take turns."""
+        return self.engine.turn
 
     @property
     def lane(self) -> Lane:
@@ -180,39 +204,60 @@ class ControlLoop:
 
     @property
     def position(self) -> int:
-        """Ticks since the reset; the number of the tick to come."""
-        return self.engine.cursor(self._lane).tick
+        """Ticks since the reset, the number of the tick to come; as it was once it is closed."""
+        return self._located()[0]
 
     @property
     def seed(self) -> int:
         """Of the noise that chunks are made from."""
-        return self.engine.cursor(self._lane).seed
+        return self._located()[1]
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the lane was given back."""
+        return self._is_closed
+
+    @property
+    def listener(self) -> LoopListener | None:
+        """Who hears of what happens from when it is set."""
+        return self._listener
+
+    @listener.setter
+    def listener(self, listener: LoopListener | None) -> None:
+        self._n_told = self._state.changes
+        self._listener = listener
+
+    @exclusive
     def digest(self) -> str:
         """128-bit value of the whole control state, as 32 hex digits."""
-        self._finish_tick()
-        return self.engine.digest(self._lane)
+        self._finished()
+        return self._digest()
 
     # -- episodes, interrupts, boundaries -------------------------------------------------------
 
+    @exclusive
     def reset(self, seed: int = 0) -> None:
         """Begin an episode: nothing remembered, nothing promised. The noise of its chunks depends
         on `seed`, in [0, 2**63), and on the tick.
         """
         self._check_open()
         seed = checked_seed(seed)
+        self._is_in_doubt = True
         self.engine.reset(self._lane, seed)
-        self._moved()
+        self._put(Boundary(0, None, seed), 0, seed)
         self._tell("reset", seed)
 
+    @exclusive
     def set_seed(self, seed: int) -> None:
         """Other noise for the chunks from here on, as for a fork that is to try something else."""
         seed = checked_seed(seed)
-        self._finish_tick()
+        state = self._ready()
+        self._is_in_doubt = True
         self.engine.set_seed(self._lane, seed)
-        self._history.clear()
+        self._put(None, state.position, seed)
         self._tell("set_seed", seed)
 
+    @exclusive
     def interrupt(self, keep: int = 0) -> None:
         """Drop the rest of the chunk: what comes is planned from the observations to come.
 
@@ -220,48 +265,60 @@ class ControlLoop:
         it acts, which takes the time of both.
         """
         keep = checked_count("interrupt: keep", keep)
-        self._finish_tick()
-        if not self._history.boundaries:
-            self._keep_boundary()
-        self._history.cut(self._cut(self.position + keep))
+        state = self._ready()
+        self._is_in_doubt = True
+        cut = self._cut(self.position + keep)
+        self._commit(state._replace(cut=cut, changes=state.changes + 1))
         self._tell("interrupt", keep)
 
+    @exclusive
     def snapshot(self, name: str | None = None) -> Capsule:
         """Freeze the whole control state. Raises PoolFull, changing nothing, without room."""
-        self._finish_tick()
-        capsule = self._with_room(name)
-        self._tell("snapshot", digest=None if self.listener is None else capsule.digest)
+        self._finished()
+        while True:
+            try:
+                capsule = self.engine.snapshot(self._lane, name)
+                break
+            except PoolFull:
+                if not self._give_way():
+                    raise
+        if self._listener is not None:
+            self._listener.event("snapshot", digest=capsule.digest)
         return capsule
 
+    @exclusive
     def restore(self, capsule: Capsule) -> None:
         """Continue from a capsule. `rewind` reaches back to here afterwards, not beyond.
 
         Raises CapsuleError for a dropped or foreign capsule; nothing has changed then.
         """
         self._check_open()
-        self.engine.restore(self._lane, capsule)
-        self._moved()
-        self._tell("restore", digest=None if self.listener is None else capsule.digest)
+        was_in_doubt = self._is_in_doubt
+        if not was_in_doubt:
+            self._located()
+        self._is_in_doubt = True
+        try:
+            self.engine.restore(self._lane, capsule)
+        except CapsuleError:  # found before anything moved
+            self._is_in_doubt = was_in_doubt
+            raise
+        self._put(Boundary(0, capsule), None, None)
+        self._tell("restore", digest=None if self._listener is None else capsule.digest)
 
+    @exclusive
     def fork(self, n: int = 1, seeds: Sequence[int] | None = None) -> list[ControlLoop]:
         """`n` more loops in this one's present state, on free lanes; with `seeds`, each plans with
-        its own noise. Raises LaneBusy, and makes none, when lanes are short.
+        its own noise. Raises LaneBusy or PoolFull, and makes none, when lanes or room are short.
         """
         n = checked_count("fork: n", n)
         noise = [None] * n if seeds is None else [checked_seed(seed) for seed in seeds]
         if len(noise) != n:
             raise SessionError(f"fork: {len(noise)} seeds for {n} loops")
-        self._finish_tick()
+        self._finished()
         loops: list[ControlLoop] = []
         try:
-            for _ in range(n):
-                loop = ControlLoop.__new__(ControlLoop)
-                loop._take_lane(self.engine, self.options)  # as it is: `adopt` overwrites it all
-                loops.append(loop)
-            for loop, seed in zip(loops, noise, strict=True):
-                loop.adopt(self)
-                if seed is not None:
-                    loop.set_seed(seed)
+            for seed in noise:
+                loops.append(self._forked(seed))
         except BaseException:
             for loop in loops:
                 loop.close()
@@ -274,13 +331,8 @@ class ControlLoop:
             raise SessionError(f"adopt: {shown(other)} is not a control loop")
         if other.engine is not self.engine:
             raise SessionError("adopt: the other loop is another engine's")
-        self._check_open()
-        other._finish_tick()
-        if other is not self:
-            self.engine.fork(other._lane, self._lane)
-            self._moved()
-            if self.listener is not None:
-                self.listener.event("restore", digest=self.digest())
+        first, second = sorted((self, other), key=id)  # as every thread does, so none waits forever
+        with first.lock, second.lock: self._adopt(other)  # noqa: E701  # fmt: skip
 
     def rewind(self, seconds: float) -> None:
         """Go back in time, to the bit: the nearest boundary before, then the ticks since, run
@@ -288,31 +340,40 @@ class ControlLoop:
         """
         self.rewind_ticks(round(checked_seconds("rewind: seconds", seconds) * self.options.hz))
 
+    @exclusive
     def rewind_ticks(self, ticks: int) -> None:
         """The same, by a number of ticks."""
         ticks = checked_count("rewind: ticks", ticks)
-        self._finish_tick()
-        history = self._history
-        target = history.end - ticks
-        if target < history.first:
-            reach = history.end - history.first
+        self._check_open()
+        state, capacity = self._recovered(), self._history.capacity
+        reach = state.end - state.first(capacity)
+        if ticks > reach:
             raise SessionError(
                 f"rewind: {ticks} ticks, of {reach} that can be gone back "
                 f"({reach / self.options.hz:.2f} s); a larger keep_seconds keeps more"
             )
-        if ticks:
-            start, capsule = history.at_or_before(target)
-            again = [history.past_tick(t) for t in range(start, target)]
-            self._is_sent_known = False
-            try:
-                self.engine.restore(self._lane, capsule)
-                for past in again:
-                    self._send(self._run_again(past))
-            except BaseException:  # Ctrl-C, say: somewhere between
-                self._moved()
-                raise
-            history.cut_back(target)
-            self._tell("rewind", ticks)
+        if not ticks:
+            self._finished()
+            return
+        target, position = state.end - ticks, self.position - ticks
+        seed, state = self.seed, self._state
+        self._is_in_doubt = True
+        sent = self._run_again(next(state.bases(target, capacity)), target)
+        boundaries = tuple(b for b in state.boundaries if b.tick <= target)
+        changes = state.changes + 1
+        self._commit(
+            LoopState(
+                state.origin,
+                boundaries,
+                target,
+                position=position,
+                seed=seed,
+                sent=sent,
+                changes=changes,
+            )  # fmt: skip
+        )
+        self._drop_spares()
+        self._tell("rewind", ticks)
 
     # -- the rest -------------------------------------------------------------------------------
 
@@ -320,20 +381,14 @@ class ControlLoop:
         """Counts, quantiles in seconds, and counters of the engine since this loop was made."""
         return self.timing.summary()
 
+    @exclusive
     def close(self) -> None:
         """Give the lane back. Capsules stay. A second close does nothing."""
-        if not self.is_closed:
-            self.is_closed = True
-            self._give_back()
-
-    def __del__(self) -> None:
-        """A forgotten loop's lane goes to the next one that asks; better say when: `close`.
-
-        Only noted here: a collection may strike in the middle of a change to the pool.
-        """
-        with contextlib.suppress(AttributeError):  # of an instance whose __init__ did not finish
-            if not self.is_closed:
-                self.engine.forgotten.append(self._give_back)
+        if not self._is_closed:
+            with contextlib.suppress(SessionError):  # the engine is closed, or the state is lost
+                self._located()
+            self._is_closed = True
+        self.engine.release_from(self._lane, self)
 
     def __enter__(self) -> ControlLoop:
         return self
@@ -341,28 +396,232 @@ class ControlLoop:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    # -- the state, and making it again -----------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise SessionError("the control loop is closed; make another one")
+        self.engine.check_open()
+
+    def _recovered(self) -> LoopState:
+        """What every call begins with: the lane is where the record says."""
+        if self._is_in_doubt or not self._lane.is_trusted:
+            self._make_again()
+        return self._state
+
+    def _finished(self) -> LoopState:
+        """The slack of the last tick is over, if nobody gave it yet."""
+        self._check_open()
+        state = self._recovered()
+        if not state.is_slack_done:
+            self._slack(state)
+            state = self._state
+        if (
+            self._listener is not None and self._n_told != state.changes
+        ):  # an exception fell between
+            self._listener.event("restore", digest=self._digest())
+            self._n_told = state.changes
+        return state
+
+    def _ready(self) -> LoopState:
+        """The same, for what changes the lane: its number is known, and it can be made again."""
+        state = self._finished()
+        if state.position is None:
+            self._located()
+        if not state.has_base(self._history.capacity):
+            self._keep_boundary()
+        return self._state
+
+    def _commit(self, state: LoopState) -> None:
+        """The lane is in this state."""
+        self._state = state
+        self._is_in_doubt = False
+
+    def _put(self, origin: Boundary | None, position: int | None, seed: int | None) -> None:
+        """The lane is somewhere else, and goes back no further than to here."""
+        changes = self._state.changes + 1
+        self._commit(LoopState(origin, position=position, seed=seed, changes=changes))
+        self._drop_spares()
+
+    def _located(self) -> tuple[int, int]:
+        """Position and seed. After a restore the device is asked once."""
+        state = self._state
+        if state.position is None or state.seed is None:
+            state = self._locate()
+        assert state.position is not None and state.seed is not None
+        return state.position, state.seed
+
+    @exclusive
+    def _locate(self) -> LoopState:
+        self._check_open()
+        state, cursor = self._recovered(), self.engine.cursor(self._lane)
+        self._state = state._replace(position=cursor.tick, seed=cursor.seed)
+        return self._state
+
+    def _make_again(self) -> None:
+        """An exception fell into a call: nobody knows what the lane holds. The state of before is
+        made again from the nearest boundary that can be read.
+        """
+        state = self._state
+        self._is_in_doubt = True
+        for boundary in state.bases(state.end, self._history.capacity):
+            try:
+                self._run_again(boundary, state.end, is_last_whole=state.is_slack_done)
+            except CapsuleError:  # found before anything moved
+                continue
+            if state.cut != NO_CUT:
+                self._cut(state.cut)
+            self._is_in_doubt = False
+            return
+        raise SessionError(
+            "the control loop was interrupted where it had no boundary to go back to, and its "
+            "state is lost; reset it, or restore a capsule"
+        )
+
+    def _run_again(self, base: Boundary, stop: int, *, is_last_whole: bool = True) -> Array | None:
+        """Go to a boundary, and from there up to tick `stop`, interrupts and slacks included; of
+        the last tick only if it is whole. What was executed last, if anything was.
+        """
+        engine, lane = self.engine, self._lane
+        if base.capsule is None:
+            engine.reset(lane, base.seed)
+        else:
+            engine.restore(lane, base.capsule)
+        action: Array | None = None
+        for tick in range(base.tick, stop):
+            past = self._history.past_tick(tick)
+            if past.cut != NO_CUT:
+                self._cut(past.cut)
+            action = run_tick(engine, lane, past.observation)
+            if past.executed is not None:
+                action = past.executed
+                engine.override(lane, action)
+            if is_last_whole or tick + 1 < stop:
+                run_slack(engine, lane, self.options.overlap)
+        return action
+
+    # -- boundaries -----------------------------------------------------------------------------
+
+    def _keep_boundary(self) -> None:
+        """A boundary before the coming tick. Room for one is the loop's own: raises PoolFull only
+        where it was lost.
+        """
+        while True:
+            try:
+                capsule = self.engine.keep_boundary(self._lane)
+                break
+            except PoolFull:
+                if not self._give_way() and not self._drop_last():
+                    raise
+        state = self._state
+        boundary = Boundary(state.end, capsule)
+        self._state = state._replace(boundaries=(*state.boundaries, boundary))
+        self._drop_spares()
+
+    def _spares(self) -> list[Capsule]:
+        """Capsules that the loop kept and that lead nowhere any more."""
+        used = [b.capsule for b in self._state.boundaries]
+        return [c for c in self.engine.kept_boundaries(self._lane) if c not in used]
+
+    def _drop_spares(self) -> None:
+        """But one, where there is no boundary: its room is for the next."""
+        spares = self._spares()
+        for capsule in spares if self._state.boundaries else spares[1:]:
+            capsule.drop()
+
+    def _give_way(self) -> bool:
+        """Drop what is missed least; False when the loop has one capsule left."""
+        if len(self.engine.kept_boundaries(self._lane)) < 2:
+            return False
+        spares, state = self._spares(), self._state
+        if not spares:
+            self._state = state._replace(boundaries=state.boundaries[1:])
+            spares = self._spares()
+        spares[0].drop()
+        return True
+
+    def _drop_last(self) -> bool:
+        """The same for the last one, whose room is needed for the next boundary."""
+        self._state = self._state._replace(boundaries=())
+        spares = self._spares()
+        for capsule in spares:
+            capsule.drop()
+        return bool(spares)
+
     # -- inside ---------------------------------------------------------------------------------
 
     def _checked(self, observation: ArrayLike) -> Array:
-        """The loop's own copy, until the next one; what comes after this door trusts it."""
-        own = self._observation
-        return checked_vector("observation", observation, len(own), "f", own)
+        """The loop's own copy; what comes after this door trusts it."""
+        return checked_vector("observation", observation, self.engine.config.observation_dim, "f")
 
-    def _step(self, observation: Array) -> Array:
-        """What every tick is: the slack of the one before, a boundary to begin with, the graphs."""
-        self.slack()
-        if not self._history.boundaries:
-            self._keep_boundary()
-        if not self._is_sent_known and self.position > 0:
-            self._send(self.engine.action(self._lane))  # as before a restore
-        self._is_slack_done = False
-        try:
-            return run_tick(self.engine, self._lane, observation)
-        except BaseException:  # Ctrl-C, say: nobody knows whether the tick has happened
-            self._history.clear()
-            if self.listener is not None:
-                self.listener.event("restore", digest=self.engine.digest(self._lane))
-            raise
+    def _ready_to_tick(self) -> LoopState:
+        state = self._ready()
+        if state.sent is None and state.position:  # as before a restore
+            state = state._replace(sent=self.engine.action(self._lane))
+            self._state = state
+        return state
+
+    def _late(self, state: LoopState) -> Array | None:
+        """The deadline policy; what is executed in place of the action, if anything."""
+        self.timing.misses += 1
+        if self.options.on_miss != "hold":
+            return None
+        return state.sent if self._hold is None else self._hold
+
+    def _ticked(
+        self,
+        state: LoopState,
+        observation: Array,
+        action: Array,
+        instead: Array | None,
+        *,
+        is_late: bool = False,
+    ) -> None:
+        """The graphs of a tick have run, from `state`."""
+        if instead is not None:
+            self.engine.override(self._lane, instead)
+        end = state.end + 1
+        self._history.put(state.end, PastTick(observation, state.cut, instead))
+        boundaries = state.boundaries
+        is_one_useless = bool(boundaries) and end - boundaries[0].tick > self._history.capacity
+        assert state.position is not None
+        self._commit(
+            LoopState(
+                state.origin,
+                boundaries[is_one_useless:],
+                end,
+                NO_CUT,
+                False,
+                state.position + 1,
+                state.seed,
+                action.copy() if instead is None else instead,
+                state.changes + 1,
+            )  # fmt: skip
+        )
+        self.timing.ticks += 1
+        if is_one_useless:
+            self._drop_spares()
+        if (listener := self._listening()) is not None:
+            listener.tick(observation, action, is_late=is_late)
+            if instead is not None:
+                listener.override(instead)
+            self._n_told = self._state.changes
+
+    def _slack(self, state: LoopState) -> None:
+        started_ns = time.perf_counter_ns()
+        self._is_in_doubt = True
+        if run_slack(self.engine, self._lane, self.options.overlap):
+            self.timing.planning.add(time.perf_counter_ns() - started_ns)
+        self._commit(state.slack_done())
+        is_boundary = state.end % self._boundary_ticks == 0
+        if is_boundary:
+            with contextlib.suppress(PoolFull):  # only reach is lost
+                self._keep_boundary()
+        if (listener := self._listener) is not None and self._n_told == state.changes:
+            listener.slack(self._digest() if is_boundary else None)
+
+    def _digest(self) -> str:
+        return self.engine.digest(self._lane)
 
     def _cut(self, stop: int) -> int:
         """Promise nothing from tick `stop` on; what is promised up to, which may be less."""
@@ -370,69 +629,41 @@ class ControlLoop:
         self.engine.cut(self._lane, stop)
         return stop
 
-    def _run_again(self, past: PastTick) -> Array:
-        """A tick of the history, the interrupt before it and its slack included; what was executed,
-        float32 [action_dim].
-        """
-        if past.cut != NO_CUT:
-            self._cut(past.cut)
-        action = run_tick(self.engine, self._lane, past.observation)
-        if past.executed is not None:
-            action = past.executed
-            self.engine.override(self._lane, action)
-        run_slack(self.engine, self._lane, self.options.overlap)
-        return action
-
-    def _late(self) -> Array | None:
-        """The deadline policy; what is executed in place of the action, if anything."""
-        self.timing.misses += 1
-        if self.options.on_miss != "hold" or not (self._is_sent_known or self._hold is not None):
-            return None
-        return self._sent.copy() if self._hold is None else self._hold.copy()
-
-    def _note(self, observation: Array, action: Array, *, is_late: bool = False) -> None:
-        self.timing.ticks += 1
-        self._history.add(observation)
-        self._send(action)
-        if self.listener is not None:
-            self.listener.tick(observation, action, is_late=is_late)
-
-    def _send(self, action: Array) -> None:
-        self._sent[...], self._is_sent_known = action, True
-
-    def _moved(self) -> None:
-        """The lane is somewhere else."""
-        self._is_slack_done, self._is_sent_known = True, False
-        self._history.clear()
-
-    def _finish_tick(self) -> None:
-        """The slack of the last tick, if nobody gave it yet."""
-        self._check_open()
-        self.slack()
-
-    def _keep_boundary(self) -> None:
-        """A boundary for `rewind`; without room for any, only reach is lost."""
-        with contextlib.suppress(PoolFull):
-            self._history.keep(self._with_room(None))
-
-    def _with_room(self, name: str | None) -> Capsule:
+    def _forked(self, seed: int | None) -> ControlLoop:
+        """Another loop in this one's state. The boundaries of this one give way to its own."""
+        loop = ControlLoop.__new__(ControlLoop)
         while True:
             try:
-                return self.engine.snapshot(self._lane, name)
+                loop._open(self.engine, self.options, lambda: loop._copy(self, seed))
+                return loop
             except PoolFull:
-                if not self._history.forget_oldest():
+                if not self._give_way():
                     raise
 
+    @exclusive
+    def _adopt(self, other: ControlLoop) -> None:
+        self._check_open()
+        other._finished()
+        if other is not self:
+            if not self._is_in_doubt:
+                self._located()
+            self._copy(other, None)
+            self._tell("restore", digest=None if self._listener is None else self._digest())
+
+    def _copy(self, other: ControlLoop, seed: int | None) -> None:
+        """The state of another loop, which is finished; with `seed` for what comes."""
+        position, same = other._located()
+        self._is_in_doubt = True
+        self.engine.fork(other._lane, self._lane)
+        if seed is not None:
+            self.engine.set_seed(self._lane, seed)
+        self._put(None, position, same if seed is None else seed)
+
+    def _listening(self) -> LoopListener | None:
+        """The listener, if it heard of all but the change at hand; see `_finished`."""
+        return self._listener if self._n_told == self._state.changes - 1 else None
+
     def _tell(self, what: str, value: int = 0, digest: str | None = None) -> None:
-        if self.listener is not None:
-            self.listener.event(what, value, digest)
-
-    def _check_open(self) -> None:
-        if self.is_closed:
-            raise SessionError("the control loop is closed; make another one")
-
-
-def _give_back(engine: Policy, lane: Lane, history: History) -> None:
-    """The lane of a loop, and its boundaries. Knows no loop, which can be collected meanwhile."""
-    history.clear()
-    engine.release(lane)
+        if (listener := self._listening()) is not None:
+            listener.event(what, value, digest)
+            self._n_told = self._state.changes

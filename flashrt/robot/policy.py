@@ -9,7 +9,7 @@ environment's units. The loop checks observations at its own door, hence the `_t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane
-from flashrt.capsule.table import CapsuleTable
+from flashrt.capsule.turn import Turn
 
 Array = NDArray[np.float32]
 
@@ -82,18 +82,26 @@ class Policy(Protocol):
     @property
     def fingerprint(self) -> str: ...
     @property
-    def capsules(self) -> CapsuleTable: ...
-
-    @property
-    def forgotten(self) -> list[Callable[[], None]]:
-        """How to give back the lanes of loops that were dropped without `close`."""
+    def turn(self) -> Turn:
+        """Whoever changes a lane has it; `Turn(lambda created: None)` for a policy without books
+        of capsules.
+        """
         ...
 
-    def take_lane(self) -> Lane:
-        """A free lane in any state; forgotten ones are given back first. Raises LaneBusy."""
+    def check_open(self) -> None:
+        """Raises SessionError once the policy is closed."""
         ...
 
-    def release(self, lane: Lane) -> None: ...
+    def take_lane(self, owner: object) -> Lane:
+        """A free lane in any state, until it is released or its owner is no more; the policy may
+        hold the owner weakly only. Raises LaneBusy.
+        """
+        ...
+
+    def release_from(self, lane: Lane, owner: object) -> None:
+        """Take the lane back, if it is still the owner's."""
+        ...
+
     def reset(self, lane: Lane, seed: int) -> None:
         """Tick 0, nothing remembered, nothing promised."""
         ...
@@ -146,8 +154,20 @@ class Policy(Protocol):
         """Raises PoolFull."""
         ...
 
+    def keep_boundary(self, lane: Lane) -> Capsule:
+        """A snapshot that is dropped with the lane's release. Raises PoolFull."""
+        ...
+
+    def kept_boundaries(self, lane: Lane) -> tuple[Capsule, ...]:
+        """Those of the lane that were kept and not dropped, the oldest first."""
+        ...
+
+    def check_capsule(self, capsule: Capsule) -> None:
+        """Raises CapsuleError unless the capsule can be restored here."""
+        ...
+
     def restore(self, lane: Lane, capsule: Capsule) -> None:
-        """Raises CapsuleError."""
+        """Raises CapsuleError, and nothing has changed then."""
         ...
 
     def fork(self, source: Lane, target: Lane) -> None: ...

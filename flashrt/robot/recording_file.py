@@ -17,20 +17,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 import xxhash
 from numpy.typing import NDArray
 
 from flashrt.base.errors import RecordingError
-from flashrt.base.files import replacing
-from flashrt.base.messages import listed
+from flashrt.base.files import PRIVATE, opened, outcome, read_exactly, replacing
+from flashrt.base.messages import listed, shown
+from flashrt.base.tensor_file import parse_json, read_table, write_tensors
 
 FORMAT = "flashrt-recording-1"
 ON_TIME, LATE, HELD = 0, 1, 2  # outcomes: sent; sent late, or raised; something else was executed
 DIGEST = "digest"  # the state is as recorded here
 WHAT = (DIGEST, "reset", "set_seed", "interrupt", "snapshot", "restore", "rewind")
 NO_DIGEST = "0" * 32
+MOST_HEADER_NBYTES = 1 << 20
+_DTYPES = {"F32": np.dtype(np.float32), "U8": np.dtype(np.uint8), "I64": np.dtype(np.int64)}
+_TENSORS = {  # dtypes and ranks
+    "observations": ("F32", 2), "actions": ("F32", 2), "outcomes": ("U8", 1), "events": ("I64", 2),
+    "event_digests": ("U8", 2),
+}  # fmt: skip
 _OPTIONS = ("hz", "overlap", "keep_seconds", "boundary_seconds", "seed")
 
 
@@ -93,44 +98,41 @@ def write_recording(recording: Recording, path: Path) -> None:
     }
     metadata["sum"] = _sum(metadata, tensors)
     try:
-        with replacing(path, is_durable=True) as temporary:
-            safetensors.numpy.save_file(dict(tensors), temporary, metadata)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise RecordingError(f"cannot write {path}: {error}; nothing was left there") from error
+        with replacing(path, is_durable=True, mode=PRIVATE) as temporary:
+            write_tensors(temporary, tensors, metadata)
+    except OSError as error:
+        raise RecordingError(f"cannot write {path}: {error}; {outcome(error)}") from error
 
 
 def read_recording(path: str | os.PathLike[str]) -> Recording:
     """Raises RecordingError for anything but a whole recording."""
     try:
-        with safetensors.safe_open(os.fspath(path), "numpy") as file:
-            metadata = dict(file.metadata() or {})
+        with opened(path) as (handle, nbytes):
+            table = read_table(handle, nbytes, MOST_HEADER_NBYTES)
+            metadata = dict(table.metadata)
             if metadata.get("format") != FORMAT:
                 found = metadata.get("format")
-                raise ValueError(f"format {found!r}, this version reads {FORMAT!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                raise ValueError(f"format {shown(found)}, this version reads {FORMAT!r}")
+            if {n: (t.dtype, len(t.shape)) for n, t in table.tensors.items()} != _TENSORS:
+                raise ValueError(f"its tensors are {listed(sorted(table.tensors))}")
+            tensors = {
+                name: read_exactly(handle, t.nbytes, t.offset)
+                .view(_DTYPES[t.dtype])
+                .reshape(t.shape)
+                for name, t in table.tensors.items()
+            }
         if metadata.pop("sum") != _sum(metadata, tensors):
             raise ValueError("the checksum differs: it is damaged")
         recording = _recording(metadata, tensors)
         recording.check()
-    except (
-        OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, IndexError,
-        AttributeError, RecursionError, OverflowError,
-    ) as error:  # fmt: skip
+    except OSError as error:
+        raise RecordingError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise RecordingError(f"{path} is not a whole recording: {error}") from error
     return recording
 
 
 def _recording(metadata: dict[str, str], tensors: dict[str, NDArray[np.generic]]) -> Recording:
-    wanted = {
-        "observations": (np.float32, 2),
-        "actions": (np.float32, 2),
-        "outcomes": (np.uint8, 1),
-        "events": (np.int64, 2),
-        "event_digests": (np.uint8, 2),
-    }
-    found = {name: (t.dtype, t.ndim) for name, t in tensors.items()}
-    if found != {name: (np.dtype(dtype), ndim) for name, (dtype, ndim) in wanted.items()}:
-        raise ValueError(f"its tensors are {found}")
     table, digests = tensors["events"], tensors["event_digests"]
     if table.shape != (len(digests), 3) or digests.shape != (len(table), 16):
         raise ValueError(f"events {table.shape}, digests {digests.shape}")
@@ -140,9 +142,9 @@ def _recording(metadata: dict[str, str], tensors: dict[str, NDArray[np.generic]]
         Event(int(tick), WHAT[int(what)], int(value), bytes(digest).hex())
         for (tick, what, value), digest in zip(table, digests, strict=True)
     )
-    options = json.loads(metadata["options"])
-    if set(options) != set(_OPTIONS):
-        raise ValueError(f"its options are {listed(sorted(options))}")
+    options = parse_json(metadata["options"])
+    if not isinstance(options, dict) or set(options) != set(_OPTIONS):
+        raise ValueError(f"its options are {shown(options)}")
     return Recording(
         fingerprint=metadata["fingerprint"],
         seed=int(options["seed"]),

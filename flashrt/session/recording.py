@@ -14,21 +14,24 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import SessionError
-from flashrt.base.messages import listed
+from flashrt.base.files import PRIVATE, opened
+from flashrt.base.messages import listed, shown
+from flashrt.base.tensor_file import parse_json
 from flashrt.capsule.capsule import Capsule
 from flashrt.session.engine import SessionEngine
 from flashrt.session.session import EndReason, Generation, Session, as_tokens
 
 FORMAT = "flashrt-journal-1"
+_MOST_HEAD_NBYTES, _MOST_LINE_NBYTES = 1 << 20, 64 << 20
+_MOST_COUNT = 1 << 31
 OPTIONS = frozenset(inspect.signature(Session.generate).parameters) - {"self", "max_tokens"}
 LIMIT, STOPPED, INTERRUPTED = "limit", "stop", "interrupt"
 
@@ -77,6 +80,7 @@ class SessionRecorder:
         exists or cannot be written.
         """
         self.session = session
+        self._path = path
         head = RecordingHead(
             fingerprint=engine.fingerprint,
             checkpoint=str(engine.checkpoint.path.absolute()),
@@ -86,7 +90,9 @@ class SessionRecorder:
             digest=session.digest(),
         )
         try:
-            self._file = Path(path).open("x", encoding="utf-8")  # noqa: SIM115 - see close
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            handle = os.open(path, flags, PRIVATE)  # it holds prompts
+            self._file = os.fdopen(handle, "w", encoding="utf-8")
         except OSError as error:
             raise SessionError(f"cannot start a recording at {path}: {error}") from error
         self._write({"format": FORMAT, **asdict(head)})
@@ -151,7 +157,7 @@ class SessionRecorder:
             self._file.flush()
         except OSError as error:
             raise SessionError(
-                f"cannot write to recording {self._file.name}: {error}; it ends before this call"
+                f"cannot write to recording {self._path}: {error}; it ends before this call"
             ) from error
 
 
@@ -159,21 +165,32 @@ def read_recording(
     path: str | os.PathLike[str],
 ) -> tuple[RecordingHead, list[RecordedCall], bool]:
     """The head, the calls, and whether the last line is cut short. Raises SessionError."""
+    number = 0
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SessionError(f"cannot read recording {path}: {error}") from error
-    is_cut_short = lines.pop() != ""
-    if not lines:
+        with opened(path) as (handle, _), os.fdopen(handle, "rb", closefd=False) as file:
+            head, calls, is_cut_short = None, list[RecordedCall](), False
+            while line := file.readline(_MOST_LINE_NBYTES if number else _MOST_HEAD_NBYTES):
+                number += 1
+                is_cut_short = not line.endswith(b"\n")
+                if is_cut_short and file.read(1):
+                    raise ValueError(f"it has more than {len(line):,} bytes")
+                if is_cut_short:
+                    break
+                fields = parse_json(line)
+                if not isinstance(fields, dict):
+                    raise ValueError("it is no object")
+                if head is None:
+                    head = _head_of(fields)
+                else:
+                    calls.append(_call_of(number, fields))
+    except OSError as error:
+        raise SessionError(f"cannot read recording {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise SessionError(
+            f"{path} is not a recording that can be replayed: line {number}: {error}"
+        ) from error
+    if head is None:
         raise SessionError(f"{path} is not a recording: it has no whole line")
-    try:
-        first = json.loads(lines[0])
-        if first.pop("format") != FORMAT:
-            raise ValueError(f"this version reads {FORMAT!r}")
-        head = RecordingHead(**first)
-        calls = [_call_of(number, json.loads(text)) for number, text in enumerate(lines[1:], 2)]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise SessionError(f"{path} is not a recording that can be replayed: {error!r}") from error
     return head, calls, is_cut_short
 
 
@@ -235,25 +252,69 @@ def _run(session: Session, call: RecordedCall, vocab_size: int) -> str | None:
     return None
 
 
+def _head_of(fields: dict[str, Any]) -> RecordingHead:
+    """Raises ValueError."""
+    if (found := fields.pop("format", None)) != FORMAT:
+        raise ValueError(f"format {shown(found)}, this version reads {FORMAT!r}")
+    _need(fields, _HEAD)
+    return RecordingHead(**fields)
+
+
 def _call_of(line: int, fields: dict[str, Any]) -> RecordedCall:
-    wanted: dict[str, set[str]] = {
-        "prefill": {"tokens"},
-        "rollback": {"to"},
-        "generate": {"max_tokens", "options", "tokens", "end"},
-    }
-    do, position, digest = fields.pop("do"), fields.pop("position"), fields.pop("digest")
-    if set(fields) != wanted[do]:
-        raise ValueError(
-            f"line {line}: {do} has {listed(sorted(fields))}, expected {sorted(wanted[do])}"
-        )
-    if "tokens" in fields and not isinstance(fields["tokens"], list):
-        raise ValueError(f"line {line}: tokens is a list of ids")
-    if do == "generate":
-        if not isinstance(fields["max_tokens"], int):
-            raise ValueError(f"line {line}: max_tokens is {fields['max_tokens']!r}")
-        if unknown := set(fields["options"]) - OPTIONS:
-            raise ValueError(f"line {line}: unknown options {listed(sorted(unknown))}")
-    return RecordedCall(line, do, fields, int(position), str(digest))
+    """Raises ValueError."""
+    do = fields.pop("do", None)
+    if not isinstance(do, str) or do not in _CALLS:
+        raise ValueError(f"there is no call {shown(do)}")
+    _need(fields, {"position": _COUNT, "digest": _TEXT, **_CALLS[do]})
+    return RecordedCall(line, do, fields, fields.pop("position"), fields.pop("digest"))
+
+
+def _need(fields: Mapping[str, Any], wanted: Mapping[str, _Kind]) -> None:
+    """Exactly the fields that are wanted, each of its kind. Raises ValueError."""
+    if set(fields) != set(wanted):
+        raise ValueError(f"it has {listed(sorted(fields))}, expected {listed(sorted(wanted))}")
+    for name, (kind, is_one) in wanted.items():
+        if not is_one(fields[name]):
+            raise ValueError(f"{name} is {shown(fields[name])}, expected {kind}")
+
+
+def _are_options(value: object) -> bool:
+    """As far as `generate` would not find out: what JSON can hold in place of a number."""
+    if not isinstance(value, dict) or set(value) - OPTIONS:
+        return False
+    rest = {k: v for k, v in value.items() if k not in ("stop", "logit_bias")}
+    return (
+        _are_integers(value.get("stop", []))
+        and (value.get("logit_bias") is None or _are_biases(value["logit_bias"]))
+        and not any(isinstance(v, list | dict) for v in rest.values())
+    )
+
+
+def _are_biases(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int for pair in value
+    )
+
+
+def _are_integers(value: object) -> bool:
+    return isinstance(value, list) and all(type(number) is int for number in value)
+
+
+_Kind = tuple[str, Callable[[Any], bool]]
+_TEXT: _Kind = ("a text", lambda v: isinstance(v, str))
+_COUNT: _Kind = ("a count", lambda v: type(v) is int and 0 <= v < _MOST_COUNT)
+_TOKENS: _Kind = ("a list of ids", _are_integers)
+_OPTIONS: _Kind = (f"options among {sorted(OPTIONS)}", _are_options)
+_END: _Kind = ("how it ended", lambda v: v in (LIMIT, STOPPED, INTERRUPTED))
+_HEAD: Mapping[str, _Kind] = {
+    "fingerprint": _TEXT, "checkpoint": _TEXT, "device": _TEXT, "max_positions": _COUNT,
+    "position": _COUNT, "digest": _TEXT,
+}  # fmt: skip
+_CALLS: Mapping[str, Mapping[str, _Kind]] = {
+    "prefill": {"tokens": _TOKENS},
+    "rollback": {"to": _COUNT},
+    "generate": {"max_tokens": _COUNT, "options": _OPTIONS, "tokens": _TOKENS, "end": _END},
+}
 
 
 def _plain(value: object) -> object:

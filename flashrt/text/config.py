@@ -11,16 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from flashrt.base.errors import CheckpointError
+from flashrt.base.files import read_file
 from flashrt.text.tokenizer import Tokenizer
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+MOST_NBYTES = 64 << 20  # of this file, and of a template
 
 
 def tokenizer_config(checkpoint: Path) -> Mapping[str, object]:
     """The file as an object, empty if there is none. Raises CheckpointError if it is no JSON."""
     path = checkpoint / TOKENIZER_CONFIG_FILE
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_file(path, MOST_NBYTES))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

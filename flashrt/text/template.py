@@ -21,7 +21,13 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from flashrt.base.errors import CheckpointError, FlashrtError
-from flashrt.text.config import TOKENIZER_CONFIG_FILE, special_tokens, tokenizer_config
+from flashrt.base.files import read_file
+from flashrt.text.config import (
+    MOST_NBYTES,
+    TOKENIZER_CONFIG_FILE,
+    special_tokens,
+    tokenizer_config,
+)
 
 TEMPLATE_FILE = "chat_template.jinja"
 OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
@@ -83,7 +89,7 @@ def chat_template_of(checkpoint: Path) -> ChatTemplate | None:
     """
     config = tokenizer_config(checkpoint)
     try:
-        source: object = (checkpoint / TEMPLATE_FILE).read_text(encoding="utf-8")
+        source: object = read_file(checkpoint / TEMPLATE_FILE, MOST_NBYTES).decode()
     except FileNotFoundError:
         source = config.get("chat_template")
     except (OSError, UnicodeDecodeError) as error:

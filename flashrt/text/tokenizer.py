@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from flashrt.base.errors import CheckpointError, FlashrtError, TokenError
+from flashrt.base.files import read_file
 from flashrt.base.messages import shown
 from flashrt.text.stream import StreamDecoder
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_FILE = "tokenizer.json"
+_MOST_NBYTES = 512 << 20  # known ones have up to 35 MB
 _BYTE_SPELLING = "<0x{:02X}>"  # of the tokens that a ByteFallback decoder joins to characters
 
 T = TypeVar("T")
@@ -46,7 +48,7 @@ class Tokenizer:
         import tokenizers  # slow to import, and not needed for token ids
 
         try:
-            source = path.read_text(encoding="utf-8") if text is None else text
+            source = read_file(path, _MOST_NBYTES).decode() if text is None else text
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
         self.path = path

@@ -1,26 +1,24 @@
 """A Hugging Face checkpoint directory: configuration, tensor table, reads of tensor bytes.
 
-IS: config.json + model.safetensors, or the shards named by model.safetensors.index.json. The
-safetensors library validates each header against its file; bytes are then read by offset into a
-buffer of the caller, because that library hands bfloat16 to numpy only as whole copies. IS NOT:
+IS: config.json + model.safetensors, or the shards named by model.safetensors.index.json. A header
+is checked against its file; bytes are then read by offset into a buffer of the caller. IS NOT:
 knowledge of what the tensors mean (rules), where they go (loader) or what else a path can be
 (folder).
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import errno
 import os
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
 
-import safetensors
-
 from flashrt.base.errors import CheckpointError
+from flashrt.base.files import opened, read_file, read_into
 from flashrt.base.messages import listed, printable, shown
+from flashrt.base.tensor_file import MOST_HEADER_NBYTES, parse_json, read_table
 from flashrt.weights.folder import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -37,7 +35,6 @@ PREFIX, NESTED_PREFIX = "model.", "model.language_model."  # text only; the same
 IGNORED_PREFIX = "model.visual."  # the vision tower of a multimodal checkpoint
 _MOST_CONFIG_NBYTES = 8 << 20
 _MOST_INDEX_NBYTES = 64 << 20  # some 500,000 tensors
-_MOST_HEADER_NBYTES = 100_000_000  # as the safetensors library has it
 _POINTER = b"version https://git-lfs"  # begins a file of git-lfs that was not pulled
 
 
@@ -66,34 +63,25 @@ class Checkpoint:
     generation: Mapping[str, object]
     tensors: Mapping[str, Tensor]
     stop_tokens: tuple[int, ...] = ()
-    _files: dict[Path, FileIO] = field(default_factory=dict, repr=False)
+    _handles: dict[Path, int] = field(default_factory=dict, repr=False)
+    _files: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
 
     def read_into(self, tensor: Tensor, first_byte: int, out: memoryview) -> None:
         """Read len(out) bytes of a tensor, from byte `first_byte` on. Raises CheckpointError."""
         try:
-            if tensor.path not in self._files:
-                self._files[tensor.path] = tensor.path.open("rb", buffering=0)
-            file = self._files[tensor.path]
-            file.seek(tensor.offset + first_byte)
-            done = 0
-            while done < len(out):
-                count = file.readinto(out[done:])
-                if not count:
-                    raise CheckpointError(
-                        f"{tensor.path}: ends inside {printable(tensor.stored_name)}; fetch the "
-                        "file again"
-                    )
-                done += count
+            if tensor.path not in self._handles:
+                self._handles[tensor.path], _ = self._files.enter_context(opened(tensor.path))
+            read_into(self._handles[tensor.path], out, tensor.offset + first_byte)
         except OSError as error:
-            raise CheckpointError(
-                f"{tensor.path}: cannot read {printable(tensor.stored_name)}: {error}"
-            ) from error
+            name = printable(tensor.stored_name)
+            is_cut = error.errno == errno.ENODATA
+            what = f"ends inside {name}" if is_cut else f"cannot read {name}: {error.strerror}"
+            raise CheckpointError(f"{tensor.path}: {what}; fetch the file again") from error
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        self._handles.clear()
+        self._files.close()
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -129,34 +117,20 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def read_json(path: Path, most_nbytes: int = _MOST_CONFIG_NBYTES) -> Mapping[str, object]:
     """A JSON object. Raises CheckpointError if the file is missing or holds anything else."""
     try:
-        if path.stat().st_size > most_nbytes:
-            raise CheckpointError(f"{path}: larger than {most_nbytes >> 20} MiB; fetch it again")
-        value = parse_json(path.read_bytes())
+        value = parse_json(read_file(path, most_nbytes))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path}: no such file; is {path.parent} a Hugging Face checkpoint?"
         ) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read: {error.strerror}; fetch it again"
+        ) from error
+    except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected an object")
     return value
-
-
-def parse_json(data: bytes) -> object:
-    """A JSON value. Raises ValueError; also for a key that occurs twice, and for deep nesting."""
-    try:
-        return json.loads(data, object_pairs_hook=_unique)
-    except RecursionError as error:
-        raise ValueError("objects or lists are nested too deeply") from error
-
-
-def _unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"{listed([n for n in made if counts[n] > 1])} occurs twice")
-    return made
 
 
 def _weight_files(root: Path) -> dict[Path, Collection[str] | None]:
@@ -184,42 +158,29 @@ def _weight_files(root: Path) -> dict[Path, Collection[str] | None]:
 
 
 def _read_header(path: Path) -> dict[str, Tensor]:
-    """The tensor table of one file, after the safetensors library has checked offsets, shapes and
-    file size.
-    """
+    """The tensor table of one file: offsets, shapes and the file's size agree."""
     try:
-        with path.open("rb") as file:
-            if file.read(len(_POINTER)) == _POINTER:
+        with opened(path) as (handle, nbytes):
+            if os.pread(handle, len(_POINTER), 0) == _POINTER:
                 raise CheckpointError(
                     f"{path}: a pointer of git-lfs in place of the weights; run `git lfs pull`"
                 )
-        with safetensors.safe_open(path, framework="np"):
-            pass
-        with path.open("rb") as file:
-            header_nbytes = int.from_bytes(file.read(8), "little")
-            header = parse_json(file.read(min(header_nbytes, _MOST_HEADER_NBYTES)))
-    except safetensors.SafetensorError as error:
+            table = read_table(handle, nbytes, MOST_HEADER_NBYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: not a whole safetensors file ({error}); fetch it again"
         ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: its header is no object; fetch it again")
-    metadata = header.pop("__metadata__", None)
-    if isinstance(metadata, dict) and metadata.get("format") == "mlx":
+    if table.metadata.get("format") == "mlx":
         raise CheckpointError(
             f"{path}: written by MLX, which stores norms and convolutions differently; take the "
             "model that it was converted from"
         )
-    tensors = {}
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        tensors[name] = Tensor(
-            name, entry["dtype"], shape, path, 8 + header_nbytes + start, stop - start
-        )
-    return tensors
+    return {
+        name: Tensor(name, t.dtype, t.shape, path, t.offset, t.nbytes)
+        for name, t in table.tensors.items()
+    }
 
 
 def _canonical(root: Path, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

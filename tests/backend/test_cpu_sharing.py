@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashrt.backends.cache import Binary
 from flashrt.backends.cpu import compile as toolchain
 from flashrt.backends.cpu import device as cpu_device
 from flashrt.backends.cpu.device import CpuDevice
@@ -37,7 +38,7 @@ class Claim(ctypes.Structure):
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernel library once more: a pool, a workspace and a count of claims of its own."""
-    path, _ = toolchain.library(OPS)
+    path = toolchain.library(OPS).path
     return Path(shutil.copy(path, tmp_path_factory.mktemp("library") / "copy.so"))
 
 
@@ -97,7 +98,8 @@ def test_without_room_to_pack_them_rows_go_one_by_one(
 ) -> None:
     case = linear(8, 5, K=1030, N=2070)
     usual = Runner(CpuDevice(threads=2)).run(case)["y"]
-    monkeypatch.setattr(toolchain, "library", lambda *_, **__: (copy, False))
+    library = Binary(copy, copy.read_bytes(), "", was_cached=True)
+    monkeypatch.setattr(toolchain, "library", lambda *_, **__: library)
     monkeypatch.setattr(cpu_device, "_workspace_nbytes", lambda _: 0)
     other = Runner(CpuDevice(threads=2)).run(case)["y"]
     np.testing.assert_array_equal(usual[:5].view(np.uint32), other[:5].view(np.uint32))

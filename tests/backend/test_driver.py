@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flashrt.backends.cache import Binary
 from flashrt.backends.cuda.driver_api import ArgumentBlock, HostBuffer, LaunchConfig
 from flashrt.backends.simt.driver import SimtDriver
 from flashrt.backends.simt.kernel import MAX_SHARED_BYTES
@@ -43,14 +44,14 @@ int simt_step(const unsigned *gb, unsigned shared, uint64_t seed, void **params,
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def library(tmp_path_factory: pytest.TempPathFactory) -> Binary:
     folder = tmp_path_factory.mktemp("kernel")
     (folder / "step.c").write_text(KERNEL)
     compiler = shutil.which("gcc") or shutil.which("cc")
     assert compiler, "the tests need a C compiler"
     path = folder / "step.so"
     subprocess.run([compiler, "-shared", "-fPIC", "-o", path, folder / "step.c"], check=True)
-    return path
+    return Binary(path, path.read_bytes(), "", was_cached=True)
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_polling_an_event_ends_but_not_at_once(bench: Bench) -> None:
     assert answers == [False, False, False, True, True]
 
 
-def test_launch_copies_its_arguments(bench: Bench, library: Path) -> None:
+def test_launch_copies_its_arguments(bench: Bench, library: Binary) -> None:
     driver = bench.driver
     function = driver.module_function(driver.module_load(library), "step")
     driver.fill(bench.address, 0, 4, bench.stream)
@@ -145,7 +146,7 @@ def test_launch_copies_its_arguments(bench: Bench, library: Path) -> None:
     assert bench.word() == 3
 
 
-def test_graph_replays_what_was_captured(bench: Bench, library: Path, tmp_path: Path) -> None:
+def test_graph_replays_what_was_captured(bench: Bench, library: Binary, tmp_path: Path) -> None:
     driver = bench.driver
     function = driver.module_function(driver.module_load(library), "step")
     driver.fill(bench.address, 0, 4, bench.stream)
@@ -166,7 +167,7 @@ def test_graph_replays_what_was_captured(bench: Bench, library: Path, tmp_path: 
     assert driver.counts["cuLaunchKernel"] == 2
 
 
-def test_capture_refuses_what_cuda_refuses(bench: Bench, library: Path) -> None:
+def test_capture_refuses_what_cuda_refuses(bench: Bench, library: Binary) -> None:
     bench.driver.capture_begin(bench.stream)
     for forbidden in (
         lambda: bench.driver.mem_alloc(1),
@@ -180,14 +181,14 @@ def test_capture_refuses_what_cuda_refuses(bench: Bench, library: Path) -> None:
     bench.driver.stream_sync(bench.stream)
 
 
-def test_kernel_failure_names_kernel_and_schedule(bench: Bench, library: Path) -> None:
+def test_kernel_failure_names_kernel_and_schedule(bench: Bench, library: Binary) -> None:
     function = bench.driver.module_function(bench.driver.module_load(library), "step")
     bench.driver.launch(function, ONE, block(bench, fails=1), bench.stream)
     with pytest.raises(BackendError, match=r"kernel step: planted \(schedule seed 0\)"):
         bench.driver.stream_sync(bench.stream)
 
 
-def test_seeds_differ_by_launch_and_repeat_by_driver(library: Path) -> None:
+def test_seeds_differ_by_launch_and_repeat_by_driver(library: Binary) -> None:
     def schedules(seed: int) -> list[str]:
         bench, found = Bench(SimtDriver(seed)), []
         function = bench.driver.module_function(bench.driver.module_load(library), "step")
@@ -227,7 +228,7 @@ def test_out_of_memory_tells_wanted_and_free() -> None:
     assert driver.mem_info() == (400, 1000)
 
 
-def test_geometry_and_shared_memory_limits(bench: Bench, library: Path) -> None:
+def test_geometry_and_shared_memory_limits(bench: Bench, library: Binary) -> None:
     driver = bench.driver
     function = driver.module_function(driver.module_load(library), "step")
     for config, message in (
@@ -246,7 +247,7 @@ def test_geometry_and_shared_memory_limits(bench: Bench, library: Path) -> None:
         driver.allow_shared(function, MAX_SHARED_BYTES + 1)
 
 
-def test_missing_kernel_is_named(bench: Bench, library: Path) -> None:
+def test_missing_kernel_is_named(bench: Bench, library: Binary) -> None:
     with pytest.raises(BackendError, match=r"\(nothing\).*no such kernel"):
         bench.driver.module_function(bench.driver.module_load(library), "nothing")
 
@@ -291,6 +292,7 @@ BINDINGS = """
 import struct, tempfile, threading
 from pathlib import Path
 import numpy as np
+from flashrt.backends.cache import Binary
 from flashrt.backends.cuda.driver import CudaDriver
 from flashrt.backends.cuda.driver_api import ArgumentBlock, LaunchConfig
 from flashrt.base.errors import BackendError
@@ -316,8 +318,7 @@ driver.stream_wait(s, event)
 found["elapsed_us"] = driver.elapsed_us(timed, timed)
 
 folder = Path(tempfile.mkdtemp())
-(folder / "k.cubin").write_bytes(b"cubin")
-module = driver.module_load(folder / "k.cubin")
+module = driver.module_load(Binary(Path("k.cubin"), b"cubin", "", was_cached=True))
 function = driver.module_function(module, "add_one")
 driver.allow_shared(function, 60000)
 driver.fill(p, 0, 16, s)
@@ -344,11 +345,11 @@ thread = threading.Thread(target=elsewhere)
 thread.start()
 thread.join()
 
-(folder / "bad.cubin").write_bytes(b"PTX..")
+bad = Binary(Path("bad.cubin"), b"PTX..", "", was_cached=True)
 errors = []
 for wrong in (
     lambda: driver.mem_alloc(1 << 40),
-    lambda: driver.module_load(folder / "bad.cubin"),
+    lambda: driver.module_load(bad),
     lambda: driver.module_function(module, "missing"),
     lambda: driver.allow_shared(function, 1 << 20),
 ):

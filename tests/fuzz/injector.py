@@ -41,10 +41,6 @@ class Injector:
             self._run(call, at)
         except Struck:
             return True
-        except RuntimeError as error:  # of a lock that the exception caught given up
-            if "release" not in f"{error}":
-                raise
-            return True
         return False
 
     def _run(self, call: Callable[[], object], at: int) -> None:

@@ -129,7 +129,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
 def test_a_folder_that_is_not_there(session: flashrt.Session, tmp_path: Path) -> None:
     session.prefill([1])
-    with pytest.raises(flashrt.CapsuleError, match="nothing was left"):
+    with pytest.raises(flashrt.CapsuleError, match="nothing half-written was left"):
         session.snapshot().save(tmp_path / "no" / "c")
 
 

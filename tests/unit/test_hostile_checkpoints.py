@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 import flashrt
 from flashrt.backends.cpu.device import CpuDevice
 from flashrt.base.errors import CheckpointError, FlashrtError
+from flashrt.base.tensor_file import parse_json
 from flashrt.models import model_for, notes_on
 from flashrt.models.flow_policy.config import parse_config as parse_policy
-from flashrt.weights.checkpoint import open_checkpoint, parse_json
+from flashrt.weights.checkpoint import open_checkpoint
 from flashrt.weights.loader import check_sources
 from flashrt.weights.random_policy import policy_config
 

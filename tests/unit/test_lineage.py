@@ -291,3 +291,18 @@ def test_parents_follow_the_session(session: flashrt.Session) -> None:
     assert session.snapshot().parent is first
     session.rollback(20)
     assert session.snapshot().parent is None
+
+
+def test_tokens_come_back_with_rows_that_never_left(session: flashrt.Session) -> None:
+    """Red when going back to an ancestor loses the tokens of rows that the lane still holds."""
+    session.prefill(range(40))
+    low = session.snapshot()
+    session.prefill(range(100, 140))
+    high = session.snapshot()
+    for start in (200, 300):
+        session.restore(low)
+        session.prefill(range(start, start + 60))
+        for _ in range(3):
+            session.restore(high)
+            assert session.tokens.tolist() == high.tokens.tolist()
+            session.restore(low)

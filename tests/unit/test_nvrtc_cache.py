@@ -1,17 +1,16 @@
-"""The kernel cache: one key per content, written whole or not at all, shared between processes."""
+"""NVRTC and its part of the kernel cache: one key per content, shared between processes."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from flashrt.backends.cuda.compiler_api import Unit, cache_key, publish
+from flashrt.backends.cuda.compiler_api import Unit, cache_key
 from flashrt.backends.cuda.kernels import KernelLaunch
 from flashrt.backends.cuda.nvrtc import OPTIONS, Nvrtc, resources
 from flashrt.backends.cuda.sources import Sources, shipped
@@ -70,7 +69,8 @@ def test_second_compile_comes_from_the_cache(compiler: Nvrtc) -> None:
     assert (first.was_cached, second.was_cached) == (False, True)
     assert first.path == second.path
     assert first.log == second.log
-    assert first.path.read_bytes()[:4] == b"\x7fELF", "a cubin, not PTX"
+    assert first.content == second.content
+    assert first.content[:4] == b"\x7fELF", "a cubin, not PTX"
     (kernel,) = resources(second.log)
     assert kernel.kernel == "k"
     assert kernel.registers > 0
@@ -117,31 +117,6 @@ def test_processes_share_a_cache(tmp_path: Path) -> None:
     assert len(sizes) == 1
     assert len(list(tmp_path.rglob("*.cubin"))) == 1
     assert not list(tmp_path.rglob(".*")), "no temporary files are left"
-
-
-def test_readers_never_see_a_part(tmp_path: Path) -> None:
-    path, bodies = tmp_path / "entry", [bytes([i]) * 200_000 for i in range(4)]
-    publish(path, bodies[0])
-    seen: list[bytes] = []
-    is_over = threading.Event()
-
-    def read() -> None:
-        while not is_over.is_set():
-            seen.append(path.read_bytes())
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    for body in bodies * 10:
-        publish(path, body)
-    is_over.set()
-    reader.join()
-    assert seen and all(body in bodies for body in seen)
-
-
-def test_a_cache_that_cannot_be_written_says_so(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CompileError, match="FLASHRT_CACHE_DIR"):
-        publish(tmp_path / "file" / "entry", b"")
 
 
 def test_resource_report() -> None:

@@ -35,24 +35,28 @@ _ALIGN = 64  # of argument blocks: one cache line each
 
 
 class HostMemory:
-    """One anonymous mapping, huge pages advised, zero at first touch."""
+    """One anonymous mapping, huge pages advised, zero at first touch; gone with its last array."""
 
     def __init__(self, nbytes: int) -> None:
         """Raises BackendError when the system has no room."""
         try:
-            self._map = _private_mapping(max(nbytes, 1) + _HUGE)
+            mapping = _private_mapping(max(nbytes, 1) + _HUGE)
         except (OSError, ValueError, OverflowError) as error:
             raise BackendError(
                 f"cannot map {nbytes} bytes of host memory: {error}; "
                 "lower max_positions, lanes or pool_bytes"
             ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux only; 4 KB first touches cost four times as much
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        whole = np.frombuffer(self._map, np.uint8)
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        whole = np.frombuffer(mapping, np.uint8)
         skip = -whole.ctypes.data % _HUGE
         self.array: Bytes = whole[skip : skip + nbytes]
         self.address: int = whole.ctypes.data + skip
         self.nbytes = nbytes
+
+    def release(self) -> None:
+        """Give the memory back, once nobody else holds an array over it."""
+        self.array = np.empty(0, np.uint8)
 
 
 def _private_mapping(nbytes: int) -> mmap.mmap:
@@ -64,7 +68,7 @@ def _private_mapping(nbytes: int) -> mmap.mmap:
 
 @dataclass(slots=True)
 class CpuGraph:
-    """A C array of {function, argument block}; `keep` owns the memory that it points to."""
+    """A C array of {function, argument block}; `keep` owns these, not what the blocks point to."""
 
     n_launches: int
     table: int
@@ -89,7 +93,8 @@ class CpuDevice:
         self.counters = Counters()
         self._lib: ctypes.CDLL | None = None
         self._own_sources: list[Path] = []
-        self._memories: dict[str, HostMemory] = {}
+        self._memories: list[HostMemory] = []
+        self._arrays: tuple[Bytes, ...] | None = ()  # over them; None once the device is closed
         self._is_sealed = False
         self._workspace = 0
         self._digest = ""
@@ -159,18 +164,23 @@ class CpuDevice:
     def allocate(self, name: str, nbytes: int) -> Memory:
         """See Backend."""
         self._refuse_if_sealed(f"allocate {name}")
+        arrays = self._memory_in_use()
         self.counters.allocations += 1
-        memory = self._memories[name] = HostMemory(nbytes)
+        memory = HostMemory(nbytes)
+        self._arrays = (*arrays, memory.array)
+        self._memories.append(memory)
         if self._lib is not None:  # touched by all threads now: no page fault while serving
             self._lib.flashrt_fill(memory.address, nbytes, 0)
         return memory
 
     def write(self, address: int, data: Bytes) -> None:
         """See Backend."""
+        _arrays = self._memory_in_use()
         ctypes.memmove(address, data.ctypes.data, data.nbytes)
 
     def read(self, address: int, out: Bytes) -> None:
         """See Backend."""
+        _arrays = self._memory_in_use()
         ctypes.memmove(out.ctypes.data, address, out.nbytes)
 
     def begin_read(self, address: int, nbytes: int) -> Callable[[], Bytes]:
@@ -181,10 +191,12 @@ class CpuDevice:
 
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """See Backend."""
+        _arrays = self._memory_in_use()
         self._c.flashrt_fill(address, nbytes, byte)
 
     def copy(self, moves: CopyList, src_base: int, dst_base: int) -> None:
         """See Backend."""
+        _arrays = self._memory_in_use()
         if len(moves):
             self._c.flashrt_copy(moves.pack(src_base, dst_base), len(moves))
             self.counters.copies += 1
@@ -192,11 +204,13 @@ class CpuDevice:
 
     def upload(self, uploads: Sequence[Upload], dst_base: int) -> None:
         """See Backend."""
+        _arrays = self._memory_in_use()
         tables = [u.moves.pack(u.source.ctypes.data, dst_base) for u in uploads]
         self._c.flashrt_copy(b"".join(tables), sum(len(u.moves) for u in uploads))
 
     def digest(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]:
         """See Backend."""
+        _arrays = self._memory_in_use()
         out = np.zeros((len(terms), 2), np.uint64)
         table = b"".join(t.pack(base) for t in terms)
         self._c.flashrt_digest(table, len(terms), out.ctypes.data)
@@ -210,6 +224,7 @@ class CpuDevice:
 
     def replay(self, graph: Graph) -> None:
         """See Backend."""
+        _arrays = self._memory_in_use()
         assert isinstance(graph, CpuGraph)
         run = self._c.flashrt_replay if graph.is_shared else self._c.flashrt_replay_alone
         run(graph.table, graph.n_launches)
@@ -217,6 +232,7 @@ class CpuDevice:
 
     def eager(self, launches: Sequence[BoundLaunch]) -> None:
         """See Backend."""
+        _arrays = self._memory_in_use()
         for launch in launches:
             graph = self._record([launch])
             self._c.flashrt_replay(graph.table, 1)
@@ -230,8 +246,20 @@ class CpuDevice:
         self._is_sealed = True
 
     def close(self) -> None:
-        """See Backend. Mappings go when the last array over them goes."""
+        """See Backend. The memory goes with the last call that works on it, in whatever thread."""
+        self._arrays = None
+        for memory in self._memories:
+            memory.release()
         self._memories.clear()
+
+    def _memory_in_use(self) -> tuple[Bytes, ...]:
+        """Whoever holds this keeps the device's memory mapped: `close` may come from another thread
+        while a kernel runs, which knows addresses alone. Raises BackendError once closed.
+        """
+        arrays = self._arrays
+        if arrays is None:
+            raise BackendError("cpu: the device is closed; load another engine")
+        return arrays
 
     @property
     def _c(self) -> ctypes.CDLL:

@@ -1,19 +1,22 @@
 """The CUDA device: core.backend.Backend over a driver and a compiler.
 
-IS: the verbs, on one compute stream. With `driver.CudaDriver` and `nvrtc.Nvrtc` it runs on a GPU,
-with simt's double and shim on any CPU: this code does not know which. Driver memory is allocated at
-open and by `allocate`, never after `seal`.
+IS: the verbs, on one compute stream, one at a time whatever thread they come from. With
+`driver.CudaDriver` and `nvrtc.Nvrtc` it runs on a GPU, with simt's double and shim on any CPU: this
+code does not know which. Driver memory is allocated at open and by `allocate`, never after `seal`.
 IS NOT: geometry (kernels), storage (layouts), driver calls (driver).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import os
 import struct
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +65,40 @@ class DeviceMemory:
     nbytes: int
 
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_Method = Callable[Concatenate["CudaDevice", _P], _R]
+
+
+class _Forks:
+    """How many forks lie between the first process and this one."""
+
+    count = 0
+
+
+def _count_fork() -> None:
+    _Forks.count += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
+
+def _verb(method: _Method[_P, _R]) -> _Method[_P, _R]:
+    """A method that puts work into the stream: rings, tables and events are not made for two
+    threads at once, nor for a process that has only a copy of them.
+    """
+
+    @functools.wraps(method)
+    def call(self: CudaDevice, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        self._refuse_after_fork()
+        with self._lock:
+            if self._is_closed:
+                raise BackendError(f"{self.name}: the device is closed; load another engine")
+            return method(self, *args, **kwargs)
+
+    return cast(_Method[_P, _R], call)
+
+
 class CudaDevice:
     """See core.backend.Backend for the contract of the verbs."""
 
@@ -92,6 +129,8 @@ class CudaDevice:
         self._is_sealed = False
         self._is_built = False
         self._is_closed = False
+        self._lock = threading.RLock()  # held through a verb
+        self._fork_count = _Forks.count  # of the process that opened the driver
         self._memories: list[DeviceMemory] = []
         self._graphs: list[CudaGraph] = []
         self._stream = driver.stream_create()
@@ -184,6 +223,7 @@ class CudaDevice:
         self._expansions.update(expansions)
         self._library.forget_units()
 
+    @_verb
     def build(self, ops: Sequence[Op], progress: Progress | None = None) -> None:
         """See Backend. Compiles the copy and digest kernels; others when a capture needs them.
 
@@ -231,6 +271,7 @@ class CudaDevice:
 
     # ---- memory
 
+    @_verb
     def allocate(self, name: str, nbytes: int) -> Memory:
         """See Backend. Raises BackendError with bytes wanted and free."""
         self._refuse_if_sealed(f"allocate {name}")
@@ -242,25 +283,37 @@ class CudaDevice:
         self._memories.append(memory)
         return memory
 
+    @_verb
     def write(self, address: int, data: Bytes) -> None:
         """See Backend; asynchronous, `data` may change as soon as this returns."""
         self._downloads.fence()
         self._ring.upload(address, data)
 
+    @_verb
     def read(self, address: int, out: Bytes) -> None:
         """See Backend."""
         self._readback.download(address, out)
 
+    @_verb
     def begin_read(self, address: int, nbytes: int) -> Callable[[], Bytes]:
         """See Backend."""
-        return self._downloads.begin(address, nbytes)
+        arrive = self._downloads.begin(address, nbytes)
 
+        def wait() -> Bytes:
+            self._refuse_after_fork()
+            with self._lock:
+                return arrive()
+
+        return wait
+
+    @_verb
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """See Backend."""
         self._downloads.fence()
         if nbytes:
             self.driver.fill(address, byte, nbytes, self._stream)
 
+    @_verb
     def copy(self, moves: CopyList, src_base: int, dst_base: int) -> None:
         """See Backend: a single range by the driver, others by one launch over a table (the
         driver's 2-D copy may refuse pitches that are not its own).
@@ -281,6 +334,7 @@ class CudaDevice:
         self.counters.copies += 1
         self.counters.copied_bytes += moves.nbytes
 
+    @_verb
     def upload(self, uploads: Sequence[Upload], dst_base: int) -> None:
         """See Backend: row by row through the ring."""
         self._downloads.fence()
@@ -297,6 +351,7 @@ class CudaDevice:
         launch = kernels.copy_launch(moves.nbytes, self._n_sms)
         self._node(launch, ArgumentBlock(arguments)).launch(self.driver, self._stream)
 
+    @_verb
     def digest(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]:
         """See Backend."""
         self._require_build()
@@ -320,6 +375,7 @@ class CudaDevice:
 
     # ---- launches
 
+    @_verb
     def capture(self, launches: Sequence[BoundLaunch]) -> Graph:
         """See Backend. Raises CompileError, BackendError, SealedError."""
         self._refuse_if_sealed("capture a graph")
@@ -330,12 +386,14 @@ class CudaDevice:
         self._graphs.append(graph)
         return graph
 
+    @_verb
     def replay(self, graph: Graph) -> None:
         """See Backend; one driver call."""
         assert isinstance(graph, CudaGraph)
         graph.replay(self._stream)
         self.counters.replays += 1
 
+    @_verb
     def eager(self, launches: Sequence[BoundLaunch]) -> None:
         """See Backend. Synchronises after each launch, so that a failure names its op."""
         self._require_build()
@@ -348,6 +406,7 @@ class CudaDevice:
                     raise BackendError(f"{bound.launch.op.name}, {node.name}: {error}") from error
             self.counters.launches += 1
 
+    @_verb
     def sync(self) -> None:
         """See Backend. Raises BackendError for whatever failed since the last sync."""
         self.driver.stream_sync(self._stream)
@@ -357,7 +416,16 @@ class CudaDevice:
         self._is_sealed = True
 
     def close(self) -> None:
-        """See Backend. Releases everything; the device cannot be used afterwards."""
+        """See Backend. Releases everything; the device cannot be used afterwards.
+
+        In a forked child there is nothing to release: all of it is the parent's.
+        """
+        if self._fork_count != _Forks.count:
+            return
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
         if self._is_closed:
             return
         self._is_closed = True
@@ -373,6 +441,14 @@ class CudaDevice:
         self.driver.stream_destroy(self._capture_stream)
         self.driver.stream_destroy(self._stream)
         self.driver.close()
+
+    def _refuse_after_fork(self) -> None:
+        if self._fork_count != _Forks.count:
+            raise BackendError(
+                f"{self.name}: this process was forked after the device was opened, and a GPU does "
+                "not come along: load the engine in the process that runs it, or start that one "
+                "with multiprocessing's 'spawn'"
+            )
 
     def _refuse_if_sealed(self, what: str) -> None:
         if self._is_sealed:
