@@ -13,7 +13,7 @@ from typing import Literal
 
 from flashrt.backends.choose import DEVICES, PRECISIONS, Precision, open_backend
 from flashrt.base.errors import CheckpointWarning, PlanError
-from flashrt.base.float_mode import default_float_mode
+from flashrt.base.float_mode import DefaultFloatMode
 from flashrt.core.backend import Backend, Progress
 from flashrt.core.region import DType
 from flashrt.engine.actions import CPU_ALONE_NBYTES, ActionEngine
@@ -96,8 +96,8 @@ def load_on(
     """
     if kv_dtype not in KV_DTYPES:
         raise PlanError(f"kv_dtype={kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
-    source = open_checkpoint(checkpoint)
-    with default_float_mode():
+    with DefaultFloatMode():
+        source = open_checkpoint(checkpoint)
         model = model_for(
             source.config,
             max_positions=max_positions,
@@ -138,10 +138,10 @@ def load_policy(
     live at once. pool_bytes: room for capsules (default: 256 of them). progress(what, done, total)
     is called while loading. Raises CheckpointError, BackendError, PlanError.
     """
-    source = open_checkpoint(policy_path(checkpoint))
-    config_of(source)
-    backend = open_backend(device, cpu_alone_nbytes=CPU_ALONE_NBYTES)
-    with default_float_mode():
+    with DefaultFloatMode():
+        source = open_checkpoint(policy_path(checkpoint))
+        config_of(source)
+        backend = open_backend(device, cpu_alone_nbytes=CPU_ALONE_NBYTES)
         return ActionEngine(
             source, backend, lanes=lanes, pool_bytes=pool_bytes, shelf=Spill(), progress=progress
         )

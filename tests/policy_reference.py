@@ -1,8 +1,6 @@
 """A robot policy as plain numpy in float64: each of its ops, and the whole of it.
 
-IS: written from the equations of models/policy. IS NOT: fast, or exact to the bit. Called by:
-tests/backend/test_policy_ops (ops, with the conventions of tests/reference), and
-tests/property/test_policy_exact (the whole).
+IS: written from the equations of models/policy. IS NOT: fast, or exact to the bit.
 """
 
 from __future__ import annotations

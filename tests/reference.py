@@ -2,7 +2,7 @@
 
 IS: written from the model's equations, loops where loops say it best; operands by param name, whole
 logical arrays.
-IS NOT: fast, or exact to the bit. Called by: tests/backend.
+IS NOT: fast, or exact to the bit.
 
 A function gets `Operands` and returns the arrays that the op writes. NaN in a result means that the
 op leaves the element as it was: rows at or beyond the valid ones come back as they went in.

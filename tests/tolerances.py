@@ -2,7 +2,7 @@
 
 IS: relative errors, rms(difference) / rms(reference) per output, fixed by what the op computes in
 and by what its result is stored as. IS NOT: adjustable from outside, nor used where bits must be
-equal. Called by: tests/backend, tests/golden.
+equal.
 
 The matrix units of cuda and simt take bfloat16, or pairs hi + lo in precision "high". Rounding to
 bfloat16 is off by at most 2^-8, uniformly: an rms of up to 2^-8 / sqrt(3) = 2.3e-3; to a pair by

@@ -1,7 +1,7 @@
 """The error tree: everything flashrt raises on purpose derives from `FlashrtError`.
 
 IS: the names callers catch. IS NOT: formatting or recovery. Each message says what, where, and what
-to do. Called by: every layer.
+to do.
 """
 
 
@@ -65,6 +65,10 @@ class TokenError(SessionError):
 
 class StoreError(CapsuleError):
     """A capsule store, or something in it, cannot be read or written; nothing was changed."""
+
+
+class StoreWarning(UserWarning):
+    """A call on a store waits for another process, and says for which."""
 
 
 class ObservationError(SessionError):

@@ -8,10 +8,9 @@ parameters are rounded on the host: in another mode a load would give another mo
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from flashrt.base.errors import FlashrtError
 
@@ -27,37 +26,43 @@ def is_default() -> bool:
     return _ONE + _LITTLE == _ONE - _LITTLE and _LEAST_NORMAL * _HALF > 0.0
 
 
-@contextlib.contextmanager
-def default_float_mode() -> Iterator[None]:
-    """A block, or as a decorator a function, that computes in the default mode; afterwards the
-    thread has its own again. Raises FlashrtError where the mode cannot be changed.
+class DefaultFloatMode:
+    """A `with` block that computes in the default mode; afterwards the thread has its own again.
+
+    Entering raises FlashrtError where the mode cannot be changed.
     """
-    if is_default():
-        yield
-        return
-    take, put = _functions()
-    before = ctypes.create_string_buffer(_ENVIRONMENT_NBYTES)
-    take(before)
-    try:
+
+    __slots__ = ("_before",)
+
+    def __init__(self) -> None:
+        self._before: object = None
+
+    def __enter__(self) -> None:
+        if is_default():
+            return
+        take, put = _functions()
+        before = ctypes.create_string_buffer(_ENVIRONMENT_NBYTES)
+        take(before)
         put(None)
         if not is_default():
+            put(before)
             raise FlashrtError(
                 "this thread rounds floating-point numbers in another way than to nearest, or "
                 "flushes small ones to zero, and it cannot be undone here: call flashrt from a "
-                "thread, or before a library, that leaves the mode alone"
+                "thread that does not, or before the library that changed it"
             )
-        yield
-    finally:
-        put(before)
+        self._before = before
+
+    def __exit__(self, *exc: object) -> None:
+        if self._before is not None:
+            _functions()[1](self._before)
 
 
 @functools.cache
 def _functions() -> tuple[Callable[[object], object], Callable[[object], object]]:
     """C's fegetenv, and fesetenv; None is the default environment."""
-    library = ctypes.CDLL(None)  # the process; on Linux libm may have to be named
-    try:
-        library.fesetenv
-    except AttributeError:
+    library = ctypes.CDLL(None)  # the process
+    if not hasattr(library, "fesetenv"):  # not linked against libm
         library = ctypes.CDLL("libm.so.6")
 
     def put(environment: object) -> None:

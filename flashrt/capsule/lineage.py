@@ -204,11 +204,10 @@ class Lane:
 
     def begin_move(self) -> None:
         """Bytes are about to move: until `moved`, nobody knows what the device holds."""
-        record = self.record
-        if record.is_moving:  # an earlier move did not end: what rows are there is not known either
-            self.record = record._replace(held=None, intact=0)
-        else:
-            self.record = record._replace(is_moving=True)
+        position, held, intact, waypoints, journal, moves, is_moving = self.record
+        if is_moving:  # an earlier move did not end: what rows are there is not known either
+            held, intact = None, 0
+        self.record = LaneRecord(position, held, intact, waypoints, journal, moves, True)
 
     def moved(
         self,

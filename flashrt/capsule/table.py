@@ -101,6 +101,9 @@ class CapsuleTable:
 
         Raises CapsuleError for a dropped or foreign capsule, or bytes that cannot be read.
         """
+        return self._moves_to_restore(lane, capsule)
+
+    def _moves_to_restore(self, lane: Lane, capsule: Capsule) -> RestoreMoves:
         self.check(capsule)
         shared = shared_rows(lane, capsule.segment)
         known = capsule.known_moves.get(lane.index)
@@ -127,7 +130,7 @@ class CapsuleTable:
         self, lane: Lane, capsule: Capsule, moves: RestoreMoves | None = None
     ) -> RestoreMoves:
         """Put a lane into a capsule's state, whatever was in it; returns what was moved."""
-        moves = moves or self.moves_to_restore(lane, capsule)
+        moves = moves or self._moves_to_restore(lane, capsule)
         shared, segment = moves.shared, capsule.segment
         position = 0 if segment is None else segment.stop
         lane.begin_move()
@@ -396,8 +399,11 @@ class CapsuleTable:
         journal: NDArray[np.int32] | None = None,
     ) -> None:
         """A lane is elsewhere; waypoints above a position are not of its history any more."""
-        kept = tuple(w for w in lane.waypoints if w.position <= above)
-        gone = lane.waypoints[len(kept) :]
+        kept = lane.record.waypoints
+        gone: tuple[Waypoint, ...] = ()
+        if kept and kept[-1].position > above:  # they ascend
+            n = sum(w.position <= above for w in kept)
+            kept, gone = kept[:n], kept[n:]
         lane.moved(position, held, intact, kept, journal)
         for waypoint in gone:
             self.pool.give(waypoint.block)

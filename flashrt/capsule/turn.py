@@ -27,35 +27,24 @@ class Turn:
     def __init__(self, repair: Callable[[list[Any]], None]) -> None:
         # RLock's own verbs are those that threading.Condition goes by: a line of Python between
         # taking and noting could be where an exception strikes.
-        self.lock: Any = threading.RLock()
+        lock: Any = threading.RLock()
+        self.lock = lock
+        self.is_mine: Callable[[], bool] = lock._is_owned  # this thread's
         self.created: list[Any] = []
+        self.unfinished: list[Turn] = []  # itself, while a change is being made
+        self.end: Callable[[], None] = self.unfinished.clear  # the change is over
         self._repair = repair
-        self.is_over = True
 
-    @property
-    def is_mine(self) -> bool:
-        """Whether this thread has the turn."""
-        return bool(self.lock._is_owned())
-
-    def change(self, method: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        """A change, by whoever has just taken the lock; what an exception left behind is put in
-        order first.
-
-        The lock is taken and given back on one line of the caller: tracers strike between lines.
-        """
-        if not self.is_over:
+    def begin(self) -> None:
+        """A change begins; what an exception left behind is put in order first."""
+        if self.unfinished:
             self._repair(self.created)
         self.created = []
-        self.is_over = False
-        return self._end(method(*args, **kwargs))
+        self.unfinished.append(self)
 
     def keep(self) -> None:
         """What was made so far has an owner: an exception does not take it back."""
         self.created = []
-
-    def _end(self, result: _R) -> _R:
-        """The change is over. One line: an exception falls before it or after it."""
-        return setattr(self, "is_over", True) or result  # type: ignore[func-returns-value]
 
     def given_up(self) -> GivenUp:
         """In a `with` block others have their turn: a kernel runs, and the books are right."""
@@ -74,15 +63,17 @@ class GivenUp:
 
     def __enter__(self) -> None:
         turn = self._turn
-        if turn.is_mine:
-            self._created, turn.created, turn.is_over = turn.created, [], True
+        if turn.is_mine():
+            self._created, turn.created = turn.created, []
+            turn.end()
             self._state = turn.lock._release_save()
 
     def __exit__(self, *exc: object) -> None:
         turn = self._turn
         if self._state is not None:
             turn.lock._acquire_restore(self._state)
-            turn.created, turn.is_over = self._created, False
+            turn.created = self._created
+            turn.unfinished.append(turn)
 
 
 class HasTurn(Protocol):
@@ -117,13 +108,15 @@ def in_turn(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate[_
     such a method others are part of the same change.
     """
 
+    # Lock, change and unlock are on one line: a tracer strikes between lines, and what is left then
+    # is a change that did not finish, never a lock that nobody gives back.
     @functools.wraps(method)
     def call(self: _S, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         turn = self.turn
-        if turn.is_mine:
+        if turn.is_mine():
             return method(self, *args, **kwargs)
         try:
-            with turn.lock: return turn.change(method, self, *args, **kwargs)  # noqa: E701  # fmt: skip
+            with turn.lock: return (turn.begin(), method(self, *args, **kwargs), turn.end())[1]  # type: ignore[func-returns-value]  # noqa: E701  # fmt: skip
         except RuntimeError as error:
             if (struck := _behind(error)) is None:
                 raise
@@ -140,10 +133,10 @@ def exclusive(method: Callable[Concatenate[_L, _P], _R]) -> Callable[Concatenate
     @functools.wraps(method)
     def call(self: _L, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         turn = self.turn
-        if turn.is_mine:
+        if turn.is_mine():
             return method(self, *args, **kwargs)
         try:
-            with self.lock, turn.lock: return turn.change(method, self, *args, **kwargs)  # noqa: E701  # fmt: skip
+            with self.lock, turn.lock: return (turn.begin(), method(self, *args, **kwargs), turn.end())[1]  # type: ignore[func-returns-value]  # noqa: E501, E701  # fmt: skip
         except RuntimeError as error:
             if (struck := _behind(error)) is None:
                 raise

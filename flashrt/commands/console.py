@@ -14,6 +14,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
@@ -196,6 +197,15 @@ def complain(message: str) -> None:
     with contextlib.suppress(OSError):
         sys.stderr.write(f"flashrt: {visible(message)}\n")
         sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """What a library warns of meanwhile is a line on stderr, at once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_, **__: complain(f"note: {message}")
+        yield
 
 
 def write(text: str) -> None:

@@ -11,6 +11,7 @@ import platform
 from pathlib import Path
 
 import flashrt
+from flashrt.backends.cache import problem
 from flashrt.backends.cpu import compile as toolchain
 from flashrt.backends.cpu.device import CpuDevice
 from flashrt.backends.cuda.probe import probe
@@ -27,7 +28,10 @@ Finding = tuple[str, str, bool | None]  # what, finding, is it fine (None: not n
 
 def doctor(as_json: bool) -> int:
     """The command; 1 when something that the CPU device needs is missing."""
-    findings = [*_machine(), _compiler(), _kernels(), _cache(), _cuda(), *_versions()]
+    with console.warnings_as_notes():
+        kernels = _kernels()
+        compiler = _compiler(is_needed=not kernels[2])
+        findings = [*_machine(), compiler, kernels, _cache(), _cuda(), *_versions()]
     if as_json:
         console.print_json(
             [{"what": what, "finding": text, "is_fine": fine} for what, text, fine in findings]
@@ -72,11 +76,12 @@ def _machine() -> list[Finding]:
     ]
 
 
-def _compiler() -> Finding:
+def _compiler(is_needed: bool) -> Finding:
+    """Kernels that were built elsewhere need none."""
     try:
         return ("C compiler", " ".join(toolchain.compiler()), True)
     except FlashrtError as error:
-        return ("C compiler", str(error), False)
+        return ("C compiler", str(error), False if is_needed else None)
 
 
 def _kernels() -> Finding:
@@ -98,6 +103,9 @@ def _cache() -> Finding:
         return ("cache folder", f"{folder} (is made when it is needed)", True)
     if not os.access(folder, os.W_OK):
         return ("cache folder", f"{folder} cannot be written; set FLASHRT_CACHE_DIR", False)
+    for path in (folder / kind for kind in ("cpu", "cuda", "simt")):
+        if why := problem(path):
+            return ("cache folder", f"{path} {why}: its kernels are not run", False)
     nbytes = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     return ("cache folder", f"{folder}, {bytes_text(nbytes)}", True)
 

@@ -49,8 +49,16 @@ def register(commands: Subparsers) -> None:
     )
     show_parser.add_argument("which", metavar="CAPSULE", help="a name, or the beginning of an id")
     _add(actions, "verify", "read and check every byte", lambda o: verify(_open(o.store), o.json))
-    _add(
-        actions, "gc", "remove objects that no capsule needs", lambda o: gc(_open(o.store), o.json)
+    gc_parser = _add(
+        actions,
+        "gc",
+        "remove objects that no capsule needs",
+        lambda o: gc(_open(o.store), o.json, o.take_over),
+    )
+    gc_parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="a gc of this store was killed, and you know that its process is gone (remote only)",
     )
     rm_parser = _add(
         actions, "rm", "forget capsules", lambda o: rm(_open(o.store), o.which, o.json)
@@ -73,7 +81,7 @@ def ls(store: Store, as_json: bool) -> int:
     columns = ("id", "~name", ">position", ">own", ">with all rows", "model")
     note = (
         f"{sums.capsules} capsules in {bytes_text(sums.stored_nbytes)}; "
-        f"as separate copies: {bytes_text(sums.separate_nbytes)}"
+        f"as separate copies: {bytes_text(sums.separate_nbytes)}{_strays(sums.strays)}"
     )
     screen = console.screen()
     screen.print(console.table(f"Store {store.folder.url}", columns, table))
@@ -150,34 +158,47 @@ def verify(store: Store, as_json: bool) -> int:
             f"{store.folder.url}: ",
             verdict,
             f"; {found.capsules} capsules, {found.objects} objects, {bytes_text(found.nbytes)} "
-            f"read, {bytes_text(found.unused_nbytes)} unused",
+            f"read, {bytes_text(found.unused_nbytes)} unused{_strays(found.strays)}",
         )
     return 1 if found.problems else 0
 
 
-def gc(store: Store, as_json: bool) -> int:
+def gc(store: Store, as_json: bool, take_over: bool) -> int:
     """The command: sweep."""
-    swept = upkeep.sweep(store)
+    with console.warnings_as_notes():
+        swept = upkeep.sweep(store, take_over=take_over)
     if as_json:
-        console.print_json({"objects": swept.objects, "bytes": swept.nbytes, "names": swept.names})
+        found = dataclasses.asdict(swept)
+        console.print_json({"objects": found.pop("objects"), "bytes": found.pop("nbytes"), **found})
     else:
+        young = f"; {swept.young} unused ones are too young to go" if swept.young else ""
         console.screen().print(
             f"removed {swept.objects} objects, {bytes_text(swept.nbytes)}, and {swept.names} names"
+            f"{young}{_strays(swept.strays)}"
         )
     return 0
 
 
 def rm(store: Store, which: Iterable[str], as_json: bool) -> int:
-    """The command: all or none of them."""
-    places = [store.resolve(w) for w in which]
-    for place in places:
-        store.remove(place)
+    """The command: all or none of them. A name goes, and its capsule with its last name; by id, a
+    capsule and all its names.
+    """
+    words = list(dict.fromkeys(which))
+    places = [store.resolve(word) for word in words]
+    with console.warnings_as_notes():
+        for word, place in zip(words, places, strict=True):
+            if store.folder.size(place.name) is not None:  # else it went by another name
+                store.remove(word)
     if as_json:
         console.print_json([p.id for p in places])
     else:
         listed = ", ".join(p.id[:ID_DIGITS] for p in places)
         console.screen().print(f"forgot {listed}; `flashrt store gc` frees the space")
     return 0
+
+
+def _strays(count: int) -> str:
+    return f"; {count} files there are not the store's" if count else ""
 
 
 def _open(url: str) -> Store:

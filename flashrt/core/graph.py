@@ -2,7 +2,7 @@
 position.
 
 IS: the table and the seal. IS NOT: capture itself; a backend does it. A key never holds a position:
-kernels read the cursor. Called by: engine.
+kernels read the cursor.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The planner: an offset for every region, once, before anything is allocated.
 
 IS: arithmetic on sizes and lifetimes. IS NOT: memory. The result is checked in tests against an
-oracle that recomputes lifetimes by itself. Called by: engine; read by arena, capsule, view.
+oracle that recomputes lifetimes by itself.
 
 The arena, low to high: per lane [fixed | rows], per lane io, scratch (overlapped by lifetime, one
 layout per tape over the same bytes), pool. Regions start at multiples of 256 bytes; a guard of 256

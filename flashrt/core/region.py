@@ -2,8 +2,7 @@
 
 IS: the nouns of the planner: what a range holds (shape, dtype), how it behaves (role), how it is
 stored (layout). IS NOT: memory. A region has no address until the planner gives it an offset and a
-backend allocates the arena. Called by: models (declare), op/tape (bind), planner (lay out),
-copylist and capsule (move).
+backend allocates the arena.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Tapes: the launches of one graph in order, and the scratch regions that live inside it.
 
 IS: what a model records once per (phase, rows) and an engine captures once per lane. IS NOT: bound
-to a lane or to addresses. Called by: models (record), planner (lifetimes of scratch), engine
-(capture).
+to a lane or to addresses.
 """
 
 from __future__ import annotations

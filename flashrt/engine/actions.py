@@ -23,6 +23,7 @@ from flashrt.base.errors import (
     PoolFull,
     SessionError,
 )
+from flashrt.base.float_mode import DefaultFloatMode
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.file import CapsuleHeader
 from flashrt.capsule.lineage import Lane
@@ -79,7 +80,7 @@ def checked_vector(
             f"{what}: {found}{given.dtype} {given.shape}, expected float32 ({size},)"
         )
     array = np.empty(size, np.float32) if out is None else out
-    with np.errstate(over="ignore"):
+    with DefaultFloatMode(), np.errstate(over="ignore"):
         np.copyto(array, given, casting="unsafe")
     if not np.isfinite(array).all():
         at = int(np.flatnonzero(~np.isfinite(array))[0])
@@ -244,7 +245,8 @@ class ActionEngine(Engine):
         environment's units. Raises ObservationError, as `observe` does.
         """
         executed = checked_vector("action", action, self.config.action_dim)
-        previous = np.clip((executed - self._offset) / self._scale, -1, 1).astype(np.float32)
+        with DefaultFloatMode():
+            previous = np.clip((executed - self._offset) / self._scale, -1, 1).astype(np.float32)
         self._write(lane, "previous", previous)
         self._write(lane, "action", executed)
 

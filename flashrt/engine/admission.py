@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from flashrt.base.errors import CapsuleError
 from flashrt.core.backend import Bytes
 from flashrt.models.flow_policy.config import PolicyConfig
-from flashrt.ops.cursor import NO_OBSERVATION, PolicyCursor, read_cursor
+from flashrt.ops.cursor import NO_OBSERVATION, CursorWord, PolicyCursor, read_cursor
 
-POSITION_WORD, TOKEN_WORD = 0, 2  # of the cursor; see ops.table
 _MAX_TICK = 1 << 30
 
 
@@ -26,13 +25,13 @@ def check_state(
 ) -> None:
     """Raises CapsuleError unless the cursor stands at `position` and all tokens exist."""
     words = np.ascontiguousarray(cursor).view(np.int32)
-    if int(words[POSITION_WORD]) != position:
+    if int(words[CursorWord.POSITION]) != position:
         raise CapsuleError(
-            f"{where}: its cursor is at {int(words[POSITION_WORD])}, its position is {position}"
+            f"{where}: its cursor is at {words[CursorWord.POSITION]}, its position is {position}"
         )
     if len(tokens) != position:
         raise CapsuleError(f"{where}: {len(tokens)} tokens for position {position}")
-    seen = np.append(tokens, max(int(words[TOKEN_WORD]), 0))
+    seen = np.append(tokens, max(int(words[CursorWord.TOKEN]), 0))
     if seen.min() < 0 or seen.max() >= vocab_size:
         raise CapsuleError(f"{where}: a token is not in [0, {vocab_size})")
 

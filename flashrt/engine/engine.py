@@ -106,6 +106,8 @@ class Engine:
         self.lanes = [Lane(i, np.zeros(journal, np.int32)) for i in range(lanes)]
         self.capsules = CapsuleTable(self.arena, self.lanes, self.fingerprint)
         self.capsules.shelf = shelf
+        # Whoever changes a session, loop, capsule or lane of this engine has it.
+        self.turn: Turn = self.capsules.turn
         self.budgets = Budgets()
         self.graphs = GraphTable(backend, self.arena)
         self._tapes = {(t.phase, t.rows): t for t in tapes}
@@ -124,11 +126,6 @@ class Engine:
         return self.backend.name
 
     # -- lanes ----------------------------------------------------------------------------------
-
-    @property
-    def turn(self) -> Turn:
-        """Whoever changes a session, loop, capsule or lane of this engine has it."""
-        return self.capsules.turn
 
     @property
     def free_lanes(self) -> tuple[Lane, ...]:

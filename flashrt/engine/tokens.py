@@ -162,16 +162,17 @@ class TokenEngine(Engine):
 
     def is_in_flight(self, lane: Lane) -> bool:
         """Whether a replay runs, or ran and was not noted: see `recover`."""
-        return self._view(lane).in_flight is not None
+        view = self._views[lane.index]
+        return view.in_flight is not None and view.moves == lane.moves
 
     def recover(self, lane: Lane) -> None:
         """After an interrupt: if a replay was finished on the device but not committed by the host,
         commit it.
         """
-        view = self._view(lane)
-        tokens = view.in_flight
-        if tokens is not None:
-            view.rows = view.token = -1
+        if self.is_in_flight(lane):
+            view = self._view(lane)
+            tokens, view.rows, view.token = view.in_flight, -1, -1
+            assert tokens is not None
             if self._read_cursor(lane, CursorWord.POSITION) == lane.position + len(tokens):
                 lane.commit(tokens)
             view.in_flight = None
@@ -230,8 +231,9 @@ class TokenEngine(Engine):
     def _replay_commit(self, phase: str, rows: int, lane: Lane, tokens: NDArray[np.int32]) -> None:
         """A replay after which the tokens are history, on the device and here."""
         lane.overwrite()
-        self._set_rows(lane, len(tokens))
         view = self._view(lane)
+        if view.rows != len(tokens):
+            self._set_rows(lane, len(tokens))
         view.token = -1
         view.in_flight = tokens
         self.replay(phase, rows, lane)
@@ -241,7 +243,7 @@ class TokenEngine(Engine):
 
     def _view(self, lane: Lane) -> _HostView:
         view = self._views[lane.index]
-        if view.moves != lane.moves:
+        if view.moves != lane.record.moves:
             view = self._views[lane.index] = _HostView(lane.moves)
         return view
 

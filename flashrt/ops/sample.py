@@ -20,6 +20,7 @@ import numpy as np
 
 from flashrt.base.checks import as_integer, as_number, shown
 from flashrt.base.errors import SessionError
+from flashrt.base.float_mode import DefaultFloatMode
 from flashrt.core.op import Op, Param
 from flashrt.core.region import DType
 from flashrt.ops.params import cursors, f32, i32
@@ -105,17 +106,19 @@ class SamplerParams:
         words[SamplerWord.TOP_K] = self.top_k
         words[SamplerWord.BIASES] = len(self.logit_bias)
         floats = words.view(np.float32)
-        floats[SamplerWord.TEMPERATURE] = self.temperature
-        floats[SamplerWord.TOP_P] = self.top_p
-        floats[SamplerWord.MIN_P] = self.min_p
-        floats[SamplerWord.REPETITION] = self.repetition_penalty
-        floats[SamplerWord.PRESENCE] = self.presence_penalty
-        floats[SamplerWord.FREQUENCY] = self.frequency_penalty
+        with DefaultFloatMode():
+            floats[SamplerWord.TEMPERATURE] = self.temperature
+            floats[SamplerWord.TOP_P] = self.top_p
+            floats[SamplerWord.MIN_P] = self.min_p
+            floats[SamplerWord.REPETITION] = self.repetition_penalty
+            floats[SamplerWord.PRESENCE] = self.presence_penalty
+            floats[SamplerWord.FREQUENCY] = self.frequency_penalty
         return words.tobytes()
 
     def pack_bias(self) -> bytes:
         """The bytes of region `bias`."""
-        entries = b"".join(struct.pack("@if", *entry) for entry in self.logit_bias)
+        with DefaultFloatMode():
+            entries = b"".join(struct.pack("@if", *entry) for entry in self.logit_bias)
         return entries.ljust(8 * BIAS_ENTRIES, b"\0")
 
 

@@ -58,6 +58,20 @@ class LoopState(NamedTuple):
             self.position, self.seed, self.sent, self.changes,
         )  # fmt: skip
 
+    def ticked(self, useless: int, sent: Array) -> LoopState:
+        """One more tick; the first `useless` boundaries are of no use after it."""
+        assert self.position is not None, "asked for before the tick"
+        return LoopState(
+            self.origin, self.boundaries[useless:], self.end + 1, NO_CUT, False,
+            self.position + 1, self.seed, sent, self.changes + 1,
+        )  # fmt: skip
+
+    def useless(self, capacity: int) -> int:
+        """How many boundaries lie before what is kept after one more tick."""
+        if not self.boundaries or self.end - self.boundaries[0].tick < capacity:
+            return 0
+        return sum(self.end - b.tick >= capacity for b in self.boundaries)
+
     def bases(self, tick: int, capacity: int) -> Iterator[Boundary]:
         """Boundaries that tick `tick` can be made again from, the nearest first, where `capacity`
         ticks are kept.

@@ -286,6 +286,11 @@ class ControlLoop:
             self._listener.event("snapshot", digest=capsule.digest)
         return capsule
 
+    def check_capsule(self, capsule: Capsule) -> None:
+        """Raises CapsuleError unless `restore` would take it."""
+        self._check_open()
+        self.engine.check_capsule(capsule)
+
     @exclusive
     def restore(self, capsule: Capsule) -> None:
         """Continue from a capsule. `rewind` reaches back to here afterwards, not beyond.
@@ -360,18 +365,8 @@ class ControlLoop:
         self._is_in_doubt = True
         sent = self._run_again(next(state.bases(target, capacity)), target)
         boundaries = tuple(b for b in state.boundaries if b.tick <= target)
-        changes = state.changes + 1
-        self._commit(
-            LoopState(
-                state.origin,
-                boundaries,
-                target,
-                position=position,
-                seed=seed,
-                sent=sent,
-                changes=changes,
-            )  # fmt: skip
-        )
+        rewound = LoopState(state.origin, boundaries, target, position=position, seed=seed)
+        self._commit(rewound._replace(sent=sent, changes=state.changes + 1))
         self._drop_spares()
         self._tell("rewind", ticks)
 
@@ -416,9 +411,8 @@ class ControlLoop:
         if not state.is_slack_done:
             self._slack(state)
             state = self._state
-        if (
-            self._listener is not None and self._n_told != state.changes
-        ):  # an exception fell between
+        if self._listener is not None and self._n_told != state.changes:
+            # An exception fell between a change and the word of it.
             self._listener.event("restore", digest=self._digest())
             self._n_told = state.changes
         return state
@@ -433,9 +427,8 @@ class ControlLoop:
         return self._state
 
     def _commit(self, state: LoopState) -> None:
-        """The lane is in this state."""
-        self._state = state
-        self._is_in_doubt = False
+        """The lane is in this state. One line: an exception falls before it or after it."""
+        self._state, self._is_in_doubt = state, False
 
     def _put(self, origin: Boundary | None, position: int | None, seed: int | None) -> None:
         """The lane is somewhere else, and goes back no further than to here."""
@@ -580,26 +573,11 @@ class ControlLoop:
         """The graphs of a tick have run, from `state`."""
         if instead is not None:
             self.engine.override(self._lane, instead)
-        end = state.end + 1
         self._history.put(state.end, PastTick(observation, state.cut, instead))
-        boundaries = state.boundaries
-        is_one_useless = bool(boundaries) and end - boundaries[0].tick > self._history.capacity
-        assert state.position is not None
-        self._commit(
-            LoopState(
-                state.origin,
-                boundaries[is_one_useless:],
-                end,
-                NO_CUT,
-                False,
-                state.position + 1,
-                state.seed,
-                action.copy() if instead is None else instead,
-                state.changes + 1,
-            )  # fmt: skip
-        )
+        useless = state.useless(self._history.capacity)
+        self._commit(state.ticked(useless, action.copy() if instead is None else instead))
         self.timing.ticks += 1
-        if is_one_useless:
+        if useless:
             self._drop_spares()
         if (listener := self._listening()) is not None:
             listener.tick(observation, action, is_late=is_late)

@@ -231,10 +231,15 @@ class _Replay:
             case "rewind":
                 loop.rewind_ticks(event.value)
             case "restore":
-                loop.restore(self._capsule(event.digest))
+                self._restore(event.digest)
             case _:
                 return self._compare(event)
         return None
+
+    def _restore(self, digest: str) -> None:
+        """A capsule; none is needed where the loop is in that state already."""
+        if digest in self._known or self._loop.digest() != digest:
+            self._loop.restore(self._capsule(digest))
 
     def _compare(self, event: Event) -> str | None:
         if (digest := self._loop.digest()) != event.digest:

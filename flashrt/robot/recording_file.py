@@ -15,6 +15,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -31,7 +32,11 @@ DIGEST = "digest"  # the state is as recorded here
 WHAT = (DIGEST, "reset", "set_seed", "interrupt", "snapshot", "restore", "rewind")
 NO_DIGEST = "0" * 32
 MOST_HEADER_NBYTES = 1 << 20
-_DTYPES = {"F32": np.dtype(np.float32), "U8": np.dtype(np.uint8), "I64": np.dtype(np.int64)}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "U8": np.dtype(np.uint8),
+    "I64": np.dtype(np.int64),
+}
 _TENSORS = {  # dtypes and ranks
     "observations": ("F32", 2), "actions": ("F32", 2), "outcomes": ("U8", 1), "events": ("I64", 2),
     "event_digests": ("U8", 2),

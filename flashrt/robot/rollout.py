@@ -2,16 +2,22 @@
 
 IS: the pairing of an environment's state with a capsule: a policy alone cannot go back, its world
 must, too. IS NOT: an environment, nor how one is saved (environment), nor a run by the clock (run).
+
+An environment cannot be asked whether a step was taken. So when a call of the rollout does not end,
+the loop goes back where the environment surely stands still; else the rollout says that the two are
+apart, until it is reset or a moment is restored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from flashrt.base.errors import EnvironmentFailed
+from flashrt.base.checks import shown
+from flashrt.base.errors import EnvironmentFailed, SessionError
 from flashrt.capsule.capsule import Capsule
+from flashrt.capsule.turn import Turn, exclusive
 from flashrt.robot.environment import (
     Environment,
     EnvironmentState,
@@ -51,8 +57,17 @@ class Moment:
         self.capsule.drop()
 
 
+class _Seen(NamedTuple):
+    """What the environment showed last; swapped as a whole."""
+
+    observation: Array | None  # None: not begun
+    is_over: bool
+
+
 class Rollout:
-    """An environment and a control loop, in step. A fork forks both."""
+    """An environment and a control loop, in step. A fork forks both. Not for two threads at once:
+    an environment is none's to share.
+    """
 
     def __init__(
         self,
@@ -68,52 +83,75 @@ class Rollout:
         self._make, self._save = make, save
         self._state = save(self.environment)
         self._to_command = command_for(self.environment)
-        self._observation: Array | None = None  # None: not begun
-        self._is_over = False
+        self._seen = _Seen(None, False)
+        self._acting_from: int | None = None  # a tick that the loop may be ahead by
+        self._is_apart = False  # the environment may be elsewhere than the loop
         self._is_closed = False
 
     @property
+    def turn(self) -> Turn:
+        """The engine's."""
+        return self.loop.turn
+
+    @property
+    def lock(self) -> Any:
+        """The loop's."""
+        return self.loop.lock
+
+    @property
     def observation(self) -> Array:
-        """What is seen now. Raises EnvironmentFailed before the first reset."""
+        """What is seen now. Raises EnvironmentFailed before the first reset, and where environment
+        and loop are apart.
+        """
         self._check_open()
-        if self._observation is None:
+        if self._is_apart:
+            raise EnvironmentFailed(
+                "the rollout was interrupted, and its environment may have moved without the loop; "
+                "reset the rollout, or restore a moment"
+            )
+        if self._seen.observation is None:
             raise EnvironmentFailed("the rollout has not begun; call reset first")
-        return self._observation
+        return self._seen.observation
 
     @property
     def is_over(self) -> bool:
         """Whether the episode ended."""
-        return self._is_over
+        return self._seen.is_over
 
     def reset(self, seed: int = 0) -> Array:
         """Begin an episode of both; the first observation.
 
-        Raises EnvironmentFailed when the environment fails: the loop is then where it was before.
+        Raises EnvironmentFailed when the environment fails: the loop is then where it was before,
+        and the rollout has to be reset again.
         """
         self._check_open()
         seed = checked_seed(seed)
+        self._is_apart = True
         observation = reset_environment(self.environment, seed)
         self.loop.reset(seed)
-        self._observation, self._is_over = observation, False
+        self._together(observation, is_over=False)
         return observation
 
     def step(self) -> Transition:
         """One tick of the loop and one step of the environment.
 
         Raises EnvironmentFailed when the environment is closed or fails, or the episode is over,
-        ObservationError for an observation that the policy cannot take: the loop is then where it
-        was before.
+        ObservationError for an observation that the policy cannot take, DeadlineMissed: the loop is
+        then where it was before.
         """
-        observation = self.observation
-        if self._is_over:
+        observation = self._in_step()
+        if self._seen.is_over:
             raise EnvironmentFailed("the episode is over; reset the rollout, or restore a moment")
-        action = self.loop.tick(observation)
+        self._acting_from = self.loop.position
         try:
+            action = self.loop.tick(observation)
+            self._is_apart = True
             result = step_environment(self.environment, self._to_command, action)
-        except BaseException:
-            self.loop.rewind_ticks(1)  # the environment did not take the action
+        except Exception:
+            self._is_apart = False  # the environment did not take the action
+            self._take_back()
             raise
-        self._observation, self._is_over = result.observation, result.is_over
+        self._together(result.observation, is_over=result.is_over)
         self.loop.slack()
         return Transition(
             observation, action, result.reward, result.observation, result.is_over, result.info
@@ -121,35 +159,48 @@ class Rollout:
 
     def snapshot(self, name: str | None = None) -> Moment:
         """Both, frozen. Raises PoolFull; EnvironmentFailed if the environment cannot be saved."""
-        observation = self.observation
-        state = self._state.save_state()
-        return Moment(self.loop.snapshot(name), state, observation, self._is_over)
+        observation = self._in_step()
+        return self._freeze(name, self._state.save_state(), observation)
 
     def restore(self, moment: Moment) -> None:
         """Both, back to a moment; of a fork's, or of this rollout's own.
 
-        Raises CapsuleError for a dropped or foreign capsule; nothing has changed then.
+        Raises CapsuleError for a dropped or foreign capsule, and what the environment's state
+        raises; nothing has changed then.
         """
         self._check_open()
-        self.loop.restore(moment.capsule)
-        self._state.load_state(moment.environment)
-        self._observation, self._is_over = moment.observation, moment.is_over
+        if not isinstance(moment, Moment):
+            raise SessionError(f"restore: {shown(moment)} is not a moment of a rollout")
+        self.loop.check_capsule(moment.capsule)
+        was_apart, before = self._is_apart, self._saved()
+        self._is_apart = True
+        try:
+            self._state.load_state(moment.environment)
+            self.loop.restore(moment.capsule)
+        except Exception:
+            if before is not None:
+                self._state.load_state(before)
+                self._is_apart = was_apart
+            raise
+        self._together(moment.observation, is_over=moment.is_over)
 
     def fork(self, n: int = 1, seeds: Sequence[int] | None = None) -> list[Rollout]:
         """`n` more rollouts in this one's state, each with an environment of its own; `seeds` as in
-        ControlLoop.fork. Raises LaneBusy, and makes none, when lanes are short.
+        ControlLoop.fork. Raises LaneBusy or PoolFull, and makes none, when lanes or room are short.
         """
-        observation, state = self.observation, self._state.save_state()
+        observation, state = self._in_step(), self._state.save_state()
         loops = self.loop.fork(n, seeds)
         rollouts: list[Rollout] = []
         try:
             for loop in loops:
                 other = Rollout(self._make, loop, self._save)
+                rollouts.append(other)
                 reset_environment(other.environment, 0)
                 other._state.load_state(state)
-                other._observation, other._is_over = observation, self._is_over
-                rollouts.append(other)
+                other._together(observation, is_over=self._seen.is_over)
         except BaseException:
+            for other in rollouts:
+                other.close()
             for loop in loops:
                 loop.close()
             raise
@@ -157,12 +208,12 @@ class Rollout:
 
     def close(self) -> None:
         """Close the environment and the loop. A second close does nothing."""
-        if not self._is_closed:
-            self._is_closed = True
-            try:
+        try:
+            if not self._is_closed:
+                self._is_closed = True
                 self.environment.close()
-            finally:
-                self.loop.close()
+        finally:
+            self.loop.close()
 
     def __enter__(self) -> Rollout:
         return self
@@ -170,6 +221,37 @@ class Rollout:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    # -- inside ---------------------------------------------------------------------------------
+
     def _check_open(self) -> None:
         if self._is_closed:
             raise EnvironmentFailed("the rollout's environment is closed; make another rollout")
+
+    def _in_step(self) -> Array:
+        """What every call begins with; what is seen now."""
+        observation = self.observation
+        self._take_back()
+        return observation
+
+    def _together(self, observation: Array, *, is_over: bool) -> None:
+        """Environment and loop are in step."""
+        self._seen = _Seen(observation, is_over)
+        self._acting_from = None
+        self._is_apart = False
+
+    def _take_back(self) -> None:
+        """The loop's last tick, if there was one that the environment has not seen."""
+        if self._acting_from is not None and self.loop.position > self._acting_from:
+            self.loop.rewind_ticks(1)
+        self._acting_from = None
+
+    def _saved(self) -> object | None:
+        """The environment's state, to go back to; None where it cannot be saved any more."""
+        try:
+            return self._state.save_state()
+        except Exception:  # of any kind: it may be broken, which is why a moment is restored
+            return None
+
+    @exclusive
+    def _freeze(self, name: str | None, state: object, observation: Array) -> Moment:
+        return Moment(self.loop.snapshot(name), state, observation, self._seen.is_over)

@@ -51,8 +51,8 @@ def run(
 
     rate: ticks per second of wall-clock time; None is the loop's hz; 0 is as fast as it goes.
     Raises SessionError for arguments out of range; EnvironmentFailed when the environment fails,
-    and ObservationError for an observation that the policy cannot take: the loop is then at the
-    tick before.
+    ObservationError for an observation that the policy cannot take, and DeadlineMissed where the
+    loop is to raise it: the loop is then at the tick before.
     """
     n_ticks = round(checked_seconds("run: seconds", seconds) * loop.options.hz)
     seed = checked_seed(seed)
@@ -69,11 +69,13 @@ def run(
                 total = 0.0
                 gc.collect(0)
                 pace = None if pace is None else Pace(pace.period_ns)
-            action = _tick(loop, observation, pace)
+            position = loop.position
             try:
+                action = _tick(loop, observation, pace)
                 result = step_environment(environment, to_command, action)
             except BaseException:
-                loop.rewind_ticks(1)  # the environment did not take the action
+                if loop.position > position:
+                    loop.rewind_ticks(1)  # the environment did not take the action
                 raise
             observation = result.observation
             total += result.reward

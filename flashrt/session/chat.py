@@ -7,6 +7,7 @@ calls in replies (text is handed on as it is), or a server.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,13 @@ class _Progress:
 
     token_count: int = 0
     reason: EndReason | None = None
+    pieces: weakref.ref[Any] | None = None  # a generator
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether it has begun and not ended, however it ended: nobody has to say so."""
+        pieces = self.pieces() if self.pieces is not None else None
+        return pieces is not None and pieces.gi_frame is not None
 
 
 class Reply(Iterator[str]):
@@ -62,6 +70,7 @@ class Reply(Iterator[str]):
     def __init__(self, begin: Callable[[_Progress], Generator[str, None, None]]) -> None:
         self._progress = _Progress()
         self._pieces = begin(self._progress)
+        self._progress.pieces = weakref.ref(self._pieces)
 
     @property
     def token_count(self) -> int:
@@ -251,7 +260,6 @@ class Chat:
             raise
         finally:
             generation.close()
-            self._reply = None
         progress.reason = self._reason = "stop" if stops.is_found else generation.reason
         self._join("".join(pieces), prompt)
 
@@ -279,7 +287,7 @@ class Chat:
         self.fed_tokens += len(wanted) - same
 
     def _check_idle(self, what: str) -> None:
-        if self._reply is not None:
+        if self._reply is not None and self._reply.is_coming:
             raise SessionError(f"chat: a reply is coming, so {what}; let it end, or close it first")
 
 

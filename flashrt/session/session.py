@@ -76,6 +76,7 @@ class Session:
         """On a free lane of its own, which `begin` puts into the state to begin with; `parent`: the
         capsule that this state descends from. Raises LaneBusy.
         """
+        self.turn = engine.turn  # the engine's: calls of several threads take turns
         self._engine = engine
         self._table = engine.capsules
         self._parent = parent
@@ -90,11 +91,6 @@ class Session:
         except BaseException:
             engine.release(self._lane)
             raise
-
-    @property
-    def turn(self) -> Turn:
-        """The engine's: calls of several threads take turns."""
-        return self._engine.turn
 
     # -- what it is -----------------------------------------------------------------------------
 
@@ -176,7 +172,8 @@ class Session:
         array = as_tokens(tokens, self._engine.vocab_size)
         self._check_room(len(array), "prefill")
         if len(array):
-            self._feed(np.concatenate([self._tail.take_pending(), array]))
+            pending = self._tail.take_pending()
+            self._feed(np.concatenate([pending, array]) if len(pending) else array)
 
     @exclusive
     def generate(
@@ -231,7 +228,7 @@ class Session:
             if self._epoch != epoch:
                 raise SessionError("generate: the session was changed meanwhile; start another one")
             self._check_open()
-            if self.position >= self._engine.max_positions:
+            if self._tail.end >= self._engine.max_positions:
                 return "context"
             token = self._tail.next(params, draft, wanted)
             if token < 0:

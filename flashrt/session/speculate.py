@@ -1,7 +1,7 @@
 """Speculation policy: how many tokens to draft before the next verify.
 
 IS: arithmetic on acceptance and measured time; it decides speed alone, never a token. IS NOT:
-drafting or verifying (engine), or which tokens count (tail). Called by: session, tail.
+drafting or verifying (engine), or which tokens count (tail).
 
 A step that drafts K tokens yields 1 + the drafts that agree. With a[i] the share of drafts at depth
 i that agree when all before them did, it yields 1 + a[1] + a[1] a[2] + ... tokens on average;

@@ -1,7 +1,7 @@
 """The tail: tokens beyond a lane's boundary, known to the host but not yet in the device's state.
 
 IS: which of them are history, how they get into the state, and what comes next. IS NOT: the draft
-length (speculate), or validation (session). Called by: session.
+length (speculate), or validation (session).
 
     committed            pending               ahead
   0 ......... lane.position ........... end ............ base + len(known)
@@ -56,14 +56,14 @@ class Tail:
 
     @property
     def _known(self) -> _Known:
-        if self._state.moves != self._lane.moves:
+        if self._state.moves != self._lane.record.moves:
             self.clear()
         return self._state
 
     @property
     def end(self) -> int:
         """One past the last token that is history."""
-        return max(self._known.end, self._lane.position)
+        return max(self._known.end, self._lane.record.position)
 
     @property
     def pending(self) -> list[int]:
@@ -73,23 +73,26 @@ class Tail:
 
     def cut(self, end: int) -> None:
         """Less history: `end` is in [lane.position, self.end]."""
-        self._state = self._known._replace(end=end)
+        moves, base, _, tokens, params, kept, logits_at = self._known
+        self._state = _Known(moves, base, end, tokens, params, kept, logits_at)
 
     def take(self) -> None:
         """The token that `next` returned is history."""
-        self._state = self._known._replace(end=self.end + 1)
+        self.cut(self.end + 1)
 
     def next(self, params: SamplerParams, draft: DraftLength, wanted: int) -> int:
         """The token after `end`; -1 if the logits are NaN. `wanted`: how many will be, at most."""
-        if self._has_ahead and self._known.params != params:
-            self.sample(params)
-        elif not self._has_ahead:
-            if self.end > self._lane.position:
-                self._step(params, draft, wanted)
-            else:
+        known, position = self._known, self._lane.record.position
+        end = max(known.end, position)
+        if known.base <= end < known.base + len(known.tokens):
+            if known.params is not params and known.params != params:
                 self.sample(params)
-        known = self._known
-        return known.tokens[self.end - known.base]
+        elif end > position:
+            self._step(params, draft, wanted)
+        else:
+            self.sample(params)
+        known = self._state
+        return known.tokens[end - known.base]
 
     def take_pending(self) -> NDArray[np.int32]:
         """History that is to be fed: int32 [0] or [1]; whatever the device kept is committed.
@@ -115,8 +118,8 @@ class Tail:
         """
         params = params or self._known.params or SamplerParams()
         self._commit_kept()
-        if self.pending:  # one token at most: the one that the device sampled last
-            self._decode(params)
+        if pending := self.pending:  # one token at most: the one that the device sampled last
+            self._decode(params, pending[0])
             return
         token = self._engine.sample(self._lane, params)
         self._restart((token,), params, logits_at=self._lane.position)
@@ -134,11 +137,6 @@ class Tail:
 
     # -- inside ---------------------------------------------------------------------------------
 
-    @property
-    def _has_ahead(self) -> bool:
-        known = self._known
-        return known.base <= self.end < known.base + len(known.tokens)
-
     def _restart(
         self,
         tokens: tuple[int, ...],
@@ -152,7 +150,10 @@ class Tail:
 
     def _commit_kept(self) -> None:
         """As many pending tokens as the device has kept rows of."""
-        known, pending = self._known, self.pending
+        known = self._known
+        if not known.kept:
+            return
+        pending = self.pending
         n = min(len(pending), len(known.kept))
         if not n or self._lane.position != known.kept.start:
             return
@@ -162,9 +163,9 @@ class Tail:
         self._engine.commit(self._lane, np.array(pending[:n], np.int32))
         self._committed()
 
-    def _decode(self, params: SamplerParams) -> None:
+    def _decode(self, params: SamplerParams, token: int) -> None:
         self._engine.set_sampler(self._lane, params)
-        following = self._engine.decode(self._lane, self.pending[0])
+        following = self._engine.decode(self._lane, token)
         self._restart((following,), params, logits_at=self._lane.position)
         self._committed()
 
@@ -172,14 +173,14 @@ class Tail:
         """Feed what is pending, and so learn at least one token more."""
         start = time.perf_counter()
         self._commit_kept()
-        if not self.pending:
+        pending = self.pending
+        if not pending:
             self.sample(params)
             return
-        lane = self._lane
+        first, lane = pending[0], self._lane
         length = draft.next(min(wanted, self._engine.max_positions - lane.position) - 1)
         n_accepted = 0
         if length:
-            first = self.pending[0]
             self._engine.set_sampler(lane, params)
             self._engine.need_token(lane, first)
             self._engine.draft(lane, length)
@@ -188,5 +189,5 @@ class Tail:
             self._restart((first, *sampled), params, kept)
             n_accepted = len(sampled) - 1
         else:
-            self._decode(params)
+            self._decode(params, first)
         draft.record(length, n_accepted, time.perf_counter() - start)

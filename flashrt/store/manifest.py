@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from flashrt.base.errors import StoreError
 from flashrt.core.backend import Bytes
+from flashrt.store.folder import MOST_MANIFEST_NBYTES
 
 FORMAT = "flashrt-manifest-1"
 CAPSULES = "capsules"
+MOST_NBYTES = MOST_MANIFEST_NBYTES
 MAX_POSITION = 1 << 31
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _NAME = re.compile(

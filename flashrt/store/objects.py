@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import xxhash
 
 from flashrt.base.errors import StoreError
 from flashrt.capsule.extent import Tier
 from flashrt.core.backend import Bytes
-from flashrt.store.folder import Directory, Folder, Remote
+from flashrt.store.folder import Folder
 
 OBJECTS = "objects"
 _ID = re.compile(r"[0-9a-f]{32}")
+_FILE = re.compile(rf"{OBJECTS}/[0-9a-f]{{2}}/[0-9a-f]{{30}}")
 
 
 def object_id(data: Bytes) -> str:
@@ -37,6 +38,18 @@ def object_name(digest: str) -> str:
     return f"{OBJECTS}/{digest[:2]}/{digest[2:]}"
 
 
+def is_object(name: str) -> bool:
+    """Whether a file of this name is an object."""
+    return _FILE.fullmatch(name) is not None
+
+
+@dataclass(slots=True)
+class Near:
+    """The object that was looked at last, in memory: a restore reads what a load looked at."""
+
+    held: tuple[str, Bytes] | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredObject:
     """A source on the disk tier: in a store, or in a spill folder."""
@@ -45,7 +58,7 @@ class StoredObject:
     digest: str
     nbytes: int
     released: Callable[[str], None] | None = None  # None: others may need it; the sweeper decides
-    near: list[Bytes] = field(default_factory=list)  # mapped by `look`, for the next read
+    near: Near | None = None
 
     @property
     def tier(self) -> Tier:
@@ -58,30 +71,26 @@ class StoredObject:
         return self.folder.size(object_name(self.digest)) == self.nbytes
 
     def look(self) -> Bytes:
-        """`read`, when another is to follow: it checks again, but need not map again."""
+        """`read`, when another is to follow soon."""
         data = self.read()
-        if isinstance(self.folder, Directory):
-            self.near[:] = [data]
+        if self.near is not None:
+            self.near.held = self.digest, data
         return data
 
     def read(self) -> Bytes:
-        """The bytes, mapped and checked. Raises StoreError when gone or damaged."""
-        name = object_name(self.digest)
-        data = self.near.pop() if self.near else None
-        if data is None or self.folder.size(name) != self.nbytes:  # else it was cut meanwhile
-            data = self.folder.read(name, self.nbytes)
-        if object_id(data) != self.digest:
-            if isinstance(self.folder, Remote):
-                self.folder.forget(name)
-            raise StoreError(
-                f"{self.folder.url}/{name} is damaged: its bytes do not match its name; run "
-                "`flashrt store verify`"
-            )
-        return data
+        """The bytes, in memory, checked. Raises StoreError when gone or damaged."""
+        if self.near is not None and (held := self.near.held) and held[0] == self.digest:
+            self.near.held = None
+            return held[1]
+        return self.folder.read(object_name(self.digest), self.digest, self.nbytes)
+
+    def check(self) -> None:
+        """Raises StoreError when gone or damaged; nothing is kept in memory."""
+        self.folder.check(object_name(self.digest), self.digest, self.nbytes)
 
     def prefetch(self) -> None:
         """Into the page cache, or the local cache of a remote store."""
-        self.folder.prefetch(object_name(self.digest))
+        self.folder.prefetch(object_name(self.digest), self.digest, self.nbytes)
 
     def release(self) -> None:
         """Tell the owner, if there is one."""
@@ -90,10 +99,10 @@ class StoredObject:
 
 
 def put(folder: Folder, data: Bytes) -> tuple[StoredObject, bool]:
-    """An object, written unless it is there; and whether it was written."""
+    """An object, written unless its bytes are there; and whether it was written."""
     digest = object_id(data)
     name = object_name(digest)
-    is_new = folder.size(name) != data.nbytes
+    is_new = not folder.has(name, digest, data.nbytes)
     if is_new:
         folder.write(name, data)
     return StoredObject(folder, digest, data.nbytes), is_new

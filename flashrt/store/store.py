@@ -5,7 +5,7 @@ IS: publish (save), load, names, and the search for the longest stored prefix of
     objects/ab/cdef...   segments' rows, segments' tokens, fixed bands; named by content
     capsules/FINGERPRINT/POSITION-TOKENS-ID.json    manifests
     refs/NAME            one line: the manifest that a name stands for
-IS NOT: files (folder), sweeping and checking (upkeep), or sessions from prompts (opening).
+IS NOT: files (directory, remote), sweeping and checking (upkeep), or sessions (opening).
 
 Order of writes: objects, manifest, name. So whatever is seen is whole, and a killed writer leaves
 objects that nobody refers to. A capsule that is loaded stays on the disk tier until it is restored.
@@ -13,30 +13,37 @@ objects that nobody refers to. A capsule that is loaded stays on the disk tier u
 
 from __future__ import annotations
 
+import errno
 import os
 import urllib.parse
 import weakref
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CapsuleError, StoreError
-from flashrt.base.messages import listed
+from flashrt.base.messages import listed, shown
 from flashrt.capsule.capsule import Capsule, CapsuleOwner
-from flashrt.capsule.extent import Extent, StoredBytes
+from flashrt.capsule.extent import Extent, Tier
+from flashrt.capsule.file import CapsuleHeader
 from flashrt.capsule.image import fixed_image, rows_image
 from flashrt.capsule.lineage import Segment, chain_of, segment_layout
-from flashrt.engine.admission import check_state
-from flashrt.engine.tokens import TokenEngine
+from flashrt.core.backend import Bytes
+from flashrt.engine.engine import Engine
 from flashrt.store import manifest as manifests
-from flashrt.store.folder import Folder, open_folder
+from flashrt.store.directory import Directory
+from flashrt.store.folder import FORMAT_FILE, REFS, Folder, Publishing
 from flashrt.store.manifest import Manifest, ObjectRef, Place, SegmentRecord
-from flashrt.store.objects import StoredObject, put
+from flashrt.store.objects import Near, StoredObject, object_id, object_name
+from flashrt.store.remote import Remote
 from flashrt.store.reuse import Rates
 
 FORMAT = b"flashrt-store-1\n"
-FORMAT_FILE, REFS = "format", "refs"
+_NO_REF = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG)
+_TRIES = 5  # of a save that sweeps took for dead, each time after a minute of silence
+_LOCAL = ("file://", "local://")  # fsspec's names for what a Directory does better
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +71,29 @@ class _Known:
     )
 
 
+@dataclass(slots=True)
+class _Tally:
+    """What a save wrote, and what it found."""
+
+    new_objects: int = 0
+    new_nbytes: int = 0
+    shared_nbytes: int = 0
+
+
 class Store:
     """A repository of capsules. Several processes may use one at the same time."""
 
-    def __init__(self, url: str | os.PathLike[str]) -> None:
+    def __init__(self, url: str | os.PathLike[str], *, is_shared: bool = False) -> None:
         """A directory (made at the first save), or an fsspec URL such as s3://bucket/store.
 
-        Raises StoreError when there is something else.
+        is_shared: a store made here has the modes that the umask gives, for a group or for all;
+        else only its owner can read it. One that exists stays as it was made. Raises StoreError
+        when there is something else.
         """
-        self.folder: Folder = open_folder(os.fspath(url))
-        if self.is_there:
-            found = self.folder.read(FORMAT_FILE)[:64].tobytes()
-            if found != FORMAT:
-                raise StoreError(
-                    f"{self.folder.url}: format {found!r}, this version reads {FORMAT!r}"
-                )
+        self.folder: Folder = open_folder(os.fspath(url), is_shared=is_shared)
+        self._has_format()
         self.rates = Rates()
+        self._near = Near()
         self._known: weakref.WeakKeyDictionary[CapsuleOwner, _Known] = weakref.WeakKeyDictionary()
 
     @property
@@ -90,7 +104,8 @@ class Store:
     # -- publishing -----------------------------------------------------------------------------
 
     def save(self, capsule: Capsule, name: str | None = None) -> Saved:
-        """Publish a capsule, whole or not at all; objects that are there are not written again.
+        """Publish a capsule, whole or not at all; objects that are there are not written again, but
+        read: one that was damaged is replaced.
 
         `name`: a ref for it (default: the capsule's name); a ref that exists moves. Raises
         CapsuleError for a dropped capsule, StoreError when the store cannot be written.
@@ -103,42 +118,74 @@ class Store:
         name = capsule.name if name is None else name
         ref = None if name is None else _ref_file(name)
         known = self._known.setdefault(table, _Known())
-        with self.folder.publishing():
-            if not self.is_there:
-                self.folder.write(FORMAT_FILE, np.frombuffer(FORMAT, np.uint8))
-            tally = [0, 0, 0]
-            segments = [self._publish(table, known, s, tally) for s in _oldest_first(capsule)]
-            fixed = self._put(fixed_image(table.arena, capsule.fixed), tally)
-            made = Manifest(
-                fingerprint=table.fingerprint,
-                position=capsule.position,
-                tokens_digest=manifests.tokens_digest(capsule.tokens),
-                digest=capsule.digest,
-                parent=self._parent_id(capsule, known),
-                fixed=fixed,
-                segments=tuple(segments),
+        with self.folder.publishing() as turn:
+            for _ in range(_TRIES):
+                tally = _Tally()
+                place = self._publish(capsule, known, turn, tally, ref)
+                if turn.still_counts():
+                    known.capsules[capsule] = place
+                    return Saved(place, tally.new_objects, tally.new_nbytes, tally.shared_nbytes)
+        raise StoreError(
+            f"{self.folder.url}: sweeps took this save for dead {_TRIES} times, as it said nothing "
+            "for a minute; nothing is reported saved. Save again"
+        )
+
+    def _publish(
+        self, capsule: Capsule, known: _Known, turn: Publishing, tally: _Tally, ref: str | None
+    ) -> Place:
+        """Objects, manifest, name; then a look at all of them."""
+        table = capsule.owner
+        if not self._has_format():
+            self.folder.write(FORMAT_FILE, _bytes(FORMAT))
+        put = _Put(self.folder, turn, tally)
+        segments = [self._record(table, known, s, put) for s in _oldest_first(capsule)]
+        made = Manifest(
+            fingerprint=table.fingerprint,
+            position=capsule.position,
+            tokens_digest=manifests.tokens_digest(capsule.tokens),
+            digest=capsule.digest,
+            parent=self._parent_id(capsule, known),
+            fixed=put(fixed_image(table.arena, capsule.fixed)),
+            segments=tuple(segments),
+        )
+        place, text = made.encode()
+        self._write(place, text)
+        if ref is not None:
+            turn.spare(ref)
+            self.folder.write(ref, _bytes(f"{place.name}\n".encode()))
+            self._write(place, text)  # it may have been removed meanwhile, see `remove`
+        gone = [r.digest for r in made.objects if not self._source(r).is_there]
+        if gone or not self._has_format():
+            raise StoreError(
+                f"{self.folder.url}: objects {listed(gone)} were removed while this was saved; "
+                "save again"
             )
-            place, text = made.encode()
-            if self.folder.size(place.name) is None:
-                self.folder.write(place.name, text)
-            if ref is not None:
-                self.folder.write(ref, np.frombuffer(f"{place.name}\n".encode(), np.uint8))
-                if self.folder.size(place.name) is None:  # removed meanwhile, see `remove`
-                    self.folder.write(place.name, text)
-        known.capsules[capsule] = place
-        return Saved(place, *tally)
+        if ref is not None and manifests.place_of(self._target(ref) or "") is None:
+            raise StoreError(f"{self.folder.url}/{ref}: what was written does not read back")
+        return place
+
+    def _write(self, place: Place, text: Bytes) -> None:
+        """A manifest, unless it is there and whole."""
+        if not self.folder.has(place.name, place.id, text.nbytes):
+            self.folder.write(place.name, text)
+            self.folder.check(place.name, place.id, text.nbytes)
 
     def offload(self, capsule: Capsule) -> Saved:
-        """Publish a capsule and move it to the disk tier: its bytes are in the store."""
+        """Publish a capsule and move it to the disk tier: its bytes are in the store. They are read
+        back before memory is given away.
+        """
         return capsule.owner.change(lambda: self._offload(capsule))
 
     def _offload(self, capsule: Capsule) -> Saved:
         saved = self._save(capsule, None)
         known = self._known[capsule.owner]
         made = self.manifest(saved.place)
-        sources: dict[Extent, StoredBytes] = {capsule.fixed: self._source(made.fixed)}
+        sources = {capsule.fixed: self._source(made.fixed)}
         for segment in chain_of(capsule.segment):
             sources[segment.rows] = self._source(known.records[segment.rows].rows)
+        for extent, source in sources.items():
+            if extent.tier is not Tier.DISK:
+                source.check()
         capsule.owner.offload(capsule, sources)
         return saved
 
@@ -147,7 +194,7 @@ class Store:
     def places(self, fingerprint: str | None = None) -> list[Place]:
         """All capsules, or those of a fingerprint; by fingerprint, position, id."""
         below = manifests.CAPSULES + (f"/{fingerprint}" if fingerprint else "")
-        found = (manifests.place_of(e.name) for e in self.folder.list(below))
+        found = (manifests.place_of(name) for name in self.folder.names(below))
         return [p for p in found if p is not None]
 
     def refs(self) -> dict[str, Place]:
@@ -156,14 +203,18 @@ class Store:
         there = {p.name: p for p in self.places()}  # listed last: they are written before names
         return {name: there[target] for name, target in targets.items() if target in there}
 
+    def refs_and_targets(self) -> list[tuple[str, str]]:
+        """Files of names, and the manifests that they stand for, be these there or not."""
+        found = ((ref, self._target(ref)) for ref in self.folder.names(REFS))
+        return [(ref, target) for ref, target in found if target is not None]
+
     def resolve(self, which: str) -> Place:
         """The capsule that a name or the beginning of an id (at least 4 digits) stands for.
 
         Raises StoreError when there is none, or more than one.
         """
-        refs = self.refs()
-        if which in refs:
-            return refs[which]
+        if (named := self._named(which)) is not None:
+            return named
         matching = [p for p in self.places() if len(which) >= 4 and p.id.startswith(which)]
         if len(matching) != 1:
             what = (
@@ -176,7 +227,7 @@ class Store:
 
     def manifest(self, place: Place) -> Manifest:
         """The checked manifest of a capsule. Raises StoreError."""
-        return manifests.decode(place, self.folder.read(place.name))
+        return manifests.decode(place, self.folder.read(place.name, place.id))
 
     def find(self, fingerprint: str, tokens: NDArray[np.int32]) -> list[Place]:
         """Stored capsules whose tokens are a prefix of `tokens`, deepest first.
@@ -190,16 +241,19 @@ class Store:
 
     # -- loading --------------------------------------------------------------------------------
 
-    def load(self, engine: TokenEngine, which: str | Place) -> Capsule:
-        """A stored capsule, on the disk tier; rows that the engine knows already are shared.
+    def load(self, engine: Engine, which: str | Place) -> Capsule:
+        """A stored capsule, on the disk tier; rows that the engine knows already are shared. Its
+        name is the one that it was asked for by.
 
         Raises StoreError or CapsuleError for what is missing, damaged or foreign; nothing is
         changed then.
         """
         return engine.capsules.change(lambda: self._load(engine, which))
 
-    def _load(self, engine: TokenEngine, which: str | Place) -> Capsule:
-        place = which if isinstance(which, Place) else self.resolve(which)
+    def _load(self, engine: Engine, which: str | Place) -> Capsule:
+        named = self._named(which) if isinstance(which, str) else None
+        name = which if named is not None and isinstance(which, str) else None
+        place = named or (which if isinstance(which, Place) else self.resolve(which))
         found, table = self.manifest(place), engine.capsules
         where = f"{self.folder.url}/{place.name}"
         self._check(engine, found, where)
@@ -208,18 +262,14 @@ class Store:
         if manifests.tokens_digest(together) != found.tokens_digest:
             raise StoreError(f"{where}: its tokens do not match their digest")
         fixed = self._source(found.fixed)
-        slot = table.arena.lane(0).fixed.slot("cursor")
-        first = slot.offset - table.arena.lane(0).fixed.offset
-        cursor = fixed.look()[first : first + slot.storage.nbytes]
-        check_state(where, cursor, together, found.position, engine.vocab_size)
+        self._admit(engine, found, where, fixed.look(), together)
         known = self._known.setdefault(table, _Known())
         segment: Segment | None = None
         for record, part in zip(found.segments, tokens, strict=True):
             segment = self._segment(known, segment, record, part)
         own = found.segments[-1].rows.nbytes if found.segments else 0
         extent = Extent(found.fixed.nbytes, fixed)
-        nbytes = found.fixed.nbytes + own
-        capsule = Capsule(table, segment, extent, nbytes, self._name_of(place), found.digest)
+        capsule = Capsule(table, segment, extent, found.fixed.nbytes + own, name, found.digest)
         table.adopt(capsule)
         known.capsules[capsule] = place
         return capsule
@@ -233,64 +283,88 @@ class Store:
         for the manifest again once its name is there; this looks for names again once the manifest
         is gone. So one of the two sees the other, and writes the manifest again.
         """
-        with self.folder.sweeping():
-            refs = self.refs()
-            place = which if isinstance(which, Place) else self.resolve(which)
-            names = [name for name, target in refs.items() if target == place]
-            if isinstance(which, str) and which in refs:
-                names.remove(which)
+        with self.folder.removing() as turn:
+            named = self._named(which) if isinstance(which, str) else None
+            place = named or (which if isinstance(which, Place) else self.resolve(which))
+            if named is None and self.folder.size(place.name) is None:
+                raise StoreError(f"{self.folder.url}/{place.name}: there is no such capsule")
+            refs = [ref for ref, target in self.refs_and_targets() if target == place.name]
+            if named is not None and isinstance(which, str):
                 self.folder.delete(_ref_file(which))
-                if names:
+                if set(refs) - {_ref_file(which)}:
                     return place
-            for name in names:
-                self.folder.delete(_ref_file(name))
-            text = self.folder.read(place.name).copy()
+            for ref in refs:
+                self.folder.delete(ref)
+            text = self.folder.read_text(place.name, manifests.MOST_NBYTES)
             self.folder.delete(place.name)
-            if place.name in self._targets().values():
-                self.folder.write(place.name, text)
+            if turn is not None and any(t == place.name for _, t in self.refs_and_targets()):
+                self._write(place, _bytes(text))
+                if not turn.still_counts():
+                    raise StoreError(
+                        f"{self.folder.url}: a sweep took this removal for dead; run `flashrt "
+                        "store verify`, and save again what it names"
+                    )
         return place
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _targets(self) -> dict[str, str]:
-        """Names, and the manifests that they stand for, be they there or not."""
-        targets: dict[str, str] = {}
-        for entry in self.folder.list(REFS):
-            try:
-                text = self.folder.read(entry.name)[:256].tobytes()
-            except StoreError:
-                if self.folder.size(entry.name) is None:  # removed since it was listed
-                    continue
-                raise
-            name = urllib.parse.unquote(entry.name.removeprefix(f"{REFS}/"))
-            targets[name] = text.decode("utf-8", "replace").strip()
-        return targets
+    def _has_format(self) -> bool:
+        """Whether the file is whole. One that was cut short, as by a writer that was killed where
+        files are written in place, is written again by the next save. Raises StoreError.
+        """
+        if not self.is_there:
+            return False
+        found = self.folder.read_text(FORMAT_FILE)
+        if not FORMAT.startswith(found):
+            raise StoreError(
+                f"{self.folder.url}: format {shown(found[:64])}, this version reads {FORMAT!r}"
+            )
+        return found == FORMAT
 
-    def _publish(
-        self, table: CapsuleOwner, known: _Known, segment: Segment, tally: list[int]
+    def _named(self, which: str) -> Place | None:
+        """The capsule that a name stands for; None where there is no such name, or no capsule."""
+        try:
+            ref = _ref_file(which)
+        except StoreError:  # it is no name: perhaps an id
+            return None
+        place = manifests.place_of(self._target(ref) or "")
+        return place if place is not None and self.folder.size(place.name) is not None else None
+
+    def _target(self, ref: str) -> str | None:
+        """The manifest that a ref stands for, be it there or not. None where there is no such ref,
+        or something else of this name.
+        """
+        try:
+            text = self.folder.read_text(ref)
+        except StoreError as error:
+            cause = error.__cause__
+            if cause is None or (isinstance(cause, OSError) and cause.errno in _NO_REF):
+                return None
+            raise
+        return text.decode("utf-8", "replace").strip()
+
+    def _targets(self) -> dict[str, str]:
+        """The same by names as people give them."""
+        return {
+            urllib.parse.unquote(ref.removeprefix(f"{REFS}/")): target
+            for ref, target in self.refs_and_targets()
+        }
+
+    def _record(
+        self, table: CapsuleOwner, known: _Known, segment: Segment, put: _Put
     ) -> SegmentRecord:
         record = known.records.get(segment.rows)
-        if record is not None and all(self._has(r) for r in (record.rows, record.tokens)):
-            tally[2] += record.rows.nbytes + record.tokens.nbytes
+        if record is not None and put.shares(record.rows, record.tokens):
             return record
         tokens = np.ascontiguousarray(segment.tokens, "<i4").view(np.uint8)
-        rows = self._put(rows_image(table.arena, segment), tally)
-        record = SegmentRecord(segment.start, segment.stop, rows, self._put(tokens, tally))
+        rows = put(rows_image(table.arena, segment))
+        record = SegmentRecord(segment.start, segment.stop, rows, put(tokens))
         known.records[segment.rows] = record
         known.segments[segment.parent, rows.digest, segment.stop] = segment
         return record
 
-    def _put(self, data: NDArray[np.uint8], tally: list[int]) -> ObjectRef:
-        stored, is_new = put(self.folder, data)
-        tally[0] += is_new
-        tally[1 if is_new else 2] += stored.nbytes
-        return ObjectRef(stored.digest, stored.nbytes)
-
-    def _has(self, ref: ObjectRef) -> bool:
-        return self._source(ref).is_there
-
     def _source(self, ref: ObjectRef) -> StoredObject:
-        return StoredObject(self.folder, ref.digest, ref.nbytes)
+        return StoredObject(self.folder, ref.digest, ref.nbytes, near=self._near)
 
     def _parent_id(self, capsule: Capsule, known: _Known) -> str | None:
         parent = capsule.parent
@@ -301,7 +375,7 @@ class Store:
             parent = parent.parent
         return None
 
-    def _check(self, engine: TokenEngine, found: Manifest, where: str) -> None:
+    def _check(self, engine: Engine, found: Manifest, where: str) -> None:
         table = engine.capsules
         if found.fingerprint != table.fingerprint:
             raise CapsuleError(
@@ -319,9 +393,35 @@ class Store:
             found.fixed.nbytes != table.fixed_nbytes
         ):
             raise StoreError(f"{where}: sizes of its objects do not fit the engine's plan")
-        gone = [ref.digest for ref in found.objects if not self._has(ref)]
+        gone = [ref.digest for ref in found.objects if not self._source(ref).is_there]
         if gone:
             raise StoreError(f"{where}: objects {listed(gone)} are missing or have another size")
+
+    def _admit(
+        self,
+        engine: Engine,
+        found: Manifest,
+        where: str,
+        fixed: Bytes,
+        tokens: NDArray[np.int32],
+    ) -> None:
+        """The engine's own checks, as of a file. Raises CapsuleError."""
+        band = engine.arena.lane(0).fixed
+        tensors = {
+            f"fixed/{s.region.name}": fixed[s.offset - band.offset : s.stop - band.offset]
+            for s in band.slots
+        }
+        header = CapsuleHeader(
+            path=Path(where),
+            fingerprint=found.fingerprint,
+            position=found.position,
+            name=None,
+            digest=found.digest,
+            parent_digest=None,
+            table={},
+            sums={},
+        )
+        engine.admit(header, tensors, tokens)
 
     def _tokens(self, record: SegmentRecord) -> NDArray[np.int32]:
         raw = self._source(record.tokens).read()
@@ -346,12 +446,47 @@ class Store:
             segment.rows.place = self._source(record.rows)
         return segment
 
-    def _name_of(self, place: Place) -> str | None:
-        return next((name for name, target in self.refs().items() if target == place), None)
+
+@dataclass(frozen=True, slots=True)
+class _Put:
+    """Objects of one save, within its turn, counted."""
+
+    folder: Folder
+    turn: Publishing
+    tally: _Tally
+
+    def __call__(self, data: Bytes) -> ObjectRef:
+        """An object of these bytes, written unless it is there and whole."""
+        ref = ObjectRef(object_id(data), data.nbytes)
+        if not self.shares(ref):
+            self.folder.write(object_name(ref.digest), data)
+            self.tally.new_objects += 1
+            self.tally.new_nbytes += ref.nbytes
+        return ref
+
+    def shares(self, *refs: ObjectRef) -> bool:
+        """Whether all are there and whole; then they are counted."""
+        for ref in refs:
+            self.turn.spare(object_name(ref.digest))
+        is_shared = all(self.folder.has(object_name(r.digest), r.digest, r.nbytes) for r in refs)
+        self.tally.shared_nbytes += is_shared * sum(r.nbytes for r in refs)
+        return is_shared
+
+
+def open_folder(url: str, *, is_shared: bool = False) -> Folder:
+    """A directory path, or a URL of fsspec (s3://bucket/store, gs://..., memory://...)."""
+    for scheme in _LOCAL:
+        if url.startswith(scheme):
+            return Directory(Path(url.removeprefix(scheme)), is_shared=is_shared)
+    return Remote(url) if "://" in url else Directory(Path(url), is_shared=is_shared)
 
 
 def _oldest_first(capsule: Capsule) -> list[Segment]:
     return list(chain_of(capsule.segment))[::-1]
+
+
+def _bytes(text: bytes) -> Bytes:
+    return np.frombuffer(text, np.uint8)
 
 
 def _ref_file(name: str) -> str:

@@ -11,18 +11,21 @@ from dataclasses import dataclass, field
 
 from flashrt.base.errors import StoreError
 from flashrt.store import manifest as manifests
+from flashrt.store.folder import REFS, TMP, Entry
 from flashrt.store.manifest import Manifest, ObjectRef, Place
-from flashrt.store.objects import OBJECTS, StoredObject, object_name
-from flashrt.store.store import REFS, Store
+from flashrt.store.objects import OBJECTS, StoredObject, is_object, object_name
+from flashrt.store.store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What a sweep removed."""
+    """What a sweep removed, and what it left alone."""
 
     objects: int
     nbytes: int
     names: int  # refs to capsules that are gone
+    young: int = 0  # files that nobody needs, but that are young, or of an age that is unknown
+    strays: int = 0  # files that are not the store's
 
 
 @dataclass(slots=True)
@@ -33,6 +36,7 @@ class Verdict:
     objects: int = 0
     nbytes: int = 0
     unused_nbytes: int = 0  # of objects that nobody refers to; `gc` removes them
+    strays: int = 0  # files that are not the store's
     problems: list[str] = field(default_factory=list)
 
 
@@ -43,28 +47,51 @@ class Totals:
     capsules: int
     stored_nbytes: int
     separate_nbytes: int  # if every capsule had objects of its own
+    strays: int  # files that are not the store's
 
 
-def sweep(store: Store) -> Swept:
+def sweep(store: Store, *, take_over: bool = False, grace_s: float | None = None) -> Swept:
     """Remove objects that no manifest needs, and names of capsules that are gone.
 
-    Raises StoreError, removing nothing, while a manifest is damaged: it might need any object.
+    grace_s: younger files stay (default: as long as the folder needs). take_over: a sweep that did
+    not end is known to be dead. Raises StoreError, removing nothing, while a manifest is damaged
+    (it might need any object), or another sweep is at work.
     """
-    with store.folder.sweeping() as youngest_s:
-        needed = {object_name(r.digest) for p in store.places() for r in store.manifest(p).objects}
-        unused = [
-            e for e in store.folder.list(OBJECTS) if e.name not in needed and e.age_s >= youngest_s
-        ]
-        for entry in unused:
-            store.folder.delete(entry.name)
-        names = 0
+    folder = store.folder
+    with folder.sweeping(take_over=take_over) as turn:
+        least_s = turn.grace_s if grace_s is None else grace_s
+        needed = set[str]()
+        for place in store.places():
+            needed |= {object_name(r.digest) for r in store.manifest(place).objects}
+            turn.go_on()
         living = {p.name for p in store.places()}
-        for entry in store.folder.list(REFS):
-            target = store.folder.read(entry.name)[:256].tobytes().decode("utf-8", "replace")
-            if target.strip() not in living:
-                store.folder.delete(entry.name)
-                names += 1
-    return Swept(len(unused), sum(e.nbytes for e in unused), names)
+        targets = [(r, t) for r, t in store.refs_and_targets() if manifests.place_of(t) is not None]
+        dead = [ref for ref, target in targets if target not in living]
+        turn.go_on()
+        objects = [e for e in folder.list(OBJECTS) if e.is_plain and is_object(e.name)]
+        unused = [e for e in objects if e.name not in needed]
+        left = [e for e in folder.list(TMP) if e.is_plain]  # by writers who are dead
+        gone = [e for e in (*unused, *left) if _is_older(e, least_s)]
+        turn.condemn([*(e.name for e in gone), *dead])
+        for name in (*(e.name for e in gone), *dead):
+            turn.go_on()
+            folder.delete(name)
+    removed = [e for e in gone if is_object(e.name)]
+    young = len(unused) + len(left) - len(gone)
+    nbytes = sum(e.nbytes for e in removed)
+    return Swept(len(removed), nbytes, len(dead), young, len(strays(store)))
+
+
+def strays(store: Store) -> list[str]:
+    """Files in the store's folders that are not the store's: left alone, by a sweep too."""
+    refs = {r for r, target in store.refs_and_targets() if manifests.place_of(target) is not None}
+    found = [e for below in (OBJECTS, manifests.CAPSULES, REFS) for e in store.folder.list(below)]
+    return [
+        e.name
+        for e in found
+        if manifests.place_of(e.name) is None  # one that is no file is a problem, see `verify`
+        and not (e.is_plain and (e.name in refs or is_object(e.name)))
+    ]
 
 
 def verify(store: Store) -> Verdict:
@@ -78,7 +105,7 @@ def verify(store: Store) -> Verdict:
             wanted.setdefault(ref, []).append(place)
     for ref, places in wanted.items():
         try:
-            StoredObject(store.folder, ref.digest, ref.nbytes).read()
+            StoredObject(store.folder, ref.digest, ref.nbytes).check()
         except StoreError as error:
             found.problems += [
                 f"{place.id[:8]} at {place.position}: {error}"
@@ -88,11 +115,9 @@ def verify(store: Store) -> Verdict:
         found.objects += 1
         found.nbytes += ref.nbytes
     needed = {object_name(ref.digest) for ref in wanted}
-    unused = (e.nbytes for e in store.folder.list(OBJECTS) if e.name not in needed)
-    found.unused_nbytes = sum(unused)
-    for entry in store.folder.list(manifests.CAPSULES):
-        if manifests.place_of(entry.name) is None:
-            found.problems.append(f"{entry.name} is no manifest")
+    objects = [e for e in store.folder.list(OBJECTS) if e.is_plain and is_object(e.name)]
+    found.unused_nbytes = sum(e.nbytes for e in objects if e.name not in needed)
+    found.strays = len(strays(store))
     return found
 
 
@@ -101,8 +126,16 @@ def totals(store: Store) -> Totals:
     found = [store.manifest(p).objects for p in store.places()]
     together = {ref for refs in found for ref in refs}
     return Totals(
-        len(found), sum(r.nbytes for r in together), sum(r.nbytes for refs in found for r in refs)
+        len(found),
+        sum(r.nbytes for r in together),
+        sum(r.nbytes for refs in found for r in refs),
+        len(strays(store)),
     )
+
+
+def _is_older(entry: Entry, least_s: float) -> bool:
+    """Whether a file is old enough to go. One of an unknown age is young, where age matters."""
+    return least_s <= 0 or (entry.age_s is not None and entry.age_s >= least_s)
 
 
 def _manifests(store: Store, found: Verdict) -> list[tuple[Place, Manifest]]:

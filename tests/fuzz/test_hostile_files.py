@@ -125,7 +125,7 @@ def test_mutated_stores_are_refused(
         capsule.drop()
     place = store.resolve("a")
     names = [place.name, *(f"objects/{r.digest[:2]}/{r.digest[2:]}" for r in _refs(store))]
-    wholes = {name: store.folder.read(name).tobytes() for name in names}
+    wholes = {name: store.folder.read_text(name, 1 << 30) for name in names}
     witness, peak = Witness(engine), peak_nbytes()
     with engine.session() as target:
         for i in range(count):
@@ -165,15 +165,15 @@ def test_names_in_a_store_cannot_lead_out(engine: flashrt.Engine, tmp_path: Path
     (refs / "binary").write_bytes(b"\xff\xfe\0")
     assert set(store.refs()) == {"a"}
     (refs / "link").symlink_to(secret / "refs" / "a")
-    with pytest.raises(flashrt.FlashrtError):
-        store.refs()
-    (refs / "link").unlink()
+    assert set(store.refs()) == {"a"}
     folder = (tmp_path / "store" / place.name).parent
     (folder / "0000000020-x.json").write_text("{}")
     (folder / "deep").mkdir()
     (folder / "deep" / "file").write_text("x")
     assert store.places() == [place]
-    assert len(upkeep.verify(store).problems) == 2
+    found = upkeep.verify(store)
+    assert (found.problems, found.strays) == ([], 7 + 1 + 2)
+    assert upkeep.sweep(store).names == 0 and len(list(refs.iterdir())) == 9
     for capsule in list(engine.capsules.capsules):
         capsule.drop()
 

@@ -1,6 +1,6 @@
 """Golden sets: a checkpoint and what Hugging Face transformers computes from it in float32.
 
-IS: readers of expected.json and expected.safetensors, and the tolerance. Called by: golden tests.
+IS: readers of expected.json and expected.safetensors, and the tolerance.
 """
 
 from __future__ import annotations

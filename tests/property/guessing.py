@@ -2,7 +2,7 @@
 
 IS: `guessing`, which lets the engine draft and then writes true tokens over some of its guesses,
 and the claims that hold on every device. IS NOT: a change of what a verify does: any token may
-stand among the drafted ones. Called by: test_machine, test_drafting, test_simt_drafting.
+stand among the drafted ones.
 """
 
 from __future__ import annotations

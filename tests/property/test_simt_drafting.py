@@ -1,7 +1,7 @@
 """Drafting on the raw CUDA kernels changes nothing: bitwise, in both precisions, threads at random.
 
 IS: random histories of drafted runs, snapshots, restores, rollbacks and interrupts against plain
-decoding. IS NOT: the policy or the edges of a run, see test_drafting. Called by: pytest.
+decoding. IS NOT: the policy or the edges of a run, see test_drafting.
 """
 
 from __future__ import annotations

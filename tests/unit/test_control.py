@@ -179,25 +179,57 @@ def test_rewind_reaches_what_is_kept_and_no_more(engine: NumpyPolicy) -> None:
     assert loop.digest() == digest
     capsule = loop.snapshot()
     loop.restore(capsule)
-    assert len(engine.capsules) == 1, "boundaries are given back"
+    assert len(engine.capsules) == 2, "boundaries are given back, but for the room of the next"
     with pytest.raises(SessionError, match="1 ticks, of 0"):
         loop.rewind_ticks(1)
     assert loop.digest() == digest
 
 
-def test_when_the_pool_is_full_boundaries_give_way() -> None:
+def test_when_the_pool_is_full_boundaries_give_way_but_for_one() -> None:
+    """Red when the last boundary gives way: then nothing can be taken back, and no failure of an
+    environment either.
+    """
     engine = NumpyPolicy(room=3)
-    loop = ControlLoop(engine, 10.0, keep_seconds=20.0, boundary_seconds=0.2)
+    loop = ControlLoop(engine, 10.0, keep_seconds=2.0, boundary_seconds=0.2)
     ticks(loop, 0, 30)
-    first = loop.snapshot("first")
-    assert [loop.snapshot(), loop.snapshot()] and len(engine.capsules) == 3
+    first, second = loop.snapshot("first"), loop.snapshot()
+    assert first.digest == second.digest and len(engine.capsules) == 3
     with pytest.raises(PoolFull):
         loop.snapshot()
-    expected = ticks(loop, 30, 60)
-    with pytest.raises(SessionError, match="of 0 that can be"):
-        loop.rewind_ticks(1)
+    expected = []
+    for i in range(30, 60):
+        expected += ticks(loop, i, i + 1)
+        digest = loop.digest()
+        if i % 7 == 0:
+            loop.tick(SEEN[i + 1])
+            loop.rewind_ticks(1)
+            assert loop.digest() == digest
     loop.restore(first)
+    with pytest.raises(PoolFull):
+        loop.snapshot()
     assert ticks(loop, 30, 60) == expected
+
+
+def test_a_loop_without_room_for_a_boundary_is_not_made() -> None:
+    """Red when such a loop begins: its first interruption would leave it nowhere to go back to."""
+    engine = NumpyPolicy(lanes=3, room=1)
+    loop = ControlLoop(engine, boundary_seconds=0.1)
+    ticks(loop, 0, 8)
+    for _ in range(2):
+        with pytest.raises(PoolFull):
+            ControlLoop(engine)
+        with pytest.raises(PoolFull):
+            loop.fork(1)
+    assert len(engine.free) == 2
+    ticks(loop, 8, 30)
+    loop.rewind_ticks(2)
+    loop.close()
+    assert not engine.capsules
+    engine.room = 3
+    loop = ControlLoop(engine, boundary_seconds=0.04)
+    ticks(loop, 0, 9)
+    assert len(engine.capsules) == 3
+    assert loop.fork(1)[0].digest() == loop.digest(), "boundaries give way to a fork's first"
 
 
 def test_forks_are_twins_until_they_differ(engine: NumpyPolicy) -> None:
@@ -442,48 +474,118 @@ def test_numbers_of_numpy_are_options(engine: NumpyPolicy, tmp_path: Path) -> No
     assert replay(engine, tmp_path / "r").mismatch is None
 
 
-def test_after_an_interruption_the_schedule_is_read_from_the_lane(
+def test_an_interrupted_tick_has_not_happened(
     engine: NumpyPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C right after a graph: the loop goes on from the boundary that the lane is at."""
-    loop = ControlLoop(engine)
-    ticks(loop, 0, 5)
-    tick = engine.tick
+    """Ctrl-C right after a graph. Red when the lane is believed, which is a tick ahead: the action
+    of that tick was handed out to nobody.
+    """
+    loop, plain = ControlLoop(engine, boundary_seconds=0.06), ControlLoop(engine)
+    for at in range(12):
+        act = engine.act
 
-    def interrupted(*arguments: Any) -> Any:
-        tick(*arguments)
-        raise KeyboardInterrupt
+        def interrupted(*arguments: Any, act: Any = act) -> Any:
+            act(*arguments)
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "tick_trusted", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        loop.tick(SEEN[5])
-    monkeypatch.undo()
-    assert loop.position == 6
-    with pytest.raises(SessionError, match="of 0 that can"):
-        loop.rewind_ticks(1)  # it would be off by one
-    ticks(loop, 6, 12)
-    assert loop.position == 12
-    digest = loop.digest()
-    loop.rewind_ticks(4)
-    ticks(loop, 8, 12)
-    assert loop.digest() == digest
+        monkeypatch.setattr(engine, "act", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.tick(SEEN[at])
+        monkeypatch.undo()
+        assert loop.position == at
+        assert ticks(loop, at, at + 1) == ticks(plain, at, at + 1)
+        assert loop.digest() == plain.digest()
+        if at > 2:
+            loop.rewind_ticks(2)
+            assert loop.position == at - 1
+            ticks(loop, at - 1, at + 1)
+            assert loop.digest() == plain.digest()
 
 
-def test_a_recording_says_where_it_was_interrupted(
+def test_a_recording_of_an_interrupted_loop_replays(
     engine: NumpyPolicy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """Red when a tick that was interrupted is in the recording, or one that was not is lost."""
     loop = ControlLoop(engine)
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), record(loop, tmp_path / "r"):
+    with record(loop, tmp_path / "r") as recorder:
         ticks(loop, 0, 5)
-        monkeypatch.setattr(engine, "tick_trusted", interrupted)
-        loop.tick(SEEN[5])
-    monkeypatch.undo()
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, "tick_trusted", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                loop.tick(SEEN[5])
+        ticks(loop, 5, 9)
+        with monkeypatch.context() as patched:
+            patched.setattr(recorder, "tick", interrupted)  # after the change, before the word
+            with pytest.raises(KeyboardInterrupt):
+                loop.tick(SEEN[9])
+        assert loop.position == 10
+        ticks(loop, 10, 12)
     with pytest.raises(RecordingError, match="needs the capsule"):
         replay(engine, tmp_path / "r")
+    with pytest.raises(KeyboardInterrupt), record(loop, tmp_path / "r"):
+        loop.reset(3)
+        ticks(loop, 0, 5)
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, "tick_trusted", interrupted)
+            loop.tick(SEEN[5])
+    report = replay(engine, tmp_path / "r")
+    assert (report.ticks, report.mismatch) == (5, None)
+
+
+def test_without_a_boundary_an_interrupted_loop_says_so(
+    engine: NumpyPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when such a loop goes on from whatever its lane holds."""
+    loop, other = ControlLoop(engine), ControlLoop(engine)
+    ticks(loop, 0, 5)
+    capsule = loop.snapshot()
+    loop.adopt(other)  # what it was put into is no capsule's state
+    fork = engine.fork
+
+    def interrupted(*arguments: Any) -> None:
+        fork(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "fork", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loop.adopt(other)
+    for use in (loop.digest, loop.slack, loop.snapshot, lambda: loop.tick(SEEN[0]), loop.interrupt):
+        with pytest.raises(SessionError, match="its state is lost; reset it, or restore a capsule"):
+            use()
+    monkeypatch.undo()
+    loop.restore(capsule)
+    assert (loop.position, loop.digest()) == (5, capsule.digest)
+
+
+def test_closed_loops_and_engines_refuse(engine: NumpyPolicy) -> None:
+    """Red when a closed loop shows the next owner's position, or goes on with its lane."""
+    loop, twin = ControlLoop(engine), ControlLoop(engine)
+    ticks(loop, 0, 7)
+    capsule = loop.snapshot()
+    loop.restore(capsule)
+    loop.close()
+    ticks(ControlLoop(engine), 0, 3)
+    assert (loop.position, loop.seed, loop.is_closed) == (7, 0, True)
+    uses: list[Callable[[ControlLoop], object]] = [
+        lambda loop: loop.tick(SEEN[0]), lambda loop: loop.slack(), lambda loop: loop.reset(),
+        lambda loop: loop.set_seed(1), lambda loop: loop.interrupt(), lambda loop: loop.snapshot(),
+        lambda loop: loop.restore(capsule), lambda loop: loop.fork(), lambda loop: loop.digest(),
+        lambda loop: loop.adopt(twin), lambda loop: loop.rewind_ticks(0),
+        lambda loop: loop.executed([0.0, 0.0]), lambda loop: loop.tick_as_recorded(SEEN[0], None),
+    ]  # fmt: skip
+    for use in uses:
+        with pytest.raises(SessionError, match="the control loop is closed; make another one"):
+            use(loop)
+    engine.is_closed = True
+    for use in uses:
+        with pytest.raises(SessionError, match="the engine is closed"):
+            use(twin)
+    assert twin.position == 0
+    twin.close()
 
 
 def test_a_forgotten_loop_gives_its_lane_back(engine: NumpyPolicy) -> None:
@@ -491,7 +593,7 @@ def test_a_forgotten_loop_gives_its_lane_back(engine: NumpyPolicy) -> None:
         loop = ControlLoop(engine)
         ticks(loop, 0, 30)
         loop.fork(2)
-    assert len(engine.free) + len(engine.forgotten) == 3
+    assert len(engine.free) == 3
     del loop
     ControlLoop(engine).close()
     assert len(engine.free) == 4 and not engine.capsules

@@ -19,10 +19,9 @@ import xxhash
 import flashrt
 from flashrt.base.errors import StoreError
 from flashrt.store import upkeep
-from flashrt.store.folder import open_folder
 from flashrt.store.opening import matching_capsules, open_session
 from flashrt.store.reuse import Action
-from flashrt.store.store import Store
+from flashrt.store.store import Store, open_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PREFIX = list(range(200))
@@ -219,7 +218,7 @@ def test_forged_manifests_are_refused(
     session.snapshot()
     session.prefill(PREFIX[64:90])
     place = store.save(session.snapshot("c")).place
-    fields = json.loads(store.folder.read(place.name).tobytes())
+    fields = json.loads(store.folder.read_text(place.name))
     first, second = fields["segments"]
     forgeries = [
         {"segments": [first]},
@@ -277,7 +276,7 @@ def test_names(session: flashrt.Session, store: Store) -> None:
     assert store.refs() == {}
     for name in ("../x", "a//b", "/etc/passwd", "a/../b", "", ".hidden"):
         with pytest.raises(StoreError, match="is not a name of a file"):
-            store.folder.read(name)
+            store.folder.read_text(name)
 
 
 def test_sweep_keeps_what_is_needed(

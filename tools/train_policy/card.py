@@ -1,7 +1,4 @@
-"""The card of a checkpoint: README.md with what it is, its figures, and how to make it again.
-
-Called by evaluate.py, which measures the figures.
-"""
+"""The card of a checkpoint: README.md with what it is, its figures, and how to make it again."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 IS: batches of episodes in which either the disturbed expert or the policy acts, and at each tick
 the chunk that the expert would go on with, found by branching the state (so the labels are exact
-on and off the expert's own path). IS NOT training. Called by train.py; numpy only.
+on and off the expert's own path). IS NOT training.
 """
 
 from __future__ import annotations

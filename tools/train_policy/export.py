@@ -1,7 +1,7 @@
 """Write a trained policy as a checkpoint folder: config.json and model.safetensors.
 
 IS: the names and layouts that flashrt loads. IS NOT the card: evaluate.py measures first, then
-writes README.md. Called by train.py.
+writes README.md.
 """
 
 from __future__ import annotations

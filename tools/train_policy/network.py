@@ -4,7 +4,7 @@ IS: encoder, GRU memory and a flow-matching head with the tensor names of the ch
 losses, and a rollout of many episodes at once for DAgger. Formulas: torch.nn.GRUCell; flow matching
 in its rectified form (Lipman et al. 2023, x_t = (1 - t) noise + t action, v = action - noise) with
 a committed prefix given clean (Black et al. 2025, training-time action conditioning). IS NOT
-imported by flashrt. Called by train.py.
+imported by flashrt.
 """
 
 from __future__ import annotations

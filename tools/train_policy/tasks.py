@@ -3,7 +3,7 @@
 IS: for each environment of flashrt.worlds.robots the same dynamics as a pure function of float64
 states [count, D], an expert that sees the whole state, and what a policy may see of it. Branching
 a thousand futures is a thousand rows. IS NOT the environment itself: `check` compares the two,
-tick by tick. Called by demonstrations.py and train.py; numpy only.
+tick by tick. numpy only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How long the rows of every task are: longer when the shorter ones are answered well.
 
-IS: one length per task, and the marks to pass. IS NOT: the data (lessons). Called by: train.
+IS: one length per task, and the marks to pass. IS NOT: the data (lessons).
 """
 
 from __future__ import annotations

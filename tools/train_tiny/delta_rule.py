@@ -1,7 +1,6 @@
 """The chunked gated delta rule as batched matrix products: for devices without the fused kernel.
 
 IS: the same function as `fused.Delta`, differentiable by torch. IS NOT: fast on a CPU.
-Called by: model; compared with the fused kernel by check_kernels.
 """
 
 from __future__ import annotations

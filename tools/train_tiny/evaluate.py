@@ -23,7 +23,6 @@ from rich.progress import track
 from rich.table import Table
 
 from flashrt.load import load
-
 from flashrt.session.engine import SessionEngine
 from flashrt.session.session import Session
 from flashrt.text.template import ChatTemplate, chat_template_of

@@ -1,7 +1,7 @@
 // Training kernels of the gated delta rule layer, float32, forward and backward.
 //
 // IS: conv + silu, the recurrent delta rule with its l2 norms, silu(a) * b. IS NOT: inference code.
-// Called by: fused.py, with every size and the number of threads as long.
+// fused.py calls it, with every size and the number of threads as long.
 //
 // The delta rule keeps a state S [DK, DV] per head. With q, k normalised, e = exp(g), q scaled:
 //

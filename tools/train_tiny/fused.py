@@ -1,7 +1,7 @@
 """The fused C kernels as autograd functions, float32 on a CPU.
 
 IS: compiling fused.c on first use, and calling it. IS NOT: needed: without a compiler, or on
-another device, model uses torch. Called by: model, check_kernels.
+another device, model uses torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the model learns from: rows of tokens, loss weights, true positions, state resets.
 
 IS: documents of the worlds sized to a row length, encoded as flashrt encodes them. IS NOT: the
-curriculum (see train). Called by: train, mtp.
+curriculum (see train).
 
 Weights: HARD on the assistant's words that carry the answer (places, numbers, directions, tool
 names), EASY on its other words, 0 on what others say. Resets: in half of the recall rows the

@@ -1,7 +1,7 @@
 """The Qwen3.5 text model for training: parameter names as in transformers, plus `mtp.*`.
 
 IS: forward over whole rows, with optional resets of the recurrent state; two heads that only
-training has. IS NOT: generation. Called by: train, mtp, export, check_export.
+training has. IS NOT: generation.
 
 On a CPU the element-wise and recurrent parts go through the fused kernels (fused), elsewhere
 through torch.

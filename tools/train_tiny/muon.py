@@ -1,7 +1,7 @@
 """Muon in float32: momentum, orthogonalised by Newton-Schulz iterations.
 
 IS: for matrices alone. IS NOT: torch.optim.Muon, which computes in bfloat16, slow on a CPU without
-bfloat16 units. Called by: train. Formulas: Jordan et al., "Muon", 2024.
+bfloat16 units. Formulas: Jordan et al., "Muon", 2024.
 """
 
 from __future__ import annotations

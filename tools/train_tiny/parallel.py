@@ -1,6 +1,6 @@
 """Several processes, each with its own documents, one model.
 
-IS: one exchange per step. IS NOT: a launcher: torchrun starts the processes. Called by: train, mtp.
+IS: one exchange per step. IS NOT: a launcher: torchrun starts the processes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a training run shows: a bar with the curriculum, or a line now and then in a log.
 
-IS: printing. IS NOT: a record that anything depends on. Called by: train.
+IS: printing. IS NOT: a record that anything depends on.
 """
 
 from __future__ import annotations

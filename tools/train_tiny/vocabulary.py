@@ -2,7 +2,6 @@
 
 IS: `build()` -> a tokenizers.Tokenizer in which every word of the worlds is one token and any other
 text falls apart into smaller pieces, down to bytes. IS NOT: a general tokenizer.
-Called by: lessons, export, mtp, hf_check.
 
 A turn opener (`<|im_start|>user` and its line break) is one token: rows of 48 tokens, with which
 training starts, then hold a whole dialogue.

@@ -59,7 +59,7 @@ def gpu_bench(options: GpuBenchOptions) -> int:
     Raises BackendError where the device cannot be opened, FlashrtError for a simt report that
     would go among measurements.
     """
-    options = _settled(options)
+    options = _completed(options)
     run = _Run(options)
     run.stage("limits", run.limits)
     if run.stage("load", run.load):
@@ -71,7 +71,7 @@ def gpu_bench(options: GpuBenchOptions) -> int:
     return 0 if run.document["is_exact"] and not run.document["failed"] else 1
 
 
-def _settled(options: GpuBenchOptions) -> GpuBenchOptions:
+def _completed(options: GpuBenchOptions) -> GpuBenchOptions:
     """Options with every default filled in."""
     is_simt = options.device == "simt"
     if is_simt and options.out is not None and _is_measured(options.out):
