@@ -11,9 +11,10 @@ Threads are those of an interpreter with a global lock; free-threaded Python is 
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
+
+from flashrt.base.locks import reentrant_lock
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -27,7 +28,7 @@ class Turn:
     def __init__(self, repair: Callable[[list[Any]], None]) -> None:
         # RLock's own verbs are those that threading.Condition goes by: a line of Python between
         # taking and noting could be where an exception strikes.
-        lock: Any = threading.RLock()
+        lock = reentrant_lock()
         self.lock = lock
         self.is_mine: Callable[[], bool] = lock._is_owned  # this thread's
         self.created: list[Any] = []

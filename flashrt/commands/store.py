@@ -198,7 +198,7 @@ def rm(store: Store, which: Iterable[str], as_json: bool) -> int:
 
 
 def _strays(count: int) -> str:
-    return f"; {count} files there are not the store's" if count else ""
+    return f"; strays, which are not the store's: {count}" if count else ""
 
 
 def _open(url: str) -> Store:

@@ -256,7 +256,10 @@ class ActionEngine(Engine):
         self, lane: Lane, name: str | None = None, parent: Capsule | None = None
     ) -> Capsule:
         """Freeze a lane between two verbs. Raises PoolFull and changes nothing."""
-        return self.with_room(lambda: self.capsules.snapshot(lane, name, parent))
+        try:
+            return self.capsules.snapshot(lane, name, parent)
+        except PoolFull:
+            return self.with_room(lambda: self.capsules.snapshot(lane, name, parent))
 
     @in_turn
     def keep_boundary(self, lane: Lane) -> Capsule:

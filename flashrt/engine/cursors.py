@@ -37,11 +37,12 @@ class KnownCursors:
 
     def record(self, lane: Lane) -> PolicyCursor:
         """The words of a lane by name."""
-        entry = self._entry(lane)
-        known = self._records[lane.index]
-        if known is None or known[0] is not entry:
-            known = self._records[lane.index] = (entry, read_cursor(entry[1]))
-        return known[1]
+        entry, record, at = self._known[lane.index], lane.record, self._records[lane.index]
+        if entry is None or entry[0] != record.moves or record.is_moving:
+            entry = self._entry(lane)
+        if at is None or at[0] is not entry:
+            at = self._records[lane.index] = (entry, read_cursor(entry[1]))
+        return at[1]
 
     def take(self, lane: Lane) -> Words:
         """The words, to be changed and kept."""

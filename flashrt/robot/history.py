@@ -48,7 +48,7 @@ class LoopState(NamedTuple):
     is_slack_done: bool = True
     position: int | None = None  # ticks since the reset; None: the device was not asked yet
     seed: int | None = None  # of the noise of chunks; None likewise
-    sent: Array | None = None  # what was executed last, where the host knows
+    sent: Array | None = None  # what was executed last, where somebody may ask
     changes: int = 0  # another number after everything that a recording has to know
 
     def slack_done(self) -> LoopState:
@@ -58,29 +58,27 @@ class LoopState(NamedTuple):
             self.position, self.seed, self.sent, self.changes,
         )  # fmt: skip
 
-    def ticked(self, useless: int, sent: Array) -> LoopState:
-        """One more tick; the first `useless` boundaries are of no use after it."""
+    def ticked(self, sent: Array | None, capacity: int) -> LoopState:
+        """One more tick. What lies more than `capacity` ticks back is not kept, so boundaries from
+        before it are given up.
+        """
         assert self.position is not None, "asked for before the tick"
+        end, origin, boundaries = self.end + 1, self.origin, self.boundaries
+        if end > capacity:
+            origin = None
+            if boundaries and end - boundaries[0].tick > capacity:
+                boundaries = tuple(b for b in boundaries if end - b.tick <= capacity)
         return LoopState(
-            self.origin, self.boundaries[useless:], self.end + 1, NO_CUT, False,
+            origin, boundaries, end, NO_CUT, False,
             self.position + 1, self.seed, sent, self.changes + 1,
         )  # fmt: skip
 
-    def useless(self, capacity: int) -> int:
-        """How many boundaries lie before what is kept after one more tick."""
-        if not self.boundaries or self.end - self.boundaries[0].tick < capacity:
-            return 0
-        return sum(self.end - b.tick >= capacity for b in self.boundaries)
-
-    def bases(self, tick: int, capacity: int) -> Iterator[Boundary]:
-        """Boundaries that tick `tick` can be made again from, the nearest first, where `capacity`
-        ticks are kept.
-        """
-        oldest = self.end - capacity
+    def bases(self, tick: int) -> Iterator[Boundary]:
+        """Boundaries that tick `tick` can be made again from, the nearest first."""
         for boundary in reversed(self.boundaries):
-            if oldest <= boundary.tick <= tick and boundary.is_there:
+            if boundary.tick <= tick and boundary.is_there:
                 yield boundary
-        if self.origin is not None and oldest <= 0 and self.origin.is_there:
+        if self.origin is not None and self.origin.is_there:
             yield self.origin
 
     def has_base(self, capacity: int) -> bool:
@@ -89,13 +87,13 @@ class LoopState(NamedTuple):
             return self.end - self.boundaries[-1].tick < capacity
         return self.origin is not None and self.origin.capsule is None and self.end < capacity
 
-    def first(self, capacity: int) -> int:
+    @property
+    def first(self) -> int:
         """The oldest tick that can be gone back to; `end` without any boundary."""
-        bases = [b.tick for b in self.bases(self.end, capacity) if self._is_own(b)]
-        return min(bases, default=self.end)
-
-    def _is_own(self, boundary: Boundary) -> bool:
-        return boundary is not self.origin or boundary.capsule is None
+        own = [b.tick for b in self.boundaries if b.is_there]
+        if self.origin is not None and self.origin.capsule is None:
+            own.append(0)
+        return min(own, default=self.end)
 
 
 class History:

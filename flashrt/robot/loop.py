@@ -12,7 +12,6 @@ or late anything was; a missed deadline is written down, and comes again in a re
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ from numpy.typing import ArrayLike
 
 from flashrt.base.checks import shown
 from flashrt.base.errors import CapsuleError, DeadlineMissed, PoolFull, SessionError
+from flashrt.base.locks import reentrant_lock
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane
 from flashrt.capsule.turn import Turn, exclusive
@@ -94,8 +94,10 @@ class ControlLoop:
         self.engine = engine
         self.options = options
         self.timing = LoopTiming(engine.stats)
-        self.lock = threading.RLock()  # whoever has it is in a call; see `exclusive`
+        self.lock = reentrant_lock()  # whoever has it is in a call; see `exclusive`
         self._hold = options.hold(engine.config)
+        is_holding = options.on_miss == "hold" and options.deadline_ms is not None
+        self._is_sent_needed = is_holding and self._hold is None  # else nobody asks for it
         self._boundary_ticks = options.boundary_ticks
         self._history = History(options.history_ticks)
         self._state = LoopState()
@@ -128,10 +130,9 @@ class ControlLoop:
     @exclusive
     def tick_due(self, observation: ArrayLike, due_ns: int) -> Array:
         """The same for an instant of time.perf_counter_ns from which the deadline counts."""
-        self._check_open()
         started_ns = time.perf_counter_ns()
         checked = self._checked(observation)
-        state = self._ready_to_tick()
+        state = self._ready()
         self._is_in_doubt = True
         action = run_tick(self.engine, self._lane, checked)
         now_ns = time.perf_counter_ns()
@@ -170,11 +171,10 @@ class ControlLoop:
     @exclusive
     def tick_as_recorded(self, observation: ArrayLike, executed: ArrayLike | None) -> Array:
         """A tick without a deadline, and what was executed in place of its action, if anything."""
-        self._check_open()
         checked, instead = self._checked(observation), None
         if executed is not None:
             instead = checked_vector("action", executed, self.engine.config.action_dim)
-        state = self._ready_to_tick()
+        state = self._ready()
         self._is_in_doubt = True
         action = run_tick(self.engine, self._lane, checked)
         self._ticked(state, checked, action, instead)
@@ -267,7 +267,7 @@ class ControlLoop:
         keep = checked_count("interrupt: keep", keep)
         state = self._ready()
         self._is_in_doubt = True
-        cut = self._cut(self.position + keep)
+        cut = self._cut(self._located()[0] + keep)
         self._commit(state._replace(cut=cut, changes=state.changes + 1))
         self._tell("interrupt", keep)
 
@@ -299,8 +299,8 @@ class ControlLoop:
         """
         self._check_open()
         was_in_doubt = self._is_in_doubt
-        if not was_in_doubt:
-            self._located()
+        if self._state.position is None and not was_in_doubt:
+            self._locate()
         self._is_in_doubt = True
         try:
             self.engine.restore(self._lane, capsule)
@@ -308,7 +308,8 @@ class ControlLoop:
             self._is_in_doubt = was_in_doubt
             raise
         self._put(Boundary(0, capsule), None, None)
-        self._tell("restore", digest=None if self._listener is None else capsule.digest)
+        if self._listener is not None:
+            self._tell("restore", digest=capsule.digest)
 
     @exclusive
     def fork(self, n: int = 1, seeds: Sequence[int] | None = None) -> list[ControlLoop]:
@@ -336,7 +337,8 @@ class ControlLoop:
             raise SessionError(f"adopt: {shown(other)} is not a control loop")
         if other.engine is not self.engine:
             raise SessionError("adopt: the other loop is another engine's")
-        first, second = sorted((self, other), key=id)  # as every thread does, so none waits forever
+        # In one order for every thread, so that none waits forever.
+        first, second = (self, other) if id(self) < id(other) else (other, self)
         with first.lock, second.lock: self._adopt(other)  # noqa: E701  # fmt: skip
 
     def rewind(self, seconds: float) -> None:
@@ -350,8 +352,8 @@ class ControlLoop:
         """The same, by a number of ticks."""
         ticks = checked_count("rewind: ticks", ticks)
         self._check_open()
-        state, capacity = self._recovered(), self._history.capacity
-        reach = state.end - state.first(capacity)
+        state = self._recovered()
+        reach = state.end - state.first
         if ticks > reach:
             raise SessionError(
                 f"rewind: {ticks} ticks, of {reach} that can be gone back "
@@ -363,7 +365,7 @@ class ControlLoop:
         target, position = state.end - ticks, self.position - ticks
         seed, state = self.seed, self._state
         self._is_in_doubt = True
-        sent = self._run_again(next(state.bases(target, capacity)), target)
+        sent = self._run_again(next(state.bases(target)), target)
         boundaries = tuple(b for b in state.boundaries if b.tick <= target)
         rewound = LoopState(state.origin, boundaries, target, position=position, seed=seed)
         self._commit(rewound._replace(sent=sent, changes=state.changes + 1))
@@ -421,7 +423,9 @@ class ControlLoop:
         """The same, for what changes the lane: its number is known, and it can be made again."""
         state = self._finished()
         if state.position is None:
-            self._located()
+            state = self._locate()
+        if state.sent is None and state.position and self._is_sent_needed:
+            self._state = state._replace(sent=self.engine.action(self._lane))
         if not state.has_base(self._history.capacity):
             self._keep_boundary()
         return self._state
@@ -432,9 +436,12 @@ class ControlLoop:
 
     def _put(self, origin: Boundary | None, position: int | None, seed: int | None) -> None:
         """The lane is somewhere else, and goes back no further than to here."""
-        changes = self._state.changes + 1
-        self._commit(LoopState(origin, position=position, seed=seed, changes=changes))
-        self._drop_spares()
+        before = self._state
+        self._commit(
+            LoopState(origin, (), 0, NO_CUT, True, position, seed, None, before.changes + 1)
+        )
+        if len(before.boundaries) > 1:
+            self._drop_spares()
 
     def _located(self) -> tuple[int, int]:
         """Position and seed. After a restore the device is asked once."""
@@ -457,7 +464,7 @@ class ControlLoop:
         """
         state = self._state
         self._is_in_doubt = True
-        for boundary in state.bases(state.end, self._history.capacity):
+        for boundary in state.bases(state.end):
             try:
                 self._run_again(boundary, state.end, is_last_whole=state.is_slack_done)
             except CapsuleError:  # found before anything moved
@@ -547,13 +554,6 @@ class ControlLoop:
         """The loop's own copy; what comes after this door trusts it."""
         return checked_vector("observation", observation, self.engine.config.observation_dim, "f")
 
-    def _ready_to_tick(self) -> LoopState:
-        state = self._ready()
-        if state.sent is None and state.position:  # as before a restore
-            state = state._replace(sent=self.engine.action(self._lane))
-            self._state = state
-        return state
-
     def _late(self, state: LoopState) -> Array | None:
         """The deadline policy; what is executed in place of the action, if anything."""
         self.timing.misses += 1
@@ -574,10 +574,13 @@ class ControlLoop:
         if instead is not None:
             self.engine.override(self._lane, instead)
         self._history.put(state.end, PastTick(observation, state.cut, instead))
-        useless = state.useless(self._history.capacity)
-        self._commit(state.ticked(useless, action.copy() if instead is None else instead))
+        sent = instead
+        if sent is None and self._is_sent_needed:
+            sent = action.copy()
+        ticked = state.ticked(sent, self._history.capacity)
+        self._commit(ticked)
         self.timing.ticks += 1
-        if useless:
+        if ticked.boundaries is not state.boundaries:
             self._drop_spares()
         if (listener := self._listening()) is not None:
             listener.tick(observation, action, is_late=is_late)
@@ -623,10 +626,11 @@ class ControlLoop:
         self._check_open()
         other._finished()
         if other is not self:
-            if not self._is_in_doubt:
-                self._located()
+            if self._state.position is None and not self._is_in_doubt:
+                self._locate()
             self._copy(other, None)
-            self._tell("restore", digest=None if self._listener is None else self._digest())
+            if self._listener is not None:
+                self._tell("restore", digest=self._digest())
 
     def _copy(self, other: ControlLoop, seed: int | None) -> None:
         """The state of another loop, which is finished; with `seed` for what comes."""

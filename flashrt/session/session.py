@@ -10,7 +10,6 @@ the state after it (`tail`): the last token of a turn costs nothing until it is 
 from __future__ import annotations
 
 import operator
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from flashrt.base.checks import shown
 from flashrt.base.errors import CapsuleError, PoolFull, SessionError, TokenError
+from flashrt.base.locks import reentrant_lock
 from flashrt.base.tracing import PLAN, trace
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane, Waypoint
@@ -82,7 +82,7 @@ class Session:
         self._parent = parent
         self._epoch = 0  # counts changes from outside a generator
         self._closed_with: NDArray[np.int32] | None = None  # its tokens, once it is closed
-        self.lock: Any = threading.RLock()  # held through a call, kernels included
+        self.lock = reentrant_lock()  # held through a call, kernels included
         self._lane = engine.take_lane(self)
         try:
             begin(self._lane)

@@ -185,11 +185,22 @@ def _prefill(
         spent_s += time.perf_counter() - began
         if stop in due:
             try:
-                capsule = session.snapshot()
-                store.offload(capsule)
-                published.append(capsule)
+                published.append(_published(store, session))
             except (PoolFull, StoreError) as error:
                 problems.append(f"no capsule at {stop:,}: {error}")
     if n - start >= MEASURED_TOKENS:
         store.rates = Rates(us_per_token=spent_s * 1e6 / (n - start))
     return tuple(published), tuple(problems)
+
+
+def _published(store: Store, session: Session) -> Capsule:
+    """A capsule of the session's state, in the store. Raises PoolFull, or StoreError, and then
+    nobody has it.
+    """
+    capsule = session.snapshot()
+    try:
+        store.offload(capsule)
+    except BaseException:
+        capsule.drop()
+        raise
+    return capsule

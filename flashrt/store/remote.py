@@ -35,7 +35,7 @@ from flashrt.store.folder import (
     checked,
     is_name,
 )
-from flashrt.store.writers import WRITERS, Writers
+from flashrt.store.writers import CLOCK, Writers, name_of
 
 GRACE_S = 3600.0  # younger files are never swept: writers of older versions announce nothing
 ATOMIC_PUT = frozenset(
@@ -95,9 +95,9 @@ class Remote:
             try:
                 self.check(name, digest, nbytes)
             except StoreError as error:
-                if not isinstance(error.__cause__, Exception):  # it was read, and is another
-                    return False
-                raise
+                if error.__cause__ is not None and not _is_gone(error):
+                    raise  # nobody knows
+                return False
         return True
 
     def size(self, name: str) -> int | None:
@@ -132,31 +132,32 @@ class Remote:
 
     def write(self, name: str, data: Bytes) -> None:
         """See Folder."""
-        self.put(name, data.tobytes())
-
-    def put(self, name: str, data: bytes) -> None:
-        """See writers.Files; the same as `write`."""
-        path, what = self._path(name), f"write {self.url}/{name}"
-        self._seen.pop(name, None)
-        self._call(lambda fs: fs.makedirs(path.rpartition("/")[0], exist_ok=True), what)
         if self._is_atomic():
-            self._call(lambda fs: fs.pipe_file(path, data), what)
+            self.put(name, data.tobytes())
             return
+        path, what = self._path(name), f"write {self.url}/{name}"
         temporary = f"{TMP}/{os.getpid()}-{secrets.token_hex(8)}"
-        there = self._path(temporary)
-        self._call(lambda fs: fs.makedirs(self._path(TMP), exist_ok=True), what)
         try:
-            self._call(lambda fs: fs.pipe_file(there, data), what)
-            if self.size(temporary) != len(data):
+            self.put(temporary, data.tobytes())
+            if self.size(temporary) != data.nbytes:
                 raise StoreError(f"cannot {what}: the file came out shorter than what was sent")
-            self._call(lambda fs: fs.mv(there, path), what)
+            self._make_folder(path, what)
+            self._seen.pop(name, None)
+            self._call(lambda fs: fs.mv(self._path(temporary), path), what)
         except BaseException as error:
             with contextlib.suppress(StoreError):
                 self.delete(temporary)
             if not isinstance(error, StoreError) or self.size(name) is None:
                 raise
             # Some filesystems do not move onto a file that is there; whoever reads it checks it.
-            self._call(lambda fs: fs.pipe_file(path, data), what)
+            self.put(name, data.tobytes())
+
+    def put(self, name: str, data: bytes) -> None:
+        """See writers.Files: at once, under its own name."""
+        path, what = self._path(name), f"write {self.url}/{name}"
+        self._seen.pop(name, None)
+        self._make_folder(path, what)
+        self._call(lambda fs: fs.pipe_file(path, data), what)
 
     def get(self, name: str, most_nbytes: int) -> bytes | None:
         """See writers.Files: all bytes of a file, None when there is none."""
@@ -226,7 +227,7 @@ class Remote:
             self._call(lambda fs: fs.invalidate_cache(), "look")
             found = self._call(lambda fs: fs.info(path), f"look at {self.url}/{name}")
         except StoreError as error:
-            if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            if _is_gone(error):
                 return None
             raise
         return None if found.get("type") == "directory" else dict(found)
@@ -236,7 +237,7 @@ class Remote:
         try:
             return dict(self._call(lambda fs: fs.find(path, detail=True), what))
         except StoreError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
+            if _is_gone(error):
                 return {}
             raise
 
@@ -244,13 +245,16 @@ class Remote:
         """The service's time, from a file written for it; None where it does not tell, or where
         nothing can be written.
         """
-        name = f"{WRITERS}/clock-{secrets.token_hex(8)}"
+        name = name_of(CLOCK, secrets.token_hex(8))
         with contextlib.suppress(StoreError):
             self.put(name, b"what time is it?\n")
             info = self._info(name)
             self.delete(name)
             return None if info is None else _time_s(info)
         return None
+
+    def _make_folder(self, path: str, what: str) -> None:
+        self._call(lambda fs: fs.makedirs(path.rpartition("/")[0], exist_ok=True), what)
 
     def _is_atomic(self) -> bool:
         """Whether one put makes a file appear whole."""
@@ -285,6 +289,10 @@ class Remote:
             raise
         except Exception as error:  # every filesystem has errors of its own
             raise StoreError(f"cannot {what}: {error}") from error
+
+
+def _is_gone(error: StoreError) -> bool:
+    return isinstance(error.__cause__, FileNotFoundError | NotADirectoryError)
 
 
 def _time_s(info: dict[str, Any]) -> float | None:

@@ -121,19 +121,19 @@ class Store:
         with self.folder.publishing() as turn:
             for _ in range(_TRIES):
                 tally = _Tally()
-                place = self._publish(capsule, known, turn, tally, ref)
-                if turn.still_counts():
+                place, is_there = self._publish(capsule, known, turn, tally, ref)
+                if turn.still_counts() and is_there:
                     known.capsules[capsule] = place
                     return Saved(place, tally.new_objects, tally.new_nbytes, tally.shared_nbytes)
         raise StoreError(
-            f"{self.folder.url}: sweeps took this save for dead {_TRIES} times, as it said nothing "
-            "for a minute; nothing is reported saved. Save again"
+            f"{self.folder.url}: what this save wrote was removed again, {_TRIES} times, by sweeps "
+            "that took it for dead or by somebody else; nothing is reported saved. Save again"
         )
 
     def _publish(
         self, capsule: Capsule, known: _Known, turn: Publishing, tally: _Tally, ref: str | None
-    ) -> Place:
-        """Objects, manifest, name; then a look at all of them."""
+    ) -> tuple[Place, bool]:
+        """Objects, manifest, name; then a look at all of them: whether they are there."""
         table = capsule.owner
         if not self._has_format():
             self.folder.write(FORMAT_FILE, _bytes(FORMAT))
@@ -154,15 +154,10 @@ class Store:
             turn.spare(ref)
             self.folder.write(ref, _bytes(f"{place.name}\n".encode()))
             self._write(place, text)  # it may have been removed meanwhile, see `remove`
-        gone = [r.digest for r in made.objects if not self._source(r).is_there]
-        if gone or not self._has_format():
-            raise StoreError(
-                f"{self.folder.url}: objects {listed(gone)} were removed while this was saved; "
-                "save again"
-            )
+        is_there = self._has_format() and all(self._source(r).is_there for r in made.objects)
         if ref is not None and manifests.place_of(self._target(ref) or "") is None:
-            raise StoreError(f"{self.folder.url}/{ref}: what was written does not read back")
-        return place
+            is_there = False
+        return place, is_there
 
     def _write(self, place: Place, text: Bytes) -> None:
         """A manifest, unless it is there and whole."""

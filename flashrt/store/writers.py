@@ -25,11 +25,12 @@ from typing import Protocol
 from flashrt.base.errors import StoreError
 
 WRITERS = "writers"
-SAVE, SWEEP, CONDEMNED, BEAT = "save", "sweep", "condemned", "beat"
+SAVE, SWEEP, CONDEMNED, BEAT, CLOCK = "save", "sweep", "condemned", "beat", "clock"
 LEASE_S = 60.0  # without a beat that long, by the clock of whoever waits: dead
 BEAT_S = 15.0
 POLL_S = 0.5
-_MOST_CONDEMNED_NBYTES = 1 << 30
+_MOST_LIST_NBYTES = 1 << 30
+_END = "end of the list"  # of condemned names: one without it is still being written
 
 
 class Files(Protocol):
@@ -37,7 +38,10 @@ class Files(Protocol):
 
     @property
     def url(self) -> str: ...
-    def put(self, name: str, data: bytes) -> None: ...
+    def put(self, name: str, data: bytes) -> None:
+        """A file; while it is written it may be seen in part."""
+        ...
+
     def get(self, name: str, most_nbytes: int) -> bytes | None: ...
     def names(self, below: str) -> list[str]: ...
     def delete(self, name: str) -> None: ...
@@ -73,7 +77,8 @@ class Writers:
 
     def present(self) -> dict[str, set[str]]:
         """Ids by kind."""
-        found: dict[str, set[str]] = {kind: set() for kind in (SAVE, SWEEP, CONDEMNED, BEAT)}
+        kinds = (SAVE, SWEEP, CONDEMNED, BEAT, CLOCK)
+        found: dict[str, set[str]] = {kind: set() for kind in kinds}
         for name in self.files.names(WRITERS):
             kind, dash, id = name.removeprefix(f"{WRITERS}/").partition("-")
             if dash and kind in found:
@@ -93,6 +98,16 @@ class Writers:
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(said["since"])))
             return f"process {said['process']} on {said['host']}, since {since} by its clock"
         return f"an unknown process ({id})"
+
+    def condemned(self, id: str) -> frozenset[str] | None:
+        """The names on a sweep's list; None while it is not whole. A list that is gone by now is
+        empty: its sweep has ended.
+        """
+        raw = self.files.get(name_of(CONDEMNED, id), _MOST_LIST_NBYTES)
+        *names, end = (
+            _END.split("\n") if raw is None else raw.decode("utf-8", "replace").split("\n")
+        )
+        return frozenset(names) if end == _END else None
 
     def forget(self, kind: str, id: str) -> None:
         """An announcement goes; its beat after it."""
@@ -154,16 +169,21 @@ class Publication:
             self._beat = _Beat(writers, id, writers.clock())
             writers.announce(SAVE, id)
             there = writers.present()
-            looking = there[SWEEP] - there[CONDEMNED]
+            lists = {id: writers.condemned(id) for id in there[CONDEMNED]}
+            looking = (there[SWEEP] | there[CONDEMNED]) - {
+                i for i, n in lists.items() if n is not None
+            }
             if not looking:
-                self._condemned = {id: self._names_of(id) for id in there[CONDEMNED]}
+                self._condemned = {id: names for id, names in lists.items() if names is not None}
                 return
             self.end()
             for id in looking:
                 if watch.is_dead(id):
                     # It deletes nothing any more: before it does, it looks for this file again. If
                     # it has just looked, its list is there, and the next round reads it.
-                    writers.files.delete(name_of(SWEEP, id))
+                    writers.forget(SWEEP, id)
+                    if id in there[CONDEMNED] and id not in there[SWEEP]:
+                        writers.files.delete(name_of(CONDEMNED, id))  # a part of a list
             writers.sleep(POLL_S)
 
     def spare(self, name: str) -> None:
@@ -198,10 +218,6 @@ class Publication:
             with contextlib.suppress(StoreError):
                 self._writers.forget(SAVE, self._beat.id)
             self._beat = None
-
-    def _names_of(self, id: str) -> frozenset[str]:
-        raw = self._writers.files.get(name_of(CONDEMNED, id), _MOST_CONDEMNED_NBYTES)
-        return frozenset((raw or b"").decode().splitlines())
 
 
 class Sweep:
@@ -238,13 +254,16 @@ class Sweep:
         there = writers.present()
         for id in there[BEAT] - there[SAVE] - there[SWEEP] - there[CONDEMNED]:
             writers.files.delete(name_of(BEAT, id))  # of processes that were killed
+        for id in there[CLOCK]:
+            writers.files.delete(name_of(CLOCK, id))
 
     def condemn(self, names: Collection[str]) -> None:
         """See folder.Sweeping. Saves that come now read the list; one that took this sweep for dead
         before has removed its announcement.
         """
         self._has_condemned = True
-        self._writers.files.put(name_of(CONDEMNED, self.id), "\n".join(sorted(names)).encode())
+        text = "\n".join([*sorted(names), _END])
+        self._writers.files.put(name_of(CONDEMNED, self.id), text.encode())
         self._need(SWEEP)
 
     def go_on(self) -> None:
@@ -287,7 +306,7 @@ class Sweep:
             )
 
     def _need(self, kind: str) -> None:
-        if self._writers.files.get(name_of(kind, self.id), _MOST_CONDEMNED_NBYTES) is None:
+        if self._writers.files.get(name_of(kind, self.id), _MOST_LIST_NBYTES) is None:
             raise StoreError(
                 f"{self._writers.files.url}: this sweep was taken for dead and ends; sweep again"
             )

@@ -166,3 +166,37 @@ FORGERY: tuple[Mutation, ...] = tuple(
 )  # fmt: skip
 CAPSULE_FILE: tuple[Mutation, ...] = (*DAMAGE, flip_header, claim_a_length, *FORGERY)
 assert file.FORMAT == "flashrt-capsule-1", "the forgeries know this header"
+
+
+def forge_a_line(rng: np.random.Generator, whole: bytes) -> bytes:
+    """A recording of a session: one value of one line, at any depth, is another; or it is gone."""
+    lines = whole.split(b"\n")[:-1]
+    i = int(rng.integers(len(lines)))
+    record = json.loads(lines[i])
+    holder: Any = record
+    while True:
+        key = (
+            list(holder)[int(rng.integers(len(holder)))]
+            if isinstance(holder, dict)
+            else int(rng.integers(len(holder)))
+        )
+        inner = holder[key]
+        if not isinstance(inner, dict | list) or not inner or rng.random() < 0.4:
+            break
+        holder = inner
+    values = (*ABSURD, float("nan"), 1e400, [[1]], {"a": []}, "x" * 300, "prefill", [2**70], ["1"])
+    if rng.random() < 0.15:
+        del holder[key]
+    else:
+        holder[key] = values[int(rng.integers(len(values)))]
+    lines[i] = json.dumps(record).encode()
+    return b"\n".join(lines) + b"\n"
+
+
+def swap_lines(rng: np.random.Generator, whole: bytes) -> bytes:
+    lines = whole.split(b"\n")[:-1]
+    order = rng.permutation(len(lines))
+    return b"\n".join(lines[int(i)] for i in order) + b"\n"
+
+
+SESSION_RECORDING: tuple[Mutation, ...] = (*DAMAGE, *[forge_a_line] * 5, swap_lines)

@@ -12,12 +12,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
+import safetensors.numpy
 
 import flashrt
+from flashrt.base import files
+from flashrt.base.tensor_file import read_table
+from flashrt.robot.loop import ControlLoop
+from flashrt.robot.recording import record
+from flashrt.robot.recording_file import read_recording as read_robot_recording
+from flashrt.session.recording import SessionRecorder, replay
 from flashrt.store import upkeep
 from flashrt.store.store import Store
 
-from .mutations import CAPSULE_FILE, DAMAGE, header_stop
+from .mutations import (
+    CAPSULE_FILE,
+    DAMAGE,
+    FORGERY,
+    SESSION_RECORDING,
+    claim_a_length,
+    extend,
+    flip_header,
+    header_stop,
+    truncate,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SLACK_BYTES = 64 << 20  # growth of the process that is taken for noise
@@ -146,6 +164,90 @@ def test_mutated_stores_are_refused(
     assert peak_nbytes() - peak < SLACK_BYTES
     assert upkeep.verify(store).problems == []
     witness.close()
+
+
+def test_mutated_recordings_of_sessions(
+    engine: flashrt.Engine, tmp_path: Path, rng: np.random.Generator, count: int
+) -> None:
+    """Refused, or run to a difference that is named. Red while 159 of 1,295 ended in a TypeError,
+    an OverflowError or the like.
+    """
+    path = tmp_path / "r"
+    with engine.session() as session:
+        session.prefill(range(9))
+        start = session.snapshot()
+        with SessionRecorder(engine, session, path) as recorder:
+            recorder.prefill([3, 1, 4])
+            list(
+                recorder.generate(
+                    6, temperature=0.9, top_k=4, seed=7, stop=[1], logit_bias={5: 1.0}
+                )
+            )
+            recorder.rollback(12)
+            list(recorder.generate(4, repetition_penalty=1.5, draft=0))
+    whole = path.read_bytes()
+    refused = differed = 0
+    for i in range(count):
+        mutate = SESSION_RECORDING[i % len(SESSION_RECORDING)]
+        path.write_bytes(mutate(rng, whole))
+        try:
+            differed += replay(engine, start, path).mismatch is not None
+        except flashrt.FlashrtError:
+            refused += 1
+    assert refused > count // 2 and differed > 0
+    path.write_bytes(whole)
+    assert replay(engine, start, path).mismatch is None
+    start.drop()
+
+
+def test_mutated_recordings_of_loops(tmp_path: Path, rng: np.random.Generator, count: int) -> None:
+    """Refused with a RecordingError, all of them."""
+    path = tmp_path / "r"
+    policy = flashrt.load_policy("two-doors", device="cpu")
+    with ControlLoop(policy, 20.0, seed=1) as loop, record(loop, path):
+        for _ in range(6):
+            loop.tick(np.zeros(policy.config.observation_dim, np.float32))
+    whole = path.read_bytes()
+    read_robot_recording(path)
+    mutations = (*DAMAGE, flip_header, claim_a_length, *FORGERY[:7])
+    for i in range(count):
+        mutated = mutations[i % len(mutations)](rng, whole)
+        if mutated != whole:
+            path.write_bytes(mutated)
+            with pytest.raises(flashrt.FlashrtError):
+                read_robot_recording(path)
+                pytest.fail(f"accepted number {i}, {mutations[i % len(mutations)]}")
+
+
+def test_headers_that_the_library_refuses_are_refused(
+    tmp_path: Path, rng: np.random.Generator, count: int
+) -> None:
+    """Our reader of headers in place of the safetensors library's, which maps files: what that one
+    refuses is refused, what it accepts has the same shapes.
+    """
+    path = tmp_path / "model.safetensors"
+    arrays = {
+        "a": np.ones((2, 3), np.float32),
+        "b": np.ones(5, np.uint8),
+        "c": np.ones(0, np.int64),
+    }
+    safetensors.numpy.save_file(arrays, path, {"format": "pt"})
+    whole = path.read_bytes()
+    accepted = 0
+    for i in range(count):
+        mutations = (flip_header, truncate, extend, claim_a_length, *FORGERY[:7])
+        path.write_bytes(mutated := mutations[i % len(mutations)](rng, whole))
+        try:
+            with files.opened(path) as (handle, nbytes):
+                found = read_table(handle, nbytes, 1 << 20).tensors
+        except (OSError, ValueError):
+            continue
+        accepted += 1
+        theirs = dict(safetensors.deserialize(mutated))
+        assert {n: list(t.shape) for n, t in found.items()} == {
+            n: t["shape"] for n, t in theirs.items()
+        }
+    assert accepted < count
 
 
 def test_names_in_a_store_cannot_lead_out(engine: flashrt.Engine, tmp_path: Path) -> None:

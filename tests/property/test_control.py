@@ -7,7 +7,6 @@ without the mechanism; on cpu and simt both are.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,9 @@ from flashrt.base.errors import SessionError
 from flashrt.engine.actions import ActionEngine
 from flashrt.load import load_policy
 from flashrt.ops.cursor import read_cursor
+from flashrt.robot import loop as loop_module
 from flashrt.robot import schedule
-from flashrt.robot.history import NO_CUT, History, PastTick
+from flashrt.robot.history import NO_CUT, History, LoopState, PastTick
 from flashrt.robot.loop import ControlLoop
 from flashrt.weights.checkpoint import open_checkpoint
 from flashrt.weights.random_policy import write_random_policy
@@ -97,7 +97,7 @@ class Lives(RuleBasedStateMachine):
         kind = type(self)
         if kind.engine is None:
             kind.engine = kind.load()
-        self.lane = self.engine.take_lane()
+        self.lane = self.engine.take_lane(self)
         self.frozen: dict[Any, list[Event]] = {}
         self.told: dict[ControlLoop, list[Event]] = {}
         self.reach: dict[ControlLoop, int] = {}  # ticks since the loop was put where it is
@@ -385,11 +385,11 @@ def test_a_long_life_of_a_numpy_policy() -> None:
 
 
 def forgets_overrides(history: History, tick: int) -> PastTick:
-    return replace(PAST_TICK(history, tick), executed=None)
+    return PAST_TICK(history, tick)._replace(executed=None)
 
 
 def forgets_interrupts(history: History, tick: int) -> PastTick:
-    return replace(PAST_TICK(history, tick), cut=NO_CUT)
+    return PAST_TICK(history, tick)._replace(cut=NO_CUT)
 
 
 PAST_TICK = History.past_tick
@@ -400,10 +400,11 @@ PAST_TICK = History.past_tick
     [
         (History, "past_tick", forgets_overrides),
         (History, "past_tick", forgets_interrupts),
-        (History, "clear", lambda history: None),
+        (LoopState, "first", property(lambda state: state.end)),
+        (LoopState, "bases", lambda state, tick: iter(state.boundaries[:1])),
         (schedule, "committed_rows", lambda cursor, overlap: 0),  # plans too late
         (schedule, "euler_steps_due", lambda cursor: cursor.plan_steps_left),
-        (ControlLoop, "_finish_tick", lambda loop: None),
+        (loop_module, "run_slack", lambda engine, lane, overlap: False),
     ],
 )
 def test_negative_controls(

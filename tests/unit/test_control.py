@@ -168,6 +168,30 @@ def test_rewind_to_every_tick(engine: NumpyPolicy, overlap: int) -> None:
         assert loop.digest() == digests[i + 1]
 
 
+@pytest.mark.parametrize("n_ticks", [12, 16, 19, 24, 40])
+def test_many_small_rewinds_reach_no_further_than_a_large_one(
+    engine: NumpyPolicy, n_ticks: int
+) -> None:
+    """Red when ticks that were overwritten meanwhile count as kept, once the loop is back at a time
+    when they were: to the reset, say, or to a boundary that was given up.
+    """
+    loop = ControlLoop(engine, 10.0, overlap=2, keep_seconds=1.0, boundary_seconds=0.5)
+    digests = [loop.digest()]
+    for i in range(n_ticks):
+        loop.tick(SEEN[i])
+        digests.append(loop.digest())
+    reach = 0
+    with pytest.raises(SessionError, match="of 0 that can be gone back"):
+        while True:
+            loop.rewind_ticks(1)
+            reach += 1
+            assert loop.digest() == digests[n_ticks - reach]
+    assert min(n_ticks, 10) <= reach <= 15
+    for i in range(n_ticks - reach, n_ticks):
+        loop.tick(SEEN[i])
+        assert loop.digest() == digests[i + 1]
+
+
 def test_rewind_reaches_what_is_kept_and_no_more(engine: NumpyPolicy) -> None:
     loop = ControlLoop(engine, 10.0, keep_seconds=2.0, boundary_seconds=0.5)
     ticks(loop, 0, 57)

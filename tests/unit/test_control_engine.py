@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 
 import flashrt
-from flashrt.base.errors import CapsuleError, ObservationError, SessionError
+from flashrt.base.errors import CapsuleError, ObservationError, PoolFull, SessionError
+from flashrt.capsule.eviction import Budgets
 from flashrt.engine import actions
 from flashrt.engine.actions import ActionEngine
 from flashrt.ops.cursor import read_cursor
@@ -131,6 +134,160 @@ def test_an_interrupted_graph_is_made_good(
         assert loop.digest() == twin.digest()
         assert engine.cursor(loop.lane) == cursor_on_device(engine, loop)
     assert n_interrupted > 0
+
+
+def test_a_boundary_outlives_the_tick_that_it_was_kept_for(
+    engine: ActionEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when the repair after an exception takes the boundary back, as what nobody has yet: the
+    loop, put where no capsule leads to, has no other.
+    """
+    loop, other = flashrt.ControlLoop(engine), flashrt.ControlLoop(engine, seed=8)
+    for seen in SEEN[:9]:
+        other.tick(seen)
+    loop.adopt(other)
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "replay", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.tick(SEEN[9])
+    assert (loop.position, loop.digest()) == (9, other.digest())
+    assert loop.tick(SEEN[9]).tobytes() == other.tick(SEEN[9]).tobytes()
+    engine.capsules.check_integrity()
+
+
+def test_boundaries_of_a_loop_that_is_gone_make_room(engine: ActionEngine) -> None:
+    """Red when they fill the pool until somebody takes their lane."""
+    loop, kept = flashrt.ControlLoop(engine), flashrt.ControlLoop(engine, boundary_seconds=0.02)
+    for seen in SEEN:
+        kept.tick(seen)
+    assert engine.stats()["capsules"] > 50
+    del kept
+    n_made = 0
+    with pytest.raises(PoolFull):
+        while True:
+            loop.snapshot()
+            n_made += 1
+    pool = engine.capsules.pool
+    assert n_made == pool.nbytes // engine.capsules.fixed_nbytes - 1
+    loop.tick(SEEN[0])
+    loop.rewind_ticks(1)
+
+
+def test_boundaries_stay_on_the_device(engine: ActionEngine) -> None:
+    """Red when the room of a loop's boundary is given to others by an eviction."""
+    engine.budgets = Budgets(host_bytes=1 << 30)
+    loop = flashrt.ControlLoop(engine)
+    for seen in SEEN[:9]:
+        loop.tick(seen)
+    n_made = engine.capsules.pool.nbytes // engine.capsules.fixed_nbytes + 5
+    made = [loop.snapshot() for _ in range(n_made)]
+    assert {c.tier for c in made} == {"device", "host"}
+    assert {c.tier for c in engine.kept_boundaries(loop.lane)} == {"device"}
+    loop.restore(made[0])
+    assert loop.digest() == made[0].digest
+
+
+def test_a_closed_engine_is_refused_by_its_loops(engine: ActionEngine) -> None:
+    """Red when a loop's call reads or writes memory that was given back."""
+    loop = flashrt.ControlLoop(engine)
+    for seen in SEEN[:9]:
+        loop.tick(seen)
+    capsule = loop.snapshot()
+    engine.close()
+    for use in (
+        lambda: loop.tick(SEEN[9]), loop.slack, loop.digest, loop.reset, loop.interrupt, loop.fork,
+        loop.snapshot, lambda: loop.restore(capsule), lambda: loop.set_seed(2),
+        lambda: loop.rewind_ticks(1), lambda: flashrt.ControlLoop(engine),
+    ):  # fmt: skip
+        with pytest.raises(SessionError, match="the engine is closed"):
+            use()
+    assert (loop.position, loop.seed) == (9, 0)
+    loop.close()
+    assert loop.position == 9
+
+
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Threads change places between any two instructions."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def lived(engine: ActionEngine, seed: int) -> list[str]:
+    """Digests along a life with all that a loop does."""
+    found: list[str] = []
+    with flashrt.ControlLoop(engine, overlap=3, seed=seed, boundary_seconds=0.1) as loop:
+        for i in range(6):
+            for seen in SEEN[5 * i : 5 * i + 9]:
+                loop.tick(seen)
+                loop.slack()
+            capsule = loop.snapshot()
+            loop.rewind_ticks(4)
+            found += [capsule.digest, loop.digest()]
+            loop.interrupt(1)
+            loop.restore(capsule)
+            loop.set_seed(seed + i)
+            capsule.drop()
+    return found
+
+
+def test_loops_of_several_threads_take_turns(engine: ActionEngine, hasty: None) -> None:
+    """Red when the books of capsules, or what is known of a cursor, is changed by two at once."""
+    expected = {seed: lived(engine, seed) for seed in range(3)}
+    found: dict[int, list[list[str]]] = {}
+
+    def live(seed: int) -> None:
+        found[seed] = [lived(engine, seed) for _ in range(3)]
+
+    threads = [threading.Thread(target=live, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {seed: [expected[seed]] * 3 for seed in range(3)}
+    engine.capsules.check_integrity()
+    assert engine.stats()["pool_used_bytes"] == 0
+
+
+def test_threads_may_share_loops(engine: ActionEngine, hasty: None) -> None:
+    """Red when one enters a loop while the other's kernel runs: the tick would be made again under
+    it; or when two that adopt from each other wait forever.
+    """
+    loops = [flashrt.ControlLoop(engine, seed=seed) for seed in range(2)]
+    n_ticks = 150
+
+    def live(which: int) -> None:
+        for i in range(n_ticks):
+            loops[which].tick(SEEN[0])
+            if i % 10 == which:
+                loops[which].adopt(loops[1 - which])
+                loops[1 - which].adopt(loops[which])
+
+    def tick_both() -> None:
+        for _ in range(n_ticks):
+            for loop in loops:
+                loop.tick(SEEN[0])
+
+    threads = [threading.Thread(target=live, args=(which,)) for which in range(2)]
+    threads.append(threading.Thread(target=tick_both))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    assert all(loop.timing.ticks == 2 * n_ticks for loop in loops)
+    for loop in loops:
+        loop.reset(4)
+        for seen in SEEN[:9]:
+            loop.tick(seen)
+    assert loops[0].digest() == loops[1].digest()
+    engine.capsules.check_integrity()
 
 
 def test_a_fork_clears_nothing(engine: ActionEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flashrt.base.errors import EnvironmentFailed, LaneBusy, ObservationError, SessionError
+from flashrt.base.errors import (
+    CapsuleError,
+    DeadlineMissed,
+    EnvironmentFailed,
+    LaneBusy,
+    ObservationError,
+    PoolFull,
+    SessionError,
+)
 from flashrt.robot.environment import PlainState, command_for, layers, observation_of
 from flashrt.robot.loop import ControlLoop
 from flashrt.robot.rollout import Rollout
@@ -164,6 +172,98 @@ def test_a_failing_environment_leaves_the_loop_where_it_was() -> None:
     with pytest.raises(EnvironmentFailed):
         twin.step()
     assert twin.loop.digest() == digest
+
+
+def test_a_missed_deadline_leaves_loop_and_environment_in_step() -> None:
+    """Red when on_miss="raise" leaves the loop a tick ahead of an environment that did not act."""
+    loop = ControlLoop(NumpyPolicy(), deadline_ms=0, on_miss="raise")
+    twin = Rollout(Breakable, ControlLoop(NumpyPolicy()))
+    rolled = Rollout(Breakable, loop)
+    for each in (rolled, twin):
+        each.reset(1)
+    for _ in range(3):
+        with pytest.raises(DeadlineMissed):
+            rolled.step()
+        assert (loop.position, rolled.environment.x.tolist()) == (0, [0.01] * 3)
+    with pytest.raises(DeadlineMissed):
+        run(loop, rolled.environment, seconds=1, rate=0, seed=1)
+    assert (loop.position, loop.digest()) == (0, twin.loop.digest())
+
+
+def test_with_a_full_pool_a_failing_environment_leaves_the_loop_where_it_was() -> None:
+    """Red when no boundary is left to take the tick back from."""
+    rolled = Rollout(Breakable, ControlLoop(NumpyPolicy(room=4), 10.0, boundary_seconds=0.3))
+    rolled.reset(1)
+    walk(rolled, 5)
+    with pytest.raises(PoolFull):
+        while True:
+            rolled.loop.snapshot()
+    for _ in range(8):
+        position, digest = rolled.loop.position, rolled.loop.digest()
+        rolled.environment.is_broken = True
+        with pytest.raises(EnvironmentFailed, match="failed in step"):
+            rolled.step()
+        assert (rolled.loop.position, rolled.loop.digest()) == (position, digest)
+        rolled.environment.is_broken = False
+        walk(rolled, 1)
+
+
+class Fussy(PlainState):
+    """Fails where it is told to, after it has changed something."""
+
+    fails = False
+
+    def load_state(self, state: object) -> None:
+        super().load_state(state)
+        if self.fails:
+            Fussy.fails = False
+            raise EnvironmentFailed("the simulator does not take this state")
+
+
+def test_a_state_that_cannot_be_loaded_leaves_both_where_they_were() -> None:
+    """Red when the loop is restored before the environment refuses."""
+    rolled = Rollout(Breakable, ControlLoop(NumpyPolicy()), Fussy)
+    rolled.reset(1)
+    walk(rolled, 3)
+    early = rolled.snapshot()
+    walk(rolled, 6)
+    here, digest, x = rolled.snapshot(), rolled.loop.digest(), rolled.environment.x.copy()
+    expected = walk(rolled, 4)
+    rolled.restore(here)
+    Fussy.fails = True
+    with pytest.raises(EnvironmentFailed, match="does not take this state"):
+        rolled.restore(early)
+    assert rolled.loop.digest() == digest and rolled.environment.x.tolist() == x.tolist()
+    early.drop()
+    with pytest.raises(CapsuleError):
+        rolled.restore(early)
+    with pytest.raises(SessionError, match="is not a moment"):
+        rolled.restore(None)  # type: ignore[arg-type]
+    assert rolled.environment.x.tolist() == x.tolist()
+    assert walk(rolled, 4) == expected
+
+
+def test_a_rollout_that_was_interrupted_in_a_step_says_so() -> None:
+    """Red when it goes on with an environment that may have moved."""
+    rolled = Rollout(Breakable, ControlLoop(NumpyPolicy()))
+    rolled.reset(1)
+    walk(rolled, 3)
+    moment, expected = rolled.snapshot(), walk(rolled, 4)
+    step = rolled.environment.step
+
+    def interrupted(action: np.ndarray) -> None:
+        step(action)
+        raise KeyboardInterrupt
+
+    rolled.environment.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        rolled.step()
+    rolled.environment.step = step
+    for use in (rolled.step, rolled.snapshot, rolled.fork, lambda: rolled.observation):
+        with pytest.raises(EnvironmentFailed, match="reset the rollout, or restore a moment"):
+            use()
+    rolled.restore(moment)
+    assert walk(rolled, 4) == expected
 
 
 OLD_STEP = (np.zeros(3), 1.0, False, {})  # of gym before 0.26

@@ -167,7 +167,7 @@ def forged(recording: Recording) -> list[dict[str, Any]]:
         {"observations": recording.observations[:-1]},
         {"observations": recording.observations * np.float32(np.nan)},
         {"observations": recording.observations[:, :2]},
-        {"actions": recording.actions.astype(np.float64)},
+        {"actions": recording.actions.astype(np.int64)},
         {"outcomes": recording.outcomes + np.uint8(7)},
         {"events": events[1:]},
         {"events": events[::-1]},
@@ -201,7 +201,10 @@ def test_what_cannot_be_replayed_or_written(engine: NumpyPolicy, tmp_path: Path)
     loops = [ControlLoop(engine) for _ in range(3)]
     with pytest.raises(LaneBusy):
         replay(engine, path)
-    with pytest.raises(RecordingError, match="nothing was left there"), record(loops[0], "/none/a"):
+    with (
+        pytest.raises(RecordingError, match="nothing half-written was left"),
+        record(loops[0], "/none/a"),
+    ):
         loops[0].tick(SEEN[0])
     with record(loops[0], path), pytest.raises(SessionError, match="recorded already"):
         record(loops[0], path).__enter__()

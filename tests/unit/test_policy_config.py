@@ -120,7 +120,7 @@ def test_statistics_are_checked(checkpoint: Path, name: str, value: float, wante
 def test_overflowing_weights_are_seen(checkpoint: Path) -> None:
     rewrite(checkpoint, lambda t: t["head.output.bias"].__setitem__(slice(None), np.nan))
     engine = load_policy(checkpoint, device="cpu")
-    lane = engine.take_lane()
+    lane = engine.take_lane(engine)
     engine.observe(lane, np.zeros(engine.config.observation_dim))
     engine.plan(lane)
     with pytest.raises(CheckpointError, match="overflow"):
@@ -131,13 +131,13 @@ def test_lanes_are_lent_and_taken_back(checkpoint: Path) -> None:
     with pytest.raises(PlanError, match="lanes=0"):
         load_policy(checkpoint, device="cpu", lanes=0)
     engine = load_policy(checkpoint, device="cpu", lanes=2)
-    first, second = engine.take_lane(), engine.take_lane()
+    first, second = engine.take_lane(engine), engine.take_lane(engine)
     assert first is not second
     with pytest.raises(LaneBusy, match="all 2 lanes"):
-        engine.take_lane()
+        engine.take_lane(engine)
     engine.observe(first, np.ones(engine.config.observation_dim))
     engine.release(first)
-    taken = engine.take_lane()
+    taken = engine.take_lane(engine)
     assert taken is first
     engine.reset(taken)  # a lane is lent as its last user left it
     assert engine.cursor(taken).observed == -1
