@@ -94,6 +94,8 @@ def load_on(
     For a simt device with a seed, a device with kernels of your own, or a new backend. `adapt` may
     wrap the model, to add regions and launches (examples/custom_kernel.py).
     """
+    if draft not in (None, True, False):
+        raise PlanError(f"draft={draft!r}; choose one of None (as the checkpoint has it), True, False")
     if kv_dtype not in KV_DTYPES:
         raise PlanError(f"kv_dtype={kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
     with DefaultFloatMode():

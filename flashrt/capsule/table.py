@@ -60,6 +60,7 @@ class CapsuleTable:
         self.shelf: Shelf | None = None  # the disk tier, if there is one
         self.turn = Turn(self._repair)
         self.is_closed = False
+        self._n_compacted = 0  # times that the pool was compacted
 
     # -- lane -> capsule ------------------------------------------------------------------------
 
@@ -373,8 +374,9 @@ class CapsuleTable:
             blocks, nbytes = list[RowBlock](), 0
             if lane.position > start:
                 blocks, nbytes = segment_layout(self._rows(lane), start, lane.position)
+            before = self._n_compacted
             taken = self._take(self.fixed_nbytes, nbytes)
-            if lane.base(lane.position) is base:
+            if self._n_compacted == before or lane.base(lane.position) is base:
                 return base, blocks, nbytes, taken
             for offset in taken:
                 self.pool.give(offset)
@@ -415,6 +417,7 @@ class CapsuleTable:
         try:
             return self.pool.take(*sizes)
         except PoolFull:
+            self._n_compacted += 1
             compact(self, sum(align(size) for size in sizes))
             return self.pool.take(*sizes)
 

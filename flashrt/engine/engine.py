@@ -18,6 +18,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from threading import active_count
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -25,6 +26,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from flashrt.base import tracing
+from flashrt.base.checks import as_integer, shown
 from flashrt.base.errors import LaneBusy, PlanError, PoolFull, SessionError
 from flashrt.base.flags import flags
 from flashrt.capsule.capsule import Capsule
@@ -48,6 +50,8 @@ from flashrt.weights.loader import LoadReport, check_sources, fill_weights
 from flashrt.weights.rules import WeightRule
 
 Fill = Callable[[Sequence[WeightRule], Checkpoint, Arena, Progress | None], LoadReport]
+MAX_LANES = 4096
+MAX_POOL_NBYTES = 1 << 46
 _T = TypeVar("_T")
 
 
@@ -93,6 +97,9 @@ class Engine:
         self.model = model
         self.backend = backend
         self.checkpoint = checkpoint
+        lanes = _checked_size("lanes", lanes, 1, MAX_LANES)
+        if pool_bytes is not None:
+            pool_bytes = _checked_size("pool_bytes", pool_bytes, 0, MAX_POOL_NBYTES)
         check_sources(model.weights, checkpoint)  # before time or memory is spent
         tapes = [model.record(phase, rows) for phase, rows in model.phases]
         backend.build(_with_own_ops(tapes), progress)
@@ -268,7 +275,8 @@ class Engine:
             self._replay_traced(phase, rows, lane)
         else:
             key = GraphKey(phase, rows, lane.index)
-            if flags().poison:  # nobody may poison scratch while a kernel runs
+            if (rows == 1 and active_count() == 1) or flags().poison:
+                # A short kernel and nobody to wait for it; or nobody may poison scratch meanwhile.
                 self.graphs.replay(key)
             else:
                 with self.turn.given_up(): self.graphs.replay(key)  # noqa: E701  # fmt: skip
@@ -292,12 +300,8 @@ class Engine:
     def _plan(
         self, tapes: Sequence[Tape], lanes: int, pool_bytes: int | None, default: PoolDefault
     ) -> ArenaPlan:
-        if lanes < 1:
-            raise PlanError(f"lanes={lanes}; at least 1 is needed")
         if pool_bytes is None:
             pool_bytes = default.nbytes(self.model, self.backend)
-        if pool_bytes < 0:
-            raise PlanError(f"pool_bytes={pool_bytes} is negative; 0 is a pool without room")
         regions, storage = self.model.lane_regions, self.backend.storage
         return plan_arena(regions, tapes, storage, lanes=lanes, pool_nbytes=pool_bytes)
 
@@ -318,6 +322,13 @@ class Engine:
             tracing.trace(
                 tracing.LAUNCHES, f"{phase}/{rows} {i:4d} {op:14s} {spent_us:9.1f} us {dims}"
             )
+
+
+def _checked_size(name: str, value: object, least: int, most: int) -> int:
+    number = as_integer(value)
+    if number is None or not least <= number <= most:
+        raise PlanError(f"{name}={shown(value)} is not a whole number in [{least}, {most:,}]")
+    return number
 
 
 def _with_own_ops(tapes: Sequence[Tape]) -> tuple[Op, ...]:

@@ -179,8 +179,14 @@ def test_load_refuses_what_it_cannot_do() -> None:
         flashrt.load(GOLDEN / "nowhere", device="cpu")
     with pytest.raises(flashrt.FlashrtError, match="lanes=0"):
         flashrt.load(GOLDEN / "tiny", device="cpu", lanes=0)
-    with pytest.raises(flashrt.FlashrtError, match="max_positions"):
-        flashrt.load(GOLDEN / "tiny", device="cpu", max_positions=0)
+    for name, value in (
+        ("lanes", "2"), ("lanes", True), ("lanes", 10**9), ("pool_bytes", -1_000_000),
+        ("pool_bytes", 1.5), ("pool_bytes", 10**30), ("max_positions", 0), ("max_positions", 10**12),
+        ("draft", "yes"),
+    ):  # fmt: skip
+        wrong: dict[str, Any] = {name: value}
+        with pytest.raises(flashrt.FlashrtError, match=name):
+            flashrt.load(GOLDEN / "tiny", device="cpu", **wrong)
     with pytest.raises(flashrt.FlashrtError, match="kv_dtype"):
         flashrt.load(GOLDEN / "tiny", device="cpu", kv_dtype="int8")  # type: ignore[arg-type]
 
