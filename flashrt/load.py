@@ -95,7 +95,9 @@ def load_on(
     wrap the model, to add regions and launches (examples/custom_kernel.py).
     """
     if draft not in (None, True, False):
-        raise PlanError(f"draft={draft!r}; choose one of None (as the checkpoint has it), True, False")
+        raise PlanError(
+            f"draft={draft!r}; choose one of None (as the checkpoint has it), True, False"
+        )
     if kv_dtype not in KV_DTYPES:
         raise PlanError(f"kv_dtype={kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
     with DefaultFloatMode():

@@ -181,8 +181,8 @@ def test_load_refuses_what_it_cannot_do() -> None:
         flashrt.load(GOLDEN / "tiny", device="cpu", lanes=0)
     for name, value in (
         ("lanes", "2"), ("lanes", True), ("lanes", 10**9), ("pool_bytes", -1_000_000),
-        ("pool_bytes", 1.5), ("pool_bytes", 10**30), ("max_positions", 0), ("max_positions", 10**12),
-        ("draft", "yes"),
+        ("pool_bytes", 1.5), ("pool_bytes", 10**30), ("max_positions", 0),
+        ("max_positions", 10**12), ("draft", "yes"),
     ):  # fmt: skip
         wrong: dict[str, Any] = {name: value}
         with pytest.raises(flashrt.FlashrtError, match=name):
