@@ -257,9 +257,11 @@ class ActionEngine(Engine):
     ) -> Capsule:
         """Freeze a lane between two verbs. Raises PoolFull and changes nothing."""
         try:
-            return self.capsules.snapshot(lane, name, parent)
+            capsule = self.capsules.snapshot(lane, name, parent)
         except PoolFull:
-            return self.with_room(lambda: self.capsules.snapshot(lane, name, parent))
+            capsule = self.with_room(lambda: self.capsules.snapshot(lane, name, parent))
+        self._cursors.freeze(lane, capsule)
+        return capsule
 
     @in_turn
     def keep_boundary(self, lane: Lane) -> Capsule:
@@ -287,6 +289,7 @@ class ActionEngine(Engine):
         if not isinstance(capsule, Capsule):
             raise CapsuleError(f"restore: {shown(capsule)} is not a capsule")
         self.capsules.restore(lane, capsule)
+        self._cursors.thaw(lane, capsule)
 
     def fork(self, source: Lane, target: Lane) -> None:
         """Put `target` into the present state of `source`."""

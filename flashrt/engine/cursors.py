@@ -1,14 +1,16 @@
 """The cursors of a policy's lanes as the host knows them: no verb reads them from the device.
 
 IS: a copy of each lane's words, moved on by the rules by which kernels move theirs. IS NOT: the
-truth; that is on the device. Where the rules do not reach (a restore, an exception in the middle of
-a verb), the copy is void, and the next question reads the device once.
+truth; that is on the device. Where the rules do not reach (a capsule from a file, an exception in
+the middle of a verb), the copy is void, and the next question reads the device once.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
+from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane
 from flashrt.models.flow_policy.config import PolicyConfig
 from flashrt.ops.cursor import CURSOR_WORDS, NO_OBSERVATION, PolicyCursor, PolicyWord, read_cursor
@@ -30,6 +32,7 @@ class KnownCursors:
         self._known: list[tuple[int, Words] | None] = [None] * n_lanes  # lane.moves, its words
         # Of an entry above, when the words were asked for by name.
         self._records: list[tuple[object, PolicyCursor] | None] = [None] * n_lanes
+        self._frozen: weakref.WeakKeyDictionary[Capsule, Words] = weakref.WeakKeyDictionary()
 
     def words(self, lane: Lane) -> Words:
         """The words of a lane. Not to be changed."""
@@ -63,6 +66,18 @@ class KnownCursors:
         entry = self._known[source.index]
         if entry is not None and entry[0] == source.record.moves:
             self.keep(target, list(entry[1]))
+
+    def freeze(self, lane: Lane, capsule: Capsule) -> None:
+        """The capsule was taken of the lane: its words do not change any more."""
+        entry = self._known[lane.index]
+        if entry is not None and entry[0] == lane.record.moves:
+            self._frozen[capsule] = list(entry[1])
+
+    def thaw(self, lane: Lane, capsule: Capsule) -> None:
+        """The lane was put into the capsule's state."""
+        words = self._frozen.get(capsule)
+        if words is not None:
+            self.keep(lane, list(words))
 
     def clear(self, lane: Lane, seed: tuple[int, int]) -> None:
         """The lane is empty, with this seed: its low and its high word."""
