@@ -23,7 +23,7 @@
 #include <sys/syscall.h>
 #endif
 
-enum { MAX_THREADS = 256, CACHE_LINE = 64, SPIN_NS = 30000, HUGE_PAGE = 2 << 20 };
+enum { MAX_THREADS = 256, CACHE_LINE = 64, SPIN_NS = 80000, HUGE_PAGE = 2 << 20 };
 
 /* A counter that threads can wait on. */
 typedef struct {
