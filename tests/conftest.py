@@ -29,6 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", default=20, type=int, help="processes killed in the crash test")
     parser.addoption("--seconds", default=5.0, type=float, help="length of the concurrency test")
     parser.addoption(
+        "--stride",
+        default=4,
+        type=int,
+        help="of the lines of a store's call, one in so many is struck",
+    )
+    parser.addoption(
         "--test-limit", default=120.0, type=float, help="seconds until a test is taken for hung"
     )
 

@@ -8,6 +8,7 @@
 #define _GNU_SOURCE
 #include <limits.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <time.h>
@@ -23,7 +24,7 @@
 #include <sys/syscall.h>
 #endif
 
-enum { MAX_THREADS = 256, CACHE_LINE = 64, SPIN_NS = 80000, HUGE_PAGE = 2 << 20 };
+enum { MAX_THREADS = 256, CACHE_LINE = 64, SPIN_NS = 30000, N_YIELDS = 100, HUGE_PAGE = 2 << 20 };
 
 /* A counter that threads can wait on. */
 typedef struct {
@@ -94,6 +95,12 @@ static void wait_while(wait_word *word, unsigned seen) {
   for (int n = pool.n_spins; n > 0; n--) {
     if (atomic_load_explicit(&word->value, memory_order_acquire) != seen) return;
     relax();
+  }
+  /* Between two replays a host's own work takes longer than that; whoever else wants this core gets
+   * it meanwhile. */
+  for (int n = N_YIELDS; n > 0; n--) {
+    sched_yield();
+    if (atomic_load_explicit(&word->value, memory_order_acquire) != seen) return;
   }
   atomic_fetch_add(&word->sleepers, 1);
   while (atomic_load(&word->value) == seen) sleep_while(word, seen);

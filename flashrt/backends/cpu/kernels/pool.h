@@ -4,7 +4,8 @@
  * claims (common.h), and no bit depends on which thread did what. Included by: runtime.c and
  * whoever runs something on all threads outside a replay.
  *
- * Waiting spins for about 80 us, then sleeps in the kernel: a replay's barriers are a fraction of
+ * Waiting spins for about 30 us, then yields a hundred times, then sleeps in the kernel: a
+ * replay's barriers are a fraction of
  * a microsecond apart, and a thread that spins longer takes the core from whoever it waits for
  * when cores are shared.
  */
