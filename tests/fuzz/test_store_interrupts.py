@@ -118,6 +118,6 @@ def test_some_lines(engine: flashrt.Engine, tmp_path: Path, name: str) -> None:
 def test_many_lines(
     engine: flashrt.Engine, tmp_path: Path, name: str, request: pytest.FixtureRequest
 ) -> None:
-    """--stride 1 strikes all 8,100; that takes five minutes."""
+    """--stride 1 strikes all 8,100; that takes some ten minutes."""
     stride: int = request.config.getoption("--stride")
-    assert strike_all(engine, tmp_path, name, stride) > 15
+    assert strike_all(engine, tmp_path, name, stride) > 5
