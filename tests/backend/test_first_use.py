@@ -75,6 +75,7 @@ def use(cache: Path, calls: Calls | None) -> None:
         device.close()
 
 
+@pytest.mark.slow
 def test_cuda_kernels_are_told_of_when_they_are_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,6 +83,7 @@ def replayed(device: CpuDevice, runner: Runner) -> Graph:
     return device.capture(captured * 4)
 
 
+@pytest.mark.slow
 def test_a_fork_waits_for_kernels_of_other_threads(device: CpuDevice) -> None:
     """Red without the handlers: the child finds the pool in the middle of a region, and hangs."""
     runner = Runner(device)

@@ -34,6 +34,7 @@ def run(checkpoint: Path, path: Path, repeats: int = 1) -> tuple[int, dict[str, 
     return code, json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_every_figure_is_there(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +94,7 @@ def test_a_token_that_differs_fails_the_bench(
     assert not document["rows"][0]["is_exact"]
 
 
+@pytest.mark.slow
 def test_the_engine_is_as_before(checkpoint: Path) -> None:
     engine = flashrt.load(checkpoint, device="cpu", max_positions=80)
     (row,) = measure(engine, [40], TOKENS, 1, lambda *_: None)

@@ -214,6 +214,7 @@ def test_simt_devices_in_threads(impatient: None) -> None:
         engine.close()
 
 
+@pytest.mark.slow
 def test_closing_an_engine_under_a_running_kernel_is_no_crash(impatient: None) -> None:
     """Red before: the memory went while another thread's kernel worked on it."""
     for _ in range(5):
