@@ -2,7 +2,7 @@
 
 IS: one lock per engine around bookkeeping, given up while a kernel runs; and the mark that the last
 change did not end, after which the next one repairs the books first. IS NOT: what is repaired
-(table), or a lane's state (its `doubt`). It exists because an exception may strike at any line:
+(table), or a lane's state (lineage.Lane). It exists because an exception may strike at any line:
 Ctrl-C, a signal handler, MemoryError.
 
 Threads are those of an interpreter with a global lock; free-threaded Python is not supported.
@@ -43,6 +43,16 @@ class Turn:
         self.created = []
         self.unfinished.append(self)
 
+    def go_on(self, created: list[Any]) -> None:
+        """The change that gave the turn up has it back. What another thread left unfinished in the
+        meantime is put in order now: the end of this change would hide it.
+        """
+        if self.unfinished:
+            self._repair(self.created)
+            self.end()
+        self.created = created
+        self.unfinished.append(self)
+
     def keep(self) -> None:
         """What was made so far has an owner: an exception does not take it back."""
         self.created = []
@@ -73,8 +83,7 @@ class GivenUp:
         turn = self._turn
         if self._state is not None:
             turn.lock._acquire_restore(self._state)
-            turn.created = self._created
-            turn.unfinished.append(turn)
+            turn.go_on(self._created)
 
 
 class HasTurn(Protocol):

@@ -7,6 +7,7 @@ afterwards does not load. Every line is struck in the slow suite, one in some in
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 import flashrt
-from tests.fuzz.injector import Injector
+from tests.fuzz.injector import Injector, Struck
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPT = [(i * 37 + 11) % 512 for i in range(90)]
@@ -187,3 +188,37 @@ def test_every_line(
     engine: flashrt.Engine, oracle: flashrt.Session, tmp_path: Path, name: str
 ) -> None:
     assert strike_all(engine, oracle, tmp_path, name, stride=1) > 5
+
+
+def test_a_change_struck_in_another_thread_is_repaired(
+    engine: flashrt.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when whoever has the turn back after a kernel takes another's unfinished change for its
+    own: its end then hides that blocks are lost.
+    """
+    session, other = engine.session(), engine.session()
+    other.prefill(PROMPT[:20])
+    replay, table = engine.graphs.replay, engine.capsules
+
+    def struck_snapshot() -> None:
+        with monkeypatch.context() as patch, pytest.raises(Struck):
+            patch.setattr(table, "_add", strike)
+            other.snapshot()
+
+    def strike(*arguments: Any) -> None:
+        raise Struck
+
+    def replay_meanwhile(key: Any) -> None:
+        monkeypatch.setattr(engine.graphs, "replay", replay)
+        thread = threading.Thread(target=struck_snapshot)
+        thread.start()
+        thread.join()
+        replay(key)
+
+    monkeypatch.setattr(engine.graphs, "replay", replay_meanwhile)
+    session.prefill(PROMPT[:20])
+    assert session.digest() == other.digest()
+    table.check_integrity()
+    session.close()
+    other.close()
+    assert table.pool.used_nbytes == 0
