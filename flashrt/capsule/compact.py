@@ -59,7 +59,7 @@ def merge(books: Books) -> None:
         if nbytes >= sum(s.rows.nbytes for s in run):
             continue
         image = _merged_image(books.arena, run)
-        merged = Extent(nbytes, HostBytes(nbytes, lambda image=image: image, image))  # type: ignore[misc]
+        merged = Extent(nbytes, HostBytes.holding(image))
         tokens = np.concatenate([s.tokens for s in run])
         old = [s.rows for s in run]
         youngest.body = Body(run[0].parent, start, stop, tokens, merged)
@@ -84,7 +84,7 @@ def join(books: Books) -> None:
                 if not is_apart:
                     data: Bytes = np.empty(holder.nbytes, np.uint8)
                     backend.read(base + offset, data)
-                    holder.place = HostBytes(holder.nbytes, lambda data=data: data, data)  # type: ignore[misc]
+                    holder.place = HostBytes.holding(data)
                     backend.write(base + at, data)
                 else:
                     backend.copy(CopyList([Copy(offset, at, nbytes)]), base, base)

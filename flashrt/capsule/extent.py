@@ -66,6 +66,11 @@ class HostBytes:
     arrive: Callable[[], Bytes]
     data: Bytes | None = None
 
+    @classmethod
+    def holding(cls, data: Bytes) -> HostBytes:
+        """Bytes that are here already."""
+        return cls(data.nbytes, lambda: data, data)
+
     @property
     def tier(self) -> Tier:
         """Host."""

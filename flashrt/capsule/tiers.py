@@ -96,12 +96,10 @@ def _to_device(
 
 
 def _keep(item: Item, image: Callable[[], Bytes]) -> StoredBytes:
-    """An image in host memory. Bytes that the device is still sending are not waited for; bytes of
-    a mapped file are copied, as the file may go.
-    """
+    """An image in host memory. Bytes that the device is still sending are not waited for."""
     if item.extent.is_on_device:
         return HostBytes(item.extent.nbytes, image)
-    return HostBytes(item.extent.nbytes, image, image().copy())
+    return HostBytes.holding(image())
 
 
 def _shelve(shelf: Shelf | None, images: Sequence[Bytes]) -> list[StoredBytes]:
