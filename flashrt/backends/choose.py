@@ -1,13 +1,17 @@
 """The choice of a backend by name.
 
-IS: names, and the fall-back of "auto". IS NOT: a backend; those are imported when they are asked
-for.
+IS: names, and the fall-back of "auto". IS NOT: a backend. NVIDIA's libraries are loaded by the
+devices when they are opened, not by an import of this.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
+from flashrt.backends.cpu.device import CpuDevice
+from flashrt.backends.cuda.device import open_device
+from flashrt.backends.cuda.probe import probe
+from flashrt.backends.simt.device import SimtDevice
 from flashrt.base.errors import BackendError
 from flashrt.core.backend import Backend
 
@@ -21,7 +25,7 @@ def open_backend(
 ) -> Backend:
     """The backend by name. Raises BackendError for an unknown name or an unusable device.
 
-    CUDA is imported only where it is asked for: by "cuda", and by "auto", which falls back to the
+    CUDA is looked for only where it is asked for: by "cuda", and by "auto", which falls back to the
     CPU (`flashrt doctor` says why). `cpu_alone_nbytes`: see CpuDevice.
     """
     if device not in DEVICES:
@@ -29,15 +33,7 @@ def open_backend(
     if precision not in PRECISIONS:
         raise BackendError(f"precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     if device == "simt":
-        from flashrt.backends.simt.device import SimtDevice
-
         return SimtDevice(precision)
-    if device != "cpu":
-        from flashrt.backends.cuda.device import open_device
-        from flashrt.backends.cuda.probe import probe
-
-        if device == "cuda" or probe().is_usable:
-            return open_device(precision)
-    from flashrt.backends.cpu.device import CpuDevice
-
+    if device == "cuda" or (device == "auto" and probe().is_usable):
+        return open_device(precision)
     return CpuDevice(alone_nbytes=cpu_alone_nbytes)
