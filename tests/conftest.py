@@ -7,6 +7,7 @@ the rule that cases marked `gpu` exist only where CUDA is usable. IS NOT: fixtur
 from __future__ import annotations
 
 import faulthandler
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from flashrt.backends.cuda.probe import probe
 
 GOLDEN = Path(__file__).parent / "golden"
 NO_GPU = pytest.StashKey[str]()  # the line about cases that were left out
+STDERR = pytest.StashKey[int]()  # the process's own: pytest's capture is lost with the process
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,8 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", default=20, type=int, help="processes killed in the crash test")
     parser.addoption("--seconds", default=5.0, type=float, help="length of the concurrency test")
     parser.addoption(
+        "--operations", default=4000, type=int, help="random operations of the soak of sessions"
+    )
+    parser.addoption(
         "--stride",
-        default=4,
+        default=24,
         type=int,
         help="of the lines of a store's call, one in so many is struck",
     )
@@ -39,10 +44,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Nothing is captured at this moment."""
+    config.stash[STDERR] = os.dup(2)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """When a test hangs, print all stacks and end the process: nothing else interrupts C code."""
-    faulthandler.dump_traceback_later(item.config.getoption("--test-limit"), exit=True)
+    limit, stderr = item.config.getoption("--test-limit"), item.config.stash[STDERR]
+    faulthandler.dump_traceback_later(limit, exit=True, file=stderr)
     try:
         return (yield)
     finally:

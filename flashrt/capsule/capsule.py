@@ -112,6 +112,16 @@ class Capsule:
         return f"<Capsule{label} position={self.position} nbytes={self.nbytes} {self.tier}>"
 
 
+def is_on_device(capsule: Capsule) -> bool:
+    """Whether copies within the arena can address all of its bytes."""
+    place, at = capsule.fixed.place, capsule.segment
+    while isinstance(place, int):
+        if at is None:
+            return True
+        place, at = at.body.rows.place, at.body.parent
+    return False
+
+
 def extents_of(capsule: Capsule) -> list[Extent]:
     """The fixed band, then the rows of the chain, youngest first."""
     return [capsule.fixed, *(s.rows for s in chain_of(capsule.segment))]

@@ -46,6 +46,8 @@ def make_room(table: CapsuleTable, budgets: Budgets, busy: Iterable[Lane]) -> bo
 
     Raises CapsuleError when the disk tier cannot be written.
     """
+    if not budgets.host_bytes and not budgets.disk_bytes:
+        return False
     protected = in_use(table, busy)
     for candidate in candidates(table, Tier.DEVICE, protected):
         if _fits_host(table, budgets, candidate.freed_nbytes, protected):

@@ -27,7 +27,10 @@ class Tier(enum.StrEnum):
     @property
     def speed(self) -> int:
         """2, 1, 0."""
-        return {Tier.DEVICE: 2, Tier.HOST: 1, Tier.DISK: 0}[self]
+        return _SPEED[self]
+
+
+_SPEED = {Tier.DEVICE: 2, Tier.HOST: 1, Tier.DISK: 0}
 
 
 class StoredBytes(Protocol):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from flashrt.capsule.extent import Extent
 from flashrt.core.copylist import Copy
-from flashrt.core.planner import Band, Slot, align
+from flashrt.core.planner import ALIGN, Band, Slot
 
 
 class Body(NamedTuple):
@@ -183,7 +183,10 @@ class Lane:
         """Tokens whose rows were just written become history."""
         position, held, intact, waypoints, journal, moves, _ = self.record
         stop = position + len(tokens)
-        journal[position:stop] = tokens  # beyond the position nobody reads it
+        if stop == position + 1:
+            journal[position] = tokens[0]  # beyond the position nobody reads it
+        else:
+            journal[position:stop] = tokens
         self.record = LaneRecord(stop, held, min(intact, position), waypoints, journal, moves)
 
     def overwrite(self) -> None:
@@ -191,12 +194,14 @@ class Lane:
 
         To be said before the first byte: commits, and guesses that may never be committed.
         """
-        if self.record.intact > self.record.position:
-            self.record = self.record._replace(intact=self.record.position)
+        position, held, intact, waypoints, journal, moves, is_moving = self.record
+        if intact > position:
+            self.record = LaneRecord(position, held, position, waypoints, journal, moves, is_moving)
 
     def hold(self, segment: Segment | None, intact: int) -> None:
         """From now on rows [0, intact) are those of `segment`'s chain."""
-        self.record = self.record._replace(held=segment, intact=intact)
+        position, _, _, waypoints, journal, moves, is_moving = self.record
+        self.record = LaneRecord(position, segment, intact, waypoints, journal, moves, is_moving)
 
     def keep(self, waypoints: tuple[Waypoint, ...]) -> None:
         """These are the boundaries to go back to."""
@@ -218,11 +223,12 @@ class Lane:
         journal: NDArray[np.int32] | None = None,
     ) -> None:
         """The lane is elsewhere, and can be believed again."""
-        journal = self.record.journal if journal is None else journal
-        if journal is self._spare:
-            self._spare = self.record.journal
-        moves = self.record.moves + 1
-        self.record = LaneRecord(position, held, intact, waypoints, journal, moves)
+        record = self.record
+        if journal is None:
+            journal = record.journal
+        elif journal is self._spare:
+            self._spare = record.journal
+        self.record = LaneRecord(position, held, intact, waypoints, journal, record.moves + 1)
 
     def journal_with(self, shared: int) -> NDArray[np.int32]:
         """A journal to write tokens [shared, ...) into: the present one where nothing of the
@@ -233,33 +239,40 @@ class Lane:
             return record.journal
         spare = self._spare
         if spare is record.journal:  # an exception fell between two swaps
-            spare = np.zeros_like(spare)
-        spare[:shared] = record.journal[:shared]
-        self._spare = spare
+            spare = self._spare = np.zeros_like(spare)
+        if shared:
+            spare[:shared] = record.journal[:shared]
         return spare
 
     def base(self, position: int) -> Segment | None:
         """The deepest stored segment of the held chain that ends at or below `position` and is
         intact.
         """
-        limit = min(self.intact, position)
-        return next((s for s in chain_of(self.held) if s.is_stored and s.stop <= limit), None)
+        record = self.record
+        at, limit = record.held, min(record.intact, position)
+        while at is not None:
+            body = at.body
+            if body.stop <= limit and body.rows.place is not None:
+                break
+            at = body.parent
+        return at
 
 
 def shared_rows(lane: Lane, segment: Segment | None) -> int:
     """How many rows of `segment`'s chain are in the lane already."""
-    if lane.record.is_moving:
+    record = lane.record
+    if record.is_moving:
         return 0
-    ours, theirs = lane.held, segment
+    ours, theirs = record.held, segment
     while ours is not theirs:  # up to where the two chains meet: the deeper one steps
         if ours is None or theirs is None:
             return 0
-        depth = ours.stop - theirs.stop
+        depth = ours.body.stop - theirs.body.stop
         if depth >= 0:
-            ours = ours.parent
+            ours = ours.body.parent
         if depth <= 0:
-            theirs = theirs.parent
-    return 0 if ours is None else min(ours.stop, lane.intact)
+            theirs = theirs.body.parent
+    return 0 if ours is None else min(ours.body.stop, record.intact)
 
 
 def path_to(segment: Segment | None, above: int) -> list[Segment]:
@@ -294,7 +307,8 @@ def segment_layout(rows: Band, start: int, stop: int) -> tuple[list[RowBlock], i
         first, last = start // g * g, min(-(-stop // g) * g, storage.lead_nbytes // row_nbytes)
         width, planes = (last - first) * row_nbytes, slot.region.shape[0]
         blocks.append(RowBlock(slot, first, last, offset, width, planes))
-        offset = align(offset + width * planes)
+        offset += width * planes
+        offset += -offset % ALIGN
     return blocks, offset
 
 
@@ -302,9 +316,9 @@ def copies_out(blocks: Sequence[RowBlock], block: int) -> list[Copy]:
     """Rows of a lane -> a block; `blocks` are laid out for that lane's band."""
     copies: list[Copy] = []
     for slot, start, _, offset, width, planes in blocks:
-        pitch, row_nbytes = slot.storage.lead_nbytes, slot.storage.row_nbytes
-        at = slot.offset + start * row_nbytes
-        copies.append(Copy(at, block + offset, width, planes, pitch, width))
+        storage = slot.storage
+        at = slot.offset + start * storage.row_nbytes
+        copies.append(Copy(at, block + offset, width, planes, storage.lead_nbytes, width))
     return copies
 
 

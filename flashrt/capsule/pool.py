@@ -38,18 +38,25 @@ class Pool:
         nothing.
         """
         taken: list[int] = []
+        free = self._free
         for size in sizes:
-            offset = self._take_one(align(size)) if size else -1
-            if offset is None:
+            if not size:
+                taken.append(-1)
+                continue
+            nbytes = align(size)
+            for i, (offset, room) in enumerate(free):
+                if room >= nbytes:
+                    if room == nbytes:
+                        del free[i]
+                    else:
+                        free[i] = (offset + nbytes, room - nbytes)
+                    self._used[offset] = nbytes
+                    taken.append(offset)
+                    break
+            else:
                 for done in taken:
                     self.give(done)
-                largest = max((n for _, n in self._free), default=0)
-                raise PoolFull(
-                    f"the capsule pool has no room for {size} bytes (free {self.free_nbytes} of "
-                    f"{self.nbytes}, largest piece {largest}); drop capsules or load with a larger "
-                    "pool_bytes"
-                )
-            taken.append(offset)
+                raise self._full(size)
         return tuple(taken)
 
     def give(self, offset: int) -> None:
@@ -98,13 +105,10 @@ class Pool:
         if gaps or sum(n for _, n in pieces) != self.nbytes:
             raise PlanError(f"pool pieces do not tile it: {gaps}")
 
-    def _take_one(self, nbytes: int) -> int | None:
-        for i, (offset, room) in enumerate(self._free):
-            if room >= nbytes:
-                if room == nbytes:
-                    del self._free[i]
-                else:
-                    self._free[i] = (offset + nbytes, room - nbytes)
-                self._used[offset] = nbytes
-                return offset
-        return None
+    def _full(self, size: int) -> PoolFull:
+        largest = max((n for _, n in self._free), default=0)
+        return PoolFull(
+            f"the capsule pool has no room for {size} bytes (free {self.free_nbytes} of "
+            f"{self.nbytes}, largest piece {largest}); drop capsules or load with a larger "
+            "pool_bytes"
+        )

@@ -37,7 +37,10 @@ class RestoreMoves:
     @property
     def is_reusable(self) -> bool:
         """Whether all that is read lies in the pool still, where it lay when this was made."""
-        return all(extent.block == block >= 0 for extent, block in self.places)
+        for extent, block in self.places:  # noqa: SIM110 - a generator costs more than the rest
+            if extent.place != block:  # -1, of what was elsewhere, is no place
+                return False
+        return True
 
     def __iter__(self) -> Iterator[Copy]:
         return iter(self.device)

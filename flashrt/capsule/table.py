@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CapsuleError, PoolFull
-from flashrt.base.tracing import COPIES, is_on, trace
+from flashrt.base.flags import flags
+from flashrt.base.tracing import COPIES, trace
 from flashrt.capsule import file, tiers
-from flashrt.capsule.capsule import Capsule, extents_of
+from flashrt.capsule.capsule import Capsule, extents_of, is_on_device
 from flashrt.capsule.compact import compact
 from flashrt.capsule.digest import device_digest, lane_digest
 from flashrt.capsule.extent import Extent, Shelf, StoredBytes, Tier
@@ -69,27 +70,31 @@ class CapsuleTable:
         """Freeze a lane at its boundary. Raises PoolFull and changes nothing when there is no
         room.
         """
+        return self.snapshot_within(lane, name, parent)
+
+    def snapshot_within(self, lane: Lane, name: str | None, parent: Capsule | None) -> Capsule:
+        """`snapshot`, by whoever has the turn."""
         base, blocks, rows_nbytes, (fixed, block) = self._room_for(lane)
-        start = 0 if base is None else base.stop
-        self._run(self._checked(self._fixed_out(lane, fixed), *copies_out(blocks, block)))
-        segment = base
+        self._run(self._checked([self._fixed_out(lane, fixed), *copies_out(blocks, block)]))
+        position, segment = lane.record.position, base
         if rows_nbytes:
-            tokens = lane.journal[start : lane.position].copy()
-            segment = Segment(base, start, lane.position, tokens, Extent(rows_nbytes, block))
+            start = 0 if base is None else base.body.stop
+            tokens = lane.record.journal[start:position].copy()
+            segment = Segment(base, start, position, tokens, Extent(rows_nbytes, block))
         nbytes = self.fixed_nbytes + rows_nbytes
         capsule = Capsule(self, segment, Extent(self.fixed_nbytes, fixed), nbytes, name)
-        if not all(e.is_on_device for e in extents_of(capsule)):
+        if not is_on_device(capsule):
             capsule.known_digest = lane_digest(self.arena, lane)
         self._add(capsule, parent)
         if rows_nbytes:
-            lane.hold(segment, lane.position)
+            lane.hold(segment, position)
         return capsule
 
     @in_turn
     def keep_waypoint(self, lane: Lane) -> Waypoint:
         """Keep the fixed band of a lane's boundary; its rows are in the lane. Raises PoolFull."""
         (block,) = self.pool.take(self.fixed_nbytes)
-        self._run(self._checked(self._fixed_out(lane, block)))
+        self._run(self._checked([self._fixed_out(lane, block)]))
         waypoint = Waypoint(lane.position, block)
         lane.keep((*lane.waypoints, waypoint))
         return waypoint
@@ -105,7 +110,8 @@ class CapsuleTable:
         return self._moves_to_restore(lane, capsule)
 
     def _moves_to_restore(self, lane: Lane, capsule: Capsule) -> RestoreMoves:
-        self.check(capsule)
+        if capsule.owner is not self or self.is_closed or capsule not in self.capsules:
+            self.check(capsule)  # says why not
         shared = shared_rows(lane, capsule.segment)
         known = capsule.known_moves.get(lane.index)
         if known is not None and known.shared == shared and known.is_reusable:
@@ -131,20 +137,34 @@ class CapsuleTable:
         self, lane: Lane, capsule: Capsule, moves: RestoreMoves | None = None
     ) -> RestoreMoves:
         """Put a lane into a capsule's state, whatever was in it; returns what was moved."""
+        return self.restore_within(lane, capsule, moves)
+
+    def restore_within(
+        self, lane: Lane, capsule: Capsule, moves: RestoreMoves | None = None
+    ) -> RestoreMoves:
+        """`restore`, by whoever has the turn."""
         moves = moves or self._moves_to_restore(lane, capsule)
         shared, segment = moves.shared, capsule.segment
-        position = 0 if segment is None else segment.stop
+        position = 0 if segment is None else segment.body.stop
         lane.begin_move()
         self._run(moves.device)
         if moves.uploads:
             self.arena.backend.upload(moves.uploads, self.arena.memory.address)
-        journal = lane.journal if shared >= position else lane.journal_with(shared)
-        at = segment
-        while at is not None and at.stop > shared:  # the journal has the tokens below
-            journal[at.start : at.stop] = at.tokens
-            at = at.parent
-        held, intact = (segment, position) if shared < position else (lane.held, lane.intact)
-        self._moved(lane, position, held, intact, min(shared, lane.position), journal)
+        record = lane.record
+        if shared >= position:
+            held, intact, journal = record.held, record.intact, record.journal
+        else:
+            held, intact, journal = segment, position, lane.journal_with(shared)
+            at = segment
+            while at is not None and at.body.stop > shared:  # the journal has the tokens below
+                _, start, stop, tokens, _ = at.body
+                journal[start:stop] = tokens
+                at = at.body.parent
+        kept, above = record.waypoints, min(shared, record.position)
+        if kept and kept[-1].position > above:
+            self._moved(lane, position, held, intact, above, journal)
+        else:
+            lane.moved(position, held, intact, kept, journal)
         return moves
 
     @in_turn
@@ -153,7 +173,7 @@ class CapsuleTable:
         if waypoint not in lane.waypoints:
             raise CapsuleError(f"waypoint at {waypoint.position} is not one of lane {lane.index}")
         fixed = self.arena.lane(lane.index).fixed
-        moves = self._checked(Copy(waypoint.block, fixed.offset, fixed.nbytes))
+        moves = self._checked([Copy(waypoint.block, fixed.offset, fixed.nbytes)])
         lane.begin_move()
         self._run(moves)
         self._moved(lane, waypoint.position, lane.held, lane.intact, waypoint.position)
@@ -178,7 +198,7 @@ class CapsuleTable:
         copies = [Copy(ours.fixed.offset, theirs.fixed.offset, ours.fixed.nbytes)]
         if shared < source.position:
             copies += copies_across(ours.rows, theirs.rows, shared, source.position)
-        moves = self._checked(*copies)
+        moves = self._checked(copies)
         target.begin_move()
         self._run(moves)
         journal = target.journal_with(0)
@@ -312,7 +332,7 @@ class CapsuleTable:
     def digest_capsule(self, capsule: Capsule) -> str:
         """Digest of a capsule's state: from its bytes on the device, else as known from before."""
         self.check(capsule)
-        if all(e.is_on_device for e in extents_of(capsule)):
+        if is_on_device(capsule):
             return device_digest(self.arena, capsule.fixed, capsule.segment)
         assert capsule.known_digest is not None, "kept by whoever moved bytes off the device"
         return capsule.known_digest
@@ -342,22 +362,22 @@ class CapsuleTable:
     # -- inside ---------------------------------------------------------------------------------
 
     def _rows(self, lane: Lane) -> Band:
-        return self.arena.lane(lane.index).rows
+        return self.arena.plan.lanes[lane.index].rows
 
     def _fixed_out(self, lane: Lane, block: int) -> Copy:
-        fixed = self.arena.lane(lane.index).fixed
+        fixed = self.arena.plan.lanes[lane.index].fixed
         return Copy(fixed.offset, block, fixed.nbytes)
 
     def _read_moves(self, lane: Lane, capsule: Capsule, shared: int, fixed: Copy) -> RestoreMoves:
         rows = copies_in(self._rows(lane), path_to(capsule.segment, shared), shared)
         return read_moves(self.arena, [(capsule.fixed, [fixed]), *rows], shared)
 
-    def _checked(self, *copies: Copy) -> CopyList:
+    def _checked(self, copies: Iterable[Copy]) -> CopyList:
         return CopyList(copies).check(self.arena.plan.nbytes)
 
     def _run(self, moves: CopyList) -> None:
         """Moves that were checked when they were made."""
-        if is_on(COPIES):
+        if flags().debug >= COPIES:
             trace(COPIES, f"{len(moves)} copies, {moves.nbytes} bytes")
         base = self.arena.memory.address
         self.arena.backend.copy(moves, base, base)
@@ -368,25 +388,27 @@ class CapsuleTable:
 
         Making room may merge the very segment that was to be stood on: then once more.
         """
+        position = lane.record.position
         while True:
-            base = lane.base(lane.position)
-            start = 0 if base is None else base.stop
-            blocks, nbytes = list[RowBlock](), 0
-            if lane.position > start:
-                blocks, nbytes = segment_layout(self._rows(lane), start, lane.position)
+            base = lane.base(position)
+            start = 0 if base is None else base.body.stop
+            blocks: list[RowBlock] = []
+            nbytes = 0
+            if position > start:
+                blocks, nbytes = segment_layout(self._rows(lane), start, position)
             before = self._n_compacted
             taken = self._take(self.fixed_nbytes, nbytes)
-            if self._n_compacted == before or lane.base(lane.position) is base:
+            if self._n_compacted == before or lane.base(position) is base:
                 return base, blocks, nbytes, taken
             for offset in taken:
                 self.pool.give(offset)
 
     def _add(self, capsule: Capsule, parent: Capsule | None) -> None:
         """A new capsule: counted, linked, and last of all listed."""
-        for segment in chain_of(capsule.segment):  # a segment that lives refers to its parent
-            segment.refs += 1
-            if segment.refs > 1:
-                break
+        at = capsule.segment
+        while at is not None:
+            at.refs += 1
+            at = at.body.parent if at.refs == 1 else None  # one that lives refers to its parent
         self.turn.created.append(capsule)
         link(capsule, living(parent))
         self.capsules.add(capsule)
@@ -402,12 +424,12 @@ class CapsuleTable:
     ) -> None:
         """A lane is elsewhere; waypoints above a position are not of its history any more."""
         kept = lane.record.waypoints
-        gone: tuple[Waypoint, ...] = ()
-        if kept and kept[-1].position > above:  # they ascend
-            n = sum(w.position <= above for w in kept)
-            kept, gone = kept[:n], kept[n:]
-        lane.moved(position, held, intact, kept, journal)
-        for waypoint in gone:
+        if not kept or kept[-1].position <= above:  # they ascend
+            lane.moved(position, held, intact, kept, journal)
+            return
+        n = sum(w.position <= above for w in kept)
+        lane.moved(position, held, intact, kept[:n], journal)
+        for waypoint in kept[n:]:
             self.pool.give(waypoint.block)
 
     def _take(self, *sizes: int) -> tuple[int, ...]:

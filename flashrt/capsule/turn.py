@@ -36,19 +36,16 @@ class Turn:
         self.end: Callable[[], None] = self.unfinished.clear  # the change is over
         self._repair = repair
 
-    def begin(self) -> None:
-        """A change begins; what an exception left behind is put in order first."""
-        if self.unfinished:
-            self._repair(self.created)
-        self.created = []
-        self.unfinished.append(self)
+    def repair(self) -> None:
+        """What an exception left behind is put in order."""
+        self._repair(self.created)
 
     def go_on(self, created: list[Any]) -> None:
         """The change that gave the turn up has it back. What another thread left unfinished in the
         meantime is put in order now: the end of this change would hide it.
         """
         if self.unfinished:
-            self._repair(self.created)
+            self.repair()
             self.end()
         self.created = created
         self.unfinished.append(self)
@@ -119,14 +116,15 @@ def in_turn(method: Callable[Concatenate[_S, _P], _R]) -> Callable[Concatenate[_
     """
 
     # Lock, change and unlock are on one line: a tracer strikes between lines, and what is left then
-    # is a change that did not finish, never a lock that nobody gives back.
+    # is a change that did not finish, never a lock that nobody gives back. A change begins with a
+    # repair, if one is due, and with nothing made; calls of C alone, as each verb pays for them.
     @functools.wraps(method)
     def call(self: _S, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         turn = self.turn
         if turn.is_mine():
             return method(self, *args, **kwargs)
         try:
-            with turn.lock: return (turn.begin(), method(self, *args, **kwargs), turn.end())[1]  # type: ignore[func-returns-value]  # noqa: E701  # fmt: skip
+            with turn.lock: return (turn.unfinished and turn.repair(), turn.created.clear(), turn.unfinished.append(turn), method(self, *args, **kwargs), turn.end())[3]  # type: ignore[func-returns-value]  # noqa: E501, E701  # fmt: skip
         except RuntimeError as error:
             if (struck := _behind(error)) is None:
                 raise
@@ -146,7 +144,7 @@ def exclusive(method: Callable[Concatenate[_L, _P], _R]) -> Callable[Concatenate
         if turn.is_mine():
             return method(self, *args, **kwargs)
         try:
-            with self.lock, turn.lock: return (turn.begin(), method(self, *args, **kwargs), turn.end())[1]  # type: ignore[func-returns-value]  # noqa: E501, E701  # fmt: skip
+            with self.lock, turn.lock: return (turn.unfinished and turn.repair(), turn.created.clear(), turn.unfinished.append(turn), method(self, *args, **kwargs), turn.end())[3]  # type: ignore[func-returns-value]  # noqa: E501, E701  # fmt: skip
         except RuntimeError as error:
             if (struck := _behind(error)) is None:
                 raise

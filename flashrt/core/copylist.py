@@ -8,7 +8,7 @@ fork is refused before its first byte moves, and so that tests can assert which 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,31 +39,32 @@ class Copy(NamedTuple):
         return self.width * self.height
 
 
-class CopyList:
+class CopyList(tuple[Copy, ...]):
     """Copies whose destinations overlap neither each other nor any source: they may run in any
-    order, or at once. Immutable; a list that runs again remembers its table.
+    order, or at once. A list that runs again remembers its table.
     """
 
-    __slots__ = ("_bases", "_table", "copies", "nbytes")
+    nbytes: int  # moved by the whole list
+    _bases: tuple[int, int] | None = None
+    _table = b""
 
-    def __init__(self, copies: Iterable[Copy] = ()) -> None:
-        self.copies = tuple(copies)
-        self.nbytes = sum([c.width * c.height for c in self.copies])  # moved by the whole list
-        self._bases: tuple[int, int] | None = None
-        self._table = b""
+    def __new__(cls, copies: Iterable[Copy] = ()) -> CopyList:
+        """Of these copies, in this order."""
+        self = super().__new__(cls, copies)
+        self.nbytes = sum([width * height for _, _, width, height, _, _ in self])
+        return self
 
-    def __len__(self) -> int:
-        return len(self.copies)
-
-    def __iter__(self) -> Iterator[Copy]:
-        return iter(self.copies)
+    @property
+    def copies(self) -> tuple[Copy, ...]:
+        """Itself."""
+        return self
 
     def pack(self, src_base: int, dst_base: int) -> bytes:
         """The descriptor table with absolute addresses."""
         if self._bases != (src_base, dst_base):
             words: list[int] = []
-            for src, dst, *shape in self.copies:
-                words += (src_base + src, dst_base + dst, *shape)
+            for src, dst, width, height, src_pitch, dst_pitch in self:
+                words += (src_base + src, dst_base + dst, width, height, src_pitch, dst_pitch)
             self._table = struct.pack(f"@{len(words)}Q", *words)
             self._bases = src_base, dst_base
         return self._table
@@ -76,32 +77,36 @@ class CopyList:
         """
         is_same_memory = src_nbytes is None
         limit = dst_nbytes if src_nbytes is None else src_nbytes
-        first_read = first_written = max(limit, dst_nbytes)
+        first_read = first_written = limit if limit > dst_nbytes else dst_nbytes
         last_read = last_written = 0
         is_ascending = True  # each copy writes behind all before it: the usual list, and disjoint
-        for copy in self.copies:
+        for copy in self:
             src, dst, width, height, src_pitch, dst_pitch = copy
             if width < 1 or height < 1 or src < 0 or dst < 0:
                 raise PlanError(f"{copy} is no copy")
-            if height == 1:
-                src_stop, dst_stop = src + width, dst + width
-            elif src_pitch < width or dst_pitch < width:
-                raise PlanError(f"{copy}: a pitch is under the width")
-            else:
-                src_stop = src + (height - 1) * src_pitch + width
-                dst_stop = dst + (height - 1) * dst_pitch + width
+            src_stop, dst_stop = src + width, dst + width
+            if height > 1:
+                if src_pitch < width or dst_pitch < width:
+                    raise PlanError(f"{copy}: a pitch is under the width")
+                src_stop += (height - 1) * src_pitch
+                dst_stop += (height - 1) * dst_pitch
             if src_stop > limit or dst_stop > dst_nbytes:
                 raise PlanError(f"{copy} leaves {limit} bytes of source or {dst_nbytes}")
             if dst < last_written:
                 is_ascending = False
-            first_read = min(first_read, src)
-            last_read = max(last_read, src_stop)
-            first_written = min(first_written, dst)
-            last_written = max(last_written, dst_stop)
+            # Calls of min and max would take as long as all the rest.
+            if src < first_read:  # noqa: PLR1730
+                first_read = src
+            if src_stop > last_read:  # noqa: PLR1730
+                last_read = src_stop
+            if dst < first_written:  # noqa: PLR1730
+                first_written = dst
+            if dst_stop > last_written:  # noqa: PLR1730
+                last_written = dst_stop
         if not is_ascending:
-            require_disjoint(self.copies)
+            require_disjoint(self)
         if is_same_memory and first_read < last_written and first_written < last_read:
-            _require_unread(self.copies)
+            _require_unread(self)
         return self
 
 

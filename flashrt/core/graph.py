@@ -8,7 +8,7 @@ kernels read the cursor.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from flashrt.base.errors import PlanError, SealedError
 from flashrt.core.arena import Arena
@@ -16,9 +16,8 @@ from flashrt.core.backend import Backend, Graph
 from flashrt.core.tape import Tape
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class GraphKey:
-    """What a graph is captured for."""
+class GraphKey(NamedTuple):
+    """What a graph is captured for; a plain tuple, because every replay makes one."""
 
     phase: str
     rows: int

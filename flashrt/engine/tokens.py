@@ -72,6 +72,7 @@ class TokenEngine(Engine):
         self.draft_counters = DraftCounters()
         super().__init__(model, checkpoint, backend, pool_default=POOL_DEFAULT, **options)
         self._views = [_HostView() for _ in self.lanes]
+        self._cursors = [lane.fixed.slot("cursor").offset for lane in self.arena.plan.lanes]
         self._commit_rows = max(
             (rows for phase, rows in model.phases if phase == COMMIT), default=0
         )
@@ -180,7 +181,7 @@ class TokenEngine(Engine):
     def set_sampler(self, lane: Lane, params: SamplerParams) -> None:
         """Write the sampler's parameters into the lane."""
         view = self._view(lane)
-        if view.sampler == params:
+        if view.sampler is params or view.sampler == params:
             return
         view.sampler = None  # until both are written
         for name, data in (("sampler", params.pack()), ("bias", params.pack_bias())):
@@ -260,8 +261,7 @@ class TokenEngine(Engine):
         self.backend.write(self.arena.memory.address + slot.offset, data)
 
     def _cursor_address(self, lane: Lane, word: int) -> int:
-        slot = self.arena.lane(lane.index).fixed.slot("cursor")
-        return self.arena.memory.address + slot.offset + 4 * word
+        return self.arena.memory.address + self._cursors[lane.index] + 4 * word
 
     def _set_rows(self, lane: Lane, rows: int) -> None:
         view = self._view(lane)

@@ -29,7 +29,8 @@ from flashrt.session import waypoints
 from flashrt.session.speculate import Draft, DraftLength
 from flashrt.session.tail import Tail
 
-RESTORE_BANDS = (("fixed", "rows"), ("rows",))
+WHOLE = ("fixed", "rows")
+RESTORE_BANDS = (WHOLE, ("rows",))
 
 
 EndReason = Literal["stop", "length", "context"]
@@ -247,14 +248,16 @@ class Session:
     def snapshot(self, name: str | None = None) -> Capsule:
         """Freeze the present state. Raises PoolFull, changing nothing, when there is no room."""
         self._settle()
-        parent = self._parent
-        self._parent = self._engine.with_room(
-            lambda: self._table.snapshot(self._lane, name, parent)
-        )
-        return self._parent
+        lane, parent = self._lane, self._parent
+        try:
+            made = self._table.snapshot_within(lane, name, parent)
+        except PoolFull:
+            made = self._engine.with_room(lambda: self._table.snapshot(lane, name, parent))
+        self._parent = made
+        return made
 
     @exclusive
-    def restore(self, capsule: Capsule, bands: tuple[str, ...] = ("fixed", "rows")) -> None:
+    def restore(self, capsule: Capsule, bands: tuple[str, ...] = WHOLE) -> None:
         """Continue from a capsule.
 
         `bands=("rows",)` is for ablation only: it brings back rows and cursor but leaves recurrent
@@ -262,15 +265,17 @@ class Session:
         values alone would do. Raises CapsuleError for a foreign or dropped capsule or one beyond
         max_positions; the session is unchanged then.
         """
-        self._check_not_closed()  # in doubt or not: what was there before is not needed
-        _check_type(capsule)
-        if bands not in RESTORE_BANDS:
-            raise CapsuleError(f"restore: bands={bands}; choose one of {RESTORE_BANDS}")
+        if self._closed_with is not None or self._engine.is_closed:
+            self._check_not_closed()  # in doubt or not: what was there before is not needed
+        if not isinstance(capsule, Capsule):
+            _check_type(capsule)
         moves = None
-        if bands == ("rows",):
+        if bands is not WHOLE and bands != WHOLE:
+            if bands not in RESTORE_BANDS:
+                raise CapsuleError(f"restore: bands={bands}; choose one of {RESTORE_BANDS}")
             cursor = self._engine.arena.lane(0).fixed.slot("cursor")
             moves = self._table.moves_to_restore_rows(self._lane, capsule, cursor)
-        self._table.restore(self._lane, capsule, moves)
+        self._table.restore_within(self._lane, capsule, moves)
         self._lane.owed = None
         self._parent = capsule
         self._epoch += 1
@@ -366,7 +371,8 @@ class Session:
         self._tail.settle()
 
     def _place_waypoint(self) -> None:
-        kept, position = self._lane.waypoints, self._lane.position
+        record = self._lane.record
+        kept, position = record.waypoints, record.position
         last = kept[-1].position if kept else 0
         if not waypoints.is_due(position, last):
             return
@@ -379,11 +385,13 @@ class Session:
             self._table.drop_waypoint(self._lane, waypoint)
 
     def _check_open(self) -> None:
-        self._check_not_closed()
-        if self._lane.is_trusted:
-            self._engine.recover(self._lane)
-        else:
+        if self._closed_with is not None or self._engine.is_closed:
+            self._check_not_closed()
+        lane = self._lane
+        if lane.owed is not None or lane.record.is_moving:  # not to be trusted
             self._make_again()
+        elif self._engine.is_in_flight(lane):
+            self._engine.recover(lane)
 
     def _catch_up(self) -> None:
         """What the device did and the host did not note, as an exception fell in between."""

@@ -63,7 +63,8 @@ class Tail:
     @property
     def end(self) -> int:
         """One past the last token that is history."""
-        return max(self._known.end, self._lane.record.position)
+        known, position = self._known, self._lane.record.position
+        return known.end if known.end > position else position
 
     @property
     def pending(self) -> list[int]:
@@ -106,6 +107,9 @@ class Tail:
         """All history becomes state. One row without logits, sampling or a read of the device: what
         follows is sampled when somebody asks.
         """
+        state, record = self._state, self._lane.record
+        if state.moves != record.moves or state.end <= record.position:
+            return
         pending = self.take_pending()
         if len(pending):
             self._engine.prefill(self._lane, pending)
@@ -145,8 +149,11 @@ class Tail:
         logits_at: int = -1,
     ) -> None:
         """Known tokens begin at the lane's boundary."""
-        lane = self._lane
-        self._state = _Known(lane.moves, lane.position, self.end, tokens, params, kept, logits_at)
+        record, known = self._lane.record, self._state
+        end = position = record.position
+        if known.moves == record.moves and known.end > end:
+            end = known.end
+        self._state = _Known(record.moves, position, end, tokens, params, kept, logits_at)
 
     def _commit_kept(self) -> None:
         """As many pending tokens as the device has kept rows of."""
@@ -166,19 +173,20 @@ class Tail:
     def _decode(self, params: SamplerParams, token: int) -> None:
         self._engine.set_sampler(self._lane, params)
         following = self._engine.decode(self._lane, token)
-        self._restart((following,), params, logits_at=self._lane.position)
+        self._restart((following,), params, logits_at=self._lane.record.position)
         self._committed()
 
     def _step(self, params: SamplerParams, draft: DraftLength, wanted: int) -> None:
         """Feed what is pending, and so learn at least one token more."""
         start = time.perf_counter()
         self._commit_kept()
-        pending = self.pending
-        if not pending:
+        lane, known = self._lane, self._known
+        position = lane.record.position
+        if known.end <= position:  # nothing is pending
             self.sample(params)
             return
-        first, lane = pending[0], self._lane
-        length = draft.next(min(wanted, self._engine.max_positions - lane.position) - 1)
+        first = known.tokens[position - known.base]
+        length = draft.next(min(wanted, self._engine.max_positions - position) - 1)
         n_accepted = 0
         if length:
             self._engine.set_sampler(lane, params)

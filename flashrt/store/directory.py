@@ -25,6 +25,7 @@ from flashrt.base.errors import StoreError, StoreWarning
 from flashrt.base.files import (
     PRIVATE,
     PRIVATE_FOLDER,
+    lock_file,
     make_folders,
     opened,
     outcome,
@@ -261,15 +262,15 @@ class Directory:
         try:
             self._make(self.root)
             mode = self._file_mode()
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-            handle = os.open(path, flags, 0o666 if mode is None else mode)
+            flags = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            file = lock_file(path, flags, 0o666 if mode is None else mode)
         except OSError as error:
             raise StoreError(f"cannot lock {path}: {error.strerror}") from error
         try:
-            self._wait(handle, kind)
+            self._wait(file.fileno(), kind)
             yield
         finally:
-            os.close(handle)
+            file.close()
 
     def _wait(self, handle: int, kind: int) -> None:
         """Until the lock is ours; who holds it is said after a second."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flashrt.base.errors import CapsuleError
-from flashrt.base.files import PRIVATE, PRIVATE_FOLDER, make_folders
+from flashrt.base.files import PRIVATE_FOLDER, lock_file, make_folders
 from flashrt.base.flags import flags
 from flashrt.capsule.extent import StoredBytes
 from flashrt.core.backend import Bytes
@@ -62,12 +63,12 @@ class Spill:
             make_folders(parent, parent, is_durable=False, mode=PRIVATE_FOLDER)
             _sweep(parent)
             fresh = Path(tempfile.mkdtemp(prefix=_FRESH, dir=parent))
-            handle = os.open(fresh / LOCK, os.O_RDWR | os.O_CREAT, PRIVATE)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock = lock_file(fresh / LOCK, os.O_CREAT)
+            fcntl.flock(lock, fcntl.LOCK_EX)
             path = fresh.rename(parent / f"{_LIVE}{os.getpid()}-{fresh.name.removeprefix(_FRESH)}")
         except OSError as error:
             raise CapsuleError(f"cannot make a folder for the disk tier: {error}") from error
-        weakref.finalize(self, _remove, path, handle, os.getpid())
+        weakref.finalize(self, _remove, path, lock, os.getpid())
         return _Home(Directory(path, is_durable=False), os.getpid())
 
 
@@ -89,11 +90,11 @@ class _Home:
             self.folder.delete(object_name(digest))
 
 
-def _remove(path: Path, handle: int, owner: int) -> None:
-    """At the end of the process, or with the engine; not at the end of a forked child."""
+def _remove(path: Path, lock: io.FileIO, owner: int) -> None:
+    """At the end of the process, or with the engine; a forked child's end leaves the folder."""
     if os.getpid() == owner:
         shutil.rmtree(path, ignore_errors=True)
-        os.close(handle)
+    lock.close()
 
 
 def _sweep(parent: Path) -> None:
@@ -104,9 +105,6 @@ def _sweep(parent: Path) -> None:
             if is_fresh and time.time() - path.lstat().st_mtime < _FRESH_S:
                 continue
             made = os.O_CREAT if is_fresh else 0  # killed before it made its lock
-            handle = os.open(path / LOCK, os.O_RDWR | os.O_NOFOLLOW | made, PRIVATE)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with lock_file(path / LOCK, os.O_NOFOLLOW | made) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(handle)

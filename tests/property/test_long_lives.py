@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import flashrt
+from flashrt.backends.cpu import device
 from flashrt.capsule.lineage import segment_layout
 from flashrt.core.planner import align
 
@@ -163,3 +165,132 @@ def test_memory_is_flat(roomy: flashrt.Engine) -> None:
             if step == 8000:
                 break
     assert counts[1] < 1.02 * counts[0]
+
+
+class Soak:
+    """Three agents that keep their newest capsule only, and three users who do anything, on one
+    engine whose pool is too small for all that they would like to keep.
+    """
+
+    def __init__(self, engine: flashrt.Engine, seed: int) -> None:
+        self.engine, self.choose = engine, random.Random(seed)
+        self.agents = [engine.session() for _ in range(3)]
+        self.newest: list[flashrt.Capsule | None] = [None] * 3
+        self.users = [engine.session() for _ in range(3)]
+        self.kept: dict[flashrt.Capsule, str] = {}
+        self.n_full = self.n_checked = 0
+        self.verbs: list[Callable[[int], None]] = [
+            self.agent, self.agent, self.prefill, self.generate, self.snapshot, self.snapshot,
+            self.restore, self.rollback, self.fork, self.drop, self.renew,
+        ]  # fmt: skip
+
+    def run(self, n_operations: int) -> None:
+        """So many operations, each of somebody."""
+        for _ in range(n_operations):
+            self.choose.choice(self.verbs)(self.choose.randrange(3))
+
+    def rest(self) -> tuple[int, int]:
+        """Nothing is kept and all are at the beginning; objects, and bytes of the process, then."""
+        for capsule in [*self.kept, *(c for c in self.newest if c is not None)]:
+            capsule.drop()
+        self.kept.clear()
+        self.newest = [None] * 3
+        for session in [*self.agents, *self.users]:
+            session.rollback(0)
+        self.engine.capsules.check_integrity()
+        assert self.engine.capsules.pool.used_nbytes == 0
+        assert len(self.engine.free_lanes) == 1
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return len(gc.get_objects()), pages * os.sysconf("SC_PAGE_SIZE")
+
+    def agent(self, i: int) -> None:
+        """A turn of somebody who needs no capsule but the newest."""
+        session = self.agents[i]
+        if session.position > 360:
+            session.rollback(self.choose.randrange(20))
+        session.prefill(self.some_tokens())
+        made = self.snapshot_of(session)
+        if made is not None:
+            if (before := self.newest[i]) is not None:
+                before.drop()
+            self.newest[i] = made
+
+    def prefill(self, i: int) -> None:
+        if self.users[i].position < 340:
+            self.users[i].prefill(self.some_tokens())
+
+    def generate(self, i: int) -> None:
+        session = self.users[i]
+        if 0 < session.position < 380:
+            list(session.generate(self.choose.randint(1, 6), temperature=0.7, seed=i))
+
+    def snapshot(self, i: int) -> None:
+        made = self.snapshot_of(self.users[i])
+        if made is not None:
+            self.kept[made] = made.digest
+
+    def restore(self, i: int) -> None:
+        if self.kept:
+            capsule = self.choose.choice(list(self.kept))
+            self.users[i].restore(capsule)
+            self.n_checked += 1
+            assert self.users[i].digest() == self.kept[capsule]
+
+    def rollback(self, i: int) -> None:
+        self.users[i].rollback(self.choose.randint(0, self.users[i].position))
+
+    def fork(self, i: int) -> None:
+        with self.users[i].fork(self.choose.choice([None, *self.kept])) as twin:
+            twin.prefill([1, 2, 3][: 399 - twin.position])
+
+    def drop(self, i: int) -> None:
+        if self.kept:
+            capsule = self.choose.choice(list(self.kept))
+            capsule.drop()
+            del self.kept[capsule]
+
+    def renew(self, i: int) -> None:
+        self.users[i].close()
+        self.users[i] = self.engine.session()
+
+    def snapshot_of(self, session: flashrt.Session) -> flashrt.Capsule | None:
+        """None where the pool is full: then what nobody needs is less than was asked for."""
+        try:
+            return session.snapshot()
+        except flashrt.PoolFull:
+            self.n_full += 1
+            assert not any(lane.waypoints for lane in self.engine.lanes)
+            assert self.engine.capsules.pool.free_nbytes < asked_for(self.engine, session)
+            return None
+
+    def some_tokens(self) -> list[int]:
+        return [self.choose.randrange(512) for _ in range(self.choose.choice((1, 2, 5, 20)))]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="nothing tells its memory here")
+def test_a_soak(
+    roomy: flashrt.Engine, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--operations`, 100,000 by hand. Red when something is kept of what was dropped (objects or
+    bytes after a quarter, and at the end), when a pool with room is called full, or when a capsule
+    brings another state back.
+    """
+    n: int = request.config.getoption("--operations")
+    whole = one_capsule_nbytes(roomy, 399)
+    # Many small replays: two threads on shared cores would wait for each other most of the time.
+    monkeypatch.setattr(device, "thread_count", lambda: 1)
+    with load(8 * whole, lanes=7) as engine:
+        soak = Soak(engine, seed=n)
+        soak.run(n // 4)
+        objects, nbytes = soak.rest()
+        soak.run(n - n // 4)
+        objects_after, nbytes_after = soak.rest()
+        print(
+            f"{n} operations: {objects} objects, then {objects_after}; {nbytes} bytes, then "
+            f"{nbytes_after}; full {soak.n_full} times, {soak.n_checked} digests"
+        )
+        assert soak.n_full > n / 1000
+        assert objects_after < 1.02 * objects
+        assert nbytes_after < 1.02 * nbytes

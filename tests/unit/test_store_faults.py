@@ -10,10 +10,11 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -297,11 +298,19 @@ def test_a_sweep_behind_a_stopped_writer_says_so(store: Store, capsule: flashrt.
         assert sweep.wait(10) == 0
 
 
-def test_the_wait_is_a_warning(store: Store, capsule: flashrt.Capsule) -> None:
+def test_the_wait_is_a_warning(
+    store: Store, capsule: flashrt.Capsule, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Red while a save behind a sweep said nothing, either."""
     store.save(capsule)
     lock = os.open(Path(store.folder.url, "lock"), os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    threading.Timer(1.2, os.close, [lock]).start()
+    warn = warnings.warn
+
+    def heard(*args: Any, **kwargs: Any) -> None:
+        os.close(lock)  # now, and at no moment before, the sweep is over
+        warn(*args, **kwargs)
+
+    monkeypatch.setattr(warnings, "warn", heard)
     with pytest.warns(StoreWarning, match=f"waiting for process {os.getpid()} .*sweeps"):
         store.save(capsule)

@@ -6,9 +6,10 @@
 #include "pool.h"
 
 enum {
-  WORTH_SHARING = 4 << 20,   /* bytes; below, waking a sleeping thread costs more than it brings */
-  WORTH_STREAMING = 1 << 20, /* bytes of a batch; more would leave a core's cache by itself */
-  PAGE = 4096                /* shorter rows are not worth a stream of their own */
+  WORTH_SHARING = 4 << 20, /* bytes; below, waking a sleeping thread costs more than it brings */
+  WORTH_SHARING_AWAKE = 2 << 20, /* the same while the threads still wait for work */
+  WORTH_STREAMING = 1 << 20,     /* bytes of a batch; more would leave a core's cache by itself */
+  PAGE = 4096                    /* shorter rows are not worth a stream of their own */
 };
 
 /* `height` rows of `width` bytes; the order of fields is that of core/copylist.py. */
@@ -79,7 +80,9 @@ static void copy_body(void *argument, int tid, int nt) {
 void flashrt_copy(const flashrt_copy_desc *copies, int n) {
   copy_batch batch = {copies, n, 0};
   for (int i = 0; i < n; i++) batch.nbytes += copies[i].width * copies[i].height;
-  pool_run_if(batch.nbytes >= WORTH_SHARING, copy_body, &batch);
+  int is_middling = batch.nbytes >= WORTH_SHARING_AWAKE && batch.nbytes < WORTH_SHARING;
+  if (is_middling) pool_run_if_awake(copy_body, &batch);
+  else pool_run_if(batch.nbytes >= WORTH_SHARING, copy_body, &batch);
 }
 
 typedef struct {

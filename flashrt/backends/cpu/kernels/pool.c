@@ -24,7 +24,7 @@
 #include <sys/syscall.h>
 #endif
 
-enum { MAX_THREADS = 256, CACHE_LINE = 64, SPIN_NS = 30000, N_YIELDS = 100, HUGE_PAGE = 2 << 20 };
+enum { MAX_THREADS = 256, CACHE_LINE = 64, SPIN_NS = 30000, N_YIELDS = 200, HUGE_PAGE = 2 << 20 };
 
 /* A counter that threads can wait on. */
 typedef struct {
@@ -204,9 +204,8 @@ static int start_threads(int n_threads) {
 
 /* ---- regions ---- */
 
-void pool_run(pool_body body, void *argument) {
-  pthread_mutex_lock(&turn);
-  if (pool.n_wanted) start_threads(pool.n_wanted); /* where that fails, one thread goes on */
+/* With the turn held. */
+static void run_region(pool_body body, void *argument) {
   int nt = pool.n_threads;
   if (nt > 1) {
     pool.body = body;
@@ -215,6 +214,12 @@ void pool_run(pool_body body, void *argument) {
   }
   run_body(body, argument, 0, nt);
   flashrt_barrier(nt);
+}
+
+void pool_run(pool_body body, void *argument) {
+  pthread_mutex_lock(&turn);
+  if (pool.n_wanted) start_threads(pool.n_wanted); /* where that fails, one thread goes on */
+  run_region(body, argument);
   pthread_mutex_unlock(&turn);
 }
 
@@ -222,6 +227,16 @@ void pool_run_alone(pool_body body, void *argument) {
   pthread_mutex_lock(&turn);
   run_body(body, argument, 0, 1);
   pthread_mutex_unlock(&turn);
+}
+
+void pool_run_if_awake(pool_body body, void *argument) {
+  if (pthread_mutex_trylock(&turn) == 0) {
+    int is_awake = !atomic_load_explicit(&pool.generation.sleepers, memory_order_relaxed);
+    if (is_awake) run_region(body, argument);
+    pthread_mutex_unlock(&turn);
+    if (is_awake) return;
+  }
+  run_body(body, argument, 0, 1);
 }
 
 void pool_run_if(int is_worth_sharing, pool_body body, void *argument) {

@@ -4,10 +4,9 @@
  * claims (common.h), and no bit depends on which thread did what. Included by: runtime.c and
  * whoever runs something on all threads outside a replay.
  *
- * Waiting spins for about 30 us, then yields a hundred times, then sleeps in the kernel: a
- * replay's barriers are a fraction of
- * a microsecond apart, and a thread that spins longer takes the core from whoever it waits for
- * when cores are shared.
+ * Waiting spins for about 30 us, then yields two hundred times, then sleeps in the kernel: a
+ * replay's barriers are a fraction of a microsecond apart, and a thread that spins longer takes the
+ * core from whoever it waits for when cores are shared.
  */
 #pragma once
 
@@ -19,6 +18,10 @@ void pool_run(pool_body body, void *argument);
 
 /* Runs body on the calling thread alone, in turn with the regions: what they share is its own. */
 void pool_run_alone(pool_body body, void *argument);
+
+/* Runs body on all threads if these still wait for work, and none has gone to sleep; else, and
+ * while a region runs, on the calling thread alone. */
+void pool_run_if_awake(pool_body body, void *argument);
 
 /* Runs body on the calling thread alone when the work is too small to share. */
 void pool_run_if(int is_worth_sharing, pool_body body, void *argument);
