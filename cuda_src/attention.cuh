@@ -13,7 +13,8 @@
 //   values:  warp w has dims 32 w .. 32 w + 31; lane 4g + t loads 4 consecutive dims of keys 8t ..
 //            8t + 7 of 32.
 //
-// Canonical order. A score: ascending dims, 16 per mma; then times 1 / sqrt(D). Maximum of the
+// Canonical order. A score: ascending dims, 16 per mma; then times 1 / sqrt(D), and times the key's
+// scale where keys are codes; a weight of a value that is codes is rounded after times its scale. Maximum of the
 // block: exact. Sum of the block: keys 4g .. 4g + 3 as (p0 + p1) + (p2 + p3), over g by pairs 1, 2,
 // 4 apart, over warps in order. Weighted sum: ascending keys, 16 per mma. Within each mma step: hi
 // times hi; key or value hi times lo of the pair; lo of a float cache times hi. Blocks are merged
@@ -31,7 +32,10 @@ constexpr int Q_VECTORS = round_up(HEAD_DIM, 64) / 8;  // uint4 per column
 constexpr int P_VECTORS = BLOCK_KEYS / 8;
 constexpr int PARTS = ACT_PARTS;  // hi, lo
 
-#if CACHE_F32
+#if CACHE_CODES
+#include "codes.cuh"
+typedef uint8_t cache_t;
+#elif CACHE_F32
 typedef float cache_t;
 #else
 typedef uint16_t cache_t;
@@ -99,7 +103,9 @@ DEVICE void load_queries(Shared& s, const attention_args& a, const Queries& quer
 
 // 8 dims of a key, as two steps of mma want them
 struct KeyVector {
-#if CACHE_F32
+#if CACHE_CODES
+  uint2 codes;
+#elif CACHE_F32
   float4 first, second;
 #else
   uint4 bits;
@@ -109,7 +115,10 @@ struct KeyVector {
 DEVICE KeyVector load_key(const cache_t* keys, int key, int dim, int limit) {
   bool is_in = key < limit && is_key(key) && dim < HEAD_DIM;
   const cache_t* p = keys + (size_t)(is_in ? key : 0) * HEAD_DIM + dim;
-#if CACHE_F32
+#if CACHE_CODES
+  constexpr uint2 zero = {0, 0};
+  return {is_in ? *reinterpret_cast<const uint2*>(p) : zero};
+#elif CACHE_F32
   constexpr float4 zero = {0, 0, 0, 0};
   const float4* v = reinterpret_cast<const float4*>(p);
   return {is_in ? v[0] : zero, is_in ? v[1] : zero};
@@ -121,7 +130,11 @@ DEVICE KeyVector load_key(const cache_t* keys, int key, int dim, int limit) {
 
 // The registers of a key for the parts of the cache: hi, and lo of floats.
 DEVICE void unpack_key(const KeyVector& v, uint4& hi, uint4& lo) {
-#if CACHE_F32
+#if CACHE_CODES
+  hi = make_uint4(code_pair(v.codes.x, 0), code_pair(v.codes.x, 1), code_pair(v.codes.y, 0),
+                  code_pair(v.codes.y, 1));
+  lo = hi;  // not used
+#elif CACHE_F32
   bf16_split(v.first.x, v.first.y, hi.x, lo.x);
   bf16_split(v.first.z, v.first.w, hi.y, lo.y);
   bf16_split(v.second.x, v.second.y, hi.z, lo.z);
@@ -134,7 +147,9 @@ DEVICE void unpack_key(const KeyVector& v, uint4& hi, uint4& lo) {
 
 // 4 dims of a value row
 struct ValueVector {
-#if CACHE_F32
+#if CACHE_CODES
+  uint32_t codes;
+#elif CACHE_F32
   float4 dims;
 #else
   uint2 bits;
@@ -144,7 +159,9 @@ struct ValueVector {
 DEVICE ValueVector load_value(const cache_t* values, int key, int dim, int limit) {
   bool is_in = key < limit && is_key(key) && dim < HEAD_DIM;
   const cache_t* p = values + (size_t)(is_in ? key : 0) * HEAD_DIM + dim;
-#if CACHE_F32
+#if CACHE_CODES
+  return {is_in ? *reinterpret_cast<const uint32_t*>(p) : 0u};
+#elif CACHE_F32
   constexpr float4 zero = {0, 0, 0, 0};
   return {is_in ? *reinterpret_cast<const float4*>(p) : zero};
 #else
@@ -154,7 +171,10 @@ DEVICE ValueVector load_value(const cache_t* values, int key, int dim, int limit
 }
 
 DEVICE void unpack_value(const ValueVector& v, uint2& hi, uint2& lo) {
-#if CACHE_F32
+#if CACHE_CODES
+  hi = make_uint2(code_pair(v.codes, 0), code_pair(v.codes, 1));
+  lo = hi;  // not used
+#elif CACHE_F32
   bf16_split(v.dims.x, v.dims.y, hi.x, lo.x);
   bf16_split(v.dims.z, v.dims.w, hi.y, lo.y);
 #else
@@ -181,7 +201,8 @@ DEVICE void score_step(Accumulator& s, const uint32_t (&k)[4][2], const uint4 (&
 
 DEVICE void scores(Accumulator& s, const Shared& shared, const cache_t* keys, int first_key,
                    int limit) {
-  constexpr int AHEAD = CACHE_F32 || COLUMN_TILES > 2 ? 1 : 3;  // groups of 32 dims in flight
+  // groups of 32 dims in flight: as many as registers allow
+  constexpr int AHEAD = CACHE_F32 || COLUMN_TILES > 2 || (CACHE_CODES && PARTS > 1) ? 1 : 3;
   int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, key = first_key + 4 * g;
   KeyVector loaded[AHEAD + 1][4];
 #pragma unroll
@@ -224,9 +245,21 @@ DEVICE void scores(Accumulator& s, const Shared& shared, const cache_t* keys, in
 
 // ---- softmax of the block
 
+// Of the rows of one key head, where they are codes; else 1.
+struct Scales {
+  const float *keys, *values;
+
+  DEVICE Scales(const attention_args& a, int key_head)
+      : keys((const float*)a.key_scales + (size_t)key_head * a.S),
+        values((const float*)a.value_scales + (size_t)key_head * a.S) {}
+  DEVICE float key(int row) const { return CACHE_CODES ? keys[row] : 1.0f; }
+  DEVICE float value(int row) const { return CACHE_CODES ? values[row] : 1.0f; }
+};
+
 // Accumulators -> weights in shared memory, block maxima and the warps' sums. All threads call it;
 // after it, and a barrier, `p` and `warp_sum` are there. first_key: of this warp.
-DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int first_key) {
+DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int first_key,
+                    const Scales& scales) {
   Columns& columns = shared.columns;
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3,
       key = first_key + 4 * g;
@@ -240,7 +273,7 @@ DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int 
 #pragma unroll
       for (int m = 0; m < 4; m++) {
         float& x = s[m >> 1][j][e + 2 * (m & 1)];
-        x = key + m <= last && is_key(key + m) ? x * scale : -INF;
+        x = key + m <= last && is_key(key + m) ? x * scale * scales.key(key + m) : -INF;
         largest = fmaxf(largest, x);
       }
 #pragma unroll
@@ -261,19 +294,20 @@ DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int 
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       int column = 8 * j + 2 * t + e;
-      float largest = columns.block_max[column], p[4];
+      float largest = columns.block_max[column], p[4], weight[4];
 #pragma unroll
       for (int m = 0; m < 4; m++) {
         float x = s[m >> 1][j][e + 2 * (m & 1)];
         p[m] = x > -INF ? exp_f32(x - largest) : 0.0f;
+        weight[m] = x > -INF ? p[m] * scales.value(key + m) : 0.0f;
       }
       float sum = (p[0] + p[1]) + (p[2] + p[3]);
 #pragma unroll
       for (int o = 4; o < 32; o <<= 1) sum = sum + __shfl_xor_sync(FULL_WARP, sum, o);
       if (g == 0) columns.warp_sum[warp][column] = sum;
       uint2 hi, lo;
-      bf16_split(p[0], p[1], hi.x, lo.x);
-      bf16_split(p[2], p[3], hi.y, lo.y);
+      bf16_split(weight[0], weight[1], hi.x, lo.x);
+      bf16_split(weight[2], weight[3], hi.y, lo.y);
       int v = swizzle(column, 4 * warp + g / 2);
       reinterpret_cast<uint2*>(&shared.p[0][column][v])[g & 1] = hi;
       if (ACT_PARTS > 1) reinterpret_cast<uint2*>(&shared.p[PARTS - 1][column][v])[g & 1] = lo;
@@ -353,7 +387,17 @@ DEVICE float merge(float sum, float block, float factor_before, float factor_blo
   return fmaf(sum, factor_before, block * factor_block);
 }
 
-// o and sum are 0 where no key was seen.
-DEVICE float gated(float o, float sum, float gate) {
-  return o / (sum > 0.0f ? sum : 1.0f) * sigmoid(gate);
+// The result of one dim; o and sum are 0 where no key was seen. `gate` is that dim's, and not read
+// unless GATED.
+DEVICE float finished(float o, float sum, const float* gate) {
+  float y = o / (sum > 0.0f ? sum : 1.0f);
+#if GATED
+  y = y * sigmoid(*gate);
+#endif
+  return y;
+}
+
+// The gates of a query, a float per dim.
+DEVICE const float* gates_of(const attention_args& a, int row, int head) {
+  return a.u + (size_t)row * a.U + (2 * head + 1) * HEAD_DIM;
 }

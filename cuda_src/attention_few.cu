@@ -1,11 +1,11 @@
 // attention_few.cu - attention for few rows: blocks of keys side by side, then a merge.
 //
-// Contract: y = softmax(q K^T / sqrt(D), causal) V, times sigmoid(gate), for valid rows. Query head
-//           h uses key head h / GROUP; row t sees keys [SHIFT, position + t]; if there are none, y
-//           = 0.
-// Shapes:   q [T, Nq, D], u [T, 2 Nq D + 2 Nk D] (gates beside queries), keys and values [Nk, S,
-//           D], partials [TP, Nq, B, D + 2] = (maximum, sum, o[D]) per block of 256 keys, y [T, Nq
-//           * D] activations.
+// Contract: y = softmax(q K^T / sqrt(D), causal) V, times sigmoid(gate) where GATED, for valid
+//           rows. Query head h uses key head h / GROUP; row t sees keys [SHIFT, position + t]; if
+//           there are none, y = 0.
+// Shapes:   q [T, Nq, D], u [T, U] (GATED: gates beside queries), keys and values [Nk, S, D],
+//           partials [TP, Nq, B, D + 2] = (maximum, sum, o[D]) per block of 256 keys, y [T, Nq * D]
+//           activations; key_scales and value_scales [Nk, S] of codes.
 // Order:    attention.cuh. One graph serves every position: the grid covers the whole cache, blocks
 //           beyond it return.
 // Launch:   attention_partial: grid (B, Nk, T / BLOCK_ROWS), 256 threads. attention_merge: grid
@@ -35,7 +35,7 @@ KERNEL(BOUNDS) attention_partial(ARGS attention_args a) {
 
   Accumulator s = {};
   scores(s, shared, (const cache_t*)a.keys + plane, first_key + 32 * warp, limit);
-  softmax(s, shared, queries, first_key + 32 * warp);
+  softmax(s, shared, queries, first_key + 32 * warp, Scales(a, key_head));
   __syncthreads();
 
   auto partial = [&](int column) {
@@ -109,6 +109,6 @@ KERNEL(256) attention_merge(ARGS attention_args a) {
     __syncthreads();
   }
   if (d >= HEAD_DIM) return;
-  const float* u = a.u + (size_t)row * (2 * a.Nq + 2 * a.Nk) * HEAD_DIM + (2 * head + 1) * HEAD_DIM;
-  ((act_t*)a.y)[((size_t)row * a.Nq + head) * HEAD_DIM + d] = to_act(gated(o, sum, u[d]));
+  const float* gate = gates_of(a, row, head) + d;
+  ((act_t*)a.y)[((size_t)row * a.Nq + head) * HEAD_DIM + d] = to_act(finished(o, sum, gate));
 }

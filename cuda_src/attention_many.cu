@@ -33,7 +33,7 @@ KERNEL(256) attention_rows(ARGS attention_args a) {
        first_key += BLOCK_KEYS) {
     Accumulator block = {};
     scores(block, shared, keys, first_key + 32 * warp, limit);
-    softmax(block, shared, queries, first_key + 32 * warp);
+    softmax(block, shared, queries, first_key + 32 * warp, Scales(a, key_head));
     __syncthreads();
     if (threadIdx.x < COLUMNS) {
       int c = threadIdx.x;
@@ -78,11 +78,10 @@ KERNEL(256) attention_rows(ARGS attention_args a) {
       int column = 8 * j + 2 * t + e, row = queries.row(column),
           head = key_head * GROUP + column % GROUP;
       if (queries.last_key(column) < 0) continue;
-      const float* u =
-          a.u + (size_t)row * (2 * a.Nq + 2 * a.Nk) * HEAD_DIM + (2 * head + 1) * HEAD_DIM + dim;
+      const float* gate = gates_of(a, row, head) + dim;
       act_t* y = (act_t*)a.y + ((size_t)row * a.Nq + head) * HEAD_DIM + dim;
       float sum = columns.sum[column];
-      store_act4(y, gated(o[0][j][e], sum, u[0]), gated(o[0][j][e + 2], sum, u[1]),
-                 gated(o[1][j][e], sum, u[2]), gated(o[1][j][e + 2], sum, u[3]));
+      store_act4(y, finished(o[0][j][e], sum, gate), finished(o[0][j][e + 2], sum, gate + 1),
+                 finished(o[1][j][e], sum, gate + 2), finished(o[1][j][e + 2], sum, gate + 3));
     }
 }

@@ -35,7 +35,9 @@ KERNEL(256) digest_terms(ARGS digest_terms_args a) {
     int64_t plane = i / per_plane, in_plane = i % per_plane, row = start + in_plane / cols,
             col = in_plane % cols;
     const char* p = base + plane * pitch + ((row - origin) * cols + col) * nbytes;
-    uint64_t v = 1 + (nbytes == 2 ? (uint64_t)*(const uint16_t*)p : (uint64_t)*(const uint32_t*)p);
+    uint64_t v = 1 + (nbytes == 1   ? (uint64_t)*(const uint8_t*)p
+                      : nbytes == 2 ? (uint64_t)*(const uint16_t*)p
+                                    : (uint64_t)*(const uint32_t*)p);
     uint64_t key =
         seed + (uint64_t)plane * DIGEST_A + (uint64_t)row * DIGEST_B + (uint64_t)col * DIGEST_C;
     lo += mix(key ^ v * DIGEST_D);

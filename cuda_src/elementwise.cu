@@ -1,7 +1,8 @@
-// elementwise.cu - silu_mul, last_row, last_values, last_cursor, advance: no sums, no order.
+// elementwise.cu - silu_mul, add_bias, last_row, last_values, last_cursor, advance: no sums, no order.
 //
 // silu_mul: y = silu(u[:, :I]) u[:, I:] for valid rows; u [T, 2I] float, y [T, I] activations. Grid
 //           (I / 1024, T).
+// add_bias: x += b for valid rows; x [T, N], b [N] float. Grid (N / 256, T).
 // last_row: y = x[rows - 1]; x [T, H], y [1, H] activations. Grid (H / 256).
 // last_values: y = x[rows - 1]; x [T, C] strided, y [1, C] float. Grid (C / 256).
 // last_cursor: last = a cursor of one row, the last of the launch; all 0 if there is none. One
@@ -21,6 +22,14 @@ KERNEL(256) silu_mul(ARGS silu_mul_args a) {
   } else {
     for (int i = 0; i < 4 && c + i < a.I; i++) y[i] = to_act(silu(gate[i]) * up[i]);
   }
+}
+
+KERNEL(256) add_bias(ARGS add_bias_args a) {
+  begin();
+  int t = blockIdx.y, c = blockIdx.x * 256 + threadIdx.x;
+  if (t >= a.cursor[CURSOR_ROWS] || c >= a.N) return;
+  float* x = a.x + (size_t)t * a.N + c;
+  *x = *x + a.b[c];
 }
 
 KERNEL(256) last_row(ARGS last_row_args a) {

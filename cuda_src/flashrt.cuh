@@ -99,6 +99,35 @@ DEVICE void bf16_split(float x0, float x1, uint32_t& hi, uint32_t& mid, uint32_t
   bf16_split(x0 - bf16_low(hi), x1 - bf16_high(hi), mid, lo);
 }
 
+// a b + c of each half, rounded once
+DEVICE uint32_t bf16_fma(uint32_t a, uint32_t b, uint32_t c) {
+#ifndef SIMT_HOST
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#else
+  return bf16_pack(fmaf(bf16_low(a), bf16_low(b), bf16_low(c)),
+                   fmaf(bf16_high(a), bf16_high(b), bf16_high(c)));
+#endif
+}
+
+// ---- float16, two per register, the first in the low half
+
+DEVICE float f16_to_float(uint16_t bits) {
+#ifndef SIMT_HOST
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+  return f;
+#else
+  // as float32 with float16's exponent, then times 2^112: exact, subnormal numbers included
+  uint32_t magnitude = (bits & 0x7fffu) << 13, sign = (bits & 0x8000u) << 16;
+  if (magnitude >= 0x7c00u << 13) return __uint_as_float(sign | magnitude | 0x7f800000u);
+  return __uint_as_float(sign | __float_as_uint(__uint_as_float(magnitude) * 0x1p112f));
+#endif
+}
+DEVICE float f16_low(uint32_t pair) { return f16_to_float((uint16_t)pair); }
+DEVICE float f16_high(uint32_t pair) { return f16_to_float((uint16_t)(pair >> 16)); }
+
 // Activations as tensor cores take them, in ACT_PARTS parts: 1 bfloat16; 2 a pair hi + lo (hi in
 // the low half); 3 the bits of a float, which `linear` splits in three where it reads them.
 #ifdef ACT_PARTS
@@ -235,6 +264,18 @@ DEVICE uint4 load_stream(const void* p) {
 #endif
 }
 
+DEVICE uint2 load_stream8(const void* p) {
+#ifndef SIMT_HOST
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(p));
+  return v;
+#else
+  return *static_cast<const uint2*>(p);
+#endif
+}
+
 // Copies 16 bytes from global to shared memory, or fills them with zeros without reading.
 DEVICE void copy_async16(void* shared, const void* global, bool is_read = true CALLER) {
 #ifndef SIMT_HOST
@@ -290,5 +331,20 @@ DEVICE void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a
 #else
   const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
   simt::mma(c, a, b PASS_CALLER);
+#endif
+}
+
+// c = a b, as `mma` to a c of zeros
+DEVICE void mma_first(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                      uint32_t b0, uint32_t b1 CALLER) {
+#ifndef SIMT_HOST
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%10,%10,%10,%10};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(0.0f));
+#else
+  c[0] = c[1] = c[2] = c[3] = 0.0f;
+  mma(c, a0, a1, a2, a3, b0, b1 PASS_CALLER);
 #endif
 }

@@ -1,29 +1,20 @@
-// linear.cuh - how weights lie in memory, and the canonical order of y = x W^T. Shared by
-// linear_few, linear_many, embed.
+// linear.cuh - the canonical order of y = x W^T, shared by linear_few and linear_many. The format
+// of W is weights.cuh's.
 //
-// W [N, K] is stored as operands of mma: row tiles of 16, each a run of ceil(K / 32) chunks of 32 k
-// (zeros beyond N and K), a chunk two steps of 16 k, a step 32 lanes x 16 bytes. Within a chunk
-// lane 4g + t takes k = 8t + 4 step + {0..3} of rows g and g + 8, in place of mma's 2t, 2t+1, 2t+8,
-// 2t+9: a sum does not care which k is called which, and so one 16-byte load of x at 8t serves both
-// steps.
-//
-// Canonical order of each output: chains of K_SLICE k in ascending steps, each from zero; their
-// sums folded in order, ((0 + s0) + s1) + ...; an x in several parts (ACT_PARTS) is added part by
-// part in each step. Fixed by K alone.
+// Canonical order of each output: slices of K_SLICE k, each from zero; their sums folded in order,
+// ((0 + s0) + s1) + ... A slice of plain weights is one chain of mma in ascending steps. With scales
+// it is a chain for every 32 k, or 16 where groups are so small: each from zero, then slice =
+// fma(s, chain, slice), and with a minimum slice = fma(m, sum of x, slice), where the sum of x is a
+// chain of mma too, with a row of ones. Scales of e4m3 on e2m1 are multiplied into the operands, so
+// that the slice is one chain again; the scale of a row comes last. An x or a w in several parts is
+// multiplied part by part in each step. All fixed by K and the format.
 #pragma once
+#include "weights.cuh"
 
-constexpr int K_CHUNK = 32, K_SLICE = 256, SLICE_CHUNKS = K_SLICE / K_CHUNK;
-constexpr int CHUNK_VECTORS = 2 * 32;  // uint4 per chunk of a row tile: [step][lane]
+constexpr int K_SLICE = 256, SLICE_CHUNKS = K_SLICE / K_CHUNK;
+constexpr int FOLDS = IS_SCALED_EARLY ? 0 : CHUNK_SCALES;  // per chunk
 
-// Index, in units of 4 elements, of W[n][k .. k + 3]; k a multiple of 4.
-DEVICE size_t matrix_quad(int n, int k, int K) {
-  size_t chunk = (size_t)(n / 16) * ceil_div(K, K_CHUNK) + k / K_CHUNK;
-  int lane = 4 * (n % 8) + k % K_CHUNK / 8, step = k / 4 % 2;
-  return ((chunk * 2 + step) * 32 + lane) * 2 + n % 16 / 8;
-}
-
-#ifdef ACT_PARTS
-// x[k .. k + 7] of one token as b operands: [part][step][register].
+// x of one token as b operands, from the four k of each step: [part][step][register].
 struct Operand {
   uint32_t part[ACT_PARTS][2][2];
 };
@@ -52,16 +43,94 @@ DEVICE Operand unpack_operand(uint4 first, uint4 second) {
 DEVICE Operand unpack_operand(uint4 v) { return Operand{{{{v.x, v.y}, {v.z, v.w}}}}; }
 #endif
 
-// One step of 16 k: the canonical sequence of mma. The registers of `w` are (row g: two pairs, row
-// g + 8: two pairs).
-DEVICE void multiply_step(float (&c)[4], uint4 w, const Operand& x, int step CALLER) {
+// One step of 16 k: the canonical sequence of mma. IS_FIRST: of a chain, from zero.
+template <bool IS_FIRST = false, int PARTS>
+DEVICE void multiply_step(float (&c)[4], const uint32_t (&w)[PARTS][4], const Operand& x,
+                          int step CALLER) {
 #pragma unroll
   for (int i = 0; i < ACT_PARTS; i++)
-    mma(c, w.x, w.z, w.y, w.w, x.part[i][step][0], x.part[i][step][1] PASS_CALLER);
+#pragma unroll
+    for (int j = 0; j < PARTS; j++) {
+      if (IS_FIRST && i == 0 && j == 0)
+        mma_first(c, w[j][0], w[j][1], w[j][2], w[j][3], x.part[i][step][0],
+                  x.part[i][step][1] PASS_CALLER);
+      else
+        mma(c, w[j][0], w[j][1], w[j][2], w[j][3], x.part[i][step][0],
+            x.part[i][step][1] PASS_CALLER);
+    }
+}
+
+// The chain that fold f of a chunk takes: a step, or both.
+template <int PARTS>
+DEVICE void multiply_chain(float (&chain)[4], const uint32_t (&first)[PARTS][4],
+                           const uint32_t (&second)[PARTS][4], const Operand& x, int f CALLER) {
+  if (FOLDS == 2) {
+    if (f == 0) multiply_step<true>(chain, first, x, 0 PASS_CALLER);
+    else multiply_step<true>(chain, second, x, 1 PASS_CALLER);
+  } else {
+    multiply_step<true>(chain, first, x, 0 PASS_CALLER);
+    multiply_step(chain, second, x, 1 PASS_CALLER);
+  }
+}
+
+// Sums of x over the folds of a chunk, of tokens 2t and 2t + 1: the same for every row of W.
+struct XSums {
+  float of[FOLDS ? FOLDS : 1][2];
+};
+
+DEVICE XSums sum_x(const Operand& x CALLER) {
+  XSums sums = {};
+  if constexpr (HAS_MIN) {
+    constexpr uint32_t ones[1][4] = {{ONE, ONE, ONE, ONE}};
+#pragma unroll
+    for (int f = 0; f < FOLDS; f++) {
+      float chain[4];
+      multiply_chain(chain, ones, ones, x, f PASS_CALLER);
+      sums.of[f][0] = chain[0];
+      sums.of[f][1] = chain[1];
+    }
+  }
+  return sums;
+}
+
+// A chunk of weights: operands of both steps and what is left of their scales.
+struct Chunk {
+  Fragment step[2];
+  Scale scale[FOLDS ? FOLDS : 1];
+};
+
+DEVICE Chunk chunk_of(const Codes& codes, const StoredScale (&stored)[2]) {
+  Chunk chunk;
+#pragma unroll
+  for (int s = 0; s < 2; s++) {
+    chunk.step[s] = fragment_of(codes, s);
+    if constexpr (IS_SCALED_EARLY) scale_early(chunk.step[s], stored[CHUNK_SCALES == 2 ? s : 0]);
+  }
+#pragma unroll
+  for (int f = 0; f < FOLDS; f++) chunk.scale[f] = scale_of(stored[f]);
+  return chunk;
+}
+
+DEVICE void multiply_chunk(float (&c)[4], const Chunk& w, const Operand& x,
+                           const XSums& sums CALLER) {
+  if constexpr (FOLDS == 0) {
+    multiply_step(c, w.step[0].part, x, 0 PASS_CALLER);
+    multiply_step(c, w.step[1].part, x, 1 PASS_CALLER);
+  } else {
+#pragma unroll
+    for (int f = 0; f < FOLDS; f++) {
+      float chain[4];
+      multiply_chain(chain, w.step[0].part, w.step[1].part, x, f PASS_CALLER);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        c[i] = fmaf(w.scale[f].s[i >> 1], chain[i], c[i]);
+        if (HAS_MIN) c[i] = fmaf(w.scale[f].m[i >> 1], sums.of[f][i & 1], c[i]);
+      }
+    }
+  }
 }
 
 DEVICE void fold(float (&sum)[4], const float (&slice)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) sum[i] = sum[i] + slice[i];
 }
-#endif

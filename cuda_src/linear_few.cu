@@ -1,35 +1,60 @@
 // linear_few.cu - y = x W^T for up to 32 tokens: bound by the bytes of W.
 //
 // Contract: y[t][n] for t < cursor.rows; other rows are neither read nor written.
-// Shapes:   x [T, K] activations, w [N, K] as in linear.cuh, y [T, N] float.
+// Shapes:   x [T, K] activations, w [N, K] as in weights.cuh, y [T, N] float.
 // Order:    linear.cuh. Warp w takes slices w, w + WARPS, ...; warp 0 folds them in order through
 //           shared memory.
 // Launch:   grid (N / 16, T / (8 * TOKEN_TILES)), WARPS warps: few, so that blocks of one
 //           multiprocessor overlap, unless there are too few row tiles to fill the device. A warp
-//           holds a slice of weights (8 KB), and loads half of the next while it multiplies the
-//           other half; the first one it loads before it waits for the kernel that makes x.
+//           holds two batches of weights, in bfloat16 a slice (8 KB), and loads one while it
+//           multiplies the other; the first ones it loads before it waits for the kernel that
+//           makes x.
 #include "flashrt.cuh"
 #include "linear.cuh"
 
-// What the registers must leave room for on a multiprocessor: 16 warps, 8 of the widest.
-constexpr int THREADS = 32 * WARPS, MIN_BLOCKS = (TOKEN_TILES == 4 ? 8 : 16) / WARPS;
-constexpr int HALF_CHUNKS = SLICE_CHUNKS / 2, HALF_VECTORS = 2 * HALF_CHUNKS;
+// What the registers must leave room for on a multiprocessor: 16 warps, 8 of the widest, or where
+// chains and scales need registers too.
+constexpr bool IS_WIDE = TOKEN_TILES == 4 || (TOKEN_TILES == 2 && FOLDS);
+constexpr int THREADS = 32 * WARPS, MIN_BLOCKS = (IS_WIDE ? 8 : 16) / WARPS;
+constexpr int BATCH_CHUNKS = IS_C_ORDER ? 1 : SLICE_CHUNKS / 2;
+constexpr int MOST_GROUPS = CHUNK_SCALES == 2 ? 2 * BATCH_CHUNKS : BATCH_CHUNKS;  // of a batch
 
-// x[token][k .. k + 7]; zeros beyond the valid rows and beyond K
+// Chunks of a row tile as they are stored, what a lane needs of them.
+struct Batch {
+  Codes codes[BATCH_CHUNKS];
+  uint2 scales[N_PLANES ? N_PLANES : 1][MOST_GROUPS];
+};
+
+// Where a lane finds a row tile.
+struct Tile {
+  const uint8_t* codes;
+  const uint8_t* plane[N_PLANES ? N_PLANES : 1];
+  const float* row[2];  // float32 in C order: rows g and g + 8, at 8t
+};
+
+// x[token], four k from k on and four from k + STEP_K; zeros beyond the valid rows and beyond K
 DEVICE Operand load_x(const act_t* x, bool is_row, int k, int K) {
-  constexpr uint4 zero = {0, 0, 0, 0};
 #if ALIGNED
-  bool is_in = is_row && k < K;
-  const uint4* p = reinterpret_cast<const uint4*>(x + k);
+  bool is_in = is_row && k < K, is_in2 = is_row && k + STEP_K < K;
 #if ACT_PARTS > 1
-  return unpack_operand(is_in ? p[0] : zero, is_in ? p[1] : zero);
+  constexpr uint4 zero = {0, 0, 0, 0};
+  return unpack_operand(is_in ? *reinterpret_cast<const uint4*>(x + k) : zero,
+                        is_in2 ? *reinterpret_cast<const uint4*>(x + k + STEP_K) : zero);
 #else
-  return unpack_operand(is_in ? p[0] : zero);
+  if (STEP_K == 4)
+    return unpack_operand(is_in ? *reinterpret_cast<const uint4*>(x + k) : make_uint4(0, 0, 0, 0));
+  constexpr uint2 zero = {0, 0};
+  uint2 first = is_in ? *reinterpret_cast<const uint2*>(x + k) : zero,
+        second = is_in2 ? *reinterpret_cast<const uint2*>(x + k + STEP_K) : zero;
+  return unpack_operand(make_uint4(first.x, first.y, second.x, second.y));
 #endif
 #else
   act_t v[8];
 #pragma unroll
-  for (int i = 0; i < 8; i++) v[i] = is_row && k + i < K ? x[k + i] : 0;
+  for (int i = 0; i < 8; i++) {
+    int at = k + i % 4 + i / 4 * STEP_K;
+    v[i] = is_row && at < K ? x[at] : 0;
+  }
 #if ACT_PARTS > 1
   return unpack_operand(make_uint4(v[0], v[1], v[2], v[3]), make_uint4(v[4], v[5], v[6], v[7]));
 #else
@@ -39,25 +64,80 @@ DEVICE Operand load_x(const act_t* x, bool is_row, int k, int K) {
 #endif
 }
 
-// Weights of chunks [first, first + HALF_CHUNKS) of a row tile; beyond `end` nothing is loaded.
-DEVICE void load_half(uint4 (&w)[HALF_VECTORS], const uint4* tile, int first, int end) {
+DEVICE Tile tile_of(const void* w, int n, int n_chunks, int N, int K, int g, int t) {
+  Tile tile;
+  if constexpr (IS_C_ORDER) {
 #pragma unroll
-  for (int i = 0; i < HALF_VECTORS; i++)
-    if (first + i / 2 < end) w[i] = load_stream(tile + (size_t)first * CHUNK_VECTORS + 32 * i);
+    for (int row = 0; row < 2; row++)  // rows beyond N: another, whose sums nobody takes
+      tile.row[row] =
+          static_cast<const float*>(w) + (size_t)min(16 * n + 8 * row + g, N - 1) * K + 8 * t;
+  } else {
+    tile.codes = static_cast<const uint8_t*>(w) + n * tile_bytes(n_chunks);
+#pragma unroll
+    for (int p = 0; p < N_PLANES; p++) tile.plane[p] = tile.codes + plane_offset(p, n_chunks);
+  }
+  return tile;
 }
 
-DEVICE void multiply_half(float (&c)[TOKEN_TILES][4], const uint4 (&w)[HALF_VECTORS], int first,
-                          int end, const act_t* x, int token, int rows, int t, int K) {
+// Eight k of two rows, at k of each; zeros beyond K
+DEVICE Codes load_rows(const Tile& tile, int k, int t, int K) {
+  Codes codes;
 #pragma unroll
-  for (int i = 0; i < HALF_CHUNKS; i++) {
+  for (int i = 0; i < CODE_WORDS / 4; i++) {
+    int step = i / 2, at = k + 4 * step;
+    const float* p = tile.row[i % 2] + at;
+#if ALIGNED
+    uint4 v = at + 8 * t < K ? *reinterpret_cast<const uint4*>(p) : make_uint4(0, 0, 0, 0);
+    codes.word[4 * i] = v.x;
+    codes.word[4 * i + 1] = v.y;
+    codes.word[4 * i + 2] = v.z;
+    codes.word[4 * i + 3] = v.w;
+#else
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      codes.word[4 * i + j] = at + 8 * t + j < K ? __float_as_uint(p[j]) : 0;
+#endif
+  }
+  return codes;
+}
+
+// Chunks [first, first + BATCH_CHUNKS); beyond `end` nothing is loaded.
+DEVICE void load_batch(Batch& batch, const Tile& tile, int first, int end, int lane, int K) {
+#pragma unroll
+  for (int i = 0; i < BATCH_CHUNKS; i++) {
+    if (first + i >= end) continue;
+    if constexpr (IS_C_ORDER) batch.codes[i] = load_rows(tile, (first + i) * K_CHUNK, lane & 3, K);
+    else batch.codes[i] = load_codes<true>(tile.codes + (size_t)(first + i) * CHUNK_BYTES, lane);
+  }
+#pragma unroll
+  for (int p = 0; p < N_PLANES; p++)
+#pragma unroll
+    for (int i = 0; i < plane_groups(p, BATCH_CHUNKS * K_CHUNK); i++) {
+      int k = first * K_CHUNK + i * plane_size(p);
+      if (k < end * K_CHUNK)
+        batch.scales[p][i] = load_scale(
+            p, tile.plane[p] + (size_t)(k / plane_size(p)) * 16 * plane_bytes(p), lane >> 2);
+    }
+}
+
+DEVICE void multiply_batch(float (&c)[TOKEN_TILES][4], const Batch& batch, int first, int end,
+                           const act_t* x, int token, int rows, int t, int K) {
+#pragma unroll
+  for (int i = 0; i < BATCH_CHUNKS; i++) {
     if (first + i >= end) break;
+    StoredScale stored[2];
+#pragma unroll
+    for (int f = 0; f < CHUNK_SCALES; f++)
+#pragma unroll
+      for (int p = 0; p < N_PLANES; p++)
+        stored[f].plane[p] = batch.scales[p][(i * K_CHUNK + 16 * f) / plane_size(p)];
+    Chunk w = chunk_of(batch.codes[i], stored);
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; j++) {
       bool is_row = token + 8 * j < rows;
       Operand b = load_x(x + (size_t)(is_row ? token + 8 * j : 0) * K, is_row,
-                         (first + i) * K_CHUNK + 8 * t, K);
-      multiply_step(c[j], w[2 * i], b, 0);
-      multiply_step(c[j], w[2 * i + 1], b, 1);
+                         (first + i) * K_CHUNK + LANE_K * t, K);
+      multiply_chunk(c[j], w, b, sum_x(b));
     }
   }
 }
@@ -67,14 +147,19 @@ KERNEL(THREADS, MIN_BLOCKS) linear_few(ARGS linear_args a) {
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   int K = a.K, n_chunks = ceil_div(K, K_CHUNK), n_slices = ceil_div(K, K_SLICE);
   int first_token = blockIdx.y * 8 * TOKEN_TILES;
-  const uint4* tile =
-      reinterpret_cast<const uint4*>(a.w) + (size_t)blockIdx.x * n_chunks * CHUNK_VECTORS + lane;
+  Tile tile = tile_of(a.w, blockIdx.x, n_chunks, a.N, K, g, t);
   const act_t* x = (const act_t*)a.x;
 
-  uint4 front[HALF_VECTORS], back[HALF_VECTORS];
+  Batch front, back;
   // weights do not depend on the predecessor
-  load_half(front, tile, warp * SLICE_CHUNKS, n_chunks);
-  load_half(back, tile, warp * SLICE_CHUNKS + HALF_CHUNKS, n_chunks);
+  load_batch(front, tile, warp * SLICE_CHUNKS, n_chunks, lane, K);
+  load_batch(back, tile, warp * SLICE_CHUNKS + BATCH_CHUNKS, n_chunks, lane, K);
+  float row_scale[2] = {1.0f, 1.0f};
+  if constexpr (HAS_ROW_SCALE) {
+    const float* p = reinterpret_cast<const float*>(tile.codes + row_scale_offset(n_chunks));
+    row_scale[0] = p[2 * g];
+    row_scale[1] = p[2 * g + 1];
+  }
   begin();
   int rows = a.cursor[CURSOR_ROWS];
   if (first_token >= rows) return;
@@ -82,12 +167,17 @@ KERNEL(THREADS, MIN_BLOCKS) linear_few(ARGS linear_args a) {
   float sum[TOKEN_TILES][4] = {};
   for (int s0 = 0; s0 < n_slices; s0 += WARPS) {
     float c[TOKEN_TILES][4] = {};
-    int first = (s0 + warp) * SLICE_CHUNKS, next = first + WARPS * SLICE_CHUNKS,
-        turn = s0 / WARPS & 1;
-    multiply_half(c, front, first, n_chunks, x, first_token + g, rows, t, K);
-    load_half(front, tile, next, n_chunks);
-    multiply_half(c, back, first + HALF_CHUNKS, n_chunks, x, first_token + g, rows, t, K);
-    load_half(back, tile, next + HALF_CHUNKS, n_chunks);
+    int slice = (s0 + warp) * SLICE_CHUNKS, turn = s0 / WARPS & 1;
+#pragma unroll
+    for (int i = 0; i < SLICE_CHUNKS; i += 2 * BATCH_CHUNKS) {
+      int first = slice + i, next = i + 2 * BATCH_CHUNKS < SLICE_CHUNKS
+                                        ? first + 2 * BATCH_CHUNKS
+                                        : slice + WARPS * SLICE_CHUNKS;
+      multiply_batch(c, front, first, n_chunks, x, first_token + g, rows, t, K);
+      load_batch(front, tile, next, n_chunks, lane, K);
+      multiply_batch(c, back, first + BATCH_CHUNKS, n_chunks, x, first_token + g, rows, t, K);
+      load_batch(back, tile, next + BATCH_CHUNKS, n_chunks, lane, K);
+    }
     if (WARPS == 1) {
 #pragma unroll
       for (int j = 0; j < TOKEN_TILES; j++) fold(sum[j], c[j]);
@@ -110,6 +200,7 @@ KERNEL(THREADS, MIN_BLOCKS) linear_few(ARGS linear_args a) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       int n = blockIdx.x * 16 + g + 8 * (i >> 1), token = first_token + 8 * j + 2 * t + (i & 1);
-      if (token < rows && n < a.N) a.y[(size_t)token * a.N + n] = sum[j][i];
+      if (token < rows && n < a.N)
+        a.y[(size_t)token * a.y_stride + n] = with_row_scale(sum[j][i], row_scale[i >> 1]);
     }
 }

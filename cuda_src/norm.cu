@@ -4,13 +4,13 @@
 //           beyond cursor.rows are left alone. w holds 1 + weight. draft_input: y[t] = [norm of
 //           table[tokens[t]] | norm of hidden[t - 1]], in place of hidden[-1] the one row `last`.
 // Shapes:   x, r [T, H] float, w [H] float, y [T, H] activations. draft_input: table [V, H] as
-//           linear.cuh stores matrices, hidden [T, H] and last [1, H] activations, y [T, 2 H].
+//           weights.cuh stores matrices, hidden [T, H] and last [1, H] activations, y [T, 2 H].
 // Order:    thread i sums vectors i, i + THREADS, ... in ascending order, then block_sum. Fixed by
 //           H alone.
 // Launch:   block per row (draft_input: two, one per half), the row in registers: WIDTH * VECTORS *
 //           THREADS >= H.
 #include "flashrt.cuh"
-#include "linear.cuh"
+#include "weights.cuh"
 
 struct Row {
   float v[VECTORS][WIDTH];
@@ -34,10 +34,16 @@ DEVICE void load(float (&v)[WIDTH], const act_t* p) {
 }
 
 // Elements of table[token] from k on, a multiple of WIDTH.
-DEVICE void load_embedding(float (&v)[WIDTH], const uint16_t* table, int token, int k, int H) {
-  const uint16_t* quad = table + 4 * matrix_quad(token, k & ~3, H);
+DEVICE void load_embedding(float (&v)[WIDTH], const void* table, int token, int k, int H) {
+  float4 q = load_quad(table, token, k & ~3, H);
+  float quad[4] = {q.x, q.y, q.z, q.w};
+  if constexpr (WIDTH == 4) {
 #pragma unroll
-  for (int i = 0; i < WIDTH; i++) v[i] = bf16_to_float(quad[(k & 3) + i]);
+    for (int i = 0; i < WIDTH; i++) v[i] = quad[i];
+  } else {
+    int i = k & 3;
+    v[0] = i == 0 ? quad[0] : i == 1 ? quad[1] : i == 2 ? quad[2] : quad[3];
+  }
 }
 
 // Index of the first element of vector j of this thread; at or beyond H: none.

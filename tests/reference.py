@@ -139,26 +139,29 @@ def gated_rmsnorm(o: Operands) -> Results:
 def split(o: Operands, Nq: int, Nk: int, D: int) -> tuple[Array, Array, Array, Array]:
     """Query and gate [n, Nq, D], key and value [n, Nk, D] of the rows of u."""
     u = o.valid("u")
-    qg = u[:, : 2 * Nq * D].reshape(-1, Nq, 2, D)
-    kv = u[:, 2 * Nq * D :].reshape(-1, 2, Nk, D)
-    return qg[:, :, 0], qg[:, :, 1], kv[:, 0], kv[:, 1]
+    parts = 2 if o.attrs["gated"] else 1
+    qg = u[:, : parts * Nq * D].reshape(-1, Nq, parts, D)
+    kv = u[:, parts * Nq * D :].reshape(-1, 2, Nk, D)
+    return qg[:, :, 0], qg[:, :, -1], kv[:, 0], kv[:, 1]
 
 
-def rope(x: Array, position: int, inv_freq: Array) -> Array:
+def rope(x: Array, position: int, inv_freq: Array, magnitude: float) -> Array:
     """x [n, heads, D], row t at position + t; the angle is float32, as the model's is."""
     positions = np.arange(position, position + len(x)).astype(np.float32)
     angle = (positions[:, None] * inv_freq.astype(np.float32)).astype(np.float64)[:, None]
     half = len(inv_freq)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    cos, sin = np.cos(angle), np.sin(angle)
+    cos, sin = magnitude * np.cos(angle), magnitude * np.sin(angle)
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
 def rope_append(o: Operands) -> Results:
     (_, Nq, D), (Nk, _, _) = o["q"].shape, o["keys"].shape
     q, _, k, v = split(o, Nq, Nk, D)
-    q, k = (normed(x, o.attrs["eps"]) * o[w] for x, w in ((q, "q_norm"), (k, "k_norm")))
-    q, k = (rope(x, o.position - int(o.attrs["shift"]), o["inv_freq"]) for x in (q, k))
+    if o.attrs["normed"]:
+        q, k = (normed(x, o.attrs["eps"]) * o[w] for x, w in ((q, "q_norm"), (k, "k_norm")))
+    first = o.position - int(o.attrs["shift"])
+    q, k = (rope(x, first, o["inv_freq"], o.attrs["magnitude"]) for x in (q, k))
     keys, values = (np.full(o[name].shape, np.nan) for name in ("keys", "values"))
     at = slice(o.position, o.position + len(k))
     keys[:, at], values[:, at] = k.swapaxes(0, 1), v.swapaxes(0, 1)
@@ -167,7 +170,7 @@ def rope_append(o: Operands) -> Results:
 
 def attention(o: Operands) -> Results:
     (_, Nq, D), (Nk, _, _) = o["q"].shape, o["keys"].shape
-    q, gate = o.valid("q"), split(o, Nq, Nk, D)[1]
+    q = o.valid("q")
     y = np.zeros(q.shape)
     for t, h in np.ndindex(len(q), Nq):
         seen, plane = slice(int(o.attrs["shift"]), o.position + t + 1), h // (Nq // Nk)
@@ -176,12 +179,18 @@ def attention(o: Operands) -> Results:
         score = o["keys"][plane, seen] @ q[t, h] / np.sqrt(D)
         p = np.exp(score - score.max())
         y[t, h] = (p / p.sum()) @ o["values"][plane, seen]
-    return {"y": o.padded("y", (y * sigmoid(gate)).reshape(len(q), -1))}
+    if o.attrs["gated"]:
+        y = y * sigmoid(split(o, Nq, Nk, D)[1])
+    return {"y": o.padded("y", y.reshape(len(q), -1))}
 
 
 def silu_mul(o: Operands) -> Results:
     gate, up = np.split(o.valid("u"), 2, axis=1)
     return {"y": o.padded("y", silu(gate) * up)}
+
+
+def add_bias(o: Operands) -> Results:
+    return {"x": o.padded("x", o.valid("x") + o["b"])}
 
 
 def last_row(o: Operands) -> Results:
@@ -340,7 +349,8 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
     f.__name__: f
     for f in (
         embed, rmsnorm, add_rmsnorm, linear, conv_window, delta_gates, delta_rule, gated_rmsnorm,
-        rope_append, attention, silu_mul, last_row, last_values, last_cursor, advance, sample,
+        rope_append, attention, silu_mul, add_bias, last_row, last_values, last_cursor, advance,
+        sample,
         conv_verify, delta_verify, draft_input, draft_begin, draft_note, verify_cursors, accept,
         take_token,
     )

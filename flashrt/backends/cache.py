@@ -30,6 +30,7 @@ from flashrt.base.errors import CacheWarning, CompileError
 from flashrt.base.files import (
     PRIVATE,
     PRIVATE_FOLDER,
+    lock_file,
     make_folders,
     opened,
     read_exactly,
@@ -146,7 +147,7 @@ class KernelCache:
                 _sweep(folder)
                 self._is_swept = True
             fresh = Path(tempfile.mkdtemp(prefix="new-", dir=folder))
-            lock = os.open(fresh / _LOCK, os.O_RDWR | os.O_CREAT, PRIVATE)
+            lock = lock_file(fresh / _LOCK, os.O_CREAT)
         work = fresh
         try:
             with _told_as_compile_error(folder):
@@ -157,7 +158,7 @@ class KernelCache:
             yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)
-            os.close(lock)
+            lock.close()
 
 
 def problem(folder: Path) -> str:
@@ -220,12 +221,9 @@ def _sweep(folder: Path) -> None:
 
 def _sweep_one(path: Path, age_s: float) -> None:
     if path.name.startswith("build-") and (path / _LOCK).exists():
-        lock = os.open(path / _LOCK, os.O_RDWR)
-        try:
+        with lock_file(path / _LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(lock)
     elif age_s > _STALE_S and (path.name.startswith(("build-", "new-")) or _is_of_simt(path)):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -120,8 +120,8 @@ class Arena:
             slot, base = slots[view.region], self.memory.address
         else:
             raise PlanError(f"region {view.region.name!r} is in no band of the plan")
-        item = resolve_dtype(view.region.dtype, self.backend.act).nbytes
-        return base + slot.offset + view.lead * slot.storage.lead_nbytes + view.col * item
+        bits = resolve_dtype(view.region.dtype, self.backend.act).bits
+        return base + slot.offset + view.lead * slot.storage.lead_nbytes + view.col * bits // 8
 
 
 class _Closed:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from flashrt.core.copylist import CopyList, Upload
 from flashrt.core.digest import DigestTerm
+from flashrt.core.groups import Planes
 from flashrt.core.op import Launch, Op
 from flashrt.core.region import DType, Region
 
@@ -93,12 +94,14 @@ class Backend(Protocol):
         ...
 
     def storage(self, region: Region) -> Storage: ...
-    def pack(self, region: Region, array: NDArray[np.generic], out: Bytes) -> None:
-        """Logical array -> storage bytes. bfloat16 arrays come as uint16 bits."""
+    def pack(self, region: Region, array: NDArray[np.generic] | Planes, out: Bytes) -> None:
+        """Logical array -> storage bytes. bfloat16 arrays come as uint16 bits, matrices in groups
+        as planes.
+        """
         ...
 
     def unpack(self, region: Region, raw: Bytes) -> NDArray[np.generic]:
-        """Storage bytes -> logical array (bfloat16 as uint16 bits)."""
+        """Storage bytes -> logical array (bfloat16 as uint16 bits); not for matrices in groups."""
         ...
 
     def digest_layout(self, region: Region) -> int:

@@ -36,7 +36,7 @@ class DigestTerm:
 
     `offset` points at plane 0, row `origin` (a segment starts at the granule that holds its
     parent's position; a lane at row 0); one plane is `pitch` bytes. `layout` is the code in
-    LAYOUT_CODE; `elem_nbytes` is 2 or 4. A region that is not rows is one plane of one row, its
+    LAYOUT_CODE; `elem_nbytes` is 1, 2 or 4. A region that is not rows is one plane of one row, its
     stored elements (padding included) the columns.
     """
 

@@ -16,6 +16,7 @@ from enum import IntEnum
 
 from flashrt.base.errors import PlanError
 from flashrt.core import digest
+from flashrt.core.groups import Scales
 from flashrt.core.op import Op
 from flashrt.core.region import DType
 
@@ -34,7 +35,7 @@ def c_header(ops: Sequence[Op], used_by: str | None = None) -> str:
         for prefix, values in _enums(ops).items()
         if used_by is None or any(name in used_by for name in values)
     }
-    lines = [_enum(values) for values in (_dtypes(), _layouts(), *enums.values())]
+    lines = [_enum(values) for values in (_dtypes(), _scales(), _layouts(), *enums.values())]
     lines += [f"#define DIGEST_{name} {value:#x}ull" for name, value in digest.CONSTANTS.items()]
     return "\n".join(["#pragma once", *lines, "", *(op.c_struct() for op in wanted)])
 
@@ -42,6 +43,10 @@ def c_header(ops: Sequence[Op], used_by: str | None = None) -> str:
 def _dtypes() -> Values:
     stored = [d for d in DType if d not in (DType.ACT, DType.ACT_WIDE)]
     return {f"DTYPE_{d.name}": d.code for d in stored}
+
+
+def _scales() -> Values:
+    return {f"SCALES_{s.name}": s.code for s in Scales}
 
 
 def _layouts() -> Values:

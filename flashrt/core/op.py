@@ -6,7 +6,8 @@ struct. IS NOT: code. A backend maps an op's name to its kernel.
 
 The argument block of op `f` is the C struct `f_args` (see `c_struct`): a pointer per param in
 order, then as int32 the dims in order of first appearance, `<param>_stride` for strided params,
-`<param>_dtype` for params that allow several dtypes; then the attributes. An `ACT` pointer is void:
+`_dtype` for those that allow several, `_group`, `_outer` and `_scales` for those that may be in
+groups (0, 0, -1 without: see groups); then the attributes. An `ACT` pointer is void:
 its dtype is a constant of the backend. CPU kernels get a pointer to the block, CUDA kernels get it
 by value.
 """
@@ -45,6 +46,7 @@ class Param:
     layout: Layout = Layout.PLAIN
     is_strided: bool = False  # a window over columns of a wider region is welcome
     words: type[IntEnum] | None = None  # names of elements of the last dimension: see core.header
+    may_be_grouped: bool = False  # quantised matrices are welcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Op:
         """All of it but the doc, as text: what fingerprints cover."""
         params = [
             f"{p.access} {p.name} {p.dims} {','.join(p.dtypes)} {p.layout} {p.is_strided}"
+            + " grouped" * p.may_be_grouped
             for p in self.params
         ]
         attrs = [f"{a.kind} {a.name}" for a in self.attrs]
@@ -91,6 +94,7 @@ class Op:
         """`struct` format of the argument block."""
         ints = len(self.symbols)
         ints += sum(p.is_strided for p in self.params) + sum(len(p.dtypes) > 1 for p in self.params)
+        ints += 3 * sum(p.may_be_grouped for p in self.params)
         attrs = "".join("i" if a.kind == "int32" else "f" for a in self.attrs)
         return f"@{len(self.params)}P{ints}i{attrs}0P"
 
@@ -105,6 +109,12 @@ class Op:
         lines += [f"  int32_t {s};" for s in self.symbols]
         lines += [f"  int32_t {p.name}_stride;" for p in self.params if p.is_strided]
         lines += [f"  int32_t {p.name}_dtype;" for p in self.params if len(p.dtypes) > 1]
+        lines += [
+            f"  int32_t {p.name}_{what};"
+            for p in self.params
+            if p.may_be_grouped
+            for what in ("group", "outer", "scales")
+        ]
         lines += [f"  {'int32_t' if a.kind == 'int32' else 'float'} {a.name};" for a in self.attrs]
         doc = self.doc.replace("*/", "* /")  # which would end the comment
         return (
@@ -139,6 +149,14 @@ class Launch:
         pairs = list(zip(self.op.params, self.operands, strict=True))
         values += [v.row_stride for p, v in pairs if p.is_strided]
         values += [resolve_dtype(v.region.dtype, act).code for p, v in pairs if len(p.dtypes) > 1]
+        for p, v in pairs:
+            if p.may_be_grouped:
+                groups = v.region.groups
+                values += (
+                    (0, 0, -1)
+                    if groups is None
+                    else (groups.size, groups.outer, groups.scales.code)
+                )
         return struct.pack(self.op.struct_format, *values, *self.attrs)
 
 
@@ -188,6 +206,8 @@ def _check(op: Op, param: Param, view: View) -> None:
         raise PlanError(
             f"{op.name}.{param.name}: wants {wanted}, region {region.name!r} is {region.dtype}"
         )
+    if region.groups is not None and not param.may_be_grouped:
+        raise PlanError(f"{op.name}.{param.name}: region {region.name!r} is quantised")
     if region.layout is not param.layout:
         raise PlanError(
             f"{op.name}.{param.name}: wants {param.layout}, "

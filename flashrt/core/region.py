@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, replace
 
 from flashrt.base.errors import PlanError
+from flashrt.core.groups import Groups
 
 
 class Role(enum.StrEnum):
@@ -36,13 +37,27 @@ class DType(enum.StrEnum):
     I32 = "int32"
     U32 = "uint32"
     U8 = "uint8"
+    F16 = "float16"
+    I8 = "int8"
+    U4 = "uint4"
+    U5 = "uint5"
+    U6 = "uint6"
+    E4M3 = "float8_e4m3"  # finite: S.1111.111 is NaN, no infinity
+    E2M1 = "float4_e2m1"
     ACT = "act"
     ACT_WIDE = "act_wide"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one element; `ACT` has none until a backend resolves it."""
+        """Bytes of one element. `ACT` has none until a backend resolves it; codes of less than a
+        byte have `bits` alone.
+        """
         return _DTYPE_NBYTES[self]
+
+    @property
+    def bits(self) -> int:
+        """Bits of one element."""
+        return _DTYPE_BITS.get(self) or 8 * self.nbytes
 
     @property
     def code(self) -> int:
@@ -52,9 +67,13 @@ class DType(enum.StrEnum):
 
 _DTYPE_NBYTES = {
     DType.F32: 4, DType.BF16: 2, DType.BF16X2: 4, DType.I32: 4, DType.U32: 4, DType.U8: 1,
+    DType.F16: 2, DType.I8: 1, DType.E4M3: 1,
 }  # fmt: skip
+_DTYPE_BITS = {DType.U4: 4, DType.U5: 5, DType.U6: 6, DType.E2M1: 4}
 _DTYPE_CODE = {
     DType.F32: 0, DType.BF16: 1, DType.BF16X2: 2, DType.I32: 3, DType.U32: 4, DType.U8: 5,
+    DType.F16: 6, DType.I8: 7, DType.U4: 8, DType.U5: 9, DType.U6: 10, DType.E4M3: 11,
+    DType.E2M1: 12,
 }  # fmt: skip
 
 
@@ -84,12 +103,17 @@ class Layout(enum.StrEnum):
     )
 
 
+# Elements that only a scale makes a value.
+CODE_DTYPES = (DType.I8, DType.U4, DType.U5, DType.U6, DType.E4M3, DType.E2M1)
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     """A named typed range.
 
     `shape` is logical; for role ROWS it is (planes, max_positions, cols). `is_digested` says
-    whether the bytes belong to what the next logits depend on (see `core.digest`).
+    whether the bytes belong to what the next logits depend on (see `core.digest`). `groups`: of a
+    quantised matrix, how its codes become values; None for one that holds values themselves.
     """
 
     name: str
@@ -98,6 +122,7 @@ class Region:
     role: Role
     layout: Layout = Layout.PLAIN
     is_digested: bool = False
+    groups: Groups | None = None
 
     def __post_init__(self) -> None:
         if not self.name or any(n < 1 for n in self.shape) or not self.shape:
@@ -107,6 +132,13 @@ class Region:
         if self.role is Role.ROWS and len(self.shape) != 3:
             raise PlanError(
                 f"region {self.name!r}: rows need (planes, max_positions, cols), got {self.shape}"
+            )
+        if self.groups is not None and (
+            self.layout is not Layout.MATRIX or self.dtype not in CODE_DTYPES
+        ):
+            raise PlanError(
+                f"region {self.name!r}: groups are of matrices of codes, not of {self.layout} "
+                f"{self.dtype}"
             )
         in_lanes = self.layout in (Layout.ROWS_IN_LANES, Layout.COLS_IN_LANES)
         if in_lanes and self.role is not Role.ROWS:

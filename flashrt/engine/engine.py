@@ -119,7 +119,7 @@ class Engine:
         self.graphs = GraphTable(backend, self.arena)
         self._tapes = {(t.phase, t.rows): t for t in tapes}
         self._owners: list[weakref.ref[object] | None] = [None] * lanes
-        self._is_closed = False
+        self.is_closed = False
         self._capture(tapes, progress)
         if before_seal is not None:
             before_seal(self.arena, tapes)
@@ -255,8 +255,8 @@ class Engine:
 
         A second close does nothing; leaving a `with engine:` block closes too.
         """
-        if not self._is_closed:
-            self._is_closed = True
+        if not self.is_closed:
+            self.is_closed = True
             self.capsules.close()
             self.graphs.close()
             self.arena.close()
@@ -271,11 +271,12 @@ class Engine:
 
     def replay(self, phase: str, rows: int, lane: Lane) -> None:
         """One graph on a lane; at FLASHRT_DEBUG=2 launch by launch, with microseconds."""
-        if tracing.is_on(tracing.LAUNCHES):
+        asked = flags()
+        if asked.debug >= tracing.LAUNCHES:
             self._replay_traced(phase, rows, lane)
         else:
             key = GraphKey(phase, rows, lane.index)
-            if (rows == 1 and active_count() == 1) or flags().poison:
+            if (rows == 1 and active_count() == 1) or asked.poison:
                 # A short kernel and nobody to wait for it; or nobody may poison scratch meanwhile.
                 self.graphs.replay(key)
             else:
@@ -290,7 +291,7 @@ class Engine:
 
     def check_open(self) -> None:
         """Raises SessionError once the engine is closed."""
-        if self._is_closed:
+        if self.is_closed:
             raise SessionError("the engine is closed; load another one")
 
     def _drop_waypoints(self, lane: Lane) -> None:
@@ -356,6 +357,7 @@ def _fingerprint(
         "model": model.name,
         "config": model.identity,
         "weights": report.digest,
+        "formats": [_format(r.region) for r in model.weights if r.is_matrix],
         "constants": [r.constant for r in model.weights if r.constant],
         "launches": {
             phase: [(launch.op.name, launch.attrs) for launch in tape.launches]
@@ -370,6 +372,11 @@ def _fingerprint(
         ],
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode())
+
+
+def _format(region: Region) -> str:
+    """How a matrix holds its weights: the same source may be loaded in several formats."""
+    return f"{region.dtype} {region.groups}"
 
 
 def _describe(region: Region) -> tuple[str, tuple[int, ...], str, str]:

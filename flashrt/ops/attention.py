@@ -1,49 +1,65 @@
 """Attention: rotary embedding with the append to the cache, and the softmax over it.
 
-IS: signatures. IS NOT: code; see `table`. Nq and Nk are query and key/value heads, D the head size.
+IS: signatures. IS NOT: code; see `table`. Nq and Nk are query and key/value heads, D the head size,
+U the columns of the projections u: [per head: q, gate | k | v] where `gated`, else [q | k | v].
+
+Keys and values of one byte are codes: x = code * scale, one float32 scale per row and head, which
+is the largest |x| of the row over 127 (int8) or 448 (float8 e4m3); codes are rounded to nearest
+even. A row without a finite largest has the scale NaN, one whose scale were below 1e-30 scale 0.
 """
 
 from __future__ import annotations
 
 from flashrt.core.op import Attr, Op
 from flashrt.core.region import Layout
-from flashrt.ops.params import CURSOR, act, cache_rows, f32
+from flashrt.ops.params import CURSOR, act, cache_rows, cache_scales, f32
 
 ATTENTION_BLOCK = 256  # keys per partial softmax, in absolute positions
 
 ROPE_APPEND = Op(
     "rope_append",
-    "per row, from u = [per head: q, gate | k | v]: q = rope(rmsnorm(q)), keys[position + t] = "
-    "rope(rmsnorm(k)), values[position + t] = v; the first 2*R2 dims of a head turn, in halves, by "
-    "the angle of position + t - shift; norm weights hold 1 + weight",
+    "per row of u: q = rope(norm(q)), keys[position + t] = rope(norm(k)), values[position + t] = "
+    "v; norm is rmsnorm where `normed` (its weights are applied as they are), else nothing; rope "
+    "turns the first 2*R2 dims of a head, in halves, by the angle of position + t - shift, and "
+    "multiplies them by `magnitude`",
     (
-        f32("u", "r", "T", "2*Nq*D+2*Nk*D"),
-        f32("q_norm", "r", "D"),
+        f32("u", "r", "T", "U"),
+        f32("q_norm", "r", "D"),  # both are read only where `normed`
         f32("k_norm", "r", "D"),
         f32("inv_freq", "r", "R2"),
         CURSOR,
         f32("q", "w", "T", "Nq", "D"),
         cache_rows("keys", "rw", Layout.ROWS_IN_LANES),
         cache_rows("values", "rw", Layout.COLS_IN_LANES),
+        cache_scales("key_scales", "rw"),  # of codes, else not used
+        cache_scales("value_scales", "rw"),
     ),
-    (Attr("eps", "float32"), Attr("shift")),
+    (
+        Attr("eps", "float32"),
+        Attr("shift"),
+        Attr("gated"),
+        Attr("normed"),
+        Attr("magnitude", "float32"),
+    ),
 )
 ATTENTION = Op(
     "attention",
-    "softmax(q K^T / sqrt(D), causal) V, times sigmoid(gate), the gate read from u (see "
-    "rope_append); query head h uses key/value head h / (Nq / Nk); rows below `shift` are no keys; "
-    "keys in absolute blocks of 256, partials merged in ascending order",
+    "softmax(q K^T / sqrt(D), causal) V, where `gated` times sigmoid(gate), the gate read from u; "
+    "query head h uses key/value head h / (Nq / Nk); rows below `shift` are no keys; keys in "
+    "absolute blocks of 256, partials merged in ascending order",
     (
         f32("q", "r", "T", "Nq", "D"),
-        f32("u", "r", "T", "2*Nq*D+2*Nk*D"),
+        f32("u", "r", "T", "U"),  # read only where `gated`: q itself will do elsewhere
         cache_rows("keys", "r", Layout.ROWS_IN_LANES),
         cache_rows("values", "r", Layout.COLS_IN_LANES),
+        cache_scales("key_scales", "r"),  # of codes, else not read
+        cache_scales("value_scales", "r"),
         CURSOR,
         # block partials (m, l, o[D]) for launches of few rows, so that blocks can be spread over
         # cores
         f32("partials", "w", "TP", "Nq", "B", "D+2"),
         act("y", "w", "T", "Nq*D"),
     ),
-    (Attr("shift"),),
+    (Attr("shift"), Attr("gated")),
     constants=(("ATTENTION_BLOCK", ATTENTION_BLOCK),),
 )

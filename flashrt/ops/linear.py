@@ -23,7 +23,7 @@ IDENTITY, SILU = Activation
 LINEAR = Op(
     "linear",
     "y = x w^T; the order of each output's sum depends on K alone",
-    (act("x", "r", "T", "K"), matrix("w", "N", "K"), CURSOR, f32("y", "w", "T", "N")),
+    (act("x", "r", "T", "K"), matrix("w", "N", "K"), CURSOR, f32("y", "w", "T", "N", strided=True)),
 )
 DENSE = Op(
     "dense",

@@ -9,10 +9,10 @@ from __future__ import annotations
 from enum import IntEnum
 
 from flashrt.core.op import Access, Param
-from flashrt.core.region import DType, Layout
+from flashrt.core.region import CODE_DTYPES, DType, Layout
 from flashrt.ops.cursor import CURSOR_WORDS, CursorWord, PolicyWord
 
-CACHE_DTYPES = (DType.F32, DType.BF16)  # of keys and values
+CACHE_DTYPES = (DType.F32, DType.BF16, DType.I8, DType.E4M3)  # of keys and values
 Dim = int | str
 
 
@@ -26,9 +26,13 @@ def act(name: str, access: Access, *dims: Dim) -> Param:
     return Param(name, access, dims, (DType.ACT,))
 
 
+# Of weight matrices: values, or codes in groups.
+WEIGHT_DTYPES = (DType.BF16, DType.F16, DType.F32, *CODE_DTYPES)
+
+
 def matrix(name: str, *dims: Dim) -> Param:
-    """Weights in bfloat16."""
-    return Param(name, "r", dims, (DType.BF16,), Layout.MATRIX)
+    """Weights of a language model, as they are stored: see core.groups."""
+    return Param(name, "r", dims, WEIGHT_DTYPES, Layout.MATRIX, may_be_grouped=True)
 
 
 def f32_matrix(name: str, *dims: Dim) -> Param:
@@ -39,6 +43,14 @@ def f32_matrix(name: str, *dims: Dim) -> Param:
 def cache_rows(name: str, access: Access, layout: Layout) -> Param:
     """Keys or values of all positions."""
     return Param(name, access, ("Nk", "S", "D"), CACHE_DTYPES, layout)
+
+
+def cache_scales(name: str, access: Access) -> Param:
+    """What codes of keys or values are multiplied by, one per row. Keys that are no codes stand in
+    for scales that there are not.
+    """
+    dims = ("Nk", "S", "C")
+    return Param(name, access, dims, (DType.F32, DType.BF16), Layout.ROWS_IN_LANES)
 
 
 def i32(name: str, access: Access, *dims: Dim, words: type[IntEnum] | None = None) -> Param:

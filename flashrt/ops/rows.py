@@ -24,6 +24,11 @@ SILU_MUL = Op(
     "y = silu(u[:, :I]) * u[:, I:]",
     (f32("u", "r", "T", "2*I"), CURSOR, act("y", "w", "T", "I")),
 )
+ADD_BIAS = Op(
+    "add_bias",
+    "x += b, per row",
+    (f32("x", "rw", "T", "N"), f32("b", "r", "N"), CURSOR),
+)
 LAST_ROW = Op(
     "last_row",
     "y = x[rows - 1]",

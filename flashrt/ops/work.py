@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from flashrt.core.backend import Backend
 from flashrt.core.op import Launch, Op, Param
-from flashrt.core.region import DType, Layout, Role, View, resolve_dtype
+from flashrt.core.region import DType, Layout, Region, Role, View, resolve_dtype
 from flashrt.core.tape import Tape
 from flashrt.ops import table as ops
 
@@ -69,15 +69,31 @@ def _flop(launch: Launch, rows: int, position: int) -> int:
 
 
 def _moved_bytes(launch: Launch, param: Param, view: View, act: DType, position: int) -> int:
-    item = resolve_dtype(view.region.dtype, act).nbytes
-    dims, count = launch.dims, math.prod(view.shape)
+    region, dims, count = view.region, launch.dims, math.prod(view.shape)
     rows = dims.get("T", 1)
-    if view.region.role is Role.ROWS:  # those that attention sees, or those that are appended
+    if param.name in ("key_scales", "value_scales") and view.shape[-1] > 1:
+        return 0  # keys that are no codes stand in, and are not read
+    if region.role is Role.ROWS:  # those that attention sees, or those that are appended
         seen = position + rows if launch.op is ops.ATTENTION else rows
-        return count // view.shape[1] * seen * item
-    if launch.op is ops.EMBED and view.region.layout is Layout.MATRIX:
-        return rows * dims["H"] * item
+        return _nbytes_of(region, act, count // view.shape[1] * seen)
+    if launch.op is ops.EMBED and region.layout is Layout.MATRIX:
+        return _nbytes_of(region, act, rows * dims["H"])
     if param.name == "partials":  # written, then read by the merge; none when rows are many
         blocks = -(-(position + rows) // ops.ATTENTION_BLOCK) if dims["TP"] >= rows else 0
-        return 2 * count // dims["B"] * blocks * item
-    return count * item * (2 if param.access == "rw" else 1)
+        return _nbytes_of(region, act, 2 * count // dims["B"] * blocks)
+    return _nbytes_of(region, act, count * (2 if param.access == "rw" else 1))
+
+
+def _nbytes_of(region: Region, act: DType, count: int) -> int:
+    """Bytes of so many elements; of a matrix in groups, of whole rows and their scales. What
+    storage is filled up with counts for nothing.
+    """
+    nbytes = count * resolve_dtype(region.dtype, act).bits // 8
+    if region.groups is not None:
+        columns = region.shape[-1]
+        per_row = sum(
+            p.dtype.itemsize * (-(-columns // p.size) if p.size else 1)
+            for p in region.groups.planes
+        )
+        nbytes += count // columns * per_row
+    return nbytes

@@ -44,6 +44,11 @@ def valid(array: Array, n: int) -> Array:
     return array
 
 
+def read_if(is_read: int, array: Array) -> Array:
+    """An operand that stands in where an attribute says that it is not read: NaN there."""
+    return array if is_read else np.full_like(array, np.nan)
+
+
 def embed(T: int, n: int, V: int, H: int, position: int, S: int) -> Case:
     rng = rng_for("embed", T, n, V, H)
     tokens = rng.integers(0, V, T).astype(np.int32)
@@ -148,16 +153,24 @@ def rope_append(
     S: int,
     kv: str,
     shift: int = 0,
+    form: tuple[int, int, float] = (1, 1, 1.0),
 ) -> Case:
+    """`form`: gated, normed, magnitude."""
     Nq, Nk = heads
+    gated, normed, magnitude = form
     rng = rng_for("rope_append", T, n, heads, D, position)
     operands = {
-        "u": valid(randn(rng, T, 2 * (Nq + Nk) * D), n), "q_norm": 1 + randn(rng, D),
-        "k_norm": 1 + randn(rng, D), "inv_freq": inverse_frequencies(R2),
+        "u": valid(randn(rng, T, ((1 + gated) * Nq + 2 * Nk) * D), n),
+        "q_norm": read_if(normed, 1 + randn(rng, D)), "k_norm": read_if(normed, 1 + randn(rng, D)),
+        "inv_freq": inverse_frequencies(R2),
         "cursor": cursor(position, n), "q": (T, Nq, D), "keys": (Nk, S, D), "values": (Nk, S, D),
+        "key_scales": (Nk, S, 1), "value_scales": (Nk, S, 1),
     }  # fmt: skip
     dtypes = {"keys": KV[kv], "values": KV[kv]}
-    return Case("rope_append", operands, {"eps": EPS, "shift": shift}, dtypes)
+    attrs = {
+        "eps": EPS, "shift": shift, "gated": gated, "normed": normed, "magnitude": magnitude,
+    }  # fmt: skip
+    return Case("rope_append", operands, attrs, dtypes)
 
 
 def attention(
@@ -169,6 +182,7 @@ def attention(
     S: int,
     kv: str,
     shift: int = 0,
+    gated: int = 1,
 ) -> Case:
     Nq, Nk = heads
     rng = rng_for("attention", T, n, heads, D, position)
@@ -177,18 +191,28 @@ def attention(
     keys[:, position + n :] = values[:, position + n :] = np.nan
     keys[:, :shift] = values[:, :shift] = np.nan
     blocks = -(-S // ATTENTION_BLOCK)
+    u_columns = 2 * (Nq + Nk) * D if gated else Nq * D
     operands = {
-        "q": valid(randn(rng, T, Nq, D), n), "u": valid(randn(rng, T, 2 * (Nq + Nk) * D), n),
+        "q": valid(randn(rng, T, Nq, D), n),
+        "u": read_if(gated, valid(randn(rng, T, u_columns), n)),
         "keys": keys, "values": values, "cursor": cursor(position, n),
         "partials": (T if T <= 8 else 1, Nq, blocks, D + 2), "y": (T, Nq * D),
+        "key_scales": (Nk, S, 1), "value_scales": (Nk, S, 1),
     }  # fmt: skip
-    return Case("attention", operands, {"shift": shift}, {"keys": KV[kv], "values": KV[kv]})
+    attrs = {"shift": shift, "gated": gated}
+    return Case("attention", operands, attrs, {"keys": KV[kv], "values": KV[kv]})
 
 
 def silu_mul(T: int, n: int, I: int, is_wide: bool = False) -> Case:  # noqa: E741
     rng = rng_for("silu_mul", T, n, I)
     operands = {"u": valid(randn(rng, T, 2 * I, scale=4), n), "cursor": cursor(5, n), "y": (T, I)}
     return Case("silu_mul", operands, dtypes=wide("y", is_wide))
+
+
+def add_bias(T: int, n: int, N: int) -> Case:
+    rng = rng_for("add_bias", T, n, N)
+    operands = {"x": valid(randn(rng, T, N), n), "b": randn(rng, N), "cursor": cursor(5, n)}
+    return Case("add_bias", operands)
 
 
 def last_row(T: int, n: int, H: int) -> Case:
@@ -243,6 +267,12 @@ GRID: Grid = (
         {"heads": (2, 1), "D": 256, "R2": 32, "position": 31, "S": 100, "kv": "bf16"},
         {"heads": (2, 2), "D": 80, "R2": 40, "position": 63, "S": 130, "kv": "bf16"},
         {"heads": (2, 2), "D": 32, "R2": 16, "position": 32, "S": 130, "kv": "f32"},
+        {"heads": (3, 1), "D": 96, "R2": 48, "position": 3, "S": 77, "kv": "f32",
+         "form": (0, 1, 1.0)},
+        {"heads": (9, 3), "D": 64, "R2": 32, "position": 250, "S": 330, "kv": "bf16",
+         "form": (0, 0, 1.25)},
+        {"heads": (2, 1), "D": 128, "R2": 16, "position": 9, "S": 77, "kv": "f32",
+         "form": (1, 0, 0.5)},
     )),
     (attention, (
         {"heads": (4, 2), "D": 32, "position": 0, "S": 77, "kv": "bf16"},
@@ -251,8 +281,11 @@ GRID: Grid = (
         {"heads": (2, 2), "D": 32, "position": 600, "S": 700, "kv": "f32"},
         {"heads": (12, 1), "D": 64, "position": 250, "S": 600, "kv": "bf16"},
         {"heads": (4, 1), "D": 128, "position": 230, "S": 600, "kv": "f32"},
+        {"heads": (9, 3), "D": 64, "position": 250, "S": 600, "kv": "bf16", "gated": 0},
+        {"heads": (7, 1), "D": 96, "position": 300, "S": 600, "kv": "f32", "gated": 0},
     )),
     (silu_mul, ({"I": 200}, {"I": 1024}, {"I": 264, "is_wide": True})),
+    (add_bias, ({"N": 96}, {"N": 1000})),
     (last_row, ({"H": 96}, {"H": 200})),
     (last_values, ({"C": 96, "margin": (0, 0)}, {"C": 200, "margin": (4, 8)})),
     (last_cursor, ({"position": 0}, {"position": 40})),
@@ -268,8 +301,23 @@ ODD: Grid = (
     (delta_gates, ({"heads": (2, 18), "size": (9, 5), "margin": (1, 0)},)),
     (delta_rule, ({"heads": (1, 3), "size": (9, 5)},)),
     (gated_rmsnorm, ({"heads": 3, "dv": 21, "margin": (1, 1)},)),
-    (rope_append, ({"heads": (2, 1), "D": 33, "R2": 5, "position": 31, "S": 99, "kv": "bf16"},)),
+    (
+        rope_append,
+        (
+            {"heads": (2, 1), "D": 33, "R2": 5, "position": 31, "S": 99, "kv": "bf16"},
+            {
+                "heads": (2, 1),
+                "D": 33,
+                "R2": 1,
+                "position": 31,
+                "S": 99,
+                "kv": "bf16",
+                "form": (0, 0, 2.0),
+            },
+        ),
+    ),
     (silu_mul, ({"I": 37}, {"I": 45, "is_wide": True})),
+    (add_bias, ({"N": 37},)),
     (last_row, ({"H": 33},)),
     (last_values, ({"C": 37, "margin": (1, 3)},)),
 )

@@ -27,6 +27,7 @@ Array = NDArray[Any]
 _OPS = {op.name: op for op in OPS}
 _NUMPY = {
     DType.F32: np.float32, DType.I32: np.int32, DType.U32: np.uint32,
+    DType.I8: np.int8, DType.E4M3: np.uint8,
     DType.BF16X2: np.float32,  # the backend splits what it is given, and adds up what it gives
 }  # fmt: skip
 
@@ -146,7 +147,7 @@ class Runner:
 
     def _addresses(self, launch: Launch, offsets: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(
-            self.memory.address + offsets[p.name] + v.col * self._dtype(v.region).nbytes
+            self.memory.address + offsets[p.name] + v.col * self._dtype(v.region).bits // 8
             for p, v in zip(launch.op.params, launch.operands, strict=True)
         )
 

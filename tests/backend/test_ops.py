@@ -146,7 +146,9 @@ def test_rope_is_accurate_at_large_positions(runner: Runner) -> None:
         "u": randn(rng, 1, 4 * D), "q_norm": np.ones(D, np.float32),
         "k_norm": np.ones(D, np.float32), "inv_freq": (0.8 ** np.arange(16)).astype(np.float32),
         "cursor": cursor(position, 1), "q": (1, 1, D), "keys": (1, S, D), "values": (1, S, D),
+        "key_scales": (1, S, 1), "value_scales": (1, S, 1),
     }  # fmt: skip
     dtypes = {"keys": DType.BF16, "values": DType.BF16}
-    case = Case("rope_append", operands, {"eps": 1e-6, "shift": 0}, dtypes)
+    attrs = {"eps": 1e-6, "shift": 0, "gated": 1, "normed": 1, "magnitude": 1.0}
+    case = Case("rope_append", operands, attrs, dtypes)
     check(runner, case, runner.run(case))

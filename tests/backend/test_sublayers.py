@@ -22,6 +22,7 @@ from tests.tolerances import SUBLAYER_ABSOLUTE, SUBLAYER_RELATIVE
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EPS = 1e-6
+ROPE: dict[str, Any] = {"eps": EPS, "shift": 0, "gated": 1, "normed": 1, "magnitude": 1.0}
 F32 = NDArray[np.float32]
 
 
@@ -129,7 +130,7 @@ def test_rope(runner: Runner, model: Golden) -> None:
     T, Nq, _ = x.shape
     scale = np.sqrt(np.mean(x.astype(np.float64) ** 2, -1, keepdims=True) + EPS)
     operands = rope_operands(model, queries_only(x), Nq, 1)
-    after = launch(runner, "rope_append", T, operands, eps=EPS, shift=0)
+    after = launch(runner, "rope_append", T, operands, **ROPE)
     assert_near(runner, after["q"] * scale, model["rope.out"].swapaxes(0, 1))
 
 
@@ -148,7 +149,7 @@ def rope_operands(model: Golden, u: F32, Nq: int, Nk: int, **norms: F32) -> dict
     return {
         "u": u, "q_norm": norms.get("q_norm", ones), "k_norm": norms.get("k_norm", ones),
         "inv_freq": inv_freq.astype(np.float32), "q": (len(u), Nq, D), "keys": (Nk, 128, D),
-        "values": (Nk, 128, D),
+        "values": (Nk, 128, D), "key_scales": (Nk, 128, 1), "value_scales": (Nk, 128, 1),
     }  # fmt: skip
 
 
@@ -203,12 +204,10 @@ def test_full_attention(runner: Runner, model: Golden) -> None:
     q, k, v, o = (model.weight("full_layer", f"{part}.{n}_proj.weight") for n in "qkvo")
     u = linear(runner, model["in"], np.concatenate([q, k, v]))
     norms = {n: 1 + model.weight("full_layer", f"{part}.{n}.weight") for n in ("q_norm", "k_norm")}
-    turned = launch(
-        runner, "rope_append", len(u), rope_operands(model, u, Nq, Nk, **norms), eps=EPS, shift=0
-    )
+    turned = launch(runner, "rope_append", len(u), rope_operands(model, u, Nq, Nk, **norms), **ROPE)
     blocks = -(-128 // ATTENTION_BLOCK)
-    operands = {n: turned[n] for n in ("q", "keys", "values")} | {
+    operands = {n: turned[n] for n in ("q", "keys", "values", "key_scales", "value_scales")} | {
         "u": u, "partials": (1, Nq, blocks, D + 2), "y": (len(u), Nq * D),
     }  # fmt: skip
-    mixed = launch(runner, "attention", len(u), operands, shift=0)["y"]
+    mixed = launch(runner, "attention", len(u), operands, shift=0, gated=1)["y"]
     assert_near(runner, linear(runner, mixed, o), model["self_attn.out"])

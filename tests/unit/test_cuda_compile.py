@@ -38,7 +38,11 @@ SIZES = {
     "H": 2560, "V": 248_320, "S": 4096, "B": 16, "I": 9216, "D": 256, "Nq": 16, "Nk": 4, "R2": 32,
     "Hv": 32, "dk": 128, "dv": 128, "C": 8192, "W": 3, "W1": 4, "K": 2560, "N": 9216, "M": 256,
 }  # fmt: skip
-ATTRS = {"key_heads": 16, "key_dim": 128, "eps": 1e-6, "shift": 0}
+ATTRS = {
+    "key_heads": 16, "key_dim": 128, "eps": 1e-6, "shift": 0, "gated": 1, "normed": 1,
+    "magnitude": 1.0,
+}  # fmt: skip
+DENSE_ATTRS = {"gated": 0, "normed": 0}  # a llama's, in place of those
 
 
 def shape(op: str, rows: int, act: DType, cache: DType, n_sms: int, **dims: int) -> Shape:
@@ -56,7 +60,7 @@ def variants(*, is_full: bool) -> Iterator[KernelLaunch]:
         for kernel in kernel_names(shipped()[name]):
             yield KernelLaunch(name, kernel, (), (1, 1, 1), (256, 1, 1))
     acts = (DType.BF16, DType.BF16X2) if is_full else (DType.BF16,)
-    caches = (DType.BF16, DType.F32) if is_full else (DType.BF16,)
+    caches = (DType.BF16, DType.F32, DType.I8, DType.E4M3) if is_full else (DType.BF16, DType.E4M3)
     rows = (1, 4, 8, 16, 32, 512) if is_full else (1, 512)
     for op, expansion in kernels.EXPANSIONS.items():
         for act in acts:
@@ -67,6 +71,10 @@ def variants(*, is_full: bool) -> Iterator[KernelLaunch]:
         for cache in caches:  # a draft's: one row, its keys shifted against positions
             draft = shape("attention", 1, act, cache, 132)
             yield from kernels.EXPANSIONS["attention"](replace(draft, attrs=ATTRS | {"shift": 1}))
+            for op in ("attention", "rope_append"):
+                for n in rows:
+                    plain = shape(op, n, act, cache, 132, D=128)
+                    yield from kernels.EXPANSIONS[op](replace(plain, attrs=ATTRS | DENSE_ATTRS))
     if is_full:
         for act in (*acts, DType.F32):  # float32: in three parts
             for k, n_sms in ((256, 16), (1024, 132), (9216, 132)):

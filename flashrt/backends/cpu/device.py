@@ -27,6 +27,7 @@ from flashrt.base.flags import thread_count
 from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Progress, Storage
 from flashrt.core.copylist import CopyList, Upload
 from flashrt.core.digest import LAYOUT_CODE, DigestTerm
+from flashrt.core.groups import Planes
 from flashrt.core.op import Op
 from flashrt.core.region import DType, Layout, Region, resolve_dtype
 
@@ -117,14 +118,32 @@ class CpuDevice:
         """See Backend."""
         return layouts.storage(region, self.act)
 
-    def pack(self, region: Region, array: NDArray[np.generic], out: Bytes) -> None:
+    def pack(self, region: Region, array: NDArray[np.generic] | Planes, out: Bytes) -> None:
         """See Backend; matrices go through C, all threads."""
-        if region.layout is Layout.MATRIX and array.dtype == np.uint16:
+        if isinstance(array, Planes):
+            self._pack_planes(region, array, out)
+        elif region.layout is Layout.MATRIX:
             src = np.ascontiguousarray(array)
             n, k = src.shape
-            self._c.flashrt_pack_matrix(src.ctypes.data, out.ctypes.data, n, k)
-            return
-        out[:] = layouts.pack(region, array)
+            if src.shape != region.shape or src.itemsize * 8 != region.dtype.bits or region.groups:
+                raise BackendError(
+                    f"cpu: region {region.name!r} is {region.dtype} {region.shape}, got "
+                    f"{src.dtype} {src.shape}"
+                )
+            self._c.flashrt_pack_matrix(src.ctypes.data, out.ctypes.data, n, k, region.dtype.code)
+        else:
+            out[:] = layouts.pack(region, array)
+
+    def _pack_planes(self, region: Region, planes: Planes, out: Bytes) -> None:
+        layouts.check_planes(region, planes)
+        groups, (n, k) = layouts.groups_of(region), region.shape
+        codes = np.ascontiguousarray(planes.codes)
+        scales = [np.ascontiguousarray(p) for p in planes.scales]
+        addresses = (ctypes.c_void_p * len(scales))(*(p.ctypes.data for p in scales))
+        self._c.flashrt_pack_planes(
+            codes.ctypes.data, addresses, out.ctypes.data, n, k,
+            region.dtype.code, groups.size, groups.outer, groups.scales.code,
+        )  # fmt: skip
 
     def unpack(self, region: Region, raw: Bytes) -> NDArray[np.generic]:
         """See Backend."""
@@ -310,7 +329,7 @@ class CpuDevice:
 def _touched_nbytes(launches: Sequence[BoundLaunch]) -> int:
     """Bytes of all operands, of each launch anew."""
     return sum(
-        math.prod(view.shape) * resolve_dtype(view.region.dtype, DType.F32).nbytes
+        math.prod(view.shape) * resolve_dtype(view.region.dtype, DType.F32).bits // 8
         for bound in launches
         for view in bound.launch.operands
     )
@@ -326,6 +345,7 @@ def _workspace_nbytes(bound: BoundLaunch) -> int:
 
 def _declare(lib: ctypes.CDLL) -> None:
     pointer, size, integer = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int
+    long = ctypes.c_int64
     signatures: dict[str, tuple[list[type[Any]], type[Any] | None]] = {
         "flashrt_pool_start": ([integer], integer),
         "flashrt_replay": ([pointer, integer], None),
@@ -333,8 +353,9 @@ def _declare(lib: ctypes.CDLL) -> None:
         "flashrt_copy": ([ctypes.c_char_p, integer], None),
         "flashrt_fill": ([pointer, size, integer], None),
         "flashrt_digest": ([ctypes.c_char_p, integer, pointer], None),
-        "flashrt_pack_matrix": ([pointer, pointer, ctypes.c_int64, ctypes.c_int64], None),
-        "flashrt_workspace": ([ctypes.c_int64], ctypes.c_int64),
+        "flashrt_pack_matrix": ([pointer, pointer, long, long, integer], None),
+        "flashrt_pack_planes": ([*[pointer] * 3, *[long] * 2, *[integer] * 4], None),
+        "flashrt_workspace": ([long], long),
         "flashrt_fma_peak": ([ctypes.c_long], ctypes.c_double),
         "flashrt_read_stream": ([pointer, size], None),
     }

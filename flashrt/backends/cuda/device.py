@@ -36,6 +36,7 @@ from flashrt.base.tracing import PLAN, trace
 from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Progress, Storage
 from flashrt.core.copylist import COPY_FORMAT, CopyList, Upload
 from flashrt.core.digest import DigestTerm
+from flashrt.core.groups import Planes
 from flashrt.core.op import Op
 from flashrt.core.region import DType, Region
 
@@ -172,7 +173,7 @@ class CudaDevice:
         """See Backend."""
         return layouts.storage(region, self.act)
 
-    def pack(self, region: Region, array: NDArray[np.generic], out: Bytes) -> None:
+    def pack(self, region: Region, array: NDArray[np.generic] | Planes, out: Bytes) -> None:
         """See Backend."""
         layouts.pack(region, array, out, self.act)
 

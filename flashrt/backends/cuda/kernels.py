@@ -11,10 +11,11 @@ give the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from flashrt.base.errors import PlanError
+from flashrt.core.groups import Groups, Scales
 from flashrt.core.op import Launch
 from flashrt.core.region import DType, resolve_dtype
 
@@ -25,7 +26,8 @@ WARP: Final = 32
 ATTENTION_KEYS: Final = 256  # keys per block of the canonical order
 K_SLICE: Final = 256  # k per chain of mma in the canonical order of `linear`
 FEW_TOKENS: Final = 32  # up to here a launch of `linear` is bound by its weights
-MANY_STAGES: Final = 4  # tiles of 32 k in flight in `linear_many`
+MANY_STAGES: Final = 4  # tiles of 32 k in flight in `linear_many`, at most
+MANY_SHARED_BYTES: Final = 99 << 10  # for them: of sm_86, sm_89 and sm_120, the least of all
 CONV_ROWS: Final = 16  # rows per block of `conv_window`
 COPY_THREADS: Final = 256
 COPY_ARGS_FORMAT: Final = "@Pi0P"  # copy_batch_args: table, n
@@ -48,7 +50,9 @@ class KernelLaunch:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What an expansion may look at: sizes, attributes, dtypes of params, the device's size."""
+    """What an expansion may look at: sizes, attributes, dtypes of params, the device's size, and
+    the groups of params that are quantised.
+    """
 
     op: str
     dims: Mapping[str, int]
@@ -56,6 +60,7 @@ class Shape:
     attrs: Mapping[str, int | float]
     act: DType
     n_sms: int
+    groups: Mapping[str, Groups] = field(default_factory=dict)
 
     @property
     def act_parts(self) -> int:
@@ -81,8 +86,21 @@ def _defines(**values: int) -> Defines:
     return tuple((name, str(value)) for name, value in values.items())
 
 
+def _weights(s: Shape, name: str) -> Defines:
+    """The format of a weight matrix; none for bfloat16, which sources take for granted."""
+    dtype = s.dtypes.get(name, DType.BF16)
+    if dtype is DType.BF16:
+        return ()
+    groups = s.groups.get(name)
+    if groups is None:
+        return _defines(W_DTYPE=dtype.code, W_GROUP=0, W_OUTER=0, W_SCALES=-1)
+    return _defines(
+        W_DTYPE=dtype.code, W_GROUP=groups.size, W_OUTER=groups.outer, W_SCALES=groups.scales.code
+    )
+
+
 def _embed(s: Shape) -> tuple[KernelLaunch, ...]:
-    return (KernelLaunch("embed.cu", "embed", (), _x(s.dims["T"]), _x(256)),)
+    return (KernelLaunch("embed.cu", "embed", _weights(s, "table"), _x(s.dims["T"]), _x(256)),)
 
 
 def row_geometry(cols: int) -> tuple[int, int, int]:
@@ -100,7 +118,8 @@ def _norm(s: Shape) -> tuple[KernelLaunch, ...]:
 
 
 def _draft_input(s: Shape) -> tuple[KernelLaunch, ...]:
-    return tuple(replace(k, grid=(s.dims["T"], 2, 1)) for k in _norm(s))
+    table = _weights(s, "table")
+    return tuple(replace(k, grid=(s.dims["T"], 2, 1), defines=k.defines + table) for k in _norm(s))
 
 
 def _linear(s: Shape) -> tuple[KernelLaunch, ...]:
@@ -113,8 +132,9 @@ def _linear_few(s: Shape) -> KernelLaunch:
     tiles = 1 if t <= 8 else 2 if t <= 16 else 4
     slices, row_tiles = _ceil(k, K_SLICE), _ceil(n, 16)
     # 16 warps per multiprocessor keep enough weights in flight: several small blocks if there are
-    # row tiles for them, larger ones if not; registers allow 8 warps of 4 tiles
-    most = min(8 if tiles == 4 else 16, 1 << (slices - 1).bit_length())
+    # row tiles for them, larger ones if not; registers allow 8 warps of 4 tiles, or 2 with scales
+    is_wide = tiles == 4 or (tiles == 2 and _is_folded(s, "w"))
+    most = min(8 if is_wide else 16, 1 << (slices - 1).bit_length())
     warps = min(4, most)
     while warps < most and warps * row_tiles < 16 * s.n_sms:
         warps *= 2
@@ -122,6 +142,7 @@ def _linear_few(s: Shape) -> KernelLaunch:
         ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WARPS=warps, TOKEN_TILES=tiles
     )
     grid = (_ceil(n, 16), _ceil(t, 8 * tiles), 1)
+    defines += _weights(s, "w")
     return KernelLaunch("linear_few.cu", "linear_few", defines, grid, _x(WARP * warps))
 
 
@@ -156,19 +177,43 @@ MANY_TILES: Final = (
     ManyTile(2, 2, 4, 4, 0.95),
     ManyTile(2, 2, 2, 4, 0.75),
 )
+# Where scales are folded in: chains and scales take the registers of a row tile.
+FOLDED_TILES: Final = (
+    ManyTile(2, 4, 3, 4, 0.95),
+    ManyTile(2, 2, 3, 4, 0.9),
+    ManyTile(2, 2, 2, 4, 0.75),
+)
+
+
+def _is_folded(s: Shape, name: str) -> bool:
+    """Whether scales are applied to sums; those of float8 on 4-bit floats go into the codes."""
+    groups = s.groups.get(name)
+    is_float8 = groups is not None and groups.scales in (Scales.E4M3_TIMES, Scales.E4M3_OVER)
+    return groups is not None and not (is_float8 and s.dtypes[name] is DType.E2M1)
 
 
 def _linear_many(s: Shape) -> KernelLaunch:
     t, n, k = s.dims["T"], s.dims["N"], s.dims["K"]
-    tile = min(MANY_TILES, key=lambda tile: tile.cost(n, t, s.n_sms))
+    tiles = FOLDED_TILES if _is_folded(s, "w") else MANY_TILES
+    tile = min(tiles, key=lambda tile: tile.cost(n, t, s.n_sms))
+    stage = tile.rows // 16 * _tile_bytes(s, "w") + tile.tokens * 64 * min(s.act_parts, 2)
+    stages = min(MANY_STAGES, MANY_SHARED_BYTES // stage)
     defines = _defines(
         ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WARPS_N=tile.warps_n, WARPS_T=tile.warps_t,
-        ROW_TILES=tile.row_tiles, TOKEN_TILES=tile.token_tiles, STAGES=MANY_STAGES,
+        ROW_TILES=tile.row_tiles, TOKEN_TILES=tile.token_tiles, STAGES=stages,
     )  # fmt: skip
     grid = (_ceil(n, tile.rows), _ceil(t, tile.tokens), 1)
-    shared = MANY_STAGES * 64 * (tile.rows + tile.tokens * min(s.act_parts, 2))
     block = _x(WARP * tile.warps_n * tile.warps_t)
-    return KernelLaunch("linear_many.cu", "linear_many", defines, grid, block, shared)
+    defines += _weights(s, "w")
+    return KernelLaunch("linear_many.cu", "linear_many", defines, grid, block, stages * stage)
+
+
+def _tile_bytes(s: Shape, name: str) -> int:
+    """Bytes of 16 rows of a weight matrix by 32 k, with the scales that they need."""
+    groups = s.groups.get(name)
+    planes = groups.planes if groups is not None else ()
+    scales = (max(1, 32 // p.size) * p.dtype.itemsize for p in planes if p.size)
+    return 64 * s.dtypes.get(name, DType.BF16).bits + 16 * sum(scales)
 
 
 def _conv_window(s: Shape) -> tuple[KernelLaunch, ...]:
@@ -196,8 +241,15 @@ def _gated_rmsnorm(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("gated_norm.cu", "gated_rmsnorm", defines, grid, _x(128)),)
 
 
+_CACHE_CODES: Final = {DType.I8: 1, DType.E4M3: 2}  # codes of keys and values: see codes.cuh
+
+
 def _rope_append(s: Shape) -> tuple[KernelLaunch, ...]:
-    defines = _defines(HEAD_DIM=s.dims["D"], CACHE_F32=int(s.dtypes["keys"] is DType.F32))
+    defines = _defines(
+        HEAD_DIM=s.dims["D"], CACHE_F32=int(s.dtypes["keys"] is DType.F32),
+        CACHE_CODES=_CACHE_CODES.get(s.dtypes["keys"], 0),
+        GATED=int(s.attrs["gated"]), NORMED=int(s.attrs["normed"]),
+    )  # fmt: skip
     grid = (_ceil(s.dims["Nq"] + 2 * s.dims["Nk"], 4), s.dims["T"], 1)
     return (KernelLaunch("rope.cu", "rope_append", defines, grid, _x(128)),)
 
@@ -216,8 +268,9 @@ def _attention(s: Shape) -> tuple[KernelLaunch, ...]:
     else:
         tiles = 4 if s.act_parts > 1 or is_f32 or _ceil(t, 64 // group) * nk < s.n_sms else 8
     defines = _defines(
-        ACT_PARTS=s.act_parts, CACHE_F32=int(is_f32), HEAD_DIM=d, GROUP=group, COLUMN_TILES=tiles,
-        SHIFT=int(s.attrs["shift"]),
+        ACT_PARTS=s.act_parts, CACHE_F32=int(is_f32),
+        CACHE_CODES=_CACHE_CODES.get(s.dtypes["keys"], 0), HEAD_DIM=d, GROUP=group,
+        COLUMN_TILES=tiles, SHIFT=int(s.attrs["shift"]), GATED=int(s.attrs["gated"]),
     )  # fmt: skip
     # per column: q and p; five running values; and of each of 8 warps a maximum and a sum
     column_bytes = 2 * (_ceil(d, 64) * 64 + ATTENTION_KEYS) * s.act_parts + 4 * (5 + 8 * 2)
@@ -234,6 +287,11 @@ def _attention(s: Shape) -> tuple[KernelLaunch, ...]:
 def _silu_mul(s: Shape) -> tuple[KernelLaunch, ...]:
     grid = (_ceil(s.dims["I"], 1024), s.dims["T"], 1)
     return (KernelLaunch("elementwise.cu", "silu_mul", _act(s), grid, _x(256)),)
+
+
+def _add_bias(s: Shape) -> tuple[KernelLaunch, ...]:
+    grid = (_ceil(s.dims["N"], 256), s.dims["T"], 1)
+    return (KernelLaunch("elementwise.cu", "add_bias", _act(s), grid, _x(256)),)
 
 
 def _last_row(s: Shape) -> tuple[KernelLaunch, ...]:
@@ -295,6 +353,7 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "rope_append": _rope_append,
     "attention": _attention,
     "silu_mul": _silu_mul,
+    "add_bias": _add_bias,
     "last_row": _last_row,
     "last_values": _last_values,
     "last_cursor": _one_warp,
@@ -333,7 +392,12 @@ def expand(
     attrs = {a.name: v for a, v in zip(op.attrs, launch.attrs, strict=True)}
     own = [dtypes[p.name] for p in op.params if p.dtypes == (DType.ACT,)]  # ACT, or ACT_WIDE
     act = own[0] if own else act
-    return expansions[op.name](Shape(op.name, launch.dims, dtypes, attrs, act, n_sms))
+    groups = {
+        p.name: v.region.groups
+        for p, v in zip(op.params, launch.operands, strict=True)
+        if v.region.groups is not None
+    }
+    return expansions[op.name](Shape(op.name, launch.dims, dtypes, attrs, act, n_sms, groups))
 
 
 def copy_launch(nbytes: int, n_sms: int) -> KernelLaunch:

@@ -21,12 +21,13 @@ CPU, CUDA = 1, 2  # DLDeviceType
 _INT, _UINT, _FLOAT, _BFLOAT = 0, 1, 2, 4  # DLDataTypeCode
 _DLPACK: Final = {
     DType.F32: (_FLOAT, 32), DType.BF16: (_BFLOAT, 16), DType.BF16X2: (_UINT, 32),
-    DType.I32: (_INT, 32), DType.U32: (_UINT, 32), DType.U8: (_UINT, 8),
+    DType.I32: (_INT, 32), DType.U32: (_UINT, 32), DType.U8: (_UINT, 8), DType.F16: (_FLOAT, 16),
+    DType.I8: (_INT, 8),
 }  # fmt: skip
 # numpy has no bfloat16: its bits as uint16; a pair hi + lo as uint32
 _NUMPY: Final = {
     DType.F32: "<f4", DType.BF16: "<u2", DType.BF16X2: "<u4", DType.I32: "<i4",
-    DType.U32: "<u4", DType.U8: "|u1",
+    DType.U32: "<u4", DType.U8: "|u1", DType.F16: "<f2", DType.I8: "|i1",
 }  # fmt: skip
 
 

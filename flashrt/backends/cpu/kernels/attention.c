@@ -1,5 +1,5 @@
-/* attention: causal softmax(q K^T / sqrt(D)) V, times sigmoid(gate), in absolute blocks of 256
- *            keys.
+/* attention: causal softmax(q K^T / sqrt(D)) V, where `gated` times sigmoid(gate), in absolute
+ *            blocks of 256 keys.
  *
  * Order, per query and head. In a block, over the keys of it that the query sees, which are those
  * of rows [shift, its own]:
@@ -10,11 +10,12 @@
  * Blocks are merged in ascending order, from m = -inf, l = o = 0:
  *   M = max(m, m_b)      f = exp(m - M)      g = exp(m_b - M)
  *   o = fma(o_b, g, o * f)      l = fma(l_b, g, l * f)
- * and y = (o / l + 0) * sigmoid(gate). A block's partial depends on nothing outside the block: one
+ * and y = o / l + 0, or (o / l + 0) * sigmoid(gate). A block's partial depends on nothing outside the block: one
  * query may have its blocks spread over threads, many queries may walk through them one by one, and
  * the bits are the same.
  *
- * Keys that a query does not see are not visited by its chains; they are read at most as lanes
+ * Keys and values of one byte become values a granule at a time, code times scale, and are then as
+ * float32 ones. Keys that a query does not see are not visited by its chains; they are read at most as lanes
  * whose result is selected away, so they may hold anything. A query that sees no key at all gives
  * 0.
  *
@@ -22,6 +23,7 @@
  * MAX_QUERIES, so that 32 keys or values go to L1 once for all of them. All buffers are on the
  * stack, about 200 KB; D is at most QUERY_FLOATS.
  */
+#include "codes.h"
 #include "tile.h"
 
 enum { MAX_QUERIES = 48, QUERY_FLOATS = MAX_QUERIES * 256, SUM_LANES = 16 };
@@ -38,6 +40,7 @@ typedef struct {
   float p[MAX_QUERIES * ATTENTION_BLOCK]; /* [query][key]: scores, then probabilities */
   float block_o[QUERY_FLOATS];            /* [query][width] */
   float o[QUERY_FLOATS];
+  float decoded[LANES * QUERY_FLOATS / MAX_QUERIES]; /* a granule of codes, as values */
 } query_set;
 
 static inline int64_t token_of(const query_set *s, int j) { return (s->first + j) / s->group; }
@@ -162,7 +165,25 @@ static const value_function value_tiles[2][TOKENS + 1] = {
 /* ---- one block ---- */
 
 static inline const void *element_at(const void *base, int64_t index, int dtype) {
-  return (const char *)base + index * (dtype == DTYPE_BF16 ? 2 : 4);
+  return (const char *)base + index * (is_code(dtype) ? 1 : dtype == DTYPE_BF16 ? 2 : 4);
+}
+
+/* 32 rows of codes as values: of keys [D][32 rows], of values [column block][32 rows][32]. */
+static const void *decode_keys(query_set *s, const uint8_t *codes, int64_t first) {
+  const attention_args *a = s->a;
+  const float *scales =
+      (const float *)a->key_scales + keys_index(s->kv_head, first, 0, a->S, 1, DTYPE_F32);
+  for (int64_t i = 0; i < (int64_t)a->D * LANES; i++)
+    s->decoded[i] = from_code(codes[i], a->keys_dtype) * scales[i % LANES];
+  return s->decoded;
+}
+static const void *decode_values(query_set *s, const uint8_t *codes, int64_t first) {
+  const attention_args *a = s->a;
+  const float *scales =
+      (const float *)a->value_scales + keys_index(s->kv_head, first, 0, a->S, 1, DTYPE_F32);
+  for (int64_t i = 0; i < s->width * LANES; i++)
+    s->decoded[i] = from_code(codes[i], a->values_dtype) * scales[i / LANES % LANES];
+  return s->decoded;
 }
 
 static void block_scores(query_set *s, int64_t block, int n_keys) {
@@ -171,10 +192,15 @@ static void block_scores(query_set *s, int64_t block, int n_keys) {
     int64_t index =
         keys_index(s->kv_head, block * ATTENTION_BLOCK + key, 0, a->S, a->D, a->keys_dtype);
     const void *granule = element_at(a->keys, index, a->keys_dtype);
+    int dtype = a->keys_dtype;
+    if (is_code(dtype)) {
+      granule = decode_keys(s, granule, block * ATTENTION_BLOCK + key);
+      dtype = DTYPE_F32;
+    }
     for (int j = 0; j < s->n; j += TOKENS) {
       int n = (int)min_of(TOKENS, s->n - j);
-      score_tiles[a->keys_dtype][n](granule, s->q + (int64_t)j * a->D, a->D,
-                                    s->p + j * ATTENTION_BLOCK + key, j == 0);
+      score_tiles[dtype][n](granule, s->q + (int64_t)j * a->D, a->D,
+                            s->p + j * ATTENTION_BLOCK + key, j == 0);
     }
   }
 }
@@ -213,7 +239,7 @@ static void block_softmax(float *p, int n_hidden, int n_seen, float *block_m, fl
 /* The queries of a tile see different numbers of keys: those beyond what all see are added one by
  * one. */
 static void add_values_seen_by_some(query_set *s, int64_t block, int j0, int n, const void *values,
-                                    int key, int end) {
+                                    int dtype, int key, int end) {
   for (; key < end; key++) {
     int lane = key % LANES;
     for (int j = j0; j < j0 + n; j++) {
@@ -223,9 +249,8 @@ static void add_values_seen_by_some(query_set *s, int64_t block, int j0, int n, 
         vf low, high;
         int64_t first = (col / LANES * LANES + lane) * LANES; /* that key of the column block */
         if (col % LANES >= LANES / 2) continue;
-        load_lanes(element_at(values, first + lane_offset((int)(col % LANES), s->a->values_dtype),
-                              s->a->values_dtype),
-                   s->a->values_dtype, &low, &high);
+        load_lanes(element_at(values, first + lane_offset((int)(col % LANES), dtype), dtype), dtype,
+                   &low, &high);
         float *o = s->block_o + j * s->width + col;
         v_store(o, v_fma(low, p, v_load(o)));
         v_store(o + 16, v_fma(high, p, v_load(o + 16)));
@@ -241,6 +266,11 @@ static void block_values(query_set *s, int64_t block, int n_keys) {
     int64_t index =
         values_index(s->kv_head, block * ATTENTION_BLOCK + key, 0, a->S, a->D, a->values_dtype);
     const void *granule = element_at(a->values, index, a->values_dtype);
+    int dtype = a->values_dtype;
+    if (is_code(dtype)) {
+      granule = decode_values(s, granule, block * ATTENTION_BLOCK + key);
+      dtype = DTYPE_F32;
+    }
     for (int j = 0; j < s->n; j += TOKENS) {
       int n = (int)min_of(TOKENS, s->n - j); /* the first sees the least, the last the most */
       int skip = (int)max_of(0, min_of(LANES, hidden_in_block(s, block) - key));
@@ -250,12 +280,12 @@ static void block_values(query_set *s, int64_t block, int n_keys) {
       if (common > skip) {
         for (int64_t col = 0; col < s->width; col += LANES) {
           int64_t index = (col + skip) * LANES;
-          value_tiles[a->values_dtype][n](element_at(granule, index, a->values_dtype),
-                                          s->p + j * ATTENTION_BLOCK + key + skip, common - skip,
-                                          o + col, s->width, j == 0);
+          value_tiles[dtype][n](element_at(granule, index, dtype),
+                                s->p + j * ATTENTION_BLOCK + key + skip, common - skip, o + col,
+                                s->width, j == 0);
         }
       }
-      add_values_seen_by_some(s, block, j, n, granule, key + common, end);
+      add_values_seen_by_some(s, block, j, n, granule, dtype, key + common, end);
     }
   }
 }
@@ -290,9 +320,13 @@ static void merge(float *m, float *l, float *o, float block_m, float block_l, co
 /* l is 0, and o zeros, if the query sees nothing. */
 static void finish(const attention_args *a, int64_t token, int64_t head, float l, const float *o) {
   if (l == 0) l = 1;
-  int64_t D = a->D, u_cols = 2 * D * (a->Nq + a->Nk), d = 0;
-  const float *gate = a->u + token * u_cols + head * 2 * D + D;
+  int64_t D = a->D, d = 0;
   float *y = (float *)a->y + (token * a->Nq + head) * D;
+  if (!a->gated) {
+    for (; d < D; d++) y[d] = o[d] / l + 0.0f;
+    return;
+  }
+  const float *gate = a->u + token * a->U + head * 2 * D + D;
   for (; d + VL <= D; d += VL)
     v_store(y + d, (v_load(o + d) / l + 0.0f) * v_sigmoid(v_load(gate + d)));
   for (; d < D; d++) y[d] = (o[d] / l + 0.0f) * s_sigmoid(gate[d]);

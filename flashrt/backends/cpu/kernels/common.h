@@ -90,10 +90,7 @@ static inline int lane_slot(int lane, int dtype) {
   return dtype == DTYPE_BF16 ? (lane & 15) * 2 + (lane >> 4) : lane;
 }
 
-/* MATRIX [N, K] bf16: [ceil(N / 32)][K][32 rows], rows beyond N zero. */
-static inline int64_t matrix_index(int64_t n, int64_t k, int64_t K) {
-  return ((n / LANES) * K + k) * LANES + lane_slot((int)(n % LANES), DTYPE_BF16);
-}
+/* MATRIX [N, K]: see stored.h. */
 
 /* COLUMN_BLOCKS [heads, dk, dv] f32: [heads][ceil(dv / 32)][dk][32 columns]. */
 static inline int64_t state_index(int64_t head, int64_t i, int64_t j, int64_t dk, int64_t dv) {

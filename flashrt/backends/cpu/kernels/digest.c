@@ -40,11 +40,13 @@ INLINE uint64_t mix(uint64_t z) {
     }                                                                                 \
     return sums;                                                                      \
   }
+DEFINE_RUN(run_of_8, uint8_t)
 DEFINE_RUN(run_of_16, uint16_t)
 DEFINE_RUN(run_of_32, uint32_t)
 
 static digest_sums run(const char *base, int64_t index, int64_t n, uint64_t key, uint64_t step,
                        int64_t elem_nbytes) {
+  if (elem_nbytes == 1) return run_of_8((const uint8_t *)base + index, n, key, step);
   if (elem_nbytes == 2) return run_of_16((const uint16_t *)base + index, n, key, step);
   return run_of_32((const uint32_t *)base + index, n, key, step);
 }

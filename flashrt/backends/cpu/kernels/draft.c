@@ -4,8 +4,8 @@
  * IS: the head's input, and bookkeeping on cursors, a few words each. IS NOT: the choice of how
  * many tokens to draft.
  */
-#include "common.h"
 #include "fmath.h"
+#include "stored.h"
 
 /* y = x * scale * w, as rmsnorm; y may be x */
 INLINE void scale_row(float *y, const float *x, const float *w, float scale, int n) {
@@ -18,6 +18,7 @@ INLINE void scale_row(float *y, const float *x, const float *w, float scale, int
 void op_draft_input(const draft_input_args *a, int tid, int nt) {
   span units = share(2 * (int64_t)rows_of(a->cursor, a->T), tid, nt);
   int H = a->H;
+  const stored_matrix table = STORED(a, table, H);
   for (int64_t unit = units.begin; unit < units.end; unit++) {
     int64_t t = unit / 2;
     float *y = (float *)a->y + unit * H;
@@ -25,10 +26,7 @@ void op_draft_input(const draft_input_args *a, int tid, int nt) {
       const float *h = (const float *)(t ? a->hidden : a->last) + max_of(t - 1, 0) * H;
       scale_row(y, h, a->w_hidden, inverse_rms(h, H, a->eps), H);
     } else {
-      int32_t token = a->tokens[t];
-      int is_known = token >= 0 && token < a->V;
-      const uint16_t *row = a->table + matrix_index(is_known ? token : 0, 0, H);
-      for (int64_t k = 0; k < H; k++) y[k] = is_known ? from_bf16(row[k * LANES]) : NAN;
+      gather_row(&table, a->V, a->tokens[t], (span){0, H}, y);
       scale_row(y, y, a->w_token, inverse_rms(y, H, a->eps), H);
     }
   }

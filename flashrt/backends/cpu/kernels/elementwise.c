@@ -1,4 +1,4 @@
-/* silu_mul, last_row, last_values, last_cursor, advance: small steps between the larger kernels.
+/* silu_mul, add_bias, last_row, last_values, last_cursor, advance: small steps between the larger kernels.
  *
  * IS: columns split over threads. IS NOT: anything with a sum.
  */
@@ -15,6 +15,15 @@ void op_silu_mul(const silu_mul_args *a, int tid, int nt) {
     for (; i + VL <= columns.end; i += VL)
       v_store(y + i, v_silu(v_load(gate + i)) * v_load(up + i));
     for (; i < columns.end; i++) y[i] = s_silu(gate[i]) * up[i];
+  }
+}
+
+void op_add_bias(const add_bias_args *a, int tid, int nt) {
+  int rows = rows_of(a->cursor, a->T);
+  span columns = share(a->N, tid, nt);
+  for (int64_t t = 0; t < rows; t++) {
+    float *x = a->x + t * a->N;
+    for (int64_t n = columns.begin; n < columns.end; n++) x[n] = x[n] + a->b[n];
   }
 }
 

@@ -1,4 +1,5 @@
-/* linear: y = x w^T, bf16 weights in panels of 32 rows, float32 activations.
+/* linear: y = x w^T, weights in panels of 32 rows (bf16; others by linear_stored.c), float32
+ * activations.
  *
  * Order: output rows sit in vector lanes, so each output is a chain of scalar fma:
  * y = ((s0 + s1) + s2) + ..., one s per 256 ascending k; s = ((c0 + c1) + c2) + ..., each c a chain
@@ -12,7 +13,7 @@
  *   many rows  slices go outermost: a slice of x stays in L2 while the panels pass, and a band of
  *              lanes, one cache line of y, is widened to float32 in L1 before all rows use it.
  */
-#include "tile.h"
+#include "linear_stored.h"
 
 enum {
   FEW_ROWS = 4 * TOKENS,                                /* with more, widening pays; measured */
@@ -31,7 +32,7 @@ typedef struct {
   int n_groups;   /* of all panels */
   int n_k;
   int is_first_slice, is_whole; /* whole: 256 k, and all columns exist */
-  const uint16_t *ahead;        /* many rows: weights to come, of n_ahead k with each tile */
+  const char *ahead;            /* many rows: weights to come, n_ahead cache lines with each tile */
   int n_ahead;
 } tile_job;
 
@@ -125,8 +126,6 @@ INLINE void stream(const tile_job *job, const int n_groups, const int n_tokens) 
 
 /* ---- many rows ---- */
 
-enum { BAND = 2 * GROUP_WORDS, BANDS = LANES / BAND }; /* lanes as wide as a group, side by side */
-
 /* A band of a panel over the slice, in FORM_GROUP. */
 static void widen_band(const tile_job *job, int band, float *wide) {
   for (int k = 0; k < job->n_k; k++) {
@@ -183,8 +182,8 @@ INLINE void wide_tile(const tile_job *job, int band, const float *wide, const in
 INLINE void pass_tile(tile_job *job, const int n_tokens) {
   job->x += job->n_k * n_tokens;
   job->y += job->y_stride * n_tokens;
-  for (int i = 0; i < job->n_ahead; i++) __builtin_prefetch(job->ahead + i * LANES, 0, 2);
-  job->ahead += job->n_ahead * LANES;
+  for (int i = 0; i < job->n_ahead; i++) __builtin_prefetch(job->ahead + i * 64, 0, 2);
+  job->ahead += job->n_ahead * 64;
 }
 
 /* ---- tiles by size ---- */
@@ -255,15 +254,17 @@ static const wide_function wides[TOKENS + 1] = {0, ONE_TO_6(wide_)};
 
 typedef struct {
   const linear_args *a;
+  const stored_matrix *w;
   const float *packed; /* one row is packed as it is */
   int64_t first;       /* row of a->x and a->y */
   int n, n_tiles;
   int least, n_more; /* tokens of a tile; the first n_more have one more */
 } token_tiles;
 
-static token_tiles tiles_of(const linear_args *a, const float *packed, int first, int n) {
+static token_tiles tiles_of(const linear_args *a, const stored_matrix *w, const float *packed,
+                            int first, int n) {
   int n_tiles = (int)ceil_div(n, TOKENS);
-  return (token_tiles){a, packed, first, n, n_tiles, n / n_tiles, n % n_tiles};
+  return (token_tiles){a, w, packed, first, n, n_tiles, n / n_tiles, n % n_tiles};
 }
 static inline int first_token(const token_tiles *x, int tile) {
   return tile * x->least + (int)min_of(tile, x->n_more);
@@ -301,8 +302,8 @@ static void pack_tokens(const token_tiles *x, float *packed, int tid, int nt) {
 
 static tile_job job_of(const token_tiles *x, int64_t panel, int n_panels, int64_t k0) {
   int64_t K = x->a->K, N = x->a->N;
-  return (tile_job){.w = x->a->w + (panel * K + k0) * LANES,
-                    .y_stride = N,
+  return (tile_job){.w = (const uint16_t *)x->a->w + (panel * K + k0) * LANES,
+                    .y_stride = x->a->y_stride,
                     .panel_elements = K * LANES,
                     .n_cols = N - panel * LANES,
                     .n_groups = n_panels * PARTS,
@@ -315,11 +316,19 @@ static tile_job job_of(const token_tiles *x, int64_t panel, int n_panels, int64_
 static int take_tile(tile_job *job, const token_tiles *x, int64_t panel, int64_t k0, int tile) {
   int m0 = first_token(x, tile);
   job->x = x->packed + packed_offset(x, k0, tile);
-  job->y = x->a->y + (x->first + m0) * x->a->N + panel * LANES;
+  job->y = x->a->y + (x->first + m0) * x->a->y_stride + panel * LANES;
   return first_token(x, tile + 1) - m0;
 }
 
 static void few_rows(const token_tiles *x, span panels) {
+  if (x->w->dtype != DTYPE_BF16) {
+    for (int64_t panel = panels.begin; panel < panels.end; panel++) {
+      float *y = x->a->y + x->first * x->a->y_stride + panel * LANES;
+      flashrt_stream_stored(x->w, panel, x->packed, x->n, y, x->a->y_stride,
+                            x->a->N - panel * LANES);
+    }
+    return;
+  }
   for (int64_t panel = panels.begin; panel < panels.end; panel += PANELS) {
     int n_panels = (int)min_of(PANELS, panels.end - panel);
     for (int64_t k0 = 0; k0 < x->a->K; k0 += SLICE) {
@@ -336,18 +345,26 @@ static void few_rows(const token_tiles *x, span panels) {
 /* Bands are counted through all panels. */
 static void many_rows(const token_tiles *x, span bands) {
   _Alignas(64) float wide[SLICE * BAND];
+  open_slice slice;
+  int is_bf16 = x->w->dtype == DTYPE_BF16;
   int64_t K = x->a->K, first = bands.begin / BANDS, last = (bands.end - 1) / BANDS;
   for (int64_t k0 = 0; k0 < K; k0 += SLICE) {
+    int64_t nbytes = slice_nbytes_of(x->w, filled_length(x->w, k0));
     for (int64_t i = bands.begin; i < bands.end; i++) {
       int64_t panel = i / BANDS;
       int band = (int)(i % BANDS);
       tile_job job = job_of(x, panel, 1, k0);
       take_tile(&job, x, panel, k0, 0);
-      widen_band(&job, band, wide);
-      job.n_ahead = (int)ceil_div(job.n_k, BANDS * x->n_tiles);
-      job.ahead = panel < last ? job.w + job.panel_elements /* or the first one's next slice */
-                               : x->a->w + (first * K + k0 + SLICE) * LANES;
-      job.ahead += band * x->n_tiles * job.n_ahead * LANES;
+      if (is_bf16) {
+        widen_band(&job, band, wide);
+      } else {
+        if (band == 0 || i == bands.begin) flashrt_open_slice(&slice, x->w, panel, k0);
+        flashrt_widen_band(&slice, band, wide);
+      }
+      job.n_ahead = (int)ceil_div(nbytes, 64 * BANDS * x->n_tiles);
+      job.ahead = panel < last ? slice_at(x->w, panel + 1, k0) /* or the first one's next slice */
+                               : slice_at(x->w, first, k0 + SLICE);
+      job.ahead += band * x->n_tiles * job.n_ahead * 64;
       if (x->n_more) wides[x->least + 1](&job, band, wide, x->n_more);
       wides[x->least](&job, band, wide, x->n_tiles - x->n_more);
     }
@@ -357,8 +374,8 @@ static void many_rows(const token_tiles *x, span bands) {
 /* Weights that stream for long enough go to threads in pieces, by claims; others in equal parts. */
 static void share_few_rows(const token_tiles *x, int tid, int nt) {
   enum { MOST = 1 << 20, LEAST = 128 << 10 /* bytes of a piece; measured */ };
-  int64_t n_panels = ceil_div(x->a->N, LANES), unit = PANELS * LANES * 2 * (int64_t)x->a->K;
-  if (n_panels * LANES * 2 * x->a->K < (int64_t)nt * MOST) {
+  int64_t n_panels = ceil_div(x->a->N, LANES), unit = PANELS * x->w->panel_nbytes;
+  if (n_panels * x->w->panel_nbytes < (int64_t)nt * MOST) {
     few_rows(x, share(n_panels, tid, nt));
     return;
   }
@@ -371,26 +388,27 @@ static void share_few_rows(const token_tiles *x, int tid, int nt) {
 }
 
 /* Without room to pack them: row after row. */
-static void one_by_one(const linear_args *a, int n_rows, int tid, int nt) {
+static void one_by_one(const linear_args *a, const stored_matrix *w, int n_rows, int tid, int nt) {
   for (int row = 0; row < n_rows; row++) {
-    token_tiles x = tiles_of(a, (const float *)a->x + (int64_t)row * a->K, row, 1);
+    token_tiles x = tiles_of(a, w, (const float *)a->x + (int64_t)row * a->K, row, 1);
     if (row) flashrt_barrier(nt); /* claims start anew */
     share_few_rows(&x, tid, nt);
   }
 }
 
 void op_linear(const linear_args *a, int tid, int nt) {
+  const stored_matrix w = STORED(a, w, a->K);
   int n_rows = rows_of(a->cursor, a->T);
   float *packed = NULL;
   if (n_rows > 1) packed = flashrt_scratch(n_rows * (int64_t)a->K * (int64_t)sizeof(float));
   if (!packed) {
-    one_by_one(a, n_rows, tid, nt);
+    one_by_one(a, &w, n_rows, tid, nt);
     return;
   }
-  token_tiles x = tiles_of(a, packed, 0, n_rows);
+  token_tiles x = tiles_of(a, &w, packed, 0, n_rows);
   pack_tokens(&x, packed, tid, nt);
   flashrt_barrier(nt);
-  if (n_rows <= FEW_ROWS) {
+  if (n_rows <= (w.dtype == DTYPE_BF16 ? FEW_ROWS : FEW_STORED)) {
     share_few_rows(&x, tid, nt);
     return;
   }

@@ -3,12 +3,16 @@
  * IS: one unit of work per head and row, units of one head next to each other, so that threads
  * share few cache lines of the store. IS NOT: attention.
  */
+#include "codes.h"
 #include "common.h"
 #include "fmath.h"
+
+enum { MAX_HEAD = 1024 };
 
 typedef struct {
   const rope_append_args *a;
   int64_t t, head, position;
+  float *row; /* [MAX_HEAD], of keys that become codes */
 } place;
 
 static void put_query(const place *at, int d, float x) {
@@ -20,46 +24,74 @@ static void put_key(const place *at, int d, float x) {
               a->keys_dtype, x);
 }
 
-/* put(rope(rmsnorm(x, w))) for one head. The angle is rounded to float32 before the sine is
- * taken: so is the model's. */
-INLINE void turn(const place *at, const float *x, const float *w,
+static void put_row(const place *at, int d, float x) { at->row[d] = x; }
+
+static void put_scale(const place *at, float *scales, float scale) {
+  scales[keys_index(at->head, at->position, 0, at->a->S, 1, DTYPE_F32)] = scale;
+}
+
+static void put_key_codes(const place *at) {
+  const rope_append_args *a = at->a;
+  float scale = scale_of_row(at->row, a->D, a->keys_dtype);
+  for (int d = 0; d < a->D; d++) {
+    int64_t index = keys_index(at->head, at->position, d, a->S, a->D, a->keys_dtype);
+    ((uint8_t *)a->keys)[index] = to_code(at->row[d], scale, a->keys_dtype);
+  }
+  put_scale(at, a->key_scales, scale);
+}
+
+/* put(rope(norm(x, w))) for one head. The angle is rounded to float32 before the sine is taken,
+ * and sine and cosine are multiplied by the magnitude before they turn: so are the model's. */
+INLINE void turn(const place *at, const float *x, const float *w, const int normed,
                  void (*put)(const place *, int, float)) {
   int D = at->a->D, R2 = at->a->R2;
-  float scale = inverse_rms(x, D, at->a->eps);
+  float scale = normed ? inverse_rms(x, D, at->a->eps) : 1.0f;
   for (int j = 0; j < R2; j++) {
     sine_cosine by = s_sincos((float)(at->position - at->a->shift) * at->a->inv_freq[j]);
-    float low = x[j] * scale * w[j], high = x[j + R2] * scale * w[j + R2];
-    put(at, j, s_fma(low, by.cosine, -(high * by.sine)));
-    put(at, j + R2, s_fma(high, by.cosine, low * by.sine));
+    float cosine = by.cosine * at->a->magnitude, sine = by.sine * at->a->magnitude;
+    float low = x[j], high = x[j + R2];
+    if (normed) low = low * scale * w[j], high = high * scale * w[j + R2];
+    put(at, j, s_fma(low, cosine, -(high * sine)));
+    put(at, j + R2, s_fma(high, cosine, low * sine));
   }
-  for (int d = 2 * R2; d < D; d++) put(at, d, x[d] * scale * w[d]);
+  for (int d = 2 * R2; d < D; d++) put(at, d, normed ? x[d] * scale * w[d] : x[d]);
 }
 
 /* The columns that pad D to whole groups of 32 are written as zeros. */
 static void put_values(const place *at, const float *v) {
   const rope_append_args *a = at->a;
+  int is_coded = is_code(a->values_dtype);
+  float scale = is_coded ? scale_of_row(v, a->D, a->values_dtype) : 0.0f;
+  if (is_coded) put_scale(at, a->value_scales, scale);
   for (int d = 0; d < ceil_div(a->D, LANES) * LANES; d++) {
     int64_t index = values_index(at->head, at->position, d, a->S, a->D, a->values_dtype);
-    store_float(a->values, index, a->values_dtype, d < a->D ? v[d] : 0.0f);
+    float x = d < a->D ? v[d] : 0.0f;
+    if (is_coded) ((uint8_t *)a->values)[index] = to_code(x, scale, a->values_dtype);
+    else store_float(a->values, index, a->values_dtype, x);
   }
 }
 
 void op_rope_append(const rope_append_args *a, int tid, int nt) {
   int rows = rows_of(a->cursor, a->T);
   if (rows <= 0) return;
-  int64_t Nq = a->Nq, Nk = a->Nk, D = a->D, width = 2 * (Nq + Nk) * D;
+  int64_t Nq = a->Nq, Nk = a->Nk, D = a->D;
+  int64_t pitch = a->gated ? 2 * D : D; /* from one query to the next: a gate may lie between */
+  float row[MAX_HEAD];
+  int is_coded = is_code(a->keys_dtype);
   span units = share((Nq + 2 * Nk) * rows, tid, nt);
   for (int64_t unit = units.begin; unit < units.end; unit++) {
     int64_t head = unit / rows, t = unit % rows;
-    const float *u = a->u + t * width;
-    place at = {a, t, head, position_of(a->cursor) + t};
-    if (head < Nq) { /* queries are followed by their gate, head by head */
-      turn(&at, u + head * 2 * D, a->q_norm, put_query);
+    const float *u = a->u + t * a->U;
+    place at = {a, t, head, position_of(a->cursor) + t, row};
+    if (head < Nq) {
+      turn(&at, u + head * pitch, a->q_norm, a->normed, put_query);
     } else if ((at.head = head - Nq) < Nk) {
-      turn(&at, u + (2 * Nq + at.head) * D, a->k_norm, put_key);
+      const float *key = u + Nq * pitch + at.head * D;
+      turn(&at, key, a->k_norm, a->normed, is_coded ? put_row : put_key);
+      if (is_coded) put_key_codes(&at);
     } else {
       at.head -= Nk;
-      put_values(&at, u + (2 * Nq + Nk + at.head) * D);
+      put_values(&at, u + Nq * pitch + (Nk + at.head) * D);
     }
   }
 }

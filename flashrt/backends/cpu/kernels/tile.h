@@ -61,16 +61,23 @@ INLINE int lane_offset(int lane, int dtype) { return dtype == DTYPE_BF16 ? 2 * l
 
 /* KEEP(x): x is in a register from here on, however cheap loading it again may look.
  * FMA_INTO(c, a, b): c = fma(a, b, c), c staying where it is. Left the choice, GCC lets chains
- * wander from register to register until some spill. */
+ * wander from register to register until some spill.
+ * FMA_FROM(a, p, c): a = fma(a, *p, c), p being read there and then. Left the choice, GCC keeps for
+ * later, on the stack, what it has read once. */
 #if defined __AVX512F__
 #define KEEP(x) __asm__("" : "+v"(x))
 #define FMA_INTO(c, a, b) __asm__("vfmadd231ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b))
+#define FMA_FROM(a, p, c) \
+  __asm__("vfmadd132ps %2, %1, %0" : "+v"(a) : "v"(c), "m"(*(const vf_anywhere *)(p)))
 #elif defined __AVX2__ && defined __FMA__
 #define KEEP(x) __asm__("" : "+x"(x))
 #define FMA_INTO(c, a, b) __asm__("vfmadd231ps %2, %1, %0" : "+x"(c) : "x"(a), "x"(b))
+#define FMA_FROM(a, p, c) \
+  __asm__("vfmadd132ps %2, %1, %0" : "+x"(a) : "x"(c), "m"(*(const vf_anywhere *)(p)))
 #else
 #define KEEP(x) (void)(x)
 #define FMA_INTO(c, a, b) ((c) = v_fma(a, b, c))
+#define FMA_FROM(a, p, c) ((a) = v_fma(a, v_load(p), c))
 #endif
 
 INLINE void load_lanes(const void *w, const int form, vf *low, vf *high) {

@@ -1,0 +1,38 @@
+/* What linear.c takes from linear_stored.c. */
+#pragma once
+#include "stored.h"
+#include "tile.h"
+
+enum {
+  BAND = 2 * GROUP_WORDS, /* lanes as wide as a group, side by side */
+  BANDS = LANES / BAND,
+  FEW_STORED = 2,   /* rows; with more, widening pays; measured */
+  LEAST_GROUP = 16, /* see core/groups.py */
+  TABLES = 5        /* per group and 32 lanes: s, s 2^-8, s 2^-16, s 2^-24, m */
+};
+
+typedef struct {
+  const char *codes; /* of the slice, or values */
+  const float *tables;
+  int group_shift; /* k >> it: the group */
+  int n_k;
+} slice_view;
+
+/* A slice of a panel, its scales laid out. */
+typedef struct {
+  const stored_matrix *of;
+  slice_view view;
+  const char *planes[MOST_PLANES];
+  int is_fast; /* else element by element */
+  _Alignas(64) float tables[SLICE / LEAST_GROUP * TABLES * LANES];
+} open_slice;
+
+void flashrt_open_slice(open_slice *s, const stored_matrix *m, int64_t panel, int64_t k0);
+
+/* Weights of a band of a slice, in float32, [k][BAND]. `wide` has room for SLICE * BAND. */
+void flashrt_widen_band(const open_slice *s, int band, float *wide);
+
+/* y[t][lane] = the sums of a panel for n_tokens <= FEW_STORED rows of x, packed [slice][k][token],
+ * over all K. Columns from n_cols on do not exist. */
+void flashrt_stream_stored(const stored_matrix *m, int64_t panel, const float *x, int n_tokens,
+                           float *y, int64_t y_stride, int64_t n_cols);

@@ -1,0 +1,59 @@
+"""`linear`, `embed` and `draft_input` compile for every stored format of weights and spill nothing.
+
+IS: the variants that test_cuda_compile leaves out, for it knows no formats; the quick suite takes
+two of them. IS NOT: running them (tests/backend/test_formats_simt.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+
+from flashrt.backends.cuda import kernels
+from flashrt.backends.cuda.kernels import KernelLaunch
+from flashrt.core.region import DType
+from tests.backend.test_formats_simt import FORMATS, QUICK, Format
+from tests.unit.test_cuda_compile import ARCHS, compile_all, shape
+
+pytestmark = pytest.mark.usefixtures("needs_nvrtc")
+WORST = (QUICK[0], QUICK[2])  # a minimum; two levels in groups of 16
+
+
+@pytest.fixture(scope="module")
+def needs_nvrtc() -> None:
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install flashrt[cuda]")
+
+
+def launches(
+    forms: Sequence[Format], acts: Sequence[DType], rows: Sequence[int], ks: Sequence[int]
+) -> Iterator[KernelLaunch]:
+    """Of every size of tile: devices of several sizes ask for them."""
+    for form in forms:
+        groups = {} if form.groups is None else {"w": form.groups, "table": form.groups}
+        dtypes = {"w": form.dtype, "table": form.dtype}
+        for op in ("embed", "draft_input"):
+            made = shape(op, 1, acts[0], DType.BF16, 132)
+            yield from kernels.EXPANSIONS[op](replace(made, dtypes=dtypes, groups=groups))
+        for act in acts:
+            for n in rows:
+                for k in ks:
+                    for n_sms in (16, 1000):
+                        made = shape("linear", n, act, DType.BF16, n_sms, K=k)
+                        full = replace(made, dtypes=dtypes, groups=groups)
+                        yield from kernels.EXPANSIONS["linear"](full)
+
+
+def test_formats_compile_without_spills() -> None:
+    """Red: a tile whose registers leave no room for the scales of two levels."""
+    assert compile_all("sm_80", launches(WORST, (DType.BF16X2,), (1, 512), (2560,))) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_every_format_compiles_without_spills(arch: str, form: Format) -> None:
+    """Rows of all widths of a tile of tokens, with and without whole vectors of x."""
+    acts = (DType.BF16, DType.BF16X2, DType.F32)
+    assert compile_all(arch, launches((form,), acts, (1, 16, 32, 64, 512), (2560, 2561))) == {}
