@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from flashrt.base.errors import CheckpointError
 from flashrt.base.messages import shown
 from flashrt.core.region import DType
+from flashrt.models import dense, qwen35
 from flashrt.models.flow_policy.config import MODEL_TYPE as POLICY_MODEL_TYPE
+from flashrt.models.lane import Choices, check_choices
 from flashrt.models.model import Model, TokenModel
-from flashrt.models.qwen35.config import MODEL_TYPES, parse_config, text_fields
-from flashrt.models.qwen35.model import Qwen35
+from flashrt.models.rope import reach
+from flashrt.weights.rules import Source, Stored, in_bfloat16
 
 __all__ = ["Model", "TokenModel", "model_for", "notes_on", "promises_draft_head"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What is asked of a family before there is a model."""
+
+    build: Callable[[Mapping[str, object], Choices], TokenModel]
+    text_fields: Callable[[Mapping[str, object]], Mapping[str, object]]
+    has_draft_head: bool  # whether models of the family may have one
+
+
+_QWEN35 = _Family(qwen35.build, qwen35.text_fields, has_draft_head=True)
+_DENSE = _Family(dense.build, dense.text_fields, has_draft_head=False)
+_FAMILIES: Mapping[object, _Family] = {
+    **dict.fromkeys(qwen35.MODEL_TYPES, _QWEN35),
+    **dict.fromkeys(dense.MODEL_TYPES, _DENSE),
+}
 
 
 def model_for(
@@ -22,40 +42,53 @@ def model_for(
     kv_dtype: DType = DType.BF16,
     has_draft_head: bool = False,
     is_tied: bool | None = None,
+    stored: Callable[[Source], Stored] = in_bfloat16,
 ) -> TokenModel:
     """The model that a config.json describes.
 
     `is_tied` says whether the checkpoint lacks lm_head.weight, which a config that ties the head
-    must explain; None believes the config. Raises CheckpointError for an unknown architecture, or
-    naming all that is wrong with the config.
+    must explain; None believes the config. `stored` says how it has each matrix. Raises
+    CheckpointError for an unknown architecture, or naming all that is wrong with the config;
+    PlanError for a wrong `max_positions` or `kv_dtype`.
     """
     model_type = config.get("model_type")
     if model_type == POLICY_MODEL_TYPE:
         raise CheckpointError("config.json is a robot policy's: load it with flashrt.load_policy")
-    if model_type not in MODEL_TYPES:
+    family = _family(config)
+    if family is None:
         raise CheckpointError(
             f"config.json: model_type {shown(model_type)} is unknown; supported: "
-            f"{', '.join(MODEL_TYPES)}"
+            f"{', '.join(map(str, _FAMILIES))}"
         )
-    return Qwen35(
-        parse_config(config, is_tied, has_draft_head),
-        max_positions=max_positions,
-        kv_dtype=kv_dtype,
-        has_draft_head=has_draft_head,
-    )
+    if has_draft_head and not family.has_draft_head:
+        raise CheckpointError(
+            f"config.json: models of model_type {shown(model_type)} have no draft head; load "
+            "without: draft=False, or --no-draft on the command line"
+        )
+    check_choices(max_positions, kv_dtype)
+    return family.build(config, Choices(max_positions, kv_dtype, has_draft_head, is_tied, stored))
 
 
 def promises_draft_head(config: Mapping[str, object]) -> bool:
     """Whether a config names a draft head; where there are weights, they decide."""
-    return text_fields(config).get("mtp_num_hidden_layers") not in (None, 0)
+    family = _family(config)
+    if family is None or not family.has_draft_head:
+        return False
+    return family.text_fields(config).get("mtp_num_hidden_layers") not in (None, 0)
 
 
 def notes_on(config: Mapping[str, object], max_positions: int) -> tuple[str, ...]:
     """What a user should know before relying on a model at this context length."""
-    trained = text_fields(config).get("max_position_embeddings")
-    if not isinstance(trained, int) or max_positions <= trained:
+    family = _family(config)
+    trained = reach(family.text_fields(config)) if family else None
+    if trained is None or max_positions <= trained:
         return ()
     return (
         f"max_positions is {max_positions:,}, beyond the {trained:,} of max_position_embeddings: "
         "the model was not made for positions after that, and its text may turn into noise",
     )
+
+
+def _family(config: Mapping[str, object]) -> _Family | None:
+    model_type = config.get("model_type")
+    return _FAMILIES.get(model_type) if isinstance(model_type, str) else None

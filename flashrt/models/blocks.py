@@ -16,14 +16,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from flashrt.base.errors import PlanError
 from flashrt.core.op import AttrValue, Op
 from flashrt.core.region import DType, Operand, Region, View, as_view
 from flashrt.core.tape import Tape
+from flashrt.models.lane import scales_name
 from flashrt.ops import table as ops
 from flashrt.ops.cursor import CursorWord
+from flashrt.weights.rules import part_name
 
 # Up to this many rows, attention leaves partials so that key blocks can be spread over cores.
 _SPREAD_ROWS = 9
+# Constants of a model: frequencies of rotary pairs; the one frequency 0, for layers that turn
+# nothing; ones in place of head norms, for models without.
+INV_FREQ, NO_ROPE, NO_NORM = "inv_freq", "no_rope", "no_norm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +46,17 @@ class BlockRecorder:
     """Records blocks on one tape. Scratch is named by layer: the planner may give the bytes of one
     layer to the next.
 
-    `rows` and `cursor` are those of the launches to come; `narrow` changes both.
+    `rows` and `cursor` are those of the launches to come; `narrow` changes both. `magnitude` is
+    that of rotated heads: see models.rope.
     """
 
-    def __init__(self, regions: Mapping[str, Region], tape: Tape, eps: float) -> None:
+    def __init__(
+        self, regions: Mapping[str, Region], tape: Tape, eps: float, magnitude: float = 1.0
+    ) -> None:
         self.regions = regions  # of the lane and of the weights, by name
         self.tape = tape
         self.eps = eps  # of every norm
+        self.magnitude = magnitude
         self.rows = tape.rows
         self.cursor = regions["cursor"]
 
@@ -59,34 +69,55 @@ class BlockRecorder:
         query_heads: int,
         *,
         last_row_only: bool = False,
+        is_turned: bool = True,
     ) -> Region:
-        """Gated attention; weights qkv, q_norm, k_norm, o_proj, and `inv_freq` of the model.
+        """Attention; weights qkv and o_proj, and where the model has them q_norm, k_norm, biases.
 
         `last_row_only`: all rows get keys and values, then only the last valid row goes on.
+        `is_turned`: with rotary positions.
         """
-        u, q = self.append_keys(at, h, keys, values, query_heads)
+        u, q = self.append_keys(at, h, keys, values, query_heads, is_turned=is_turned)
         if last_row_only:
-            u, q = self.last_of(u), self.last_of(q)
+            u, q = self.last_of(u) if u else None, self.last_of(q)
             self.narrow()
         return self.attend(at, u, q, keys, values)
 
     def append_keys(
-        self, at: str, h: Operand, keys: View, values: View, query_heads: int, shift: int = 0
-    ) -> tuple[Region, Region]:
-        """Projections u, columns [per head: query, gate | k | v], and rotated queries; new rows of
-        keys and values. Angles are those of `shift` positions before each row.
+        self,
+        at: str,
+        h: Operand,
+        keys: View,
+        values: View,
+        query_heads: int,
+        shift: int = 0,
+        *,
+        is_turned: bool = True,
+    ) -> tuple[Region | None, Region]:
+        """Projections u, columns [per head: query, gate | k | v], None where [q | k | v] has no
+        gate; and rotated queries. New rows of keys and values. Angles are those of `shift`
+        positions before each row.
+
+        Which weights there are says what is done: q_norm and k_norm norm the heads; without them
+        `NO_NORM` stands in, and is not read. Heads that are not turned have the one angle 0.
         """
-        weights = self.regions
-        u = self.linear(f"{at}.u", h, f"{at}.qkv")
-        q = self.scratch(f"{at}.q", query_heads, keys.shape[2])
+        weights, (kv_heads, _, head_dim) = self.regions, keys.shape
+        u = self.biased(f"{at}.u", h, f"{at}.qkv")
+        gates = u.shape[1] - (query_heads + 2 * kv_heads) * head_dim
+        if gates not in (0, query_heads * head_dim):
+            raise PlanError(f"{at}: {u.shape[1]} columns of qkv fit neither q, k, v nor a gate")
+        is_normed = f"{at}.q_norm" in weights
+        norms = {n: weights[f"{at}.{n}" if is_normed else NO_NORM] for n in ("q_norm", "k_norm")}
+        q = self.scratch(f"{at}.q", query_heads, head_dim)
         self.launch(
-            ops.ROPE_APPEND, u=u, q_norm=weights[f"{at}.q_norm"], k_norm=weights[f"{at}.k_norm"],
-            inv_freq=weights["inv_freq"], q=q, keys=keys, values=values, eps=self.eps, shift=shift,
+            ops.ROPE_APPEND, u=u, inv_freq=weights[INV_FREQ if is_turned else NO_ROPE], q=q,
+            keys=keys, values=values, eps=self.eps, shift=shift, gated=int(gates > 0),
+            normed=int(is_normed), magnitude=self.magnitude if is_turned else 1.0, **norms,
+            **self._scales(keys, values),
         )  # fmt: skip
-        return u, q
+        return u if gates else None, q
 
     def attend(
-        self, at: str, u: Region, q: Region, keys: View, values: View, shift: int = 0
+        self, at: str, u: Region | None, q: Region, keys: View, values: View, shift: int = 0
     ) -> Region:
         """The second half of attention: what `append_keys` left -> the block's output. Rows of keys
         below `shift` are not read.
@@ -97,10 +128,18 @@ class BlockRecorder:
         partials = self.tape.scratch(f"{at}.partials", spread, query_heads, n_blocks, head_dim + 2)
         mixed = self.activation(f"{at}.mixed", query_heads * head_dim)
         self.launch(
-            ops.ATTENTION, q=q, u=u, keys=keys, values=values, partials=partials, y=mixed,
-            shift=shift,
+            ops.ATTENTION, q=q, u=u or q.view().reshape(self.rows, query_heads * head_dim),
+            keys=keys, values=values, partials=partials, y=mixed, shift=shift, gated=int(bool(u)),
+            **self._scales(keys, values),
         )  # fmt: skip
-        return self.linear(f"{at}.r", mixed, f"{at}.o_proj")
+        return self.biased(f"{at}.r", mixed, f"{at}.o_proj")
+
+    def biased(self, name: str, x: Operand, weight: str) -> Region:
+        """`linear`, and the weight's bias where the model has one."""
+        y = self.linear(name, x, weight)
+        if bias := self.regions.get(bias_name(weight)):
+            self.launch(ops.ADD_BIAS, x=y, b=bias)
+        return y
 
     def delta_rule(
         self,
@@ -127,7 +166,7 @@ class BlockRecorder:
             (ops.CONV_VERIFY, ops.DELTA_VERIFY) if kept else (ops.CONV_WINDOW, ops.DELTA_RULE)
         )
         y, decay, beta = inputs.qkv, inputs.decay, inputs.beta
-        self.launch(ops.LINEAR, x=h, w=weights[f"{at}.in_proj"], y=inputs.u)
+        self.product(h, f"{at}.in_proj", inputs.u)
         z: Operand
         qkv, z, b, a = columns(inputs.u, channels, inner, value_heads, value_heads)
         self.launch(conv, u=qkv, w=weights[f"{at}.conv"], window=window, y=y)
@@ -165,7 +204,7 @@ class BlockRecorder:
 
     def mlp(self, at: str, x: Region, r: Region) -> Region:
         """x += r, and the MLP of that; weights mlp_norm, gate_up, down."""
-        hidden, intermediate = self.regions[f"{at}.down"].shape
+        hidden, intermediate = self.matrix_shape(f"{at}.down")
         h = self.activation(f"{at}.mlp.h", hidden, DType.ACT_WIDE)
         self.add_rmsnorm(x, r, f"{at}.mlp_norm", h)
         u = self.linear(f"{at}.mlp.u", h, f"{at}.gate_up")
@@ -194,10 +233,27 @@ class BlockRecorder:
 
     def linear(self, name: str, x: Operand, weight: str) -> Region:
         """A new scratch region [rows, N] = x w^T."""
-        w = self.regions[weight]
-        y = self.scratch(name, w.shape[0])
-        self.launch(ops.LINEAR, x=x, w=w, y=y)
+        y = self.scratch(name, self.matrix_shape(weight)[0])
+        self.product(x, weight, y)
         return y
+
+    def product(self, x: Operand, weight: str, y: Operand) -> None:
+        """y = x w^T, a launch for each part of w: see `weights.rules.as_stored`."""
+        parts = self.parts(weight)
+        if len(parts) == 1:
+            self.launch(ops.LINEAR, x=x, w=parts[0], y=y)
+            return
+        for w, window in zip(parts, columns(y, *(w.shape[0] for w in parts)), strict=True):
+            self.launch(ops.LINEAR, x=x, w=w, y=window)
+
+    def parts(self, weight: str) -> tuple[Region, ...]:
+        """A weight matrix; where its rows are stored in several formats, the part of each."""
+        return parts_of(self.regions, weight)
+
+    def matrix_shape(self, weight: str) -> tuple[int, int]:
+        """(N, K) of all parts of a weight matrix."""
+        parts = self.parts(weight)
+        return sum(w.shape[0] for w in parts), parts[0].shape[1]
 
     def rmsnorm(self, x: Operand, norm: str, out: Operand) -> None:
         """`out` becomes the norm of x."""
@@ -235,13 +291,38 @@ class BlockRecorder:
         """Scratch in the backend's activation dtype, as `linear` reads it."""
         return self.tape.scratch(name, self.rows, columns, dtype=dtype)
 
+    def _scales(self, keys: View, values: View) -> dict[str, View]:
+        """Operands of attention: the scales of keys and values that are codes. Keys stand in for
+        them elsewhere, and are not read as such.
+        """
+        found = {}
+        for of, rows in (("key_scales", keys), ("value_scales", values)):
+            region = self.regions.get(scales_name(rows.region.name))
+            found[of] = region.span(rows.lead, rows.shape[0]) if region else keys
+        return found
+
     def _delta_inputs(self, at: str, channels: int, value_heads: int) -> DeltaInputs:
         return DeltaInputs(
-            self.scratch(f"{at}.u", self.regions[f"{at}.in_proj"].shape[0]),
+            self.scratch(f"{at}.u", self.matrix_shape(f"{at}.in_proj")[0]),
             self.scratch(f"{at}.qkv", channels),
             self.scratch(f"{at}.decay", value_heads),
             self.scratch(f"{at}.beta", value_heads),
         )
+
+
+def bias_name(weight: str) -> str:
+    """The region of what is added to the product with a weight matrix."""
+    return f"{weight}_bias"
+
+
+def parts_of(regions: Mapping[str, Region], weight: str) -> tuple[Region, ...]:
+    """The regions of a weight matrix, by ascending rows: one, or those of `part_name`."""
+    if weight in regions:
+        return (regions[weight],)
+    parts: list[Region] = []
+    while (part := regions.get(part_name(weight, len(parts)))) is not None:
+        parts.append(part)
+    return tuple(parts)
 
 
 def sampled_token(cursor: Region) -> View:

@@ -27,35 +27,39 @@ from flashrt.weights.folder import (
     unfinished,
     without_weights,
 )
-from flashrt.weights.quantised import refuse_quantised
+from flashrt.weights.formats.detect import (
+    activation_scales,
+    is_quantised,
+    names_used,
+    stored_matrix,
+)
+from flashrt.weights.formats.quantisation import SIDE_FILE, Quantisation, quantisation_of
+from flashrt.weights.formats.stored import (
+    PLAIN_DTYPES,
+    PlainArray,
+    PlainMatrix,
+    StoredArray,
+    StoredMatrix,
+    Tensor,
+)
+from flashrt.weights.rules import Source, Stored, in_bfloat16
 from flashrt.weights.stop_tokens import stop_tokens_of
 
 GENERATION_FILE = "generation_config.json"
 PREFIX, NESTED_PREFIX = "model.", "model.language_model."  # text only; the same when multimodal
 IGNORED_PREFIX = "model.visual."  # the vision tower of a multimodal checkpoint
+IGNORED_SUFFIX = ".rotary_emb.inv_freq"  # of old exports: what the config says anyway
 _MOST_CONFIG_NBYTES = 8 << 20
 _MOST_INDEX_NBYTES = 64 << 20  # some 500,000 tensors
 _POINTER = b"version https://git-lfs"  # begins a file of git-lfs that was not pulled
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """Where a tensor lies: bytes [offset, offset + nbytes) of a file. `dtype` is safetensors' code,
-    e.g. BF16.
-    """
-
-    stored_name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    offset: int
-    nbytes: int
 
 
 @dataclass(slots=True)
 class Checkpoint:
     """An open checkpoint. `tensors` go by canonical names: `model.language_model.x` and `model.x`
     are both `model.x`. `stop_tokens` end what the model writes; `load` adds the tokenizer's.
+    `notes`: what a user should know of it. `quantisation`: what its configuration says of weights
+    that are stored as codes.
     """
 
     path: Path
@@ -63,8 +67,38 @@ class Checkpoint:
     generation: Mapping[str, object]
     tensors: Mapping[str, Tensor]
     stop_tokens: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    quantisation: Quantisation | None = None
     _handles: dict[Path, int] = field(default_factory=dict, repr=False)
     _files: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
+
+    def matrix(self, name: str) -> StoredMatrix | None:
+        """The matrix of a canonical name, in whatever format it is stored; None if there is none.
+
+        Raises CheckpointError where its format is unknown or its tensors do not fit each other.
+        """
+        if (coded := stored_matrix(self.tensors, name, self.quantisation)) is not None:
+            return coded
+        tensor = self.tensors.get(name)
+        is_plain = tensor is not None and tensor.dtype in PLAIN_DTYPES and len(tensor.shape) == 2
+        return PlainMatrix(tensor) if tensor is not None and is_plain else None
+
+    def array(self, name: str) -> StoredArray | None:
+        """The array of a canonical name, None if there is none."""
+        tensor = self.tensors.get(name)
+        is_plain = tensor is not None and tensor.dtype in PLAIN_DTYPES
+        return PlainArray(tensor) if tensor is not None and is_plain else None
+
+    def stored(self, source: Source) -> Stored:
+        """How the matrix of a source is stored: for `rules.as_stored`. One that is missing counts
+        as bfloat16, and is `loader.check_sources`' to report.
+        """
+        matrix = self.matrix(source.name)
+        return in_bfloat16(source) if matrix is None else (matrix.dtype, matrix.groups)
+
+    def names_behind(self, name: str) -> Collection[str]:
+        """Canonical names of all tensors that a matrix or array may be stored in."""
+        return names_used(name)
 
     def read_into(self, tensor: Tensor, first_byte: int, out: memoryview) -> None:
         """Read len(out) bytes of a tensor, from byte `first_byte` on. Raises CheckpointError."""
@@ -88,7 +122,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read the configuration and the headers of all weight files; no tensor is read yet.
 
     Raises CheckpointError if the path is no checkpoint (see folder), a file is missing, truncated
-    or unreadable, a name occurs twice, or the weights are quantised.
+    or unreadable, a name occurs twice, or the weights are quantised in a way that is not read.
     """
     root = folder_of(path)
     config = read_json(root / CONFIG_FILE)
@@ -107,11 +141,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 "remove one of the files"
             )
         stored |= tensors
-    refuse_quantised(root, config, ((t.stored_name, t.dtype) for t in stored.values()))
+    quantisation = _quantisation(root, config, stored.values())
     stop = stop_tokens_of(
         ((str(root / GENERATION_FILE), generation), (str(root / CONFIG_FILE), config))
     )
-    return Checkpoint(root, config, generation, _canonical(root, stored), stop)
+    tensors = _canonical(root, stored)
+    notes = (*(quantisation.notes if quantisation else ()), *_note_on_activations(tensors))
+    return Checkpoint(root, config, generation, tensors, stop, notes, quantisation)
 
 
 def read_json(path: Path, most_nbytes: int = _MOST_CONFIG_NBYTES) -> Mapping[str, object]:
@@ -131,6 +167,30 @@ def read_json(path: Path, most_nbytes: int = _MOST_CONFIG_NBYTES) -> Mapping[str
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}, expected an object")
     return value
+
+
+def _quantisation(
+    root: Path, config: Mapping[str, object], stored: Collection[Tensor]
+) -> Quantisation | None:
+    """What the configuration says, where the tensors agree that weights are codes."""
+    has_side = (root / SIDE_FILE).is_file()
+    found = quantisation_of(root, config, read_json(root / SIDE_FILE) if has_side else None)
+    if found is not None and not is_quantised(stored):
+        raise CheckpointError(
+            f"{found.place} says that the weights are quantised ({found.method}), but they are "
+            "stored as plain numbers; if they are whole, remove it and load again"
+        )
+    return found
+
+
+def _note_on_activations(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Scales that are there and are not used."""
+    if not (names := activation_scales(tensors)):
+        return ()
+    return (
+        f"{listed(names)} scale activations, or keys and values; flashrt computes with these as "
+        "they are, and does not use the scales",
+    )
 
 
 def _weight_files(root: Path) -> dict[Path, Collection[str] | None]:
@@ -186,7 +246,7 @@ def _read_header(path: Path) -> dict[str, Tensor]:
 def _canonical(root: Path, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
-        if name.startswith(IGNORED_PREFIX):
+        if name.startswith(IGNORED_PREFIX) or name.endswith(IGNORED_SUFFIX):
             continue
         short = (
             PREFIX + name.removeprefix(NESTED_PREFIX) if name.startswith(NESTED_PREFIX) else name

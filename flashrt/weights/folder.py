@@ -22,9 +22,7 @@ ADAPTER_FILE = "adapter_config.json"
 WANTED = f"a directory with {CONFIG_FILE} and {WEIGHTS_FILE}, or its shards, is needed"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_GGUF = (
-    "flashrt reads safetensors for now: take the model's original, which GGUF files are made from"
-)
+_GGUF = "a GGUF file is a checkpoint by itself: give the path of the file"
 _PICKLED = (
     "PyTorch files, which flashrt does not read: load them with transformers and write safetensors "
     "with save_pretrained"
@@ -102,7 +100,7 @@ def unfinished(root: Path) -> str:
 
 def _of_file(file: Path) -> str:
     if file.suffix == ".gguf":
-        return f"{file} is a GGUF file; {_GGUF}"
+        return f"{file} is a GGUF file, which is loaded as it is; here {WANTED}"
     if file.suffix in _PICKLES:
         return f"{file} is one of the {_PICKLED}"
     if file.suffix in (".json", ".safetensors"):
@@ -114,9 +112,8 @@ def _of_nothing(root: Path) -> str:
     text = str(root)
     if _HUB_NAME.fullmatch(text) and not root.parent.exists():
         return (
-            f"{text}: no such directory. If this is a model's name on the Hugging Face hub: "
-            f"flashrt loads from disk; fetch it with `hf download {text} --local-dir {root.name}`, "
-            f"then give {root.name}"
+            f"{text}: no such directory. If this is a model's name on the Hugging Face hub: a load "
+            f"fetches nothing; fetch it with `flashrt pull {text}`, and the name will do"
         )
     return f"{printable(text)}: no such directory; {WANTED}"
 

@@ -6,21 +6,22 @@ time, never the weights. IS NOT: packing into a backend's storage, which is the 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import ml_dtypes
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from flashrt.base.errors import CheckpointError
+from flashrt.base.errors import CheckpointError, PlanError
 from flashrt.base.messages import MOST_LISTED, printable, shown
 from flashrt.core.arena import Arena
 from flashrt.core.backend import Bytes, Progress
-from flashrt.core.region import Region
-from flashrt.weights.checkpoint import Checkpoint, Tensor
+from flashrt.core.groups import Planes
+from flashrt.core.region import DType, Region
+from flashrt.weights.checkpoint import Checkpoint
+from flashrt.weights.formats.dequantise import dequantise
+from flashrt.weights.formats.stored import Rows, StoredArray, StoredMatrix, Tensor
 from flashrt.weights.rules import Source, Transform, WeightRule
 
 CHUNK_NBYTES = 16 << 20  # fits a last-level cache: read, hashed and packed while it is warm
@@ -29,51 +30,44 @@ CHUNK_ROWS = 32
 # Parts that a checkpoint may carry and a model may leave unused, as a whole.
 OPTIONAL_PREFIXES = ("mtp.",)
 
-# Takes a region, a first row and rows; the array is reused afterwards.
-Sink = Callable[[Region, int, NDArray[np.generic]], None]
-
-_NUMPY_DTYPE: dict[str, np.dtype[np.generic]] = {
-    "BF16": np.dtype(np.uint16),  # as bits
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-}
+# Takes a region, a first row and rows; they are valid during the call alone.
+Sink = Callable[[Region, int, Rows], None]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
     """What `load` did: xxh3-128 of all source tensors in rule order (names, dtypes, shapes, bytes),
-    their size, and what a user should know about them (see `check_sources`).
+    and their size.
     """
 
     digest: str
     source_nbytes: int
-    notes: tuple[str, ...]
 
 
-def check_sources(rules: Sequence[WeightRule], checkpoint: Checkpoint) -> tuple[str, ...]:
+def check_sources(rules: Sequence[WeightRule], checkpoint: Checkpoint) -> None:
     """Check that the checkpoint holds what the rules need and nothing else, by its headers alone.
 
-    Returns notes for the user: at most one, on matrices that will be rounded to bfloat16. Raises
-    one CheckpointError on all tensors that are missing, unused, or have a wrong shape or dtype.
+    Raises one CheckpointError on all tensors that are missing, unused, or have a wrong shape or
+    dtype.
     """
-    missing, misfits, rounded, used = [], [], [], set()
+    missing: list[Source] = []
+    misfits: list[str] = []
+    used: set[str] = set()
     for rule in rules:
         for source in rule.sources:
-            used.add(source.name)
-            tensor = checkpoint.tensors.get(source.name)
-            if tensor is None:
-                missing.append(source)
-            elif tensor.shape != source.shape:
+            used.update(checkpoint.names_behind(source.name))
+            stored = _stored(rule, source, checkpoint)
+            if stored is None:
+                tensor = checkpoint.tensors.get(source.name)
+                if tensor is None:
+                    missing.append(source)
+                else:
+                    misfits.append(_misfit(tensor, source))
+            elif stored.shape != source.shape:
+                name = printable(stored.tensors[0].stored_name)
                 misfits.append(
-                    f"{printable(tensor.stored_name)} is {shown(list(tensor.shape))}, expected "
-                    f"{list(source.shape)}"
+                    f"{name} is {shown(list(stored.shape))}, expected {list(source.shape)}"
                 )
-            elif tensor.dtype not in _NUMPY_DTYPE:
-                misfits.append(
-                    f"{printable(tensor.stored_name)} is {tensor.dtype}, expected BF16, F16 or F32"
-                )
-            elif rule.is_matrix and tensor.dtype != "BF16":
-                rounded.append(tensor)
     idle = tuple(p for p in OPTIONAL_PREFIXES if not any(name.startswith(p) for name in used))
     unused = [
         t.stored_name
@@ -87,7 +81,19 @@ def check_sources(rules: Sequence[WeightRule], checkpoint: Checkpoint) -> tuple[
         raise CheckpointError(
             f"{checkpoint.path}: tensors do not fit the config:\n  " + "\n  ".join(problems)
         )
-    return _note_on_rounding(rounded)
+
+
+def _stored(
+    rule: WeightRule, source: Source, checkpoint: Checkpoint
+) -> StoredMatrix | StoredArray | None:
+    return (checkpoint.matrix if rule.is_matrix else checkpoint.array)(source.name)
+
+
+def _misfit(tensor: Tensor, source: Source) -> str:
+    name = printable(tensor.stored_name)
+    if tensor.shape != source.shape:
+        return f"{name} is {shown(list(tensor.shape))}, expected {list(source.shape)}"
+    return f"{name} is {tensor.dtype}, expected BF16, F16 or F32"
 
 
 def _missing(missing: Sequence[Source], checkpoint: Checkpoint) -> list[str]:
@@ -107,17 +113,6 @@ def _first(lines: list[str], what: str) -> list[str]:
     return lines if more <= 0 else [*lines[:MOST_LISTED], f"and {more:,} {what}"]
 
 
-def _note_on_rounding(rounded: Sequence[Tensor]) -> tuple[str, ...]:
-    if not rounded:
-        return ()
-    counts = Counter(t.dtype for t in rounded)
-    stored = " and ".join(f"{count:,} matrices stored as {d}" for d, count in counts.items())
-    return (
-        f"{stored} are rounded to bfloat16, {printable(rounded[0].stored_name)} among them; logits "
-        "differ from those of the stored weights, by some tenths in models that were tried",
-    )
-
-
 def load(
     rules: Sequence[WeightRule],
     checkpoint: Checkpoint,
@@ -126,14 +121,14 @@ def load(
 ) -> LoadReport:
     """Feed the sink with the logical array of each rule, in rule order.
 
-    Matrices come as bfloat16 bits (uint16) [rows, K], in chunks of about CHUNK_NBYTES whose first
-    row is a multiple of CHUNK_ROWS; everything else comes whole, as float32, first row 0. An array
-    is valid only during the call. Raises CheckpointError, before the first call of the sink if the
+    Matrices come as their region stores them, bfloat16 as bits and codes as planes, in chunks of
+    about CHUNK_NBYTES whose first row is a multiple of CHUNK_ROWS; everything else comes whole, as
+    float32, first row 0. Raises CheckpointError, before the first call of the sink if the
     tensors do not fit (see `check_sources`).
     """
-    notes = check_sources(rules, checkpoint)
-    sources = [s for rule in rules for s in rule.sources]
-    reader = _Reader(checkpoint, sum(checkpoint.tensors[s.name].nbytes for s in sources), progress)
+    check_sources(rules, checkpoint)
+    stored = [_stored(rule, source, checkpoint) for rule in rules for source in rule.sources]
+    reader = _Reader(checkpoint, sum(s.nbytes for s in stored if s is not None), progress)
     try:
         for rule in rules:
             if rule.is_matrix:
@@ -143,7 +138,7 @@ def load(
                 sink(rule.region, 0, _float_array(rule, reader))
     finally:
         checkpoint.close()
-    return LoadReport(reader.hash.hexdigest(), reader.total_nbytes, notes)
+    return LoadReport(reader.hash.hexdigest(), reader.total_nbytes)
 
 
 def fill_weights(
@@ -156,7 +151,7 @@ def fill_weights(
     slots, base = {s.region: s for s in arena.weights.slots}, arena.weight_memory.address
     staging: Bytes = np.empty(0, np.uint8)
 
-    def sink(region: Region, first_row: int, rows: NDArray[np.generic]) -> None:
+    def sink(region: Region, first_row: int, rows: Rows) -> None:
         nonlocal staging
         part, slot = replace(region, shape=rows.shape), slots[region]
         nbytes = arena.backend.storage(part).nbytes
@@ -170,60 +165,74 @@ def fill_weights(
 
 
 class _Reader:
-    """Sequential reads of sources: hashed and reported as they go by."""
+    """Reads of tensors: hashed and reported as they go by."""
 
     def __init__(
         self, checkpoint: Checkpoint, total_nbytes: int, progress: Progress | None
     ) -> None:
         self.checkpoint = checkpoint
         self.total_nbytes = total_nbytes
-        self.done_nbytes = 0
-        self.progress = progress
         self.hash = xxhash.xxh3_128()
+        self._done_nbytes = 0
+        self._progress = progress
+        self._names = {tensor: name for name, tensor in checkpoint.tensors.items()}
+        self._begun: set[Tensor] = set()
 
-    def dtype(self, source: Source) -> np.dtype[np.generic]:
-        """Of the stored elements; bfloat16 as uint16 bits."""
-        return _NUMPY_DTYPE[self.checkpoint.tensors[source.name].dtype]
-
-    def read(self, source: Source, first: int, out: NDArray[np.generic]) -> None:
-        """Fill a contiguous array of the stored dtype with elements [first, first + out.size)."""
-        tensor: Tensor = self.checkpoint.tensors[source.name]
-        if first == 0:
-            self.hash.update(f"{source.name} {tensor.dtype} {tensor.shape}\n".encode())
-        raw = out.reshape(-1).view(np.uint8).data
-        self.checkpoint.read_into(tensor, first * out.itemsize, raw)
-        self.hash.update(raw)
-        self.done_nbytes += len(raw)
-        if self.progress is not None:
-            self.progress("weights", self.done_nbytes, self.total_nbytes)
-
-
-def _matrix_chunks(rule: WeightRule, reader: _Reader) -> Iterator[tuple[int, NDArray[np.uint16]]]:
-    n_rows, n_columns = rule.region.shape
-    step = max(1, CHUNK_NBYTES // (2 * n_columns * CHUNK_ROWS)) * CHUNK_ROWS
-    buffer = np.empty((min(step, n_rows), n_columns), np.uint16)
-    # rows where sources begin, and the end
-    bounds = np.cumsum([0, *(s.shape[0] for s in rule.sources)]).tolist()
-    for start in range(0, n_rows, step):
-        stop = min(start + step, n_rows)
-        for source, begin, end in zip(rule.sources, bounds, bounds[1:], strict=False):
-            low, high = max(start, begin), min(stop, end)
-            if low < high:
-                _read_bfloat16(
-                    reader, source, (low - begin) * n_columns, buffer[low - start : high - start]
-                )
-        yield start, buffer[: stop - start]
+    def read(self, tensor: Tensor, first_byte: int, out: memoryview) -> None:
+        """Fill memory with bytes of a tensor: a `formats.stored.Reader`."""
+        if tensor not in self._begun:
+            self._begun.add(tensor)
+            name = self._names.get(tensor, tensor.stored_name)
+            self.hash.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        self.checkpoint.read_into(tensor, first_byte, out)
+        self.hash.update(out)
+        self._done_nbytes += len(out)
+        if self._progress is not None:
+            self._progress("weights", self._done_nbytes, self.total_nbytes)
 
 
-def _read_bfloat16(reader: _Reader, source: Source, first: int, out: NDArray[np.uint16]) -> None:
-    """Elements as bfloat16 bits; wider sources are rounded to nearest, ties to even."""
-    dtype = reader.dtype(source)
-    if dtype == np.uint16:
-        reader.read(source, first, out)
-        return
-    wide = np.empty(out.shape, dtype)
-    reader.read(source, first, wide)
-    out[...] = wide.astype(np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+def _matrix_chunks(rule: WeightRule, reader: _Reader) -> Iterator[tuple[int, Rows]]:
+    """Rows of a rule's sources, stacked. A chunk ends where a source does, if it may."""
+    region = rule.region
+    n_rows, n_columns = region.shape
+    row_nbytes = max(1, n_columns * region.dtype.bits // 8)
+    step = max(1, CHUNK_NBYTES // (row_nbytes * CHUNK_ROWS)) * CHUNK_ROWS
+    parts: list[Rows] = []
+    start = stop = 0  # of the rows in `parts`
+    for source in rule.sources:
+        matrix = reader.checkpoint.matrix(source.name)
+        assert matrix is not None  # check_sources saw it
+        first = 0
+        while first < source.shape[0]:
+            count = min(source.shape[0] - first, step - (stop - start))
+            parts.append(_as_region(region, matrix, matrix.read(first, count, reader.read)))
+            first, stop = first + count, stop + count
+            if stop % CHUNK_ROWS == 0 or stop == n_rows:
+                yield start, parts[0] if len(parts) == 1 else _stacked(parts)
+                parts, start = [], stop
+
+
+def _as_region(region: Region, matrix: StoredMatrix, rows: Rows) -> Rows:
+    """Rows as the region has them: as they are stored, or widened to float32."""
+    if (matrix.dtype, matrix.groups) == (region.dtype, region.groups):
+        return rows
+    if region.dtype is not DType.F32:
+        raise PlanError(
+            f"region {region.name!r} is {region.dtype}, its source {matrix.description}: rules "
+            "were not made for this checkpoint (see weights.rules.as_stored)"
+        )
+    return dequantise(matrix.dtype, matrix.groups, rows)
+
+
+def _stacked(parts: Sequence[Rows]) -> Rows:
+    """Rows of one format, one below the other."""
+    planes = [p for p in parts if isinstance(p, Planes)]
+    if not planes:
+        return np.concatenate([p for p in parts if not isinstance(p, Planes)])
+    scales = zip(*(p.scales for p in planes), strict=True)
+    return Planes(
+        np.concatenate([p.codes for p in planes]), tuple(np.concatenate(s) for s in scales)
+    )
 
 
 def _float_array(rule: WeightRule, reader: _Reader) -> NDArray[np.float32]:
@@ -231,18 +240,18 @@ def _float_array(rule: WeightRule, reader: _Reader) -> NDArray[np.float32]:
         return np.array(rule.constant, np.float32).reshape(rule.region.shape)
     parts = []
     for source in rule.sources:
-        stored = np.empty(source.shape, reader.dtype(source))
-        reader.read(source, 0, stored)
-        is_bfloat16 = stored.dtype == np.uint16
-        parts.append(
-            (stored.view(ml_dtypes.bfloat16) if is_bfloat16 else stored).astype(np.float32)
-        )
-    values = np.concatenate(parts)
-    match rule.transform:
+        array = reader.checkpoint.array(source.name)
+        assert array is not None  # check_sources saw it
+        values = array.read(reader.read)
+        parts.append(_transformed(values, Transform.NONE if array.is_final else rule.transform))
+    return np.ascontiguousarray(np.concatenate(parts), np.float32).reshape(rule.region.shape)
+
+
+def _transformed(values: NDArray[np.float32], transform: Transform) -> NDArray[np.float32]:
+    match transform:
         case Transform.ONE_PLUS:
-            values = np.float32(1) + values
+            return np.float32(1) + values
         case Transform.TAPS_FIRST:
-            values = values[:, 0, :].T
+            return values[:, 0, :].T
         case Transform.NONE:
-            pass
-    return np.ascontiguousarray(values, np.float32).reshape(rule.region.shape)
+            return values

@@ -7,10 +7,13 @@ against a checkpoint and runs them. IS NOT: reading.
 from __future__ import annotations
 
 import enum
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from flashrt.base.errors import PlanError
+from flashrt.core.groups import Groups
 from flashrt.core.region import DType, Layout, Region, Role
 
 
@@ -39,7 +42,7 @@ class Source:
 class WeightRule:
     """One weight region and what fills it: sources, concatenated along axis 0, or constant values.
 
-    Matrices in bfloat16 (`Layout.MATRIX`) keep the bits of bfloat16 sources; all else is float32.
+    Matrices (`Layout.MATRIX`) keep what is stored, values or codes in groups; all else is float32.
     Raises PlanError if the sources cannot fill the region.
     """
 
@@ -47,6 +50,7 @@ class WeightRule:
     sources: tuple[Source, ...] = ()
     transform: Transform = Transform.NONE
     constant: tuple[float, ...] = ()
+    keeps_stored: bool = False  # a matrix of `linear`: the region is as its sources are stored
 
     def __post_init__(self) -> None:
         region = self.region
@@ -62,9 +66,9 @@ class WeightRule:
                 columns == {region.shape[1:]}
                 and sum(s.shape[0] for s in self.sources) == region.shape[0]
             )
-            if not fits or region.dtype is not DType.BF16 or self.transform is not Transform.NONE:
+            if not fits or self.transform is not Transform.NONE:
                 raise PlanError(
-                    f"weight rule {region.name!r}: {self.sources} cannot fill bfloat16 "
+                    f"weight rule {region.name!r}: {self.sources} cannot fill {region.dtype} "
                     f"{region.shape}"
                 )
         elif region.dtype is not DType.F32 or self.size != region.size:
@@ -74,8 +78,8 @@ class WeightRule:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the region is fed to `linear`: bfloat16 rows, loaded in chunks."""
-        return self.region.layout is Layout.MATRIX and self.region.dtype is not DType.F32
+        """Whether the region is a weight matrix: loaded in chunks of rows."""
+        return self.region.layout is Layout.MATRIX
 
     @property
     def size(self) -> int:
@@ -83,15 +87,57 @@ class WeightRule:
         return sum(s.size for s in self.sources) + len(self.constant)
 
 
+# How a checkpoint stores the matrix of a source: elements, and groups where they are codes.
+Stored = tuple[DType, Groups | None]
+
+
+def in_bfloat16(source: Source) -> Stored:
+    """How a source is taken to be stored where there is no checkpoint to ask."""
+    del source
+    return DType.BF16, None
+
+
+def part_name(name: str, index: int) -> str:
+    """The region of a part of a matrix whose rows are stored in several formats."""
+    return f"{name}.{index}"
+
+
+def as_stored(
+    rules: Sequence[WeightRule], stored: Callable[[Source], Stored]
+) -> tuple[WeightRule, ...]:
+    """The rules with the regions of `linear`'s matrices as their sources are stored.
+
+    Where sources that are stacked are stored in several formats, each run of one format becomes a
+    region of its own (`part_name`); models find parts by that name. Matrices of `dense` stay.
+    """
+    return tuple(part for rule in rules for part in _parts(rule, stored))
+
+
+def _parts(rule: WeightRule, stored: Callable[[Source], Stored]) -> list[WeightRule]:
+    if not rule.keeps_stored:
+        return [rule]
+    runs = [(f, list(run)) for f, run in itertools.groupby(rule.sources, key=stored)]
+    parts = []
+    for i, ((dtype, groups), sources) in enumerate(runs):
+        name = rule.region.name if len(runs) == 1 else part_name(rule.region.name, i)
+        shape = (sum(s.shape[0] for s in sources), rule.region.shape[1])
+        region = replace(rule.region, name=name, shape=shape, dtype=dtype, groups=groups)
+        parts.append(replace(rule, region=region, sources=tuple(sources)))
+    return parts
+
+
 def matrix(name: str, columns: int, *sources: tuple[str, int]) -> WeightRule:
-    """Rule for a bfloat16 matrix [sum of rows, columns] from (tensor name, rows) pairs, stacked."""
+    """Rule for a matrix of `linear` [sum of rows, columns] from (tensor name, rows) pairs, stacked;
+    bfloat16 until `as_stored` says how a checkpoint has it.
+    """
     parts = tuple(Source(source, (rows, columns)) for source, rows in sources)
     shape = (sum(rows for _, rows in sources), columns)
-    return WeightRule(Region(name, shape, DType.BF16, Role.WEIGHT, Layout.MATRIX), parts)
+    region = Region(name, shape, DType.BF16, Role.WEIGHT, Layout.MATRIX)
+    return WeightRule(region, parts, keeps_stored=True)
 
 
 def dense(name: str, source: str, rows: int, columns: int) -> WeightRule:
-    """Rule for a float32 matrix [rows, columns], for the op of that name."""
+    """Rule for a float32 matrix [rows, columns], for the op of that name; others are widened."""
     region = Region(name, (rows, columns), DType.F32, Role.WEIGHT, Layout.MATRIX)
     return WeightRule(region, (Source(source, (rows, columns)),))
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from flashrt.base.errors import CheckpointError
-from flashrt.weights.checkpoint import Checkpoint, Tensor
+from flashrt.weights.checkpoint import Checkpoint
+from flashrt.weights.formats.stored import Tensor
 from flashrt.weights.random_checkpoint import Draw, Shape, shape_config, sizes_of, tensor_shapes
 
 

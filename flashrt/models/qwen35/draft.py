@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flashrt.core.region import DType, Layout, Region, Role, as_view
+from flashrt.core.region import DType, Region, Role, as_view
 from flashrt.core.tape import Tape
 from flashrt.models.blocks import DeltaInputs, sampled_token
+from flashrt.models.lane import kv_regions
 from flashrt.models.model import COMMIT, DRAFT, DRAFT_NEXT, VERIFY
 from flashrt.models.qwen35.config import LayerKind, Qwen35Config
 from flashrt.models.qwen35.tapes import DRAFT_SHIFT, Qwen35Recorder
@@ -41,8 +42,7 @@ def lane_regions(c: Qwen35Config, max_positions: int, kv_dtype: DType) -> tuple[
     in_proj = c.conv_channels + c.value_heads * c.value_dim + 2 * c.value_heads
     kept = MAX_ROWS * c.n_linear
     regions = [
-        Region("draft_keys", rows, kv_dtype, Role.ROWS, Layout.ROWS_IN_LANES, is_digested=True),
-        Region("draft_values", rows, kv_dtype, Role.ROWS, Layout.COLS_IN_LANES, is_digested=True),
+        *kv_regions("draft_keys", "draft_values", rows, kv_dtype),
         Region("draft_cursor", (ops.CURSOR_WORDS,), DType.I32, Role.IO),
         Region("draft_hidden", (1, c.hidden), DType.ACT, Role.IO),
         Region("draft_logits", (1, _vocabulary(c)), DType.F32, Role.IO),

@@ -6,22 +6,20 @@ IS: the regions of a lane, and which tape a phase is. IS NOT: config fields (con
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 from flashrt.base.errors import PlanError
-from flashrt.base.messages import shown
 from flashrt.core.region import DType, Layout, Region, Role
 from flashrt.core.tape import Tape
 from flashrt.models.blocks import sampled_token
+from flashrt.models.lane import check_choices, lane_regions
 from flashrt.models.model import BUCKETS, DECODE, PREFILL, SAMPLE
 from flashrt.models.qwen35 import draft as drafting
 from flashrt.models.qwen35.config import Qwen35Config
 from flashrt.models.qwen35.tapes import Qwen35Recorder
 from flashrt.models.qwen35.weights import weight_rules
-from flashrt.ops import table as ops
-
-MOST_POSITIONS = 1 << 24  # far beyond any model; positions and rows of a lane are int32
+from flashrt.weights.rules import Source, Stored, as_stored, in_bfloat16
 
 
 class Qwen35:
@@ -32,20 +30,20 @@ class Qwen35:
     buckets = BUCKETS
 
     def __init__(
-        self, config: Qwen35Config, *, max_positions: int, kv_dtype: DType, has_draft_head: bool
+        self,
+        config: Qwen35Config,
+        *,
+        max_positions: int,
+        kv_dtype: DType,
+        has_draft_head: bool,
+        stored: Callable[[Source], Stored] = in_bfloat16,
     ) -> None:
-        is_whole = isinstance(max_positions, int) and not isinstance(max_positions, bool)
-        if not is_whole or not 1 <= max_positions <= MOST_POSITIONS:
-            raise PlanError(
-                f"max_positions is {shown(max_positions)}; an integer from 1 to {MOST_POSITIONS:,} "
-                "is needed"
-            )
-        if kv_dtype not in (DType.BF16, DType.F32):
-            raise PlanError(f"kv_dtype is {kv_dtype}; {DType.BF16} and {DType.F32} are supported")
+        """`stored` says how the checkpoint has each matrix: regions of weights are as it says."""
+        check_choices(max_positions, kv_dtype)
         self.config = config
         self.vocab_size = config.vocab_size
         self.max_positions = max_positions
-        self.weights = weight_rules(config, has_draft_head)
+        self.weights = as_stored(weight_rules(config, has_draft_head), stored)
         self.lane_regions: tuple[Region, ...] = _lane_regions(config, max_positions, kv_dtype)
         self.phases: tuple[tuple[str, int], ...] = (
             *((PREFILL, rows) for rows in BUCKETS),
@@ -81,30 +79,15 @@ class Qwen35:
 
 
 def _lane_regions(c: Qwen35Config, max_positions: int, kv_dtype: DType) -> tuple[Region, ...]:
-    regions = [
-        Region("cursor", (ops.CURSOR_WORDS,), DType.I32, Role.FIXED),
-        Region("sampler", (ops.SAMPLER_WORDS,), DType.U32, Role.FIXED),
-        Region("bias", (ops.BIAS_ENTRIES, 2), DType.U32, Role.FIXED),
-    ]
+    state = []
     if n := c.n_linear:
-        state, window = (
+        heads, window = (
             (n, c.value_heads, c.key_dim, c.value_dim),
             (n, c.conv_taps - 1, c.conv_channels),
         )
-        regions += [
-            Region("state", state, DType.F32, Role.FIXED, Layout.COLUMN_BLOCKS, is_digested=True),
+        state = [
+            Region("state", heads, DType.F32, Role.FIXED, Layout.COLUMN_BLOCKS, is_digested=True),
             Region("window", window, DType.F32, Role.FIXED, is_digested=True),
         ]
-    regions.append(Region("last_hidden", (1, c.hidden), DType.ACT, Role.FIXED, is_digested=True))
-    regions.append(Region("journal", (1, max_positions, 1), DType.I32, Role.ROWS, is_digested=True))
-    if n := c.n_full:
-        rows = (n * c.kv_heads, max_positions, c.head_dim)
-        regions += [
-            Region("keys", rows, kv_dtype, Role.ROWS, Layout.ROWS_IN_LANES, is_digested=True),
-            Region("values", rows, kv_dtype, Role.ROWS, Layout.COLS_IN_LANES, is_digested=True),
-        ]
-    return (
-        *regions,
-        Region("tokens", (max(BUCKETS),), DType.I32, Role.IO),
-        Region("logits", (1, c.vocab_size), DType.F32, Role.IO),
-    )
+    rows = (c.n_full * c.kv_heads, max_positions, c.head_dim)
+    return lane_regions(c.vocab_size, c.hidden, rows, kv_dtype, state)

@@ -33,7 +33,7 @@ class Qwen35Recorder(BlockRecorder):
         tape: Tape,
         kept: Callable[[int], DeltaInputs] | None = None,
     ) -> None:
-        super().__init__(regions, tape, config.eps)
+        super().__init__(regions, tape, config.eps, config.rotation.magnitude)
         self.config = config
         self.has_draft_head = f"{DRAFT_HEAD}.fc" in regions
         self.head_weight = EMBED if config.is_tied else HEAD
@@ -87,7 +87,7 @@ class Qwen35Recorder(BlockRecorder):
 
     def draft_keys(
         self, tokens: Operand, hidden: Operand, last: Operand
-    ) -> tuple[Region, Region, Region]:
+    ) -> tuple[Region, Region | None, Region]:
         """The draft head's input, its projections and its queries; new rows of its keys and values.
 
         Row r holds what the model's authors call slot r - 1: the token at r and the hidden state

@@ -6,10 +6,11 @@ Projections that share an input are stacked into one matrix. IS NOT: reading (we
 
 from __future__ import annotations
 
+from flashrt.models.blocks import INV_FREQ
 from flashrt.models.qwen35.config import LayerKind, Qwen35Config
 from flashrt.weights.rules import Transform, WeightRule, constant, depthwise_conv, matrix, vector
 
-EMBED, HEAD, FINAL_NORM, INV_FREQ = "embed", "head", "final_norm", "inv_freq"
+EMBED, HEAD, FINAL_NORM = "embed", "head", "final_norm"
 DRAFT_HEAD = "draft"  # regions of the multi-token-prediction head: draft.fc, draft.layer.qkv, ...
 
 
@@ -23,7 +24,7 @@ def weight_rules(config: Qwen35Config, has_draft_head: bool) -> tuple[WeightRule
     c = config
     rules = [matrix(EMBED, c.hidden, ("model.embed_tokens.weight", c.vocab_size))]
     if c.n_full or has_draft_head:
-        rules.append(constant(INV_FREQ, c.inv_freq))
+        rules.append(constant(INV_FREQ, c.rotation.inv_freq))
     for i, kind in enumerate(c.layers):
         rules += _layer(c, layer_name(i), f"model.layers.{i}", kind)
     rules.append(_norm(FINAL_NORM, "model.norm", c.hidden))

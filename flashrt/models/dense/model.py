@@ -1,0 +1,73 @@
+"""Dense decoders: Llama, Mistral, Qwen2, Qwen3, SmolLM3; every layer attention and MLP.
+
+IS: the regions of a lane, and which tape a phase is. IS NOT: config fields (config), weight names
+(weights) or the launches of a tape (tapes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+from flashrt.base.errors import PlanError
+from flashrt.core.region import DType, Region
+from flashrt.core.tape import Tape
+from flashrt.models.blocks import sampled_token
+from flashrt.models.dense.config import DenseConfig
+from flashrt.models.dense.tapes import DenseRecorder
+from flashrt.models.dense.weights import weight_rules
+from flashrt.models.lane import check_choices, lane_regions
+from flashrt.models.model import BUCKETS, DECODE, PREFILL, SAMPLE
+from flashrt.weights.rules import Source, Stored, as_stored, in_bfloat16
+
+
+class Dense:
+    """One model at one context length. See `models.model.Model`."""
+
+    identity: ClassVar[Mapping[str, object]] = {}  # all of it is in tapes, regions and constants
+    buckets = BUCKETS
+    phases: ClassVar[tuple[tuple[str, int], ...]] = (
+        *((PREFILL, rows) for rows in BUCKETS),
+        (DECODE, 1),
+        (SAMPLE, 1),
+    )
+
+    def __init__(
+        self,
+        config: DenseConfig,
+        *,
+        max_positions: int,
+        kv_dtype: DType,
+        stored: Callable[[Source], Stored] = in_bfloat16,
+    ) -> None:
+        """`stored` says how the checkpoint has each matrix: regions of weights are as it says."""
+        check_choices(max_positions, kv_dtype)
+        self.config = config
+        self.name = config.model_type
+        self.vocab_size = config.vocab_size
+        self.max_positions = max_positions
+        self.weights = as_stored(weight_rules(config), stored)
+        rows = (config.n_layers * config.kv_heads, max_positions, config.head_dim)
+        self.lane_regions: tuple[Region, ...] = lane_regions(
+            config.vocab_size, config.hidden, rows, kv_dtype
+        )
+        self._regions = {
+            r.name: r for r in (*self.lane_regions, *(rule.region for rule in self.weights))
+        }
+
+    def record(self, phase: str, rows: int) -> Tape:
+        """The launches of a phase. Raises PlanError for a pair that is not in `phases`."""
+        if (phase, rows) not in self.phases:
+            raise PlanError(
+                f"{self.name} has no phase {phase!r} of {rows} rows; phases: {self.phases}"
+            )
+        tape = Tape(phase, rows)
+        recorder = DenseRecorder(self.config, self._regions, tape)
+        if phase == PREFILL:
+            recorder.forward(self._regions["tokens"].view().cols(0, rows))
+        elif phase == DECODE:
+            recorder.forward(sampled_token(self._regions["cursor"]))
+            recorder.sample_next()
+        else:
+            recorder.sample_next()
+        return tape

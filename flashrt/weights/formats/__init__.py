@@ -1,0 +1,1 @@
+"""Formats of stored weights: what a file holds, as codes and planes of scales, or as values."""

@@ -1,0 +1,150 @@
+"""A matrix whose rows or columns a file has in another order than a model expects.
+
+IS: a StoredMatrix over one that is stored by rows; codes and scales move together, so nothing is
+lost. IS NOT: which order a file has (gguf.names).
+
+Rows are read whole, as bytes, with row 0: so every byte is read once, in the order of the file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashrt.base.errors import CheckpointError
+from flashrt.base.messages import printable
+from flashrt.core.groups import SIZES, Groups, Planes
+from flashrt.core.region import DType
+from flashrt.weights.formats.stored import Bytes, Reader, RowMatrix, Rows, Tensor
+
+Order = NDArray[np.intp]  # the place in the file of each row, or of each run of columns
+
+
+@dataclass(slots=True)
+class RowsReordered:
+    """Row r is row `order[r]` of what is stored."""
+
+    stored: RowMatrix
+    order: Order
+    _held: Bytes | None = field(default=None, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> DType:
+        """Of values or codes."""
+        return self.stored.dtype
+
+    @property
+    def groups(self) -> Groups | None:
+        """Of codes."""
+        return self.stored.groups
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The one tensor."""
+        return self.stored.tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensor."""
+        return self.stored.nbytes
+
+    @property
+    def description(self) -> str:
+        """The format."""
+        return self.stored.description
+
+    def read(self, first_row: int, n_rows: int, reader: Reader) -> Rows:
+        """Rows in the order that is wanted; all bytes are held until the last row was read."""
+        if first_row == 0:
+            held = np.empty(self.nbytes, np.uint8)
+            reader(self.tensors[0], 0, held.data)
+            self._held = held.reshape(self.shape[0], -1)
+        if self._held is None:
+            name = printable(self.tensors[0].stored_name)
+            raise CheckpointError(f"{name}: rows are to be read in order, from row 0 on")
+        last = first_row + n_rows
+        raw = self._held[self.order[first_row:last]]
+        if last == self.shape[0]:
+            self._held = None
+        return self.stored.decoded(raw.reshape(-1), n_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnsReordered:
+    """Run c of `run` columns is run `order[c]` of what is stored. Where groups are longer than a
+    run, their scales are repeated, one for each shorter group.
+    """
+
+    stored: RowMatrix
+    order: Order
+    run: int
+
+    def __post_init__(self) -> None:
+        stored = self.stored.groups
+        if stored is not None and math.gcd(stored.size, self.run) not in SIZES:
+            name = printable(self.tensors[0].stored_name)
+            raise CheckpointError(
+                f"{name}: groups of {stored.size} columns cross heads of {self.run}; take a file "
+                "that has this tensor in F16 or F32"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> DType:
+        """Of values or codes."""
+        return self.stored.dtype
+
+    @property
+    def groups(self) -> Groups | None:
+        """Of codes; no group is longer than a run."""
+        stored = self.stored.groups
+        if stored is None:
+            return None
+        size, outer = math.gcd(stored.size, self.run), math.gcd(stored.outer, self.run)
+        return replace(stored, size=size, outer=outer if stored.outer else 0)
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The one tensor."""
+        return self.stored.tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensor."""
+        return self.stored.nbytes
+
+    @property
+    def description(self) -> str:
+        """The format."""
+        return self.stored.description
+
+    def read(self, first_row: int, n_rows: int, reader: Reader) -> Rows:
+        """Rows with their columns in the order that is wanted."""
+        rows = self.stored.read(first_row, n_rows, reader)
+        stored, groups = self.stored.groups, self.groups
+        if not isinstance(rows, Planes) or stored is None or groups is None:
+            values = rows.codes if isinstance(rows, Planes) else rows
+            return self._moved(values)
+        pairs = zip(stored.planes, groups.planes, rows.scales, strict=True)
+        planes = tuple(
+            self._moved(np.repeat(plane, old.size // new.size, axis=1)) if old.size else plane
+            for old, new, plane in pairs
+        )
+        return Planes(self._moved(rows.codes), planes)
+
+    def _moved(self, plane: NDArray[np.generic]) -> NDArray[np.generic]:
+        runs = plane.reshape(len(plane), len(self.order), -1)
+        return runs[:, self.order].reshape(plane.shape)

@@ -1,0 +1,349 @@
+"""The configuration of a GGUF file's model, in the words of config.json.
+
+IS: metadata of the architectures that flashrt knows, as the mapping that models read (models'
+configs check the values). IS NOT: the tokenizer's metadata (text), nor names of tensors (names).
+A key of the architecture that is not known here is refused: it may change the mathematics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from flashrt.base.errors import CheckpointError
+from flashrt.base.messages import indented, listed, printable, shown
+from flashrt.weights.gguf.file import GgufFile
+
+ARCHITECTURE = "general.architecture"
+QWEN35 = "qwen35"
+# Architectures, and the model_type of each; the kinds differ in their tensors and orders.
+MODEL_TYPES: Mapping[str, str] = {
+    QWEN35: "qwen3_5_text", "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+    "smollm3": "smollm3",
+}  # fmt: skip
+PAIRED = ("llama", "smollm3")  # rows of q and k are stored as pairs that turn together
+_MOST_LAYERS = 4096  # beyond it, a list of layers would only cost memory
+# Keys that change nothing, whatever they hold.
+_HARMLESS = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_used_count")
+# Other keys, and all values that change nothing.
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "expert_count": (0,),
+    "attention.causal": (True,),
+    "attention.scale": (0.0,),
+    "rope.scaling.attn_factor": (1.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "use_parallel_residual": (False,),
+}
+# What Llama 3.1 and 3.2 have; files hold only the divisors that follow from it.
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_NO_ROPE_INTERVAL = 4  # of smollm3; files do not say it, and other programs have it built in
+
+
+def architecture_of(file: GgufFile) -> str:
+    """The architecture. Raises CheckpointError for one that flashrt has no model of."""
+    name = file.metadata.get(ARCHITECTURE)
+    if isinstance(name, str) and name in MODEL_TYPES:
+        return name
+    if name == "clip":
+        what = "is the vision part of a model; give the file of the language model beside it"
+    else:
+        known = listed(list(MODEL_TYPES))
+        what = f"its architecture is {shown(name)}; flashrt reads GGUF files of {known}"
+    raise CheckpointError(f"{file.path}: {what}")
+
+
+def config_of(
+    file: GgufFile, architecture: str, rope_factors: Sequence[float] | None = None
+) -> dict[str, object]:
+    """What config.json would say. `rope_factors`: of the tensor rope_freqs, where there is one.
+
+    Raises CheckpointError with all that is missing, contradictory or not known.
+    """
+    keys = _Keys(file.metadata, architecture)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(
+            f"{file.path}: has no token_embd.weight, a matrix; it is no whole language model: "
+            "take another file"
+        )
+    config: dict[str, object] = {
+        "model_type": MODEL_TYPES[architecture],
+        "vocab_size": embedding.shape[0],
+        "hidden_size": keys.size("embedding_length"),
+        "intermediate_size": keys.size("feed_forward_length"),
+        "num_attention_heads": keys.size("attention.head_count"),
+        "max_position_embeddings": keys.size("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
+        "hidden_act": "silu",
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+    }
+    heads = keys.size("attention.head_count")
+    config["num_key_value_heads"] = keys.size("attention.head_count_kv", heads)
+    config["head_dim"] = _head_dim(keys, heads)
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) > embedding.shape[0]:
+        keys.problems.append(
+            f"tokenizer.ggml.tokens are {len(tokens):,}, token_embd.weight has "
+            f"{embedding.shape[0]:,} rows"
+        )
+    rope = _rope(keys, config, rope_factors)
+    more = _qwen35 if architecture == QWEN35 else _dense
+    config |= more(file, keys, config, rope)
+    keys.finish(file)
+    return config
+
+
+def short_decimal(value: float) -> float:
+    """The shortest decimal that is the same float32: 1e-06, not 9.999999974752427e-07."""
+    return float(str(np.float32(value))) if float(np.float32(value)) == value else value
+
+
+class _Keys:
+    """Reads of an architecture's keys that note what is wrong, and which were read."""
+
+    def __init__(self, metadata: Mapping[str, object], architecture: str) -> None:
+        prefix = architecture + "."
+        self.fields = {
+            key.removeprefix(prefix): value
+            for key, value in metadata.items()
+            if key.startswith(prefix)
+        }
+        self.prefix = prefix
+        self.problems: list[str] = []
+        self._read: set[str] = set(_HARMLESS)
+
+    def get(self, name: str) -> object:
+        """Any value, None if there is none."""
+        self._read.add(name)
+        return self.fields.get(name)
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A positive integer; of a list with an entry per layer, the one that all layers have."""
+        value = self.get(name)
+        if isinstance(value, list) and value and all(v == value[0] for v in value):
+            value = value[0]
+        if value is None:
+            value = default
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+        self._wrong(name, value, "one positive integer")
+        return 1
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        value = self.get(name)
+        if value is None:
+            value = default
+        if isinstance(value, int | float) and value is not True and 0 < value < math.inf:
+            return short_decimal(float(value))
+        self._wrong(name, value, "a positive number")
+        return 1.0
+
+    def finish(self, file: GgufFile) -> None:
+        """Raises CheckpointError if anything was wrong, or is not known."""
+        for name, neutral in _NEUTRAL.items():
+            value = self.get(name)
+            if value is not None and value not in neutral:
+                self.problems.append(f"{self.prefix}{name} is {shown(value)}, not supported")
+        self.problems += [
+            f"{printable(self.prefix + name)} is {shown(value)}: flashrt does not know what it "
+            "changes"
+            for name, value in self.fields.items()
+            if name not in self._read
+        ]
+        if self.problems:
+            raise CheckpointError(
+                f"{file.path}: its metadata do not fit; take another file of the model:"
+                f"{indented(self.problems)}"
+            )
+
+    def _wrong(self, name: str, value: object, expected: str) -> None:
+        given = "missing" if value is None else shown(value)
+        self.problems.append(f"{self.prefix}{name} is {given}, expected {expected}")
+
+
+def _head_dim(keys: _Keys, heads: int) -> int:
+    hidden = keys.size("embedding_length")
+    if keys.get("attention.key_length") is None and hidden % heads:
+        keys.problems.append(
+            f"{keys.prefix}embedding_length {hidden} is no multiple of attention.head_count {heads}"
+        )
+    head_dim = keys.size("attention.key_length", max(1, hidden // heads))
+    if (values := keys.size("attention.value_length", head_dim)) != head_dim:
+        keys.problems.append(
+            f"{keys.prefix}attention.value_length {values} is not key_length, {head_dim}"
+        )
+    return head_dim
+
+
+def _rope(
+    keys: _Keys, config: Mapping[str, object], factors: Sequence[float] | None
+) -> dict[str, object]:
+    """Settings of rotary positions; with rope_type where positions are scaled."""
+    rope: dict[str, object] = {"rope_theta": keys.number("rope.freq_base", 10000.0)}
+    head_dim = config["head_dim"]
+    assert isinstance(head_dim, int)
+    if head_dim % 2:
+        keys.problems.append(f"heads are of {head_dim} dims; rotation takes pairs of them")
+    if (turning := keys.size("rope.dimension_count", head_dim)) != head_dim:
+        rope["partial_rotary_factor"] = turning / head_dim
+    kind = keys.get("rope.scaling.type")
+    if kind is None and keys.get("rope.scaling.factor") not in (None, 0.0, 1.0):
+        kind = "linear"  # as other programs take it
+    for name in ("factor", "original_context_length"):  # which change nothing by themselves
+        keys.get(f"rope.scaling.{name}")
+    if kind == "linear":
+        rope |= {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
+    elif kind == "yarn":
+        rope |= _yarn(keys)
+    elif kind not in (None, "none"):
+        keys.problems.append(f"{keys.prefix}rope.scaling.type is {shown(kind)}, not supported")
+    if factors is not None:
+        if "rope_type" in rope:
+            keys.problems.append(f"rope_freqs.weight and {keys.prefix}rope.scaling are both there")
+        rope |= _divided(keys, rope, turning, factors)
+    return rope
+
+
+def _yarn(keys: _Keys) -> dict[str, object]:
+    at = "rope.scaling."
+    rope: dict[str, object] = {
+        "rope_type": "yarn",
+        "factor": keys.number(at + "factor"),
+        "original_max_position_embeddings": keys.size(at + "original_context_length"),
+    }
+    for name, field in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
+        if keys.get(at + name) is not None:
+            rope[field] = keys.number(at + name)
+    return rope
+
+
+def _divided(
+    keys: _Keys, rope: Mapping[str, object], dims: int, factors: Sequence[float]
+) -> dict[str, object]:
+    """Frequencies that rope_freqs divides, one by one: as llama3 where they are Llama's own."""
+    if len(factors) != dims // 2 or not all(0 < f < math.inf for f in factors):
+        keys.problems.append(f"rope_freqs.weight holds no {dims // 2} positive numbers")
+        return {}
+    if all(f == 1 for f in factors):
+        return {}
+    theta, factor = rope["rope_theta"], short_decimal(max(factors))
+    assert isinstance(theta, float)
+    low, high, trained = _LLAMA3.values()
+    turns = trained * theta ** (-np.arange(0, dims, 2) / dims) / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    if np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=1e-5, atol=0):
+        return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    return {"rope_type": "factors", "factors": list(factors)}
+
+
+def _dense(
+    file: GgufFile, keys: _Keys, config: Mapping[str, object], rope: Mapping[str, object]
+) -> dict[str, object]:
+    """What transformers' Llama, Qwen2, Qwen3 and SmolLM3 have besides."""
+    architecture = keys.prefix[:-1]
+    n_layers = _n_layers(keys)
+    has_bias = {name for name in file.tensors if name.endswith(".bias")}
+    own: dict[str, object] = {
+        "num_hidden_layers": n_layers,
+        "rope_theta": rope["rope_theta"],
+        "mlp_bias": any(".ffn_" in name for name in has_bias),
+    }
+    if "partial_rotary_factor" in rope:
+        own["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if architecture in PAIRED:
+            keys.problems.append(
+                f"{keys.prefix}rope.dimension_count is not the size of a head: which rows of q and "
+                "k are pairs is not known"
+            )
+    if architecture != "qwen2":  # which has a bias on q, k and v, and no word for it
+        own["attention_bias"] = any(".attn_" in name for name in has_bias)
+    if "rope_type" in rope:
+        own["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if keys.get("attention.sliding_window") not in (None, 0):
+        own |= {
+            "sliding_window": keys.size("attention.sliding_window"), "use_sliding_window": True,
+            "max_window_layers": 0,
+        }  # fmt: skip
+        if architecture == "llama":
+            own["model_type"] = "mistral"  # transformers' Llama has no window
+    if architecture == "smollm3":
+        step = _NO_ROPE_INTERVAL
+        own |= {
+            "no_rope_layer_interval": step,
+            "no_rope_layers": [int((i + 1) % step != 0) for i in range(n_layers)],
+        }
+    return own
+
+
+def _qwen35(
+    file: GgufFile, keys: _Keys, config: Mapping[str, object], rope: Mapping[str, object]
+) -> dict[str, object]:
+    drafted = keys.get("nextn_predict_layers") or 0
+    n_blocks = _n_layers(keys)
+    if not isinstance(drafted, int) or not 0 <= drafted < n_blocks:
+        keys.problems.append(f"{keys.prefix}nextn_predict_layers is {shown(drafted)}")
+        drafted = 0
+    inner, value_heads = keys.size("ssm.inner_size"), keys.size("ssm.time_step_rank")
+    if inner % value_heads:
+        keys.problems.append(
+            f"{keys.prefix}ssm.inner_size {inner} is no multiple of time_step_rank {value_heads}"
+        )
+    if value_heads % (key_heads := keys.size("ssm.group_count")):
+        keys.problems.append(
+            f"{keys.prefix}ssm.time_step_rank {value_heads} is no multiple of group_count "
+            f"{key_heads}"
+        )
+    sections = keys.get("rope.dimension_sections")
+    mrope = (
+        {"mrope_interleaved": True, "mrope_section": sections[:3]}
+        if isinstance(sections, list)
+        else {}
+    )
+    return {
+        "num_hidden_layers": n_blocks - drafted,
+        "layer_types": _layer_types(keys, n_blocks)[: n_blocks - drafted],
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": value_heads,
+        "linear_key_head_dim": keys.size("ssm.state_size"),
+        "linear_value_head_dim": max(1, inner // value_heads),
+        "linear_conv_kernel_dim": keys.size("ssm.conv_kernel"),
+        "attn_output_gate": True,
+        "rope_parameters": {
+            "rope_type": "default", "partial_rotary_factor": 1.0, **mrope, **rope,
+        },
+        "mtp_num_hidden_layers": drafted,
+        "mtp_use_dedicated_embeddings": any(
+            name.endswith(".nextn.embed_tokens.weight") for name in file.tensors
+        ),
+    }  # fmt: skip
+
+
+def _layer_types(keys: _Keys, n_blocks: int) -> list[str]:
+    interval = keys.size("full_attention_interval", 4)
+    recurrent = keys.get("attention.recurrent_layers")
+    if recurrent is None:
+        recurrent = [(i + 1) % interval != 0 for i in range(n_blocks)]
+    if not isinstance(recurrent, list) or len(recurrent) < n_blocks:
+        keys.problems.append(
+            f"{keys.prefix}attention.recurrent_layers is {shown(recurrent)}, expected an entry for "
+            f"each of {n_blocks} blocks"
+        )
+        recurrent = []
+    return ["linear_attention" if is_linear else "full_attention" for is_linear in recurrent]
+
+
+def _n_layers(keys: _Keys) -> int:
+    n_layers = keys.size("block_count")
+    if n_layers <= _MOST_LAYERS:
+        return n_layers
+    keys.problems.append(f"{keys.prefix}block_count is {n_layers:,}")
+    return 1
