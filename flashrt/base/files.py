@@ -8,6 +8,7 @@ Reading. Nothing is mapped: a bad sector, or a file cut meanwhile, raises; a map
 process. A pipe, a device or a folder is refused before it is opened.
 Replacing. Whoever opens the name sees the old content or the new, also when the writer is killed;
 with `is_durable` also after a loss of power. A killed writer's temporary file goes with the next.
+Locks. The kernel takes a lock from a process that died, `lock_file` from a call that was struck.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import re
 import secrets
@@ -149,9 +151,9 @@ def replacing(
         _swept.add(known)
         sweep_dead(folder)
     suffix = path.suffix if len(path.suffix) <= _LONGEST_SUFFIX else ""
-    temporary, handle = _temporary(folder, suffix, mode)
+    temporary, lock = _temporary(folder, suffix, mode)
     try:
-        mode = stat.S_IMODE(os.fstat(handle).st_mode) if mode is None else mode
+        mode = stat.S_IMODE(os.fstat(lock.fileno()).st_mode) if mode is None else mode
         yield temporary
         temporary.chmod(mode)  # some writers make a file of their own
         if is_durable:
@@ -162,7 +164,7 @@ def replacing(
             temporary.unlink(missing_ok=True)
         raise
     finally:
-        os.close(handle)
+        lock.close()
     if is_durable:
         try:
             sync_folder(path.parent)
@@ -220,40 +222,49 @@ def sync_folder(folder: Path) -> None:
     _sync(folder, os.O_RDONLY)
 
 
-def _temporary(folder: Path, suffix: str, mode: int | None) -> tuple[Path, int]:
-    """A new file, and a descriptor that holds its lock: whoever finds the file unlocked may take it
-    for a dead writer's. Where a filesystem has no locks, nothing is ever swept.
+# -- locks ----------------------------------------------------------------------------------------
+
+
+def lock_file(path: Path, flags: int = 0, mode: int = PRIVATE) -> io.FileIO:
+    """A file to hold a lock (flock) by; `flags`: further ones of os.open. Raises OSError.
+
+    An object and no descriptor: where an exception strikes before it is closed, it closes itself,
+    and its lock goes with it. Else the process would hold the lock for as long as it lives, against
+    itself too.
+    """
+    return io.FileIO(path, "r+", opener=lambda name, usual: os.open(name, usual | flags, mode))
+
+
+def _temporary(folder: Path, suffix: str, mode: int | None) -> tuple[Path, io.FileIO]:
+    """A new file, held by its lock: whoever finds the file unlocked may take it for a dead
+    writer's. Where a filesystem has no locks, nothing is ever swept.
     """
     while True:
         path = folder / f".flashrt-{os.getpid()}-{secrets.token_hex(8)}{suffix}"
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        handle = os.open(path, flags, 0o666 if mode is None else mode)
+        flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        file = lock_file(path, flags, 0o666 if mode is None else mode)
         try:
             with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if mode is not None:
-                os.fchmod(handle, mode)
-            if os.fstat(handle).st_nlink:  # else a sweeper came between the two lines
-                return path, handle
+                os.fchmod(file.fileno(), mode)
+            if os.fstat(file.fileno()).st_nlink:  # else a sweeper came between the two lines
+                return path, file
         except BaseException:
             with contextlib.suppress(OSError):
                 path.unlink()
-            os.close(handle)
+            file.close()
             raise
-        os.close(handle)
+        file.close()
 
 
 def _removed_if_abandoned(path: Path) -> bool:
     """Removes a file of ours that no writer holds the lock of; removed while we hold it."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(handle).st_uid == os.geteuid():
-                path.unlink()
-                return True
-        finally:
-            os.close(handle)
+    with contextlib.suppress(OSError), lock_file(path, os.O_NOFOLLOW | os.O_NONBLOCK) as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_uid == os.geteuid():
+            path.unlink()
+            return True
     return False
 
 

@@ -1,7 +1,8 @@
 """Flags: every FLASHRT_* environment variable, typed, read once; an unknown one is refused.
 
-IS: the only place that reads the environment. IS NOT: options of an engine; those are arguments of
-`load`. It exists so that a misspelt variable is an error, and not a setting that does nothing.
+IS: the only place that reads FLASHRT_* of the environment. IS NOT: options of an engine; those are
+arguments of `load`. It exists so that a misspelt variable is an error, and not a setting that does
+nothing.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from flashrt.base.errors import CheckpointError, CheckpointWarning
 from flashrt.base.flags import flags
 from flashrt.commands.console import complain, progress_bars
 from flashrt.core.backend import Progress
-from flashrt.load import KvDType, Precision, load
+from flashrt.load import KvDType, Precision, Weights, load
 from flashrt.session.engine import SessionEngine
 from flashrt.weights import random_checkpoint
 
@@ -33,6 +33,7 @@ class EngineOptions:
     kv_dtype: KvDType = "bfloat16"
     pool_bytes: int | None = None
     draft: bool | None = None
+    weights: Weights | None = None
 
 
 def cached_random_checkpoint(
@@ -72,6 +73,7 @@ def open_engine(checkpoint: Path, options: EngineOptions) -> SessionEngine:
             kv_dtype=options.kv_dtype,
             pool_bytes=options.pool_bytes,
             draft=options.draft,
+            weights=options.weights,
             progress=progress,
         )
     for warning in caught:

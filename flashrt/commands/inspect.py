@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flashrt.base.errors import CheckpointError
 from flashrt.base.messages import listed
@@ -22,12 +21,15 @@ from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions
 from flashrt.commands.plan import lay_out, model_of
 from flashrt.core.region import Region
-from flashrt.load import DRAFT_HEAD_TENSOR
+from flashrt.load import DRAFT_HEAD_TENSOR, text_of
 from flashrt.models import Model
 from flashrt.view.units import bytes_text
-from flashrt.weights.checkpoint import Checkpoint, open_checkpoint
+from flashrt.weights.checkpoint import Checkpoint
 from flashrt.weights.folder import is_part_of_model
-from flashrt.weights.loader import check_sources, load
+from flashrt.weights.formats.dequantise import dequantise
+from flashrt.weights.formats.stored import Rows
+from flashrt.weights.loader import load
+from flashrt.weights.opening import open_weights
 
 CONTEXTS = (2048, 8192, 32768, 131072)
 
@@ -49,7 +51,7 @@ def inspect(path: Path, is_verified: bool, as_json: bool) -> int:
 
 
 def _checkpoint(path: Path, is_verified: bool) -> dict[str, Any]:
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_weights(path)
     model, draft_head = _model(checkpoint)
     options = EngineOptions(draft=draft_head == _WITH_HEAD)
     tensors = checkpoint.tensors.values()
@@ -64,11 +66,11 @@ def _checkpoint(path: Path, is_verified: bool) -> dict[str, Any]:
         "parameters": sum(math.prod(t.shape) for t in tensors),
         "dtypes": dict(Counter(t.dtype for t in tensors)),
         "files": sorted({t.path.name for t in tensors}),
-        "has_tokenizer": (checkpoint.path / "tokenizer.json").is_file(),
+        "has_tokenizer": text_of(checkpoint).tokenizer is not None,
         "has_draft_head": DRAFT_HEAD_TENSOR in checkpoint.tensors,
         "draft_head": draft_head,
         "stop_tokens": checkpoint.stop_tokens,
-        "notes": check_sources(model.weights, checkpoint),
+        "notes": checkpoint.notes,
         "memory": [_memory(checkpoint, context, options) for context in CONTEXTS],
     }
     if is_verified:
@@ -112,10 +114,8 @@ def _verify_checkpoint(checkpoint: Checkpoint, model: Model) -> dict[str, Any]:
     """Every value read. Raises CheckpointError where one is NaN or infinite."""
     bad: list[str] = []
 
-    def check(region: Region, first_row: int, rows: NDArray[np.generic]) -> None:
-        is_bits = rows.dtype == np.uint16  # bfloat16: all exponent bits set means inf or NaN
-        finite = (rows & 0x7F80) != 0x7F80 if is_bits else np.isfinite(rows)  # type: ignore[operator]
-        if not finite.all():
+    def check(region: Region, first_row: int, rows: Rows) -> None:
+        if not np.isfinite(dequantise(region.dtype, region.groups, rows)).all():
             bad.append(f"{region.name} from row {first_row}")
 
     with console.progress_bars() as progress:

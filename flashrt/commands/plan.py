@@ -16,17 +16,20 @@ from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions
 from flashrt.commands.console import Part, styled
 from flashrt.core.planner import ArenaPlan, Band, Slot, plan_arena, plan_band
-from flashrt.core.region import DType, Region, Role
+from flashrt.core.region import Region, Role
 from flashrt.core.tape import Tape
 from flashrt.engine.tokens import POOL_DEFAULT
-from flashrt.load import DRAFT_HEAD_TENSOR, HEAD_TENSOR
+from flashrt.load import kv_dtype_of, model_in
 from flashrt.models import Model, model_for, promises_draft_head
 from flashrt.view.arena_map import arena_map, bands, widest
 from flashrt.view.svg import save_svg
 from flashrt.view.units import bytes_text
-from flashrt.weights.checkpoint import Checkpoint, open_checkpoint, read_json
-from flashrt.weights.folder import CONFIG_FILE, folder_of, has_weights
+from flashrt.weights.checkpoint import Checkpoint, read_json
+from flashrt.weights.folder import CONFIG_FILE
+from flashrt.weights.formats.quantisation import quantisation_of
 from flashrt.weights.loader import check_sources
+from flashrt.weights.opening import has_config_alone, open_weights
+from flashrt.weights.quantising import quantising
 from flashrt.weights.random_checkpoint import shape_config
 
 
@@ -45,13 +48,12 @@ def model_of(checkpoint: Checkpoint, options: EngineOptions) -> Model:
 
     Raises CheckpointError where `flashrt.load` would, for the config or for a tensor.
     """
-    has_head = DRAFT_HEAD_TENSOR in checkpoint.tensors
-    model = model_for(
-        checkpoint.config,
+    weights = options.weights
+    model = model_in(
+        checkpoint if weights is None else quantising(checkpoint, weights),
         max_positions=options.max_positions,
-        kv_dtype=DType(options.kv_dtype),
-        has_draft_head=has_head if options.draft is None else options.draft,
-        is_tied=HEAD_TENSOR not in checkpoint.tensors,
+        kv_dtype=options.kv_dtype,
+        draft=options.draft,
     )
     check_sources(model.weights, checkpoint)
     return model
@@ -80,14 +82,19 @@ def _model(checkpoint: Path | None, shape: str | None, options: EngineOptions) -
     if shape is not None:
         config: Mapping[str, object] = shape_config(shape)
     else:
-        root = folder_of(checkpoint or "")
-        if has_weights(root):
-            return model_of(open_checkpoint(root), options)
+        root = checkpoint or Path()
+        if not has_config_alone(root):
+            return model_of(open_weights(root), options)
         config = read_json(root / CONFIG_FILE)
+        if quantisation_of(root, config) is not None:
+            raise CheckpointError(
+                f"{root}: config.json describes quantised weights; which of them are is written in "
+                "the weight files: fetch these too, to plan"
+            )
     return model_for(
         config,
         max_positions=options.max_positions,
-        kv_dtype=DType(options.kv_dtype),
+        kv_dtype=kv_dtype_of(options.kv_dtype),
         has_draft_head=promises_draft_head(config) if options.draft is None else options.draft,
     )
 

@@ -18,7 +18,6 @@ from flashrt.commands.checkpoints import EngineOptions, open_engine
 from flashrt.session.chat import Chat, Reply, open_chat
 from flashrt.session.engine import SessionEngine
 from flashrt.session.session import Generation, Session
-from flashrt.text.template import chat_template_of
 from flashrt.text.tokenizer import Tokenizer
 from flashrt.view.units import seconds_text, significant
 
@@ -50,7 +49,7 @@ def run(
     """
     text = console.read_stdin() if prompt is None and tokens is None else prompt
     engine = open_engine(checkpoint, options)
-    if text is None or is_raw or chat_template_of(engine.checkpoint.path) is None:
+    if text is None or is_raw or not engine.text.can_talk:
         answer = _continued(engine, _prompt_ids(engine, text, tokens), sampling)
     else:
         answer = _replied(open_chat(engine), text, sampling)
@@ -120,10 +119,11 @@ def _prompt_ids(engine: SessionEngine, text: str | None, tokens: list[int] | Non
         return tokens
     if engine.tokenizer is None:
         raise TokenError(
-            "the checkpoint has no tokenizer.json, so text cannot be read; "
+            "the checkpoint has no tokenizer, so text cannot be read; "
             "give token ids instead: --tokens 1,2,3"
         )
-    ids = engine.tokenizer.encode(text or "")
+    first = engine.text.first_token
+    ids = [*([] if first is None else [first]), *engine.tokenizer.encode(text or "")]
     if not ids:
         raise TokenError("the prompt is empty; give at least one token")
     return ids

@@ -23,7 +23,7 @@ from flashrt.session.session import EndReason, Session
 from flashrt.text.messages import Pair, checked_message, checked_messages, content_of
 from flashrt.text.prompt import Prompt, PromptEncoder
 from flashrt.text.stops import StopStrings
-from flashrt.text.template import Message, chat_template_of
+from flashrt.text.template import Message
 from flashrt.text.thought import reply_message
 from flashrt.weights.checkpoint import GENERATION_FILE, Checkpoint
 
@@ -312,13 +312,13 @@ def open_chat(
     replies; `recommended_sampling` gives the checkpoint's own. Raises LaneBusy, ChatError, or
     CheckpointError where the checkpoint has no tokenizer or no chat template.
     """
-    template = chat_template_of(engine.checkpoint.path)
-    if engine.tokenizer is None or template is None:
+    text = engine.text
+    if text.tokenizer is None or text.template is None:
         raise CheckpointError(
-            f"{engine.checkpoint.path}: a conversation needs tokenizer.json and a chat template; "
+            f"{engine.checkpoint.path}: a conversation needs a tokenizer and a chat template; "
             "without them, feed token ids to engine.session()"
         )
-    prompts = PromptEncoder(template, engine.tokenizer, tools, template_options)
+    prompts = PromptEncoder(text.template, text.tokenizer, tools, template_options)
     return Chat(engine, engine.session(), prompts, sampling or {})
 
 

@@ -1,7 +1,7 @@
 """The engine that hands out sessions: `flashrt.Engine`, returned by `flashrt.load`.
 
-IS: the verbs on tokens, with sessions on its free lanes, and the checkpoint's tokenizer. IS NOT:
-what a session may do (session).
+IS: the verbs on tokens, with sessions on its free lanes, and what the checkpoint says about text.
+IS NOT: what a session may do (session).
 """
 
 from __future__ import annotations
@@ -11,16 +11,22 @@ from typing import Any
 from flashrt.capsule.turn import in_turn
 from flashrt.engine.tokens import TokenEngine
 from flashrt.session.session import Session
+from flashrt.text.checkpoint_text import CheckpointText
 from flashrt.text.tokenizer import Tokenizer
 
 
 class SessionEngine(TokenEngine):
-    """An engine with sessions."""
+    """An engine with sessions. `text`: what the checkpoint says about text."""
 
-    def __init__(self, *arguments: Any, tokenizer: Tokenizer | None, **options: Any) -> None:
-        """See Engine; `tokenizer` is that of the checkpoint, if it has one."""
+    def __init__(self, *arguments: Any, text: CheckpointText | None = None, **options: Any) -> None:
+        """See Engine."""
         super().__init__(*arguments, **options)
-        self.tokenizer = tokenizer
+        self.text = text or CheckpointText()
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's, if it has one."""
+        return self.text.tokenizer
 
     @in_turn
     def session(self) -> Session:

@@ -54,6 +54,8 @@ class DraftLength:
 
     def record(self, drafted: int, accepted: int, seconds: float) -> None:
         """A step that drafted so many tokens, of which so many agreed, took so long."""
+        if self.draft != "auto":
+            return  # nobody will ask
         self._steps += 1
         for depth in range(min(drafted, accepted + 1)):
             self._tried[depth] = 1 + KEEP * self._tried[depth]

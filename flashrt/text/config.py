@@ -42,7 +42,7 @@ def special_tokens(config: Mapping[str, object]) -> dict[str, str]:
     return found
 
 
-def end_of_turn(checkpoint: Path, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
+def end_of_turn(checkpoint: Path, tokenizer: Tokenizer, vocab_size: int | None) -> tuple[int, ...]:
     """The id of `eos_token`, which ends a turn of chat models; empty if the file names none.
 
     config.json often names only the token that ends a document. Raises CheckpointError if the id is
@@ -52,10 +52,23 @@ def end_of_turn(checkpoint: Path, tokenizer: Tokenizer, vocab_size: int) -> tupl
     token = None if spelling is None else tokenizer.token_id(spelling)
     if token is None:
         return ()
-    if token >= vocab_size:
+    if vocab_size is not None and token >= vocab_size:
         raise CheckpointError(
             f"{checkpoint / TOKENIZER_CONFIG_FILE}: eos_token {spelling!r} has id {token} in "
             f"{tokenizer.path.name}, which is not in [0, {vocab_size}); these files belong to "
             "another model"
         )
     return (token,)
+
+
+def first_token(checkpoint: Path, tokenizer: Tokenizer) -> int | None:
+    """The id that begins a text, where `add_bos_token` asks for it or tokenizer.json puts it there;
+    None if nothing does.
+    """
+    config = tokenizer_config(checkpoint)
+    spelling = special_tokens(config).get("bos_token")
+    token = None if spelling is None else tokenizer.token_id(spelling)
+    wants = config.get("add_bos_token")
+    if token is None or wants is False:
+        return None
+    return token if wants is True or tokenizer.first_of_all == token else None

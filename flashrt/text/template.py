@@ -12,13 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
-
-import jinja2
-from jinja2.ext import Extension
-from jinja2.nodes import Node, Scope
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import TYPE_CHECKING, Any
 
 from flashrt.base.errors import CheckpointError, FlashrtError
 from flashrt.base.files import read_file
@@ -28,6 +22,11 @@ from flashrt.text.config import (
     special_tokens,
     tokenizer_config,
 )
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
 
 TEMPLATE_FILE = "chat_template.jinja"
 OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
@@ -47,14 +46,7 @@ class ChatTemplate:
     """A compiled chat template. Raises CheckpointError if its source is no template."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols", _GenerationBlock],
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
+        environment = _environment()
         self.source = source
         self.special_tokens = dict(special_tokens or {})
         try:
@@ -104,19 +96,35 @@ def chat_template_of(checkpoint: Path) -> ChatTemplate | None:
     return ChatTemplate(source, special_tokens(config))
 
 
-class _GenerationBlock(Extension):
-    """`{% generation %}...{% endgeneration %}`: marks, for training, what the assistant wrote. Here
-    its body stands for itself.
-    """
+def _environment() -> Environment:
+    """The sandbox, and what templates find in it."""
+    from jinja2.ext import Extension  # slow to import, and not needed for token ids
+    from jinja2.nodes import Scope
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    tags = {"generation"}  # noqa: RUF012 (the library declares it so)
+    class GenerationBlock(Extension):
+        """`{% generation %}...{% endgeneration %}`: marks, for training, what the assistant wrote.
+        Here its body stands for itself.
+        """
 
-    def parse(self, parser: Parser) -> Node:
-        """The body, in a scope of its own, as transformers has it."""
-        line = next(parser.stream).lineno
-        return Scope(
-            parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-        )
+        tags = {"generation"}  # noqa: RUF012 (the library declares it so)
+
+        def parse(self, parser: Parser) -> Node:
+            """The body, in a scope of its own, as transformers has it."""
+            line = next(parser.stream).lineno
+            return Scope(
+                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+            )
+
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", GenerationBlock],
+    )
+    made.filters["tojson"] = _to_json
+    made.globals["raise_exception"] = _refuse
+    made.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
+    return made
 
 
 def _to_json(
@@ -134,11 +142,15 @@ def _to_json(
 
 
 def _refuse(message: str) -> None:
+    import jinja2
+
     raise jinja2.TemplateError(message)
 
 
 def _reason(error: Exception) -> str:
     """The template's own words, or what went wrong in it."""
+    import jinja2
+
     if isinstance(error, jinja2.TemplateError):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -85,6 +85,12 @@ class Tokenizer:
         except TokenError:
             return None
 
+    @cached_property
+    def first_of_all(self) -> int | None:
+        """The token that the file's own rules would put before any text; None if they put none."""
+        ids = self._library.encode("", add_special_tokens=True).ids
+        return int(ids[0]) if ids else None
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Added tokens spelled out in it are recognised; none is put around it.
 

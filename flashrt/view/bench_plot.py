@@ -34,8 +34,6 @@ def plot(document: Document, path: Path) -> Path:
         fontsize=11,
         parse_math=False,
     )
-    if document["reference"]:
-        figure.supxlabel(f"reference: {document['reference_note']}", fontsize=8, color="#656d76")
     return save_figure(figure, path)
 
 
@@ -45,7 +43,7 @@ def _prefill(axes: Any, document: Document) -> None:
     if document["limits"]["fma_flops"] is not None:
         peak = [r["prefill_tokens_per_s"] / r["prefill_of_fma_peak"] for r in document["rows"]]
         axes.plot(_lengths(document), peak, "--", color=LIMIT, label="multiply-add peak")
-    _reference(axes, document, "prefill_tokens_per_s")
+    _peer(axes, document, "prefill_tokens_per_s")
 
 
 def _decode(axes: Any, document: Document) -> None:
@@ -54,7 +52,7 @@ def _decode(axes: Any, document: Document) -> None:
     if document["limits"]["stream_s"] is not None:
         limit = [1 / document["limits"]["stream_s"]] * len(document["rows"])
         axes.plot(_lengths(document), limit, "--", color=LIMIT, label="reading the weights once")
-    _reference(axes, document, "decode_tokens_per_s")
+    _peer(axes, document, "decode_tokens_per_s")
 
 
 def _starts(axes: Any, document: Document) -> None:
@@ -62,7 +60,7 @@ def _starts(axes: Any, document: Document) -> None:
     _line(axes, document, "ttft_cold_s", "cold prefill", OURS, scale=1e3)
     _line(axes, document, "ttft_warm_s", "warm: restore + turn", WARM, scale=1e3)
     _line(axes, document, "ttft_turn_s", "a turn after a reply", TURN, scale=1e3)
-    _reference(axes, document, "ttft_warm_s", scale=1e3)
+    _peer(axes, document, "ttft_warm_s", scale=1e3)
     axes.set_yscale("log")
 
 
@@ -85,16 +83,11 @@ def _line(
     axes.plot(_lengths(document), values, "o-", color=color, label=label, markersize=4.5)
 
 
-def _reference(axes: Any, document: Document, key: str, scale: float = 1.0) -> None:
-    known = {int(n): scale * v for n, v in document["reference"].get(key, {}).items()}
-    shown = {n: v for n, v in known.items() if n in _lengths(document)}
-    if shown:
-        axes.plot(
-            *zip(*shown.items(), strict=True),
-            "D",
-            color=REFERENCE,
-            label="llama.cpp f16 (see below)",
-        )
+def _peer(axes: Any, document: Document, key: str, scale: float = 1.0) -> None:
+    peer = document["peer"]
+    if peer is not None:
+        values = [scale * peer[key][n] for n in _lengths(document)]
+        axes.plot(_lengths(document), values, "D", color=REFERENCE, label=peer["name"])
 
 
 def _lengths(document: Document) -> list[int]:

@@ -20,7 +20,10 @@ PACKAGE = ROOT / "flashrt"
 PAGE = ROOT / "docs/architecture.md"
 TOP = {"__init__", "__main__"}  # the public names, made of `load` and the rooms below it
 MODEL_WORDS = re.compile(r"qwen|gdn|(?<![a-z])kv(?![a-z])|mtp", re.IGNORECASE)
-HEAVY = {"torch", "jax", "cuda", "tokenizers", "rich", "matplotlib", "jinja2", "gymnasium"}
+HEAVY = {
+    "torch", "jax", "cuda", "tokenizers", "rich", "matplotlib", "jinja2", "gymnasium",
+    "huggingface_hub",
+}  # fmt: skip
 DOCSTRING_LINES = 12
 
 

@@ -18,14 +18,14 @@ import tokenizers
 
 import flashrt
 from flashrt import cli
-from flashrt.commands.demo import agent, random_ids
+from flashrt.commands.demo import acts, agent, random_ids
 from flashrt.commands.demo.starts import State, state_of
 from flashrt.session.chat import open_chat
 from flashrt.session.session import Session
 from flashrt.weights.bundled import bundled_checkpoint
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
-COMMANDS = ("demo", "run", "plan", "inspect", "bench", "doctor")
+COMMANDS = ("demo", "run", "pull", "plan", "inspect", "quantize", "bench", "doctor")
 
 Capture = pytest.CaptureFixture[str]
 
@@ -66,7 +66,13 @@ def test_every_command_has_a_purpose_and_examples(name: str, capsys: Capture) ->
 
 @pytest.mark.parametrize(
     "arguments",
-    [["no-such-command"], ["plan", "--lanes", "0"], ["run", str(TINY), "--tokens", "1,x"], ["run"]],
+    [
+        ["no-such-command"],
+        ["plan", "--lanes", "0"],
+        ["run", str(TINY), "--tokens", "1,x"],
+        ["run"],
+        ["run", str(TINY), "text", "--prompt", "text"],
+    ],
 )
 def test_wrong_arguments_exit_with_2(arguments: list[str], capsys: Capture) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -129,6 +135,8 @@ def test_run_reads_and_writes_text(
     session = flashrt.load(TINY, device="cpu", max_positions=64).session()
     session.prefill([5, 6, 7])
     assert from_argument.split() == [f"w{token}" for token in session.generate(6)]
+    assert cli.main([*arguments, "w5 w6 w7"]) == 0  # as the second word, too
+    assert capsys.readouterr().out == from_argument
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"w5 w6\nw7")))
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out == from_argument
@@ -313,7 +321,7 @@ def test_demo_of_the_bundled_agent_as_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """It tells the truth beside each answer; one wrong digest is a failure."""
-    monkeypatch.setattr(agent, "state_of", wrong_once())
+    monkeypatch.setattr(acts, "state_of", wrong_once())
     assert cli.main(["demo", "--device", "cpu", "--out", str(tmp_path)]) == 1
     text = capsys.readouterr().out
     assert "FAILED branch recall" in text

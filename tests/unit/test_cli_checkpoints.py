@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.numpy
 
@@ -61,17 +60,13 @@ def two_draft_layers(tmp_path: Path) -> Path:
     return folder
 
 
-def stored_as(folder: Path, dtype: type) -> Path:
-    path = folder / "model.safetensors"
-    tensors = safetensors.numpy.load_file(path)
-    safetensors.numpy.save_file({n: t.astype(dtype) for n, t in tensors.items()}, path)
-    return folder
-
-
 def test_plan_takes_a_directory_or_a_shape(model: Path, capsys: Capture) -> None:
     """Red when one of two is ignored."""
     assert "not both" in refusal(capsys, "plan", model, "--shape", "tiny")
     assert "one of them" in refusal(capsys, "plan")
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 
 
 @pytest.mark.parametrize("command", ["plan", "inspect"])
@@ -79,8 +74,10 @@ def test_what_does_not_load_is_not_described_as_fine(
     command: str, model: Path, capsys: Capture
 ) -> None:
     """Red when only config.json is looked at."""
-    reconfigure(model, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "quantised (GPTQ, 4 bits)" in refusal(capsys, command, model)
+    reconfigure(model, quantization_config=GPTQ)
+    assert "quantised (gptq), but they are stored as plain numbers" in refusal(
+        capsys, command, model
+    )
     reconfigure(model, quantization_config=None, intermediate_size=8)
     assert "expected [8, 64]" in refusal(capsys, command, model)
     assert "give its directory" in refusal(capsys, command, model / "config.json")
@@ -116,21 +113,6 @@ def test_a_draft_head_that_is_not_there(model: Path) -> None:
     with pytest.raises(CheckpointError, match="has no draft head; load without draft") as caught:
         flashrt.load(write_random_checkpoint(model.parent / "none"), device="cpu", draft=True)
     assert len(str(caught.value).splitlines()) == 2
-
-
-@pytest.mark.parametrize(("dtype", "code"), [(np.float32, "F32"), (np.float16, "F16")])
-def test_rounded_weights_are_said_once(
-    dtype: type, code: str, model: Path, capsys: Capture
-) -> None:
-    """Red when float32 weights become bfloat16 in silence."""
-    stored_as(model, dtype)
-    with pytest.warns(CheckpointWarning, match=f"matrices stored as {code} are rounded") as caught:
-        engine = flashrt.load(model, device="cpu", max_positions=64)
-    assert len(caught) == 1 and caught[0].filename == __file__
-    assert engine.load_report.notes == (str(caught[0].message),)
-    assert cli.main(["run", str(model), "--tokens", "1,2", "--max-tokens", "1"]) == 0
-    assert f"note: {engine.load_report.notes[0]}" in capsys.readouterr().err
-    assert document(capsys, "inspect", model, "--json")["notes"] == [*engine.load_report.notes]
 
 
 def test_positions_beyond_those_of_training_are_said(model: Path) -> None:

@@ -188,7 +188,7 @@ def test_load_refuses_what_it_cannot_do() -> None:
         with pytest.raises(flashrt.FlashrtError, match=name):
             flashrt.load(GOLDEN / "tiny", device="cpu", **wrong)
     with pytest.raises(flashrt.FlashrtError, match="kv_dtype"):
-        flashrt.load(GOLDEN / "tiny", device="cpu", kv_dtype="int8")  # type: ignore[arg-type]
+        flashrt.load(GOLDEN / "tiny", device="cpu", kv_dtype="int4")  # type: ignore[arg-type]
 
 
 def test_a_forgotten_session_gives_its_lane_back(engine: flashrt.Engine) -> None:

@@ -70,8 +70,9 @@ class Bench:
         self.main = engine.session()
         self.turn = self._tokens(TURN)
 
-    def run(self, lengths: list[int], between: Callable[[], None]) -> list[AtLength]:
-        """All measurements; `between` is called after each length of each repeat."""
+    def run(self, lengths: list[int], between: Callable[[Tokens], None]) -> list[AtLength]:
+        """All measurements; `between` is called with the prompt after each length of
+        each repeat."""
         prompt = self._tokens(max(lengths))
         found = [AtLength(n) for n in sorted(lengths)]
         self._warm_up()
@@ -87,7 +88,7 @@ class Bench:
                 at.ttft_cold_s.append(elapsed + first_token_s(self.main, self.turn))
                 if repeat == 0:
                     self._measure_at(at, capsule)
-                between()
+                between(prompt[: at.tokens])
                 self.main.restore(capsule)
                 capsule.drop()
         return found

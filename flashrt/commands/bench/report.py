@@ -63,6 +63,7 @@ _SPEED: tuple[Column, ...] = (
     ("prefill tok/s", "prefill_tokens_per_s", significant),
     ("of FMA peak", "prefill_of_fma_peak", _fraction),
     ("decode tok/s", "decode_tokens_per_s", significant),
+    ("bytes per token", "decode_bytes_per_token", bytes_text),
     ("of streaming", "decode_of_streaming", _fraction),
     ("ITL p50", "inter_token_p50_s", seconds_text),
     ("ITL p99", "inter_token_p99_s", seconds_text),
@@ -113,9 +114,8 @@ def show_session(document: Document) -> None:
     screen.print(_table("Time to first token of a turn after a prompt", _STARTS, rows))
     screen.print(_table(restores, _RESTORES, rows))
     screen.print(_table(snapshots, (*_SNAPSHOTS, rollback), rows))
-    against = _against(document)
-    if against.row_count:
-        screen.print(against)
+    if document["peer"] is not None:
+        screen.print(_against(document))
     _notes(
         screen,
         "Medians. Decode: tokens over the time of all of them; ITL: inter-token latency.",
@@ -138,19 +138,16 @@ _COMPARED = (  # key, what, whether more is better
 
 
 def _against(document: Document) -> Table:
-    """Ours beside the reference, wherever both have a figure."""
-    rows = []
+    """Ours beside the peer's, at every length."""
+    rows, peer = [], document["peer"]
     for key, what, is_rate in _COMPARED:
         for row in document["rows"]:
-            reference = document["reference"].get(key, {}).get(row["tokens"])
-            if reference is not None:
-                times = row[key] / reference if is_rate else reference / row[key]
-                text = significant if is_rate else seconds_text
-                rows.append(
-                    [what, _count(row["tokens"]), text(reference), text(row[key]), _times(times)]
-                )
-    columns = ("", ">tokens", ">llama.cpp f16", ">flashrt", ">speed ratio")
-    return console.table(f"Reference: {document['reference_note']}", columns, rows)
+            theirs, ours = peer[key][row["tokens"]], row[key]
+            times = ours / theirs if is_rate else theirs / ours
+            text = significant if is_rate else seconds_text
+            rows.append([what, _count(row["tokens"]), text(theirs), text(ours), _times(times)])
+    columns = ("", ">tokens", ">llama.cpp", ">flashrt", ">speed ratio")
+    return console.table(f"In turns with {peer['name']}, the same file", columns, rows)
 
 
 # -- drafting -------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 
 from flashrt.backends.cpu.device import CpuDevice
 from flashrt.backends.cpu.limits import CpuLimits, MemcpyLimit
+from flashrt.base.errors import FlashrtError
 from flashrt.base.flags import thread_count
 from flashrt.commands import console
 from flashrt.commands.bench.document import (
@@ -34,8 +35,10 @@ from flashrt.commands.bench.measure import (
     AtLength,
     Bench,
 )
+from flashrt.commands.bench.peer import LlamaCpp, peer_of, turn_of
 from flashrt.commands.bench.report import show_session
 from flashrt.commands.checkpoints import open_engine
+from flashrt.commands.timing import Tokens
 from flashrt.models.model import DECODE, PREFILL
 from flashrt.ops.work import flop_of, streamed_bytes
 from flashrt.session.engine import SessionEngine
@@ -45,24 +48,6 @@ LENGTHS = {"tiny": [256, 1024], "mini": [512, 2048, 8192, 16384], "0.8b": [512, 
 CHECKPOINT_LENGTHS = [512, 2048]
 _ROOM = 256  # positions beyond the longest prompt, for turns and decoding
 _BIG_COPY_NBYTES = 128 << 20  # far beyond any cache
-
-# What llama.cpp reached on the same shapes, to compare with: (tokens, value). See _REFERENCE_NOTE.
-REFERENCE: dict[str, dict[str, dict[int, float]]] = {
-    "mini": {
-        "prefill_tokens_per_s": {512: 2000, 16384: 1150},
-        "decode_tokens_per_s": {512: 350, 16384: 105},
-        "ttft_warm_s": {2048: 0.037, 16384: 0.127},
-    },
-    "0.8b": {
-        "prefill_tokens_per_s": {2048: 73},
-        "decode_tokens_per_s": {512: 8.0},
-        "ttft_warm_s": {2048: 0.771},
-    },
-}
-_REFERENCE_NOTE = (
-    "llama.cpp f16, published for this project on a 2-core AVX-512 machine; "
-    "not measured in this run"
-)
 
 
 def bench(options: BenchOptions, json_path: Path | None, plot_path: Path | None) -> int:
@@ -74,15 +59,33 @@ def bench(options: BenchOptions, json_path: Path | None, plot_path: Path | None)
     lengths = options.lengths or options.by_shape(LENGTHS, CHECKPOINT_LENGTHS)
     room = replace(options.engine, max_positions=max(lengths) + _ROOM, lanes=2)
     engine = open_engine(path, room)
-    limits = _Limits(engine)
+    limits, peer = _Limits(engine), _peer(path, room.max_positions)
+
+    def between(prompt: Tokens) -> None:
+        limits.measure()
+        if peer is not None:
+            progress(f"llama.cpp at {len(prompt):,}", 0, 1)
+            peer.measure(prompt, turn_of(prompt, TURN))
+            progress(f"llama.cpp at {len(prompt):,}", 1, 1)
+
     with console.progress_bars() as progress:
         limits.measure()
-        rows = Bench(engine, options.repeats, progress, limits.memcpy).run(lengths, limits.measure)
-    document = _document(options, facts, engine, limits, rows)
+        rows = Bench(engine, options.repeats, progress, limits.memcpy).run(lengths, between)
+    document = _document(facts, engine, limits, rows)
+    document["peer"] = None if peer is None else peer.close()
     document["seconds"] = time.perf_counter() - started
     engine.close()
     deliver(document, json_path, show_session, plot_path, plot)
     return 0 if all(row.is_exact for row in rows) else 1
+
+
+def _peer(model: Path, positions: int) -> LlamaCpp | None:
+    """One that does not come up is said, and left out."""
+    try:
+        return peer_of(model, positions, thread_count())
+    except FlashrtError as error:
+        console.complain(f"note: {error}")
+        return None
 
 
 class _Limits:
@@ -130,14 +133,12 @@ class _Limits:
 
 
 def _document(
-    options: BenchOptions,
     facts: dict[str, Any],
     engine: SessionEngine,
     limits: _Limits,
     rows: list[AtLength],
 ) -> dict[str, Any]:
     summary = limits.summary()
-    is_named = options.checkpoint is None
     return {
         **facts,
         **of_engine(engine),
@@ -147,8 +148,6 @@ def _document(
         "rollback_tokens": [AHEAD, BACK],
         "limits": summary,
         "rows": [_row(engine, summary, row) for row in rows],
-        "reference": REFERENCE.get(options.shape, {}) if is_named else {},
-        "reference_note": _REFERENCE_NOTE,
     }
 
 
@@ -171,6 +170,7 @@ def _row(engine: SessionEngine, limits: dict[str, float | None], at: AtLength) -
         "inter_token_p50_s": medians["inter_token_s"],
         "inter_token_p99_s": _percentile(at.inter_token_s, 0.99),
         "decoded_tokens": len(at.inter_token_s),
+        "decode_bytes_per_token": limits["streamed_bytes"],
         "restore_bytes_per_s": restore_rate,
         "restore_of_memcpy": None if memcpy_s is None else memcpy_s / medians["restore_s"],
         "ttft_ratio": medians["ttft_cold_s"] / medians["ttft_warm_s"],

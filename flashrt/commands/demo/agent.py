@@ -1,44 +1,26 @@
 """The demo's acts: an agent is told a long prompt, branches, errs, goes back, and is resumed.
 
 IS: what happens and what is measured. IS NOT: how it is shown (report), or the questions after half
-a restore (ablation).
-
-Sessions called `cold` never see a capsule: what they compute is the truth about bits. The truth
-about answers comes from the simulators in flashrt.worlds.
+a restore (ablation). The truth about answers comes from the simulators in flashrt.worlds.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from flashrt.base.errors import FlashrtError
 from flashrt.commands.checkpoints import EngineOptions
 from flashrt.commands.demo.ablation import OTHER, Ablation
-from flashrt.commands.demo.findings import (
-    AgentFindings,
-    Branch,
-    Mishap,
-    NewProcess,
-    Operation,
-    Turn,
-)
+from flashrt.commands.demo.acts import ANSWER_TOKENS, Acts
+from flashrt.commands.demo.findings import AgentFindings, Mishap, Turn
 from flashrt.commands.demo.report import draw
-from flashrt.commands.demo.starts import State, measure_starts, state_of
-from flashrt.commands.timing import Tokens, prefill, timed
+from flashrt.commands.demo.starts import measure_starts
 from flashrt.core.backend import Progress
-from flashrt.session.chat import Chat, ChatPoint, open_chat
+from flashrt.session.chat import Chat, ChatPoint
 from flashrt.session.engine import SessionEngine
-from flashrt.store.store import Store
 from flashrt.worlds.building import Building, parse_call
 from flashrt.worlds.document import HELD_OUT, Thing
 from flashrt.worlds.inventory import Inventory
@@ -47,7 +29,6 @@ from flashrt.worlds.updates import goes_to
 
 MAX_CALLS = 8
 FAILURE = "error : the tool did not answer . try again later ."  # nothing like it was trained
-ANSWER_TOKENS = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +49,7 @@ SMALL = Sizes(20, 4, 4, 2, 6, 20, 12, (256, 1024))
 FAST_TOKENS_PER_S = 2000.0  # a model that prefills slower gets SMALL
 
 
-class AgentDemo:
+class AgentDemo(Acts):
     """An engine with three lanes; `chat` is the agent."""
 
     def __init__(
@@ -79,24 +60,23 @@ class AgentDemo:
         found: AgentFindings,
         progress: Progress,
     ) -> None:
-        self.engine, self.options, self.sizes = engine, options, sizes
-        self.found, self.progress = found, progress
-        self.chat = open_chat(engine)
+        super().__init__(engine, options, found, progress)
+        self.found, self.sizes = found, sizes
         seed = HELD_OUT + found.seed
         self.inventory = Inventory(seed, sizes.facts, sizes.filler)
         self.building = _apart_from(self.inventory, seed, sizes.hints)
         self.walker = Moves(seed)
-        self.pending: list[tuple[Tokens, State, Callable[[bool], None]]] = []  # to compare
 
     def play(self, out: Path) -> None:
         """All acts, in order."""
         facts = self._prompt()
         ends = [self._recall(), self._walk(facts), self._errand(facts)]
         before = self._mishap(facts)
-        self._resume(ends[0])
+        thing = self.inventory.things[self.sizes.facts // 2]
+        self.resume(ends[0], self.inventory.question(thing))
         tree = [point.capsule for point in (facts, *ends, *before)]
         draw(self.found, self.engine, tree, {"the agent": ends[0].capsule}, out)
-        self._ask_the_witness()
+        self.ask_the_witness()
         self._ablation(facts)
         for point in (*ends, *before, facts):
             point.capsule.drop()
@@ -108,40 +88,34 @@ class AgentDemo:
         found = self.found
         found.prompt = f"{self.inventory.prompt()} {self.building.prompt()}"
         found.facts, found.hints = self.sizes.facts, self.sizes.hints
-        self.chat.add("system", found.prompt)
-        tokens = np.array(self.chat.tokens(), np.int32)
-        found.prompt_tokens = len(tokens)
-        found.prefill_s = prefill(self.engine, self.chat.session, tokens, self.progress, "prompt")
-        facts, found.snapshot_s, _ = timed(self.engine, lambda: self.chat.snapshot("facts"))
-        found.capsule_bytes = facts.capsule.nbytes
-        return facts
+        return self.tell("facts", found.prompt)
 
     def _recall(self) -> ChatPoint:
         """A fact is recalled, changed, recalled."""
         thing, chat = self.inventory.things[self.sizes.facts // 3], self.chat
         moved_to = self.inventory.places[self.inventory.things[-1]]
-        turns = self._ask(chat, self.inventory.question(thing), self.inventory.answer(thing))
+        turns = self.ask(chat, self.inventory.question(thing), self.inventory.answer(thing))
         said = f"{goes_to(thing, moved_to)} {self.inventory.question(thing)}"
-        turns += self._ask(chat, said, f"the {thing} is in the {moved_to} .")
-        return self._branch("recall", "goes straight on", chat, turns)
+        turns += self.ask(chat, said, f"the {thing} is in the {moved_to} .")
+        return self.branch("recall", "goes straight on", chat, turns)
 
     def _walk(self, facts: ChatPoint) -> ChatPoint:
         """A position after some moves, told in one turn."""
-        self._step("restore the prompt", lambda: self.chat.restore(facts))
+        self.step("restore the prompt", lambda: self.chat.restore(facts))
         walker = self.walker
         said = f"{walker.start()} {walker.walk(self.sizes.walk)} {walker.question()}"
-        turns = self._ask(self.chat, said, walker.answer())
-        return self._branch("walk", "restored on the same lane", self.chat, turns)
+        turns = self.ask(self.chat, said, walker.answer())
+        return self.branch("walk", "restored on the same lane", self.chat, turns)
 
     def _errand(self, facts: ChatPoint) -> ChatPoint:
         """A thing is fetched with tools, in a fork."""
         thing = self._hidden()[0]
         truth = self.building.right_turns(thing)
-        other = self._step("fork the prompt to another lane", lambda: self.chat.fork(facts))
+        other = self.step("fork the prompt to another lane", lambda: self.chat.fork(facts))
         other.add("user", self.building.request(thing))
         turns = [Turn("user", self.building.request(thing))]
         turns += self._tools(other, self.building, truth)
-        made = self._branch("errand", "forked to another lane", other, turns)
+        made = self.branch("errand", "forked to another lane", other, turns)
         other.close()
         return made
 
@@ -151,7 +125,7 @@ class AgentDemo:
         hints, hidden = building.hints, building.hidden  # best in the first place of its hint
         thing = min(self._hidden(), key=lambda t: hints[t].index(hidden[t]))
         truth = building.right_turns(thing)
-        self._step("restore the prompt again", lambda: chat.restore(facts))
+        self.step("restore the prompt again", lambda: chat.restore(facts))
         chat.add("user", building.request(thing))
         before = chat.snapshot("before the call")
         call = chat.reply(ANSWER_TOKENS)
@@ -159,7 +133,7 @@ class AgentDemo:
         after = chat.snapshot("after the failure")
         other = copy.deepcopy(building)
         kept = self._tools(chat, other, [])
-        self._step("roll back the failed call", lambda: chat.restore(before))
+        self.step("roll back the failed call", lambda: chat.restore(before))
         retried = self._tools(chat, building, truth)
         self.found.mishap = Mishap(
             request=building.request(thing),
@@ -171,48 +145,6 @@ class AgentDemo:
             dropped_tokens=after.capsule.position - before.capsule.position,
         )
         return [before, after, chat.snapshot("called again")]
-
-    def _resume(self, point: ChatPoint) -> None:
-        """Another process goes on from a branch, by way of a store on disk."""
-        thing = self.inventory.things[self.sizes.facts // 2]
-        question = self.inventory.question(thing)
-        with tempfile.TemporaryDirectory(prefix="flashrt-demo-") as folder:
-            saved = Store(folder).save(point.capsule, "branch")
-            told = {
-                "checkpoint": str(self.engine.checkpoint.path),
-                "options": {
-                    "device": self.engine.device,
-                    "precision": self.options.precision,
-                    "kv_dtype": self.options.kv_dtype,
-                },
-                "store": folder,
-                "name": "branch",
-                "messages": point.messages,
-                "question": question,
-                "answer_tokens": ANSWER_TOKENS,
-            }
-            found = _in_a_new_process(told)
-        self._step("switch to a branch", lambda: self.chat.restore(point))
-        self.chat.add("user", question)
-        self.found.process = NewProcess(
-            question=question,
-            answer=found["answer"],
-            answer_here=self.chat.reply(ANSWER_TOKENS),
-            saved_bytes=saved.new_nbytes,
-            loaded_s=found["loaded_s"],
-            restored_s=found["restored_s"],
-            answered_s=found["answered_s"],
-            is_equal=found["digest"] == point.capsule.digest,
-        )
-
-    def _ask_the_witness(self) -> None:
-        """Cold prefills of the tokens of every step and branch, and the states compared."""
-        for i, (tokens, state, tell) in enumerate(self.pending):
-            self.progress("cold prefills, to compare", i, len(self.pending))
-            with self.engine.session() as cold:
-                cold.prefill(tokens)
-                tell(state_of(cold) == state)
-        self.progress("cold prefills, to compare", len(self.pending), len(self.pending))
 
     def _ablation(self, facts: ChatPoint) -> None:
         seed, sizes = HELD_OUT + self.found.seed, self.sizes
@@ -243,10 +175,6 @@ class AgentDemo:
 
     # -- tools ----------------------------------------------------------------------------------
 
-    def _ask(self, chat: Chat, question: str, truth: str) -> list[Turn]:
-        chat.add("user", question)
-        return [Turn("user", question), Turn("assistant", chat.reply(ANSWER_TOKENS), truth)]
-
     def _tools(self, chat: Chat, building: Building, truth: list[str]) -> list[Turn]:
         """Assistant turns with tool results between them, until one calls no tool."""
         turns: list[Turn] = []
@@ -264,31 +192,6 @@ class AgentDemo:
         """Things that can be found now, in the order of the prompt."""
         return [thing for thing in self.building.things if thing in self.building.hidden]
 
-    def _branch(self, name: str, how: str, chat: Chat, turns: list[Turn]) -> ChatPoint:
-        point = chat.snapshot(name)
-        position, own = point.capsule.position, point.capsule.nbytes
-
-        def tell(is_equal: bool) -> None:
-            self.found.branches.append(Branch(name, how, turns, position, own, is_equal))
-
-        self._note(chat, tell)
-        return point
-
-    def _step(self, what: str, act: Callable[[], Chat | None]) -> Chat:
-        """Do something to the agent's conversation, or make another one of it."""
-        made, seconds, moved = timed(self.engine, act)
-        chat = made or self.chat
-        position = chat.session.position
-
-        def tell(is_equal: bool) -> None:
-            self.found.steps.append(Operation(what, position, seconds, moved, is_equal))
-
-        self._note(chat, tell)
-        return chat
-
-    def _note(self, chat: Chat, tell: Callable[[bool], None]) -> None:
-        self.pending.append((chat.session.tokens, state_of(chat.session), tell))
-
 
 def _apart_from(inventory: Inventory, seed: int, hints: int) -> Building:
     """The first building from a seed on with none of the inventory's things, and two to bring."""
@@ -298,15 +201,3 @@ def _apart_from(inventory: Inventory, seed: int, hints: int) -> Building:
         if known.isdisjoint(building.things) and len(building.hidden) >= 2:
             return building
         seed += 1
-
-
-def _in_a_new_process(told: dict[str, Any]) -> dict[str, Any]:
-    """What `resume` found. Raises FlashrtError when it failed."""
-    command = [sys.executable, "-m", "flashrt.commands.demo.resume"]
-    ran = subprocess.run(
-        command, input=json.dumps(told), capture_output=True, text=True, check=False
-    )
-    if ran.returncode:
-        raise FlashrtError(f"the new process failed:\n{ran.stderr}")
-    found: dict[str, Any] = json.loads(ran.stdout)
-    return found

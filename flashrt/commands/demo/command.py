@@ -1,7 +1,8 @@
 """`flashrt demo`: an agent's session with capsules, its answers and its bits checked on the way.
 
 IS: the choice of model and of what is played. IS NOT: the acts: agent plays an agent in small text
-worlds, random_ids any checkpoint on random token ids.
+worlds, which the bundled model knows; document asks any other model that can talk about a text;
+random_ids takes any checkpoint, on random token ids.
 
 A check that fails makes exit code 1. A wrong answer does not: models err, and it is shown.
 """
@@ -17,17 +18,17 @@ import numpy as np
 
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions, cached_random_checkpoint, open_engine
-from flashrt.commands.demo import agent, random_ids, report
-from flashrt.commands.demo.findings import AgentFindings, TokenFindings
+from flashrt.commands.demo import agent, document, random_ids, report
+from flashrt.commands.demo.findings import AgentFindings, DocumentFindings, TokenFindings
 from flashrt.commands.plan import lay_out, model_of
 from flashrt.commands.timing import timed
+from flashrt.load import text_of
 from flashrt.session.engine import SessionEngine
-from flashrt.text.template import ChatError, chat_template_of
-from flashrt.text.tokenizer import tokenizer_of
 from flashrt.weights.bundled import bundled_checkpoint
-from flashrt.weights.checkpoint import open_checkpoint
+from flashrt.weights.opening import open_weights
 
 RANDOM_SHAPE = "mini"
+DOCUMENT_POSITIONS = 4096
 TRIAL = 256  # tokens, to see how fast a model reads here
 
 
@@ -38,6 +39,7 @@ class DemoOptions:
     checkpoint: Path | None
     is_random: bool
     tokens: int | None
+    document: Path | None
     seed: int
     engine: EngineOptions
     out: Path
@@ -50,11 +52,13 @@ def demo(options: DemoOptions) -> int:
     path = options.checkpoint or (
         _random_checkpoint() if options.is_random else bundled_checkpoint()
     )
-    found: AgentFindings | TokenFindings
+    found: AgentFindings | DocumentFindings | TokenFindings
     if options.is_random or options.tokens is not None or not _can_talk(path):
         found = _random_ids(path, options)
-    else:
+    elif path == bundled_checkpoint():
         found = _agent(path, options)
+    else:
+        found = _document(path, options)
     found.seconds = time.perf_counter() - started
     if options.as_json:
         scores = {"scores": found.scores} if isinstance(found, AgentFindings) else {}
@@ -65,18 +69,8 @@ def demo(options: DemoOptions) -> int:
 
 
 def _can_talk(path: Path) -> bool:
-    """Whether it has a tokenizer, and a chat template for conversations like the agent's."""
-    template = chat_template_of(path)
-    if template is None or tokenizer_of(path) is None:
-        return False
-    roles = ("system", "user", "assistant", "tool")
-    said = [{"role": role, "content": "a"} for role in roles]
-    try:
-        for n in range(1, len(said) + 1):
-            template.render(said[:n], add_generation_prompt=False)
-    except ChatError:  # some templates want a question in every prompt
-        return False
-    return True
+    """Whether it has a tokenizer and a chat template."""
+    return text_of(open_weights(path)).can_talk
 
 
 def _agent(path: Path, options: DemoOptions) -> AgentFindings:
@@ -90,6 +84,20 @@ def _agent(path: Path, options: DemoOptions) -> AgentFindings:
     sizes = agent.Sizes() if is_fast else agent.SMALL
     with console.progress_bars() as progress:
         agent.AgentDemo(engine, engine_options, sizes, found, progress).play(options.out)
+    engine.close()
+    return found
+
+
+def _document(path: Path, options: DemoOptions) -> DocumentFindings:
+    name, text = document.read_document(options.document)
+    engine_options = _with_room(path, options.engine, DOCUMENT_POSITIONS)
+    engine = open_engine(path, engine_options)
+    parameters = sum(math.prod(t.shape) for t in engine.checkpoint.tensors.values())
+    found = DocumentFindings(
+        device=engine.device, model=path.name, parameters=parameters, document=name
+    )
+    with console.progress_bars() as progress:
+        document.DocumentDemo(engine, engine_options, found, progress).play(text, options.out)
     engine.close()
     return found
 
@@ -130,5 +138,5 @@ def _random_checkpoint() -> Path:
 def _with_room(path: Path, options: EngineOptions, max_positions: int) -> EngineOptions:
     """Three lanes; a pool for two prompts (one comes from a file), branches and waypoints."""
     options = replace(options, max_positions=max_positions, lanes=3)
-    lane = lay_out(model_of(open_checkpoint(path), options), options).arena.lanes[0]
+    lane = lay_out(model_of(open_weights(path), options), options).arena.lanes[0]
     return replace(options, pool_bytes=3 * lane.rows.nbytes + 24 * lane.fixed.nbytes)

@@ -47,7 +47,9 @@ class Findings:
     starts: list[Start] = field(default_factory=list)
     tree_bytes: int = 0  # of all capsules, rows shared
     tree_bytes_alone: int = 0  # of all capsules, if each held its own rows
-    rows_only_differs: bool = False  # logits after a KV-only restore and a turn
+    # Whether logits after a KV-only restore and a turn are others; None: not asked, since a model
+    # without recurrent state has nothing to lose.
+    rows_only_differs: bool | None = None
     files: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -59,13 +61,15 @@ class Findings:
     @property
     def checks(self) -> dict[str, bool]:
         """Every claim about bits, with its outcome."""
+        lost = self.rows_only_differs
+        half = {} if lost is None else {"KV-only restore and a turn: other logits": lost}
         return {
             **{f"{s.what}: bits equal to a cold prefill": s.is_equal for s in self.steps},
             **{
                 f"warm start after {s.tokens:,} tokens: bits equal": s.is_equal for s in self.starts
             },
             **self.own_checks,
-            "KV-only restore and a turn: other logits": self.rows_only_differs,
+            **half,
             "branches share the rows of their prompt": self.tree_bytes < self.tree_bytes_alone,
         }
 
@@ -158,19 +162,34 @@ class NewProcess:
 
 
 @dataclass(slots=True, kw_only=True)
-class AgentFindings(Findings):
-    """Of the demo that plays an agent."""
+class ChatFindings(Findings):
+    """Of a demo of conversations."""
 
     model: str
     parameters: int
-    seed: int
     prompt: str = ""  # how it begins
+    branches: list[Branch] = field(default_factory=list)
+    process: NewProcess | None = None
+
+    @property
+    def own_checks(self) -> dict[str, bool]:
+        """See Findings."""
+        made = {f"branch {b.name}: bits equal to a cold prefill": b.is_equal for b in self.branches}
+        if (p := self.process) is not None:
+            made["a new process restored the same digest"] = p.is_equal
+            made["a new process gave the same answer"] = p.answer == p.answer_here
+        return made
+
+
+@dataclass(slots=True, kw_only=True)
+class AgentFindings(ChatFindings):
+    """Of the demo that plays an agent."""
+
+    seed: int
     facts: int = 0
     hints: int = 0
     answers: list[Asked] = field(default_factory=list)
-    branches: list[Branch] = field(default_factory=list)
     mishap: Mishap | None = None
-    process: NewProcess | None = None
 
     @property
     def scores(self) -> dict[str, tuple[int, int, int, int]]:
@@ -182,11 +201,14 @@ class AgentFindings(Findings):
             found[a.kind] = (full + right[0], rows + right[1], state + right[2], asked + 1)
         return found
 
-    @property
-    def own_checks(self) -> dict[str, bool]:
-        """See Findings."""
-        made = {f"branch {b.name}: bits equal to a cold prefill": b.is_equal for b in self.branches}
-        if (p := self.process) is not None:
-            made["a new process restored the same digest"] = p.is_equal
-            made["a new process gave the same answer"] = p.answer == p.answer_here
-        return made
+
+# -- of a document --------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class DocumentFindings(ChatFindings):
+    """Of the demo that reads a document."""
+
+    document: str  # its name
+    taken_back: list[Turn] = field(default_factory=list)
+    dropped_tokens: int = 0  # of what was taken back

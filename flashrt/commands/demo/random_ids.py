@@ -18,6 +18,7 @@ from flashrt.commands.demo.report import draw
 from flashrt.commands.demo.starts import State, measure_starts, state_of
 from flashrt.commands.timing import Tokens, prefill, synthetic_tokens, timed
 from flashrt.core.backend import Progress
+from flashrt.core.region import Role
 from flashrt.session.engine import SessionEngine
 from flashrt.session.session import Session
 
@@ -123,7 +124,8 @@ class TokenDemo:
         (wrong, other), (right, greedy) = found
         differing = (i for i, (a, b) in enumerate(zip(other, greedy, strict=True)) if a != b)
         self.found.rows_only_token = next(differing, None)
-        self.found.rows_only_differs = wrong.logits != truth.logits
+        if _has_recurrent_state(self.engine):
+            self.found.rows_only_differs = wrong.logits != truth.logits
         self.found.full_agrees = right == truth
         return greedy
 
@@ -159,3 +161,11 @@ class TokenDemo:
     def _step(self, what: str, session: Session, act: Callable[[], None]) -> None:
         _, seconds, moved = timed(self.engine, act)
         self.pending.append((what, state_of(session), seconds, moved))
+
+
+def _has_recurrent_state(engine: SessionEngine) -> bool:
+    """Whether the next logits depend on more than rows, and the hidden state of the last one."""
+    return any(
+        r.role is Role.FIXED and r.is_digested and r.name != "last_hidden"
+        for r in engine.model.lane_regions
+    )

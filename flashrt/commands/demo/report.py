@@ -11,7 +11,16 @@ from pathlib import Path
 from flashrt.capsule.capsule import Capsule
 from flashrt.commands import console
 from flashrt.commands.console import Screen, Table, Tree, line, styled, yes_no
-from flashrt.commands.demo.findings import AgentFindings, Asked, Findings, TokenFindings, Turn
+from flashrt.commands.demo.findings import (
+    AgentFindings,
+    Asked,
+    Branch,
+    ChatFindings,
+    DocumentFindings,
+    Findings,
+    TokenFindings,
+    Turn,
+)
 from flashrt.session.engine import SessionEngine
 from flashrt.view.arena_map import arena_map, widest
 from flashrt.view.session_tree import bytes_alone, session_tree
@@ -39,11 +48,13 @@ def draw(
     findings.files = [str(save_svg(svg, out / name)) for name, svg in pictures.items()]
 
 
-def show(findings: AgentFindings | TokenFindings) -> None:
+def show(findings: AgentFindings | DocumentFindings | TokenFindings) -> None:
     """Print everything on stdout."""
     screen = console.screen()
     if isinstance(findings, AgentFindings):
         _show_agent(screen, findings)
+    elif isinstance(findings, DocumentFindings):
+        _show_document(screen, findings)
     else:
         _show_tokens(screen, findings)
     shared = significant(findings.tree_bytes_alone / findings.tree_bytes)
@@ -115,6 +126,8 @@ def _show_tokens(screen: Screen, found: TokenFindings) -> None:
     elif found.rows_only_differs:
         agree = f"the first {found.answer_tokens} greedy tokens agree"
         outcome = line(f"has other logits, though {agree}")
+    elif found.rows_only_differs is None:
+        outcome = line("brings all back: this model has no recurrent state")
     else:
         outcome = styled("does not diverge", "bold red")
     screen.print(
@@ -167,10 +180,7 @@ def _show_agent(screen: Screen, found: AgentFindings) -> None:
 def _branches(found: AgentFindings) -> Tree:
     root = Tree(styled("facts", "bold"), f", position {found.prompt_tokens:,}")
     for branch in found.branches:
-        more = branch.position - found.prompt_tokens
-        told = f" {branch.how}: +{more} tokens, {bytes_text(branch.own_bytes)}; bits equal: "
-        name, equal = styled(branch.name, "bold"), yes_no(branch.is_equal)
-        _add_turns(root.add(name, styled(told, "dim"), equal), branch.turns)
+        _add_branch(root, branch, found.prompt_tokens)
     if (mishap := found.mishap) is not None:
         at = root.add(styled("mishap", "bold"), styled(" restored on the same lane", "dim"))
         _add_turns(at, [Turn("user", mishap.request), *mishap.failed])
@@ -179,6 +189,13 @@ def _branches(found: AgentFindings) -> Tree:
         told = f"taken back, {mishap.dropped_tokens} tokens that never were; called again: "
         _add_turns(at.add(styled(told, "dim"), _brought(mishap.is_done)), mishap.retried)
     return root
+
+
+def _add_branch(root: Tree, branch: Branch, prompt_tokens: int) -> None:
+    more = branch.position - prompt_tokens
+    told = f" {branch.how}: +{more} tokens, {bytes_text(branch.own_bytes)}; bits equal: "
+    name, equal = styled(branch.name, "bold"), yes_no(branch.is_equal)
+    _add_turns(root.add(name, styled(told, "dim"), equal), branch.turns)
 
 
 def _add_turns(at: Tree, turns: Sequence[Turn]) -> None:
@@ -194,10 +211,10 @@ def _brought(is_done: bool) -> console.Part:
     return styled("brought", "green") if is_done else styled("not brought", "red")
 
 
-def _show_process(screen: Screen, findings: AgentFindings) -> None:
-    found = findings.process
+def _show_process(screen: Screen, findings: ChatFindings) -> None:
+    found, branch = findings.process, findings.branches[0].name
     assert found is not None, "the demo is complete"
-    screen.print("3. Another process goes on from branch recall, from disk", style="bold")
+    screen.print(f"3. Another process goes on from branch {branch}, from disk", style="bold")
     screen.print(
         f"   {bytes_text(found.saved_bytes)} in the store; engine loaded in "
         f"{seconds_text(found.loaded_s)}, state restored and checked in\n   "
@@ -240,3 +257,33 @@ def _brief(said: str, subject: str) -> str:
         return said
     place = place.removeprefix("the ").removesuffix(" .")
     return place.removeprefix("column ").replace(" row ", ", ")
+
+
+# -- of a document --------------------------------------------------------------------------------
+
+
+def _show_document(screen: Screen, found: DocumentFindings) -> None:
+    screen.print(
+        "\n", styled(found.model, "bold"), f", {significant(found.parameters / 1e6)} M parameters, "
+        f"on {found.device}\n",
+    )  # fmt: skip
+    screen.print(
+        styled(f"1. A document of {found.prompt_tokens:,} tokens", "bold"), f": {found.document}"
+    )
+    screen.print(f"   {' '.join(found.prompt[:_EXCERPT].split())} ...", style="italic dim")
+    screen.print(
+        f"   prefilled in {seconds_text(found.prefill_s)} "
+        f"({significant(found.prompt_tokens / found.prefill_s)} tokens/s); its capsule: "
+        f"{bytes_text(found.capsule_bytes)} in {seconds_text(found.snapshot_s)}\n"
+    )
+    screen.print("2. Questions branch from that capsule; one is taken back", style="bold")
+    root = Tree(styled("document", "bold"), f", position {found.prompt_tokens:,}")
+    for branch in found.branches:
+        _add_branch(root, branch, found.prompt_tokens)
+    told = f" {found.dropped_tokens} tokens that never were"
+    _add_turns(root.add(styled("taken back", "bold"), styled(told, "dim")), found.taken_back)
+    screen.print(root)
+    _show_steps(screen, found, "Each state beside a cold prefill of its tokens", "bits equal")
+    _show_process(screen, found)
+    screen.print("4. What the capsule saves", style="bold")
+    _show_starts(screen, found)

@@ -18,6 +18,7 @@ from flashrt.backends.cuda.extra_ops import add_kernels, random_fill
 from flashrt.backends.cuda.layouts import K_CHUNK, ROW_TILE
 from flashrt.core.arena import Arena
 from flashrt.core.backend import BoundLaunch, Graph, Memory, Progress
+from flashrt.core.region import DType
 from flashrt.core.tape import Tape
 from flashrt.models import model_for
 from flashrt.models.model import DECODE, PREFILL
@@ -96,7 +97,7 @@ def load_synthetic(
                 probes.extend(_probes_of(gpu, arena, tape))
 
     engine = SessionEngine(
-        model, checkpoint, gpu, tokenizer=None, lanes=lanes, pool_bytes=pool_bytes,
+        model, checkpoint, gpu, lanes=lanes, pool_bytes=pool_bytes,
         fill=fill_on_device, before_seal=before_seal, progress=progress,
     )  # fmt: skip
     return SyntheticEngine(engine, gpu, probes, *buffers)
@@ -136,7 +137,7 @@ def fill_on_device(
     names = {source.name for rule in rest for source in rule.sources}
     report = fill_weights(rest, checkpoint.only(names), arena, progress)
     digest.update(report.digest.encode())
-    return LoadReport(digest.hexdigest(), report.source_nbytes + n_bytes, report.notes)
+    return LoadReport(digest.hexdigest(), report.source_nbytes + n_bytes)
 
 
 def _probes_of(gpu: CudaDevice, arena: Arena, tape: Tape) -> list[Probe]:
@@ -154,7 +155,8 @@ def _probes_of(gpu: CudaDevice, arena: Arena, tape: Tape) -> list[Probe]:
 
 
 def _is_fillable(rule: WeightRule) -> bool:
-    """Whether each source is a run of whole storage tiles, so that any bits are weights of it."""
-    if not rule.is_matrix or rule.region.shape[1] % K_CHUNK:
+    """Whether each source is a run of whole storage tiles of bfloat16: what the kernel draws."""
+    region = rule.region
+    if not rule.is_matrix or region.dtype is not DType.BF16 or region.shape[1] % K_CHUNK:
         return False
     return all(source.shape[0] % ROW_TILE == 0 for source in rule.sources)

@@ -176,7 +176,7 @@ class _Run:
         engine = self.bench.engine
         self.bench.main.close()
         wall = Bench(engine, self.options.repeats, _no_progress, lambda nbytes: None)
-        for found in wall.run(list(self.options.lengths), lambda: None):
+        for found in wall.run(list(self.options.lengths), lambda prompt: None):
             row = self._row(found.tokens)
             row["session"] = asdict(found)
             row["prefill_flop"] = flop_of(engine.model.record(PREFILL, 1), found.tokens)
