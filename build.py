@@ -31,12 +31,13 @@ from flashrt.base.flags import flags, thread_count
 from flashrt.core.op import Launch
 from flashrt.core.region import DType
 from flashrt.core.tape import Tape
-from flashrt.load import DRAFT_HEAD_TENSOR
+from flashrt.hub.resolve import resolve
+from flashrt.load import DRAFT_HEAD_TENSOR, KV_DTYPES, kv_dtype_of, model_in
 from flashrt.models import model_for
 from flashrt.models.flow_policy.config import MODEL_TYPE, config_of, parse_config
 from flashrt.models.flow_policy.model import FlowPolicy
 from flashrt.ops import OPS
-from flashrt.weights.checkpoint import open_checkpoint
+from flashrt.weights.opening import open_weights
 from flashrt.weights.random_checkpoint import SHAPES, shape_config
 from flashrt.weights.random_policy import policy_config
 
@@ -189,27 +190,48 @@ def _launches(arguments: argparse.Namespace) -> list[kernels.KernelLaunch]:
 
 
 def _recorded(arguments: argparse.Namespace) -> list[Launch]:
-    """Of a checkpoint's model; without one, of a language model and a policy."""
-    models: list[Recordable] = []
-    if arguments.checkpoint is not None:
-        source = open_checkpoint(arguments.checkpoint)
-        if source.config.get("model_type") == MODEL_TYPE:
-            return _launches_of(FlowPolicy(config_of(source)))
-        config, has_draft_head = dict(source.config), DRAFT_HEAD_TENSOR in source.tensors
-    else:
-        config, has_draft_head = shape_config(arguments.shape, has_draft_head=True), True
-        models.append(FlowPolicy(parse_config(policy_config("base"))))
-    kv_dtype = DType(arguments.kv_dtype)
-    models += (  # prefill without a draft head ends otherwise
-        model_for(
-            config,
+    """Of a checkpoint's model; without one, of two language models and a policy."""
+    models = _models_of(arguments) if arguments.checkpoint is not None else _shapes_of(arguments)
+    return [launch for model in models for launch in _launches_of(model)]
+
+
+def _models_of(arguments: argparse.Namespace) -> list[Recordable]:
+    """A checkpoint's, its weights in the formats that it has them in."""
+    source = open_weights(resolve(str(arguments.checkpoint)))
+    if source.config.get("model_type") == MODEL_TYPE:
+        return [FlowPolicy(config_of(source))]
+    return [  # prefill without a draft head ends otherwise
+        model_in(
+            source,
             max_positions=arguments.max_positions,
-            kv_dtype=kv_dtype,
+            kv_dtype=arguments.kv_dtype,
+            draft=draft,
+        )
+        for draft in {False, DRAFT_HEAD_TENSOR in source.tensors}
+    ]
+
+
+def _shapes_of(arguments: argparse.Namespace) -> list[Recordable]:
+    """A hybrid of a named shape with and without a draft head, a dense one, and a policy."""
+    config = shape_config(arguments.shape, has_draft_head=True)
+    dense = {name: config[name] for name in _SHARED_FIELDS} | {"model_type": "qwen2"}
+    models: list[Recordable] = [FlowPolicy(parse_config(policy_config("base")))]
+    models += (
+        model_for(
+            fields,
+            max_positions=arguments.max_positions,
+            kv_dtype=kv_dtype_of(arguments.kv_dtype),
             has_draft_head=with_draft_head,
         )
-        for with_draft_head in {False, has_draft_head}
+        for fields, with_draft_head in ((config, False), (config, True), (dense, False))
     )
-    return [launch for model in models for launch in _launches_of(model)]
+    return models
+
+
+_SHARED_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
+)  # fmt: skip
 
 
 def _launches_of(model: Recordable) -> list[Launch]:
@@ -240,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
         "--precision", type=_precisions, default=["bfloat16"], metavar="LIST",
         help=f"of {','.join(PRECISIONS)} (default: bfloat16)",
     )  # fmt: skip
-    cuda.add_argument("--kv-dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    cuda.add_argument("--kv-dtype", choices=KV_DTYPES, default="bfloat16")
     cuda.add_argument("--max-positions", type=int, default=4096, metavar="N")
     cuda.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON too")
     cuda.add_argument("--markdown", type=Path, metavar="FILE", help="write it as Markdown too")

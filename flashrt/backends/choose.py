@@ -8,15 +8,22 @@ from __future__ import annotations
 
 from typing import Literal
 
-from flashrt.backends.cpu.device import CpuDevice
+from flashrt.backends.cpu.device import Activations, CpuDevice
 from flashrt.backends.cuda.device import open_device
 from flashrt.backends.cuda.probe import probe
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.base.errors import BackendError
 from flashrt.core.backend import Backend
 
-Precision = Literal["bfloat16", "high"]
-PRECISIONS: tuple[Precision, ...] = ("bfloat16", "high")
+Precision = Literal["bfloat16", "high", "fast"]
+PRECISIONS: tuple[Precision, ...] = ("bfloat16", "high", "fast")
+# What `linear` over quantised weights makes of its activations on the CPU, by precision; that of
+# the default is as docs/exactness.md measures it. Matrices of plain numbers get float32 always.
+CPU_ACTIVATIONS: dict[Precision, Activations] = {
+    "bfloat16": "float32",
+    "high": "float32",
+    "fast": "int8",
+}
 DEVICES = ("auto", "cpu", "cuda", "simt")
 
 
@@ -26,14 +33,16 @@ def open_backend(
     """The backend by name. Raises BackendError for an unknown name or an unusable device.
 
     CUDA is looked for only where it is asked for: by "cuda", and by "auto", which falls back to the
-    CPU (`flashrt doctor` says why). `cpu_alone_nbytes`: see CpuDevice.
+    CPU (`flashrt doctor` says why). On cuda and simt "fast" is "bfloat16"; for the CPU see
+    CPU_ACTIVATIONS. `cpu_alone_nbytes`: see CpuDevice.
     """
     if device not in DEVICES:
         raise BackendError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
     if precision not in PRECISIONS:
         raise BackendError(f"precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    of_cuda: Literal["bfloat16", "high"] = "high" if precision == "high" else "bfloat16"
     if device == "simt":
-        return SimtDevice(precision)
+        return SimtDevice(of_cuda)
     if device == "cuda" or (device == "auto" and probe().is_usable):
-        return open_device(precision)
-    return CpuDevice(alone_nbytes=cpu_alone_nbytes)
+        return open_device(of_cuda)
+    return CpuDevice(alone_nbytes=cpu_alone_nbytes, activations=CPU_ACTIVATIONS[precision])

@@ -11,6 +11,7 @@ is beyond them. Hence going back to an ancestor moves no rows.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -120,6 +121,10 @@ class LaneRecord(NamedTuple):
     is_moving: bool = False  # bytes are on their way: the device holds anything
 
 
+# LaneRecord itself would call a function of Python: each restore makes two records.
+_record = functools.partial(tuple.__new__, LaneRecord)
+
+
 class Lane:
     """The host's record of one live sequence, and whether it can be believed.
 
@@ -187,7 +192,8 @@ class Lane:
             journal[position] = tokens[0]  # beyond the position nobody reads it
         else:
             journal[position:stop] = tokens
-        self.record = LaneRecord(stop, held, min(intact, position), waypoints, journal, moves)
+        intact = intact if intact < position else position
+        self.record = _record((stop, held, intact, waypoints, journal, moves, False))
 
     def overwrite(self) -> None:
         """Rows at and beyond the position are about to be written: they are nobody's from here on.
@@ -212,7 +218,7 @@ class Lane:
         position, held, intact, waypoints, journal, moves, is_moving = self.record
         if is_moving:  # an earlier move did not end: what rows are there is not known either
             held, intact = None, 0
-        self.record = LaneRecord(position, held, intact, waypoints, journal, moves, True)
+        self.record = _record((position, held, intact, waypoints, journal, moves, True))
 
     def moved(
         self,
@@ -228,7 +234,7 @@ class Lane:
             journal = record.journal
         elif journal is self._spare:
             self._spare = record.journal
-        self.record = LaneRecord(position, held, intact, waypoints, journal, record.moves + 1)
+        self.record = _record((position, held, intact, waypoints, journal, record.moves + 1, False))
 
     def journal_with(self, shared: int) -> NDArray[np.int32]:
         """A journal to write tokens [shared, ...) into: the present one where nothing of the

@@ -114,13 +114,22 @@ def test_four_processes_share_one_store(
     tmp_path: Path, capsules: list[flashrt.Capsule], request: pytest.FixtureRequest
 ) -> None:
     reports = [tmp_path / f"report-{i}" for i in range(4)]
+    for report in reports:
+        report.touch()
     children = [
         spawn(lambda r=report, i=i: churn(tmp_path / "store", r, i, capsules))
         for i, report in enumerate(reports)
     ]
-    until = time.monotonic() + request.config.getoption("--seconds")
+    began, seconds = time.monotonic(), request.config.getoption("--seconds")
     checked = 0
-    while time.monotonic() < until:  # a reader, without any lock
+
+    def is_long_enough() -> bool:
+        """Each writer has saved twice as much as there is to write, on however busy a machine."""
+        passed = time.monotonic() - began
+        done = [report.read_text().count("saved") for report in reports]
+        return passed > seconds and (min(done) > 2 * len(capsules) or passed > 10 * seconds)
+
+    while not is_long_enough():  # a reader, without any lock
         store = Store(tmp_path / "store")
         store.refs()
         if checked % 7 == 0:

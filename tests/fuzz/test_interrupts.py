@@ -187,7 +187,7 @@ def test_some_lines(
 def test_every_line(
     engine: flashrt.Engine, oracle: flashrt.Session, tmp_path: Path, name: str
 ) -> None:
-    assert strike_all(engine, oracle, tmp_path, name, stride=1) > 5
+    assert strike_all(engine, oracle, tmp_path, name, stride=1) >= 5  # lines of the shortest call
 
 
 def test_a_change_struck_in_another_thread_is_repaired(

@@ -1,7 +1,8 @@
 """`linear`, `embed` and `draft_input` compile for every stored format of weights and spill nothing.
 
 IS: the variants that test_cuda_compile leaves out, for it knows no formats; the quick suite takes
-two of them. IS NOT: running them (tests/backend/test_formats_simt.py).
+two of them, and architectures but the main ones take the two formats that need most registers. IS
+NOT: running them (tests/backend/test_formats_simt.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from flashrt.backends.cuda import kernels
 from flashrt.backends.cuda.kernels import KernelLaunch
 from flashrt.core.region import DType
 from tests.backend.test_formats_simt import FORMATS, QUICK, Format
-from tests.unit.test_cuda_compile import ARCHS, compile_all, shape
+from tests.unit.test_cuda_compile import ARCHS, MAIN_ARCHS, compile_all, shape
 
 pytestmark = pytest.mark.usefixtures("needs_nvrtc")
 WORST = (QUICK[0], QUICK[2])  # a minimum; two levels in groups of 16
@@ -51,8 +52,11 @@ def test_formats_compile_without_spills() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    ("arch", "form"),
+    [(arch, f) for arch in ARCHS for f in (FORMATS if arch in MAIN_ARCHS else WORST)],
+    ids=str,
+)
 def test_every_format_compiles_without_spills(arch: str, form: Format) -> None:
     """Rows of all widths of a tile of tokens, with and without whole vectors of x."""
     acts = (DType.BF16, DType.BF16X2, DType.F32)

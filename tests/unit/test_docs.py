@@ -30,7 +30,8 @@ PAGES = [
 BLOCK = re.compile(r"^```(python|sh)(?: ([^\n]+))?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 ELSEWHERE = (
-    "sets up a machine", "needs a checkpoint", "needs a GPU", "takes minutes", "is what CI runs",
+    "sets up a machine", "needs a checkpoint", "needs a GPU", "needs the package index",
+    "takes minutes", "is what CI runs",
 )  # fmt: skip
 POSITIONS, BRANCH = 32768, 1000  # of the memory table
 

@@ -7,13 +7,14 @@ the compiler (compile).
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import math
 import mmap
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +29,16 @@ from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Pr
 from flashrt.core.copylist import CopyList, Upload
 from flashrt.core.digest import LAYOUT_CODE, DigestTerm
 from flashrt.core.groups import Planes
-from flashrt.core.op import Op
+from flashrt.core.op import Launch, Op
 from flashrt.core.region import DType, Layout, Region, resolve_dtype
+
+Activations = Literal["float32", "int8"]
+INT8_CODES = (DType.U4, DType.U5, DType.U6, DType.I8, DType.E2M1)  # of kernels/linear_int8.c
 
 _HUGE = 2 << 20
 _ALIGN = 64  # of argument blocks: one cache line each
+_FEW_NBYTES = 4096
+_BYTE = ctypes.c_ubyte
 
 
 class HostMemory:
@@ -83,13 +89,23 @@ class CpuDevice:
     name = "cpu"
     act = DType.F32
 
-    def __init__(self, threads: int | None = None, alone_nbytes: int = 0) -> None:
+    def __init__(
+        self,
+        threads: int | None = None,
+        alone_nbytes: int = 0,
+        *,
+        activations: Activations = "float32",
+    ) -> None:
         """`threads`: size of the pool, FLASHRT_THREADS or the cores at hand by default.
 
         `alone_nbytes`: graphs that touch fewer bytes run on the calling thread, without waking the
         others: for many small replays with pauses between. No bit depends on it.
+
+        `activations`: what `linear` makes of x where weights are codes of INT8_CODES: "int8" rounds
+        it, for dot products of integers. Other weights get float32.
         """
         self.threads = threads or thread_count()
+        self._activations = activations
         self._alone_nbytes = alone_nbytes
         self.counters = Counters()
         self._lib: ctypes.CDLL | None = None
@@ -102,13 +118,14 @@ class CpuDevice:
 
     @property
     def kernel_digest(self) -> str:
-        """Hash of the C sources and argument structs: bits do not depend on anything else."""
+        """Hash of C sources, argument structs and activations: bits depend on nothing else."""
         return self._digest
 
     @property
     def description(self) -> str:
         """One line for people."""
-        return f"cpu, {self.threads} threads, kernels {self._digest[:12]}"
+        way = ", int8 activations" * (self._activations == "int8")
+        return f"cpu, {self.threads} threads, kernels {self._digest[:12]}{way}"
 
     def limits(self) -> CpuLimits:
         """Measures of this machine, for benchmarks; after `build`."""
@@ -171,6 +188,9 @@ class CpuDevice:
         except OSError as error:
             raise BackendError(f"cannot load {binary.path}: {error}; delete the file") from error
         self._digest = toolchain.source_digest(ops, self._own_sources)
+        if self._activations != "float32":
+            way = f"{self._digest} {self._activations}"
+            self._digest = hashlib.sha256(way.encode()).hexdigest()
         _declare(self._lib)
         self.resize(self.threads)
 
@@ -195,12 +215,15 @@ class CpuDevice:
     def write(self, address: int, data: Bytes) -> None:
         """See Backend."""
         _arrays = self._memory_in_use()
-        ctypes.memmove(address, data.ctypes.data, data.nbytes)
+        # `ctypes.data` of an array takes longer than to copy a few words twice.
+        few = data.nbytes <= _FEW_NBYTES
+        ctypes.memmove(address, data.tobytes() if few else data.ctypes.data, data.nbytes)
 
     def read(self, address: int, out: Bytes) -> None:
         """See Backend."""
         _arrays = self._memory_in_use()
-        ctypes.memmove(out.ctypes.data, address, out.nbytes)
+        if out.nbytes:
+            ctypes.memmove(ctypes.addressof(_BYTE.from_buffer(out.data)), address, out.nbytes)
 
     def begin_read(self, address: int, nbytes: int) -> Callable[[], Bytes]:
         """See Backend; everything here is synchronous."""
@@ -301,19 +324,21 @@ class CpuDevice:
         table = bytearray()
         for bound, block, offset in zip(launches, blocks, offsets, strict=False):
             ctypes.memmove(base + offset, block, len(block))
-            table += struct.pack("@2P", self._function(bound.launch.op), base + offset)
+            table += struct.pack("@2P", self._function(bound.launch), base + offset)
         entries = ctypes.create_string_buffer(bytes(table), len(table))
         self._reserve(launches)
         is_shared = _touched_nbytes(launches) >= self._alone_nbytes
         return CpuGraph(len(launches), ctypes.addressof(entries), is_shared, (entries, arguments))
 
-    def _function(self, op: Op) -> int:
+    def _function(self, launch: Launch) -> int:
+        name = f"op_{launch.op.name}"
+        if self._activations == "int8" and name == "op_linear":
+            w = launch.operand("w").region
+            name += "_int8" * (w.dtype in INT8_CODES and w.groups is not None)
         try:
-            function = self._c[f"op_{op.name}"]
+            function = self._c[name]
         except AttributeError as error:
-            raise BackendError(
-                f"cpu: no kernel op_{op.name}; add it to {toolchain.KERNELS}"
-            ) from error
+            raise BackendError(f"cpu: no kernel {name}; add it to {toolchain.KERNELS}") from error
         return ctypes.cast(function, ctypes.c_void_p).value or 0
 
     def _reserve(self, launches: Sequence[BoundLaunch]) -> None:
