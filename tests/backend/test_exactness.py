@@ -116,7 +116,8 @@ def test_dead_values_do_not_matter(runner: Runner, case: Case) -> None:
             other[name] = np.where(np.isnan(array), loud, array)
     clean, dirty = runner.run(case), runner.run(case.but(**other), poison=0x47)  # 51,015.28
     for param in _PARAMS[case.op]:
-        if param.access != "r" and param.name != "partials":
+        is_unused = param.name.endswith("_scales")  # of codes: no cache of FULL holds these
+        if param.access != "r" and param.name != "partials" and not is_unused:
             array = clean[param.name]
             kept = np.isfinite(array) if array.dtype == np.float32 else array != -1  # as poison
             assert kept.any()
