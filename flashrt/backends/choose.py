@@ -40,9 +40,13 @@ def open_backend(
         raise BackendError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
     if precision not in PRECISIONS:
         raise BackendError(f"precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    of_cuda: Literal["bfloat16", "high"] = "high" if precision == "high" else "bfloat16"
     if device == "simt":
-        return SimtDevice(of_cuda)
+        return SimtDevice(on_cuda(precision))
     if device == "cuda" or (device == "auto" and probe().is_usable):
-        return open_device(of_cuda)
+        return open_device(on_cuda(precision))
     return CpuDevice(alone_nbytes=cpu_alone_nbytes, activations=CPU_ACTIVATIONS[precision])
+
+
+def on_cuda(precision: Precision) -> Literal["bfloat16", "high"]:
+    """What a precision means on cuda and simt."""
+    return "high" if precision == "high" else "bfloat16"

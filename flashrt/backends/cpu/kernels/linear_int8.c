@@ -18,9 +18,10 @@
  *
  * Vectors hold a row of w per word: 4 bytes of consecutive k, whose products with 4 bytes of x are
  * added up in int16 as long as they fit, in int32 where the processor has that in one instruction.
+ * A stream of weights is prefetched by the processor alone: asking for it made it slower.
  *
- * x is quantised by all threads, [slice][tile of tokens][unit][item][token]. Scratch: less than
- * n * K * 4 bytes; without it, rows go one by one. Then threads claim panels (few rows: weights are
+ * x is quantised by all threads, [slice][tile of tokens][unit][item][token]. Scratch: at most 84
+ * bytes per row and unit; without it, rows go one by one. Then threads claim panels (few rows: w is
  * streamed once) or bands of panels (many rows: a band's slice is laid out in bytes in L1, and used
  * by all tokens), as in linear.c.
  */
@@ -36,7 +37,6 @@ enum {
   BAND_VECTORS = 2,
   BAND = BAND_VECTORS * VL, /* lanes */
   MOST_BLOCKS = SLICE / 16,
-  AHEAD_NBYTES = 4 << 10,  /* prefetched; measured */
   CLAIM = LANES / BAND * 4 /* bands at once */
 };
 
@@ -398,12 +398,6 @@ INLINE void add_slice(lane_sums *c, const int kind, const int way, const int n_b
   }
   for (int i = 0; i < s->n_units; i++) {
     const float *scales = s->scales + (i * UNIT >> s->group_shift) * 2 * n_lanes + first;
-    if (kind != BYTES) {
-      const int part = nbytes_of_unit(kind) / (VECTORS / n_vectors);
-      UNROLL
-      for (int b = 0; b < part; b += 64)
-        __builtin_prefetch(unit + AHEAD_NBYTES + first / (n_vectors * VL) * part + b);
-    }
     add_unit(c, kind, way, n_blocks, unit, first, n_vectors, n_tokens, x, scales, n_lanes,
              s->has_min);
     unit += nbytes_of_unit(kind);
