@@ -71,10 +71,11 @@ def load(
     scale per row and head. pool_bytes: room for capsules (default: 16 fixed bands and two lanes'
     rows). draft: load the draft head; None = where the checkpoint has one.
     precision: "high" has finer activations on cuda and simt; "fast" has int8 activations over
-    quantised weights on the cpu, else it is "bfloat16". weights: "int8" or "int4" quantises matrices that are stored as
-    plain numbers; None keeps all as they are stored. progress(what, done, total) is called while
-    loading. Raises CheckpointError, BackendError, PlanError. Warns (CheckpointWarning) of what the
-    checkpoint has and is not used, and of positions that the model was not trained on.
+    quantised weights on the cpu, else it is "bfloat16". weights: "int8" or "int4" quantises
+    matrices that are stored as plain numbers; None keeps all as they are stored. progress(what,
+    done, total) is called while loading. Raises CheckpointError, BackendError, PlanError. Warns
+    (CheckpointWarning) of what the checkpoint has and is not used, and of positions that the model
+    was not trained on.
     """
     return load_on(
         lambda: open_backend(device, precision),
