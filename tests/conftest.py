@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from flashrt.backends.cuda.probe import probe
 
 GOLDEN = Path(__file__).parent / "golden"
 NO_GPU = pytest.StashKey[str]()  # the line about cases that were left out
 STDERR = pytest.StashKey[int]()  # the process's own: pytest's capture is lost with the process
+
+
+# A shared machine stops a test for longer than any deadline: speed is shown by benchmarks.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,6 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=24,
         type=int,
         help="of the lines of a store's call, one in so many is struck",
+    )
+    parser.addoption(
+        "--all-formats", action="store_true", help="compile every format of weights for every GPU"
     )
     parser.addoption(
         "--test-limit", default=120.0, type=float, help="seconds until a test is taken for hung"

@@ -225,8 +225,8 @@ PLANTS = {
     ),
     "attention: no barrier before the weights are read": Plant(
         "attention_few.cu",
-        "first_key + 32 * warp);\n  __syncthreads();",
-        "first_key + 32 * warp);",
+        "Scales(a, key_head));\n  __syncthreads();",
+        "Scales(a, key_head));",
         attention(3, 3, (4, 2), 32, 200, 300, "bf16"),
     ),
 }
@@ -251,7 +251,8 @@ def run_planted(
     after = Runner(device).run(plant.case)
     device.close()
     outputs = [name for name, given in plant.case.operands.items() if isinstance(given, tuple)]
-    return np.concatenate([after[n].reshape(-1) for n in outputs if n != "partials"])
+    unread = ("partials", "key_scales", "value_scales")  # scales: no cache here holds codes
+    return np.concatenate([after[n].reshape(-1) for n in outputs if n not in unread])
 
 
 @pytest.mark.parametrize("name", planted(PLANTS))

@@ -1,8 +1,8 @@
 """`linear`, `embed` and `draft_input` compile for every stored format of weights and spill nothing.
 
-IS: the variants that test_cuda_compile leaves out, for it knows no formats; the quick suite takes
-two of them, and architectures but the main ones take the two formats that need most registers. IS
-NOT: running them (tests/backend/test_formats_simt.py).
+IS: the variants that test_cuda_compile leaves out, for it knows no formats; the suite takes the two
+formats that need most registers, on three architectures; `--all-formats` takes all, for an hour of
+two cores. IS NOT: running them (tests/backend/test_formats_simt.py).
 """
 
 from __future__ import annotations
@@ -51,13 +51,23 @@ def test_formats_compile_without_spills() -> None:
     assert compile_all("sm_80", launches(WORST, (DType.BF16X2,), (1, 512), (2560,))) == {}
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The widest formats on three architectures; with `--all-formats`, all on all."""
+    if "form" in metafunc.fixturenames:
+        is_all = metafunc.config.getoption("--all-formats")
+        cases = [(a, f) for a in MAIN_ARCHS for f in (FORMATS if is_all else WORST)]
+        cases += [(a, f) for a in ARCHS if is_all and a not in MAIN_ARCHS for f in WORST]
+        metafunc.parametrize(("arch", "form"), cases, ids=str)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arch", "form"),
-    [(arch, f) for arch in ARCHS for f in (FORMATS if arch in MAIN_ARCHS else WORST)],
-    ids=str,
-)
-def test_every_format_compiles_without_spills(arch: str, form: Format) -> None:
-    """Rows of all widths of a tile of tokens, with and without whole vectors of x."""
-    acts = (DType.BF16, DType.BF16X2, DType.F32)
-    assert compile_all(arch, launches((form,), acts, (1, 16, 32, 64, 512), (2560, 2561))) == {}
+def test_a_format_compiles_without_spills(
+    request: pytest.FixtureRequest, arch: str, form: Format
+) -> None:
+    """Red as above; all rows, parts and lengths with `--all-formats`."""
+    if request.config.getoption("--all-formats"):
+        acts = (DType.BF16, DType.BF16X2, DType.F32)
+        made = launches((form,), acts, (1, 16, 32, 64, 512), (2560, 2561))
+    else:
+        made = launches((form,), (DType.BF16, DType.BF16X2), (1, 512), (2560,))
+    assert compile_all(arch, made) == {}

@@ -56,7 +56,7 @@ def refused(error: FlashrtError) -> None:
     text.encode()
 
 
-@settings(max_examples=200, deadline=1000, derandomize=True, database=None)
+@settings(max_examples=200, derandomize=True, database=None)
 @given(changed(CONFIG), st.none() | values | ropes, st.booleans(), st.booleans())
 def test_any_config_is_run_or_refused(
     config: dict[str, Any], outer: object, is_nested: bool, has_draft_head: bool
@@ -73,7 +73,7 @@ def test_any_config_is_run_or_refused(
         refused(error)
 
 
-@settings(max_examples=100, deadline=1000, derandomize=True, database=None)
+@settings(max_examples=100, derandomize=True, database=None)
 @given(changed(POLICY))
 def test_any_policy_config_is_run_or_refused(config: dict[str, Any]) -> None:
     try:
@@ -82,7 +82,7 @@ def test_any_policy_config_is_run_or_refused(config: dict[str, Any]) -> None:
         refused(error)
 
 
-@settings(max_examples=150, deadline=1000, derandomize=True, database=None)
+@settings(max_examples=150, derandomize=True, database=None)
 @given(st.integers(0, 1500), st.binary(min_size=1, max_size=3))
 def test_a_damaged_config_file_is_read_or_refused(at: int, damage: bytes) -> None:
     raw = bytearray((TINY / "config.json").read_bytes())

@@ -266,7 +266,10 @@ def _attention(s: Shape) -> tuple[KernelLaunch, ...]:
     if is_few:
         tiles = min(4, _ceil(t * group, 8))
     else:
-        tiles = 4 if s.act_parts > 1 or is_f32 or _ceil(t, 64 // group) * nk < s.n_sms else 8
+        is_small = _ceil(t, 64 // group) * nk < s.n_sms
+        tiles = 4 if s.act_parts > 1 or is_f32 or is_small else 8
+        if s.dtypes["keys"] is DType.E4M3 and s.act_parts == 1:
+            tiles = 8  # with 4, heads of 128 spill a few bytes on sm_100 to sm_110
     defines = _defines(
         ACT_PARTS=s.act_parts, CACHE_F32=int(is_f32),
         CACHE_CODES=_CACHE_CODES.get(s.dtypes["keys"], 0), HEAD_DIM=d, GROUP=group,
