@@ -254,6 +254,11 @@ def _rope_append(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("rope.cu", "rope_append", defines, grid, _x(128)),)
 
 
+# Tiles of columns for many rows over caches of codes: with others, some architecture spills a few
+# bytes.
+_CODE_TILES: Mapping[DType, int] = {DType.I8: 6, DType.E4M3: 8}
+
+
 def _attention(s: Shape) -> tuple[KernelLaunch, ...]:
     t, d, nq, nk = s.dims["T"], s.dims["D"], s.dims["Nq"], s.dims["Nk"]
     group, is_f32 = nq // nk, s.dtypes["keys"] is DType.F32
@@ -264,12 +269,13 @@ def _attention(s: Shape) -> tuple[KernelLaunch, ...]:
         )
     is_few = s.dims["TP"] >= t  # blocks of keys side by side, then a merge
     if is_few:
-        tiles = min(4, _ceil(t * group, 8))
+        # with 4, pairs of parts spill a few bytes on sm_120; a tile must hold a whole group
+        tiles = min(3 if s.act_parts == 2 and group <= 24 else 4, _ceil(t * group, 8))
     else:
         is_small = _ceil(t, 64 // group) * nk < s.n_sms
         tiles = 4 if s.act_parts > 1 or is_f32 or is_small else 8
-        if s.dtypes["keys"] is DType.E4M3 and s.act_parts == 1:
-            tiles = 8  # with 4, heads of 128 spill a few bytes on sm_100 to sm_110
+        if s.dtypes["keys"] in _CODE_TILES and s.act_parts == 1:
+            tiles = _CODE_TILES[s.dtypes["keys"]]
     defines = _defines(
         ACT_PARTS=s.act_parts, CACHE_F32=int(is_f32),
         CACHE_CODES=_CACHE_CODES.get(s.dtypes["keys"], 0), HEAD_DIM=d, GROUP=group,
