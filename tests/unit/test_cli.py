@@ -19,6 +19,7 @@ import tokenizers
 import flashrt
 from flashrt import cli
 from flashrt.commands.demo import acts, agent, random_ids
+from flashrt.commands.demo.document import read_document
 from flashrt.commands.demo.starts import State, state_of
 from flashrt.session.chat import open_chat
 from flashrt.session.session import Session
@@ -353,3 +354,9 @@ def test_a_closed_pipe_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     with (tmp_path / "stand-in").open("w") as stand_in:
         monkeypatch.setattr(sys, "stdout", Closed())
         assert cli.main(["plan", "--shape", "tiny", "--json"]) == 141
+
+
+def test_the_demo_has_a_document_of_its_own() -> None:
+    """Red where an install, or a clone, does not bring the text that the demo reads."""
+    name, text = read_document(None)
+    assert "flashrt" in name and "Apache License" in text

@@ -32,6 +32,7 @@ QUESTIONS = (
 AFTERTHOUGHT = "Now answer as a pirate would."
 ELSEWHERE = "Does it give me a patent license?"
 _INSTRUCTION = "You answer questions about this document.\n\n"
+_IN_A_CLONE = Path(__file__).parents[3] / "LICENSE"
 _MOST_NBYTES = 1 << 20
 _ANSWER_TOKENS = 64
 _INTO_THE_ANSWER = 9  # tokens that a rollback leaves of an answer: no boundary was ever there
@@ -45,6 +46,8 @@ def read_document(path: Path | None) -> tuple[str, str]:
     """
     if path is None:
         text = metadata.distribution("flashrt").read_text("licenses/LICENSE")
+        if not text and _IN_A_CLONE.is_file():  # an editable install has no copy of its own
+            text = _IN_A_CLONE.read_text(encoding="utf-8")
         if not text:
             raise FlashrtError(
                 "flashrt's own LICENSE was not installed; give a text: --document FILE"
