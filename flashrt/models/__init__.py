@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from flashrt.base.errors import CheckpointError
 from flashrt.base.messages import shown
 from flashrt.core.region import DType
-from flashrt.models import dense, qwen35
+from flashrt.models.dense import config as dense_config
+from flashrt.models.dense import model as dense
 from flashrt.models.flow_policy.config import MODEL_TYPE as POLICY_MODEL_TYPE
 from flashrt.models.lane import Choices, check_choices
 from flashrt.models.model import Model, TokenModel
+from flashrt.models.qwen35 import config as qwen35_config
+from flashrt.models.qwen35 import model as qwen35
 from flashrt.models.rope import reach
 from flashrt.weights.rules import Source, Stored, in_bfloat16
 
@@ -27,11 +30,11 @@ class _Family:
     has_draft_head: bool  # whether models of the family may have one
 
 
-_QWEN35 = _Family(qwen35.build, qwen35.text_fields, has_draft_head=True)
-_DENSE = _Family(dense.build, dense.text_fields, has_draft_head=False)
+_QWEN35 = _Family(qwen35.build, qwen35_config.text_fields, has_draft_head=True)
+_DENSE = _Family(dense.build, dense_config.text_fields, has_draft_head=False)
 _FAMILIES: Mapping[object, _Family] = {
-    **dict.fromkeys(qwen35.MODEL_TYPES, _QWEN35),
-    **dict.fromkeys(dense.MODEL_TYPES, _DENSE),
+    **dict.fromkeys(qwen35_config.MODEL_TYPES, _QWEN35),
+    **dict.fromkeys(dense_config.MODEL_TYPES, _DENSE),
 }
 
 

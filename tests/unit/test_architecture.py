@@ -65,7 +65,7 @@ def imported_modules(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                found.add(inner if inner in MODULES else str(node.module))
+                found |= {inner, str(node.module)}  # a package is run before what is in it
     return {name for name in found if name in MODULES}
 
 

@@ -13,10 +13,10 @@ from flashrt.base.errors import PlanError
 from flashrt.core.region import DType, Region
 from flashrt.core.tape import Tape
 from flashrt.models.blocks import sampled_token
-from flashrt.models.dense.config import DenseConfig
+from flashrt.models.dense.config import DenseConfig, parse_config
 from flashrt.models.dense.tapes import DenseRecorder
 from flashrt.models.dense.weights import weight_rules
-from flashrt.models.lane import check_choices, lane_regions
+from flashrt.models.lane import Choices, check_choices, lane_regions
 from flashrt.models.model import BUCKETS, DECODE, PREFILL, SAMPLE
 from flashrt.weights.rules import Source, Stored, as_stored, in_bfloat16
 
@@ -71,3 +71,13 @@ class Dense:
         else:
             recorder.sample_next()
         return tape
+
+
+def build(config: Mapping[str, object], chosen: Choices) -> Dense:
+    """See `models.model_for`; models of this family have no draft head."""
+    return Dense(
+        parse_config(config, chosen.lacks_head, chosen.max_positions),
+        max_positions=chosen.max_positions,
+        kv_dtype=chosen.kv_dtype,
+        stored=chosen.stored,
+    )

@@ -13,10 +13,10 @@ from flashrt.base.errors import PlanError
 from flashrt.core.region import DType, Layout, Region, Role
 from flashrt.core.tape import Tape
 from flashrt.models.blocks import sampled_token
-from flashrt.models.lane import check_choices, lane_regions
+from flashrt.models.lane import Choices, check_choices, lane_regions
 from flashrt.models.model import BUCKETS, DECODE, PREFILL, SAMPLE
 from flashrt.models.qwen35 import draft as drafting
-from flashrt.models.qwen35.config import Qwen35Config
+from flashrt.models.qwen35.config import Qwen35Config, parse_config
 from flashrt.models.qwen35.tapes import Qwen35Recorder
 from flashrt.models.qwen35.weights import weight_rules
 from flashrt.weights.rules import Source, Stored, as_stored, in_bfloat16
@@ -91,3 +91,14 @@ def _lane_regions(c: Qwen35Config, max_positions: int, kv_dtype: DType) -> tuple
         ]
     rows = (c.n_full * c.kv_heads, max_positions, c.head_dim)
     return lane_regions(c.vocab_size, c.hidden, rows, kv_dtype, state)
+
+
+def build(config: Mapping[str, object], chosen: Choices) -> Qwen35:
+    """See `models.model_for`."""
+    return Qwen35(
+        parse_config(config, chosen.lacks_head, chosen.has_draft_head, chosen.max_positions),
+        max_positions=chosen.max_positions,
+        kv_dtype=chosen.kv_dtype,
+        has_draft_head=chosen.has_draft_head,
+        stored=chosen.stored,
+    )
