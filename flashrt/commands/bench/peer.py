@@ -11,6 +11,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from flashrt.base.errors import FlashrtError
+from flashrt.base.messages import printable
 from flashrt.commands.timing import Tokens
 
 PACKAGE = "llama_cpp"
@@ -37,10 +39,11 @@ class LlamaCpp:
 
     def __init__(self, model: Path, positions: int, threads: int) -> None:
         """Raises FlashrtError if it does not come up."""
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         arguments = [str(model), str(positions), str(threads)]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "flashrt.commands.bench.llama_worker", *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
         )  # fmt: skip
         self._samples: dict[int, _Samples] = {}
         self._opening = self._answer()
@@ -76,10 +79,12 @@ class LlamaCpp:
         try:
             answer = json.loads(line)
         except ValueError as error:
-            _, said = self._process.communicate()
-            last = said.strip().splitlines()[-1:] or ["nothing was said"]
+            self._process.communicate()
+            self._said.seek(0)
+            last = self._said.read().decode(errors="replace").strip().splitlines()[-1:]
+            why = printable(last[0]) if last else "it ended, and said nothing"
             raise FlashrtError(
-                f"llama.cpp is installed, but cannot be measured beside flashrt: {last[0]}"
+                f"llama.cpp is installed, but cannot be measured beside flashrt: {why}"
             ) from error
         assert isinstance(answer, dict)
         return answer
