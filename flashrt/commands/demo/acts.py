@@ -101,6 +101,8 @@ class Acts:
                     "device": self.engine.device,
                     "precision": self.options.precision,
                     "kv_dtype": self.options.kv_dtype,
+                    "weights": self.options.weights,
+                    "draft": self.options.draft,
                 },
                 "store": folder,
                 "name": "branch",
