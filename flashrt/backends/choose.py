@@ -20,7 +20,7 @@ PRECISIONS: tuple[Precision, ...] = ("bfloat16", "high", "fast")
 # What `linear` over quantised weights makes of its activations on the CPU, by precision; that of
 # the default is as docs/exactness.md measures it. Matrices of plain numbers get float32 always.
 CPU_ACTIVATIONS: dict[Precision, Activations] = {
-    "bfloat16": "float32",
+    "bfloat16": "int16",
     "high": "float32",
     "fast": "int8",
 }

@@ -32,8 +32,8 @@ from flashrt.core.groups import Planes
 from flashrt.core.op import Launch, Op
 from flashrt.core.region import DType, Layout, Region, resolve_dtype
 
-Activations = Literal["float32", "int8"]
-INT8_CODES = (DType.U4, DType.U5, DType.U6, DType.I8, DType.E2M1)  # of kernels/linear_int8.c
+Activations = Literal["float32", "int16", "int8"]
+INTEGER_CODES = (DType.U4, DType.U5, DType.U6, DType.I8, DType.E2M1)  # of kernels/linear_int8.c
 
 _HUGE = 2 << 20
 _ALIGN = 64  # of argument blocks: one cache line each
@@ -101,8 +101,8 @@ class CpuDevice:
         `alone_nbytes`: graphs that touch fewer bytes run on the calling thread, without waking the
         others: for many small replays with pauses between. No bit depends on it.
 
-        `activations`: what `linear` makes of x where weights are codes of INT8_CODES: "int8" rounds
-        it, for dot products of integers. Other weights get float32.
+        `activations`: what `linear` makes of x where weights are codes of INTEGER_CODES: "int16"
+        and "int8" round it, for dot products of integers. Other weights get float32.
         """
         self.threads = threads or thread_count()
         self._activations = activations
@@ -124,7 +124,7 @@ class CpuDevice:
     @property
     def description(self) -> str:
         """One line for people."""
-        way = ", int8 activations" * (self._activations == "int8")
+        way = f", {self._activations} activations" * (self._activations != "float32")
         return f"cpu, {self.threads} threads, kernels {self._digest[:12]}{way}"
 
     def limits(self) -> CpuLimits:
@@ -332,9 +332,10 @@ class CpuDevice:
 
     def _function(self, launch: Launch) -> int:
         name = f"op_{launch.op.name}"
-        if self._activations == "int8" and name == "op_linear":
+        if self._activations != "float32" and name == "op_linear":
             w = launch.operand("w").region
-            name += "_int8" * (w.dtype in INT8_CODES and w.groups is not None)
+            if w.dtype in INTEGER_CODES and w.groups is not None:
+                name += f"_{self._activations}"
         try:
             function = self._c[name]
         except AttributeError as error:

@@ -1,11 +1,11 @@
-/* linear_int8: y = x w^T over codes in groups (stored.h), x rounded to int8 and dot products of
- * integers. It takes the place of op_linear where the device says so; e2m1 and unsigned codes of up
- * to 6 bits, and int8.
+/* linear_int16, linear_int8: y = x w^T over codes in groups (stored.h), x rounded to integers and
+ * dot products of integers. They take the place of op_linear where the device says so; e2m1 and
+ * unsigned codes of up to 6 bits, and int8.
  *
  * Definition. Rows and K are filled up with zeros to units of 32 k. Of each row of x and each unit,
- * all in float32:
+ * all in float32, with L = 127 for int8, and for int16 L = 32639, the most that two int8 give:
  *   a  = largest |x|
- *   dx = a / 127, and q = round(x (127 / a)), to nearest, ties to even: an integer of [-127, 127];
+ *   dx = a / L, and q = round(x (L / a)), to nearest, ties to even: an integer of [-L, L];
  *        dx = 0 and q = 0 where a < 2^-100; dx = NaN and q = 0 where an x is infinite or NaN
  * A code is (u - z) s [+ m], as core/groups.py says, with u of 0..255: of e2m1 u = 2 v + 16, z = 16
  * and half the s of its group; of int8 u = code + 128, z = 128; of others u = code, and z half the
@@ -18,7 +18,9 @@
  *
  * Vectors hold a row of w per word: 4 bytes of consecutive k, whose products with 4 bytes of x are
  * added up in int16 as long as they fit, in int32 where the processor has that in one instruction.
- * A stream of weights is prefetched by the processor alone: asking for it made it slower.
+ * An int16 is 256 h + l, two int8: a token has a column of h and one of l, and D is that of its two
+ * sums; but where bytes of w must be widened to int16 anyway (PAIRS), x goes whole.
+ * Weights that stream are asked for a little ahead: further ahead is slower than not asking.
  *
  * x is quantised by all threads, [slice][tile of tokens][unit][item][token]. Scratch: at most 84
  * bytes per row and unit; without it, rows go one by one. Then threads claim panels (few rows: w is
@@ -33,10 +35,15 @@ enum {
   QUADS = UNIT / 4,                        /* 4 k, of a unit */
   FEW = 2,                                 /* rows; with more, laying out pays; measured */
   FEW_VECTORS = VECTORS < 4 ? VECTORS : 4, /* at once */
-  TILE = 6,                                /* tokens */
+#if defined __AVX512F__
+  COLUMNS = 12, /* of a tile: tokens, or two of each */
+#else
+  COLUMNS = 6,
+#endif
   BAND_VECTORS = 2,
   BAND = BAND_VECTORS * VL, /* lanes */
   MOST_BLOCKS = SLICE / 16,
+  AHEAD = 1536,            /* bytes prefetched ahead; measured */
   CLAIM = LANES / BAND * 4 /* bands at once */
 };
 
@@ -127,6 +134,9 @@ INLINE int way_of(const int dtype) {
 
 INLINE int n_steps(const int way) { return way == PAIRS ? 2 * QUADS : QUADS; }
 
+/* Columns of a token whose x has n_terms int8. */
+INLINE int columns_of(const int way, const int n_terms) { return way == PAIRS ? 1 : n_terms; }
+
 /* z; `is_min`: there are minima. */
 static int zero_of(int dtype, int is_min) {
   switch (dtype) {
@@ -139,19 +149,25 @@ static int zero_of(int dtype, int is_min) {
   }
 }
 
-/* ---- x: a unit is, of each token, n_steps words of q, dx, then of each block -z Q, dx Q ---- */
+/* ---- x: a unit is n_steps words of q of each column; of each token dx, and of each block -z Q,
+ * dx Q ---- */
 
 typedef struct {
-  int way, n_blocks, zero;
+  int way, n_terms, n_columns, n_blocks, zero; /* n_columns: of a token */
 } x_form;
 
-static inline x_form form_of(const stored_matrix *w) {
-  return (x_form){way_of(w->dtype), w->group < UNIT ? UNIT / w->group : 1,
+static inline x_form form_of(const stored_matrix *w, int n_terms) {
+  int way = way_of(w->dtype);
+  return (x_form){way, n_terms, columns_of(way, n_terms), w->group < UNIT ? UNIT / w->group : 1,
                   zero_of(w->dtype, has_min(w->scales))};
 }
 
+/* Per token. */
+INLINE int words_of(const int way, const int n_columns, const int n_blocks) {
+  return n_steps(way) * n_columns + 1 + 2 * n_blocks;
+}
 static inline int unit_words(const x_form *form) {
-  return n_steps(form->way) + 1 + 2 * form->n_blocks;
+  return words_of(form->way, form->n_columns, form->n_blocks);
 }
 
 INLINE uint32_t pair_of(int even, int odd) {
@@ -160,10 +176,37 @@ INLINE uint32_t pair_of(int even, int odd) {
 
 typedef uint64_t two_words __attribute__((vector_size(VL * 4)));
 
+enum { X_VECTORS = UNIT / VL };
+
+/* Bytes of q, four to a word, into words that are `stride` apart. */
+INLINE void put_quads(const vi *q, int stride, uint32_t *out) {
+  UNROLL
+  for (int i = 0; i < X_VECTORS; i++) {
+    two_words two = (two_words)(q[i] & 255); /* bytes 0 and 1 of a quad, then 2 and 3 */
+    two |= two >> 24;
+    UNROLL
+    for (int j = 0; j < VL / 2; j += 2, out += stride)
+      *out = (uint32_t)(two[j] & 0xffff) | (uint32_t)two[j + 1] << 16;
+  }
+}
+
+/* int16 of q, two to a word: k and k + 2, of which the even bytes of w are. */
+INLINE void put_pairs(const vi *q, int stride, uint32_t *out) {
+  UNROLL
+  for (int i = 0; i < X_VECTORS; i++) {
+    UNROLL
+    for (int j = 0; j < VL; j += 4, out += 2 * stride) {
+      out[0] = pair_of(q[i][j], q[i][j + 2]);
+      out[stride] = pair_of(q[i][j + 1], q[i][j + 3]);
+    }
+  }
+}
+
 /* A unit of one of n tokens. */
 static inline void quantise_unit(const x_form *form, const float *x, int n_k, int n,
                                  uint32_t *out) {
   enum { ROUND_BITS = 0x4b400000 }; /* 1.5 * 2^23, whose last bits then hold the sum's integer */
+  const float limit = form->n_terms == 2 ? 32639.0f : 127.0f;
   float filled[UNIT];
   if (n_k < UNIT) {
     for (int i = 0; i < UNIT; i++) filled[i] = i < n_k ? x[i] : 0;
@@ -180,34 +223,27 @@ static inline void quantise_unit(const x_form *form, const float *x, int n_k, in
   float a = s_from_bits((uint32_t)top), dx = 0, inverse = 0;
   int is_finite = top < 0x7f800000;
   if (!is_finite) dx = NAN;
-  else if (a >= 0x1p-100f) dx = a / 127.0f, inverse = 127.0f / a;
-  enum { PER_BLOCK = UNIT / 2 / VL };
-  vi q[2 * PER_BLOCK], sum[2] = {{0}};
+  else if (a >= 0x1p-100f) dx = a / limit, inverse = limit / a;
+  vi q[X_VECTORS], sum[2] = {{0}};
   UNROLL
-  for (int i = 0; i < 2 * PER_BLOCK; i++) {
+  for (int i = 0; i < X_VECTORS; i++) {
     vi rounded = (vi)(v_load(x + i * VL) * inverse + s_from_bits(ROUND_BITS)) - ROUND_BITS;
     q[i] = is_finite ? rounded : (vi){0};
-    sum[i / PER_BLOCK] += q[i];
+    sum[i / (X_VECTORS / 2)] += q[i];
   }
+  const int stride = n * form->n_columns;
   if (form->way == PAIRS) {
-    UNROLL
-    for (int i = 0; i < 2 * PER_BLOCK; i++) {
-      UNROLL
-      for (int j = 0; j < VL; j += 4, out += 2 * n) {
-        out[0] = pair_of(q[i][j], q[i][j + 2]);
-        out[n] = pair_of(q[i][j + 1], q[i][j + 3]);
-      }
-    }
+    put_pairs(q, stride, out);
+  } else if (form->n_terms == 1) {
+    put_quads(q, stride, out);
   } else {
+    vi high[X_VECTORS];
     UNROLL
-    for (int i = 0; i < 2 * PER_BLOCK; i++) {
-      two_words two = (two_words)(q[i] & 255); /* bytes 0 and 1 of a quad, then 2 and 3 */
-      two |= two >> 24;
-      UNROLL
-      for (int j = 0; j < VL / 2; j += 2, out += n)
-        *out = (uint32_t)(two[j] & 0xffff) | (uint32_t)two[j + 1] << 16;
-    }
+    for (int i = 0; i < X_VECTORS; i++) high[i] = (q[i] + 128) >> 8;
+    put_quads(high, stride, out);
+    put_quads(q, stride, out + n); /* less 256 h: the last byte stays as it is */
   }
+  out += n_steps(form->way) * stride;
   memcpy(out, &dx, 4);
   int32_t sums[2] = {0};
   for (int i = 0; i < VL; i++) sums[0] += sum[0][i], sums[1] += sum[1][i];
@@ -240,7 +276,7 @@ typedef struct {
 } lanes_view;
 
 typedef struct {
-  vf sum[FEW_VECTORS][TILE];
+  vf sum[FEW_VECTORS][COLUMNS]; /* of each token */
 } lane_sums;
 
 INLINE void lay_out_scales(const int scales, const stored_matrix *m, const char *const *planes,
@@ -305,17 +341,20 @@ INLINE vu quad_of(const int kind, const char *unit, const int quad, const int la
 }
 
 /* sum = fma(s dx, D, sum), and so on: a block whose products are `dots`. x: of the unit. */
-INLINE void fold_block(lane_sums *c, vi dots[FEW_VECTORS][TILE], const int way, const int block,
-                       const int n_vectors, const int n_tokens, const uint32_t *x,
-                       const float *scales, const int n_lanes, int is_min) {
-  const uint32_t *dx = x + n_steps(way) * n_tokens, *sums = dx + (1 + 2 * block) * n_tokens;
+INLINE void fold_block(lane_sums *c, vi dots[FEW_VECTORS][COLUMNS], const int way,
+                       const int n_terms, const int block, const int n_vectors, const int n_tokens,
+                       const uint32_t *x, const float *scales, const int n_lanes, int is_min) {
+  const int n_columns = columns_of(way, n_terms);
+  const uint32_t *dx = x + n_steps(way) * n_columns * n_tokens;
+  const uint32_t *sums = dx + (1 + 2 * block) * n_tokens;
   UNROLL
   for (int t = 0; t < n_tokens; t++) {
     vf step = v_set(s_from_bits(dx[t]));
     vi less = (vi){0} + (int32_t)sums[t];
     UNROLL
     for (int v = 0; v < n_vectors; v++) {
-      vf d = __builtin_convertvector(dots[v][t] + less, vf);
+      vi dot = n_columns == 1 ? dots[v][t] : (dots[v][t] << 8) + dots[v][n_tokens + t];
+      vf d = __builtin_convertvector(dot + less, vf);
       c->sum[v][t] = v_fma(v_load(scales + v * VL) * step, d, c->sum[v][t]);
     }
   }
@@ -330,9 +369,9 @@ INLINE void fold_block(lane_sums *c, vi dots[FEW_VECTORS][TILE], const int way, 
 }
 
 /* dots: of quads [begin, end), all that fit together. */
-INLINE void add_quads(vi dots[FEW_VECTORS][TILE], const int kind, const int way, const int begin,
+INLINE void add_quads(vi dots[FEW_VECTORS][COLUMNS], const int kind, const int way, const int begin,
                       const int end, const char *unit, const int first, const int n_vectors,
-                      const int n_tokens, const uint32_t *x) {
+                      const int n_columns, const uint32_t *x) {
   UNROLL_QUADS
   for (int step = begin; step < end; step++) {
     UNROLL
@@ -346,49 +385,51 @@ INLINE void add_quads(vi dots[FEW_VECTORS][TILE], const int kind, const int way,
         KEEP(w[v]);
       }
       UNROLL
-      for (int t = 0; t < n_tokens; t++) {
-        vu xt = (vu){0} + x[(way == PAIRS ? 2 * step + is_odd : step) * n_tokens + t];
+      for (int t = 0; t < n_columns; t++) {
+        vu xt = (vu){0} + x[(way == PAIRS ? 2 * step + is_odd : step) * n_columns + t];
         UNROLL
         for (int v = 0; v < n_vectors; v++)
           dots[v][t] = way == PAIRS ? more_pairs(dots[v][t], w[v], xt, is_first)
                                     : more_dots(dots[v][t], w[v], xt, is_first);
-        if (n_tokens > 1) __asm__ volatile("" ::: "memory"); /* one x at a time */
+        if (n_columns > 1) __asm__ volatile("" ::: "memory"); /* one x at a time */
       }
     }
   }
 }
 
 /* sums += a unit, of n_vectors from lane `first` on. `scales`: of its first group and lane. */
-INLINE void add_unit(lane_sums *c, const int kind, const int way, const int n_blocks,
-                     const char *unit, const int first, const int n_vectors, const int n_tokens,
-                     const uint32_t *x, const float *scales, const int n_lanes, int is_min) {
+INLINE void add_unit(lane_sums *c, const int kind, const int way, const int n_terms,
+                     const int n_blocks, const char *unit, const int first, const int n_vectors,
+                     const int n_tokens, const uint32_t *x, const float *scales, const int n_lanes,
+                     int is_min) {
+  const int n_columns = columns_of(way, n_terms) * n_tokens;
   const int length = QUADS / n_blocks, fit = way == PAIRS || way > length ? length : way;
   UNROLL
   for (int block = 0; block < n_blocks; block++) {
-    vi total[FEW_VECTORS][TILE];
+    vi total[FEW_VECTORS][COLUMNS];
     UNROLL
     for (int begin = 0; begin < length; begin += fit) {
-      vi dots[FEW_VECTORS][TILE] = {{{0}}};
+      vi dots[FEW_VECTORS][COLUMNS] = {{{0}}};
       add_quads(dots, kind, way, block * length + begin, block * length + begin + fit, unit, first,
-                n_vectors, n_tokens, x);
+                n_vectors, n_columns, x);
       UNROLL
       for (int v = 0; v < n_vectors; v++) {
         UNROLL
-        for (int t = 0; t < n_tokens; t++) {
+        for (int t = 0; t < n_columns; t++) {
           vi wide = way == PAIRS ? dots[v][t] : widened(dots[v][t]);
           total[v][t] = begin ? total[v][t] + wide : wide;
         }
       }
     }
-    fold_block(c, total, way, block, n_vectors, n_tokens, x, scales + block * 2 * n_lanes, n_lanes,
-               is_min);
+    fold_block(c, total, way, n_terms, block, n_vectors, n_tokens, x, scales + block * 2 * n_lanes,
+               n_lanes, is_min);
   }
 }
 
 /* Sums of n_vectors from lane `first` on, over a slice. */
-INLINE void add_slice(lane_sums *c, const int kind, const int way, const int n_blocks,
-                      const lanes_view *s, const int first, const int n_vectors, const int n_tokens,
-                      const uint32_t *x) {
+INLINE void add_slice(lane_sums *c, const int kind, const int way, const int n_terms,
+                      const int n_blocks, const lanes_view *s, const int first, const int n_vectors,
+                      const int n_tokens, const uint32_t *x) {
   const int n_lanes = kind == BYTES ? BAND : LANES;
   const char *unit = s->codes;
   UNROLL
@@ -398,10 +439,14 @@ INLINE void add_slice(lane_sums *c, const int kind, const int way, const int n_b
   }
   for (int i = 0; i < s->n_units; i++) {
     const float *scales = s->scales + (i * UNIT >> s->group_shift) * 2 * n_lanes + first;
-    add_unit(c, kind, way, n_blocks, unit, first, n_vectors, n_tokens, x, scales, n_lanes,
+    if (kind != BYTES && first == 0) {
+      UNROLL
+      for (int b = 0; b < nbytes_of_unit(kind); b += 64) __builtin_prefetch(unit + AHEAD + b);
+    }
+    add_unit(c, kind, way, n_terms, n_blocks, unit, first, n_vectors, n_tokens, x, scales, n_lanes,
              s->has_min);
     unit += nbytes_of_unit(kind);
-    x += (n_steps(way) + 1 + 2 * n_blocks) * n_tokens;
+    x += words_of(way, columns_of(way, n_terms), n_blocks) * n_tokens;
   }
 }
 
@@ -437,27 +482,30 @@ INLINE void fold_sums(const target *to, const lane_sums *c, const int first, con
 
 typedef void (*slice_function)(const lanes_view *s, const uint32_t *x, const target *to);
 
-INLINE void stream(const int kind, const int n_blocks, const int n_tokens, const lanes_view *s,
-                   const uint32_t *x, const target *to) {
+INLINE void stream(const int kind, const int n_terms, const int n_blocks, const int n_tokens,
+                   const lanes_view *s, const uint32_t *x, const target *to) {
   enum { NARROW = FEW_VECTORS / 2 };
   const int n_vectors = n_tokens == 1 ? FEW_VECTORS : NARROW;
   for (int first = 0; first < LANES; first += n_vectors * VL) {
     lane_sums c;
-    add_slice(&c, kind, way_of(kind), n_blocks, s, first, n_vectors, n_tokens, x);
+    add_slice(&c, kind, way_of(kind), n_terms, n_blocks, s, first, n_vectors, n_tokens, x);
     fold_sums(to, &c, first, n_vectors, n_tokens);
   }
 }
 
-#define STREAM(kind, blocks, tokens)                                                      \
-  static void stream_##kind##_##blocks##_##tokens(const lanes_view *s, const uint32_t *x, \
-                                                  const target *to) {                     \
-    stream(kind, blocks, tokens, s, x, to);                                               \
+#define STREAM(kind, terms, blocks, tokens)                                                        \
+  static void stream_##kind##_##terms##_##blocks##_##tokens(const lanes_view *s,                   \
+                                                            const uint32_t *x, const target *to) { \
+    stream(kind, terms, blocks, tokens, s, x, to);                                                 \
   }
+#define STREAMS(kind, terms) \
+  STREAM(kind, terms, 1, 1)  \
+  STREAM(kind, terms, 1, 2)  \
+  STREAM(kind, terms, 2, 1)  \
+  STREAM(kind, terms, 2, 2)
 #define KIND(kind)                                                                \
-  STREAM(kind, 1, 1)                                                              \
-  STREAM(kind, 1, 2)                                                              \
-  STREAM(kind, 2, 1)                                                              \
-  STREAM(kind, 2, 2)                                                              \
+  STREAMS(kind, 1)                                                                \
+  STREAMS(kind, 2)                                                                \
   static void widen_##kind(const char *unit, int n_units, int first, char *out) { \
     widen(kind, unit, n_units, first, out);                                       \
   }
@@ -481,39 +529,71 @@ KIND(DTYPE_U6)
 KIND(DTYPE_I8)
 KIND(DTYPE_E2M1)
 
-#define TILE_OF(way, blocks, tokens)                                                   \
-  static void tile_##way##_##blocks##_##tokens(const lanes_view *s, const uint32_t *x, \
-                                               const target *to) {                     \
-    lane_sums sums, *c = &sums;                                                        \
-    __asm__("" : "+r"(c)); /* in memory: registers are the products' */                \
-    add_slice(c, BYTES, way, blocks, s, 0, BAND_VECTORS, tokens, x);                   \
-    fold_sums(to, c, 0, BAND_VECTORS, tokens);                                         \
+#define TILE_OF(way, terms, blocks, tokens)                                                      \
+  static void tile_##way##_##terms##_##blocks##_##tokens(const lanes_view *s, const uint32_t *x, \
+                                                         const target *to) {                     \
+    lane_sums sums, *c = &sums;                                                                  \
+    __asm__("" : "+r"(c)); /* in memory: registers are the products' */                          \
+    add_slice(c, BYTES, way, terms, blocks, s, 0, BAND_VECTORS, tokens, x);                      \
+    fold_sums(to, c, 0, BAND_VECTORS, tokens);                                                   \
   }
-#define TILES(way, blocks) \
-  TILE_OF(way, blocks, 3)  \
-  TILE_OF(way, blocks, 4)  \
-  TILE_OF(way, blocks, 5)  \
-  TILE_OF(way, blocks, 6)
-#define TILE_TABLE(way, blocks) \
-  {NULL,                        \
-   NULL,                        \
-   NULL,                        \
-   tile_##way##_##blocks##_3,   \
-   tile_##way##_##blocks##_4,   \
-   tile_##way##_##blocks##_5,   \
-   tile_##way##_##blocks##_6}
-TILES(8, 1)
-TILES(8, 2)
-static const slice_function tiles_8[2][TILE + 1] = {TILE_TABLE(8, 1), TILE_TABLE(8, 2)};
+#define TILES_TO_3(way, terms, blocks) TILE_OF(way, terms, blocks, 2) TILE_OF(way, terms, blocks, 3)
+#define TILES_TO_6(way, terms, blocks) \
+  TILE_OF(way, terms, blocks, 3)       \
+  TILE_OF(way, terms, blocks, 4)       \
+  TILE_OF(way, terms, blocks, 5)       \
+  TILE_OF(way, terms, blocks, 6)
+#define TILES_TO_12(way, terms, blocks) \
+  TILES_TO_6(way, terms, blocks)        \
+  TILE_OF(way, terms, blocks, 7)        \
+  TILE_OF(way, terms, blocks, 8)        \
+  TILE_OF(way, terms, blocks, 9)        \
+  TILE_OF(way, terms, blocks, 10)       \
+  TILE_OF(way, terms, blocks, 11)       \
+  TILE_OF(way, terms, blocks, 12)
+#define NAME(way, terms, blocks, tokens) tile_##way##_##terms##_##blocks##_##tokens
+#define NAMES_TO_3(way, terms, blocks) \
+  {NULL, NULL, NAME(way, terms, blocks, 2), NAME(way, terms, blocks, 3)}
+#define THREE_TO_6(way, terms, blocks)                                                   \
+  NAME(way, terms, blocks, 3), NAME(way, terms, blocks, 4), NAME(way, terms, blocks, 5), \
+      NAME(way, terms, blocks, 6)
+#define NAMES_TO_6(way, terms, blocks) {NULL, NULL, NULL, THREE_TO_6(way, terms, blocks)}
+#define NAMES_TO_12(way, terms, blocks) \
+  {NULL,                                \
+   NULL,                                \
+   NULL,                                \
+   THREE_TO_6(way, terms, blocks),      \
+   NAME(way, terms, blocks, 7),         \
+   NAME(way, terms, blocks, 8),         \
+   NAME(way, terms, blocks, 9),         \
+   NAME(way, terms, blocks, 10),        \
+   NAME(way, terms, blocks, 11),        \
+   NAME(way, terms, blocks, 12)}
+/* [terms - 1][blocks - 1][tokens] */
+typedef const slice_function tile_table[2][2][COLUMNS + 1];
+#if defined __AVX512F__
+#define ONE_COLUMN 12
+#define TWO_COLUMNS 6
+#else
+#define ONE_COLUMN 6
+#define TWO_COLUMNS 3
+#endif
+#define JOIN(a, b) a##b
+#define UP_TO(what, most) JOIN(what, most)
+#define TILES(way)                                                                            \
+  UP_TO(TILES_TO_, ONE_COLUMN)(way, 1, 1) UP_TO(TILES_TO_, ONE_COLUMN)(way, 1, 2)             \
+      UP_TO(TILES_TO_, TWO_COLUMNS)(way, 2, 1) UP_TO(TILES_TO_, TWO_COLUMNS)(                 \
+          way, 2, 2) static tile_table tiles_##way = {                                        \
+          {UP_TO(NAMES_TO_, ONE_COLUMN)(way, 1, 1), UP_TO(NAMES_TO_, ONE_COLUMN)(way, 1, 2)}, \
+          {UP_TO(NAMES_TO_, TWO_COLUMNS)(way, 2, 1), UP_TO(NAMES_TO_, TWO_COLUMNS)(way, 2, 2)}};
+TILES(8)
 #if defined DOT_NAME
-TILES(4, 1)
-TILES(2, 1)
-TILES(2, 2)
-TILES(0, 1)
-TILES(0, 2)
-static const slice_function tiles_4[2][TILE + 1] = {TILE_TABLE(4, 1), TILE_TABLE(8, 2)};
-static const slice_function tiles_2[2][TILE + 1] = {TILE_TABLE(2, 1), TILE_TABLE(2, 2)};
-static const slice_function tiles_0[2][TILE + 1] = {TILE_TABLE(0, 1), TILE_TABLE(0, 2)};
+TILES(4)
+TILES(2)
+UP_TO(TILES_TO_, ONE_COLUMN)(0, 1, 1) UP_TO(TILES_TO_, ONE_COLUMN)(0, 1, 2) static tile_table
+    tiles_0 = {/* x goes whole: the terms are all the same */
+               {UP_TO(NAMES_TO_, ONE_COLUMN)(0, 1, 1), UP_TO(NAMES_TO_, ONE_COLUMN)(0, 1, 2)},
+               {UP_TO(NAMES_TO_, ONE_COLUMN)(0, 1, 1), UP_TO(NAMES_TO_, ONE_COLUMN)(0, 1, 2)}};
 #else
 #define tiles_4 tiles_8
 #define tiles_2 tiles_8
@@ -522,15 +602,17 @@ static const slice_function tiles_0[2][TILE + 1] = {TILE_TABLE(0, 1), TILE_TABLE
 
 typedef struct {
   int dtype;
-  slice_function streams[2][FEW + 1]; /* [blocks - 1][tokens] */
+  slice_function streams[2][2][FEW + 1]; /* [terms - 1][blocks - 1][tokens] */
   void (*widen)(const char *unit, int n_units, int first, char *out);
 } kind;
 
-#define ROW(kind)                                      \
-  {kind,                                               \
-   {{NULL, stream_##kind##_1_1, stream_##kind##_1_2},  \
-    {NULL, stream_##kind##_2_1, stream_##kind##_2_2}}, \
-   widen_##kind}
+#define TERMS_ROW(kind, terms)                                              \
+  {                                                                         \
+    {NULL, stream_##kind##_##terms##_1_1, stream_##kind##_##terms##_1_2}, { \
+      NULL, stream_##kind##_##terms##_2_1, stream_##kind##_##terms##_2_2    \
+    }                                                                       \
+  }
+#define ROW(kind) {kind, {TERMS_ROW(kind, 1), TERMS_ROW(kind, 2)}, widen_##kind}
 static const kind kinds[] = {ROW(DTYPE_U4), ROW(DTYPE_U5), ROW(DTYPE_U6), ROW(DTYPE_I8),
                              ROW(DTYPE_E2M1)};
 
@@ -542,11 +624,11 @@ static const kind *kind_of(const stored_matrix *w) {
 }
 
 static slice_function tile_of(const x_form *form, int n_tokens) {
-  const slice_function(*tiles)[TILE + 1] = form->way == 8   ? tiles_8
-                                           : form->way == 4 ? tiles_4
-                                           : form->way == 2 ? tiles_2
-                                                            : tiles_0;
-  return tiles[form->n_blocks - 1][n_tokens];
+  tile_table *tiles = form->way == 8   ? &tiles_8
+                      : form->way == 4 ? &tiles_4
+                      : form->way == 2 ? &tiles_2
+                                       : &tiles_0;
+  return (*tiles)[form->n_terms - 1][form->n_blocks - 1][n_tokens];
 }
 
 /* ---- x in tiles of tokens ---- */
@@ -560,10 +642,11 @@ typedef struct {
   int least, n_more;      /* tokens of a tile; the first n_more have one more */
 } token_tiles;
 
-static token_tiles tiles_of(const linear_args *a, const stored_matrix *w, const uint32_t *packed,
-                            int first, int n) {
-  int n_tiles = n <= FEW ? 1 : (int)ceil_div(n, TILE);
-  return (token_tiles){a, w, form_of(w), packed, first, n, n_tiles, n / n_tiles, n % n_tiles};
+static token_tiles tiles_of(const linear_args *a, const stored_matrix *w, int n_terms,
+                            const uint32_t *packed, int first, int n) {
+  x_form form = form_of(w, n_terms);
+  int n_tiles = n <= FEW ? 1 : (int)ceil_div(n, COLUMNS / form.n_columns);
+  return (token_tiles){a, w, form, packed, first, n, n_tiles, n / n_tiles, n % n_tiles};
 }
 static inline int first_token(const token_tiles *x, int tile) {
   return tile * x->least + (int)min_of(tile, x->n_more);
@@ -601,7 +684,7 @@ static void few_rows(const token_tiles *x, span panels) {
   _Alignas(64) float scales[MOST_BLOCKS * 2 * LANES];
   uint32_t slice_of_x[SLICE / UNIT * (2 * QUADS + 5)];
   const stored_matrix *w = x->w;
-  slice_function run = kind_of(w)->streams[x->form.n_blocks - 1][x->n];
+  slice_function run = kind_of(w)->streams[x->form.n_terms - 1][x->form.n_blocks - 1][x->n];
   for (int64_t panel = panels.begin; panel < panels.end; panel++) {
     target to = {x->a->y + x->first * (int64_t)x->a->y_stride + panel * LANES, x->a->y_stride,
                  x->a->N - panel * LANES, 1};
@@ -675,16 +758,16 @@ static void share_few_rows(const token_tiles *x, int tid, int nt) {
   while (flashrt_claim(&c)) few_rows(x, c.mine);
 }
 
-void op_linear_int8(const linear_args *a, int tid, int nt) {
+static void linear_of_integers(const linear_args *a, int n_terms, int tid, int nt) {
   const stored_matrix w = STORED(a, w, a->K);
   int n_rows = rows_of(a->cursor, a->T);
   if (n_rows < 1) return;
-  token_tiles x = tiles_of(a, &w, NULL, 0, n_rows);
+  token_tiles x = tiles_of(a, &w, n_terms, NULL, 0, n_rows);
   int64_t n_words = unit_words(&x.form) * n_rows * ceil_div(a->K, UNIT);
   uint32_t *packed = flashrt_scratch(n_words * (int64_t)sizeof *packed);
   if (!packed) {
     for (int row = 0; row < n_rows; row++) {
-      x = tiles_of(a, &w, NULL, row, 1);
+      x = tiles_of(a, &w, n_terms, NULL, row, 1);
       if (row) flashrt_barrier(nt); /* claims start anew */
       share_few_rows(&x, tid, nt);
     }
@@ -700,3 +783,7 @@ void op_linear_int8(const linear_args *a, int tid, int nt) {
   claim c = {.n = ceil_div(a->N, BAND), .most = CLAIM, .least = 1, .nt = nt};
   while (flashrt_claim(&c)) many_rows(&x, c.mine);
 }
+
+void op_linear_int8(const linear_args *a, int tid, int nt) { linear_of_integers(a, 1, tid, nt); }
+
+void op_linear_int16(const linear_args *a, int tid, int nt) { linear_of_integers(a, 2, tid, nt); }

@@ -1,4 +1,4 @@
-"""Promise: with int8 activations, `linear` over codes has the bits that kernels/linear_int8.c
+"""Promise: with int16 and int8 activations, `linear` over codes has the bits that linear_int8.c
 defines, whatever rows, threads and vectors do; and other weights do not notice.
 
 The definition is stated here once more, in numpy: exact integers, and float32 with every fma
@@ -19,7 +19,7 @@ from flashrt.backends.cache import Binary
 from flashrt.backends.choose import CPU_ACTIVATIONS, PRECISIONS, open_backend
 from flashrt.backends.cpu import compile as toolchain
 from flashrt.backends.cpu import device as cpu_device
-from flashrt.backends.cpu.device import INT8_CODES, CpuDevice
+from flashrt.backends.cpu.device import INTEGER_CODES, Activations, CpuDevice
 from flashrt.core.groups import Groups, Planes, Scales
 from flashrt.core.region import DType
 from flashrt.ops.table import OPS
@@ -29,10 +29,11 @@ from tests.backend.test_formats_cpu import COMMON, FORMATS, MOST, VALUES, Bench,
 
 Floats = NDArray[np.float32]
 UNIT, SLICE = 32, 256
-CODES = tuple(f for f in FORMATS if f.dtype in INT8_CODES)
-USUAL = tuple(f for f in COMMON if f.dtype in INT8_CODES)
+CODES = tuple(f for f in FORMATS if f.dtype in INTEGER_CODES)
+USUAL = tuple(f for f in COMMON if f.dtype in INTEGER_CODES)
 SHAPES = ((45, 1030), (32, 256), (70, 45))
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 13, 33)
+LIMITS: dict[Activations, int] = {"int16": 32639, "int8": 127}
 
 
 def fma(a: Floats, b: Floats, c: Floats) -> Floats:
@@ -47,21 +48,22 @@ def fma(a: Floats, b: Floats, c: Floats) -> Floats:
     return np.where(is_inexact & is_even, nudged, total).astype(np.float32)
 
 
-def quantised(x: Floats) -> tuple[NDArray[np.int64], Floats]:
+def quantised(x: Floats, limit: int) -> tuple[NDArray[np.int64], Floats]:
     """q [T, K filled up] and dx [T, units]."""
     t, k = x.shape
+    most = np.float32(limit)
     units = np.pad(x, ((0, 0), (0, -k % UNIT))).reshape(t, -1, UNIT)
     largest = np.abs(units).max(axis=2)
     is_finite = np.isfinite(units).all(axis=2)
     is_used = is_finite & (largest >= np.float32(2.0**-100))
-    dx = np.where(is_used, largest / np.float32(127), np.float32(0))
-    inverse = np.float32(127) / np.where(is_used, largest, np.float32(1))
-    q = np.rint(units * inverse[:, :, None]) * is_used[:, :, None]
+    dx = np.where(is_used, largest / most, np.float32(0))
+    inverse = most / np.where(is_used, largest, np.float32(1))
+    q = np.rint(units * inverse[:, :, None])
     q = np.where(is_used[:, :, None], q, 0).astype(np.int64)
     return q.reshape(t, -1), np.where(is_finite, dx, np.float32(np.nan))
 
 
-def defined(fmt: Format, rows: Planes, x: Floats) -> Floats:
+def defined(fmt: Format, rows: Planes, x: Floats, limit: int) -> Floats:
     """y, as the header of linear_int8.c says."""
     assert fmt.groups is not None
     with np.errstate(all="ignore"):
@@ -72,7 +74,7 @@ def defined(fmt: Format, rows: Planes, x: Floats) -> Floats:
         whole = np.pad(u.astype(np.int64), ((0, 0), (0, -x.shape[1] % UNIT)))
         s = np.pad(s, ((0, 0), (0, 1)))
         m = None if m is None else np.pad(m, ((0, 0), (0, 1)))
-        q, dx = quantised(x)
+        q, dx = quantised(x, limit)
         return _sums(fmt.groups.size, whole, s, m, q, dx)
 
 
@@ -95,7 +97,7 @@ def _sums(
     return y
 
 
-def activations(rng: np.random.Generator, t: int, k: int) -> Floats:
+def random_rows(rng: np.random.Generator, t: int, k: int) -> Floats:
     """Rows of ordinary values, a few of them large."""
     x = rng.standard_normal((t, k)) * rng.choice([1, 1, 1, 30], (t, k))
     return np.asarray(x, np.float32)
@@ -107,30 +109,42 @@ def bits(x: Floats) -> NDArray[np.uint32]:
     return words
 
 
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    made = Bench(activations="int8")
+class IntegerBench(Bench):
+    """With the definition of its activations."""
+
+    def __init__(self, activations: Activations) -> None:
+        super().__init__(activations=activations)
+        self.activations = activations
+
+    def defined(self, fmt: Format, rows: Planes, x: Floats) -> NDArray[np.uint32]:
+        """Bits of y."""
+        return bits(defined(fmt, rows, x, LIMITS[self.activations]))
+
+
+@pytest.fixture(scope="module", params=LIMITS)
+def bench(request: pytest.FixtureRequest) -> Iterator[IntegerBench]:
+    made = IntegerBench(request.param)
     yield made
     made.device.close()
 
 
 @pytest.mark.parametrize("fmt", CODES, ids=str)
-def test_linear_has_the_bits_of_the_definition(bench: Bench, fmt: Format) -> None:
+def test_linear_has_the_bits_of_the_definition(bench: IntegerBench, fmt: Format) -> None:
     """Fault: a shift, a zero, a scale, a block or a tile of tokens is another's."""
     for shape in SHAPES:
         rows = fmt.random(rng_for("int8", str(fmt), shape), *shape)
         assert isinstance(rows, Planes)
-        x = activations(rng_for("x", shape), max(COUNTS), shape[1])
-        wanted = bits(defined(fmt, rows, x))
+        x = random_rows(rng_for("x", shape), max(COUNTS), shape[1])
+        wanted = bench.defined(fmt, rows, x)
         for n in COUNTS:
             got = bits(bench.linear(fmt.region(*shape), rows, x, n))
             assert (got == wanted[:n]).all(), (str(fmt), shape, n)
 
 
-@pytest.mark.parametrize("dtype", INT8_CODES, ids=str)
+@pytest.mark.parametrize("dtype", INTEGER_CODES, ids=str)
 @pytest.mark.parametrize("size", [16, 32, 128])
 def test_the_largest_codes_and_activations_do_not_saturate(
-    bench: Bench, dtype: DType, size: int
+    bench: IntegerBench, dtype: DType, size: int
 ) -> None:
     """Fault: one product more is added up in 16 bits than fits."""
     codes = {DType.I8: (-128, 127), DType.E2M1: (7, 15)}.get(dtype, (0, (1 << dtype.bits) - 1))
@@ -143,23 +157,23 @@ def test_the_largest_codes_and_activations_do_not_saturate(
         rows = Planes(of.astype(kind), planes[: len(fmt.groups.planes if fmt.groups else ())])
         x = np.ones((7, 512), np.float32)
         x[1], x[2, ::2], x[3, 1::4], x[4, 256:] = -1, -1, -1, -1
-        wanted = bits(defined(fmt, rows, x))
+        wanted = bench.defined(fmt, rows, x)
         for n in (1, 2, 7):
             assert (bits(bench.linear(fmt.region(32, 512), rows, x, n)) == wanted[:n]).all(), n
 
 
 @pytest.mark.parametrize("fmt", USUAL, ids=str)
-def test_what_cannot_be_quantised_makes_its_own_row_nan(bench: Bench, fmt: Format) -> None:
+def test_what_cannot_be_quantised_makes_its_own_row_nan(bench: IntegerBench, fmt: Format) -> None:
     """Fault: a NaN or an infinity becomes a number, or spoils its neighbours; a row of zeros, or of
     the smallest numbers, is divided by zero.
     """
     rows = fmt.random(rng_for("nan", str(fmt)), 40, 300)
     assert isinstance(rows, Planes)
-    x = activations(rng_for("x"), 9, 300)
+    x = random_rows(rng_for("x"), 9, 300)
     x[1, 299], x[3, 5], x[4, 64] = np.nan, np.inf, -np.inf
     x[5], x[6], x[7] = 0, 1e-42, -3e38
     x[8, :32] = 2.0**-100
-    wanted = bits(defined(fmt, rows, x))
+    wanted = bench.defined(fmt, rows, x)
     for n in (1, 2, 9):
         got = bench.linear(fmt.region(40, 300), rows, x, n)
         assert (bits(got) == wanted[:n]).all()
@@ -173,15 +187,17 @@ def test_what_cannot_be_quantised_makes_its_own_row_nan(bench: Bench, fmt: Forma
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("fmt", USUAL, ids=str)
-def test_any_rows_and_threads_give_the_same_bits(bench: Bench, fmt: Format, threads: int) -> None:
+def test_any_rows_and_threads_give_the_same_bits(
+    bench: IntegerBench, fmt: Format, threads: int
+) -> None:
     """Fault: bits of a row depend on those beside it, or on who computes them."""
     before = bench.device.threads
     bench.device.resize(threads)
     try:
         rows = fmt.random(rng_for(str(fmt), threads), 141, 717)
         assert isinstance(rows, Planes)
-        x = activations(rng_for("x", threads), MOST, 717)
-        wanted = bits(defined(fmt, rows, x))
+        x = random_rows(rng_for("x", threads), MOST, 717)
+        wanted = bench.defined(fmt, rows, x)
         for n in (*range(1, 32), 63, 64, 65, 127, 200, MOST):
             got = bits(bench.linear(fmt.region(141, 717), rows, x, n))
             assert (got == wanted[:n]).all(), n
@@ -189,8 +205,9 @@ def test_any_rows_and_threads_give_the_same_bits(bench: Bench, fmt: Format, thre
         bench.device.resize(before)
 
 
+@pytest.mark.parametrize("activations", LIMITS)
 def test_without_scratch_rows_go_one_by_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activations: Activations
 ) -> None:
     """Fault: rows are quantised into memory that is not there."""
     path = Path(shutil.copy(toolchain.library(OPS).path, tmp_path / "copy.so"))  # its own workspace
@@ -200,18 +217,18 @@ def test_without_scratch_rows_go_one_by_one(
     fmt = USUAL[0]
     rows = fmt.random(rng_for("scratch"), 70, 333)
     assert isinstance(rows, Planes)
-    x = activations(rng_for("x"), 5, 333)
-    bench = Bench(activations="int8")
+    x = random_rows(rng_for("x"), 5, 333)
+    bench = IntegerBench(activations)
     got = bench.linear(fmt.region(70, 333), rows, x, 5)
     bench.device.close()
-    assert (bits(got) == bits(defined(fmt, rows, x))).all()
+    assert (bits(got) == bench.defined(fmt, rows, x)).all()
 
 
-def test_other_weights_get_float32(bench: Bench) -> None:
+def test_other_weights_get_float32(bench: IntegerBench) -> None:
     """Fault: the device sends a matrix of plain numbers, or of float8, to the wrong kernel."""
     exact = Bench()
-    x = activations(rng_for("x"), 9, 300)
-    for fmt in (*VALUES, *(f for f in COMMON if f.dtype not in INT8_CODES)):
+    x = random_rows(rng_for("x"), 9, 300)
+    for fmt in (*VALUES, *(f for f in COMMON if f.dtype not in INTEGER_CODES)):
         rows, region = fmt.random(rng_for(str(fmt)), 45, 300), fmt.region(45, 300)
         for n in (1, 9):
             both = [bits(b.linear(region, rows, x, n)) for b in (bench, exact)]
@@ -227,22 +244,24 @@ def test_the_digest_tells_activations_apart() -> None:
         device.build(OPS)
         digests.add((CPU_ACTIVATIONS[precision], device.kernel_digest))
         device.close()
-    assert len(digests) == 2
-    assert len({digest for _, digest in digests}) == 2
+    assert len(digests) == 3
+    assert len({digest for _, digest in digests}) == 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["x86-64", "x86-64-v3"])
+@pytest.mark.parametrize("target", ["x86-64", "x86-64-v3", "x86-64-v4"])
 def test_any_vector_width_gives_the_same_bits(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, target: str
+    bench: IntegerBench, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
     """Fault: a width adds up, rounds or widens otherwise."""
     if not any("native" in flag for flag in toolchain.CFLAGS):
         pytest.skip("kernels are not built for this machine")
+    if target == "x86-64-v4" and "avx512vl" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX-512")
     narrow = tuple(f.replace("native", target) for f in toolchain.CFLAGS)
     monkeypatch.setattr(toolchain, "CFLAGS", narrow)
-    other = Bench(activations="int8")
-    x = activations(rng_for("x"), 40, 333)
+    other = Bench(activations=bench.activations)
+    x = random_rows(rng_for("x"), 40, 333)
     for fmt in CODES:
         rows, region = fmt.random(rng_for(str(fmt)), 45, 333), fmt.region(45, 333)
         for n in (1, 2, 3, 4, 5, 6, 40):
@@ -254,7 +273,7 @@ def test_any_vector_width_gives_the_same_bits(
 
 def test_the_device_says_which_way_it_goes() -> None:
     """Fault: `flashrt doctor` and benchmarks do not show the arithmetic."""
-    device = CpuDevice(1, activations="int8")
+    device = CpuDevice(1, activations="int16")
     device.build(OPS)
-    assert "int8 activations" in device.description
+    assert "int16 activations" in device.description
     CpuDevice().build(OPS)
