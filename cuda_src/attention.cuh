@@ -77,6 +77,14 @@ struct Queries {
   }
 };
 
+// The launch, moved to the block's run: after a barrier, so that the pointers of what comes later do
+// not wait in registers.
+DEVICE attention_args moved(const attention_args& launch) {
+  attention_args a = launch;
+  attention_enter_run(&a, blockIdx.z);
+  return a;
+}
+
 // ---- queries
 
 DEVICE void load_queries(Shared& s, const attention_args& a, const Queries& queries, int key_head) {
@@ -202,7 +210,10 @@ DEVICE void score_step(Accumulator& s, const uint32_t (&k)[4][2], const uint4 (&
 DEVICE void scores(Accumulator& s, const Shared& shared, const cache_t* keys, int first_key,
                    int limit) {
   // groups of 32 dims in flight: as many as registers allow
-  constexpr int AHEAD = CACHE_F32 || COLUMN_TILES > 2 || (CACHE_CODES && PARTS > 1) ? 1 : 3;
+  constexpr int AHEAD = CACHE_F32 || COLUMN_TILES > 2 ? 1
+                        : !CACHE_CODES                ? 3
+                        : COLUMN_TILES > 1            ? 2
+                                                      : (PARTS > 1 ? 1 : 3);
   int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, key = first_key + 4 * g;
   KeyVector loaded[AHEAD + 1][4];
 #pragma unroll
@@ -247,13 +258,13 @@ DEVICE void scores(Accumulator& s, const Shared& shared, const cache_t* keys, in
 
 // Of the rows of one key head, where they are codes; else 1.
 struct Scales {
-  const float *keys, *values;
+  const attention_args& launch;
+  size_t first;  // row
 
-  DEVICE Scales(const attention_args& a, int key_head)
-      : keys((const float*)a.key_scales + (size_t)key_head * a.S),
-        values((const float*)a.value_scales + (size_t)key_head * a.S) {}
-  DEVICE float key(int row) const { return CACHE_CODES ? keys[row] : 1.0f; }
-  DEVICE float value(int row) const { return CACHE_CODES ? values[row] : 1.0f; }
+  DEVICE Scales(const attention_args& launch, int key_head)
+      : launch(launch), first((size_t)key_head * launch.S) {}
+  DEVICE const float* keys() const { return (const float*)moved(launch).key_scales + first; }
+  DEVICE const float* values() const { return (const float*)moved(launch).value_scales + first; }
 };
 
 // Accumulators -> weights in shared memory, block maxima and the warps' sums. All threads call it;
@@ -264,6 +275,7 @@ DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int 
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3,
       key = first_key + 4 * g;
   const float scale = 1.0f / sqrtf((float)HEAD_DIM);
+  const float* key_scales = CACHE_CODES ? scales.keys() : nullptr;
 #pragma unroll
   for (int j = 0; j < COLUMN_TILES; j++)
 #pragma unroll
@@ -273,7 +285,9 @@ DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int 
 #pragma unroll
       for (int m = 0; m < 4; m++) {
         float& x = s[m >> 1][j][e + 2 * (m & 1)];
-        x = key + m <= last && is_key(key + m) ? x * scale * scales.key(key + m) : -INF;
+        x = key + m <= last && is_key(key + m)
+                ? x * scale * (CACHE_CODES ? key_scales[key + m] : 1.0f)
+                : -INF;
         largest = fmaxf(largest, x);
       }
 #pragma unroll
@@ -289,6 +303,7 @@ DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int 
     columns.block_max[threadIdx.x] = largest;
   }
   __syncthreads();
+  const float* value_scales = CACHE_CODES ? scales.values() : nullptr;
 #pragma unroll
   for (int j = 0; j < COLUMN_TILES; j++)
 #pragma unroll
@@ -299,7 +314,7 @@ DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int 
       for (int m = 0; m < 4; m++) {
         float x = s[m >> 1][j][e + 2 * (m & 1)];
         p[m] = x > -INF ? exp_f32(x - largest) : 0.0f;
-        weight[m] = x > -INF ? p[m] * scales.value(key + m) : 0.0f;
+        weight[m] = x > -INF ? p[m] * (CACHE_CODES ? value_scales[key + m] : 1.0f) : 0.0f;
       }
       float sum = (p[0] + p[1]) + (p[2] + p[3]);
 #pragma unroll

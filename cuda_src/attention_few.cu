@@ -8,7 +8,7 @@
 //           activations; key_scales and value_scales [Nk, S] of codes.
 // Order:    attention.cuh. One graph serves every position: the grid covers the whole cache, blocks
 //           beyond it return.
-// Launch:   attention_partial: grid (B, Nk, T / BLOCK_ROWS), 256 threads. attention_merge: grid
+// Launch:   attention_partial: grid (B, Nk * T / BLOCK_ROWS), 256 threads. attention_merge: grid
 //           (Nq, T), a thread per dim.
 #include "flashrt.cuh"
 #include "attention.cuh"
@@ -19,13 +19,14 @@
 #define BOUNDS 256
 #endif
 
-KERNEL(BOUNDS) attention_partial(ARGS attention_args a) {
+KERNEL(BOUNDS) attention_partial(ARGS attention_args launch) {
+  OPEN_RUN(attention);
   DYNAMIC_SHARED(Shared, pointer);
   Shared& shared = *pointer;
   begin();
-  int block = blockIdx.x, key_head = blockIdx.y, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  Queries queries = {(int)blockIdx.z * BLOCK_ROWS, a.cursor[CURSOR_ROWS],
-                     a.cursor[CURSOR_POSITION]};
+  int block = blockIdx.x, key_head = blockIdx.y % a.Nk, first_row = blockIdx.y / a.Nk * BLOCK_ROWS,
+      warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  Queries queries = {first_row, a.cursor[CURSOR_ROWS], a.cursor[CURSOR_POSITION]};
   int limit = queries.position + queries.rows, first_key = block * BLOCK_KEYS;
   bool is_seen = first_key < limit && is_key(first_key + BLOCK_KEYS - 1);
   if (queries.first_row >= queries.rows || !is_seen) return;
@@ -35,8 +36,9 @@ KERNEL(BOUNDS) attention_partial(ARGS attention_args a) {
 
   Accumulator s = {};
   scores(s, shared, (const cache_t*)a.keys + plane, first_key + 32 * warp, limit);
-  softmax(s, shared, queries, first_key + 32 * warp, Scales(a, key_head));
+  softmax(s, shared, queries, first_key + 32 * warp, Scales(launch, key_head));
   __syncthreads();
+  a = moved(launch);
 
   auto partial = [&](int column) {
     int head = key_head * GROUP + column % GROUP;
@@ -66,7 +68,8 @@ KERNEL(BOUNDS) attention_partial(ARGS attention_args a) {
 
 constexpr int BATCH = 32;  // blocks merged at a time
 
-KERNEL(256) attention_merge(ARGS attention_args a) {
+KERNEL(256) attention_merge(ARGS attention_args launch) {
+  OPEN_RUN(attention);
   begin();
   __shared__ float before[BATCH], factor[BATCH], sums[BATCH];
   int head = blockIdx.x, row = blockIdx.y, d = threadIdx.x;

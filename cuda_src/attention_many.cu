@@ -6,7 +6,8 @@
 #include "flashrt.cuh"
 #include "attention.cuh"
 
-KERNEL(256) attention_rows(ARGS attention_args a) {
+KERNEL(256) attention_rows(ARGS attention_args launch) {
+  OPEN_RUN(attention);
   DYNAMIC_SHARED(Shared, pointer);
   Shared& shared = *pointer;
   Columns& columns = shared.columns;
@@ -33,7 +34,7 @@ KERNEL(256) attention_rows(ARGS attention_args a) {
        first_key += BLOCK_KEYS) {
     Accumulator block = {};
     scores(block, shared, keys, first_key + 32 * warp, limit);
-    softmax(block, shared, queries, first_key + 32 * warp, Scales(a, key_head));
+    softmax(block, shared, queries, first_key + 32 * warp, Scales(launch, key_head));
     __syncthreads();
     if (threadIdx.x < COLUMNS) {
       int c = threadIdx.x;

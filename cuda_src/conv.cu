@@ -52,12 +52,14 @@ DEVICE void convolve(const Args& a) {
   }
 }
 
-KERNEL(128) conv_window(ARGS conv_window_args a) {
+KERNEL(128) conv_window(ARGS conv_window_args launch) {
+  OPEN_RUN(conv_window);
   begin();
   convolve<true>(a);
 }
 
-KERNEL(128) conv_verify(ARGS conv_verify_args a) {
+KERNEL(128) conv_verify(ARGS conv_verify_args launch) {
+  OPEN_RUN(conv_verify);
   begin();
   convolve<false>(a);
 }

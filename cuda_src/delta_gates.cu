@@ -29,7 +29,8 @@ DEVICE void normalize(float* x, int lane, float factor) {
   }
 }
 
-KERNEL(128) delta_gates(ARGS delta_gates_args a) {
+KERNEL(128) delta_gates(ARGS delta_gates_args launch) {
+  OPEN_RUN(delta_gates);
   begin();
   int t = blockIdx.y, lane = threadIdx.x & 31, unit = blockIdx.x * 4 + (threadIdx.x >> 5);
   if (t >= a.cursor[CURSOR_ROWS]) return;

@@ -135,12 +135,14 @@ DEVICE void run_rows(const Args& a) {
   }
 }
 
-KERNEL(128) delta_rule(ARGS delta_rule_args a) {
+KERNEL(128) delta_rule(ARGS delta_rule_args launch) {
+  OPEN_RUN(delta_rule);
   begin();
   run_rows<true>(a);
 }
 
-KERNEL(128) delta_verify(ARGS delta_verify_args a) {
+KERNEL(128) delta_verify(ARGS delta_verify_args launch) {
+  OPEN_RUN(delta_verify);
   begin();
   run_rows<false>(a);
 }

@@ -76,7 +76,8 @@ DEVICE float dot(const Early& early, const float* w, const float* x, int n, int 
 DEVICE int output() { return blockIdx.x * WARPS + (threadIdx.x >> 5); }
 DEVICE bool is_writer(int n, int N) { return (threadIdx.x & 31) == 0 && n < N; }
 
-KERNEL(32 * WARPS) dense(ARGS dense_args a) {
+KERNEL(32 * WARPS) dense(ARGS dense_args launch) {
+  OPEN_RUN(dense);
   int n = output(), t = blockIdx.y;
   Early early = first_weights(a.w, n, a.N, a.K);
   begin();
@@ -86,7 +87,8 @@ KERNEL(32 * WARPS) dense(ARGS dense_args a) {
   a.y[(size_t)t * a.N + n] = a.activation == ACTIVATION_SILU ? silu(y) : y;
 }
 
-KERNEL(32 * WARPS) dense_add(ARGS dense_add_args a) {
+KERNEL(32 * WARPS) dense_add(ARGS dense_add_args launch) {
+  OPEN_RUN(dense_add);
   int n = output(), t = blockIdx.y;
   Early early = first_weights(a.w, n, a.N, a.K);
   begin();
@@ -96,7 +98,8 @@ KERNEL(32 * WARPS) dense_add(ARGS dense_add_args a) {
   *y = *y + (sum + a.b[n]);
 }
 
-KERNEL(32 * WARPS) flow_step(ARGS flow_step_args a) {
+KERNEL(32 * WARPS) flow_step(ARGS flow_step_args launch) {
+  OPEN_RUN(flow_step);
   int n = output();
   Early early = first_weights(a.w, n, a.N, a.K);
   begin();

@@ -15,7 +15,8 @@
 // Order:    no sums. Launch: one warp; T is small, so accept walks in one thread.
 #include "flashrt.cuh"
 
-KERNEL(32) draft_begin(ARGS draft_begin_args a) {
+KERNEL(32) draft_begin(ARGS draft_begin_args launch) {
+  OPEN_RUN(draft_begin);
   begin();
   int word = threadIdx.x;
   if (word >= CURSOR_WORDS) return;
@@ -24,7 +25,8 @@ KERNEL(32) draft_begin(ARGS draft_begin_args a) {
   a.draft[word] = value;
 }
 
-KERNEL(32) draft_note(ARGS draft_note_args a) {
+KERNEL(32) draft_note(ARGS draft_note_args launch) {
+  OPEN_RUN(draft_note);
   begin();
   if (threadIdx.x > 0) return;
   int position = a.draft[CURSOR_POSITION], index = position - a.cursor[CURSOR_POSITION],
@@ -34,7 +36,8 @@ KERNEL(32) draft_note(ARGS draft_note_args a) {
   if (position < a.S) a.journal[position] = token;
 }
 
-KERNEL(32) verify_cursors(ARGS verify_cursors_args a) {
+KERNEL(32) verify_cursors(ARGS verify_cursors_args launch) {
+  OPEN_RUN(verify_cursors);
   begin();
   int rows = a.cursor[CURSOR_ROWS], position = a.cursor[CURSOR_POSITION];
   for (int i = threadIdx.x; i < a.T * CURSOR_WORDS; i += 32) {
@@ -45,7 +48,8 @@ KERNEL(32) verify_cursors(ARGS verify_cursors_args a) {
   }
 }
 
-KERNEL(32) accept(ARGS accept_args a) {
+KERNEL(32) accept(ARGS accept_args launch) {
+  OPEN_RUN(accept);
   begin();
   if (threadIdx.x > 0) return;
   int rows = a.cursor[CURSOR_ROWS], n = 0;
@@ -57,7 +61,8 @@ KERNEL(32) accept(ARGS accept_args a) {
   a.verdict[VERDICT_ACCEPTED] = n;
 }
 
-KERNEL(32) take_token(ARGS take_token_args a) {
+KERNEL(32) take_token(ARGS take_token_args launch) {
+  OPEN_RUN(take_token);
   begin();
   int rows = a.cursor[CURSOR_ROWS];
   if (threadIdx.x == 0 && rows > 0)

@@ -10,7 +10,8 @@
 // advance:  cursor.position += cursor.rows. One warp.
 #include "flashrt.cuh"
 
-KERNEL(256) silu_mul(ARGS silu_mul_args a) {
+KERNEL(256) silu_mul(ARGS silu_mul_args launch) {
+  OPEN_RUN(silu_mul);
   begin();
   int t = blockIdx.y, c = 4 * (blockIdx.x * 256 + threadIdx.x);
   if (t >= a.cursor[CURSOR_ROWS] || c >= a.I) return;
@@ -24,7 +25,8 @@ KERNEL(256) silu_mul(ARGS silu_mul_args a) {
   }
 }
 
-KERNEL(256) add_bias(ARGS add_bias_args a) {
+KERNEL(256) add_bias(ARGS add_bias_args launch) {
+  OPEN_RUN(add_bias);
   begin();
   int t = blockIdx.y, c = blockIdx.x * 256 + threadIdx.x;
   if (t >= a.cursor[CURSOR_ROWS] || c >= a.N) return;
@@ -32,21 +34,24 @@ KERNEL(256) add_bias(ARGS add_bias_args a) {
   *x = *x + a.b[c];
 }
 
-KERNEL(256) last_row(ARGS last_row_args a) {
+KERNEL(256) last_row(ARGS last_row_args launch) {
+  OPEN_RUN(last_row);
   begin();
   int c = blockIdx.x * 256 + threadIdx.x, row = a.cursor[CURSOR_ROWS] - 1;
   if (row < 0 || c >= a.H) return;
   ((act_t*)a.y)[c] = ((const act_t*)a.x)[(size_t)row * a.H + c];
 }
 
-KERNEL(256) last_values(ARGS last_values_args a) {
+KERNEL(256) last_values(ARGS last_values_args launch) {
+  OPEN_RUN(last_values);
   begin();
   int c = blockIdx.x * 256 + threadIdx.x, row = a.cursor[CURSOR_ROWS] - 1;
   if (row < 0 || c >= a.C) return;
   a.y[c] = a.x[(size_t)row * a.x_stride + c];
 }
 
-KERNEL(32) last_cursor(ARGS last_cursor_args a) {
+KERNEL(32) last_cursor(ARGS last_cursor_args launch) {
+  OPEN_RUN(last_cursor);
   begin();
   int word = threadIdx.x, rows = a.cursor[CURSOR_ROWS], value = 0;
   if (word >= CURSOR_WORDS) return;
@@ -55,7 +60,8 @@ KERNEL(32) last_cursor(ARGS last_cursor_args a) {
   a.last[word] = value;
 }
 
-KERNEL(32) advance(ARGS advance_args a) {
+KERNEL(32) advance(ARGS advance_args launch) {
+  OPEN_RUN(advance);
   begin();
   if (threadIdx.x == 0) a.cursor[CURSOR_POSITION] += a.cursor[CURSOR_ROWS];
 }

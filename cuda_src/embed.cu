@@ -7,7 +7,8 @@
 #include "flashrt.cuh"
 #include "weights.cuh"
 
-KERNEL(256) embed(ARGS embed_args a) {
+KERNEL(256) embed(ARGS embed_args launch) {
+  OPEN_RUN(embed);
   begin();
   int t = blockIdx.x;
   if (t >= a.cursor[CURSOR_ROWS]) return;

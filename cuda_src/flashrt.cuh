@@ -30,9 +30,10 @@ typedef unsigned long long uint64_t;
 #define PASS_CALLER
 #endif
 
-#include "args.h"  // generated: argument structs, words of cursors, dtypes, constants of the digest
-
 #define DEVICE __device__ __forceinline__
+#define RUN_FUNCTION DEVICE
+#include "args.h"  // generated: argument structs and what moves them to a run, words, dtypes
+
 // threads[, blocks at a time]
 #define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 #define ARGS const __grid_constant__
@@ -65,6 +66,17 @@ DEVICE void begin() {
   release_successor();
   wait_for_predecessor();
 }
+
+// The first statement of a kernel whose parameter is `ARGS f_args launch`: `a` is the launch as the
+// run blockIdx.z finds it; where the replay has no such run, the block ends here. The host writes the
+// table of runs before the replay, so nothing needs to be waited for. Pointers that move are copied,
+// all else the compiler finds in the constant bank.
+#define OPEN_RUN(f)                     \
+  f##_args a = launch;                  \
+  if (!f##_enter_run(&a, blockIdx.z)) { \
+    wait_for_predecessor();             \
+    return;                             \
+  }
 
 // ---- bfloat16, two per register, the first in the low half
 

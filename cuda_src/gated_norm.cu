@@ -9,7 +9,8 @@
 
 constexpr int PER_LANE = ceil_div(VALUE_DIM, 32);
 
-KERNEL(128) gated_rmsnorm(ARGS gated_rmsnorm_args a) {
+KERNEL(128) gated_rmsnorm(ARGS gated_rmsnorm_args launch) {
+  OPEN_RUN(gated_rmsnorm);
   begin();
   int t = blockIdx.y, lane = threadIdx.x & 31, head = blockIdx.x * 4 + (threadIdx.x >> 5);
   if (t >= a.cursor[CURSOR_ROWS] || head * VALUE_DIM >= a.C) return;

@@ -142,7 +142,8 @@ DEVICE void multiply_batch(float (&c)[TOKEN_TILES][4], const Batch& batch, int f
   }
 }
 
-KERNEL(THREADS, MIN_BLOCKS) linear_few(ARGS linear_args a) {
+KERNEL(THREADS, MIN_BLOCKS) linear_few(ARGS linear_args launch) {
+  OPEN_RUN(linear);
   __shared__ __align__(16) float part[2][WARPS][TOKEN_TILES][32][4];  // by turns
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   int K = a.K, n_chunks = ceil_div(K, K_CHUNK), n_slices = ceil_div(K, K_SLICE);

@@ -161,7 +161,8 @@ DEVICE void multiply_stage(float (&c)[ROW_TILES][TOKEN_TILES][4], const uint4* w
   }
 }
 
-KERNEL(THREADS, 1) linear_many(ARGS linear_args a) {
+KERNEL(THREADS, 1) linear_many(ARGS linear_args launch) {
+  OPEN_RUN(linear);
   DYNAMIC_SHARED(uint4, shared);
   uint4 *w_stages = shared, *x_stages = shared + STAGES * W_STAGE;
   begin();

@@ -73,7 +73,8 @@ DEVICE void normalize(const Row& row, const float* w, act_t* y, int H, float eps
   }
 }
 
-KERNEL(THREADS) rmsnorm(ARGS rmsnorm_args a) {
+KERNEL(THREADS) rmsnorm(ARGS rmsnorm_args launch) {
+  OPEN_RUN(rmsnorm);
   begin();
   int t = blockIdx.x;
   if (t >= a.cursor[CURSOR_ROWS]) return;
@@ -85,7 +86,8 @@ KERNEL(THREADS) rmsnorm(ARGS rmsnorm_args a) {
   normalize(row, a.w, (act_t*)a.y + (size_t)t * a.H, a.H, a.eps);
 }
 
-KERNEL(THREADS) add_rmsnorm(ARGS add_rmsnorm_args a) {
+KERNEL(THREADS) add_rmsnorm(ARGS add_rmsnorm_args launch) {
+  OPEN_RUN(add_rmsnorm);
   begin();
   int t = blockIdx.x;
   if (t >= a.cursor[CURSOR_ROWS]) return;
@@ -112,7 +114,8 @@ KERNEL(THREADS) add_rmsnorm(ARGS add_rmsnorm_args a) {
   normalize(row, a.w, (act_t*)a.y + (size_t)t * a.H, a.H, a.eps);
 }
 
-KERNEL(THREADS) draft_input(ARGS draft_input_args a) {
+KERNEL(THREADS) draft_input(ARGS draft_input_args launch) {
+  OPEN_RUN(draft_input);
   begin();
   int t = blockIdx.x;
   bool is_hidden = blockIdx.y;

@@ -30,7 +30,8 @@ DEVICE void copy(float* target, const float* source, int n) {
   for (int i = threadIdx.x; i < n; i += THREADS) target[i] = source[i];
 }
 
-KERNEL(THREADS) observe(ARGS observe_args a) {
+KERNEL(THREADS, 1) observe(ARGS observe_args launch) {
+  OPEN_RUN(observe);
   begin();
   for (int i = threadIdx.x; i < a.O; i += THREADS)
     a.x[i] = clip((a.observation[i] - a.mean[i]) / a.std[i], 10.0f);
@@ -38,7 +39,8 @@ KERNEL(THREADS) observe(ARGS observe_args a) {
   if (threadIdx.x == 0) a.cursor[POLICY_OBSERVED] = a.cursor[POLICY_TICK];
 }
 
-KERNEL(THREADS) gru_cell(ARGS gru_cell_args a) {
+KERNEL(THREADS) gru_cell(ARGS gru_cell_args launch) {
+  OPEN_RUN(gru_cell);
   begin();
   int i = blockIdx.x * THREADS + threadIdx.x, M = a.M;
   if (i >= M) return;
@@ -65,7 +67,8 @@ DEVICE float normal(const int32_t* cursor, int t, int i) {
   return radius * (i & 1 ? sine : cosine);
 }
 
-KERNEL(THREADS) flow_begin(ARGS flow_begin_args a) {
+KERNEL(THREADS) flow_begin(ARGS flow_begin_args launch) {
+  OPEN_RUN(flow_begin);
   begin();
   int t = max(a.cursor[POLICY_OBSERVED], 0), wanted = a.request[REQUEST_COMMITTED],
       size = a.H * a.A;
@@ -88,7 +91,8 @@ KERNEL(THREADS) flow_begin(ARGS flow_begin_args a) {
   a.cursor[POLICY_PLAN_STEPS_LEFT] = a.steps;
 }
 
-KERNEL(THREADS) flow_end(ARGS flow_end_args a) {
+KERNEL(THREADS) flow_end(ARGS flow_end_args launch) {
+  OPEN_RUN(flow_end);
   begin();
   for (int i = threadIdx.x; i < a.H * a.A; i += THREADS) a.queue[i] = clip(a.x[i], 1.0f);
   if (threadIdx.x > 0) return;
@@ -97,7 +101,8 @@ KERNEL(THREADS) flow_end(ARGS flow_end_args a) {
   a.cursor[POLICY_PLAN_STEPS_LEFT] = 0;
 }
 
-KERNEL(THREADS) take_action(ARGS take_action_args a) {
+KERNEL(THREADS) take_action(ARGS take_action_args launch) {
+  OPEN_RUN(take_action);
   begin();
   int tick = a.cursor[POLICY_TICK], row = tick - a.cursor[POLICY_CHUNK];
   bool has_action = tick < a.cursor[POLICY_STOP] && row >= 0 && row < a.H;

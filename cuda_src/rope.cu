@@ -62,7 +62,8 @@ DEVICE void turn(float* head, const float* x, const float* w, const rope_append_
   __syncwarp();
 }
 
-KERNEL(128) rope_append(ARGS rope_append_args a) {
+KERNEL(128) rope_append(ARGS rope_append_args launch) {
+  OPEN_RUN(rope_append);
   begin();
   __shared__ float heads[4][HEAD_DIM];
   int t = blockIdx.y, lane = threadIdx.x & 31, warp = threadIdx.x >> 5,

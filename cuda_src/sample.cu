@@ -122,7 +122,8 @@ DEVICE void adjust(const sample_args& a, const Settings& s, int first, int end, 
   }
 }
 
-KERNEL(256) sample_scan(ARGS sample_args a) {
+KERNEL(256) sample_scan(ARGS sample_args launch) {
+  OPEN_RUN(sample);
   DYNAMIC_SHARED(int, count);
   begin();
   if (a.cursor[CURSOR_ROWS] < 1) return;
@@ -267,7 +268,8 @@ DEVICE unsigned long long kept_mass(Histogram& h, const Row& row, Candidate cut)
   return sum;
 }
 
-KERNEL(1024, 1) sample_cut(ARGS sample_args a) {
+KERNEL(1024, 1) sample_cut(ARGS sample_args launch) {
+  OPEN_RUN(sample);
   begin();
   if (a.cursor[CURSOR_ROWS] < 1) return;
   __shared__ Histogram histogram;
@@ -304,7 +306,8 @@ DEVICE float gumbel(uint32_t word) {
   return -log_f32(-log_u);
 }
 
-KERNEL(256) sample_pick(ARGS sample_args a) {
+KERNEL(256) sample_pick(ARGS sample_args launch) {
+  OPEN_RUN(sample);
   begin();
   __shared__ bool is_last;
   if (a.cursor[CURSOR_ROWS] < 1) return;

@@ -39,6 +39,7 @@ class Counting:
         self._model = model
         self.name, self.buckets, self.vocab_size = model.name, model.buckets, model.vocab_size
         self.identity, self.weights, self.phases = model.identity, model.weights, model.phases
+        self.shared_phases = model.shared_phases
         self.counts = Region("counts", (model.vocab_size,), DType.U32, Role.FIXED, is_digested=True)
         self.lane_regions = (*model.lane_regions, self.counts)
 

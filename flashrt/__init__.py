@@ -19,6 +19,7 @@ from flashrt.load import load, load_policy
 from flashrt.robot.loop import ControlLoop
 from flashrt.session.engine import SessionEngine as Engine
 from flashrt.session.session import Session
+from flashrt.session.together import together
 
 __all__ = [
     "Capsule",
@@ -33,4 +34,5 @@ __all__ = [
     "SessionError",
     "load",
     "load_policy",
+    "together",
 ]

@@ -22,6 +22,7 @@ from flashrt.commands.bench import policy
 from flashrt.commands.bench.document import BenchOptions
 from flashrt.commands.bench.draft import bench_draft
 from flashrt.commands.bench.gpu.run import GpuBenchOptions, gpu_bench
+from flashrt.commands.bench.lanes import bench_lanes
 from flashrt.commands.bench.resume import resume
 from flashrt.commands.bench.session import bench
 from flashrt.commands.checkpoints import EngineOptions
@@ -412,7 +413,7 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
     def command(options: argparse.Namespace) -> int:
         if options.policy is not None:
             return _bench_policy(options)
-        is_plain = not (options.resume or options.draft)
+        is_plain = not (options.resume or options.draft or options.lanes)
         if is_plain and options.device in ("cuda", "simt") and options.checkpoint is None:
             return _gpu_bench(options)
         wanted = BenchOptions(
@@ -428,6 +429,8 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
             if options.plot:
                 raise FlashrtError("bench --draft draws no plot; leave out --plot")
             return bench_draft(wanted, options.json)
+        if options.lanes:
+            return bench_lanes(wanted, options.lanes, options.json, options.plot)
         return (resume if options.resume else bench)(wanted, options.json, options.plot)
 
     parser = _add(
@@ -436,6 +439,7 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
         "beside the limits of this machine, measured in the same run.",
         "bench\nbench --shape 0.8b --lengths 512,2048 --json bench.json --plot bench.png\n"
         "bench --checkpoint ~/models/Qwen3.5-0.8B\nbench --device cuda --shape 27b --out measured\n"
+        "bench --lanes 1,2,4,8,16 --checkpoint model.gguf --precision fast\n"
         "bench --resume --plot resume.png\nbench --draft --shape mini --json draft.json\n"
         "bench --policy --seconds 60 --hz 100 --plot ticks.svg",
     )  # fmt: skip
@@ -474,6 +478,11 @@ def _add_bench_choice(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--draft", action="store_true", help="instead: cost of each replay of drafting, and "
         "tokens/s by draft length, at context --lengths (default: 128)",
+    )  # fmt: skip
+    what.add_argument(
+        "--lanes", type=_list_of(1), metavar="N,N", help="instead: tokens/s of so many sessions "
+        "that decode side by side; --lengths: of their prompts, and of the prompt that 8 forks "
+        "begin at (default: 128,2048)",
     )  # fmt: skip
     what.add_argument(
         "--policy", nargs="?", const=policy.DEFAULT, metavar="POLICY",

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 import flashrt
+from flashrt.models.model import tapes_of
 from flashrt.session.chat import Chat, ChatPoint, open_chat
 from flashrt.view.arena_map import arena_map, widest
 from flashrt.view.batching_map import Way, batching_map
@@ -29,7 +30,7 @@ POSITIONS, LANES = 2048, 2
 def draw(out: Path) -> list[Path]:
     """All pictures; returns their paths."""
     engine = flashrt.load(bundled_checkpoint(), "cpu", POSITIONS, LANES, pool_bytes=16 << 20)
-    tapes = [engine.model.record(phase, rows) for phase, rows in engine.model.phases]
+    tapes = tapes_of(engine.model, len(engine.lanes))
     title = f"The arena of the bundled model: {LANES} lanes of {POSITIONS:,} positions"
     pictures = {"arena": arena_map(engine.arena.plan, widest(tapes), title)}
     with open_chat(engine) as chat:

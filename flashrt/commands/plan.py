@@ -21,6 +21,7 @@ from flashrt.core.tape import Tape
 from flashrt.engine.tokens import POOL_DEFAULT
 from flashrt.load import kv_dtype_of, model_in
 from flashrt.models import Model, model_for, promises_draft_head
+from flashrt.models.model import tapes_of
 from flashrt.view.arena_map import arena_map, bands, widest
 from flashrt.view.svg import save_svg
 from flashrt.view.units import bytes_text
@@ -62,7 +63,7 @@ def model_of(checkpoint: Checkpoint, options: EngineOptions) -> Model:
 def lay_out(model: Model, options: EngineOptions) -> Planned:
     """What `flashrt.load` would allocate on the CPU. Raises PlanError."""
     storage = CpuDevice().storage  # arithmetic only: no kernel is built, no memory is mapped
-    tapes = tuple(model.record(phase, rows) for phase, rows in model.phases)
+    tapes = tapes_of(model, options.lanes)
     pool_bytes = options.pool_bytes
     if pool_bytes is None:
         fixed, rows = (plan_band(_of(model, r), storage).nbytes for r in (Role.FIXED, Role.ROWS))

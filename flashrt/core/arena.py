@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from flashrt.base.errors import BackendError, PlanError
 from flashrt.core.backend import Backend, BoundLaunch, Bytes, Memory
-from flashrt.core.op import Launch
+from flashrt.core.op import Launch, Param
 from flashrt.core.planner import (
     GUARD_NBYTES,
     ArenaPlan,
@@ -23,6 +23,7 @@ from flashrt.core.planner import (
     align,
 )
 from flashrt.core.region import Region, Role, View, resolve_dtype
+from flashrt.core.runs import STRIDE_UNIT, Run, Stride, table_of
 from flashrt.core.tape import Tape
 
 GUARD_BYTE = 0xA5
@@ -43,6 +44,7 @@ class Arena:
         for lane in plan.lanes:
             for band in (lane.fixed, lane.io):
                 backend.fill(self.memory.address + band.offset, band.nbytes, 0)
+        backend.fill(self.runs_address, plan.shared.nbytes, 0)
         for offset in self._guards():
             backend.fill(self.memory.address + offset, GUARD_NBYTES, GUARD_BYTE)
 
@@ -55,11 +57,24 @@ class Arena:
         """The bands of a lane."""
         return self.plan.lanes[lane]
 
-    def bind(self, tape: Tape, lane: int) -> list[BoundLaunch]:
-        """The tape's launches with addresses for one lane."""
-        scratch = {s.region: s for s in self.plan.tapes[tape.phase, tape.rows]}
-        slots = {s.region: s for band in _bands(self.lane(lane)) for s in band.slots}
-        return [self._bound(launch, {**slots, **scratch}) for launch in tape.launches]
+    @property
+    def runs_address(self) -> int:
+        """Of the table of runs."""
+        return self.memory.address + self.plan.shared.slots[0].offset
+
+    def bind(self, tape: Tape) -> list[BoundLaunch]:
+        """The tape's launches with addresses of lane 0, and how they move to the runs of a replay.
+
+        A launch of which nothing is a lane's sees the rows of all runs, and does not move.
+        """
+        bands = (*_bands(self.lane(0)), self.plan.shared)
+        slots = {s.region: s for band in bands for s in band.slots}
+        slots |= {s.region: s for s in self.plan.tapes[tape.phase, tape.rows]}
+        return [self._bound(launch, slots, tape) for launch in tape.launches]
+
+    def write_runs(self, runs: tuple[Run, ...]) -> None:
+        """The table, for launches outside a graph."""
+        self.backend.write(self.runs_address, table_of(runs))
 
     def read(self, slot: Slot) -> NDArray[np.generic]:
         """A region as a logical array (bfloat16 as uint16 bits)."""
@@ -110,8 +125,27 @@ class Arena:
         if nbytes:
             self.backend.fill(self.memory.address + offset, nbytes, byte)
 
-    def _bound(self, launch: Launch, slots: Mapping[Region, Slot]) -> BoundLaunch:
-        return BoundLaunch(launch, tuple(self._address(v, slots) for v in launch.operands))
+    def _bound(self, launch: Launch, slots: Mapping[Region, Slot], tape: Tape) -> BoundLaunch:
+        addresses = tuple(self._address(v, slots) for v in launch.operands)
+        pairs = zip(launch.op.params, launch.operands, strict=True)
+        strides = tuple(self._stride(p, v, slots, tape) for p, v in pairs)
+        if not (tape.is_apart or any(s.lane for s in strides)):
+            return BoundLaunch(launch, addresses)
+        return BoundLaunch(launch, addresses, self.runs_address, strides, tape.max_runs)
+
+    def _stride(self, param: Param, view: View, slots: Mapping[Region, Slot], tape: Tape) -> Stride:
+        region = view.region
+        if region.role is Role.WEIGHT or slots[region] in self.plan.shared.slots:
+            return Stride()
+        if region.role is not Role.SCRATCH:
+            return Stride(self.plan.lane_stride(region.role) // STRIDE_UNIT)
+        if tape.is_apart:
+            return Stride(run=slots[region].storage.nbytes // tape.max_runs)
+        bits = resolve_dtype(region.dtype, self.backend.act).bits
+        if view.run_lead:
+            return Stride(run=view.run_lead * slots[region].storage.lead_nbytes)
+        has_rows = param.dims[0] in ("T", "TP") and view.shape[0] > 1
+        return Stride(row=view.lead_elements * bits // 8 if has_rows else 0)
 
     def _address(self, view: View, slots: Mapping[Region, Slot]) -> int:
         if view.region.role is Role.WEIGHT:

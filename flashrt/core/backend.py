@@ -23,6 +23,7 @@ from flashrt.core.digest import DigestTerm
 from flashrt.core.groups import Planes
 from flashrt.core.op import Launch, Op
 from flashrt.core.region import DType, Region
+from flashrt.core.runs import Stride
 
 Bytes = NDArray[np.uint8]
 
@@ -57,10 +58,21 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class BoundLaunch:
-    """A launch with the address of each operand."""
+    """A launch with the address of each operand.
+
+    Where operands move with the runs of a replay: the address of the table, how far each moves, and
+    how many runs there are at most.
+    """
 
     launch: Launch
     addresses: tuple[int, ...]
+    runs: int = 0
+    strides: tuple[Stride, ...] = ()
+    max_runs: int = 1
+
+    def pack(self, act: DType) -> bytes:
+        """The argument block."""
+        return self.launch.pack(self.addresses, act, self.runs, self.strides)
 
 
 class Graph(Protocol):
@@ -136,7 +148,12 @@ class Backend(Protocol):
 
     def digest(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]: ...
     def capture(self, launches: Sequence[BoundLaunch]) -> Graph: ...
-    def replay(self, graph: Graph) -> None: ...
+    def replay(self, graph: Graph, table: Bytes | None = None, at: int = 0) -> None:
+        """Run a graph; before it, in one step that no other call comes between, write `table`, the
+        runs that its launches read, to the address `at`.
+        """
+        ...
+
     def eager(self, launches: Sequence[BoundLaunch]) -> None:
         """Run launches one by one, without a graph: for checks and debugging."""
         ...

@@ -1,8 +1,8 @@
-"""Graphs: captured tapes, keyed by (phase, rows, lane), captured once and replayed for every
-position.
+"""Graphs: captured tapes, keyed by (phase, rows), captured once and replayed for every position of
+every lane.
 
-IS: the table and the seal. IS NOT: capture itself; a backend does it. A key never holds a position:
-kernels read the cursor.
+IS: the table and the seal. IS NOT: capture itself; a backend does it. A key holds neither position
+nor lane: kernels read the cursor, and the table of runs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import NamedTuple
 from flashrt.base.errors import PlanError, SealedError
 from flashrt.core.arena import Arena
 from flashrt.core.backend import Backend, Graph
+from flashrt.core.runs import Run, table_of
 from flashrt.core.tape import Tape
 
 
@@ -21,7 +22,6 @@ class GraphKey(NamedTuple):
 
     phase: str
     rows: int
-    lane: int
 
 
 class GraphTable:
@@ -33,23 +33,23 @@ class GraphTable:
         self._graphs: dict[GraphKey, Graph] = {}
         self._is_sealed = False
 
-    def capture(self, tape: Tape, lane: int) -> GraphKey:
-        """Capture a tape for a lane. Raises SealedError after `seal`, PlanError for a key twice."""
-        key = GraphKey(tape.phase, tape.rows, lane)
+    def capture(self, tape: Tape) -> GraphKey:
+        """Capture a tape. Raises SealedError after `seal`, PlanError for a key twice."""
+        key = GraphKey(tape.phase, tape.rows)
         if self._is_sealed:
             raise SealedError(f"capture of {key} after seal; graphs are captured at load")
         if key in self._graphs:
             raise PlanError(f"{key} is captured already")
-        self._graphs[key] = self._backend.capture(self._arena.bind(tape, lane))
+        self._graphs[key] = self._backend.capture(self._arena.bind(tape))
         return key
 
-    def replay(self, key: GraphKey) -> None:
-        """Launch a graph. Raises PlanError for a key that was not captured."""
+    def replay(self, key: GraphKey, runs: tuple[Run, ...]) -> None:
+        """Launch a graph on rows of lanes. Raises PlanError for a key that was not captured."""
         try:
             graph = self._graphs[key]
         except KeyError:
             raise PlanError(f"no graph {key}; captured: {sorted(self._graphs)}") from None
-        self._backend.replay(graph)
+        self._backend.replay(graph, table_of(runs), self._arena.runs_address)
 
     def seal(self) -> None:
         """Nothing is captured from here on."""

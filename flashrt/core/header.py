@@ -19,6 +19,7 @@ from flashrt.core import digest
 from flashrt.core.groups import Scales
 from flashrt.core.op import Op
 from flashrt.core.region import DType
+from flashrt.core.runs import RUN_WORDS, STRIDE_UNIT, RunsWord, RunWord
 
 Values = dict[str, int]
 
@@ -35,9 +36,20 @@ def c_header(ops: Sequence[Op], used_by: str | None = None) -> str:
         for prefix, values in _enums(ops).items()
         if used_by is None or any(name in used_by for name in values)
     }
-    lines = [_enum(values) for values in (_dtypes(), _scales(), _layouts(), *enums.values())]
+    runs = _words("RUNS", RunsWord) | {"RUNS_STRIDE_UNIT": STRIDE_UNIT}
+    run = _words("RUN", RunWord) | {"RUN_WORDS": RUN_WORDS}
+    words = (_dtypes(), _scales(), _layouts(), runs, run)
+    lines = [_enum(values) for values in (*words, *enums.values())]
     lines += [f"#define DIGEST_{name} {value:#x}ull" for name, value in digest.CONSTANTS.items()]
-    return "\n".join(["#pragma once", *lines, "", *(op.c_struct() for op in wanted)])
+    structs = [op.c_struct() for op in wanted]
+    movers = [op.c_mover() for op in wanted]
+    return "\n".join(
+        ["#pragma once", *lines, "", *structs, "#ifdef RUN_FUNCTION", *movers, "#endif", ""]
+    )
+
+
+def _words(prefix: str, names: type[IntEnum]) -> Values:
+    return {f"{prefix}_{name}": int(value) for name, value in names.__members__.items()}
 
 
 def _dtypes() -> Values:

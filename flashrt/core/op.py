@@ -4,12 +4,11 @@ backends read.
 IS: shape, dtype and access checks at record time, and the one definition of a kernel's argument
 struct. IS NOT: code. A backend maps an op's name to its kernel.
 
-The argument block of op `f` is the C struct `f_args` (see `c_struct`): a pointer per param in
-order, then as int32 the dims in order of first appearance, `<param>_stride` for strided params,
-`_dtype` for those that allow several, `_group`, `_outer` and `_scales` for those that may be in
-groups (0, 0, -1 without: see groups); then the attributes. An `ACT` pointer is void:
-its dtype is a constant of the backend. CPU kernels get a pointer to the block, CUDA kernels get it
-by value.
+The argument block of op `f` is the C struct `f_args` (see `c_struct`): pointers of the params; as
+int32 the dims by first appearance, `<param>_stride` where strided, `_dtype` where there is a
+choice, `_group`, `_outer`, `_scales` where there may be groups (0, 0, -1 without); the attributes;
+the table of runs, NULL where operands stay, and their strides (see runs). `ACT` is void: a constant
+of the backend. CPU kernels get a pointer to it, moved already; CUDA kernels a copy, and move it.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from typing import Literal
 
 from flashrt.base.errors import PlanError
 from flashrt.core.region import DType, Layout, Operand, Role, View, as_view, resolve_dtype
+from flashrt.core.runs import Stride
 
 Access = Literal["r", "w", "rw"]
 AttrValue = int | float
@@ -47,6 +47,12 @@ class Param:
     is_strided: bool = False  # a window over columns of a wider region is welcome
     words: type[IntEnum] | None = None  # names of elements of the last dimension: see core.header
     may_be_grouped: bool = False  # quantised matrices are welcome
+
+    @property
+    def c_type(self) -> str:
+        """Of the pointer in the argument block."""
+        pointee = _C_TYPE.get(self.dtypes[0], "void") if len(self.dtypes) == 1 else "void"
+        return f"{'const ' if self.access == 'r' else ''}{pointee} *"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,20 +98,27 @@ class Op:
     @property
     def struct_format(self) -> str:
         """`struct` format of the argument block."""
+        return f"{self._still_format}P{3 * len(self.params)}i0P"
+
+    @property
+    def runs_offset(self) -> int:
+        """Where in the argument block the table of runs stands, and behind it the strides."""
+        return struct.calcsize(f"{self._still_format}0P")
+
+    @property
+    def _still_format(self) -> str:
         ints = len(self.symbols)
         ints += sum(p.is_strided for p in self.params) + sum(len(p.dtypes) > 1 for p in self.params)
         ints += 3 * sum(p.may_be_grouped for p in self.params)
         attrs = "".join("i" if a.kind == "int32" else "f" for a in self.attrs)
-        return f"@{len(self.params)}P{ints}i{attrs}0P"
+        return f"@{len(self.params)}P{ints}i{attrs}"
 
     def c_struct(self) -> str:
         """The argument block as a C declaration (uint8_t .. int32_t must be defined)."""
         lines = []
         for p in self.params:
-            ctype = _C_TYPE.get(p.dtypes[0], "void") if len(p.dtypes) == 1 else "void"
-            const = "const " if p.access == "r" else ""
             dims = ", ".join(str(d) for d in p.dims)
-            lines.append(f"  {const}{ctype} *{p.name};  /* {p.access} [{dims}] {p.layout} */")
+            lines.append(f"  {p.c_type}{p.name};  /* {p.access} [{dims}] {p.layout} */")
         lines += [f"  int32_t {s};" for s in self.symbols]
         lines += [f"  int32_t {p.name}_stride;" for p in self.params if p.is_strided]
         lines += [f"  int32_t {p.name}_dtype;" for p in self.params if len(p.dtypes) > 1]
@@ -116,11 +129,36 @@ class Op:
             for what in ("group", "outer", "scales")
         ]
         lines += [f"  {'int32_t' if a.kind == 'int32' else 'float'} {a.name};" for a in self.attrs]
+        lines.append("  const int32_t *runs;  /* NULL: operands stay */")
+        lines.append(f"  int32_t strides[{len(self.params)}][3];  /* lane, row, run */")
         doc = self.doc.replace("*/", "* /")  # which would end the comment
         return (
             f"/* {self.name}: {doc} */\ntypedef struct {{\n"
             + "\n".join(lines)
             + f"\n}} {self.name}_args;\n"
+        )
+
+    def c_mover(self) -> str:
+        """A C function that moves an argument block to a run, and says whether there is such a run:
+        `RUN_FUNCTION int <op>_enter_run(<op>_args *a, int run)`.
+        """
+        word = "RUNS_FIRST + RUN_WORDS * run"
+        lines = [
+            "  const int32_t *runs = a->runs;",
+            "  if (!runs) return run == 0;",
+            "  if (run >= runs[RUNS_COUNT]) return 0;",
+            f"  const int64_t lane = runs[{word} + RUN_LANE] * (int64_t)RUNS_STRIDE_UNIT;",
+            f"  const int64_t row = runs[{word} + RUN_FIRST_ROW];",
+        ]
+        for i, p in enumerate(self.params):
+            if p.layout is not Layout.MATRIX:  # a weight, which stays
+                by = f"a->strides[{i}]"
+                move = f"lane * {by}[0] + row * {by}[1] + (int64_t)run * {by}[2]"
+                lines.append(f"  a->{p.name} = ({p.c_type})((const char *)a->{p.name} + ({move}));")
+        return (
+            f"RUN_FUNCTION int {self.name}_enter_run({self.name}_args *a, int run) {{\n"
+            + "\n".join(lines)
+            + "\n  return 1;\n}\n"
         )
 
 
@@ -142,8 +180,12 @@ class Launch:
         """The value of an attribute."""
         return self.attrs[[a.name for a in self.op.attrs].index(name)]
 
-    def pack(self, addresses: Sequence[int], act: DType) -> bytes:
-        """The argument block, given the device address of each operand."""
+    def pack(
+        self, addresses: Sequence[int], act: DType, runs: int = 0, strides: Sequence[Stride] = ()
+    ) -> bytes:
+        """The argument block, given the device address of each operand; and of the table of runs,
+        where operands move with it.
+        """
         values: list[int | float] = list(addresses)
         values += [self.dims[s] for s in self.op.symbols]
         pairs = list(zip(self.op.params, self.operands, strict=True))
@@ -157,7 +199,8 @@ class Launch:
                     if groups is None
                     else (groups.size, groups.outer, groups.scales.code)
                 )
-        return struct.pack(self.op.struct_format, *values, *self.attrs)
+        moves = [n for s in strides for n in (s.lane, s.row, s.run)] or [0] * 3 * len(pairs)
+        return struct.pack(self.op.struct_format, *values, *self.attrs, runs, *moves)
 
 
 def bind(op: Op, operands: Mapping[str, Operand], attrs: Mapping[str, AttrValue]) -> Launch:

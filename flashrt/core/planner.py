@@ -3,19 +3,21 @@
 IS: arithmetic on sizes and lifetimes. IS NOT: memory. The result is checked in tests against an
 oracle that recomputes lifetimes by itself.
 
-The arena, low to high: per lane [fixed | rows], per lane io, scratch (overlapped by lifetime, one
-layout per tape over the same bytes), pool. Regions start at multiples of 256 bytes; a guard of 256
-bytes follows each one outside scratch.
+The arena, low to high: per lane [fixed | rows], per lane io, what all lanes share, scratch
+(overlapped by lifetime, one layout per tape over the same bytes), pool. A region of a lane lies at
+a constant stride from the same one of the lane before. Regions start at multiples of 256 bytes; a
+guard of 256 bytes follows each one outside scratch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashrt.base.errors import PlanError
 from flashrt.core.backend import Storage
 from flashrt.core.region import Region, Role
+from flashrt.core.runs import RUNS
 from flashrt.core.tape import Tape
 
 ALIGN = 256
@@ -82,6 +84,7 @@ class ArenaPlan:
 
     nbytes: int
     lanes: tuple[LanePlan, ...]
+    shared: Band  # by all lanes: the table of runs
     scratch: Band  # no slots: see `tapes`
     tapes: Mapping[TapeKey, tuple[Slot, ...]]
     pool: Band
@@ -92,6 +95,12 @@ class ArenaPlan:
         for lane in self.lanes:
             for band in (lane.fixed, lane.rows, lane.io):
                 yield from band.slots
+        yield from self.shared.slots
+
+    def lane_stride(self, role: Role) -> int:
+        """Bytes from a lane's region of this role to the next lane's."""
+        first = self.lanes[0]
+        return first.io.nbytes if role is Role.IO else first.fixed.nbytes + first.rows.nbytes
 
 
 def plan_arena(
@@ -117,13 +126,18 @@ def plan_arena(
         io = _band(by_role[Role.IO], cursor, storage_of)
         plans.append(LanePlan(fixed, rows, io))
         cursor = io.offset + io.nbytes
-    per_tape = {(t.phase, t.rows): place_scratch(t.lifetimes(), storage_of, cursor) for t in tapes}
+    shared = _band([RUNS], cursor, storage_of)
+    cursor += shared.nbytes
+    per_tape = {
+        (t.phase, t.rows): place_scratch(t.lifetimes(), _scratch_storage(t, storage_of), cursor)
+        for t in tapes
+    }
     stop = max((s.stop for slots in per_tape.values() for s in slots), default=cursor)
     scratch = Band(cursor, align(stop) - cursor + GUARD_NBYTES, ())
     pool = Band(scratch.offset + scratch.nbytes, align(pool_nbytes), ())
     unshared = sum(align(s.storage.nbytes) for slots in per_tape.values() for s in slots)
     total = pool.offset + pool.nbytes + GUARD_NBYTES
-    return ArenaPlan(total, tuple(plans), scratch, per_tape, pool, unshared)
+    return ArenaPlan(total, tuple(plans), shared, scratch, per_tape, pool, unshared)
 
 
 def plan_band(regions: Sequence[Region], storage_of: StorageOf) -> Band:
@@ -158,6 +172,18 @@ def place_scratch(
             offset = max(offset, stop)
         placed.append((Slot(region, offset, storage), (first, last)))
     return tuple(slot for slot, _ in placed)
+
+
+def _scratch_storage(tape: Tape, storage_of: StorageOf) -> StorageOf:
+    """Of scratch: one after the other for each run, where runs are apart."""
+    if not tape.is_apart:
+        return storage_of
+
+    def of_all_runs(region: Region) -> Storage:
+        storage = storage_of(region)
+        return replace(storage, nbytes=align(storage.nbytes) * tape.max_runs)
+
+    return of_all_runs
 
 
 def _band(regions: Sequence[Region], offset: int, storage_of: StorageOf) -> Band:

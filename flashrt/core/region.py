@@ -180,6 +180,20 @@ class View:
     lead: int  # first entry of the region's leading axis
     col: int  # first column (PLAIN only)
     row_stride: int  # elements from one row to the next along the last axis but one
+    run_lead: int = 0  # entries of the region's leading axis from one run to the next: see `runs`
+
+    @property
+    def lead_elements(self) -> int:
+        """Elements from one entry of the leading axis to the next."""
+        if len(self.shape) == 1:
+            return 1
+        return self.row_stride * math.prod(self.shape[1:-1])
+
+    def per_run(self) -> View:
+        """The entries that a launch sees as this view are those of its run: the first run has this
+        view, the next one as many entries further on. A region of scratch has them for all runs.
+        """
+        return replace(self, run_lead=self.shape[0])
 
     def cols(self, start: int, stop: int) -> View:
         """Columns [start, stop) of the last axis; rows keep the region's stride."""

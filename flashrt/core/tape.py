@@ -15,10 +15,15 @@ from flashrt.core.region import DType, Operand, Region, Role, View
 
 @dataclass(slots=True)
 class Tape:
-    """Launches of one phase for a bucket of `rows` rows."""
+    """Launches of one phase for a bucket of `rows` rows, of at most `max_runs` lanes.
+
+    `is_apart`: it is recorded as for one lane, and each run has scratch of its own.
+    """
 
     phase: str
     rows: int
+    max_runs: int = 1
+    is_apart: bool = False
     launches: list[Launch] = field(default_factory=list)
     _scratch: dict[str, Region] = field(default_factory=dict)
 

@@ -9,7 +9,7 @@ chunk in the making. An interrupt falls between two replays: the cursor on the d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,6 +30,7 @@ from flashrt.capsule.lineage import Lane
 from flashrt.capsule.turn import in_turn
 from flashrt.core.backend import Backend, Bytes
 from flashrt.core.planner import Slot
+from flashrt.core.runs import MAX_RUNS, Run
 from flashrt.engine import cursors
 from flashrt.engine.admission import check_action_state
 from flashrt.engine.cursors import KnownCursors
@@ -40,8 +41,11 @@ from flashrt.models.flow_policy.model import (
     OBSERVE,
     PLAN,
     PLAN_BEGIN,
+    PLAN_EACH,
     PLAN_STEP,
+    SHARED,
     TICK,
+    TICK_EACH,
     FlowPolicy,
 )
 from flashrt.ops.cursor import (
@@ -162,6 +166,46 @@ class ActionEngine(Engine):
         cursors.acted(words, self.config)
         self._cursors.keep(lane, words)
         return self._acted(lane)
+
+    @property
+    def most_together(self) -> int:
+        """Lanes that one replay can tick, or plan."""
+        return min(len(self.lanes), MAX_RUNS)
+
+    def tick_together(
+        self, lanes: Sequence[Lane], observations: Sequence[ArrayLike], *, hold: bool = False
+    ) -> list[Action]:
+        """`tick` of up to `most_together` lanes in one replay, each with its own observation. The
+        bits are those of each lane alone; so are the errors, before anything is changed.
+        """
+        self._check_together(lanes)
+        checked = [self._checked(observation) for observation in observations]
+        for lane in lanes:
+            self._need_action(lane, hold)
+        taken = [self._cursors.take(lane) for lane in lanes]
+        for lane, observation in zip(lanes, checked, strict=True):
+            self._write(lane, "observation", observation)
+        self._run_each(TICK_EACH, lanes)
+        for lane, words in zip(lanes, taken, strict=True):
+            cursors.observed(words)
+            cursors.acted(words, self.config)
+            self._cursors.keep(lane, words)
+        return [self._acted(lane) for lane in lanes]
+
+    def plan_together(self, lanes: Sequence[Lane], committed: int = 0) -> None:
+        """`plan` of several lanes in one replay; see `tick_together`."""
+        self._check_together(lanes)
+        rows = [self._committed(lane, committed) for lane in lanes]
+        taken = [self._cursors.take(lane) for lane in lanes]
+        for lane, n in zip(lanes, rows, strict=True):
+            request = np.zeros(REQUEST_WORDS, np.int32)
+            request[RequestWord.COMMITTED] = n
+            self._write(lane, "request", request)
+        self._run_each(PLAN_EACH, lanes)
+        for lane, words, n in zip(lanes, taken, rows, strict=True):
+            cursors.began(words, n, self.config)
+            cursors.stepped(words, self.config.num_inference_steps)
+            self._cursors.keep(lane, words)
 
     def plan(self, lane: Lane, committed: int = 0) -> None:
         """A new chunk of actions from the last observation, in place of the queue's.
@@ -348,8 +392,23 @@ class ActionEngine(Engine):
         return bool(kept)
 
     def _run(self, phase: str, lane: Lane, rows: int = 1) -> None:
-        self.replay(phase, rows, lane)
+        self.replay(phase, rows, (Run(lane.index, rows),))
         self.boundary()
+
+    def _run_each(self, phase: str, lanes: Sequence[Lane]) -> None:
+        if len(self.lanes) == 1:  # which has no graphs to share
+            self._run(SHARED[phase], lanes[0])
+        else:
+            self.replay(phase, 1, tuple(Run(lane.index, 1) for lane in lanes))
+            self.boundary()
+
+    def _check_together(self, lanes: Sequence[Lane]) -> None:
+        indices = [lane.index for lane in lanes]
+        if not 1 <= len(set(indices)) == len(indices) <= self.most_together:
+            raise SessionError(
+                f"lanes {indices} together: one replay is about 1 to {self.most_together} of them, "
+                "each once"
+            )
 
     def _begin(self, phase: str, lane: Lane, committed: int, steps: int) -> None:
         """A graph that begins a chunk and does `steps` of its Euler steps."""

@@ -42,8 +42,9 @@ from flashrt.core.graph import GraphKey, GraphTable
 from flashrt.core.op import Op
 from flashrt.core.planner import ArenaPlan, plan_arena, plan_band
 from flashrt.core.region import Region, Role
+from flashrt.core.runs import Run
 from flashrt.core.tape import Tape
-from flashrt.models.model import Model
+from flashrt.models.model import Model, tapes_of
 from flashrt.ops import OPS
 from flashrt.weights.checkpoint import Checkpoint
 from flashrt.weights.loader import LoadReport, check_sources, fill_weights
@@ -101,7 +102,7 @@ class Engine:
         if pool_bytes is not None:
             pool_bytes = _checked_size("pool_bytes", pool_bytes, 0, MAX_POOL_NBYTES)
         check_sources(model.weights, checkpoint)  # before time or memory is spent
-        tapes = [model.record(phase, rows) for phase, rows in model.phases]
+        tapes = tapes_of(model, lanes)
         backend.build(_with_own_ops(tapes), progress)
         plan = self._plan(tapes, lanes, pool_bytes, pool_default)
         weights = plan_band([r.region for r in model.weights], backend.storage)
@@ -269,18 +270,18 @@ class Engine:
 
     # -- for verbs ------------------------------------------------------------------------------
 
-    def replay(self, phase: str, rows: int, lane: Lane) -> None:
-        """One graph on a lane; at FLASHRT_DEBUG=2 launch by launch, with microseconds."""
+    def replay(self, phase: str, rows: int, runs: tuple[Run, ...]) -> None:
+        """One graph on rows of lanes; at FLASHRT_DEBUG=2 launch by launch, with microseconds."""
         asked = flags()
         if asked.debug >= tracing.LAUNCHES:
-            self._replay_traced(phase, rows, lane)
+            self._replay_traced(phase, rows, runs)
         else:
-            key = GraphKey(phase, rows, lane.index)
+            key = GraphKey(phase, rows)
             if (rows == 1 and active_count() == 1) or asked.poison:
                 # A short kernel and nobody to wait for it; or nobody may poison scratch meanwhile.
-                self.graphs.replay(key)
+                self.graphs.replay(key, runs)
             else:
-                with self.turn.given_up(): self.graphs.replay(key)  # noqa: E701  # fmt: skip
+                with self.turn.given_up(): self.graphs.replay(key, runs)  # noqa: E701  # fmt: skip
 
     def boundary(self) -> None:
         """Between two verbs: scratch is dead, and with FLASHRT_POISON it shows who relies on it."""
@@ -307,14 +308,14 @@ class Engine:
         return plan_arena(regions, tapes, storage, lanes=lanes, pool_nbytes=pool_bytes)
 
     def _capture(self, tapes: Sequence[Tape], progress: Progress | None) -> None:
-        total = len(tapes) * len(self.lanes)
-        for i, (lane, tape) in enumerate((lane, t) for lane in self.lanes for t in tapes):
-            self.graphs.capture(tape, lane.index)
+        for i, tape in enumerate(tapes):
+            self.graphs.capture(tape)
             if progress is not None:
-                progress("graphs", i + 1, total)
+                progress("graphs", i + 1, len(tapes))
 
-    def _replay_traced(self, phase: str, rows: int, lane: Lane) -> None:
-        for i, bound in enumerate(self.arena.bind(self._tapes[phase, rows], lane.index)):
+    def _replay_traced(self, phase: str, rows: int, runs: tuple[Run, ...]) -> None:
+        self.arena.write_runs(runs)
+        for i, bound in enumerate(self.arena.bind(self._tapes[phase, rows])):
             start = time.perf_counter()
             self.backend.eager([bound])
             self.backend.sync()
@@ -351,7 +352,8 @@ def _fingerprint(
     Context length, lane count and the buckets of a phase are not part of it: a capsule fits
     wherever its position does.
     """
-    first = {tape.phase: tape for tape in reversed(tapes)}
+    own = tapes[: len(model.phases)]  # what lanes share gives the same bits
+    first = {tape.phase: tape for tape in reversed(own)}
     described: Mapping[str, object] = {
         "format": 2,
         "model": model.name,

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flashrt.base.errors import SessionError
 from flashrt.capsule.file import CapsuleHeader
 from flashrt.capsule.lineage import Lane
 from flashrt.core.backend import Backend, Bytes
+from flashrt.core.runs import MAX_RUNS, Run
 from flashrt.engine.admission import check_state
 from flashrt.engine.engine import Engine, PoolDefault
 from flashrt.models.model import (
@@ -30,6 +32,9 @@ from flashrt.models.model import (
     DRAFT_NEXT,
     PREFILL,
     SAMPLE,
+    STEP,
+    STEP_ROWS,
+    TOGETHER,
     VERIFY,
     TokenModel,
 )
@@ -72,6 +77,7 @@ class TokenEngine(Engine):
         self.draft_counters = DraftCounters()
         super().__init__(model, checkpoint, backend, pool_default=POOL_DEFAULT, **options)
         self._views = [_HostView() for _ in self.lanes]
+        self._shared = model.shared_phases(len(self.lanes))
         self._cursors = [lane.fixed.slot("cursor").offset for lane in self.arena.plan.lanes]
         self._commit_rows = max(
             (rows for phase, rows in model.phases if phase == COMMIT), default=0
@@ -113,6 +119,72 @@ class TokenEngine(Engine):
         self._replay_commit(DECODE, 1, lane, np.array([token], np.int32))
         return self._read_token(lane)
 
+    @property
+    def most_together(self) -> int:
+        """Lanes that one replay can decode."""
+        return min(len(self.lanes), MAX_RUNS)
+
+    def decode_together(self, lanes: Sequence[Lane], tokens: Sequence[int]) -> list[int]:
+        """`decode` of up to `most_together` lanes in one replay, each with its own token and
+        sampler: the token after each, in order. The bits are those of each lane alone.
+        """
+        if len(lanes) == 1:
+            return [self.decode(lanes[0], tokens[0])]
+        bucket = next(n for p, n in self._shared if p == TOGETHER and n >= len(lanes))
+        runs = []
+        for lane, token in zip(lanes, tokens, strict=True):
+            self.need_token(lane, token)
+            runs.append((lane, np.array([token], np.int32)))
+        return self._replay_runs(TOGETHER, bucket, runs)
+
+    def step(self, runs: Sequence[tuple[Lane, NDArray[np.int32]]]) -> list[int]:
+        """Tokens of up to `most_together` lanes in one replay, STEP_ROWS of them at most in all:
+        pieces of a prompt here, the token sampled last there. They are committed; returns the token
+        that each lane's sampler gives after its last one. The bits are those of each lane alone.
+
+        For schedulers: `STEP_ROWS` bounds how long a lane that decodes waits for others' prompts.
+        Raises SessionError for no lane, too many, one that is named twice, and for too many tokens.
+        """
+        n_rows = sum(len(tokens) for _, tokens in runs)
+        is_fine = 1 <= len(runs) <= self.most_together and n_rows <= STEP_ROWS
+        lanes = {lane.index for lane, _ in runs}
+        if not is_fine or len(lanes) < len(runs) or any(not len(tokens) for _, tokens in runs):
+            raise SessionError(
+                f"step: {n_rows} tokens of lanes {[lane.index for lane, _ in runs]}; a step takes "
+                f"tokens of each of 1 to {self.most_together} lanes, {STEP_ROWS} in all"
+            )
+        for lane, tokens in runs:
+            if lane.position + len(tokens) > self.max_positions:
+                raise SessionError(
+                    f"step: lane {lane.index}: position {lane.position} + {len(tokens)} tokens > "
+                    f"max_positions {self.max_positions}"
+                )
+        if len(self.lanes) == 1:
+            ((lane, tokens),) = runs
+            self.prefill(lane, tokens)
+            self._set_rows(lane, 1)
+            self._replay(SAMPLE, 1, lane)
+            return [self._read_token(lane)]
+        for lane, tokens in runs:
+            self._write_io(lane, "tokens", tokens)
+        return self._replay_runs(STEP, STEP_ROWS, runs)
+
+    def _replay_runs(
+        self, phase: str, bucket: int, runs: Sequence[tuple[Lane, NDArray[np.int32]]]
+    ) -> list[int]:
+        """A replay that commits tokens of each lane, and the token it sampled for each."""
+        for lane, tokens in runs:
+            self._begin_commit(lane, tokens)
+        self.replay(phase, bucket, tuple(Run(lane.index, len(tokens)) for lane, tokens in runs))
+        for lane, _ in runs:
+            self._end_commit(lane)
+        self.boundary()
+        reads = [self.backend.begin_read(self._token_address(lane), 4) for lane, _ in runs]
+        found = [int(read().view(np.int32)[0]) for read in reads]
+        for (lane, _), token in zip(runs, found, strict=True):
+            self._view(lane).token = token
+        return found
+
     def need_token(self, lane: Lane, token: int) -> None:
         """The token to go on from is this one: written where another was sampled meanwhile."""
         view = self._view(lane)
@@ -124,7 +196,7 @@ class TokenEngine(Engine):
         """Logits of the present boundary, and a token sampled from them."""
         self.set_sampler(lane, params)
         self._set_rows(lane, 1)  # kernels take the rows of a launch from the cursor
-        self.replay(SAMPLE, 1, lane)
+        self._replay(SAMPLE, 1, lane)
         return self._read_token(lane)
 
     def draft(self, lane: Lane, n_tokens: int) -> None:
@@ -135,7 +207,7 @@ class TokenEngine(Engine):
         """
         lane.overwrite()
         for i in range(n_tokens):
-            self.replay(DRAFT_NEXT if i else DRAFT, 1, lane)
+            self._replay(DRAFT_NEXT if i else DRAFT, 1, lane)
             self.boundary()
 
     def verify(self, lane: Lane, rows: int) -> list[int]:
@@ -148,7 +220,7 @@ class TokenEngine(Engine):
         bucket = min(r for phase, r in self.model.phases if phase == VERIFY and r >= rows)
         lane.overwrite()
         self._set_rows(lane, rows)
-        self.replay(VERIFY, bucket, lane)
+        self._replay(VERIFY, bucket, lane, rows)
         verdict = self._read_io(lane, "verdict", rows + 1)
         n = int(verdict[0])
         self.draft_counters.verifies += 1
@@ -231,16 +303,29 @@ class TokenEngine(Engine):
 
     def _replay_commit(self, phase: str, rows: int, lane: Lane, tokens: NDArray[np.int32]) -> None:
         """A replay after which the tokens are history, on the device and here."""
+        self._begin_commit(lane, tokens)
+        self._replay(phase, rows, lane, len(tokens))
+        self._end_commit(lane)
+        self.boundary()
+
+    def _begin_commit(self, lane: Lane, tokens: NDArray[np.int32]) -> None:
+        """The next replay commits the tokens."""
         lane.overwrite()
         view = self._view(lane)
         if view.rows != len(tokens):
             self._set_rows(lane, len(tokens))
         view.token = -1
         view.in_flight = tokens
-        self.replay(phase, rows, lane)
-        lane.commit(tokens)
+
+    def _end_commit(self, lane: Lane) -> None:
+        """The replay is done: what it was to commit is history."""
+        view = self._views[lane.index]
+        assert view.in_flight is not None
+        lane.commit(view.in_flight)
         view.in_flight = None
-        self.boundary()
+
+    def _replay(self, phase: str, bucket: int, lane: Lane, rows: int = 1) -> None:
+        self.replay(phase, bucket, (Run(lane.index, rows),))
 
     def _view(self, lane: Lane) -> _HostView:
         view = self._views[lane.index]
@@ -262,6 +347,9 @@ class TokenEngine(Engine):
 
     def _cursor_address(self, lane: Lane, word: int) -> int:
         return self.arena.memory.address + self._cursors[lane.index] + 4 * word
+
+    def _token_address(self, lane: Lane) -> int:
+        return self._cursor_address(lane, CursorWord.TOKEN)
 
     def _set_rows(self, lane: Lane, rows: int) -> None:
         view = self._view(lane)

@@ -14,11 +14,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashrt.base.errors import PlanError
 from flashrt.core.op import AttrValue, Op
-from flashrt.core.region import DType, Operand, Region, View, as_view
+from flashrt.core.region import DType, Operand, Region, Role, View, as_view
+from flashrt.core.runs import RUNS
 from flashrt.core.tape import Tape
 from flashrt.models.lane import scales_name
 from flashrt.ops import table as ops
@@ -27,6 +28,11 @@ from flashrt.weights.rules import part_name
 
 # Up to this many rows, attention leaves partials so that key blocks can be spread over cores.
 _SPREAD_ROWS = 9
+# Ops that see rows and know no lane: where lanes share a launch, these take the rows of all.
+_ROW_OPS = frozenset((
+    ops.LINEAR, ops.RMSNORM, ops.ADD_RMSNORM, ops.GATED_RMSNORM, ops.DELTA_GATES, ops.SILU_MUL,
+    ops.ADD_BIAS,
+))  # fmt: skip
 # Constants of a model: frequencies of rotary pairs; the one frequency 0, for layers that turn
 # nothing; ones in place of head norms, for models without.
 INV_FREQ, NO_ROPE, NO_NORM = "inv_freq", "no_rope", "no_norm"
@@ -47,7 +53,9 @@ class BlockRecorder:
     layer to the next.
 
     `rows` and `cursor` are those of the launches to come; `narrow` changes both. `magnitude` is
-    that of rotated heads: see models.rope.
+    that of rotated heads: see models.rope. On a tape that several lanes share, ops that see rows
+    alone take those of all lanes, and what is about a lane moves from run to run; where each lane
+    has one row, it is launched on one.
     """
 
     def __init__(
@@ -59,6 +67,7 @@ class BlockRecorder:
         self.magnitude = magnitude
         self.rows = tape.rows
         self.cursor = regions["cursor"]
+        self._all_rows = RUNS.view().cols(0, ops.CURSOR_WORDS)  # the cursor of those of all lanes
 
     def attention(
         self,
@@ -123,7 +132,7 @@ class BlockRecorder:
         below `shift` are not read.
         """
         _, query_heads, head_dim = q.shape
-        spread = self.rows if self.rows <= _SPREAD_ROWS else 1
+        spread = self.rows if self.rows <= _SPREAD_ROWS or self.is_row_each else 1
         n_blocks = -(-keys.shape[1] // ops.ATTENTION_BLOCK)
         partials = self.tape.scratch(f"{at}.partials", spread, query_heads, n_blocks, head_dim + 2)
         mixed = self.activation(f"{at}.mixed", query_heads * head_dim)
@@ -225,11 +234,27 @@ class BlockRecorder:
         """
         regions = self.regions
         name = f"sample.{len(self.tape.launches)}"
-        work = self.tape.scratch(name, 2, as_view(logits).shape[1])
+        work = self.tape.scratch(name, 2 * self.tape.max_runs, as_view(logits).shape[1])
         self.tape.record(
             ops.SAMPLE, logits=logits, sampler=regions["sampler"], bias=regions["bias"],
-            journal=regions["journal"], work=work, cursor=cursor,
+            journal=regions["journal"], work=work.span(0, 2).per_run(), cursor=cursor,
         )  # fmt: skip
+
+    def sample_each_from(self, hidden: Operand, weight: str) -> None:
+        """Of lanes that share the tape: logits of the last row of `hidden` of each, kept in its
+        lane, and the next token from them.
+        """
+        (_, vocab_size), n = self.regions["logits"].shape, self.tape.max_runs
+        if not self.is_row_each:
+            last = self.tape.scratch("last", n, as_view(hidden).shape[1], dtype=DType.ACT)
+            self.launch(ops.LAST_ROW, x=hidden, y=last.span(0, 1).per_run())
+            hidden = last
+        self._all_rows = RUNS.view().cols(ops.CURSOR_WORDS, 2 * ops.CURSOR_WORDS)
+        logits = self.tape.scratch("logits", n, vocab_size)
+        self.head(hidden, weight, logits)
+        own = logits.span(0, 1).per_run()
+        self.launch(ops.LAST_VALUES, x=own, y=self.regions["logits"])
+        self.sample(own, self.cursor)
 
     def linear(self, name: str, x: Operand, weight: str) -> Region:
         """A new scratch region [rows, N] = x w^T."""
@@ -280,8 +305,35 @@ class BlockRecorder:
         self.cursor, self.rows = last, 1
 
     def launch(self, op: Op, **bindings: Operand | AttrValue) -> None:
-        """One launch on the recorder's cursor."""
-        self.tape.record(op, cursor=self.cursor, **bindings)
+        """One launch on the recorder's cursor; see the class for tapes that lanes share."""
+        if not self.is_shared:
+            self.tape.record(op, cursor=self.cursor, **bindings)
+        elif op in _ROW_OPS:
+            self.tape.record(op, cursor=self._all_rows, **bindings)
+        else:
+            moving = {
+                name: self._of_run(value) if isinstance(value, Region | View) else value
+                for name, value in bindings.items()
+            }
+            self.tape.record(op, cursor=self.cursor, **moving)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether lanes share the tape."""
+        return self.tape.max_runs > 1
+
+    @property
+    def is_row_each(self) -> bool:
+        """Whether lanes share it with a row each."""
+        return 1 < self.tape.max_runs == self.tape.rows
+
+    def _of_run(self, operand: Operand) -> Operand:
+        """Where each run has a row: the run's row of scratch."""
+        view = as_view(operand)
+        is_still = view.region.role is not Role.SCRATCH or view.run_lead > 0
+        if is_still or not self.is_row_each:
+            return operand
+        return replace(view, shape=(1, *view.shape[1:])).per_run()
 
     def scratch(self, name: str, *columns: int) -> Region:
         """Float32 scratch with a row per row of the launch."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from flashrt.core.region import Region
+from flashrt.core.runs import MAX_RUNS
 from flashrt.core.tape import Tape
 from flashrt.weights.rules import WeightRule
 
@@ -19,6 +20,11 @@ BUCKETS = (1, 8, 64, 256)
 # Phases of token models.
 PREFILL, DECODE, SAMPLE = "prefill", "decode", "sample"
 DRAFT, DRAFT_NEXT, VERIFY, COMMIT = "draft", "draft_next", "verify", "commit"
+# Replays that lanes share. Together: decode, a row each; a replay of n lanes takes the smallest
+# that holds n. Step: some rows of each, so few in all that nobody waits long for another's prompt.
+TOGETHER, STEP = "together", "step"
+STEP_ROWS = 64
+_TOGETHER_LANES = (2, 4, 8, 16)
 
 
 class Model(Protocol):
@@ -45,8 +51,12 @@ class Model(Protocol):
         """(phase, rows) of every tape that `record` knows."""
         ...
 
+    def shared_phases(self, lanes: int) -> tuple[tuple[str, int], ...]:
+        """(phase, rows) of replays that up to so many lanes share; `record` knows them too."""
+        ...
+
     def record(self, phase: str, rows: int) -> Tape:
-        """The launches of one phase. Raises PlanError for a pair that is not in `phases`."""
+        """The launches of one phase. Raises PlanError for a pair that is in neither."""
         ...
 
 
@@ -59,3 +69,21 @@ class TokenModel(Model, Protocol):
     def buckets(self) -> tuple[int, ...]:
         """Rows of the prefill graphs, ascending."""
         ...
+
+
+def tapes_of(model: Model, lanes: int) -> tuple[Tape, ...]:
+    """All tapes of an engine with so many lanes: those of `phases`, then those that lanes share."""
+    phases = (*model.phases, *model.shared_phases(lanes))
+    return tuple(model.record(phase, rows) for phase, rows in phases)
+
+
+def token_shared_phases(lanes: int) -> tuple[tuple[str, int], ...]:
+    """See Model.shared_phases."""
+    if lanes < 2:
+        return ()
+    return (*((TOGETHER, n) for n in _TOGETHER_LANES if n < 2 * lanes), (STEP, STEP_ROWS))
+
+
+def shared_tape(phase: str, rows: int) -> Tape:
+    """An empty tape of one of them."""
+    return Tape(phase, rows, max_runs=rows if phase == TOGETHER else MAX_RUNS)

@@ -112,9 +112,8 @@ class SessionRecorder:
         plain = {**options, "stop": sorted(int(token) for token in stop)}
         if plain.get("logit_bias") is not None:
             plain["logit_bias"] = sorted(plain["logit_bias"].items())
-        return Generation(
-            self.session.turn, self.session.lock, self._recorded(stream, max_tokens, plain)
-        )
+        steps = self._recorded(stream, max_tokens, plain)
+        return Generation(stream.session, stream.params, stream.draft, max_tokens, steps)
 
     def rollback(self, position: int) -> None:
         """See Session.rollback."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from flashrt.base.locks import reentrant_lock
 from flashrt.base.tracing import PLAN, trace
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane, Waypoint
-from flashrt.capsule.turn import Turn, exclusive
+from flashrt.capsule.turn import exclusive
 from flashrt.engine.tokens import TokenEngine
 from flashrt.ops.sample import SamplerParams
 from flashrt.session import waypoints
@@ -39,8 +39,13 @@ EndReason = Literal["stop", "length", "context"]
 class Generation(Iterator[int]):
     """Tokens as they are sampled. Made by `Session.generate`; nothing runs before the first."""
 
-    def __init__(self, turn: Turn, lock: Any, steps: Generator[int, None, EndReason]) -> None:
-        self.turn, self.lock = turn, lock
+    def __init__(
+        self, session: Session, params: SamplerParams, draft: DraftLength, max_tokens: int,
+        steps: Generator[int, None, EndReason],
+    ) -> None:  # fmt: skip
+        self.session, self.params, self.draft = session, params, draft
+        self.turn, self.lock = session.turn, session.lock
+        self.left = max_tokens  # tokens that it may still yield
         self._steps = steps
         self._reason: EndReason | None = None
 
@@ -53,16 +58,20 @@ class Generation(Iterator[int]):
 
     @exclusive
     def __next__(self) -> int:
+        left, self.left = self.left, 0
         try:
-            return next(self._steps)
+            token = next(self._steps)
         except StopIteration as end:
             if end.value is not None:
                 self._reason = end.value
             raise StopIteration from None
+        self.left = left - 1
+        return token
 
     @exclusive
     def close(self) -> None:
         """End it here; what was yielded is history."""
+        self.left = 0
         self._steps.close()
 
 
@@ -113,6 +122,11 @@ class Session:
         if self._lane.owed is not None:
             return self._lane.tokens
         return np.append(self._lane.tokens, np.array(self._tail.pending, np.int32))
+
+    @property
+    def engine(self) -> TokenEngine:
+        """Whose lane it has."""
+        return self._engine
 
     @property
     def lane(self) -> Lane:
@@ -219,7 +233,24 @@ class Session:
             length = self._adaptive
         if max_tokens:
             self._check_room(1, "generate")
-        return Generation(self.turn, self.lock, self._generate(max_tokens, params, stops, length))
+        steps = self._generate(max_tokens, params, stops, length)
+        return Generation(self, params, length, max_tokens, steps)
+
+    def fed_next(self, draft: DraftLength) -> int | None:
+        """The token that the next step of `generate` will decode, if it will decode one and do
+        nothing else: so other lanes may share the replay.
+        """
+        lane = self._lane
+        is_ready = self._closed_with is None and lane.is_trusted
+        if not is_ready or self._engine.is_in_flight(lane):
+            return None
+        if self._tail.end >= self._engine.max_positions:
+            return None
+        return self._tail.fed_next(draft)
+
+    def fed(self, params: SamplerParams, following: int) -> None:
+        """It was decoded, in a replay that lanes shared; `following` was sampled after it."""
+        self._tail.fed(params, following)
 
     def _generate(
         self, max_tokens: int, params: SamplerParams, stops: frozenset[int], draft: DraftLength
@@ -280,12 +311,20 @@ class Session:
         self._parent = capsule
         self._epoch += 1
 
-    @exclusive
-    def fork(self, capsule: Capsule | None = None) -> Session:
-        """Another session, on a free lane, in this one's present state or in a capsule's.
+    @overload
+    def fork(self, capsule: Capsule | None = None) -> Session: ...
+    @overload
+    def fork(self, capsule: int) -> list[Session]: ...
+    def fork(self, capsule: Capsule | int | None = None) -> Session | list[Session]:
+        """Another session, on a free lane, in this one's present state or in a capsule's; or as
+        many as a number says, all in this one's present state.
 
-        Raises LaneBusy when no lane is free.
+        Raises LaneBusy when so many lanes are not free; none is taken then.
         """
+        return self._forks(capsule) if isinstance(capsule, int) else self._fork(capsule)
+
+    @exclusive
+    def _fork(self, capsule: Capsule | None = None) -> Session:
         self._check_open()
         if capsule is not None:
             _check_type(capsule)
@@ -296,6 +335,20 @@ class Session:
             source = capsule
             return Session(self._engine, lambda lane: self._table.restore(lane, source), capsule)
         return Session(self._engine, lambda lane: self._table.fork(self._lane, lane), self._parent)
+
+    @exclusive
+    def _forks(self, n: int) -> list[Session]:
+        if n < 0:
+            raise SessionError(f"fork: n={n} is negative")
+        forks: list[Session] = []
+        try:
+            while len(forks) < n:
+                forks.append(self._fork())
+        except BaseException:
+            for fork in forks:
+                fork.close()
+            raise
+        return forks
 
     @exclusive
     def rollback(self, position: int) -> None:

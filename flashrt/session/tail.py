@@ -95,6 +95,20 @@ class Tail:
         known = self._state
         return known.tokens[end - known.base]
 
+    def fed_next(self, draft: DraftLength) -> int | None:
+        """The token that `next` will decode, if all that it will do is to decode one: else None."""
+        known, position = self._known, self._lane.record.position
+        end = max(known.end, position)
+        is_ahead = known.base <= end < known.base + len(known.tokens)
+        if is_ahead or known.kept or draft.draft or end != position + 1:
+            return None
+        return known.tokens[position - known.base]
+
+    def fed(self, params: SamplerParams, following: int) -> None:
+        """That token was decoded, together with other lanes': `following` was sampled after it."""
+        self._restart((following,), params, logits_at=self._lane.record.position)
+        self._committed()
+
     def take_pending(self) -> NDArray[np.int32]:
         """History that is to be fed: int32 [0] or [1]; whatever the device kept is committed.
 
@@ -172,9 +186,7 @@ class Tail:
 
     def _decode(self, params: SamplerParams, token: int) -> None:
         self._engine.set_sampler(self._lane, params)
-        following = self._engine.decode(self._lane, token)
-        self._restart((following,), params, logits_at=self._lane.record.position)
-        self._committed()
+        self.fed(params, self._engine.decode(self._lane, token))
 
     def _step(self, params: SamplerParams, draft: DraftLength, wanted: int) -> None:
         """Feed what is pending, and so learn at least one token more."""

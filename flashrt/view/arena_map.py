@@ -52,6 +52,7 @@ def bands(plan: ArenaPlan) -> list[tuple[str, str, Band]]:
     for i, lane in enumerate(plan.lanes):
         parts += [("fixed", f"lane {i} fixed", lane.fixed), ("rows", f"lane {i} rows", lane.rows)]
     parts += [("io", f"lane {i} io", lane.io) for i, lane in enumerate(plan.lanes)]
+    parts.append(("io", "shared", plan.shared))
     return [*parts, ("scratch", "scratch", plan.scratch), ("pool", "pool", plan.pool)]
 
 

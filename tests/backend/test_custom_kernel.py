@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 from flashrt.backends.cuda.device import CudaDevice, open_device
 from flashrt.backends.cuda.kernels import KernelLaunch, Shape
 from flashrt.backends.simt.device import SimtDevice
-from flashrt.base.errors import BackendError, CompileError, SealedError
+from flashrt.base.errors import BackendError, CompileError, PlanError, SealedError
 from flashrt.core.backend import BoundLaunch
 from flashrt.core.op import Attr, Op, Param, bind
 from flashrt.core.region import DType, Region, Role
+from flashrt.core.runs import STRIDE_UNIT, TABLE_WORDS, Run, Stride, table_of
 from flashrt.ops.table import OPS
 
 SCALE = Op("scale", "y = factor * x", (Param("x", "r", ("N",)), Param("y", "w", ("N",))), (
@@ -80,6 +82,44 @@ def test_an_own_kernel_changes_the_fingerprint(device: CudaDevice) -> None:
     before = device.kernel_digest
     device.add_source(SOURCE, {"scale": expand}, name="scale.cu")
     assert device.kernel_digest != before
+
+
+def test_a_kernel_over_runs(device: CudaDevice) -> None:
+    """Each run scales the x of its lane; a third, which the grid has room for, is not there."""
+    source = SOURCE.replace("scale_args a) {", "scale_args launch) {\n  OPEN_RUN(scale);")
+    device.add_source(source, {"scale": expand}, name="scale.cu")
+    device.build([SCALE])
+    lane_bytes = 8192
+    memory = device.allocate("arena", 3 * lane_bytes)
+    table_at = device.allocate("runs", 4 * TABLE_WORDS).address
+    strides = (Stride(lane=lane_bytes // STRIDE_UNIT),) * 2
+    over = replace(launch(memory.address), runs=table_at, strides=strides, max_runs=3)
+    graph = device.capture([over])
+    x = np.arange(3 * N, dtype=np.float32).reshape(3, N)
+    device.fill(memory.address, 3 * lane_bytes, 0)
+    for lane in range(3):
+        device.write(memory.address + lane * lane_bytes, x[lane].view(np.uint8))
+    device.replay(graph, table_of((Run(2, 1), Run(0, 1))), table_at)
+    raw = np.empty(3 * lane_bytes, np.uint8)
+    device.read(memory.address, raw)
+    y = raw.view(np.float32).reshape(3, -1)[:, N : 2 * N]
+    assert (y == np.array([[2.5], [0], [2.5]], np.float32) * x).all()
+
+
+def test_a_kernel_that_knows_no_runs_is_refused(device: CudaDevice) -> None:
+    """Red: it would read lane 0 for every lane."""
+    device.add_source(SOURCE, {"scale": expand}, name="scale.cu")
+    device.build([SCALE])
+    memory = device.allocate("arena", 8 * N)
+    strides = (Stride(lane=1), Stride(lane=1))
+    over = replace(launch(memory.address), runs=memory.address, strides=strides, max_runs=2)
+    with pytest.raises(BackendError, match=r"let scale begin with OPEN_RUN\(scale\)"):
+        device.capture([over])
+
+
+def test_a_grid_without_room_for_runs_is_refused() -> None:
+    with pytest.raises(PlanError, match="leaves no dimension for runs"):
+        KernelLaunch("scale.cu", "scale", (), (1, 1, 2), (128, 1, 1)).of_runs(3)
 
 
 def test_mistakes_are_named(device: CudaDevice) -> None:

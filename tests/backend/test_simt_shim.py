@@ -225,8 +225,8 @@ PLANTS = {
     ),
     "attention: no barrier before the weights are read": Plant(
         "attention_few.cu",
-        "Scales(a, key_head));\n  __syncthreads();",
-        "Scales(a, key_head));",
+        "Scales(launch, key_head));\n  __syncthreads();",
+        "Scales(launch, key_head));",
         attention(3, 3, (4, 2), 32, 200, 300, "bf16"),
     ),
 }

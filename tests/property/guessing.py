@@ -107,12 +107,12 @@ def interrupting(engine: flashrt.Engine, after: int, is_done: bool) -> Iterator[
     """KeyboardInterrupt at the replay that follows `after` others; afterwards if it `is_done`."""
     replay, left = engine.backend.replay, after
 
-    def interrupted(graph: Graph) -> None:
+    def interrupted(graph: Graph, *table: Any) -> None:
         nonlocal left
         left -= 1
         if left == -1 and not is_done:
             raise KeyboardInterrupt
-        replay(graph)
+        replay(graph, *table)
         if left == -1:
             raise KeyboardInterrupt
 

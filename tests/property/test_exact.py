@@ -155,7 +155,7 @@ def test_a_thousand_tokens_allocate_compile_and_capture_nothing(engine: flashrt.
     with pytest.raises(flashrt.FlashrtError, match="seal"):
         long.backend.allocate("more", 1)
     with pytest.raises(flashrt.FlashrtError, match="seal"):
-        long.graphs.capture(long.model.record("decode", 1), 0)
+        long.graphs.capture(long.model.record("decode", 1))
 
 
 def test_guards_are_whole(engine: flashrt.Engine) -> None:

@@ -152,7 +152,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(target=sessions, session=sessions)
     def fork(self, session: flashrt.Session) -> Any:
-        if not self.live(session) or len(self.history) == LANES - 1:
+        if not self.live(session) or len(self.history) == len(self.engine.lanes) - 1:
             return multiple()
         other = session.fork()
         self.history[other] = list(self.history[session])
@@ -160,7 +160,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(target=sessions, session=sessions, capsule=capsules)
     def fork_capsule(self, session: flashrt.Session, capsule: flashrt.Capsule) -> Any:
-        full = len(self.history) == LANES - 1
+        full = len(self.history) == len(self.engine.lanes) - 1
         if not self.live(session) or capsule not in self.frozen or full:
             return multiple()
         other = session.fork(capsule)

@@ -388,3 +388,54 @@ def test_random_histories_equal_their_replay(name: str, checkpoint: Path) -> Non
     engine.capsules.check_integrity()
     engine.arena.check_guards()
     engine.close()
+
+
+def test_lanes_tick_and_plan_together(engine: ActionEngine) -> None:
+    """Fault: a lane's scratch, queue, noise or observation is another's, where they share a replay;
+    or what one lane cannot do changes the others.
+    """
+    seen = observations(engine, 3 * 20).reshape(20, 3, -1)
+    lanes, committed = engine.lanes, 1
+    alone: list[tuple[list[bytes], str]] = []
+    for i, lane in enumerate(lanes):
+        engine.reset(lane, seed=i)
+        taken = []
+        for tick, observation in enumerate(seen[:20, i]):
+            if tick % 3 == 0:
+                engine.observe(lane, observation)
+                engine.plan(lane, committed=committed if tick else 0)
+                taken.append(engine.act(lane).tobytes())
+            else:
+                taken.append(engine.tick(lane, observation).tobytes())
+        alone.append((taken, engine.digest(lane)))
+    for i, lane in enumerate(lanes):
+        engine.reset(lane, seed=i)
+    got: list[list[bytes]] = [[] for _ in lanes]
+    order = [2, 0, 1]
+    for tick in range(20):
+        group = [lanes[i] for i in order]
+        if tick % 3 == 0:
+            for i in order:
+                engine.observe(lanes[i], seen[tick, i])
+            engine.plan_together(group, committed=committed if tick else 0)
+            actions = [engine.act(lane) for lane in group]
+        else:
+            actions = engine.tick_together(group, [seen[tick, i] for i in order])
+        for i, action in zip(order, actions, strict=True):
+            got[i].append(action.tobytes())
+        order = order[1:] + order[:1]
+    assert [(got[i], engine.digest(lane)) for i, lane in enumerate(lanes)] == alone
+    before = [engine.digest(lane) for lane in lanes]
+    bad = seen[0].copy()
+    bad[1, 0] = np.nan
+    with pytest.raises(ObservationError):
+        engine.tick_together(lanes, bad)
+    engine.reset(lanes[2])
+    before[2] = engine.digest(lanes[2])
+    with pytest.raises(SessionError, match="no action"):
+        engine.tick_together(lanes, seen[0])
+    for wrong in ([], [lanes[0]] * 2):
+        with pytest.raises(SessionError, match="together"):
+            engine.plan_together(wrong)
+    assert [engine.digest(lane) for lane in lanes] == before
+    engine.arena.check_guards()

@@ -19,6 +19,7 @@ from flashrt.base.errors import CheckpointError, FlashrtError
 from flashrt.base.tensor_file import parse_json
 from flashrt.models import model_for, notes_on
 from flashrt.models.flow_policy.config import parse_config as parse_policy
+from flashrt.models.model import tapes_of
 from flashrt.weights.checkpoint import open_checkpoint
 from flashrt.weights.loader import check_sources
 from flashrt.weights.random_policy import policy_config
@@ -67,8 +68,7 @@ def test_any_config_is_run_or_refused(
         model = model_for(config, max_positions=64, has_draft_head=has_draft_head, is_tied=True)
         check_sources(model.weights, CHECKPOINT)
         notes_on(config, 64)
-        for phase, rows in model.phases:
-            model.record(phase, rows)
+        tapes_of(model, 16)
     except FlashrtError as error:
         refused(error)
 

@@ -10,6 +10,7 @@ import pytest
 
 from flashrt.base.errors import CheckpointError, PlanError
 from flashrt.core.region import DType, Role
+from flashrt.core.runs import RUNS
 from flashrt.models import Model, model_for, notes_on
 from flashrt.models.qwen35.config import LayerKind, parse_config
 from flashrt.models.qwen35.model import Qwen35
@@ -235,9 +236,9 @@ def test_any_mix_of_layers_records(
     assert ("state" in names) == ("window" in names) == (LINEAR in kinds)
     assert ("keys" in names) == ("values" in names) == (FULL in kinds)
     assert any(rule.region.name.startswith("draft.") for rule in model.weights) == has_draft_head
-    for phase, rows in model.phases:
+    for phase, rows in (*model.phases, *model.shared_phases(16)):
         tape = model.record(phase, rows)
-        used = {view.region for launch in tape.launches for view in launch.operands}
+        used = {view.region for launch in tape.launches for view in launch.operands} - {RUNS}
         known = {*model.lane_regions, *(rule.region for rule in model.weights), *tape.lifetimes()}
         assert used <= known
         assert (tape.phase, tape.rows) == (phase, rows)

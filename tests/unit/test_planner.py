@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,7 +51,11 @@ def test_no_two_live_regions_overlap(recorded: list[Tape], lanes: int) -> None:
     plan = plan_arena(regions, recorded, plain, lanes=lanes, pool_nbytes=1000)
     fixed = [(s.offset, s.stop) for s in plan.slots()]
     fixed.append((plan.pool.offset, plan.pool.offset + plan.pool.nbytes))
-    assert len(fixed) == lanes * len(regions) + 1
+    assert len(fixed) == lanes * len(regions) + 2  # and the table of runs
+    for role in (Role.FIXED, Role.ROWS, Role.IO):  # kernels find a lane by its number
+        for region in (r for r in regions if r.role is role):
+            at = [slot.offset for slot in plan.slots() if slot.region is region]
+            assert {b - a for a, b in itertools.pairwise(at)} <= {plan.lane_stride(role)}
     for tape in recorded:
         placed = {s.region.name: s for s in plan.tapes[tape.phase, tape.rows]}
         used: dict[str, list[int]] = {}

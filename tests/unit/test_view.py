@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 import flashrt
+from flashrt.models.model import tapes_of
 from flashrt.view import units
 from flashrt.view.arena_map import WIDTH, arena_map, bands, widest
 from flashrt.view.batching_map import Way, batching_map
@@ -75,7 +76,7 @@ def test_an_unwritable_picture_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_arena_map_shows_every_region(engine: flashrt.Engine) -> None:
-    tapes = [engine.model.record(phase, rows) for phase, rows in engine.model.phases]
+    tapes = tapes_of(engine.model, len(engine.lanes))
     tape = widest(tapes)
     assert (tape.phase, tape.rows) == ("prefill", max(engine.model.buckets))
     plan = engine.arena.plan
@@ -158,7 +159,7 @@ def test_the_batching_map_draws_calls_to_scale() -> None:
 
 
 def test_a_list_of_small_regions_stays_on_its_line(engine: flashrt.Engine) -> None:
-    tapes = [engine.model.record(phase, rows) for phase, rows in engine.model.phases]
+    tapes = tapes_of(engine.model, len(engine.lanes))
     lines = texts(arena_map(engine.arena.plan, widest(tapes), ""))
     small = [line for line in lines if line.startswith("too small")]
     assert small

@@ -36,6 +36,13 @@ Activations = Literal["float32", "int16", "int8"]
 INTEGER_CODES = (DType.U4, DType.U5, DType.U6, DType.I8, DType.E2M1)  # of kernels/linear_int8.c
 
 _HUGE = 2 << 20
+# Ops whose kernels have neither barriers nor claims: threads need not wait between two runs.
+_APART = frozenset((
+    "embed", "conv_window", "delta_rule", "delta_gates", "rope_append", "last_row", "last_values",
+    "last_cursor", "advance", "rmsnorm", "add_rmsnorm", "gated_rmsnorm", "silu_mul", "add_bias",
+    "dense", "dense_add", "gru_cell",
+))  # fmt: skip
+_MOST_ARGUMENTS = 1024  # of kernels/runtime.c
 _ALIGN = 64  # of argument blocks: one cache line each
 _FEW_NBYTES = 4096
 _BYTE = ctypes.c_ubyte
@@ -264,12 +271,16 @@ class CpuDevice:
         self.counters.captures += 1
         return self._record(launches)
 
-    def replay(self, graph: Graph) -> None:
+    def replay(self, graph: Graph, table: Bytes | None = None, at: int = 0) -> None:
         """See Backend."""
         _arrays = self._memory_in_use()
         assert isinstance(graph, CpuGraph)
         run = self._c.flashrt_replay if graph.is_shared else self._c.flashrt_replay_alone
-        run(graph.table, graph.n_launches)
+        if table is None:
+            run(graph.table, graph.n_launches, None, 0, 0)
+        else:
+            source = table.__array_interface__["data"][0]  # quicker than table.ctypes
+            run(graph.table, graph.n_launches, source, table.nbytes, at)
         self.counters.replays += 1
 
     def eager(self, launches: Sequence[BoundLaunch]) -> None:
@@ -277,7 +288,7 @@ class CpuDevice:
         _arrays = self._memory_in_use()
         for launch in launches:
             graph = self._record([launch])
-            self._c.flashrt_replay(graph.table, 1)
+            self._c.flashrt_replay(graph.table, 1, None, 0, 0)
             self.counters.launches += 1
 
     def sync(self) -> None:
@@ -314,7 +325,7 @@ class CpuDevice:
             raise SealedError(f"cpu: cannot {what} after seal; load another engine")
 
     def _record(self, launches: Sequence[BoundLaunch]) -> CpuGraph:
-        blocks = [b.launch.pack(b.addresses, self.act) for b in launches]
+        blocks = [b.pack(self.act) for b in launches]
         offsets = [0]
         for block in blocks:
             offsets.append(offsets[-1] + -(-len(block) // _ALIGN) * _ALIGN)
@@ -324,7 +335,14 @@ class CpuDevice:
         table = bytearray()
         for bound, block, offset in zip(launches, blocks, offsets, strict=False):
             ctypes.memmove(base + offset, block, len(block))
-            table += struct.pack("@2P", self._function(bound.launch), base + offset)
+            op = bound.launch.op
+            if len(block) > _MOST_ARGUMENTS:
+                raise BackendError(f"cpu: {op.name} has {len(block)} bytes of arguments, too many")
+            moves_at = op.runs_offset if bound.runs else 0
+            table += struct.pack(
+                "@2P4i0P", self._function(bound.launch), base + offset, len(block), len(op.params),
+                moves_at, op.name not in _APART,
+            )  # fmt: skip
         entries = ctypes.create_string_buffer(bytes(table), len(table))
         self._reserve(launches)
         is_shared = _touched_nbytes(launches) >= self._alone_nbytes
@@ -374,8 +392,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     long = ctypes.c_int64
     signatures: dict[str, tuple[list[type[Any]], type[Any] | None]] = {
         "flashrt_pool_start": ([integer], integer),
-        "flashrt_replay": ([pointer, integer], None),
-        "flashrt_replay_alone": ([pointer, integer], None),
+        "flashrt_replay": ([pointer, integer, pointer, integer, pointer], None),
+        "flashrt_replay_alone": ([pointer, integer, pointer, integer, pointer], None),
         "flashrt_copy": ([ctypes.c_char_p, integer], None),
         "flashrt_fill": ([pointer, size, integer], None),
         "flashrt_digest": ([ctypes.c_char_p, integer, pointer], None),

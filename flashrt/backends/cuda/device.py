@@ -134,6 +134,7 @@ class CudaDevice:
         self._fork_count = _Forks.count  # of the process that opened the driver
         self._memories: list[DeviceMemory] = []
         self._graphs: list[CudaGraph] = []
+        self._runs_at: dict[int, bytes] = {}  # tables of runs, as they lie on the device
         self._stream = driver.stream_create()
         self._capture_stream = driver.stream_create()
         self._ring = UploadRing(driver, self._stream, self._capacities.staging_bytes)
@@ -254,9 +255,23 @@ class CudaDevice:
         self._prepare([kernel for _, several in expanded for kernel in several])
         nodes = []
         for bound, several in expanded:
-            block = ArgumentBlock(bound.launch.pack(bound.addresses, self.act))
-            nodes += [self._node(kernel, block, self._may_overlap(kernel)) for kernel in several]
+            block = ArgumentBlock(bound.pack(self.act))
+            for kernel in several:
+                over = self._over_runs(bound, kernel)
+                nodes.append(self._node(over, block, self._may_overlap(kernel)))
         return nodes
+
+    def _over_runs(self, bound: BoundLaunch, kernel: kernels.KernelLaunch) -> kernels.KernelLaunch:
+        """The kernel for every run that a replay may have; as it is where operands stay."""
+        if not bound.runs:
+            return kernel
+        op = bound.launch.op.name
+        if not self._sources.opens_runs(kernel.source, op):
+            raise BackendError(
+                f"{self.name}: operands of {op!r} move from run to run, and {kernel.source} does "
+                f"not move them: let {kernel.kernel} begin with OPEN_RUN({op}), see flashrt.cuh"
+            )
+        return kernel.of_runs(bound.max_runs)
 
     def _may_overlap(self, kernel: kernels.KernelLaunch) -> bool:
         """Programmatic dependent launch: the next kernel is set up while this one still runs."""
@@ -288,6 +303,7 @@ class CudaDevice:
     def write(self, address: int, data: Bytes) -> None:
         """See Backend; asynchronous, `data` may change as soon as this returns."""
         self._downloads.fence()
+        self._forget_runs(address, data.nbytes)
         self._ring.upload(address, data)
 
     @_verb
@@ -311,6 +327,7 @@ class CudaDevice:
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """See Backend."""
         self._downloads.fence()
+        self._forget_runs(address, nbytes)
         if nbytes:
             self.driver.fill(address, byte, nbytes, self._stream)
 
@@ -322,6 +339,9 @@ class CudaDevice:
         if not len(moves):
             return
         self._downloads.fence()
+        for copy in moves.copies:
+            end = copy.dst + (copy.height - 1) * copy.dst_pitch + copy.width
+            self._forget_runs(dst_base + copy.dst, end - copy.dst)
         first = moves.copies[0]
         if len(moves) == 1 and first.height == 1:
             self.driver.copy_on_device(
@@ -342,6 +362,7 @@ class CudaDevice:
         for source, copy in ((u.source, copy) for u in uploads for copy in u.moves):
             for row in range(copy.height):
                 first, to = copy.src + row * copy.src_pitch, copy.dst + row * copy.dst_pitch
+                self._forget_runs(dst_base + to, copy.width)
                 self._ring.upload(dst_base + to, source[first : first + copy.width])
 
     def _copy_table(self, moves: CopyList, src_base: int, dst_base: int) -> None:
@@ -374,6 +395,12 @@ class CudaDevice:
         self.read(self._sums_at, sums.view(np.uint8).reshape(-1))
         return [(int(lo), int(hi)) for lo, hi in sums]
 
+    def _forget_runs(self, address: int, nbytes: int) -> None:
+        """A range is about to be overwritten: a table of runs there must be written again."""
+        for at, words in list(self._runs_at.items()):
+            if at < address + nbytes and address < at + len(words):
+                del self._runs_at[at]
+
     # ---- launches
 
     @_verb
@@ -388,9 +415,13 @@ class CudaDevice:
         return graph
 
     @_verb
-    def replay(self, graph: Graph) -> None:
-        """See Backend; one driver call."""
+    def replay(self, graph: Graph, table: Bytes | None = None, at: int = 0) -> None:
+        """See Backend; one driver call, and another where the table is not the last one there."""
         assert isinstance(graph, CudaGraph)
+        if table is not None and self._runs_at.get(at) != (words := table.tobytes()):
+            self._runs_at.pop(at, None)
+            self._ring.upload(at, table)
+            self._runs_at[at] = words
         graph.replay(self._stream)
         self.counters.replays += 1
 

@@ -47,6 +47,15 @@ class KernelLaunch:
     block: Grid
     shared_bytes: int = 0  # dynamic
 
+    def of_runs(self, n: int) -> KernelLaunch:
+        """The launch for `n` runs: run r is the blocks with blockIdx.z = r (OPEN_RUN).
+
+        Raises PlanError where the grid uses its third dimension already.
+        """
+        if self.grid[2] != 1:
+            raise PlanError(f"{self.kernel}: grid {self.grid} leaves no dimension for runs")
+        return replace(self, grid=(*self.grid[:2], n))
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -269,8 +278,9 @@ def _attention(s: Shape) -> tuple[KernelLaunch, ...]:
         )
     is_few = s.dims["TP"] >= t  # blocks of keys side by side, then a merge
     if is_few:
-        # with 4, pairs of parts spill a few bytes on sm_120; a tile must hold a whole group
-        tiles = min(3 if s.act_parts == 2 and group <= 24 else 4, _ceil(t * group, 8))
+        # with 4, pairs of parts and codes spill a few bytes; a tile must hold a whole group
+        is_narrow = group <= 24 and (s.act_parts == 2 or s.dtypes["keys"] in _CODE_TILES)
+        tiles = min(3 if is_narrow else 4, _ceil(t * group, 8))
     else:
         is_small = _ceil(t, 64 // group) * nk < s.n_sms
         tiles = 4 if s.act_parts > 1 or is_f32 or is_small else 8
@@ -286,7 +296,7 @@ def _attention(s: Shape) -> tuple[KernelLaunch, ...]:
     shared = 8 * tiles * column_bytes
     n_groups = _ceil(t, 8 * tiles // group)
     if is_few:
-        few, grid = "attention_few.cu", (s.dims["B"], nk, n_groups)
+        few, grid = "attention_few.cu", (s.dims["B"], nk * n_groups, 1)
         merge = KernelLaunch(few, "attention_merge", defines, (nq, t, 1), _x(_ceil(d, WARP) * WARP))
         return KernelLaunch(few, "attention_partial", defines, grid, _x(256), shared), merge
     many, grid = "attention_many.cu", (n_groups, nk, 1)

@@ -72,6 +72,10 @@ class Sources:
         """Whether its kernels may be launched early: shipped ones all open with begin()."""
         return name in shipped()
 
+    def opens_runs(self, name: str, op: str) -> bool:
+        """Whether a source moves the operands of an op to the block's run."""
+        return f"OPEN_RUN({op})" in self._texts[name] or f"{op}_enter_run(" in self._texts[name]
+
     def digest(self) -> str:
         """Hash of all texts, less their comments, and of the signatures of ops, less their docs."""
         return digest_of(self._ops, sorted(self._texts.items()))

@@ -1,4 +1,4 @@
-"""The documents of the benches as tables: sessions, drafting, resuming, control loops.
+"""The documents of the benches as tables: sessions, lanes, drafting, resuming, control loops.
 
 IS: figures -> what a person reads. IS NOT: measurement, nor pictures (view).
 """
@@ -148,6 +148,76 @@ def _against(document: Document) -> Table:
             rows.append([what, _count(row["tokens"]), text(theirs), text(ours), _times(times)])
     columns = ("", ">tokens", ">llama.cpp", ">flashrt", ">speed ratio")
     return console.table(f"In turns with {peer['name']}, the same file", columns, rows)
+
+
+# -- lanes ----------------------------------------------------------------------------------------
+
+_LANES: tuple[Column, ...] = (
+    ("lanes", "lanes", _count),
+    ("tok/s in all", "tokens_per_s", significant),
+    ("of a lane", "lane_tokens_per_s", significant),
+    ("of one lane alone", "of_one", _times),
+    ("ITL p50", "inter_token_p50_s", seconds_text),
+    ("ITL p99", "inter_token_p99_s", seconds_text),
+)
+_BESIDE: tuple[Column, ...] = (
+    ("llama.cpp in all", "peer_tokens_per_s", significant),
+    ("speed ratio", "of_peer", _times),
+)
+
+
+def show_lanes(document: Document) -> None:
+    """Print everything on stdout."""
+    screen, rows, columns = console.screen(), document["rows"], _LANES
+    if (peer := document["peer"]) is not None:
+        columns = (*_LANES, *_BESIDE)
+        theirs = [peer["tokens_per_s"][row["lanes"]] for row in rows]
+        rows = [
+            {**row, "peer_tokens_per_s": rate, "of_peer": row["tokens_per_s"] / rate}
+            for row, rate in zip(rows, theirs, strict=True)
+        ]
+    best = document["best_of"]
+    _opening(screen, document)
+    screen.print()
+    title = f"Decode of lanes side by side, each after a prompt of {document['prompt_tokens']:,}"
+    screen.print(_table(title, columns, rows))
+    screen.print(_newcomer(document["newcomer"]))
+    screen.print(
+        f"Best of {best['forks']}, {best['tokens']} tokens each from a prompt of "
+        f"{best['prompt_tokens']:,}: {seconds_text(best['all_s'])}, of which "
+        f"{seconds_text(best['fork_s'])} to fork; one of them alone: "
+        f"{seconds_text(best['one_s'])}; so {_times(best['of_one'])} the time of one\n"
+    )
+    _notes(
+        screen,
+        f"{document['decoded_tokens']} tokens of each lane, {document['repeats']} times, counts in "
+        "turns. ITL: inter-token latency. Best of: medians.",
+        *([f"{peer['name']}: a batch with a token of each sequence; in turns, the same file."]
+          if peer else ()),
+    )  # fmt: skip
+    exact = console.yes_no(document["is_exact"])
+    screen.print("A lane says beside others what it says alone: ", exact)
+
+
+def _newcomer(newcomer: dict[str, Any]) -> Table:
+    ways = (
+        ("nobody comes", newcomer["before"]),
+        (f"in pieces of {newcomer['piece_tokens']}, beside them", newcomer["pieces"]),
+        ("in one prefill, they wait", newcomer["blocking"]),
+    )
+    lines = [
+        [
+            what,
+            str(way.get("steps", "")),
+            seconds_text(way["inter_token_p50_s"]),
+            seconds_text(way["inter_token_p99_s"]),
+            seconds_text(way["first_token_s"]) if "first_token_s" in way else "",
+        ]
+        for what, way in ways
+    ]
+    title = f"A prompt of {newcomer['tokens']} tokens comes while {newcomer['lanes']} lanes decode"
+    columns = ("it is fed", ">tokens of each", ">ITL p50", ">ITL p99", ">TTFT of the newcomer")
+    return console.table(title, columns, lines)
 
 
 # -- drafting -------------------------------------------------------------------------------------

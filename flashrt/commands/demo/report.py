@@ -21,6 +21,7 @@ from flashrt.commands.demo.findings import (
     TokenFindings,
     Turn,
 )
+from flashrt.models.model import tapes_of
 from flashrt.session.engine import SessionEngine
 from flashrt.view.arena_map import arena_map, widest
 from flashrt.view.session_tree import bytes_alone, session_tree
@@ -39,7 +40,7 @@ def draw(
     """The arena and the tree of capsules, as pictures and in bytes. `here`: who stands where."""
     findings.tree_bytes = sum(c.nbytes for c in capsules)
     findings.tree_bytes_alone = sum(bytes_alone(c) for c in capsules)
-    tapes = [engine.model.record(phase, rows) for phase, rows in engine.model.phases]
+    tapes = tapes_of(engine.model, len(engine.lanes))
     title = f"Arena: {len(engine.lanes)} lanes of {engine.max_positions:,} positions"
     pictures = {
         "arena.svg": arena_map(engine.arena.plan, widest(tapes), title),

@@ -24,16 +24,16 @@ class DenseRecorder(BlockRecorder):
         super().__init__(regions, tape, config.eps, config.rotation.magnitude)
         self.config = config
 
-    def forward(self, tokens: Operand) -> None:
+    def forward(self, tokens: Operand) -> Operand:
         """Rows of tokens through all layers: leaves the last hidden state, moves the cursor.
 
         The last layer's keys and values are of every row; the rest of it is computed for the last
-        row alone.
+        row alone, or the row of each lane that shares the tape. Returns hidden states of those.
         """
         c, regions, cursor = self.config, self.regions, self.cursor
         x = self.scratch("x", c.hidden)
         self.launch(ops.EMBED, tokens=tokens, table=regions[EMBED], journal=regions["journal"], x=x)
-        last_row_only = self.rows > 1
+        last_row_only = self.rows > 1 and not self.is_shared
         h: Operand = self.activation(f"{layer_name(0)}.h", c.hidden)
         self.rmsnorm(x, f"{layer_name(0)}.input_norm", h)
         for i, is_turned in enumerate(c.turned):
@@ -58,6 +58,7 @@ class DenseRecorder(BlockRecorder):
         if not last_row_only:
             self.launch(ops.LAST_ROW, x=h, y=regions["last_hidden"])
         self.tape.record(ops.ADVANCE, cursor=cursor)
+        return h
 
     def sample_next(self) -> None:
         """Logits of the last hidden state, and the next token from them."""
@@ -65,3 +66,7 @@ class DenseRecorder(BlockRecorder):
         head = EMBED if self.config.is_tied else HEAD
         self.head(self.regions["last_hidden"], head, logits)
         self.sample(logits, self.regions["cursor"])
+
+    def sample_each(self, hidden: Operand) -> None:
+        """The same for each lane that shares the tape, from its row of `hidden`."""
+        self.sample_each_from(hidden, EMBED if self.config.is_tied else HEAD)

@@ -17,6 +17,7 @@ import math
 from flashrt.base.errors import PlanError
 from flashrt.core.op import AttrValue, Op
 from flashrt.core.region import DType, Operand, Region, Role, View
+from flashrt.core.runs import MAX_RUNS
 from flashrt.core.tape import Tape
 from flashrt.models.flow_policy.config import FREQUENCIES, TIME_FEATURES, PolicyConfig
 from flashrt.ops import table as ops
@@ -24,6 +25,10 @@ from flashrt.weights.rules import WeightRule, dense, vector
 
 OBSERVE, ACT_PHASE, TICK, PLAN = "observe", "act", "tick", "plan"
 PLAN_BEGIN, PLAN_STEP = "plan_begin", "plan_step"  # a plan in slices; PLAN_STEP has a tape per step
+
+
+TICK_EACH, PLAN_EACH = "tick_each", "plan_each"
+SHARED = {TICK_EACH: TICK, PLAN_EACH: PLAN}  # the same of several lanes, in one replay
 
 
 class FlowPolicy:
@@ -47,11 +52,18 @@ class FlowPolicy:
             r.name: r for r in (*self.lane_regions, *(rule.region for rule in self.weights))
         }
 
+    def shared_phases(self, lanes: int) -> tuple[tuple[str, int], ...]:
+        """See Model. Each lane has launches of its own, in one replay."""
+        return tuple((phase, 1) for phase in SHARED) if lanes > 1 else ()
+
     def record(self, phase: str, rows: int) -> Tape:
-        """The launches of a phase. Raises PlanError for a pair that is not in `phases`."""
-        if (phase, rows) not in self.phases:
+        """The launches of a phase. Raises PlanError for a pair that is in neither list."""
+        if (phase, rows) not in (*self.phases, *self.shared_phases(MAX_RUNS)):
             raise PlanError(f"{self.name} has no phase {phase!r} of {rows} rows")
         tape = Tape(phase, rows)
+        if phase in SHARED:
+            tape = Tape(phase, rows, MAX_RUNS, is_apart=True)
+            phase = SHARED[phase]
         recorder = FlowRecorder(self.config, self._regions, tape)
         if phase in (OBSERVE, TICK):
             recorder.observe()

@@ -11,10 +11,11 @@ from typing import ClassVar
 
 from flashrt.base.errors import PlanError
 from flashrt.core.region import DType, Layout, Region, Role
+from flashrt.core.runs import MAX_RUNS
 from flashrt.core.tape import Tape
 from flashrt.models.blocks import sampled_token
 from flashrt.models.lane import Choices, check_choices, lane_regions
-from flashrt.models.model import BUCKETS, DECODE, PREFILL, SAMPLE
+from flashrt.models.model import BUCKETS, DECODE, PREFILL, SAMPLE, shared_tape, token_shared_phases
 from flashrt.models.qwen35 import draft as drafting
 from flashrt.models.qwen35.config import Qwen35Config, parse_config
 from flashrt.models.qwen35.tapes import Qwen35Recorder
@@ -57,18 +58,26 @@ class Qwen35:
             r.name: r for r in (*self.lane_regions, *(rule.region for rule in self.weights))
         }
 
+    def shared_phases(self, lanes: int) -> tuple[tuple[str, int], ...]:
+        """See Model."""
+        return token_shared_phases(lanes)
+
     def record(self, phase: str, rows: int) -> Tape:
-        """The launches of a phase. Raises PlanError for a pair that is not in `phases`."""
-        if (phase, rows) not in self.phases:
-            raise PlanError(
-                f"{self.name} has no phase {phase!r} of {rows} rows; phases: {self.phases}"
-            )
-        tape = Tape(phase, rows)
+        """The launches of a phase. Raises PlanError for a pair that is in neither list."""
+        shared = self.shared_phases(MAX_RUNS)
+        known = (*self.phases, *shared)
+        if (phase, rows) not in known:
+            raise PlanError(f"{self.name} has no phase {phase!r} of {rows} rows; phases: {known}")
+        tape = shared_tape(phase, rows) if (phase, rows) in shared else Tape(phase, rows)
         if (phase, rows) in drafting.PHASES:
             drafting.record(self.config, self._regions, tape)
             return tape
         recorder = Qwen35Recorder(self.config, self._regions, tape)
-        if phase == PREFILL:
+        if tape.max_runs > 1:
+            tokens = self._regions["tokens"].view().cols(0, rows)
+            one = sampled_token(self._regions["cursor"])
+            recorder.sample_each(recorder.forward(one if recorder.is_row_each else tokens))
+        elif phase == PREFILL:
             recorder.forward(self._regions["tokens"].view().cols(0, rows))
         elif phase == DECODE:
             recorder.forward(sampled_token(self._regions["cursor"]))

@@ -39,20 +39,23 @@ class Qwen35Recorder(BlockRecorder):
         self.head_weight = EMBED if config.is_tied else HEAD
         self._kept = kept
 
-    def forward(self, tokens: Operand) -> None:
+    def forward(self, tokens: Operand) -> Operand:
         """Rows of tokens through all layers: leaves the last hidden state, moves the cursor.
 
         Every row needs the state that the last layer leaves. The rest of that layer is computed for
-        the last row alone, unless a draft head needs all hidden states.
+        the last row alone, unless a draft head needs all hidden states, or lanes share the tape.
+        Returns the hidden states that were computed.
         """
         last, cursor = self.regions["last_hidden"], self.cursor
-        if self.rows == 1 or self.has_draft_head:
+        h: Operand = last
+        if self.rows == 1 or self.has_draft_head or self.is_shared:
             h = self.activation("h", self.config.hidden)
             self.layers(tokens, h)
             self.launch(ops.LAST_ROW, x=h, y=last)
         else:
             self.layers(tokens, last, last_row_only=True)
         self.tape.record(ops.ADVANCE, cursor=cursor)
+        return h
 
     def layers(self, tokens: Operand, out: Operand, *, last_row_only: bool = False) -> None:
         """Rows of tokens through all layers and the final norm, into `out`; and the draft head's
@@ -84,6 +87,10 @@ class Qwen35Recorder(BlockRecorder):
         logits = self.regions["logits"]
         self.head(self.regions["last_hidden"], self.head_weight, logits)
         self.sample(logits, self.regions["cursor"])
+
+    def sample_each(self, hidden: Operand) -> None:
+        """The same for each lane that shares the tape, from its row of `hidden`."""
+        self.sample_each_from(hidden, self.head_weight)
 
     def draft_keys(
         self, tokens: Operand, hidden: Operand, last: Operand

@@ -41,8 +41,8 @@ static void count_body(void *argument, int tid, int nt) {
  * done. */
 double flashrt_fma_peak(long iterations) {
   limit_job job = {NULL, iterations};
-  pool_run(count_body, NULL);
-  pool_run(fma_body, &job);
+  pool_run(NULL, count_body, NULL);
+  pool_run(NULL, fma_body, &job);
   return 2.0 * VL * CHAINS * (double)iterations * team_size;
 }
 
@@ -65,5 +65,5 @@ static void read_body(void *argument, int tid, int nt) {
 /* Reads nbytes once, each thread a contiguous share. */
 void flashrt_read_stream(const void *base, uint64_t nbytes) {
   limit_job job = {base, (int64_t)nbytes};
-  pool_run(read_body, &job);
+  pool_run(NULL, read_body, &job);
 }

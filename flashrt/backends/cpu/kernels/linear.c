@@ -263,7 +263,8 @@ typedef struct {
 
 static token_tiles tiles_of(const linear_args *a, const stored_matrix *w, const float *packed,
                             int first, int n) {
-  int n_tiles = (int)ceil_div(n, TOKENS);
+  int is_stored = w->dtype != DTYPE_BF16 && n <= FEW_STORED;
+  int n_tiles = (int)ceil_div(n, is_stored ? STORED_TOKENS : TOKENS);
   return (token_tiles){a, w, packed, first, n, n_tiles, n / n_tiles, n % n_tiles};
 }
 static inline int first_token(const token_tiles *x, int tile) {
@@ -324,7 +325,7 @@ static void few_rows(const token_tiles *x, span panels) {
   if (x->w->dtype != DTYPE_BF16) {
     for (int64_t panel = panels.begin; panel < panels.end; panel++) {
       float *y = x->a->y + x->first * x->a->y_stride + panel * LANES;
-      flashrt_stream_stored(x->w, panel, x->packed, x->n, y, x->a->y_stride,
+      flashrt_stream_stored(x->w, panel, x->packed, x->n, x->n_tiles, y, x->a->y_stride,
                             x->a->N - panel * LANES);
     }
     return;

@@ -32,8 +32,14 @@
 
 enum {
   VECTORS = LANES / VL,
-  QUADS = UNIT / 4,                        /* 4 k, of a unit */
-  FEW = 2,                                 /* rows; with more, laying out pays; measured */
+  QUADS = UNIT / 4, /* 4 k, of a unit */
+#if defined __AVX512VNNI__ && defined __AVX512F__
+  FEW = 16,          /* rows; with more, laying out pays; measured */
+  STREAM_TOKENS = 4, /* of a tile of few rows */
+#else
+  FEW = 2,
+  STREAM_TOKENS = 2,
+#endif
   FEW_VECTORS = VECTORS < 4 ? VECTORS : 4, /* at once */
 #if defined __AVX512F__
   COLUMNS = 12, /* of a tile: tokens, or two of each */
@@ -484,8 +490,7 @@ typedef void (*slice_function)(const lanes_view *s, const uint32_t *x, const tar
 
 INLINE void stream(const int kind, const int n_terms, const int n_blocks, const int n_tokens,
                    const lanes_view *s, const uint32_t *x, const target *to) {
-  enum { NARROW = FEW_VECTORS / 2 };
-  const int n_vectors = n_tokens == 1 ? FEW_VECTORS : NARROW;
+  const int n_vectors = n_tokens == 1 || FEW > 2 ? FEW_VECTORS : FEW_VECTORS / 2;
   for (int first = 0; first < LANES; first += n_vectors * VL) {
     lane_sums c;
     add_slice(&c, kind, way_of(kind), n_terms, n_blocks, s, first, n_vectors, n_tokens, x);
@@ -498,11 +503,26 @@ INLINE void stream(const int kind, const int n_terms, const int n_blocks, const 
                                                             const uint32_t *x, const target *to) { \
     stream(kind, terms, blocks, tokens, s, x, to);                                                 \
   }
+#if defined __AVX512VNNI__ && defined __AVX512F__
+#define MORE_STREAMS(kind, terms) \
+  STREAM(kind, terms, 1, 3)       \
+  STREAM(kind, terms, 1, 4)       \
+  STREAM(kind, terms, 2, 3)       \
+  STREAM(kind, terms, 2, 4)
+#define STREAM_NAMES(kind, terms, blocks)                                                \
+  {NULL, stream_##kind##_##terms##_##blocks##_1, stream_##kind##_##terms##_##blocks##_2, \
+   stream_##kind##_##terms##_##blocks##_3, stream_##kind##_##terms##_##blocks##_4}
+#else
+#define MORE_STREAMS(kind, terms)
+#define STREAM_NAMES(kind, terms, blocks) \
+  {NULL, stream_##kind##_##terms##_##blocks##_1, stream_##kind##_##terms##_##blocks##_2}
+#endif
 #define STREAMS(kind, terms) \
   STREAM(kind, terms, 1, 1)  \
   STREAM(kind, terms, 1, 2)  \
   STREAM(kind, terms, 2, 1)  \
-  STREAM(kind, terms, 2, 2)
+  STREAM(kind, terms, 2, 2)  \
+  MORE_STREAMS(kind, terms)
 #define KIND(kind)                                                                \
   STREAMS(kind, 1)                                                                \
   STREAMS(kind, 2)                                                                \
@@ -602,16 +622,11 @@ UP_TO(TILES_TO_, ONE_COLUMN)(0, 1, 1) UP_TO(TILES_TO_, ONE_COLUMN)(0, 1, 2) stat
 
 typedef struct {
   int dtype;
-  slice_function streams[2][2][FEW + 1]; /* [terms - 1][blocks - 1][tokens] */
+  slice_function streams[2][2][STREAM_TOKENS + 1]; /* [terms - 1][blocks - 1][tokens] */
   void (*widen)(const char *unit, int n_units, int first, char *out);
 } kind;
 
-#define TERMS_ROW(kind, terms)                                              \
-  {                                                                         \
-    {NULL, stream_##kind##_##terms##_1_1, stream_##kind##_##terms##_1_2}, { \
-      NULL, stream_##kind##_##terms##_2_1, stream_##kind##_##terms##_2_2    \
-    }                                                                       \
-  }
+#define TERMS_ROW(kind, terms) {STREAM_NAMES(kind, terms, 1), STREAM_NAMES(kind, terms, 2)}
 #define ROW(kind) {kind, {TERMS_ROW(kind, 1), TERMS_ROW(kind, 2)}, widen_##kind}
 static const kind kinds[] = {ROW(DTYPE_U4), ROW(DTYPE_U5), ROW(DTYPE_U6), ROW(DTYPE_I8),
                              ROW(DTYPE_E2M1)};
@@ -645,7 +660,7 @@ typedef struct {
 static token_tiles tiles_of(const linear_args *a, const stored_matrix *w, int n_terms,
                             const uint32_t *packed, int first, int n) {
   x_form form = form_of(w, n_terms);
-  int n_tiles = n <= FEW ? 1 : (int)ceil_div(n, COLUMNS / form.n_columns);
+  int n_tiles = (int)ceil_div(n, n <= FEW ? STREAM_TOKENS : COLUMNS / form.n_columns);
   return (token_tiles){a, w, form, packed, first, n, n_tiles, n / n_tiles, n % n_tiles};
 }
 static inline int first_token(const token_tiles *x, int tile) {
@@ -684,11 +699,10 @@ static void few_rows(const token_tiles *x, span panels) {
   _Alignas(64) float scales[MOST_BLOCKS * 2 * LANES];
   uint32_t slice_of_x[SLICE / UNIT * (2 * QUADS + 5)];
   const stored_matrix *w = x->w;
-  slice_function run = kind_of(w)->streams[x->form.n_terms - 1][x->form.n_blocks - 1][x->n];
+  const slice_function *run = kind_of(w)->streams[x->form.n_terms - 1][x->form.n_blocks - 1];
   for (int64_t panel = panels.begin; panel < panels.end; panel++) {
-    target to = {x->a->y + x->first * (int64_t)x->a->y_stride + panel * LANES, x->a->y_stride,
-                 x->a->N - panel * LANES, 1};
-    for (int64_t k0 = 0; k0 < w->K; k0 += SLICE, to.is_first = 0) {
+    float *y = x->a->y + x->first * (int64_t)x->a->y_stride + panel * LANES;
+    for (int64_t k0 = 0; k0 < w->K; k0 += SLICE) {
       const char *planes[MOST_PLANES];
       int n_filled = (int)filled_length(w, k0);
       const char *codes = find_planes(w, slice_at(w, panel, k0), n_filled, planes);
@@ -700,7 +714,13 @@ static void few_rows(const token_tiles *x, span panels) {
       }
       lay_out(w, planes, slice_length(x, k0), 0, LANES, scales);
       lanes_view view = view_of(w, codes, scales, n_filled);
-      run(&view, packed, &to);
+      target to = {y, x->a->y_stride, x->a->N - panel * LANES, k0 == 0};
+      for (int tile = 0; tile < x->n_tiles; tile++) {
+        int n_tokens = x->least + (tile < x->n_more);
+        run[n_tokens](&view, packed, &to);
+        packed += (int64_t)n_tokens * view.n_units * unit_words(&x->form);
+        to.y += n_tokens * to.stride;
+      }
     }
   }
 }

@@ -115,7 +115,7 @@ INLINE vf value_of(const int kind, vu bytes, const int byte, const float *table,
 /* ---- a tile: values into chains, or into memory ---- */
 
 typedef struct {
-  vf sum[VECTORS][FEW_STORED];
+  vf sum[VECTORS][STORED_TOKENS];
 } panel_chains;
 
 /* n_tokens > 0: chains += values x; else values are stored, [k][n_vectors]. */
@@ -229,9 +229,18 @@ INLINE void chain(panel_chains *c, const int kind, const slice_view *s, int k, c
                                       const float *x) {                            \
     chain(c, kind, s, k, x, tokens);                                               \
   }
+#if defined __AVX512F__
+#define MORE_CHAINS(kind) CHAIN_OF(kind, 3) CHAIN_OF(kind, 4)
+#define CHAIN_NAMES(kind) \
+  {NULL, chain_##kind##_1, chain_##kind##_2, chain_##kind##_3, chain_##kind##_4}
+#else
+#define MORE_CHAINS(kind)
+#define CHAIN_NAMES(kind) {NULL, chain_##kind##_1, chain_##kind##_2}
+#endif
 #define KIND(kind)                                                       \
   CHAIN_OF(kind, 1)                                                      \
   CHAIN_OF(kind, 2)                                                      \
+  MORE_CHAINS(kind)                                                      \
   static void widen_##kind(const slice_view *s, int first, float *out) { \
     use_codes(NULL, kind, s, 0, s->n_k, first, BAND / VL, 0, NULL, out); \
   }
@@ -248,12 +257,11 @@ KIND(DTYPE_E2M1)
 typedef struct {
   int dtype;
   float weight, zero; /* of `lay_out`, without minima */
-  chain_function chains[FEW_STORED + 1];
+  chain_function chains[STORED_TOKENS + 1];
   widen_function widen;
 } kind;
 
-#define ROW(kind, dtype, weight, zero) \
-  {dtype, weight, zero, {NULL, chain_##kind##_1, chain_##kind##_2}, widen_##kind}
+#define ROW(kind, dtype, weight, zero) {dtype, weight, zero, CHAIN_NAMES(kind), widen_##kind}
 static const kind kinds[] = {
     ROW(DTYPE_F32, DTYPE_F32, 1, 0),     ROW(DTYPE_F16, DTYPE_F16, 1, 0),
     ROW(DTYPE_U4, DTYPE_U4, 1, 8),       ROW(DTYPE_U5, DTYPE_U5, 1, 16),
@@ -320,31 +328,41 @@ static void fold(float *y, int64_t n_cols, vf s, int is_first) {
   for (int i = 0; i < n_cols; i++) y[i] = is_first ? s[i] : y[i] + s[i];
 }
 
-void flashrt_stream_stored(const stored_matrix *m, int64_t panel, const float *x, int n_tokens,
-                           float *y, int64_t y_stride, int64_t n_cols) {
-  const kind *of = kind_of(m);
+/* The sums of a slice for a tile of rows, added to y. */
+static void stream_tile(const open_slice *s, const float *wide, const float *x, int n_tokens,
+                        float *y, int64_t y_stride, int64_t n_cols, int is_first) {
+  const kind *of = kind_of(s->of);
+  const int n_whole = s->is_fast ? s->view.n_k / CHAIN * CHAIN : 0;
+  panel_chains sum, c;
+  for (int k = 0; k < s->view.n_k; k += CHAIN, x += CHAIN * n_tokens) {
+    if (k < n_whole) of->chains[n_tokens](&c, &s->view, k, x);
+    else chain_of_wide(&c, wide, k, (int)min_of(CHAIN, s->view.n_k - k), x, n_tokens);
+    for (int v = 0; v < VECTORS; v++) {
+      for (int t = 0; t < n_tokens; t++)
+        sum.sum[v][t] = k ? sum.sum[v][t] + c.sum[v][t] : c.sum[v][t];
+    }
+  }
+  for (int v = 0; v < VECTORS; v++) {
+    for (int t = 0; t < n_tokens; t++)
+      fold(y + t * y_stride + v * VL, n_cols - v * VL, sum.sum[v][t], is_first);
+  }
+}
+
+void flashrt_stream_stored(const stored_matrix *m, int64_t panel, const float *x, int n_rows,
+                           int n_tiles, float *y, int64_t y_stride, int64_t n_cols) {
   for (int64_t k0 = 0; k0 < m->K; k0 += SLICE) {
     open_slice s;
-    panel_chains sum, c;
     flashrt_open_slice(&s, m, panel, k0);
-    int n_whole = s.is_fast ? s.view.n_k / CHAIN * CHAIN : 0;
     _Alignas(64) float wide[SLICE * LANES];
-    if (n_whole < s.view.n_k) {
+    if (!s.is_fast || s.view.n_k % CHAIN) {
       for (int band = 0; band < BANDS; band++)
         flashrt_widen_band(&s, band, wide + band * SLICE * BAND);
     }
-    for (int k = 0; k < s.view.n_k; k += CHAIN, x += CHAIN * n_tokens) {
-      if (k < n_whole) of->chains[n_tokens](&c, &s.view, k, x);
-      else chain_of_wide(&c, wide, k, (int)min_of(CHAIN, s.view.n_k - k), x, n_tokens);
-      for (int v = 0; v < VECTORS; v++) {
-        for (int t = 0; t < n_tokens; t++)
-          sum.sum[v][t] = k ? sum.sum[v][t] + c.sum[v][t] : c.sum[v][t];
-      }
-    }
-    x -= (ceil_div(s.view.n_k, CHAIN) * CHAIN - s.view.n_k) * n_tokens;
-    for (int v = 0; v < VECTORS; v++) {
-      for (int t = 0; t < n_tokens; t++)
-        fold(y + t * y_stride + v * VL, n_cols - v * VL, sum.sum[v][t], k0 == 0);
+    for (int tile = 0, row = 0; tile < n_tiles; tile++) {
+      int n_tokens = n_rows / n_tiles + (tile < n_rows % n_tiles);
+      stream_tile(&s, wide, x, n_tokens, y + row * y_stride, y_stride, n_cols, k0 == 0);
+      x += s.view.n_k * n_tokens;
+      row += n_tokens;
     }
   }
 }

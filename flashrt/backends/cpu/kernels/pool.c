@@ -216,15 +216,17 @@ static void run_region(pool_body body, void *argument) {
   flashrt_barrier(nt);
 }
 
-void pool_run(pool_body body, void *argument) {
+void pool_run(void (*before)(void *), pool_body body, void *argument) {
   pthread_mutex_lock(&turn);
+  if (before) before(argument);
   if (pool.n_wanted) start_threads(pool.n_wanted); /* where that fails, one thread goes on */
   run_region(body, argument);
   pthread_mutex_unlock(&turn);
 }
 
-void pool_run_alone(pool_body body, void *argument) {
+void pool_run_alone(void (*before)(void *), pool_body body, void *argument) {
   pthread_mutex_lock(&turn);
+  if (before) before(argument);
   run_body(body, argument, 0, 1);
   pthread_mutex_unlock(&turn);
 }
@@ -240,7 +242,7 @@ void pool_run_if_awake(pool_body body, void *argument) {
 }
 
 void pool_run_if(int is_worth_sharing, pool_body body, void *argument) {
-  if (is_worth_sharing) pool_run(body, argument);
+  if (is_worth_sharing) pool_run(NULL, body, argument);
   else run_body(body, argument, 0, 1);
 }
 

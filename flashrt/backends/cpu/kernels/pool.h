@@ -13,11 +13,11 @@
 typedef void (*pool_body)(void *argument, int tid, int nt);
 
 /* Runs body on all threads and returns when all are done. One region at a time; other callers wait
- * their turn. */
-void pool_run(pool_body body, void *argument);
+ * their turn. `before` is called first, within the turn; NULL for nothing. */
+void pool_run(void (*before)(void *), pool_body body, void *argument);
 
 /* Runs body on the calling thread alone, in turn with the regions: what they share is its own. */
-void pool_run_alone(pool_body body, void *argument);
+void pool_run_alone(void (*before)(void *), pool_body body, void *argument);
 
 /* Runs body on all threads if these still wait for work, and none has gone to sleep; else, and
  * while a region runs, on the calling thread alone. */

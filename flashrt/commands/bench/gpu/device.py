@@ -21,6 +21,7 @@ from flashrt.commands.bench.gpu.engine import Probe, SyntheticEngine
 from flashrt.commands.bench.measure import TURN
 from flashrt.commands.timing import Tokens, synthetic_tokens
 from flashrt.core.graph import GraphKey
+from flashrt.core.runs import Run
 from flashrt.models.model import DECODE, PREFILL
 from flashrt.ops.cursor import CursorWord
 from flashrt.session.session import Session
@@ -164,11 +165,11 @@ class DeviceBench:
 
     def _replay(self, phase: str, rows: int, position: int, times: int) -> float:
         """Median us of `times` replays in a row that begin at a position; the state is lost."""
-        key = GraphKey(phase, rows, self.lane.index)
+        key, runs = GraphKey(phase, rows), (Run(self.lane.index, rows),)
 
         def replays() -> None:
             for _ in range(times):
-                self.engine.graphs.replay(key)
+                self.engine.graphs.replay(key, runs)
 
         samples = []
         for _ in range(self.repeats):

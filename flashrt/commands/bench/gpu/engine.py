@@ -19,6 +19,7 @@ from flashrt.backends.cuda.layouts import K_CHUNK, ROW_TILE
 from flashrt.core.arena import Arena
 from flashrt.core.backend import BoundLaunch, Graph, Memory, Progress
 from flashrt.core.region import DType
+from flashrt.core.runs import Run
 from flashrt.core.tape import Tape
 from flashrt.models import model_for
 from flashrt.models.model import DECODE, PREFILL
@@ -142,7 +143,8 @@ def fill_on_device(
 
 def _probes_of(gpu: CudaDevice, arena: Arena, tape: Tape) -> list[Probe]:
     groups: dict[str, list[BoundLaunch]] = {}
-    for bound in arena.bind(tape, 0):
+    arena.write_runs((Run(0, tape.rows),))
+    for bound in arena.bind(tape):
         launch = bound.launch
         groups.setdefault(f"{launch.op.name} {launch.dims} {launch.attrs}", []).append(bound)
     probes = []
