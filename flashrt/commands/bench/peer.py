@@ -21,6 +21,7 @@ import numpy as np
 
 from flashrt.base.errors import FlashrtError
 from flashrt.base.messages import printable
+from flashrt.commands.bench.peer_load import load_figures
 from flashrt.commands.timing import Tokens
 
 PACKAGE = "llama_cpp"
@@ -45,6 +46,7 @@ class LlamaCpp:
             [sys.executable, "-m", "flashrt.commands.bench.llama_worker", *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
         )  # fmt: skip
+        self._load = (model, positions, threads)
         self._samples: dict[int, _Samples] = {}
         self._opening = self._answer()
 
@@ -61,11 +63,19 @@ class LlamaCpp:
         at.ttft_warm_s.append(answer["ttft_warm_s"])
 
     def close(self) -> dict[str, Any]:
-        """End it. Its figures by name and length, keyed as those of a session's bench."""
+        """End it. Its figures by name and length, keyed as those of a session's bench; and under
+        `load` what loading costs each, in processes of their own, or why that is not known.
+        """
         self._process.communicate()
+        load: dict[str, Any]
+        try:
+            load = load_figures(*self._load)
+        except FlashrtError as error:  # the other figures are there already
+            load = {"problem": str(error)}
         return {
             "name": f"llama.cpp (llama-cpp-python {self._opening['version']})",
             "load_s": self._opening["load_s"],
+            "load": load,
             "prefill_tokens_per_s": {n: n / median(s.prefill_s) for n, s in self._samples.items()},
             "decode_tokens_per_s": {
                 n: 1 / fmean(s.inter_token_s) for n, s in self._samples.items()
