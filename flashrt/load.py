@@ -6,13 +6,16 @@ tokenizer and store together. IS NOT: planning or kernels.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import threading
 import warnings
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Literal, TypeVar, cast
 
 from flashrt.backends.choose import DEVICES, PRECISIONS, Precision, open_backend
-from flashrt.base.errors import CheckpointWarning, PlanError
+from flashrt.base.errors import CheckpointWarning, FlashrtError, PlanError
 from flashrt.base.float_mode import DefaultFloatMode
 from flashrt.core.backend import Backend, Progress
 from flashrt.core.region import DType
@@ -23,13 +26,15 @@ from flashrt.models.flow_policy.config import config_of
 from flashrt.session.engine import SessionEngine
 from flashrt.store.spill import Spill
 from flashrt.text.checkpoint_text import CheckpointText, text_of_directory
-from flashrt.text.gguf_tokenizer import text_of_gguf
+from flashrt.text.gguf_tokenizer import TABLES, text_of_gguf
 from flashrt.weights.bundled_policies import policy_path
 from flashrt.weights.checkpoint import Checkpoint, open_checkpoint
 from flashrt.weights.gguf.checkpoint import GgufCheckpoint
+from flashrt.weights.loader import LoadReport, fill_weights
 from flashrt.weights.opening import open_weights
 from flashrt.weights.quantising import quantising
 
+_T = TypeVar("_T")
 KvDType = Literal["bfloat16", "float32", "int8", "float8"]
 Weights = Literal["int8", "int4"]
 __all__ = [
@@ -114,25 +119,92 @@ def load_on(
         )
     if kv_dtype not in KV_DTYPES:
         raise PlanError(f"kv_dtype={kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
-    with DefaultFloatMode():
+    with DefaultFloatMode(), _without_collections():
         opened = open_weights(resolve(checkpoint) if isinstance(checkpoint, str) else checkpoint)
         source = opened if weights is None else quantising(opened, weights)
         model = model_in(source, max_positions=max_positions, kv_dtype=kv_dtype, draft=draft)
-        text = text_of(opened, model.vocab_size)
-        source.stop_tokens = tuple(dict.fromkeys((*source.stop_tokens, *text.stop_tokens)))
-        engine = SessionEngine(
-            adapt(model) if adapt is not None else model,
-            source,
-            backend(),
-            lanes=lanes,
-            pool_bytes=pool_bytes,
-            progress=progress,
-            text=text,
-            shelf=Spill(),
-        )
+        text = _Meanwhile(lambda: _text_taken(opened, model.vocab_size))
+
+        def fill(*arguments: Any) -> LoadReport:
+            text.check()
+            return fill_weights(*arguments)
+
+        try:
+            engine = SessionEngine(
+                adapt(model) if adapt is not None else model,
+                source,
+                backend(),
+                lanes=lanes,
+                pool_bytes=pool_bytes,
+                progress=progress,
+                shelf=Spill(),
+                fill=fill,
+            )
+        except FlashrtError:
+            text.result()  # what is wrong with the text is said first
+            raise
+        try:
+            engine.text = text.result()
+        except FlashrtError:
+            engine.close()
+            raise
+        stop_tokens = (*source.stop_tokens, *engine.text.stop_tokens)
+        source.stop_tokens = tuple(dict.fromkeys(stop_tokens))
     for note in (*notes_on(source.config, max_positions), *source.notes):
         warnings.warn(note, CheckpointWarning, stacklevel=3)
     return engine
+
+
+def _text_taken(source: Checkpoint, vocab_size: int) -> CheckpointText:
+    """`text_of`; a GGUF file's vocabulary is dropped: the tokenizer has it now."""
+    text = text_of(source, vocab_size)
+    if isinstance(source, GgufCheckpoint):
+        source.metadata = {k: v for k, v in source.metadata.items() if k not in TABLES}
+    return text
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """No collection of garbage meanwhile: loading makes some 100,000 objects that stay, and hardly
+    any cycles; a fifth of its time would go into looking through them.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class _Meanwhile(Generic[_T]):
+    """A call in a thread of its own, beside what the caller does. What it raises comes with its
+    result.
+    """
+
+    def __init__(self, call: Callable[[], _T]) -> None:
+        self._call = call
+        self._value: _T | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="flashrt-text")
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise what the call raised, if it has by now."""
+        if self._error is not None:
+            raise self._error
+
+    def result(self) -> _T:
+        """What the call returned, once it has."""
+        self._thread.join()
+        self.check()
+        return cast("_T", self._value)
+
+    def _run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as error:
+            self._error = error
 
 
 def kv_dtype_of(name: KvDType) -> DType:

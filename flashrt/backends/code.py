@@ -7,6 +7,7 @@ compile to the same kernel, texts of different tokens may too.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,13 +17,14 @@ from flashrt.core.op import Op
 
 _TOKEN = re.compile(
     r"""
-    (?P<blank> //(?:\\\n|[^\n])* | /\*.*?\*/ | \\\n | [^\S\n]+ )
+    (?P<blank> [^\S\n]+ | //(?:\\\n|[^\n])* | /\*.*?\*/ | \\\n )
   | (?P<newline> \n )
-  | (?P<string> (?:u8|[uUL])?R"(?P<delimiter>[^()\\\s]{0,16})\(.*?\)(?P=delimiter)"
-        | (?:u8|[uUL])?"(?:\\.|[^"\\\n])*" | (?:u8|[uUL])?'(?:\\.|[^'\\\n])+' )
-  | (?P<number> \.?[0-9](?:[eEpP][+-]|'(?=[0-9A-Za-z])|[\w.])* )
-  | (?P<word> [^\W\d]\w* )
-  | (?P<sign> \.\.\. | ->\*? | <<=? | >>=? | \+\+ | -- | && | \|\| | :: | \#\#
+  | (?P<token> [^\W\d]\w*+(?!["'])  # most tokens are words
+        | (?:u8|[uUL])?R"(?P<delimiter>[^()\\\s]{0,16})\(.*?\)(?P=delimiter)"
+        | (?:u8|[uUL])?"(?:\\.|[^"\\\n])*" | (?:u8|[uUL])?'(?:\\.|[^'\\\n])+'
+        | \.?[0-9](?:[eEpP][+-]|'(?=[0-9A-Za-z])|[\w.])*
+        | [^\W\d]\w*
+        | \.\.\. | ->\*? | <<=? | >>=? | \+\+ | -- | && | \|\| | :: | \#\#
         | [-+*/%&|^=!<>]= | . )
     """,
     re.VERBOSE | re.DOTALL,
@@ -32,32 +34,44 @@ _TOKEN = re.compile(
 def tokens(text: str) -> Iterator[str]:
     """The tokens of a source. The end of a directive's line is one: there, lines count."""
     line: list[str] = []  # tokens of the line so far
-    end = 0  # of the token before
-    for match in _TOKEN.finditer(text.replace("\r\n", "\n") + "\n"):
-        kind, token = match.lastgroup, match[0]
-        if kind == "newline":
-            if line[:1] == ["#"]:
-                yield token
-            line.clear()
-        elif kind != "blank":
+    is_after_blank = False
+    for _, newline, found, _ in _TOKEN.findall(text.replace("\r\n", "\n") + "\n"):
+        if found:
             # `#define f(x)` takes an argument, `#define f (x)` does not.
-            if token == "(" and line[:-1] == ["#", "define"] and match.start() == end:
-                token = "(of a macro"
+            is_of_macro = found == "(" and line[:-1] == ["#", "define"] and not is_after_blank
+            token = "(of a macro" if is_of_macro else found
             line.append(token)
-            end = match.end()
+            is_after_blank = False
             yield token
+        elif newline:
+            if line[:1] == ["#"]:
+                yield newline
+            line = []
+        else:
+            is_after_blank = True
 
 
 def digest_of(ops: Sequence[Op], sources: Iterable[tuple[str, str]]) -> str:
     """Hash of what decides the bits of kernels but their compiler: (name, text) of each source,
     signatures of ops and the generated header.
     """
-    digest = hashlib.sha256()
-    for op in ops:
-        digest.update(f"{op.signature}\0".encode())
-    for name, text in (("", c_header(ops)), *sources):
-        for token in (name, *tokens(text)):
-            data = token.encode()
-            digest.update(len(data).to_bytes(4, "little") + data)
-        digest.update(b"\0")
+    signatures = tuple(f"{op.signature}\0" for op in ops)
+    return _digest_of(signatures, (("", c_header(ops)), *sources))
+
+
+@functools.lru_cache(4)  # asked for several times while an engine is loaded
+def _digest_of(signatures: tuple[str, ...], sources: tuple[tuple[str, str], ...]) -> str:
+    digest = hashlib.sha256("".join(signatures).encode())
+    encoded = _Encoded()
+    for name, text in sources:
+        digest.update(b"".join([encoded[token] for token in (name, *tokens(text))]) + b"\0")
     return digest.hexdigest()
+
+
+class _Encoded(dict[str, bytes]):
+    """Bytes of a token, its size before them; sources have few tokens that are unlike."""
+
+    def __missing__(self, token: str) -> bytes:
+        data = token.encode()
+        self[token] = found = len(data).to_bytes(4, "little") + data
+        return found

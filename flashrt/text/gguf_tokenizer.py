@@ -1,8 +1,8 @@
 """The tokenizer and the chat template that a GGUF file keeps in its metadata.
 
-IS: `tokenizer.ggml.*` written as the tokenizer.json that says the same, so that one class encodes
-for both; its template; the ids that end a turn. IS NOT: a reader of GGUF files: it is given their
-metadata as a mapping.
+IS: `tokenizer.ggml.*` as the library's object that the tokenizer.json which says the same would
+become, so that one class encodes for both; its template; the ids that end a turn. IS NOT: a reader
+of GGUF files: it is given their metadata as a mapping.
 
 Two kinds are known. `gpt2`: byte-level BPE; the file names the rule that cuts a text into words,
 and the rule itself is in the table here. `llama`: SentencePiece's BPE; the file holds scores in
@@ -12,21 +12,27 @@ the tokenizer.json files that the names were made from.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashrt.base.errors import CheckpointError
 from flashrt.base.messages import shown
 from flashrt.text.template import ChatTemplate
 from flashrt.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    import tokenizers
+
 MODEL, PRE = "tokenizer.ggml.model", "tokenizer.ggml.pre"
 TOKENS, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 SCORES, MERGES = "tokenizer.ggml.scores", "tokenizer.ggml.merges"
+TABLES = (TOKENS, TYPES, SCORES, MERGES)  # of a vocabulary: most of a file's metadata
 ADD_BOS, ADD_SPACE = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix"
 TEMPLATE, TEMPLATE_NAMES = "tokenizer.chat_template", "tokenizer.chat_templates"
 DEFAULT_TEMPLATE = "default"
@@ -130,8 +136,8 @@ def text_of_gguf(metadata: Mapping[str, object], path: Path) -> GgufText | None:
     bos = vocabulary.special_id("bos")
     adds_bos = metadata.get(ADD_BOS, vocabulary.is_sentencepiece)
     return GgufText(
-        tokenizer=Tokenizer(path, json.dumps(_document(vocabulary, metadata, path))),
-        template=template_of_gguf(metadata, path),
+        tokenizer=_tokenizer(vocabulary, metadata, path),
+        template=_template(metadata, path, DEFAULT_TEMPLATE, vocabulary),
         stop_tokens=vocabulary.stop_tokens(),
         bos_token=bos,
         adds_bos=bool(adds_bos) and bos is not None,
@@ -145,13 +151,21 @@ def template_of_gguf(
 
     Raises CheckpointError for a source that is no template.
     """
+    return _template(metadata, path, name, None)
+
+
+def _template(
+    metadata: Mapping[str, object], path: Path, name: str, vocabulary: _Vocabulary | None
+) -> ChatTemplate | None:
     key = TEMPLATE if name == DEFAULT_TEMPLATE else f"{TEMPLATE}.{name}"
     source = metadata.get(key, metadata.get(f"{TEMPLATE}.{name}"))
     if source is None:
         return None
     if not isinstance(source, str):
         raise CheckpointError(f"{path}: {key} is {shown(source)}; expected a text")
-    tokens = _Vocabulary(metadata, path).special_tokens() if MODEL in metadata else {}
+    if vocabulary is None and MODEL in metadata:
+        vocabulary = _Vocabulary(metadata, path)
+    tokens = {} if vocabulary is None else vocabulary.special_tokens()
     try:
         return ChatTemplate(source, tokens)
     except CheckpointError as error:
@@ -181,23 +195,25 @@ class _Vocabulary:
         self.tokens = _texts(metadata, TOKENS, path)
         self.types = _numbers(metadata, TYPES, path, len(self.tokens), _NORMAL)
 
+    @cached_property
     def ids(self) -> dict[str, int]:
         """Ids by token. Unused ones fill up a matrix and stand for nothing; of two tokens that are
         spelled alike a text gets the first.
         """
-        found: dict[str, int] = {}
-        for i, token in enumerate(self.tokens):
-            if self.types[i] != _UNUSED:
-                found.setdefault(token, i)
-        return found
+        last_first = zip(reversed(self.tokens), range(len(self.tokens) - 1, -1, -1), strict=True)
+        if _UNUSED not in self.types:
+            return dict(last_first)
+        return {token: i for token, i in last_first if self.types[i] != _UNUSED}
 
-    def added(self) -> list[tuple[int, str, bool]]:
-        """Tokens that a text may spell out, and whether they are special."""
-        special = (_CONTROL, _UNKNOWN)
+    def added(self) -> list[tuple[str, bool]]:
+        """Tokens that a text may spell out, and whether they are special, in the order of ids."""
+        special = {_CONTROL, _UNKNOWN}
+        wanted = {*special, _USER_DEFINED}
+        places = [i for i, kind in enumerate(self.types) if kind in wanted]
         return [
-            (i, token, self.types[i] in special)
-            for token, i in self.ids().items()
-            if token and self.types[i] in (*special, _USER_DEFINED)
+            (token, self.types[i] in special)
+            for i in places
+            if (token := self.tokens[i]) and self.ids[token] == i
         ]
 
     def special_id(self, name: str) -> int | None:
@@ -220,30 +236,45 @@ class _Vocabulary:
     def stop_tokens(self) -> tuple[int, ...]:
         """Ids that end a turn or a document."""
         named = [self.special_id(name) for name in ("eos", "eot", "eom")]
-        known = self.ids()
+        known = self.ids
         spelled = [known.get(text) for text in _TURN_ENDS]
         control = [i for i in spelled if i is not None and self.types[i] == _CONTROL]
         return tuple(dict.fromkeys([i for i in named if i is not None] + control))
 
 
-def _document(
-    vocabulary: _Vocabulary, metadata: Mapping[str, object], path: Path
-) -> dict[str, object]:
-    """The tokenizer.json that says the same."""
+def _tokenizer(vocabulary: _Vocabulary, metadata: Mapping[str, object], path: Path) -> Tokenizer:
+    """The tokenizer that a tokenizer.json which says the same would become.
+
+    The library is given the tables as they are: to write and parse a file of that many tokens
+    takes several times as long, and twice the memory.
+    """
     parts = _sentencepiece if vocabulary.is_sentencepiece else _byte_level
-    added = [
-        {
-            "id": i, "content": token, "special": is_special, "normalized": False,
-            "single_word": False, "lstrip": False, "rstrip": False,
-        }
-        for i, token, is_special in vocabulary.added()
-    ]  # fmt: skip
-    return {"version": "1.0", "added_tokens": added, **parts(vocabulary, metadata, path)}
+    rules, model = parts(vocabulary, metadata, path)
+
+    def library() -> tokenizers.Tokenizer:
+        import tokenizers
+        from tokenizers import models
+
+        empty = {"type": "BPE", "vocab": {}, "merges": []}
+        document = {"version": "1.0", "added_tokens": [], "model": empty, **rules}
+        made = tokenizers.Tokenizer.from_str(json.dumps(document))
+        made.model = models.BPE(**model)
+        for is_special, run in itertools.groupby(vocabulary.added(), lambda added: added[1]):
+            tokens = [
+                tokenizers.AddedToken(token, special=is_special, normalized=False)
+                for token, _ in run
+            ]
+            (made.add_special_tokens if is_special else made.add_tokens)(tokens)
+        return made
+
+    return Tokenizer(path, library)
 
 
-def _byte_level(
-    vocabulary: _Vocabulary, metadata: Mapping[str, object], path: Path
-) -> dict[str, object]:
+# What goes around a model, as tokenizer.json has it; and the arguments of the library's BPE.
+_Parts = tuple[dict[str, object], dict[str, Any]]
+
+
+def _byte_level(vocabulary: _Vocabulary, metadata: Mapping[str, object], path: Path) -> _Parts:
     name = metadata.get(PRE)
     rule = _RULES.get(name) if isinstance(name, str) else None
     if rule is None:
@@ -252,7 +283,7 @@ def _byte_level(
             f"{path}: {said}, so the rule that cuts a text into words is not known here "
             f"(known are {', '.join(sorted(_RULES))}): {_WAY_OUT}"
         )
-    merges = [_pair(merge, path) for merge in _texts(metadata, MERGES, path)]
+    merges = _pairs(_texts(metadata, MERGES, path), path)
     cuts = [
         {"type": "Split", "pattern": {"Regex": text}, "behavior": "Isolated", "invert": False}
         for text in rule.expressions
@@ -260,22 +291,17 @@ def _byte_level(
     level = {
         "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False,
     }  # fmt: skip
-    return {
+    rules: dict[str, object] = {
         "normalizer": {"type": "NFC"} if rule.is_nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*cuts, level]},
         "decoder": level,
-        "model": {
-            "type": "BPE", "vocab": vocabulary.ids(), "merges": merges,
-            "ignore_merges": rule.is_whole,
-        },
-    }  # fmt: skip
+    }
+    return rules, {"vocab": vocabulary.ids, "merges": merges, "ignore_merges": rule.is_whole}
 
 
-def _sentencepiece(
-    vocabulary: _Vocabulary, metadata: Mapping[str, object], path: Path
-) -> dict[str, object]:
+def _sentencepiece(vocabulary: _Vocabulary, metadata: Mapping[str, object], path: Path) -> _Parts:
     scores = _numbers(metadata, SCORES, path, len(vocabulary.tokens), None)
-    ids, types = vocabulary.ids(), vocabulary.types
+    ids, types = vocabulary.ids, vocabulary.types
     words = {token: i for token, i in ids.items() if types[i] in (_NORMAL, _USER_DEFINED)}
     unknown = vocabulary.special_id("unknown")
     if unknown is None and _UNKNOWN in types:
@@ -286,15 +312,15 @@ def _sentencepiece(
     shown_spaces = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * is_prefixed
     joined = [shown_spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
-    return {
+    rules: dict[str, object] = {
         "normalizer": {"type": "Sequence", "normalizers": [*prefix, spaces]},
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": joined},
-        "model": {
-            "type": "BPE", "vocab": ids, "merges": _merges(words, scores),
-            "unk_token": None if unknown is None else vocabulary.tokens[unknown],
-            "fuse_unk": True, "byte_fallback": _BYTE in types,
-        },
+    }
+    return rules, {
+        "vocab": ids, "merges": _merges(words, scores),
+        "unk_token": None if unknown is None else vocabulary.tokens[unknown],
+        "fuse_unk": True, "byte_fallback": _BYTE in types,
     }  # fmt: skip
 
 
@@ -314,11 +340,17 @@ def _merges(words: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str
     return [pair for *_, pair in found]
 
 
-def _pair(merge: str, path: Path) -> tuple[str, str]:
-    left, space, right = merge.partition(" ")
-    if not (left and space and right) or " " in right:
-        raise CheckpointError(f"{path}: {MERGES} has {shown(merge)}; expected two tokens")
-    return left, right
+def _pairs(merges: list[str], path: Path) -> list[tuple[str, str]]:
+    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
+    if not {*map(len, pairs)} <= {2} or not all(map(all, pairs)):
+        wrong = next(m for m, p in zip(merges, pairs, strict=True) if len(p) != 2 or "" in p)
+        raise CheckpointError(f"{path}: {MERGES} has {shown(wrong)}; expected two tokens")
+    return pairs
+
+
+def _are(kinds: tuple[type, ...], values: Sequence[object]) -> bool:
+    """Whether all values are of these types. A few types are looked at, not each value."""
+    return all(issubclass(kind, kinds) for kind in {*map(type, values)})
 
 
 def _texts(metadata: Mapping[str, object], key: str, path: Path) -> list[str]:
@@ -327,7 +359,7 @@ def _texts(metadata: Mapping[str, object], key: str, path: Path) -> list[str]:
     if value is None:
         raise CheckpointError(f"{path}: {key} is missing, the file is damaged: {_WAY_OUT}")
     found = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else None
-    if found is None or not all(isinstance(text, str) for text in found):
+    if found is None or not _are((str,), found):
         raise CheckpointError(f"{path}: {key} is {shown(value)}; expected a list of texts")
     return found
 
@@ -340,7 +372,9 @@ def _numbers(
         return [default] * count
     value = metadata.get(key)
     found = list(value) if isinstance(value, Sequence) else []
-    if not all(isinstance(v, int | float) and math.isfinite(v) for v in found):
+    if not _are((int, float), found) or (
+        float in {*map(type, found)} and not all(map(math.isfinite, found))
+    ):
         raise CheckpointError(f"{path}: {key} is {shown(value)}; expected a list of numbers")
     if len(found) != count:
         raise CheckpointError(

@@ -43,17 +43,21 @@ class AddedToken:
 class Tokenizer:
     """The tokenizer of a checkpoint. Raises CheckpointError if the file cannot be used."""
 
-    def __init__(self, path: Path, text: str | None = None) -> None:
-        """From a file, or from a `text` in its place."""
+    def __init__(
+        self, path: Path, source: str | Callable[[], tokenizers.Tokenizer] | None = None
+    ) -> None:
+        """From a file, or from what is there in its place: its text, or what makes the library's
+        object, whose errors become ours.
+        """
         import tokenizers  # slow to import, and not needed for token ids
 
         try:
-            source = read_file(path, _MOST_NBYTES).decode() if text is None else text
+            text = read_file(path, _MOST_NBYTES).decode() if source is None else source
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
         self.path = path
         self._library = _call(
-            lambda: tokenizers.Tokenizer.from_str(source),
+            (lambda: tokenizers.Tokenizer.from_str(text)) if isinstance(text, str) else text,
             CheckpointError,
             f"{path}: not a usable tokenizer",
         )

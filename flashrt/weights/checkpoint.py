@@ -103,14 +103,18 @@ class Checkpoint:
     def read_into(self, tensor: Tensor, first_byte: int, out: memoryview) -> None:
         """Read len(out) bytes of a tensor, from byte `first_byte` on. Raises CheckpointError."""
         try:
-            if tensor.path not in self._handles:
-                self._handles[tensor.path], _ = self._files.enter_context(opened(tensor.path))
-            read_into(self._handles[tensor.path], out, tensor.offset + first_byte)
+            read_into(self.file_of(tensor), out, tensor.offset + first_byte)
         except OSError as error:
             name = printable(tensor.stored_name)
             is_cut = error.errno == errno.ENODATA
             what = f"ends inside {name}" if is_cut else f"cannot read {name}: {error.strerror}"
             raise CheckpointError(f"{tensor.path}: {what}; fetch the file again") from error
+
+    def file_of(self, tensor: Tensor) -> int:
+        """A descriptor of the tensor's file, until `close`. Raises OSError."""
+        if tensor.path not in self._handles:
+            self._handles[tensor.path], _ = self._files.enter_context(opened(tensor.path))
+        return self._handles[tensor.path]
 
     def close(self) -> None:
         """Close the files; reading opens them again."""

@@ -1,13 +1,16 @@
 """Run weight rules: check every name, shape and dtype first, then stream the tensors into a sink.
 
 IS: the one path from checkpoint bytes to logical weight arrays; the process holds one chunk at a
-time, never the weights. IS NOT: packing into a backend's storage, which is the sink's work.
+time, never the weights. IS NOT: packing into a backend's storage, which is the sink's work. A
+backend in host memory is told which bytes of files are which rows, and reads them itself.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import xxhash
@@ -17,16 +20,24 @@ from flashrt.base.errors import CheckpointError, PlanError
 from flashrt.base.messages import MOST_LISTED, printable, shown
 from flashrt.core.arena import Arena
 from flashrt.core.backend import Bytes, Progress
+from flashrt.core.direct import DirectBackend, FilePart
 from flashrt.core.groups import Planes
 from flashrt.core.region import DType, Region
 from flashrt.weights.checkpoint import Checkpoint
+from flashrt.weights.formats.blocks import BlockMatrix
 from flashrt.weights.formats.dequantise import dequantise
-from flashrt.weights.formats.stored import Rows, StoredArray, StoredMatrix, Tensor
+from flashrt.weights.formats.reordered import Order, RowsReordered
+from flashrt.weights.formats.stored import PlainMatrix, Rows, StoredArray, StoredMatrix, Tensor
 from flashrt.weights.rules import Source, Transform, WeightRule
 
 CHUNK_NBYTES = 16 << 20  # fits a last-level cache: read, hashed and packed while it is warm
 # Chunks begin at multiples of this: the widest panel of any backend's matrix storage.
 CHUNK_ROWS = 32
+# For backends that read files themselves: what one thread reads at a time, which its own cache
+# holds; what one call reads, so that progress is told and an interrupt heard; and the least that a
+# checkpoint must have, as a short file has no such hash.
+_PART_NBYTES, _CALL_NBYTES, _LEAST_DIRECT_NBYTES = 1 << 20, 64 << 20, 1 << 16
+_REORDERED_ROWS = 256  # rows that move only among themselves: heads, whose sizes divide this
 # Parts that a checkpoint may carry and a model may leave unused, as a whole.
 OPTIONAL_PREFIXES = ("mtp.",)
 
@@ -89,6 +100,15 @@ def _stored(
     return (checkpoint.matrix if rule.is_matrix else checkpoint.array)(source.name)
 
 
+def _all_stored(
+    rules: Sequence[WeightRule], checkpoint: Checkpoint
+) -> Iterator[StoredMatrix | StoredArray]:
+    for rule in rules:
+        for source in rule.sources:
+            if (stored := _stored(rule, source, checkpoint)) is not None:
+                yield stored
+
+
 def _misfit(tensor: Tensor, source: Source) -> str:
     name = printable(tensor.stored_name)
     if tensor.shape != source.shape:
@@ -127,8 +147,8 @@ def load(
     tensors do not fit (see `check_sources`).
     """
     check_sources(rules, checkpoint)
-    stored = [_stored(rule, source, checkpoint) for rule in rules for source in rule.sources]
-    reader = _Reader(checkpoint, sum(s.nbytes for s in stored if s is not None), progress)
+    total = sum(s.nbytes for s in _all_stored(rules, checkpoint))
+    reader = _Reader(checkpoint, total, progress, xxhash.xxh3_128())
     try:
         for rule in rules:
             if rule.is_matrix:
@@ -148,6 +168,11 @@ def fill_weights(
     progress: Progress | None = None,
 ) -> LoadReport:
     """`load` into the weights of an arena, as its backend stores them."""
+    if isinstance(arena.backend, DirectBackend):
+        check_sources(rules, checkpoint)
+        total = sum(s.nbytes for s in _all_stored(rules, checkpoint))
+        if total >= _LEAST_DIRECT_NBYTES:
+            return _Direct(checkpoint, arena, arena.backend, total, progress).filled(rules)
     slots, base = {s.region: s for s in arena.weights.slots}, arena.weight_memory.address
     staging: Bytes = np.empty(0, np.uint8)
 
@@ -164,31 +189,219 @@ def fill_weights(
     return load(rules, checkpoint, sink, progress)
 
 
+class _Hash(Protocol):
+    def update(self, data: bytes | memoryview, /) -> object: ...
+    def hexdigest(self) -> str: ...
+
+
 class _Reader:
     """Reads of tensors: hashed and reported as they go by."""
 
     def __init__(
-        self, checkpoint: Checkpoint, total_nbytes: int, progress: Progress | None
+        self, checkpoint: Checkpoint, total_nbytes: int, progress: Progress | None, hash_: _Hash
     ) -> None:
         self.checkpoint = checkpoint
         self.total_nbytes = total_nbytes
-        self.hash = xxhash.xxh3_128()
+        self.hash = hash_
         self._done_nbytes = 0
         self._progress = progress
         self._names = {tensor: name for name, tensor in checkpoint.tensors.items()}
         self._begun: set[Tensor] = set()
 
-    def read(self, tensor: Tensor, first_byte: int, out: memoryview) -> None:
-        """Fill memory with bytes of a tensor: a `formats.stored.Reader`."""
+    def begin(self, tensor: Tensor) -> None:
+        """Before the first bytes of a tensor; once or several times."""
         if tensor not in self._begun:
             self._begun.add(tensor)
             name = self._names.get(tensor, tensor.stored_name)
             self.hash.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+
+    def read(self, tensor: Tensor, first_byte: int, out: memoryview) -> None:
+        """Fill memory with bytes of a tensor: a `formats.stored.Reader`."""
+        self.begin(tensor)
         self.checkpoint.read_into(tensor, first_byte, out)
         self.hash.update(out)
-        self._done_nbytes += len(out)
+        self.was_read(len(out))
+
+    def was_read(self, nbytes: int) -> None:
+        """So many bytes more."""
+        self._done_nbytes += nbytes
         if self._progress is not None:
             self._progress("weights", self._done_nbytes, self.total_nbytes)
+
+
+class _Direct:
+    """`fill_weights` for a backend that reads files itself. What it cannot read, as matrices that
+    are quantised on the way, is read here and packed where it is to lie.
+
+    Parts wait until many can be read by one call. It is the hash of a `_Reader`: what is read here
+    waits, as bytes, for its turn among the parts.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        arena: Arena,
+        backend: DirectBackend,
+        total_nbytes: int,
+        progress: Progress | None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._arena = arena
+        self._backend = backend
+        self._slots = {s.region: s for s in arena.weights.slots}
+        self._hash = backend.new_hash()
+        self._reader = _Reader(checkpoint, total_nbytes, progress, self)
+        self._before = bytearray()
+        self._parts: list[tuple[FilePart, Tensor, int]] = []  # its tensor, and first byte there
+        self._waiting_nbytes = 0
+
+    def filled(self, rules: Sequence[WeightRule]) -> LoadReport:
+        """See `fill_weights`."""
+        try:
+            for rule in rules:
+                if rule.is_matrix:
+                    self._fill_matrix(rule)
+                else:
+                    self._pack(rule.region, 0, _float_array(rule, self._reader))
+            self._flush()
+        finally:
+            self._checkpoint.close()
+        return LoadReport(self._hash.hexdigest(), self._reader.total_nbytes)
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Bytes that come before the next part."""
+        self._before += data
+        if len(self._before) > _PART_NBYTES:
+            self._flush()
+
+    def hexdigest(self) -> str:
+        """See _Hash."""
+        self._flush()
+        return self._hash.hexdigest()
+
+    def _pack(self, region: Region, first_row: int, rows: Rows) -> None:
+        part = replace(region, shape=rows.shape)
+        backend = self._arena.backend
+        at = self._address(region, first_row)
+        backend.pack(part, rows, self._backend.room(at, backend.storage(part).nbytes))
+
+    def _address(self, region: Region, first_row: int) -> int:
+        slot = self._slots[region]
+        base = self._arena.weight_memory.address + slot.offset
+        return base + first_row * slot.storage.lead_nbytes
+
+    def _fill_matrix(self, rule: WeightRule) -> None:
+        start = 0
+        for sources in _whole_panels(rule.sources):
+            n_rows = sum(source.shape[0] for source in sources)
+            if len(sources) > 1 or not self._add_matrix(rule.region, start, sources[0]):
+                region = replace(rule.region, shape=(n_rows, rule.region.shape[1]))
+                part = replace(rule, region=region, sources=sources)
+                for first_row, rows in _matrix_chunks(part, self._reader):
+                    self._pack(rule.region, start + first_row, rows)
+            start += n_rows
+
+    def _add_matrix(self, region: Region, start: int, source: Source) -> bool:
+        """Parts for all rows of a source; False, and none, where the backend cannot read them."""
+        matrix = self._checkpoint.matrix(source.name)
+        assert matrix is not None  # check_sources saw it
+        pieces = _pieces(matrix)
+        if pieces is None:
+            return False
+        stored, runs = pieces
+        blocks = stored.tensor.dtype if isinstance(stored, BlockMatrix) else ""
+        is_same = (stored.dtype, stored.groups) == (region.dtype, region.groups)
+        if not is_same or not self._backend.packs(region, blocks):
+            return False
+        for first, count, order in runs:
+            self._add_part(region, stored, blocks, start, first, count, order)
+        return True
+
+    def _add_part(
+        self,
+        region: Region,
+        stored: PlainMatrix | BlockMatrix,
+        blocks: str,
+        start: int,
+        first: int,
+        count: int,
+        order: NDArray[np.int64] | None,
+    ) -> None:
+        tensor, at = stored.tensor, first * stored.row_nbytes
+        self._reader.begin(tensor)
+        nbytes = count * stored.row_nbytes
+        try:
+            file = self._checkpoint.file_of(tensor)
+        except OSError:
+            self._checkpoint.read_into(tensor, at, memoryview(bytearray(nbytes)))  # says why
+            raise
+        part = FilePart(
+            bytes(self._before), file, tensor.offset + at, nbytes,
+            self._address(region, start + first), region, count, blocks, order,
+        )  # fmt: skip
+        self._before.clear()
+        self._parts.append((part, tensor, at))
+        self._waiting_nbytes += nbytes
+        if self._waiting_nbytes >= _CALL_NBYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Read and pack all parts that wait."""
+        parts = [part for part, _, _ in self._parts]
+        if self._before:
+            parts.append(FilePart(bytes(self._before)))
+            self._before.clear()
+        failed = self._backend.load_parts(parts, self._hash) if parts else None
+        if failed is not None:
+            part, tensor, at = self._parts[failed[0]]
+            self._checkpoint.read_into(tensor, at, memoryview(bytearray(part.nbytes)))  # says why
+            raise CheckpointError(
+                f"{tensor.path}: cannot read {printable(tensor.stored_name)}: "
+                f"{os.strerror(failed[1])}; load it again"
+            )
+        waited, self._parts, self._waiting_nbytes = self._parts, [], 0
+        for part, _, _ in waited:
+            self._reader.was_read(part.nbytes)
+
+
+def _whole_panels(sources: Sequence[Source]) -> Iterator[tuple[Source, ...]]:
+    """Sources that are stacked, in runs that each begin at a multiple of CHUNK_ROWS."""
+    run: list[Source] = []
+    for source in sources:
+        run.append(source)
+        if sum(s.shape[0] for s in run) % CHUNK_ROWS == 0:
+            yield tuple(run)
+            run = []
+    if run:
+        yield tuple(run)
+
+
+_Piece = tuple[int, int, NDArray[np.int64] | None]  # first row, rows, and their order if any
+
+
+def _pieces(
+    matrix: StoredMatrix,
+) -> tuple[PlainMatrix | BlockMatrix, list[_Piece]] | None:
+    """What a matrix is stored as, and runs of its rows, each of which lies in one run of those of
+    the file; None for a matrix that is not stored by rows.
+    """
+    order: Order | None = None
+    if isinstance(matrix, RowsReordered):
+        order, matrix = matrix.order, matrix.stored
+    if not isinstance(matrix, PlainMatrix | BlockMatrix):
+        return None
+    n_rows, unit = matrix.shape[0], CHUNK_ROWS if order is None else _REORDERED_ROWS
+    step = max(1, _PART_NBYTES // (matrix.row_nbytes * unit)) * unit
+    pieces: list[_Piece] = []
+    for first in range(0, n_rows, step):
+        count = min(step, n_rows - first)
+        inside = None
+        if order is not None:
+            inside = (order[first : first + count] - first).astype(np.int64)
+            if inside.min() < 0 or inside.max() >= count:
+                return None
+        pieces.append((first, count, inside))
+    return matrix, pieces
 
 
 def _matrix_chunks(rule: WeightRule, reader: _Reader) -> Iterator[tuple[int, Rows]]:

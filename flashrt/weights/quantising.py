@@ -107,6 +107,10 @@ class QuantisingCheckpoint(Checkpoint):
         """See Checkpoint."""
         self.source.read_into(tensor, first_byte, out)
 
+    def file_of(self, tensor: Tensor) -> int:
+        """See Checkpoint."""
+        return self.source.file_of(tensor)
+
     def close(self) -> None:
         """See Checkpoint."""
         self.source.close()

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from flashrt.base.errors import FlashrtError
+from flashrt.commands.bench import peer_load
 from flashrt.commands.bench.peer import LlamaCpp, peer_of, turn_of
+from flashrt.weights.bundled import bundled_checkpoint
 
 DOUBLE = """
 import ctypes, sys, time
@@ -53,6 +55,23 @@ def test_figures_are_by_length(double: Path) -> None:
     for key in ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_warm_s"):
         assert set(found[key]) == {8, 64} and all(v > 0 for v in found[key].values())
     assert found["prefill_tokens_per_s"][64] > found["prefill_tokens_per_s"][8]
+
+
+def test_loading_is_measured_in_processes_of_their_own(double: Path) -> None:
+    """Red when one side is measured in this process, whose memory is another's too."""
+    found = peer_load.load_figures(bundled_checkpoint(), 256, 1)
+    assert list(found) == ["flashrt", "llama.cpp"]
+    for figures in found.values():
+        assert 0 < figures["load_s"] < 60 and 8 << 20 < figures["peak_bytes"] < 4 << 30
+
+
+def test_a_load_that_fails_leaves_the_other_figures(double: Path) -> None:
+    peer = peer_of(double / "m.gguf", 256, 1)
+    assert peer is not None
+    prompt = np.arange(8, dtype=np.int32)
+    peer.measure(prompt, turn_of(prompt, 4))
+    found = peer.close()
+    assert "flashrt does not load" in found["load"]["problem"] and found["ttft_warm_s"][8] > 0
 
 
 def test_one_that_does_not_come_up_says_why(double: Path) -> None:

@@ -6,6 +6,7 @@ back as it was.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import struct
@@ -21,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import flashrt
 from flashrt.base.errors import CheckpointError
 from flashrt.base.tensor_file import write_tensors
 from flashrt.models.qwen35.config import parse_config
@@ -574,3 +576,29 @@ def test_one_byte_changed(opened_changed: Callable[[int, int], None], at: int, v
     except CheckpointError as error:
         assert 0 < len(str(error)) < 4000
         str(error).encode()
+
+
+@settings(max_examples=150, deadline=None)
+@given(texts=st.lists(st.binary(max_size=9) | st.sampled_from([b"\xff", b"\xc3", b"a" * 700])))
+def test_arrays_of_texts_are_cut_where_their_sizes_say(
+    texts: list[bytes], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Fault: decoded all at once, a text takes bytes of the next one, or is cut inside."""
+    path = tmp_path_factory.mktemp("texts") / "t.gguf"
+    array = struct.pack("<IQ", 8, len(texts)) + b"".join(text(t) for t in texts)
+    path.write_bytes(made_by_hand(key("a", 9, array), keys=1))
+    wanted = [t.decode("utf-8", "surrogateescape") for t in texts]
+    assert read_metadata(path)["a"] == wanted
+
+
+@pytest.mark.parametrize("pool_bytes", [0, -1])
+def test_a_tokenizer_that_is_refused_is_told_first(pool_bytes: int, tmp_path: Path) -> None:
+    """Fault: it is read beside the rest, and what it raises is lost, or something else is said."""
+    keys = LLAMA | {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "kimi-k2",
+        "tokenizer.ggml.tokens": [f"t{i}" for i in range(50)], "tokenizer.ggml.merges": ["t 1"],
+    }  # fmt: skip
+    path = write(tmp_path / "m.gguf", "llama", keys, llama_tensors())
+    with pytest.raises(CheckpointError, match="pre is 'kimi-k2'"):
+        flashrt.load(path, device="cpu", max_positions=32, pool_bytes=pool_bytes)
+    assert gc.isenabled()

@@ -28,6 +28,7 @@ from flashrt.base.flags import thread_count
 from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Progress, Storage
 from flashrt.core.copylist import CopyList, Upload
 from flashrt.core.digest import LAYOUT_CODE, DigestTerm
+from flashrt.core.direct import FileHash, FilePart
 from flashrt.core.groups import Planes
 from flashrt.core.op import Launch, Op
 from flashrt.core.region import DType, Layout, Region, resolve_dtype
@@ -46,6 +47,13 @@ _MOST_ARGUMENTS = 1024  # of kernels/runtime.c
 _ALIGN = 64  # of argument blocks: one cache line each
 _FEW_NBYTES = 4096
 _BYTE = ctypes.c_ubyte
+# Blocks that kernels/pack.c takes as files have them, by their numbers in kernels/pack.h.
+_BLOCKS = {
+    "": 0, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8,
+    "Q4_K": 12, "Q5_K": 13, "Q6_K": 14,
+}  # fmt: skip
+WEIGHTS = "weights"  # what core.arena calls their memory
+_VALUES = (DType.BF16, DType.F16, DType.F32)
 
 
 class HostMemory:
@@ -215,9 +223,41 @@ class CpuDevice:
         memory = HostMemory(nbytes)
         self._arrays = (*arrays, memory.array)
         self._memories.append(memory)
-        if self._lib is not None:  # touched by all threads now: no page fault while serving
+        # Touched by all threads now: no page fault while serving. Whoever loads weights writes them
+        # all, and a page that is in a cache when it is written costs half of one that is not.
+        if self._lib is not None and name != WEIGHTS:
             self._lib.flashrt_fill(memory.address, nbytes, 0)
         return memory
+
+    def room(self, address: int, nbytes: int) -> Bytes:
+        """See DirectBackend."""
+        for array in self._memory_in_use():
+            at = address - array.ctypes.data
+            if 0 <= at <= at + nbytes <= array.nbytes:
+                return array[at : at + nbytes]
+        raise BackendError(f"cpu: {nbytes} bytes at {address:#x} are not in memory of this device")
+
+    def packs(self, region: Region, blocks: str) -> bool:
+        """See DirectBackend."""
+        return blocks in _BLOCKS and (bool(blocks) or region.dtype in _VALUES)
+
+    def new_hash(self) -> FileHash:
+        """See DirectBackend."""
+        return _FileHash(self._c)
+
+    def load_parts(self, parts: Sequence[FilePart], hash_: FileHash) -> tuple[int, int] | None:
+        """See DirectBackend."""
+        _arrays = self._memory_in_use()
+        assert isinstance(hash_, _FileHash)
+        before = [np.frombuffer(part.before, np.uint8) for part in parts]
+        table = np.array(
+            [_part_words(part, data) for part, data in zip(parts, before, strict=True)], np.int64
+        )
+        why = ctypes.c_int()
+        done = self._c.flashrt_load(
+            table.ctypes.data, len(parts), hash_.state.ctypes.data, ctypes.byref(why)
+        )
+        return None if done == len(parts) else (done, why.value)
 
     def write(self, address: int, data: Bytes) -> None:
         """See Backend."""
@@ -370,6 +410,36 @@ class CpuDevice:
             self._workspace = need
 
 
+class _FileHash:
+    """See core.direct.FileHash; the state is kernels/xxh3.h's."""
+
+    def __init__(self, lib: ctypes.CDLL) -> None:
+        self._lib = lib
+        self.state = np.zeros(-(-lib.flashrt_hash_nbytes() // 8), np.uint64)
+        lib.flashrt_hash_begin(self.state.ctypes.data)
+
+    def hexdigest(self) -> str:
+        """As of the package xxhash."""
+        words = np.zeros(2, np.uint64)
+        self._lib.flashrt_hash_end(self.state.ctypes.data, words.ctypes.data)
+        low, high = words.tolist()
+        return f"{high:016x}{low:016x}"
+
+
+def _part_words(part: FilePart, before: Bytes) -> list[int]:
+    """The fields of kernels/load.c's `flashrt_part`."""
+    head = [before.ctypes.data, before.nbytes, part.file, part.offset, part.nbytes, part.address]
+    region = part.region
+    if region is None:
+        return [*head, *[0] * 9]
+    groups, order = region.groups, part.order
+    scales = [0, 0, 0] if groups is None else [groups.size, groups.outer, groups.scales.code]
+    return [
+        *head, 0 if order is None else order.ctypes.data, part.rows, region.shape[1],
+        part.nbytes // part.rows, _BLOCKS[part.blocks], region.dtype.code, *scales,
+    ]  # fmt: skip
+
+
 def _touched_nbytes(launches: Sequence[BoundLaunch]) -> int:
     """Bytes of all operands, of each launch anew."""
     return sum(
@@ -399,6 +469,10 @@ def _declare(lib: ctypes.CDLL) -> None:
         "flashrt_digest": ([ctypes.c_char_p, integer, pointer], None),
         "flashrt_pack_matrix": ([pointer, pointer, long, long, integer], None),
         "flashrt_pack_planes": ([*[pointer] * 3, *[long] * 2, *[integer] * 4], None),
+        "flashrt_load": ([pointer, long, pointer, pointer], long),
+        "flashrt_hash_nbytes": ([], long),
+        "flashrt_hash_begin": ([pointer], None),
+        "flashrt_hash_end": ([pointer, pointer], None),
         "flashrt_workspace": ([long], long),
         "flashrt_fma_peak": ([ctypes.c_long], ctypes.c_double),
         "flashrt_read_stream": ([pointer, size], None),

@@ -23,6 +23,7 @@ import numpy as np
 
 from flashrt.base.errors import FlashrtError
 from flashrt.base.messages import printable
+from flashrt.commands.bench.peer_load import load_figures
 from flashrt.commands.timing import Tokens
 
 PACKAGE = "llama_cpp"
@@ -87,6 +88,7 @@ class LlamaCpp(_Worker):
     def __init__(self, model: Path, positions: int, threads: int) -> None:
         """Raises FlashrtError if it does not come up."""
         self._samples: dict[int, _Samples] = {}
+        self._load = (model, positions, threads)
         super().__init__(model, positions, threads)
 
     def measure(self, prompt: Tokens, turn: Tokens) -> None:
@@ -99,9 +101,16 @@ class LlamaCpp(_Worker):
         at.ttft_warm_s.append(answer["ttft_warm_s"])
 
     def close(self) -> dict[str, Any]:
-        """End it. Its figures by name and length, keyed as those of a session's bench."""
+        """End it. Its figures by name and length, keyed as those of a session's bench; and under
+        `load` what loading costs each, in processes of their own, or why that is not known.
+        """
+        found = self._close()
+        try:
+            found["load"] = load_figures(*self._load)
+        except FlashrtError as error:  # the other figures are there already
+            found["load"] = {"problem": str(error)}
         return {
-            **self._close(),
+            **found,
             "prefill_tokens_per_s": {n: n / median(s.prefill_s) for n, s in self._samples.items()},
             "decode_tokens_per_s": {
                 n: 1 / fmean(s.inter_token_s) for n, s in self._samples.items()

@@ -10,6 +10,7 @@ from typing import Any
 
 from flashrt.commands import console
 from flashrt.commands.bench.document import Document
+from flashrt.commands.bench.peer_load import WHO
 from flashrt.commands.console import Screen, Table, styled
 from flashrt.view.units import bytes_text, percent_text, rate_text, seconds_text, significant
 
@@ -116,6 +117,8 @@ def show_session(document: Document) -> None:
     screen.print(_table(snapshots, (*_SNAPSHOTS, rollback), rows))
     if document["peer"] is not None:
         screen.print(_against(document))
+        if problem := document["peer"]["load"].get("problem"):
+            _notes(screen, f"Loading was not compared: {problem}")
     _notes(
         screen,
         "Medians. Decode: tokens over the time of all of them; ITL: inter-token latency.",
@@ -137,6 +140,12 @@ _COMPARED = (  # key, what, whether more is better
 )
 
 
+_LOADING: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("load_s", "load, first logits", seconds_text),
+    ("peak_bytes", "peak memory of that", bytes_text),
+)
+
+
 def _against(document: Document) -> Table:
     """Ours beside the peer's, at every length."""
     rows, peer = [], document["peer"]
@@ -146,7 +155,11 @@ def _against(document: Document) -> Table:
             times = ours / theirs if is_rate else theirs / ours
             text = significant if is_rate else seconds_text
             rows.append([what, _count(row["tokens"]), text(theirs), text(ours), _times(times)])
-    columns = ("", ">tokens", ">llama.cpp", ">flashrt", ">speed ratio")
+    if "problem" not in (load := peer["load"]):
+        for key, what, shown in _LOADING:
+            ours, theirs = (load[who][key] for who in WHO)
+            rows.append([what, "", shown(theirs), shown(ours), _times(theirs / ours)])
+    columns = ("", ">tokens", ">llama.cpp", ">flashrt", ">ratio, above 1 is better")
     return console.table(f"In turns with {peer['name']}, the same file", columns, rows)
 
 

@@ -16,11 +16,12 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flashrt.base.errors import CheckpointError
 from flashrt.base.files import opened, read_exactly
@@ -39,6 +40,8 @@ _MOST_PARTS = 1000
 _READ_NBYTES = 1 << 20
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 _CUT = "it ends inside its header"
+_SIZE = struct.Struct("<Q")  # of a text, before it
+_NEVER = 0xFF  # no byte of UTF-8
 
 # Tensor types by their number: name, elements of a block, bytes of a block.
 TYPES: Mapping[int, tuple[str, int, int]] = {
@@ -178,6 +181,27 @@ class _Bytes:
         """A text of values; bytes that are no UTF-8 become lone surrogates."""
         return self.take(self.u64()).decode("utf-8", "surrogateescape")
 
+    def texts(self, count: int) -> list[str]:
+        """As many texts, each as `text` reads it: a vocabulary has some 100,000."""
+        size_at = _SIZE.unpack_from
+        first, at = self.at, self.at
+        starts: list[int] = []
+        while len(starts) < count:
+            if at + _SIZE.size > len(self._data):
+                self._read_up_to(at + _SIZE.size)
+            data, last = self._data, len(self._data) - _SIZE.size
+            for _ in range(count - len(starts)):
+                if at > last:
+                    break
+                starts.append(at)
+                at += size_at(data, at)[0] + _SIZE.size
+        if not count:
+            return []
+        if at > len(self._data):
+            self._read_up_to(at)
+        self.at = at
+        return _cut(self._data[first:at], np.array(starts) - first)
+
     def name(self) -> str:
         """A key, or the name of a tensor."""
         return self.take(self.u64()).decode()
@@ -190,6 +214,27 @@ class _Bytes:
         have = len(self._data)
         want = min(max(stop, have + _READ_NBYTES), self.nbytes)
         self._data += read_exactly(self._handle, want - have, have).data
+
+
+def _cut(data: bytearray, starts: NDArray[np.int64]) -> list[str]:
+    """Texts that lie one after another, each behind its size of 8 bytes, which begins at `starts`.
+
+    All are decoded at once, with a byte that is never part of UTF-8 between them.
+    """
+    flat = np.frombuffer(data, np.uint8)
+    is_kept = np.ones(len(flat), bool)
+    for i in range(_SIZE.size):
+        is_kept[starts + i] = False
+    if (flat[is_kept] == _NEVER).any():  # it is in a text: these are decoded one by one
+        stops = [*starts[1:].tolist(), len(data)]
+        return [
+            data[start + _SIZE.size : stop].decode("utf-8", "surrogateescape")
+            for start, stop in zip(starts.tolist(), stops, strict=True)
+        ]
+    is_kept[starts] = True
+    flat[starts] = _NEVER
+    whole = flat[is_kept].tobytes().decode("utf-8", "surrogateescape")
+    return whole.split(chr(0xDC00 + _NEVER))[1:]
 
 
 def _parsed(path: Path, header: _Bytes) -> GgufFile:
@@ -256,14 +301,11 @@ def _array(header: _Bytes, key: str, depth: int) -> list[object]:
     header.elements_left -= count
     if dtype := _NUMBERS.get(kind):
         return _numbers(header, key, dtype, count)
-    read: Callable[[], object]
     if kind == _STRING:
-        read = header.text
-    elif kind == _ARRAY:
-        read = lambda: _array(header, key, depth + 1)  # noqa: E731
-    else:
-        raise ValueError(f"key {shown(key)} is an array of type {kind}, which is unknown")
-    return [read() for _ in range(count)]
+        return list[object](header.texts(count))
+    if kind == _ARRAY:
+        return [_array(header, key, depth + 1) for _ in range(count)]
+    raise ValueError(f"key {shown(key)} is an array of type {kind}, which is unknown")
 
 
 def _numbers(header: _Bytes, key: str, dtype: np.dtype[np.generic], count: int) -> list[object]:

@@ -1,60 +1,82 @@
 /* Weights to panels. IS: the storage of stored.h, at the speed of memory: reading a checkpoint is
  * mostly this. IS NOT: file reading or dtype conversion, nor a check of shapes: see layouts.py.
  */
+#include "pack.h"
 #include "pool.h"
-#include "stored.h"
 
 enum { K_BLOCK = 32, WORTH_SHARING = 64 << 10 /* elements */ };
 
 /* ---- values ---- */
 
-typedef struct {
-  const void *src;
-  void *dst;
-  int64_t N, K;
-  int dtype;
-} matrix_pair;
-
-/* Columns [k0, k1) of one panel; a panel short of rows is completed with zeros. */
-static void pack_block(const matrix_pair *m, int64_t panel, int64_t k0, int64_t k1) {
-  int64_t row = panel * LANES, K = m->K;
-  int n_rows = (int)min_of(LANES, m->N - row);
-  if (m->dtype == DTYPE_F32) {
-    const uint32_t *src = (const uint32_t *)m->src + row * K;
-    uint32_t *dst = (uint32_t *)m->dst + row * K;
+/* Columns [k0, k1) of one panel, value by value; rows that are NULL become zeros. */
+static void pack_block(const void *const *rows, char *panel, int64_t k0, int64_t k1, int dtype) {
+  for (int r = 0; r < LANES; r++) {
+    int slot = lane_slot(r, dtype);
     for (int64_t k = k0; k < k1; k++) {
-      for (int r = 0; r < LANES; r++) dst[k * LANES + r] = r < n_rows ? src[r * K + k] : 0;
+      if (dtype == DTYPE_F32)
+        ((uint32_t *)panel)[k * LANES + slot] = rows[r] ? ((const uint32_t *)rows[r])[k] : 0;
+      else ((uint16_t *)panel)[k * LANES + slot] = rows[r] ? ((const uint16_t *)rows[r])[k] : 0;
     }
-    return;
-  }
-  const uint16_t *src = (const uint16_t *)m->src + row * K;
-  uint16_t *dst = (uint16_t *)m->dst + row * K;
-  if (m->dtype == DTYPE_BF16 && n_rows == LANES) {
-    uint32_t *words = (uint32_t *)dst; /* [K][16] */
-    for (int64_t k = k0; k < k1; k++) {
-      for (int r = 0; r < 16; r++)
-        words[k * 16 + r] = src[r * K + k] | (uint32_t)src[(r + 16) * K + k] << 16;
-    }
-    return;
-  }
-  for (int64_t k = k0; k < k1; k++) {
-    for (int r = 0; r < LANES; r++)
-      dst[k * LANES + lane_slot(r, m->dtype)] = r < n_rows ? src[r * K + k] : 0;
   }
 }
 
-static void pack_body(void *argument, int tid, int nt) {
-  const matrix_pair *m = argument;
-  span mine = share(ceil_div(m->N, LANES), tid, nt);
-  for (int64_t panel = mine.begin; panel < mine.end; panel++) {
-    for (int64_t k = 0; k < m->K; k += K_BLOCK) pack_block(m, panel, k, min_of(k + K_BLOCK, m->K));
+#ifdef __SSE2__
+/* Columns [k, k + 8) of the 8 rows in the slots from `slot` on, all there, 2 bytes a value. */
+static inline void pack_eight(const void *const *rows, char *panel, int64_t k, int slot,
+                              int dtype) {
+  __m128i v[8], w[8];
+  for (int i = 0; i < 8; i++) {
+    int r = dtype == DTYPE_BF16 ? (slot + i) / 2 + (slot + i) % 2 * 16 : slot + i;
+    v[i] = _mm_loadu_si128((const __m128i *)((const uint16_t *)rows[r] + k));
   }
+  for (int i = 0; i < 4; i++) { /* pairs of rows i, i + 4, and so on twice more */
+    w[2 * i] = _mm_unpacklo_epi16(v[i], v[i + 4]);
+    w[2 * i + 1] = _mm_unpackhi_epi16(v[i], v[i + 4]);
+  }
+  for (int i = 0; i < 4; i++) {
+    v[2 * i] = _mm_unpacklo_epi16(w[i], w[i + 4]);
+    v[2 * i + 1] = _mm_unpackhi_epi16(w[i], w[i + 4]);
+  }
+  for (int i = 0; i < 4; i++) {
+    w[2 * i] = _mm_unpacklo_epi16(v[i], v[i + 4]);
+    w[2 * i + 1] = _mm_unpackhi_epi16(v[i], v[i + 4]);
+  }
+  for (int i = 0; i < 8; i++)
+    _mm_storeu_si128((__m128i *)((uint16_t *)panel + (k + i) * LANES + slot), w[i]);
+}
+#endif
+
+/* A panel of K values a row; a block's rows are a cache line each. */
+static void pack_values(const void *const *rows, char *panel, int64_t K, int dtype) {
+  int64_t done = 0;
+#ifdef __SSE2__
+  int is_whole = dtype != DTYPE_F32;
+  for (int r = 0; r < LANES; r++) is_whole &= rows[r] != NULL;
+  if (is_whole) done = K / 8 * 8;
+  for (int64_t k0 = 0; k0 < done; k0 += K_BLOCK) {
+    for (int slot = 0; slot < LANES; slot += 8) {
+      for (int64_t k = k0; k < min_of(k0 + K_BLOCK, done); k += 8)
+        pack_eight(rows, panel, k, slot, dtype);
+    }
+  }
+#endif
+  for (int64_t k = done; k < K; k += K_BLOCK)
+    pack_block(rows, panel, k, min_of(k + K_BLOCK, K), dtype);
+}
+
+static void pack_body(void *argument, int tid, int nt) {
+  const row_source *s = argument;
+  span mine = share(ceil_div(s->N, LANES), tid, nt);
+  for (int64_t panel = mine.begin; panel < mine.end; panel++) pack_panel(s, panel);
 }
 
 /* src [N, K] in C order, bfloat16, float16 or float32 -> dst, panels. */
 void flashrt_pack_matrix(const void *src, void *dst, int64_t N, int64_t K, int dtype) {
-  matrix_pair m = {src, dst, N, K, dtype};
-  pool_run_if(N * K >= WORTH_SHARING, pack_body, &m);
+  row_source s = {.bytes = src,
+                  .row_nbytes = K * bits_of(dtype) / 8,
+                  .N = N,
+                  .m = stored_matrix_of(dst, dtype, 0, 0, 0, K)};
+  pool_run_if(N * K >= WORTH_SHARING, pack_body, &s);
 }
 
 /* ---- codes and scales ---- */
@@ -168,4 +190,182 @@ void flashrt_pack_planes(const uint8_t *codes, const void *const *scales, void *
       .codes = codes, .N = N, .m = stored_matrix_of(dst, dtype, group, outer, kind, K)};
   for (int i = 0; i < p.m.n_planes; i++) p.scales[i] = scales[i];
   pool_run_if(N * K >= WORTH_SHARING, pack_planes_body, &p);
+}
+
+/* ---- blocks, as GGUF files have them ---- */
+
+int64_t block_nbytes(int type) {
+  switch (type) {
+    case BLOCK_Q4_0:
+      return 18;
+    case BLOCK_Q4_1:
+      return 20;
+    case BLOCK_Q5_0:
+      return 22;
+    case BLOCK_Q5_1:
+      return 24;
+    case BLOCK_Q8_0:
+      return 34;
+    case BLOCK_Q4_K:
+      return 144;
+    case BLOCK_Q5_K:
+      return 176;
+    default:
+      return 210; /* Q6_K */
+  }
+}
+
+/* 32 codes from nibbles of 32 bytes: the low ones, or with shift 4 the high ones. */
+INLINE void nibbles(const uint8_t *q, int shift, uint8_t *codes) {
+  for (int i = 0; i < UNIT; i++) codes[i] = q[i] >> shift & 15;
+}
+
+/* The low nibbles of 16 bytes, then the high ones. */
+INLINE void halves(const uint8_t *q, uint8_t *codes) {
+  for (int i = 0; i < UNIT / 2; i++) {
+    codes[i] = q[i] & 15;
+    codes[i + UNIT / 2] = q[i] >> 4;
+  }
+}
+
+INLINE void fifth_bits(const uint8_t *h, uint8_t *codes) {
+  uint32_t bits = four_at(h);
+  for (int i = 0; i < UNIT; i++) codes[i] |= (uint8_t)((bits >> i & 1) << 4);
+}
+
+/* Codes of the unit `u` of a block. formats/blocks.py says in numpy where they lie. */
+INLINE void unit_codes(const uint8_t *b, int u, uint8_t *codes, const int type) {
+  switch (type) {
+    case BLOCK_Q4_0:
+      halves(b + 2, codes);
+      return;
+    case BLOCK_Q4_1:
+      halves(b + 4, codes);
+      return;
+    case BLOCK_Q5_0:
+      halves(b + 6, codes);
+      fifth_bits(b + 2, codes);
+      return;
+    case BLOCK_Q5_1:
+      halves(b + 8, codes);
+      fifth_bits(b + 4, codes);
+      return;
+    case BLOCK_Q8_0:
+      memcpy(codes, b + 2, UNIT);
+      return;
+    case BLOCK_Q4_K:
+      nibbles(b + 16 + u / 2 * UNIT, u % 2 * 4, codes);
+      return;
+    case BLOCK_Q5_K:
+      nibbles(b + 48 + u / 2 * UNIT, u % 2 * 4, codes);
+      for (int i = 0; i < UNIT; i++) codes[i] |= (uint8_t)((b[16 + i] >> u & 1) << 4);
+      return;
+    default: { /* Q6_K: each half of the block has 64 bytes of nibbles and 32 of pairs */
+      int half = u / 4, v = u % 4;
+      nibbles(b + half * 64 + v % 2 * UNIT, v / 2 * 4, codes);
+      const uint8_t *high = b + 128 + half * UNIT;
+      for (int i = 0; i < UNIT; i++) codes[i] |= (uint8_t)((high[i] >> 2 * v & 3) << 4);
+      return;
+    }
+  }
+}
+
+INLINE void put(const char *plane, int64_t index, const uint8_t *from, int nbytes) {
+  memcpy((char *)plane + index * nbytes, from, (size_t)nbytes);
+}
+
+/* 8 scales and 8 minima of 6 bits each, from 12 bytes. */
+static inline void six_bit_scales(const uint8_t *s, uint8_t *scale, uint8_t *minimum) {
+  for (int i = 0; i < 4; i++) {
+    scale[i] = s[i] & 63;
+    minimum[i] = s[4 + i] & 63;
+    scale[4 + i] = (uint8_t)((s[8 + i] & 15) | s[i] >> 6 << 4);
+    minimum[4 + i] = (uint8_t)(s[8 + i] >> 4 | s[4 + i] >> 6 << 4);
+  }
+}
+
+/* Scales of the block that begins at unit `u` of the slice. */
+INLINE void block_scales(const uint8_t *b, const char *const *planes, int u, int lane,
+                         const int type) {
+  int64_t at = (int64_t)u * LANES + lane;
+  switch (type) {
+    case BLOCK_Q4_1:
+    case BLOCK_Q5_1:
+      put(planes[1], at, b + 2, 2); /* fall through */
+    case BLOCK_Q4_0:
+    case BLOCK_Q5_0:
+    case BLOCK_Q8_0:
+      put(planes[0], at, b, 2);
+      return;
+    case BLOCK_Q4_K:
+    case BLOCK_Q5_K: {
+      uint8_t scale[8], minimum[8];
+      six_bit_scales(b + 4, scale, minimum);
+      put(planes[0], lane, b, 2);
+      put(planes[1], lane, b + 2, 2);
+      for (int i = 0; i < 8; i++) {
+        put(planes[2], (int64_t)i * LANES + lane, scale + i, 1);
+        put(planes[3], (int64_t)i * LANES + lane, minimum + i, 1);
+      }
+      return;
+    }
+    default:
+      put(planes[0], lane, b + 208, 2);
+      for (int i = 0; i < 16; i++) put(planes[1], (int64_t)i * LANES + lane, b + 192 + i, 1);
+      return;
+  }
+}
+
+/* A row's part of a slice: n_units from `blocks` on, or zeros where it is NULL. */
+INLINE void pack_lane(const uint8_t *blocks, const char *const *planes, char *codes, int n_units,
+                      int lane, const int type, const int dtype) {
+  static const uint8_t nothing[256];
+  const int units_of_block = type >= BLOCK_Q4_K ? 8 : 1;
+  for (int u = 0; u < n_units; u++) {
+    const uint8_t *b = blocks ? blocks + u / units_of_block * block_nbytes(type) : nothing;
+    uint8_t unit[UNIT] = {0};
+    if (blocks) unit_codes(b, u % units_of_block, unit, type);
+    pack_words(unit, (uint32_t *)(codes + u * UNIT * LANES * bits_of(dtype) / 8) + lane, dtype);
+    if (u % units_of_block == 0) block_scales(b, planes, u, lane, type);
+  }
+}
+
+#define PACK_LANE(type, dtype)                                    \
+  case type:                                                      \
+    pack_lane(blocks, planes, codes, n_units, lane, type, dtype); \
+    break
+
+static void pack_blocks(const row_source *s, const void *const *rows, int64_t panel) {
+  int64_t nbytes = block_nbytes(s->type), elements = s->type >= BLOCK_Q4_K ? 256 : 32;
+  for (int64_t k0 = 0; k0 < s->m.K; k0 += SLICE) {
+    const char *planes[MOST_PLANES];
+    int64_t n_k = filled_length(&s->m, k0);
+    char *codes = (char *)find_planes(&s->m, slice_at(&s->m, panel, k0), n_k, planes);
+    int n_units = (int)(n_k / UNIT);
+    for (int lane = 0; lane < LANES; lane++) {
+      const uint8_t *blocks = rows[lane] ? (const uint8_t *)rows[lane] + k0 / elements * nbytes : 0;
+      switch (s->type) {
+        PACK_LANE(BLOCK_Q4_0, DTYPE_U4);
+        PACK_LANE(BLOCK_Q4_1, DTYPE_U4);
+        PACK_LANE(BLOCK_Q5_0, DTYPE_U5);
+        PACK_LANE(BLOCK_Q5_1, DTYPE_U5);
+        PACK_LANE(BLOCK_Q8_0, DTYPE_I8);
+        PACK_LANE(BLOCK_Q4_K, DTYPE_U4);
+        PACK_LANE(BLOCK_Q5_K, DTYPE_U5);
+        PACK_LANE(BLOCK_Q6_K, DTYPE_U6);
+      }
+    }
+  }
+}
+
+void pack_panel(const row_source *s, int64_t panel) {
+  const void *rows[LANES];
+  for (int r = 0; r < LANES; r++) {
+    int64_t n = panel * LANES + r;
+    rows[r] = n < s->N ? s->bytes + (s->order ? s->order[n] : n) * s->row_nbytes : NULL;
+  }
+  if (s->type) pack_blocks(s, rows, panel);
+  else
+    pack_values(rows, (char *)slice_at(&s->m, 0, 0) + panel * s->m.panel_nbytes, s->m.K,
+                s->m.dtype);
 }
