@@ -67,7 +67,7 @@ DEVICE float normal(const int32_t* cursor, int t, int i) {
   return radius * (i & 1 ? sine : cosine);
 }
 
-KERNEL(THREADS) flow_begin(ARGS flow_begin_args launch) {
+KERNEL(THREADS, 1) flow_begin(ARGS flow_begin_args launch) {
   OPEN_RUN(flow_begin);
   begin();
   int t = max(a.cursor[POLICY_OBSERVED], 0), wanted = a.request[REQUEST_COMMITTED],
@@ -91,7 +91,7 @@ KERNEL(THREADS) flow_begin(ARGS flow_begin_args launch) {
   a.cursor[POLICY_PLAN_STEPS_LEFT] = a.steps;
 }
 
-KERNEL(THREADS) flow_end(ARGS flow_end_args launch) {
+KERNEL(THREADS, 1) flow_end(ARGS flow_end_args launch) {
   OPEN_RUN(flow_end);
   begin();
   for (int i = threadIdx.x; i < a.H * a.A; i += THREADS) a.queue[i] = clip(a.x[i], 1.0f);
@@ -101,7 +101,7 @@ KERNEL(THREADS) flow_end(ARGS flow_end_args launch) {
   a.cursor[POLICY_PLAN_STEPS_LEFT] = 0;
 }
 
-KERNEL(THREADS) take_action(ARGS take_action_args launch) {
+KERNEL(THREADS, 1) take_action(ARGS take_action_args launch) {
   OPEN_RUN(take_action);
   begin();
   int tick = a.cursor[POLICY_TICK], row = tick - a.cursor[POLICY_CHUNK];

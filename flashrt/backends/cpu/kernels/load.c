@@ -104,7 +104,7 @@ int64_t flashrt_load(const flashrt_part *parts, int64_t n, xxh3_state *hash, int
   part_list list = {.parts = parts, .n = n, .hash = hash, .failed = n};
   for (int64_t i = 0; i < n; i++)
     if (parts[i].file >= 0) list.most_nbytes = max_of(list.most_nbytes, parts[i].nbytes);
-  pool_run(load_body, &list);
+  pool_run(NULL, load_body, &list);
   *why = atomic_load(&list.why);
   return atomic_load(&list.failed);
 }
