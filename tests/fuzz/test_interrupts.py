@@ -208,12 +208,12 @@ def test_a_change_struck_in_another_thread_is_repaired(
     def strike(*arguments: Any) -> None:
         raise Struck
 
-    def replay_meanwhile(key: Any) -> None:
+    def replay_meanwhile(key: Any, runs: Any) -> None:
         monkeypatch.setattr(engine.graphs, "replay", replay)
         thread = threading.Thread(target=struck_snapshot)
         thread.start()
         thread.join()
-        replay(key)
+        replay(key, runs)
 
     monkeypatch.setattr(engine.graphs, "replay", replay_meanwhile)
     session.prefill(PROMPT[:20])

@@ -24,9 +24,9 @@ class Spy:
         self.calls: list[str] = []
         replay = engine.graphs.replay
 
-        def spied_replay(key: Any) -> None:
+        def spied_replay(key: Any, runs: Any) -> None:
             self.calls.append(f"{key.phase}/{key.rows}")
-            replay(key)
+            replay(key, runs)
 
         monkeypatch.setattr(engine.graphs, "replay", spied_replay)
         for verb in ("read", "fill", "sync"):

@@ -339,9 +339,7 @@ class CudaDevice:
         if not len(moves):
             return
         self._downloads.fence()
-        for copy in moves.copies:
-            end = copy.dst + (copy.height - 1) * copy.dst_pitch + copy.width
-            self._forget_runs(dst_base + copy.dst, end - copy.dst)
+        self._runs_at.clear()  # cheaper than asking each copy where it goes
         first = moves.copies[0]
         if len(moves) == 1 and first.height == 1:
             self.driver.copy_on_device(
@@ -359,10 +357,10 @@ class CudaDevice:
     def upload(self, uploads: Sequence[Upload], dst_base: int) -> None:
         """See Backend: row by row through the ring."""
         self._downloads.fence()
+        self._runs_at.clear()
         for source, copy in ((u.source, copy) for u in uploads for copy in u.moves):
             for row in range(copy.height):
                 first, to = copy.src + row * copy.src_pitch, copy.dst + row * copy.dst_pitch
-                self._forget_runs(dst_base + to, copy.width)
                 self._ring.upload(dst_base + to, source[first : first + copy.width])
 
     def _copy_table(self, moves: CopyList, src_base: int, dst_base: int) -> None:

@@ -3,6 +3,9 @@
  */
 #include "pack.h"
 #include "pool.h"
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 enum { K_BLOCK = 32, WORTH_SHARING = 64 << 10 /* elements */ };
 
