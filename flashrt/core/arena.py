@@ -74,7 +74,7 @@ class Arena:
 
     def write_runs(self, runs: tuple[Run, ...]) -> None:
         """The table, for launches outside a graph."""
-        self.backend.write(self.runs_address, table_of(runs))
+        self.backend.write(self.runs_address, np.frombuffer(table_of(runs), np.uint8))
 
     def read(self, slot: Slot) -> NDArray[np.generic]:
         """A region as a logical array (bfloat16 as uint16 bits)."""

@@ -148,7 +148,7 @@ class Backend(Protocol):
 
     def digest(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]: ...
     def capture(self, launches: Sequence[BoundLaunch]) -> Graph: ...
-    def replay(self, graph: Graph, table: Bytes | None = None, at: int = 0) -> None:
+    def replay(self, graph: Graph, table: bytes | None = None, at: int = 0) -> None:
         """Run a graph; before it, in one step that no other call comes between, write `table`, the
         runs that its launches read, to the address `at`.
         """

@@ -30,6 +30,7 @@ class GraphTable:
     def __init__(self, backend: Backend, arena: Arena) -> None:
         self._backend = backend
         self._arena = arena
+        self._runs_at = arena.runs_address
         self._graphs: dict[GraphKey, Graph] = {}
         self._is_sealed = False
 
@@ -49,7 +50,7 @@ class GraphTable:
             graph = self._graphs[key]
         except KeyError:
             raise PlanError(f"no graph {key}; captured: {sorted(self._graphs)}") from None
-        self._backend.replay(graph, table_of(runs), self._arena.runs_address)
+        self._backend.replay(graph, table_of(runs), self._runs_at)
 
     def seal(self) -> None:
         """Nothing is captured from here on."""

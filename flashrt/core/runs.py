@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flashrt.base.errors import PlanError
 from flashrt.core.region import DType, Region, Role
@@ -71,9 +70,9 @@ class Stride:
 
 
 @functools.lru_cache(maxsize=1024)  # a lane that decodes asks for the same one at every token
-def table_of(runs: tuple[Run, ...]) -> NDArray[np.uint8]:
-    """The words of the table, int32 [TABLE_WORDS], as bytes; not to be changed. Raises PlanError
-    for no run, or too many, and for a lane that has two.
+def table_of(runs: tuple[Run, ...]) -> bytes:
+    """The words of the table, int32 [TABLE_WORDS]. Raises PlanError for no run, or too many, and
+    for a lane that has two.
     """
     if not 1 <= len(runs) <= MAX_RUNS:
         raise PlanError(f"a replay is about 1 to {MAX_RUNS} lanes, got {len(runs)}")
@@ -87,6 +86,4 @@ def table_of(runs: tuple[Run, ...]) -> NDArray[np.uint8]:
         first += run.rows
     words[RunsWord.COUNT] = words[RunsWord.LAST_ROWS] = len(runs)
     words[RunsWord.ROWS] = first
-    table = words.view(np.uint8)
-    table.flags.writeable = False
-    return table
+    return words.tobytes()

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
-from numpy.typing import NDArray
 
 import flashrt
 from flashrt.backends.simt.device import SimtDevice
@@ -165,19 +164,19 @@ def test_eight_generations_in_as_many_replays_as_the_longest(name: str, kv_dtype
 def test_swapped_lanes_are_noticed(engine: flashrt.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a table whose first two runs have each other's lane."""
 
-    def swapped(runs: tuple[Run, ...]) -> NDArray[np.uint8]:
-        words = table_of(runs).view(np.int32).copy()
+    def swapped(runs: tuple[Run, ...]) -> bytes:
+        words = np.frombuffer(table_of(runs), np.int32).copy()
         if len(runs) > 1:
             first, second = RunsWord.FIRST, RunsWord.FIRST + 4
             words[[first, second]] = words[[second, first]]
             words[[first + 2, second + 2]] = words[[second + 2, first + 2]]
-        return words.view(np.uint8)
+        return words.tobytes()
 
-    def one_lane_moved(runs: tuple[Run, ...]) -> NDArray[np.uint8]:
-        words = table_of(runs).view(np.int32).copy()
+    def one_lane_moved(runs: tuple[Run, ...]) -> bytes:
+        words = np.frombuffer(table_of(runs), np.int32).copy()
         if len(runs) > 1:
             words[RunsWord.FIRST] = words[RunsWord.FIRST + 4]
-        return words.view(np.uint8)
+        return words.tobytes()
 
     wanted = [truth(engine, p, 6) for p in PROMPTS[:2]]
     for plant, is_right in ((table_of, True), (swapped, True), (one_lane_moved, False)):

@@ -90,10 +90,14 @@ def _private_mapping(nbytes: int) -> mmap.mmap:
 
 @dataclass(slots=True)
 class CpuGraph:
-    """A C array of {function, argument block}; `keep` owns these, not what the blocks point to."""
+    """A C array of {function, argument block, ...}; `keep` owns these, not what blocks point to.
+
+    `lane`: the address of the lane that the moved blocks are for.
+    """
 
     n_launches: int
     table: int
+    lane: int
     is_shared: bool  # among the threads of the pool; else the calling thread runs it alone
     keep: tuple[object, ...] = field(repr=False)
 
@@ -311,16 +315,12 @@ class CpuDevice:
         self.counters.captures += 1
         return self._record(launches)
 
-    def replay(self, graph: Graph, table: Bytes | None = None, at: int = 0) -> None:
+    def replay(self, graph: Graph, table: bytes | None = None, at: int = 0) -> None:
         """See Backend."""
         _arrays = self._memory_in_use()
         assert isinstance(graph, CpuGraph)
         run = self._c.flashrt_replay if graph.is_shared else self._c.flashrt_replay_alone
-        if table is None:
-            run(graph.table, graph.n_launches, None, 0, 0)
-        else:
-            source = table.__array_interface__["data"][0]  # quicker than table.ctypes
-            run(graph.table, graph.n_launches, source, table.nbytes, at)
+        run(graph.table, graph.n_launches, table, len(table or b""), at, graph.lane)
         self.counters.replays += 1
 
     def eager(self, launches: Sequence[BoundLaunch]) -> None:
@@ -328,7 +328,7 @@ class CpuDevice:
         _arrays = self._memory_in_use()
         for launch in launches:
             graph = self._record([launch])
-            self._c.flashrt_replay(graph.table, 1, None, 0, 0)
+            self._c.flashrt_replay(graph.table, 1, None, 0, 0, None)
             self.counters.launches += 1
 
     def sync(self) -> None:
@@ -367,26 +367,30 @@ class CpuDevice:
     def _record(self, launches: Sequence[BoundLaunch]) -> CpuGraph:
         blocks = [b.pack(self.act) for b in launches]
         offsets = [0]
-        for block in blocks:
+        for block in (*blocks, *blocks):  # as they are, and as moved to a lane
             offsets.append(offsets[-1] + -(-len(block) // _ALIGN) * _ALIGN)
         arguments = ctypes.create_string_buffer(offsets[-1] + _ALIGN)
         base = ctypes.addressof(arguments)
         base += -base % _ALIGN
         table = bytearray()
-        for bound, block, offset in zip(launches, blocks, offsets, strict=False):
-            ctypes.memmove(base + offset, block, len(block))
+        for i, (bound, block) in enumerate(zip(launches, blocks, strict=True)):
+            offset, moved = base + offsets[i], base + offsets[len(blocks) + i]
+            ctypes.memmove(offset, block, len(block))
             op = bound.launch.op
             if len(block) > _MOST_ARGUMENTS:
                 raise BackendError(f"cpu: {op.name} has {len(block)} bytes of arguments, too many")
             moves_at = op.runs_offset if bound.runs else 0
             table += struct.pack(
-                "@2P4i0P", self._function(bound.launch), base + offset, len(block), len(op.params),
-                moves_at, op.name not in _APART,
+                "@3P4i0P", self._function(bound.launch), offset, moved if moves_at else offset,
+                len(block), len(op.params), moves_at, op.name not in _APART,
             )  # fmt: skip
         entries = ctypes.create_string_buffer(bytes(table), len(table))
         self._reserve(launches)
         is_shared = _touched_nbytes(launches) >= self._alone_nbytes
-        return CpuGraph(len(launches), ctypes.addressof(entries), is_shared, (entries, arguments))
+        lane = ctypes.c_int64(-1)
+        keep = (entries, arguments, lane)
+        at = ctypes.addressof(entries)
+        return CpuGraph(len(launches), at, ctypes.addressof(lane), is_shared, keep)
 
     def _function(self, launch: Launch) -> int:
         name = f"op_{launch.op.name}"
@@ -462,8 +466,8 @@ def _declare(lib: ctypes.CDLL) -> None:
     long = ctypes.c_int64
     signatures: dict[str, tuple[list[type[Any]], type[Any] | None]] = {
         "flashrt_pool_start": ([integer], integer),
-        "flashrt_replay": ([pointer, integer, pointer, integer, pointer], None),
-        "flashrt_replay_alone": ([pointer, integer, pointer, integer, pointer], None),
+        "flashrt_replay": ([pointer, integer, pointer, integer, pointer, pointer], None),
+        "flashrt_replay_alone": ([pointer, integer, pointer, integer, pointer, pointer], None),
         "flashrt_copy": ([ctypes.c_char_p, integer], None),
         "flashrt_fill": ([pointer, size, integer], None),
         "flashrt_digest": ([ctypes.c_char_p, integer, pointer], None),

@@ -413,13 +413,13 @@ class CudaDevice:
         return graph
 
     @_verb
-    def replay(self, graph: Graph, table: Bytes | None = None, at: int = 0) -> None:
+    def replay(self, graph: Graph, table: bytes | None = None, at: int = 0) -> None:
         """See Backend; one driver call, and another where the table is not the last one there."""
         assert isinstance(graph, CudaGraph)
-        if table is not None and self._runs_at.get(at) != (words := table.tobytes()):
+        if table is not None and self._runs_at.get(at) != table:
             self._runs_at.pop(at, None)
-            self._ring.upload(at, table)
-            self._runs_at[at] = words
+            self._ring.upload(at, np.frombuffer(table, np.uint8))
+            self._runs_at[at] = table
         graph.replay(self._stream)
         self.counters.replays += 1
 
