@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,3 +86,11 @@ def test_no_package_or_no_gguf_is_no_peer(double: Path, monkeypatch: pytest.Monk
     importlib.invalidate_caches()
     if importlib.util.find_spec("llama_cpp") is None:
         assert peer_of(double / "m.gguf", 256, 1) is None
+
+
+def test_the_peak_is_that_of_the_program_alone() -> None:
+    """Red: Linux counts what a process held before it became another program: its parent's."""
+    held = np.ones(300 << 20, np.uint8)
+    code = "from flashrt.commands.bench.peer_load import peak_nbytes; print(peak_nbytes())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1 << 20 < int(said.stdout) < held.nbytes
