@@ -195,6 +195,13 @@ class Lane:
         intact = intact if intact < position else position
         self.record = _record((stop, held, intact, waypoints, journal, moves, False))
 
+    def forget_ahead(self) -> None:
+        """What anybody knew of the lane beyond its position is void from here on: others are about
+        to commit tokens.
+        """
+        record = self.record
+        self.record = record._replace(moves=record.moves + 1)
+
     def overwrite(self) -> None:
         """Rows at and beyond the position are about to be written: they are nobody's from here on.
 

@@ -143,6 +143,8 @@ class TokenEngine(Engine):
         that each lane's sampler gives after its last one. The bits are those of each lane alone.
 
         For schedulers: `STEP_ROWS` bounds how long a lane that decodes waits for others' prompts.
+        A session whose lane it is knows nothing ahead afterwards; tokens that it has yielded and
+        not yet fed, `session.tokens[session.lane.position:]`, must come first among its tokens.
         Raises SessionError for no lane, too many, one that is named twice, and for too many tokens.
         """
         n_rows = sum(len(tokens) for _, tokens in runs)
@@ -161,11 +163,13 @@ class TokenEngine(Engine):
                 )
         if len(self.lanes) == 1:
             ((lane, tokens),) = runs
+            lane.forget_ahead()
             self.prefill(lane, tokens)
             self._set_rows(lane, 1)
             self._replay(SAMPLE, 1, lane)
             return [self._read_token(lane)]
         for lane, tokens in runs:
+            lane.forget_ahead()
             self._write_io(lane, "tokens", tokens)
         return self._replay_runs(STEP, STEP_ROWS, runs)
 

@@ -24,7 +24,7 @@ from flashrt.core.runs import Run, RunsWord, table_of
 from flashrt.load import load_on
 from flashrt.models.model import STEP_ROWS
 from flashrt.ops.sample import SamplerParams
-from tests.property.guessing import cold, interrupting, outcome, truth
+from tests.property.guessing import cold, guessing, interrupting, outcome, truth
 from tests.property.test_machine import GOLDEN, LIMIT, PARAMS, Histories
 
 LANES = 9  # the last one is the oracle's
@@ -388,3 +388,21 @@ def test_groups_in_threads(engine: flashrt.Engine) -> None:
     assert [found[i] for i in range(8)] == wanted
     for session in sessions:
         session.close()
+
+
+def test_a_step_on_a_sessions_lane_voids_what_it_knew_ahead(engine: flashrt.Engine) -> None:
+    """Red: after a draft that agreed, tokens of the way not taken were yielded as the next ones."""
+    (session,) = opened(engine, PROMPTS[1:2])
+    following = truth(engine, PROMPTS[1], 8)
+    with guessing(engine, PROMPTS[1], following, 1.0):
+        stream = session.generate(8, draft=6)
+        got = [next(stream), next(stream)]  # and four more are known
+        stream.close()
+    other = (following[2] + 1) % engine.vocab_size
+    pending = session.tokens[session.lane.position :]
+    assert pending.tolist() == got
+    engine.step([(session.lane, np.append(pending, np.int32(other)))])
+    history = session.tokens.tolist()
+    assert history == [*PROMPTS[1], *got, other]
+    assert list(session.generate(3)) == truth(engine, history, 3)
+    session.close()
