@@ -219,7 +219,7 @@ def _fact_rows(entry: StoredCapsule, found: Mapping[str, Any]) -> list[list[str]
     ]
     rows.append(["its own bytes", bytes_text(entry.own_nbytes)])
     sampler = found["sampler"]
-    rows.append(["sampler", "nothing was sampled" if sampler is None else _sampler_text(sampler)])
+    rows.append(["sampler", "none recorded" if sampler is None else _sampler_text(sampler)])
     if notes := found["notes"]:
         logprobs = [t["logprob"] for t in notes if t["logprob"] is not None]
         mean = f", mean {sum(logprobs) / len(logprobs):.3f}" if logprobs else ""

@@ -129,11 +129,13 @@ class History:
         """Reads all names and manifests. Raises StoreError where the store cannot be listed."""
         self.store = store
         self.problems: list[str] = []
+        self._refs = store.refs()
         names: dict[Place, list[str]] = {}
-        for name, named in sorted(store.refs().items()):
+        for name, named in sorted(self._refs.items()):
             names.setdefault(named, []).append(name)
         noted = {capsule_of(name) for name in store.folder.names(NOTES)}
         self.entries: dict[str, StoredCapsule] = {}
+        self._unreadable: list[tuple[Place, StoreError]] = []
         for listed in store.folder.list(manifests.CAPSULES):
             place = manifests.place_of(listed.name)
             if place is None:
@@ -143,6 +145,7 @@ class History:
             except StoreError as error:
                 if store.folder.size(place.name) is not None:  # else it was removed just now
                     self.problems.append(str(error))
+                    self._unreadable.append((place, error))
                 continue
             self.entries[place.id] = StoredCapsule(
                 place, found, tuple(names.get(place, ())), listed.age_s, place.id in noted
@@ -178,6 +181,9 @@ class History:
                 return matching[0]
             if matching:
                 raise self.store.no_such(which, [e.place for e in matching])
+        for place, error in self._unreadable:
+            if self._refs.get(which) == place or (begins and place.id.startswith(begins)):
+                raise error
         raise self.store.no_such(which, [])
 
     def tokens(self, entry: StoredCapsule, start: int, stop: int) -> NDArray[np.int32] | None:
