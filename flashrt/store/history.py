@@ -229,17 +229,17 @@ class History:
     # -- where two part -------------------------------------------------------------------------
 
     def part(self, a: StoredCapsule, b: StoredCapsule, around: int) -> Parting:
-        """Where two capsules part, with up to `around` tokens before and after. Raises StoreError
-        where their tokens cannot be read.
+        """Where two capsules part, with up to `around` tokens before and after; the first after is
+        always told. Raises StoreError where their tokens cannot be read.
         """
         position = self._common(a.manifest, b.manifest)
         above = {e.id for e in a.path()}
         ancestor = next((e for e in b.path() if e.id in above), None)
         tokens = self.store.tokens
         before = tokens(a.manifest, max(0, position - around), position)
+        stop = position + max(around, 1)
         left, right = (
-            Side(e, tokens(e.manifest, position, position + around), self.note_at(e, position))
-            for e in (a, b)
+            Side(e, tokens(e.manifest, position, stop), self.note_at(e, position)) for e in (a, b)
         )
         return Parting(left, right, position, ancestor, before)
 

@@ -27,10 +27,10 @@ from flashrt.base.errors import StoreError
 from flashrt.base.flags import flags
 from flashrt.store import remote, upkeep
 from flashrt.store.directory import Directory
-from flashrt.store.history import History
-from flashrt.store.manifest import Place
+from flashrt.store.history import History, sampler_of
+from flashrt.store.manifest import ObjectRef, Place
 from flashrt.store.notes import Notes, TokenNote
-from flashrt.store.objects import object_name
+from flashrt.store.objects import object_name, put
 from flashrt.store.store import Store
 from flashrt.weights.bundled import bundled_checkpoint
 from tests.unit.far_filesystem import Far, FarFilesystem, Killed
@@ -200,6 +200,23 @@ def test_show(run: Command, made: Any, engine: Any) -> None:
     assert f"rows {start} to {len(tokens)}" in text and "of 6 tokens, mean -" in text
 
 
+@pytest.mark.parametrize("at", [0, 100, 300, 512 + 36, 512 + 63, 600, 800, 1024 + 8, 5130])
+def test_a_sampler_is_not_guessed(folder: Path, at: int) -> None:
+    """A fixed band that is not that of a lane of tokens: the cursor stands elsewhere, a gap or a
+    guard is none, or the words are no sampler's. Red when such bytes are told as parameters.
+    """
+    store = Store(folder)
+    hot = History(store).pick("hot")
+    fixed = hot.manifest.fixed
+    band = store.folder.read(object_name(fixed.digest), fixed.digest, fixed.nbytes).copy()
+    assert sampler_of(store, hot) is not None
+    band[at] ^= 0xFF
+    forged, _ = put(store.folder, band)
+    ref = ObjectRef(forged.digest, forged.nbytes)
+    hot.manifest = replace(hot.manifest, fixed=ref)
+    assert sampler_of(store, hot) is None
+
+
 def test_what_is_whole_is_shown_beside_what_is_damaged(run: Command, folder: Path) -> None:
     """Red when one bad file ends a command that does not need it."""
     whole = run("show", folder, "hot")
@@ -238,6 +255,8 @@ def test_diff(run: Command, made: Any, engine: Any) -> None:
     assert found["ancestor"]["names"] == ["root"] and found["is_one_model"]
     longer = facts["hotter"][1]
     assert found["before"]["tokens"] == a[p - 4 : p].tolist()
+    short = run("diff", folder, "hotter", "cold", "--around", "0")
+    assert short["before"]["tokens"] == [] and short["a"]["tokens"] == [int(a[p])]
     assert found["a"]["tokens"] == longer[p : p + 4].tolist()
     assert found["b"]["tokens"] == b[p : p + 4].tolist()
     whole = words_of(engine, longer[p - 4 : p + 4])
@@ -439,6 +458,8 @@ def test_notes_about_other_tokens_are_refused(engine: Any, tmp_path: Path) -> No
 
     store.annotate(place, Notes([TokenNote(2, 3, -1.0, [(3, -1.0)])]))
     assert store.notes("c")[0] == Notes([TokenNote(2, 3, -1.0, [(3, -1.0)])]), "replaced"
+    store.annotate(place, Notes([TokenNote(2, 3, -1.0, [(3, -1.0)])]))
+    assert store.notes("c")[0] is not None, "the same again"
     for other in ([TokenNote(1, 2, -0.5), TokenNote(2, 3, -1.0)], []):  # of others, at that time
         name, _, data = Notes(other, "somewhere").encode(place.id)
         store.folder.write(name, data)
