@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 
 COMMAND = [sys.executable, "-m", "flashrt", "chat", "--device", "cpu", "--max-positions", "1024"]
+# The first terminal that a session's leader opens is the one whose Ctrl-C reaches it.
+OPEN_IT = "os.close(os.open(os.ttyname(0), os.O_RDWR))"
+OWN_TERMINAL = f"import os, sys; {OPEN_IT}; os.execv(sys.argv[1], sys.argv[1:])"
 SYSTEM = "the red box may be in the tower or the stable ."
 
 
@@ -51,9 +54,8 @@ def test_ctrl_c_ends_a_reply_and_ctrl_d_leaves() -> None:
     """Red when what was said is lost, when Ctrl-C ends the program, or an error does."""
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        [*COMMAND, "--max-tokens", "900"],
+        [sys.executable, "-c", OWN_TERMINAL, *COMMAND, "--max-tokens", "900"],
         stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
-        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),
     )  # fmt: skip
     os.close(follower)
     told = ""
