@@ -1,8 +1,8 @@
 """Sampling: the parameters that turn logits into a token, together with journal and position.
 
-IS: the op, the ranges of its parameters, and the regions `sampler`, `bias` and `mask` that it reads;
-words that are all 0 are greedy. IS NOT: sampling itself; kernels do that. An entry of `bias` is a
-token id and a float32; bit t % 32 of word t / 32 of `mask` says whether token t is allowed.
+IS: the op, the ranges of its parameters, and what is in the regions `sampler`, `bias` and `mask`;
+words of a sampler that are all 0 are greedy. IS NOT: sampling itself; kernels do that. An entry of
+`bias` is a token id and a float32; bit t % 32 of word t / 32 of `mask` is set for an allowed token.
 
 In this order, c being how often a token stands in the journal below the position:
   x = -inf for tokens that are not allowed, if there is a mask

@@ -206,16 +206,15 @@ def test_a_mask_forbids_whatever_else_is_asked(runner: Runner, V: int) -> None:
     """
     rng, compared = rng_for("mask", V), 0
     history = rng.integers(0, V, 5).tolist()
-    for i, (share, params) in enumerate(
+    for i, (share, base) in enumerate(
         itertools.product((0.02, 0.5, 0.98), (SamplerParams(), SamplerParams(0.8), *PENALTIES[3:]))
     ):
         logits = randn(rng, V, scale=2)
         allowed = rng.random(V) < share
         allowed[[0, i % V]] = False, True
         logits[~allowed] += 30  # the likeliest are forbidden
-        params = replace(params, logit_bias=((0, 50.0),), seed=i, top_k=min(params.top_k, V))
         mask = mask_of(allowed)
-        asked = replace(params, allowed=mask.tobytes())
+        asked = replace(base, logit_bias=((0, 50.0),), seed=i, allowed=mask.tobytes())
         token = int(runner.run(params_case(logits, asked, history))["cursor"][2])
         assert allowed[token]
         words = np.frombuffer(asked.pack(), np.uint32)
