@@ -113,10 +113,8 @@ class _Replays:
         """The next step of all that have one, as many at once as a replay holds."""
         engine, due = self._engine, list[_Step]()
         for generation in live:
-            if generation.left:
-                found = generation.session.due(generation.draft, generation.left)
-                if found is not None:
-                    due.append(_Step(generation, found))
+            if (found := generation.due()) is not None:
+                due.append(_Step(generation, found))
         pieces = [feed.session.piece(feed.tokens) for feed in feeds]
         if feeds:
             self._check_rows(len(due), pieces)
