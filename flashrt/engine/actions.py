@@ -96,6 +96,30 @@ def checked_vector(
     return array
 
 
+def checked_vectors(
+    what: str, values: Sequence[ArrayLike], size: int, kinds: str = "fiu"
+) -> list[Action]:
+    """`checked_vector` of each: at once, where all are arrays of one dtype, so that many cost about
+    as much as one. The error of one has a note of its index.
+    """
+    arrays = [v for v in values if isinstance(v, np.ndarray) and v.shape == (size,)]
+    if arrays and len(arrays) == len(values) and len({a.dtype for a in arrays}) == 1:
+        given, rows = np.array(arrays), np.empty((len(arrays), size), np.float32)
+        if given.dtype.kind in kinds:
+            with DefaultFloatMode(), np.errstate(over="ignore"):
+                np.copyto(rows, given, casting="unsafe")
+            if np.isfinite(rows).all():
+                return list(rows)
+    checked = []
+    for index, value in enumerate(values):
+        try:
+            checked.append(checked_vector(what, value, size, kinds))
+        except ObservationError as error:
+            error.add_note(f"of {what} {index} of {len(values)}")
+            raise
+    return checked
+
+
 def as_array(what: str, values: ArrayLike) -> NDArray[Any]:
     """Numpy's array of something. Raises ObservationError for what it cannot read as one."""
     try:
@@ -213,7 +237,7 @@ class ActionEngine(Engine):
         """`tick` of up to `most_together` lanes in one replay, each with its own observation. The
         bits are those of each lane alone; so are the errors, before anything is changed.
         """
-        checked = [self._checked(observation) for observation in observations]
+        checked = checked_vectors("observation", observations, self.config.observation_dim)
         return [_finite(a) for a in self.tick_together_trusted(lanes, checked, hold=hold)]
 
     def tick_together_trusted(

@@ -38,6 +38,9 @@ from flashrt.robot.schedule import run_slack, run_tick
 from flashrt.robot.timing import LoopTiming
 
 
+OBSERVED_KINDS = "f"  # numpy's letters of the dtypes that an observation may have
+
+
 class Took(NamedTuple):
     """Instants of a tick, of time.perf_counter_ns."""
 
@@ -139,7 +142,7 @@ class ControlLoop:
     def tick_due(self, observation: ArrayLike, due_ns: int) -> Array:
         """The same for an instant of time.perf_counter_ns from which the deadline counts."""
         started_ns = time.perf_counter_ns()
-        checked = self.checked(observation)
+        checked = self._checked(observation)
         state = self.ready()
         self._is_in_doubt = True
         action = run_tick(self.engine, self._lane, checked)
@@ -169,7 +172,7 @@ class ControlLoop:
     @exclusive
     def tick_as_recorded(self, observation: ArrayLike, executed: ArrayLike | None) -> Array:
         """A tick without a deadline, and what was executed in place of its action, if anything."""
-        checked, instead = self.checked(observation), None
+        checked, instead = self._checked(observation), None
         if executed is not None:
             instead = checked_vector("action", executed, self.engine.config.action_dim)
         state = self.ready()
@@ -549,9 +552,10 @@ class ControlLoop:
     # -- what a tick and a slack are made of ------------------------------------------------------
     # For whoever runs the verbs of several loops at once (together), in their turn and locks.
 
-    def checked(self, observation: ArrayLike) -> Array:
-        """The loop's own copy; what comes after this door trusts it. Raises ObservationError."""
-        return checked_vector("observation", observation, self.engine.config.observation_dim, "f")
+    @property
+    def is_slack_due(self) -> bool:
+        """Whether the slack after the last tick is still to come, as far as the record says."""
+        return not self._state.is_slack_done
 
     def doubt(self) -> None:
         """The verbs of a tick or a slack are about to run: the lane is in doubt until the record of
@@ -589,6 +593,11 @@ class ControlLoop:
             listener.slack(self._digest() if is_boundary else None)
 
     # -- inside ---------------------------------------------------------------------------------
+
+    def _checked(self, observation: ArrayLike) -> Array:
+        """The loop's own copy; what comes after this door trusts it. Raises ObservationError."""
+        size = self.engine.config.observation_dim
+        return checked_vector("observation", observation, size, OBSERVED_KINDS)
 
     def _late(self, state: LoopState) -> Array | None:
         """The deadline policy; what is executed in place of the action, if anything."""

@@ -7,10 +7,9 @@ each loop alone, to the bit; and for each loop alone an interrupted call has hap
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,12 +17,12 @@ from numpy.typing import ArrayLike
 from flashrt.base.checks import shown
 from flashrt.base.errors import SessionError
 from flashrt.capsule.turn import Turn, exclusive
+from flashrt.engine.actions import checked_vectors
 from flashrt.robot.history import LoopState
-from flashrt.robot.loop import ControlLoop, Took
+from flashrt.robot.loop import OBSERVED_KINDS, ControlLoop, Took
 from flashrt.robot.policy import Array, sharing
 from flashrt.robot.schedule import run_slack_together, run_tick_together
 
-_P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
@@ -46,7 +45,10 @@ def tick_together(loops: Sequence[ControlLoop], observations: Sequence[ArrayLike
         raise SessionError(
             f"tick_together: {len(observations)} observations for {len(loops)} loops"
         )
-    seen = [_named(i, loop.checked, observations[i]) for i, loop in enumerate(loops)]
+    if not loops:
+        return []
+    size = loops[0].engine.config.observation_dim
+    seen = checked_vectors("observation", observations, size, OBSERVED_KINDS)
     if len(groups) > 1:
         for group in groups:  # what is wrong with a loop shows before any ticks
             group.prepare()
@@ -94,8 +96,10 @@ class _Group:
             return self._holding(lambda: self._tick(seen, due_ns, failures))
         actions: list[Array] = []
         for index, loop in enumerate(self._loops):
-            with self._noted(index, failures):
+            try:
                 actions.append(loop.tick_due(seen[index], due_ns))
+            except Exception as error:
+                self._note(error, index, failures)
         return actions
 
     def slack(self, failures: list[Exception]) -> None:
@@ -104,11 +108,12 @@ class _Group:
 
     @exclusive
     def _prepare(self) -> list[LoopState]:
-        failures: list[Exception] = []
-        self._slack(failures)
-        if failures:
-            raise failures[0]
-        return self._ask(lambda loop: loop.ready())
+        if any(loop.is_slack_due for loop in self._loops):
+            failures: list[Exception] = []
+            self._slack(failures)
+            if failures:
+                raise failures[0]
+        return self._ask(ControlLoop.ready)
 
     @exclusive
     def _tick(self, seen: Sequence[Array], due_ns: int, failures: list[Exception]) -> list[Array]:
@@ -118,26 +123,32 @@ class _Group:
             loop.doubt()
         found = run_tick_together(self._engine, [loop.lane for loop in self._loops], seen)
         took = Took(due_ns, due_ns, time.perf_counter_ns())
+        is_finite = np.isfinite(np.array(found)).all(axis=1).tolist()
         actions: list[Array] = []
         for index, loop in enumerate(self._loops):
-            with self._noted(index, failures):
-                if np.isfinite(found[index]).all():
+            try:
+                if is_finite[index]:
                     executed = loop.end_tick(states[index], seen[index], found[index], took)
                 else:  # once more, alone: that says what is wrong
                     executed = loop.tick_due(seen[index], due_ns)
+            except Exception as error:  # of any kind: what befalls one is not the others'
+                self._note(error, index, failures)
+            else:
                 actions.append(executed)
         return actions
 
     @exclusive
     def _slack(self, failures: list[Exception]) -> None:
         started_ns = time.perf_counter_ns()
-        states = self._ask(lambda loop: loop.recovered())
+        states = self._ask(ControlLoop.recovered)
         due = [index for index, state in enumerate(states) if not state.is_slack_done]
         loops = [self._loops[index] for index in due]
         if self._engine is None or len(due) < 2:
             for index, loop in zip(due, loops, strict=True):
-                with self._noted(index, failures):
+                try:
                     loop.slack()
+                except Exception as error:
+                    self._note(error, index, failures)
             return
         for loop in loops:
             loop.doubt()
@@ -145,21 +156,26 @@ class _Group:
         is_planned = run_slack_together(self._engine, lanes, overlaps)
         spent_ns = time.perf_counter_ns() - started_ns
         for index, loop, planned in zip(due, loops, is_planned, strict=True):
-            with self._noted(index, failures):
+            try:
                 loop.end_slack(states[index], spent_ns if planned else None)
+            except Exception as error:
+                self._note(error, index, failures)
 
     def _ask(self, ask: Callable[[ControlLoop], LoopState]) -> list[LoopState]:
         """The record of each. Raises what is wrong with one."""
-        return [_named(self._first + i, ask, loop) for i, loop in enumerate(self._loops)]
-
-    @contextlib.contextmanager
-    def _noted(self, index: int, failures: list[Exception]) -> Iterator[None]:
-        """What befalls a loop is not the others': they go on."""
+        states: list[LoopState] = []
         try:
-            yield
+            for loop in self._loops:
+                states.append(ask(loop))
         except Exception as error:
-            error.add_note(f"in loop {self._first + index} of those together; the others went on")
-            failures.append(error)
+            index = self._first + len(states)
+            error.add_note(f"of loop {index} of those together; none has ticked")
+            raise
+        return states
+
+    def _note(self, error: Exception, index: int, failures: list[Exception]) -> None:
+        error.add_note(f"in loop {self._first + index} of those together; the others went on")
+        failures.append(error)
 
     def _holding(self, work: Callable[[], _R]) -> _R:
         """`work()`, an exclusive method, while nobody else is in a call of one of the loops."""
@@ -174,20 +190,11 @@ def _groups(what: str, loops: Sequence[ControlLoop]) -> list[_Group]:
             raise SessionError(f"{what}: control loop {index} is closed; make another one")
         if loop.engine is not loops[0].engine:
             raise SessionError(f"{what}: loops 0 and {index} are of two engines; a replay has one")
-    if len({id(loop) for loop in loops}) < len(loops):
+    if len(set(map(id, loops))) < len(loops):
         raise SessionError(f"{what}: a loop is named twice; fork it first")
     shared = sharing(loops[0].engine) if loops else None
     most = 1 if shared is None else shared.most_together
     return [_Group(loops[at : at + most], at) for at in range(0, len(loops), most)]
-
-
-def _named(index: int, ask: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
-    """What is asked of a loop; an error says of which."""
-    try:
-        return ask(*args, **kwargs)
-    except Exception as error:
-        error.add_note(f"of loop {index} of those together; none has ticked")
-        raise
 
 
 def _locked(locks: Sequence[Any], work: Callable[[], _R]) -> _R:
