@@ -120,6 +120,13 @@ def checked_vectors(
     return checked
 
 
+def checked_action(action: Action) -> Action:
+    """What a policy answered. Raises CheckpointError for NaN and infinity."""
+    if not np.isfinite(action).all():
+        raise CheckpointError(f"the action is {action}: the policy's weights overflow")
+    return action
+
+
 def as_array(what: str, values: ArrayLike) -> NDArray[Any]:
     """Numpy's array of something. Raises ObservationError for what it cannot read as one."""
     try:
@@ -238,7 +245,7 @@ class ActionEngine(Engine):
         bits are those of each lane alone; so are the errors, before anything is changed.
         """
         checked = checked_vectors("observation", observations, self.config.observation_dim)
-        return [_finite(a) for a in self.tick_together_trusted(lanes, checked, hold=hold)]
+        return [checked_action(a) for a in self.tick_together_trusted(lanes, checked, hold=hold)]
 
     def tick_together_trusted(
         self, lanes: Sequence[Lane], observations: Sequence[Action], *, hold: bool = False
@@ -565,7 +572,7 @@ class ActionEngine(Engine):
         return left
 
     def _acted(self, lane: Lane) -> Action:
-        return _finite(self.action(lane))
+        return checked_action(self.action(lane))
 
     def _write(self, lane: Lane, name: str, array: NDArray[np.generic], word: int = 0) -> None:
         self.backend.write(self._addresses[lane.index, name] + 4 * word, array.view(np.uint8))
@@ -593,9 +600,3 @@ class ActionEngine(Engine):
         address = self.arena.weight_memory.address + slot.offset
         self.backend.read(address, out.view(np.uint8))
         return out
-
-
-def _finite(action: Action) -> Action:
-    if not np.isfinite(action).all():
-        raise CheckpointError(f"the action is {action}: the policy's weights overflow")
-    return action

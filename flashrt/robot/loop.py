@@ -37,7 +37,6 @@ from flashrt.robot.policy import Array, Policy
 from flashrt.robot.schedule import run_slack, run_tick
 from flashrt.robot.timing import LoopTiming
 
-
 OBSERVED_KINDS = "f"  # numpy's letters of the dtypes that an observation may have
 
 

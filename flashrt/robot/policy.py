@@ -181,8 +181,8 @@ class Policy(Protocol):
 class SharedVerbs(Protocol):
     """Verbs on several lanes at once, to the bits of each alone: a policy may have them, or not.
 
-    No lane is named twice. An action that is not finite is returned as it is: the loop then runs
-    that lane alone, and what goes wrong with it is not the others'.
+    No lane is named twice. An action that is not finite is returned as it is: its loop refuses it,
+    and what goes wrong in one lane is not the others'.
     """
 
     def observe_together_trusted(

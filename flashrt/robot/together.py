@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from flashrt.base.checks import shown
 from flashrt.base.errors import SessionError
 from flashrt.capsule.turn import Turn, exclusive
-from flashrt.engine.actions import checked_vectors
+from flashrt.engine.actions import checked_action, checked_vectors
 from flashrt.robot.history import LoopState
 from flashrt.robot.loop import OBSERVED_KINDS, ControlLoop, Took
 from flashrt.robot.policy import Array, sharing
@@ -36,8 +35,9 @@ def tick_together(loops: Sequence[ControlLoop], observations: Sequence[ArrayLike
 
     Raises SessionError for loops of several engines, a loop that is closed or named twice, and
     another number of observations; ObservationError as `tick` does: no loop has ticked then. What
-    befalls one later (DeadlineMissed under on_miss="raise", a listener that fails) is raised when
-    the others have ticked; `loop.engine.action(loop.lane)` is what each is to execute.
+    befalls one later (DeadlineMissed under on_miss="raise", CheckpointError for an action that is
+    not finite, a listener that fails) is raised when the others have ticked, with a note of whose
+    it is; `loop.engine.action(loop.lane)` is what each is to execute.
     """
     due_ns = time.perf_counter_ns()
     groups = _groups("tick_together", loops)
@@ -123,18 +123,13 @@ class _Group:
             loop.doubt()
         found = run_tick_together(self._engine, [loop.lane for loop in self._loops], seen)
         took = Took(due_ns, due_ns, time.perf_counter_ns())
-        is_finite = np.isfinite(np.array(found)).all(axis=1).tolist()
         actions: list[Array] = []
         for index, loop in enumerate(self._loops):
             try:
-                if is_finite[index]:
-                    executed = loop.end_tick(states[index], seen[index], found[index], took)
-                else:  # once more, alone: that says what is wrong
-                    executed = loop.tick_due(seen[index], due_ns)
+                action = checked_action(found[index])
+                actions.append(loop.end_tick(states[index], seen[index], action, took))
             except Exception as error:  # of any kind: what befalls one is not the others'
                 self._note(error, index, failures)
-            else:
-                actions.append(executed)
         return actions
 
     @exclusive
