@@ -6,6 +6,8 @@ A life is told twice by the same dice, once by each loop's own verbs and once to
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -372,10 +374,15 @@ def test_a_listener_that_fails_is_nobody_elses(
     def full(*args: object, **options: object) -> None:
         raise OSError("no space left")
 
-    slack_together(loops)
+    seen = SEEN[:18, : engine.config.observation_dim]
+    with monkeypatch.context() as patch:
+        patch.setattr(heard[17], "slack", full)  # of the tick before: none ticks without it
+        with pytest.raises(OSError, match="no space") as caught:
+            tick_together(loops, seen)
+    assert "in loop 17" in caught.value.__notes__[0]
+    assert [loop.position for loop in loops] == [3] * 18
     monkeypatch.setattr(heard[2], "tick", full)
     monkeypatch.setattr(heard[3], "slack", full)
-    seen = SEEN[:18, : engine.config.observation_dim]
     with pytest.raises(OSError, match="no space") as caught:
         tick_together(loops, seen)
     assert "in loop 2" in caught.value.__notes__[0]
@@ -384,8 +391,38 @@ def test_a_listener_that_fails_is_nobody_elses(
         slack_together(loops)
     monkeypatch.undo()
     tick_together(loops, seen)
-    assert [entry[0] for entry in heard[17].log] == ["slack", "tick", "slack", "tick"]
+    assert [entry[0] for entry in heard[17].log] == ["tick", "slack", "tick"]
     assert [entry[0] for entry in heard[2].log] == ["slack", "restore", "tick"]
+
+
+def test_threads_that_name_the_same_loops_take_turns(engine: ActionEngine) -> None:
+    """Fault: locks are taken in the order of the argument, and two threads wait for each other."""
+    loops, alone = [ControlLoop(engine) for _ in range(4)], ControlLoop(engine)
+    seen = SEEN[:4, : engine.config.observation_dim].copy()
+    seen[:] = seen[0]
+
+    def go_on(named: list[ControlLoop]) -> None:
+        for _ in range(100):
+            tick_together(named, seen)
+            slack_together(named)
+
+    orders = (loops, loops[::-1], [loops[i] for i in (2, 0, 3, 1)])
+    threads = [threading.Thread(target=go_on, args=(each,), daemon=True) for each in orders]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive(), "a thread waits for ever"
+    finally:
+        sys.setswitchinterval(before)
+    for _ in range(300):
+        alone.tick(seen[0])
+    assert [loop.digest() for loop in loops] == [alone.digest()] * 4
+    for loop in [*loops, alone]:
+        loop.close()
 
 
 # -- environments beside them ---------------------------------------------------------------------
