@@ -10,7 +10,10 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+_R = TypeVar("_R")
 
 _LOCKS: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -20,6 +23,15 @@ def reentrant_lock() -> Any:
     lock: Any = threading.RLock()
     _LOCKS.add(lock)
     return lock
+
+
+def while_holding(locks: Sequence[Any], work: Callable[[], _R]) -> _R:
+    """`work()` while all locks are held, taken in this order. Lock and unlock are on one line: an
+    exception falls before it or after it, see capsule/turn.
+    """
+    if not locks:
+        return work()
+    with locks[0]: return while_holding(locks[1:], work)  # noqa: E701  # fmt: skip
 
 
 def _free_others() -> None:

@@ -37,12 +37,16 @@ from flashrt.engine.cursors import KnownCursors
 from flashrt.engine.engine import Engine, PoolDefault
 from flashrt.models.flow_policy.config import PolicyConfig, config_of
 from flashrt.models.flow_policy.model import (
+    ACT_EACH,
     ACT_PHASE,
     OBSERVE,
+    OBSERVE_EACH,
     PLAN,
     PLAN_BEGIN,
+    PLAN_BEGIN_EACH,
     PLAN_EACH,
     PLAN_STEP,
+    PLAN_STEP_EACH,
     SHARED,
     TICK,
     TICK_EACH,
@@ -90,6 +94,37 @@ def checked_vector(
         at = int(np.flatnonzero(~np.isfinite(array))[0])
         raise ObservationError(f"{what}[{at}] is {given[at]}, which is not finite in float32")
     return array
+
+
+def checked_vectors(
+    what: str, values: Sequence[ArrayLike], size: int, kinds: str = "fiu"
+) -> list[Action]:
+    """`checked_vector` of each: at once, where all are arrays of one dtype, so that many cost about
+    as much as one. The error of one has a note of its index.
+    """
+    arrays = [v for v in values if isinstance(v, np.ndarray) and v.shape == (size,)]
+    if arrays and len(arrays) == len(values) and len({a.dtype for a in arrays}) == 1:
+        given, rows = np.array(arrays), np.empty((len(arrays), size), np.float32)
+        if given.dtype.kind in kinds:
+            with DefaultFloatMode(), np.errstate(over="ignore"):
+                np.copyto(rows, given, casting="unsafe")
+            if np.isfinite(rows).all():
+                return list(rows)
+    checked = []
+    for index, value in enumerate(values):
+        try:
+            checked.append(checked_vector(what, value, size, kinds))
+        except ObservationError as error:
+            error.add_note(f"of {what} {index} of {len(values)}")
+            raise
+    return checked
+
+
+def checked_action(action: Action) -> Action:
+    """What a policy answered. Raises CheckpointError for NaN and infinity."""
+    if not np.isfinite(action).all():
+        raise CheckpointError(f"the action is {action}: the policy's weights overflow")
+    return action
 
 
 def as_array(what: str, values: ArrayLike) -> NDArray[Any]:
@@ -167,46 +202,6 @@ class ActionEngine(Engine):
         self._cursors.keep(lane, words)
         return self._acted(lane)
 
-    @property
-    def most_together(self) -> int:
-        """Lanes that one replay can tick, or plan."""
-        return min(len(self.lanes), MAX_RUNS)
-
-    def tick_together(
-        self, lanes: Sequence[Lane], observations: Sequence[ArrayLike], *, hold: bool = False
-    ) -> list[Action]:
-        """`tick` of up to `most_together` lanes in one replay, each with its own observation. The
-        bits are those of each lane alone; so are the errors, before anything is changed.
-        """
-        self._check_together(lanes)
-        checked = [self._checked(observation) for observation in observations]
-        for lane in lanes:
-            self._need_action(lane, hold)
-        taken = [self._cursors.take(lane) for lane in lanes]
-        for lane, observation in zip(lanes, checked, strict=True):
-            self._write(lane, "observation", observation)
-        self._run_each(TICK_EACH, lanes)
-        for lane, words in zip(lanes, taken, strict=True):
-            cursors.observed(words)
-            cursors.acted(words, self.config)
-            self._cursors.keep(lane, words)
-        return [self._acted(lane) for lane in lanes]
-
-    def plan_together(self, lanes: Sequence[Lane], committed: int = 0) -> None:
-        """`plan` of several lanes in one replay; see `tick_together`."""
-        self._check_together(lanes)
-        rows = [self._committed(lane, committed) for lane in lanes]
-        taken = [self._cursors.take(lane) for lane in lanes]
-        for lane, n in zip(lanes, rows, strict=True):
-            request = np.zeros(REQUEST_WORDS, np.int32)
-            request[RequestWord.COMMITTED] = n
-            self._write(lane, "request", request)
-        self._run_each(PLAN_EACH, lanes)
-        for lane, words, n in zip(lanes, taken, rows, strict=True):
-            cursors.began(words, n, self.config)
-            cursors.stepped(words, self.config.num_inference_steps)
-            self._cursors.keep(lane, words)
-
     def plan(self, lane: Lane, committed: int = 0) -> None:
         """A new chunk of actions from the last observation, in place of the queue's.
 
@@ -226,15 +221,105 @@ class ActionEngine(Engine):
         """One Euler step of the chunk in the making; True when that was the last, and the queue was
         replaced. Ticks may lie between steps. Raises SessionError if none is in the making.
         """
-        steps = self.config.num_inference_steps
-        left = self._cursors.words(lane)[PolicyWord.PLAN_STEPS_LEFT]
-        if not 1 <= left <= steps:
-            raise SessionError(f"lane {lane.index}: no chunk is in the making; begin_plan first")
+        left = self._steps_left(lane)
         words = self._cursors.take(lane)
-        self._run(PLAN_STEP, lane, steps - left + 1)
+        self._run(PLAN_STEP, lane, self.config.num_inference_steps - left + 1)
         cursors.stepped(words)
         self._cursors.keep(lane, words)
         return left == 1
+
+    # -- verbs of several lanes, a replay for all ------------------------------------------------
+    # The bits are those of each lane alone. Each raises SessionError for no lane, a lane that is
+    # named twice or more than `most_together`, and what its own verb raises for any of them; then
+    # nothing has changed.
+
+    @property
+    def most_together(self) -> int:
+        """Lanes that one replay can tick, or plan."""
+        return min(len(self.lanes), MAX_RUNS)
+
+    def tick_together(
+        self, lanes: Sequence[Lane], observations: Sequence[ArrayLike], *, hold: bool = False
+    ) -> list[Action]:
+        """`tick` of up to `most_together` lanes in one replay, each with its own observation. The
+        bits are those of each lane alone; so are the errors, before anything is changed.
+        """
+        checked = checked_vectors("observation", observations, self.config.observation_dim)
+        return [checked_action(a) for a in self.tick_together_trusted(lanes, checked, hold=hold)]
+
+    def tick_together_trusted(
+        self, lanes: Sequence[Lane], observations: Sequence[Action], *, hold: bool = False
+    ) -> list[Action]:
+        """`tick_together` with float32 arrays that the caller has checked; and it is the caller who
+        looks whether an action is finite, so that one lane's overflow is not the others'.
+        """
+        self._check_together(lanes, observations)
+        for lane in lanes:
+            self._need_action(lane, hold)
+        taken = [self._cursors.take(lane) for lane in lanes]
+        for lane, observation in zip(lanes, observations, strict=True):
+            self._write(lane, "observation", observation)
+        self._run_each(TICK_EACH, lanes)
+        for lane, words in zip(lanes, taken, strict=True):
+            cursors.observed(words)
+            cursors.acted(words, self.config)
+            self._cursors.keep(lane, words)
+        return [self.action(lane) for lane in lanes]
+
+    def observe_together_trusted(
+        self, lanes: Sequence[Lane], observations: Sequence[Action]
+    ) -> None:
+        """`observe_trusted` of several lanes in one replay."""
+        self._check_together(lanes, observations)
+        taken = [self._cursors.take(lane) for lane in lanes]
+        for lane, observation in zip(lanes, observations, strict=True):
+            self._write(lane, "observation", observation)
+        self._run_each(OBSERVE_EACH, lanes)
+        for lane, words in zip(lanes, taken, strict=True):
+            cursors.observed(words)
+            self._cursors.keep(lane, words)
+
+    def act_together(self, lanes: Sequence[Lane], *, hold: bool = False) -> list[Action]:
+        """`act` of several lanes in one replay. Whether an action is finite is the caller's to look
+        at, as in `tick_together_trusted`.
+        """
+        self._check_together(lanes)
+        for lane in lanes:
+            self._need_action(lane, hold)
+        taken = [self._cursors.take(lane) for lane in lanes]
+        self._run_each(ACT_EACH, lanes)
+        for lane, words in zip(lanes, taken, strict=True):
+            cursors.acted(words, self.config)
+            self._cursors.keep(lane, words)
+        return [self.action(lane) for lane in lanes]
+
+    def plan_together(self, lanes: Sequence[Lane], committed: int | Sequence[int] = 0) -> None:
+        """`plan` of several lanes in one replay; `committed` of all, or of each."""
+        self._begin_together(PLAN_EACH, lanes, committed, self.config.num_inference_steps)
+
+    def begin_plan_together(
+        self, lanes: Sequence[Lane], committed: int | Sequence[int] = 0
+    ) -> None:
+        """`begin_plan` of several lanes in one replay; `committed` of all, or of each."""
+        self._begin_together(PLAN_BEGIN_EACH, lanes, committed, 0)
+
+    def continue_plan_together(self, lanes: Sequence[Lane]) -> bool:
+        """`continue_plan` of several lanes in one replay, whose chunks are at the same Euler step;
+        SessionError if they are not.
+        """
+        self._check_together(lanes)
+        lefts = [self._steps_left(lane) for lane in lanes]
+        if len(set(lefts)) > 1:
+            raise SessionError(
+                f"lanes {[lane.index for lane in lanes]} together: {lefts} Euler steps are left of "
+                "their chunks; those of one replay are at the same step"
+            )
+        taken = [self._cursors.take(lane) for lane in lanes]
+        self._run_each(PLAN_STEP_EACH, lanes, self.config.num_inference_steps - lefts[0] + 1)
+        for lane, words in zip(lanes, taken, strict=True):
+            cursors.stepped(words)
+            self._cursors.keep(lane, words)
+        return lefts[0] == 1
 
     # -- words and regions -----------------------------------------------------------------------
 
@@ -395,20 +480,41 @@ class ActionEngine(Engine):
         self.replay(phase, rows, (Run(lane.index, rows),))
         self.boundary()
 
-    def _run_each(self, phase: str, lanes: Sequence[Lane]) -> None:
-        if len(self.lanes) == 1:  # which has no graphs to share
-            self._run(SHARED[phase], lanes[0])
+    def _run_each(self, phase: str, lanes: Sequence[Lane], rows: int = 1) -> None:
+        if len(lanes) == 1:  # an engine of one lane has no graphs to share
+            self._run(SHARED[phase], lanes[0], rows)
         else:
-            self.replay(phase, 1, tuple(Run(lane.index, 1) for lane in lanes))
+            self.replay(phase, rows, tuple(Run(lane.index, rows) for lane in lanes))
             self.boundary()
 
-    def _check_together(self, lanes: Sequence[Lane]) -> None:
+    def _check_together(self, lanes: Sequence[Lane], each: Sequence[object] | None = None) -> None:
+        """`each`: what there is one of for each lane."""
         indices = [lane.index for lane in lanes]
         if not 1 <= len(set(indices)) == len(indices) <= self.most_together:
             raise SessionError(
                 f"lanes {indices} together: one replay is about 1 to {self.most_together} of them, "
                 "each once"
             )
+        if each is not None and len(each) != len(lanes):
+            raise SessionError(f"lanes {indices} together: got {len(each)} values for them")
+
+    def _begin_together(
+        self, phase: str, lanes: Sequence[Lane], committed: int | Sequence[int], steps: int
+    ) -> None:
+        each = committed if isinstance(committed, Sequence) else [committed] * len(lanes)
+        self._check_together(lanes, each)
+        rows = [self._committed(lane, n) for lane, n in zip(lanes, each, strict=True)]
+        taken = [self._cursors.take(lane) for lane in lanes]
+        for lane, n in zip(lanes, rows, strict=True):
+            request = np.zeros(REQUEST_WORDS, np.int32)
+            request[RequestWord.COMMITTED] = n
+            self._write(lane, "request", request)
+        self._run_each(phase, lanes)
+        for lane, words, n in zip(lanes, taken, rows, strict=True):
+            cursors.began(words, n, self.config)
+            if steps:
+                cursors.stepped(words, steps)
+            self._cursors.keep(lane, words)
 
     def _begin(self, phase: str, lane: Lane, committed: int, steps: int) -> None:
         """A graph that begins a chunk and does `steps` of its Euler steps."""
@@ -458,11 +564,15 @@ class ActionEngine(Engine):
             )
         return rows
 
+    def _steps_left(self, lane: Lane) -> int:
+        """Of the chunk in the making. Raises SessionError if there is none."""
+        left = self._cursors.words(lane)[PolicyWord.PLAN_STEPS_LEFT]
+        if not 1 <= left <= self.config.num_inference_steps:
+            raise SessionError(f"lane {lane.index}: no chunk is in the making; begin_plan first")
+        return left
+
     def _acted(self, lane: Lane) -> Action:
-        action = self.action(lane)
-        if not np.isfinite(action).all():
-            raise CheckpointError(f"the action is {action}: the policy's weights overflow")
-        return action
+        return checked_action(self.action(lane))
 
     def _write(self, lane: Lane, name: str, array: NDArray[np.generic], word: int = 0) -> None:
         self.backend.write(self._addresses[lane.index, name] + 4 * word, array.view(np.uint8))

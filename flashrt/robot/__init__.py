@@ -3,10 +3,11 @@
 from flashrt.robot.environment import Environment, EnvironmentState, PlainState
 from flashrt.robot.lerobot import PolicyAgent
 from flashrt.robot.loop import ControlLoop
-from flashrt.robot.policy import Policy
+from flashrt.robot.policy import Policy, SharedVerbs
 from flashrt.robot.recording import record, replay
-from flashrt.robot.rollout import Moment, Rollout, Transition
+from flashrt.robot.rollout import Moment, Rollout, Transition, step_together
 from flashrt.robot.run import RunReport, run
+from flashrt.robot.together import slack_together, tick_together
 
 __all__ = [
     "ControlLoop",
@@ -18,8 +19,12 @@ __all__ = [
     "PolicyAgent",
     "Rollout",
     "RunReport",
+    "SharedVerbs",
     "Transition",
     "record",
     "replay",
     "run",
+    "slack_together",
+    "step_together",
+    "tick_together",
 ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from numpy.typing import ArrayLike
 
@@ -36,6 +36,16 @@ from flashrt.robot.options import (
 from flashrt.robot.policy import Array, Policy
 from flashrt.robot.schedule import run_slack, run_tick
 from flashrt.robot.timing import LoopTiming
+
+OBSERVED_KINDS = "f"  # numpy's letters of the dtypes that an observation may have
+
+
+class Took(NamedTuple):
+    """Instants of a tick, of time.perf_counter_ns."""
+
+    due_ns: int  # the deadline counts from here
+    started_ns: int  # of the call
+    done_ns: int  # the action is there
 
 
 class LoopListener(Protocol):
@@ -132,20 +142,11 @@ class ControlLoop:
         """The same for an instant of time.perf_counter_ns from which the deadline counts."""
         started_ns = time.perf_counter_ns()
         checked = self._checked(observation)
-        state = self._ready()
+        state = self.ready()
         self._is_in_doubt = True
         action = run_tick(self.engine, self._lane, checked)
-        now_ns = time.perf_counter_ns()
-        is_late = now_ns - due_ns > self.options.deadline_ns
-        instead = self._late(state) if is_late else None
-        self._ticked(state, checked, action, instead, is_late=is_late)
-        self.timing.latency.add(now_ns - started_ns)
-        if is_late and self.options.on_miss == "raise":
-            raise DeadlineMissed(
-                f"tick {state.position}: its action came {(now_ns - due_ns) / 1e6:.3f} ms after "
-                f"it was due, {self.options.deadline_ms:g} ms are allowed; the loop may go on"
-            )
-        return action if instead is None else instead.copy()
+        took = Took(due_ns, started_ns, time.perf_counter_ns())
+        return self.end_tick(state, checked, action, took)
 
     @exclusive
     def executed(self, action: ArrayLike) -> None:
@@ -154,8 +155,7 @@ class ControlLoop:
         float32 [action_dim]; to be said before `slack`: what is planned follows on it. Raises
         SessionError when that is over, ObservationError for what is no action.
         """
-        self._check_open()
-        state = self._recovered()
+        state = self.recovered()
         if state.is_slack_done:
             raise SessionError("executed: to be said after a tick, before its slack")
         done = checked_vector("action", action, self.engine.config.action_dim)
@@ -174,7 +174,7 @@ class ControlLoop:
         checked, instead = self._checked(observation), None
         if executed is not None:
             instead = checked_vector("action", executed, self.engine.config.action_dim)
-        state = self._ready()
+        state = self.ready()
         self._is_in_doubt = True
         action = run_tick(self.engine, self._lane, checked)
         self._ticked(state, checked, action, instead)
@@ -187,8 +187,7 @@ class ControlLoop:
         To be called once the action is on its way; whatever was not given time is made up for at
         the start of the next tick, to the same bits.
         """
-        self._check_open()
-        state = self._recovered()
+        state = self.recovered()
         if not state.is_slack_done:
             self._slack(state)
 
@@ -251,7 +250,7 @@ class ControlLoop:
     def set_seed(self, seed: int) -> None:
         """Other noise for the chunks from here on, as for a fork that is to try something else."""
         seed = checked_seed(seed)
-        state = self._ready()
+        state = self.ready()
         self._is_in_doubt = True
         self.engine.set_seed(self._lane, seed)
         self._put(None, state.position, seed)
@@ -265,7 +264,7 @@ class ControlLoop:
         it acts, which takes the time of both.
         """
         keep = checked_count("interrupt: keep", keep)
-        state = self._ready()
+        state = self.ready()
         self._is_in_doubt = True
         cut = self._cut(self._located()[0] + keep)
         self._commit(state._replace(cut=cut, changes=state.changes + 1))
@@ -351,8 +350,7 @@ class ControlLoop:
     def rewind_ticks(self, ticks: int) -> None:
         """The same, by a number of ticks."""
         ticks = checked_count("rewind: ticks", ticks)
-        self._check_open()
-        state = self._recovered()
+        state = self.recovered()
         reach = state.end - state.first
         if ticks > reach:
             raise SessionError(
@@ -400,16 +398,19 @@ class ControlLoop:
             raise SessionError("the control loop is closed; make another one")
         self.engine.check_open()
 
-    def _recovered(self) -> LoopState:
-        """What every call begins with: the lane is where the record says."""
+    def recovered(self) -> LoopState:
+        """What every call begins with: the loop is open, and the lane is where the record says.
+
+        Raises SessionError where that cannot be.
+        """
+        self._check_open()
         if self._is_in_doubt or not self._lane.is_trusted:
             self._make_again()
         return self._state
 
     def _finished(self) -> LoopState:
         """The slack of the last tick is over, if nobody gave it yet."""
-        self._check_open()
-        state = self._recovered()
+        state = self.recovered()
         if not state.is_slack_done:
             self._slack(state)
             state = self._state
@@ -419,7 +420,7 @@ class ControlLoop:
             self._n_told = state.changes
         return state
 
-    def _ready(self) -> LoopState:
+    def ready(self) -> LoopState:
         """The same, for what changes the lane: its number is known, and it can be made again."""
         state = self._finished()
         if state.position is None:
@@ -453,8 +454,7 @@ class ControlLoop:
 
     @exclusive
     def _locate(self) -> LoopState:
-        self._check_open()
-        state, cursor = self._recovered(), self.engine.cursor(self._lane)
+        state, cursor = self.recovered(), self.engine.cursor(self._lane)
         self._state = state._replace(position=cursor.tick, seed=cursor.seed)
         return self._state
 
@@ -548,11 +548,55 @@ class ControlLoop:
             capsule.drop()
         return bool(spares)
 
+    # -- what a tick and a slack are made of ------------------------------------------------------
+    # For whoever runs the verbs of several loops at once (together), in their turn and locks.
+
+    @property
+    def is_slack_due(self) -> bool:
+        """Whether the slack after the last tick is still to come, as far as the record says."""
+        return not self._state.is_slack_done
+
+    def doubt(self) -> None:
+        """The verbs of a tick or a slack are about to run: the lane is in doubt until the record of
+        them is made. It was `ready` for a tick, `recovered` for a slack.
+        """
+        self._is_in_doubt = True
+
+    def end_tick(self, state: LoopState, observation: Array, action: Array, took: Took) -> Array:
+        """The verbs of a tick have run, and this came of it; what is executed.
+
+        Raises DeadlineMissed under on_miss="raise", once the tick has happened.
+        """
+        late_ns = took.done_ns - took.due_ns
+        is_late = late_ns > self.options.deadline_ns
+        instead = self._late(state) if is_late else None
+        self._ticked(state, observation, action, instead, is_late=is_late)
+        self.timing.latency.add(took.done_ns - took.started_ns)
+        if is_late and self.options.on_miss == "raise":
+            raise DeadlineMissed(
+                f"tick {state.position}: its action came {late_ns / 1e6:.3f} ms after "
+                f"it was due, {self.options.deadline_ms:g} ms are allowed; the loop may go on"
+            )
+        return action if instead is None else instead.copy()
+
+    def end_slack(self, state: LoopState, planning_ns: int | None) -> None:
+        """The verbs of a slack have run; how long they took, if anything was planned."""
+        if planning_ns is not None:
+            self.timing.planning.add(planning_ns)
+        self._commit(state.slack_done())
+        is_boundary = state.end % self._boundary_ticks == 0
+        if is_boundary:
+            with contextlib.suppress(PoolFull):  # only reach is lost
+                self._keep_boundary()
+        if (listener := self._listener) is not None and self._n_told == state.changes:
+            listener.slack(self._digest() if is_boundary else None)
+
     # -- inside ---------------------------------------------------------------------------------
 
     def _checked(self, observation: ArrayLike) -> Array:
-        """The loop's own copy; what comes after this door trusts it."""
-        return checked_vector("observation", observation, self.engine.config.observation_dim, "f")
+        """The loop's own copy; what comes after this door trusts it. Raises ObservationError."""
+        size = self.engine.config.observation_dim
+        return checked_vector("observation", observation, size, OBSERVED_KINDS)
 
     def _late(self, state: LoopState) -> Array | None:
         """The deadline policy; what is executed in place of the action, if anything."""
@@ -591,15 +635,8 @@ class ControlLoop:
     def _slack(self, state: LoopState) -> None:
         started_ns = time.perf_counter_ns()
         self._is_in_doubt = True
-        if run_slack(self.engine, self._lane, self.options.overlap):
-            self.timing.planning.add(time.perf_counter_ns() - started_ns)
-        self._commit(state.slack_done())
-        is_boundary = state.end % self._boundary_ticks == 0
-        if is_boundary:
-            with contextlib.suppress(PoolFull):  # only reach is lost
-                self._keep_boundary()
-        if (listener := self._listener) is not None and self._n_told == state.changes:
-            listener.slack(self._digest() if is_boundary else None)
+        is_planned = run_slack(self.engine, self._lane, self.options.overlap)
+        self.end_slack(state, time.perf_counter_ns() - started_ns if is_planned else None)
 
     def _digest(self) -> str:
         return self.engine.digest(self._lane)

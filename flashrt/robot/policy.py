@@ -1,7 +1,8 @@
 """What a control loop asks of a policy: verbs on lanes, as a protocol.
 
 IS: the verbs, the sizes and the cursor that a loop needs: flashrt's ActionEngine has them, and so
-may a policy of your own. IS NOT: the loop, nor when it plans (schedule).
+may a policy of your own, with the verbs on several lanes or without. IS NOT: the loop, nor when it
+plans (schedule).
 
 Every verb is a graph boundary: whole, or not begun. Observations and actions are float32, in the
 environment's units. The loop checks observations at its own door, hence the `_trusted` verbs.
@@ -9,8 +10,9 @@ environment's units. The loop checks observations at its own door, hence the `_t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -173,3 +175,47 @@ class Policy(Protocol):
     def fork(self, source: Lane, target: Lane) -> None: ...
     def digest(self, lane: Lane) -> str: ...
     def stats(self) -> Mapping[str, Any]: ...
+
+
+@runtime_checkable
+class SharedVerbs(Protocol):
+    """Verbs on several lanes at once, to the bits of each alone: a policy may have them, or not.
+
+    No lane is named twice. An action that is not finite is returned as it is: its loop refuses it,
+    and what goes wrong in one lane is not the others'.
+    """
+
+    def observe_together_trusted(
+        self, lanes: Sequence[Lane], observations: Sequence[Array]
+    ) -> None: ...
+    def act_together(self, lanes: Sequence[Lane]) -> list[Array]: ...
+    def tick_together_trusted(
+        self, lanes: Sequence[Lane], observations: Sequence[Array]
+    ) -> list[Array]: ...
+    def plan_together(self, lanes: Sequence[Lane], committed: int) -> None:
+        """The same number of rows of each."""
+        ...
+
+    def begin_plan_together(self, lanes: Sequence[Lane], committed: Sequence[int]) -> None: ...
+    def continue_plan_together(self, lanes: Sequence[Lane]) -> bool:
+        """Of lanes that have the same number of Euler steps left."""
+        ...
+
+
+class SharingPolicy(SharedVerbs, Policy, Protocol):
+    """A policy that has them."""
+
+    @property
+    def most_together(self) -> int:
+        """Lanes that these verbs take."""
+        ...
+
+
+def sharing(policy: Policy) -> SharingPolicy | None:
+    """The policy, if its class has the shared verbs."""
+    return cast(SharingPolicy, policy) if _has_shared_verbs(type(policy)) else None
+
+
+@functools.cache
+def _has_shared_verbs(kind: type) -> bool:
+    return issubclass(kind, SharedVerbs)

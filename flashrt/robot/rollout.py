@@ -29,6 +29,7 @@ from flashrt.robot.environment import (
 from flashrt.robot.loop import ControlLoop
 from flashrt.robot.options import checked_seed
 from flashrt.robot.policy import Array
+from flashrt.robot.together import slack_together, tick_together
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,23 +140,16 @@ class Rollout:
         ObservationError for an observation that the policy cannot take, DeadlineMissed: the loop is
         then where it was before.
         """
-        observation = self._in_step()
-        if self._seen.is_over:
-            raise EnvironmentFailed("the episode is over; reset the rollout, or restore a moment")
+        observation = self._about_to_step()
         self._acting_from = self.loop.position
         try:
             action = self.loop.tick(observation)
-            self._is_apart = True
-            result = step_environment(self.environment, self._to_command, action)
         except Exception:
-            self._is_apart = False  # the environment did not take the action
             self._take_back()
             raise
-        self._together(result.observation, is_over=result.is_over)
+        transition = self._stepped(observation, action)
         self.loop.slack()
-        return Transition(
-            observation, action, result.reward, result.observation, result.is_over, result.info
-        )
+        return transition
 
     def snapshot(self, name: str | None = None) -> Moment:
         """Both, frozen. Raises PoolFull; EnvironmentFailed if the environment cannot be saved."""
@@ -233,6 +227,27 @@ class Rollout:
         self._take_back()
         return observation
 
+    def _about_to_step(self) -> Array:
+        """The same for a step: the episode is not over."""
+        observation = self._in_step()
+        if self._seen.is_over:
+            raise EnvironmentFailed("the episode is over; reset the rollout, or restore a moment")
+        return observation
+
+    def _stepped(self, observation: Array, action: Array) -> Transition:
+        """The environment's part of a step. Raises what is wrong with it, the loop taken back."""
+        try:
+            self._is_apart = True
+            result = step_environment(self.environment, self._to_command, action)
+        except Exception:
+            self._is_apart = False  # the environment did not take the action
+            self._take_back()
+            raise
+        self._together(result.observation, is_over=result.is_over)
+        return Transition(
+            observation, action, result.reward, result.observation, result.is_over, result.info
+        )
+
     def _together(self, observation: Array, *, is_over: bool) -> None:
         """Environment and loop are in step."""
         self._seen = _Seen(observation, is_over)
@@ -255,3 +270,42 @@ class Rollout:
     @exclusive
     def _freeze(self, name: str | None, state: object, observation: Array) -> Moment:
         return Moment(self.loop.snapshot(name), state, observation, self._seen.is_over)
+
+
+def step_together(rollouts: Sequence[Rollout]) -> list[Transition]:
+    """`step` of several rollouts, whose loops share replays: see `tick_together`. Environments step
+    one after another, in this order.
+
+    Raises what `step` raises where a rollout cannot step, and DeadlineMissed: all are then where
+    they were before. Where an environment fails, its loop is where it was before, the others have
+    stepped, and the first failure is raised, with a note of whose it is.
+    """
+    for rollout in rollouts:
+        if not isinstance(rollout, Rollout):
+            raise SessionError(f"step_together: {shown(rollout)} is not a rollout")
+    loops = [rollout.loop for rollout in rollouts]
+    if len({id(loop) for loop in loops}) < len(loops):
+        raise SessionError("step_together: a loop is named twice; fork the rollout first")
+    observations = [rollout._about_to_step() for rollout in rollouts]
+    transitions: list[Transition] = []
+    failures: list[Exception] = []
+    moved: list[ControlLoop] = []
+    try:
+        for rollout in rollouts:
+            rollout._acting_from = rollout.loop.position
+        actions = tick_together(loops, observations)
+    except Exception:
+        for rollout in rollouts:
+            rollout._take_back()
+        raise
+    for index, rollout in enumerate(rollouts):
+        try:
+            transitions.append(rollout._stepped(observations[index], actions[index]))
+            moved.append(rollout.loop)
+        except Exception as error:
+            error.add_note(f"in rollout {index} of step_together; the others have stepped")
+            failures.append(error)
+    slack_together(moved)
+    if failures:
+        raise failures[0]
+    return transitions

@@ -14,8 +14,10 @@ The second is real-time chunking (arXiv 2506.07339) by conditioning on the prefi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flashrt.capsule.lineage import Lane
-from flashrt.robot.policy import Array, Cursor, Policy
+from flashrt.robot.policy import Array, Cursor, Policy, SharingPolicy
 
 
 def has_run_out(cursor: Cursor) -> bool:
@@ -61,3 +63,53 @@ def run_slack(engine: Policy, lane: Lane, overlap: int) -> bool:
     for _ in range(euler_steps_due(engine.cursor(lane))):
         engine.continue_plan(lane)
     return True
+
+
+# -- the same for several lanes of one engine, in as few replays --------------------------------
+
+
+def run_tick_together(
+    engine: SharingPolicy, lanes: Sequence[Lane], observations: Sequence[Array]
+) -> list[Array]:
+    """`run_tick` of each: one replay for those that have an action, three for those that have run
+    out. Nobody has looked yet whether the actions are finite.
+    """
+    is_out = [has_run_out(engine.cursor(lane)) for lane in lanes]
+    out = [i for i, empty in enumerate(is_out) if empty]
+    going = [i for i, empty in enumerate(is_out) if not empty]
+    found: dict[int, Array] = {}
+    if out:
+        empty_lanes = [lanes[i] for i in out]
+        engine.observe_together_trusted(empty_lanes, [observations[i] for i in out])
+        engine.plan_together(empty_lanes, 0)
+        found.update(zip(out, engine.act_together(empty_lanes), strict=True))
+    if going:
+        seen = [observations[i] for i in going]
+        actions = engine.tick_together_trusted([lanes[i] for i in going], seen)
+        found.update(zip(going, actions, strict=True))
+    return [found[i] for i in range(len(lanes))]
+
+
+def run_slack_together(
+    engine: SharingPolicy, lanes: Sequence[Lane], overlaps: Sequence[int]
+) -> list[bool]:
+    """`run_slack` of each: one replay for chunks that are made at once, one for those that are
+    begun, one for each Euler step, of all lanes that are at it.
+    """
+    pairs = zip(lanes, overlaps, strict=True)
+    rows = [committed_rows(engine.cursor(lane), overlap) for lane, overlap in pairs]
+    if at_once := [lane for lane, n in zip(lanes, rows, strict=True) if n == 1]:
+        engine.plan_together(at_once, 1)
+    if begun := [(lane, n) for lane, n in zip(lanes, rows, strict=True) if n > 1]:
+        engine.begin_plan_together([lane for lane, _ in begun], [n for _, n in begun])
+    due = [euler_steps_due(engine.cursor(lane)) for lane in lanes]
+    is_planned = [n > 0 or steps > 0 for n, steps in zip(rows, due, strict=True)]
+    while any(due):
+        left = [
+            engine.cursor(lane).plan_steps_left if due[i] else 0 for i, lane in enumerate(lanes)
+        ]
+        at_it = [i for i, steps in enumerate(left) if steps == max(left)]  # the furthest behind
+        engine.continue_plan_together([lanes[i] for i in at_it])
+        for i in at_it:
+            due[i] -= 1
+    return is_planned

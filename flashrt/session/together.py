@@ -8,17 +8,16 @@ session alone, to the bit.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import FlashrtError, SessionError
-from flashrt.capsule.turn import Turn, exclusive
+from flashrt.base.locks import while_holding
+from flashrt.capsule.turn import Turn, in_turn
 from flashrt.engine.tokens import TokenEngine
 from flashrt.models.model import STEP_ROWS, VERIFY_EACH_ROWS
 from flashrt.ops.sample import SamplerParams
@@ -54,8 +53,8 @@ def together(*generations: Generation) -> Iterator[tuple[int, int]]:
 def step(decoding: Sequence[Generation], feeds: Sequence[Feed] = ()) -> None:
     """Pieces of prompts and the next token of generations in one replay, for schedulers.
 
-    The pieces are committed; `next(generation)` then takes its token without a replay. The bits are
-    those of each session alone. With pieces there are at most `engine.most_together` sessions, and
+    The pieces are committed; `next(generation)` then takes its token without a replay (but for the
+    step of one generation alone, which is left to it). The bits are those of each session alone. With pieces there are at most `engine.most_together` sessions, and
     STEP_ROWS (64) rows: a row per generation, one per token of a piece, and one more for a session
     whose last token is still pending. That bounds how long the generations wait for the prompts.
     Without, drafts are made and verified, and any number of sessions take turns.
@@ -103,14 +102,22 @@ class _Replays:
         if len({id(session) for session in sessions}) < len(sessions):
             raise SessionError("together: a session is named twice; fork it first")
         ordered = sorted(sessions, key=lambda session: session.lane.index)
-        self.lock = _Locks([session.lock for session in ordered])
+        self._locks = [
+            session.lock for session in ordered
+        ]  # so two threads never wait for each other
         if sessions:
             self.turn: Turn = sessions[0].turn
             self._engine: TokenEngine = sessions[0].engine
 
-    @exclusive
     def run(self, live: Sequence[Generation], feeds: Sequence[Feed]) -> None:
         """The next step of all that have one, as many at once as a replay holds."""
+        if self.turn.is_mine():
+            self._run(live, feeds)
+        else:
+            while_holding(self._locks, lambda: self._run(live, feeds))
+
+    @in_turn
+    def _run(self, live: Sequence[Generation], feeds: Sequence[Feed]) -> None:
         engine, due = self._engine, list[_Step]()
         for generation in live:
             if (found := generation.due()) is not None:
@@ -145,8 +152,6 @@ class _Replays:
             )
 
     def _sample(self, group: Sequence[_Step]) -> None:
-        if len(group) == 1:
-            return  # its own step does that
         tokens = self._engine.sample_each([s.session.lane for s in group])
         for s, token in zip(group, tokens, strict=True):
             s.session.tail.sampled(s.generation.params, token)
@@ -171,8 +176,6 @@ class _Replays:
 
     def _decode(self, group: Sequence[_Step]) -> None:
         engine = self._engine
-        if len(group) == 1:
-            return  # its own step does that
         lanes, tokens = [s.session.lane for s in group], [s.due.token for s in group]
         if not any(s.due.drafts for s in group):
             for s, token in zip(group, engine.decode_together(lanes, tokens), strict=True):
@@ -217,27 +220,3 @@ def _verify_groups(steps: Sequence[_Step], most: int) -> Iterator[Sequence[_Step
         n_rows += s.due.drafts + 1
     if group:
         yield group
-
-
-class _Locks:
-    """Several locks as one. Always taken in the order of lanes: two threads cannot wait for each
-    other.
-    """
-
-    def __init__(self, locks: Sequence[contextlib.AbstractContextManager[object]]) -> None:
-        self._locks = locks
-        self._held: list[contextlib.ExitStack] = []
-
-    def __enter__(self) -> None:
-        with contextlib.ExitStack() as stack:
-            for lock in self._locks:
-                stack.enter_context(lock)
-            self._held.append(stack.pop_all())
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._held.pop().close()

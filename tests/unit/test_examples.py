@@ -27,7 +27,7 @@ LOOPS = {  # what a line of the output must look like: the comparison that it ex
     "barge_in": r"interrupted +[\d.]+ ms +[\d.]+ ms",
     "robot_rollout": r"looking ahead +mean return [\d.]+, +[\d.]+ steps/s",
     "robot_reset": r"restore the capsule +\d+ us",
-    "robot_lookahead": r"8 forks +reached +\d+ of \d+",
+    "robot_lookahead": r"[\d.]+ s one by one, [\d.]+ s side by side: [\d.]+ x",
     "robot_barge_in": r"interrupted +turns after +\d+ ms",
     "robot_replay": r"a policy loaded afresh answers the same: \d+ digests, every action",
     "warm_start": r"restore +[\d,]+ tokens ready in +[\d.]+ ms",

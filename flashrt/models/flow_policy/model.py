@@ -26,15 +26,20 @@ from flashrt.weights.rules import WeightRule, dense, vector
 OBSERVE, ACT_PHASE, TICK, PLAN = "observe", "act", "tick", "plan"
 PLAN_BEGIN, PLAN_STEP = "plan_begin", "plan_step"  # a plan in slices; PLAN_STEP has a tape per step
 
-
-TICK_EACH, PLAN_EACH = "tick_each", "plan_each"
-SHARED = {TICK_EACH: TICK, PLAN_EACH: PLAN}  # the same of several lanes, in one replay
+# The same of several lanes, in one replay.
+OBSERVE_EACH, ACT_EACH, TICK_EACH, PLAN_EACH = "observe_each", "act_each", "tick_each", "plan_each"
+PLAN_BEGIN_EACH, PLAN_STEP_EACH = "plan_begin_each", "plan_step_each"
+SHARED = {
+    OBSERVE_EACH: OBSERVE, ACT_EACH: ACT_PHASE, TICK_EACH: TICK, PLAN_EACH: PLAN,
+    PLAN_BEGIN_EACH: PLAN_BEGIN, PLAN_STEP_EACH: PLAN_STEP,
+}  # fmt: skip
 
 
 class FlowPolicy:
     """Regions, weight rules and tapes of one policy.
 
-    The `rows` of a phase are 1, but for PLAN_STEP, where they number the Euler steps from 1.
+    The `rows` of a phase are 1, but for PLAN_STEP and PLAN_STEP_EACH, where they number the Euler
+    steps from 1.
     """
 
     name = "policy"
@@ -54,7 +59,10 @@ class FlowPolicy:
 
     def shared_phases(self, lanes: int) -> tuple[tuple[str, int], ...]:
         """See Model. Each lane has launches of its own, in one replay."""
-        return tuple((phase, 1) for phase in SHARED) if lanes > 1 else ()
+        if lanes < 2:
+            return ()
+        pairs = ((each, own) for each in SHARED for own in self.phases)
+        return tuple((each, rows) for each, (phase, rows) in pairs if phase == SHARED[each])
 
     def record(self, phase: str, rows: int) -> Tape:
         """The launches of a phase. Raises PlanError for a pair that is in neither list."""
