@@ -22,9 +22,9 @@ from flashrt.session.engine import SessionEngine
 from flashrt.session.session import EndReason, Session
 from flashrt.text.messages import Pair, checked_message, checked_messages, content_of
 from flashrt.text.prompt import Prompt, PromptEncoder
+from flashrt.text.reply import reply_message
 from flashrt.text.stops import StopStrings
 from flashrt.text.template import Message
-from flashrt.text.thought import reply_message
 from flashrt.weights.checkpoint import GENERATION_FILE, Checkpoint
 
 Messages = tuple[Message, ...]  # oldest first
