@@ -12,6 +12,7 @@ In this order, c being how often a token stands in the journal below the positio
 
 from __future__ import annotations
 
+import copy
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -105,6 +106,12 @@ class SamplerParams:
             problems.append(f"allowed={shown(self.allowed)} is neither bytes nor None")
         if problems:
             raise SessionError(f"sampling parameters: {'; '.join(problems)}")
+
+    def masked(self, allowed: bytes) -> SamplerParams:
+        """The same with another mask. For every token: the rest is not checked again."""
+        made = copy.copy(self)
+        object.__setattr__(made, "allowed", allowed)
+        return made
 
     def pack(self) -> bytes:
         """The bytes of region `sampler`."""

@@ -7,8 +7,6 @@ ahead (tail): a token that was sampled by other parameters, another mask include
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from flashrt.ops.sample import SamplerParams
 from flashrt.text.constraint import Constraint
 
@@ -25,7 +23,7 @@ class Choice:
         """For the next token; the mask is made when it is first asked for."""
         if self._params is None:
             assert self._constraint is not None
-            self._params = replace(self._plain, allowed=self._constraint.allowed())
+            self._params = self._plain.masked(self._constraint.allowed())
         return self._params
 
     @property

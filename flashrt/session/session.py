@@ -169,8 +169,9 @@ class Session:
 
     @exclusive
     def logprobs(self, top: int = 0) -> tuple[float, list[tuple[int, float]]]:
-        """Log of the probability, at temperature 1 and without filters, bias or penalties, of the
-        token that `generate` yielded last; and the `top` likeliest tokens with theirs.
+        """Log of the probability, at temperature 1 and without grammar, filters, bias or penalties,
+        of the token that `generate` yielded last; and the `top` likeliest tokens with theirs, by
+        descending probability, then by id.
 
         To be asked between tokens of `generate`: raises SessionError once something else ran.
         """
@@ -178,9 +179,10 @@ class Session:
         logits = self._tail.logits(self.position - 1) if self._tail.pending else None
         if logits is None:
             raise SessionError("logprobs: ask right after generate has yielded a token")
-        wide = logits.astype(np.float64) - logits.max()
-        logs = wide - np.log(np.exp(wide).sum())
-        best = np.argsort(-logs, kind="stable")[:top]
+        wide = logits.astype(np.float64)
+        logs = wide - wide.max()
+        logs -= np.log(np.exp(logs).sum())
+        best = _largest(logs, min(top, len(logs)))
         return float(logs[self._tail.pending[-1]]), [(int(i), float(logs[i])) for i in best]
 
     # -- going on -------------------------------------------------------------------------------
@@ -523,6 +525,14 @@ def as_tokens(tokens: Iterable[int] | NDArray[np.integer], vocab_size: int) -> N
         at = int(wrong[0])
         raise TokenError(f"token {array[at]} at index {at} is not in [0, {vocab_size})")
     return array.astype(np.int32)
+
+
+def _largest(x: NDArray[np.float64], n: int) -> NDArray[np.intp]:
+    """Indices of the n largest, then by index: a vocabulary need not be sorted for that."""
+    if n <= 0:
+        return np.empty(0, np.intp)
+    some = np.flatnonzero(x >= np.partition(x, len(x) - n)[len(x) - n])
+    return some[np.argsort(-x[some], kind="stable")][:n]
 
 
 def _checked_bias(

@@ -6,6 +6,7 @@ mask that the sampler reads there. IS NOT: what a grammar is (grammar), or sampl
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from flashrt.text.tokenizer import Tokenizer, is_of_library
 
 MOST_KEPT = 128  # compiled grammars
 _END = "<|flashrt: the grammar may end|>"  # a token that no text has, in place of the model's own
+_WORD_BITS = 32  # of a mask: token t is bit t % 32 of word t / 32, as the sampler has it too
 T = TypeVar("T")
 
 
@@ -87,7 +89,7 @@ class Grammars:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._lock = reentrant_lock()
         self._kept: OrderedDict[Grammar, Any] = OrderedDict()  # matchers that took no token
-        self._library: tuple[Any, int] | None = None
+        self._library: tuple[Any, NDArray[np.uint32]] | None = None
 
     def compile(self, grammar: Grammar) -> None:
         """Do now what the first use would: seconds for a large vocabulary, and for a large schema.
@@ -102,33 +104,26 @@ class Grammars:
 
         Raises GrammarError as `compile`, and where the grammar does not allow a token of `begun`.
         """
-        matcher, end = self._compiled(grammar)
-        taken = matcher.try_consume_tokens(list(grammar.begun))
+        matcher, words = self._compiled(grammar)
+        known = itertools.takewhile(lambda token: token < self._vocab_size, grammar.begun)
+        taken = matcher.try_consume_tokens(list(known))
         if taken < len(grammar.begun):
             raise GrammarError(
                 f"the grammar does not allow token {taken} of the {len(grammar.begun)} that the "
                 f"text began with, {grammar.begun[taken]}"
             )
-        stops = self._bits(stop)
-        kept = self._bits(range(self._vocab_size)) & ~self._bits([end]) & ~stops
-        return Constraint(matcher, kept, stops)
+        stops = _bits(self._vocab_size, np.fromiter(stop, np.int64))
+        return Constraint(matcher, words & ~stops, stops)
 
-    def _bits(self, tokens: Iterable[int]) -> NDArray[np.uint32]:
-        words = -(-self._vocab_size // 32)
-        bits = np.zeros(32 * words, bool)
-        known = np.fromiter(tokens, np.int64)
-        bits[known[known < self._vocab_size]] = True
-        return np.packbits(bits, bitorder="little").view(np.uint32)
-
-    def _compiled(self, grammar: Grammar) -> tuple[Any, int]:
-        """A matcher of its own, before any token, and the id of the end."""
+    def _compiled(self, grammar: Grammar) -> tuple[Any, NDArray[np.uint32]]:
+        """A matcher of its own, before any token, and a bit for each token that may be text."""
         if not isinstance(grammar, Grammar):
             raise GrammarError(f"grammar is {shown(grammar)}, expected a flashrt.Grammar")
         whole = Grammar(grammar.kind, grammar.text, grammar.is_compact)
         with self._lock:
             if self._library is None:
                 self._library = _library_tokenizer(self._tokenizer, self._vocab_size)
-            tokenizer, end = self._library
+            tokenizer, words = self._library
             matcher = self._kept.get(whole)
         if matcher is None:  # others need not wait; two that compile the same lose time alone
             what = f"the {whole.kind.replace('_', ' ')} is refused"
@@ -140,12 +135,21 @@ class Grammars:
             self._kept.move_to_end(whole)
             while len(self._kept) > MOST_KEPT:
                 self._kept.popitem(last=False)
-            return matcher.deep_copy(), end
+            return matcher.deep_copy(), words
 
 
-def _library_tokenizer(tokenizer: Tokenizer | None, vocab_size: int) -> tuple[Any, int]:
-    """llguidance's tokenizer, and the id of the end: one that is added, so that stop tokens are
-    ours to allow.
+def _bits(vocab_size: int, tokens: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """A mask of tokens that lie in the vocabulary."""
+    bits = np.zeros(-(-vocab_size // _WORD_BITS) * _WORD_BITS, bool)
+    bits[tokens[tokens < vocab_size]] = True
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
+def _library_tokenizer(
+    tokenizer: Tokenizer | None, vocab_size: int
+) -> tuple[Any, NDArray[np.uint32]]:
+    """llguidance's tokenizer, and a bit for each token but the end: one that is added, so that stop
+    tokens are ours to allow.
     """
     if tokenizer is None:
         raise GrammarError("a grammar needs a tokenizer, and the checkpoint has none")
@@ -154,13 +158,12 @@ def _library_tokenizer(tokenizer: Tokenizer | None, vocab_size: int) -> tuple[An
     except ImportError as error:
         raise GrammarError("a grammar needs llguidance: pip install 'flashrt[grammar]'") from error
     text, end = tokenizer.with_special(_END)
-    return (
-        _of_library(
-            lambda: llguidance.LLTokenizer(text, n_vocab=max(vocab_size, end + 1), eos_token=end),
-            f"{tokenizer.path}: llguidance does not know this kind of tokenizer",
-        ),
-        end,
+    made = _of_library(
+        lambda: llguidance.LLTokenizer(text, n_vocab=max(vocab_size, end + 1), eos_token=end),
+        f"{tokenizer.path}: llguidance cannot use this tokenizer",
     )
+    others = np.arange(vocab_size)
+    return made, _bits(vocab_size, others[others != end])
 
 
 def _matcher(tokenizer: Any, grammar: Grammar) -> Any:

@@ -31,9 +31,7 @@ class Grammar:
     begun: tuple[int, ...] = ()  # tokens that are there already
 
     @classmethod
-    def json_schema(
-        cls, schema: Mapping[str, object] | str | bool, *, compact: bool = False
-    ) -> Grammar:
+    def json_schema(cls, schema: Mapping[str, object] | str, *, compact: bool = False) -> Grammar:
         """JSON that a schema describes: an object, or its text. Properties come in the order in
         which the schema has them; a keyword that cannot be enforced is refused, not passed over.
         compact: no white space between values. Raises GrammarError for what is no JSON.
@@ -43,8 +41,8 @@ class Grammar:
             text = json.dumps(value, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise GrammarError(f"the schema is no JSON: {error}") from error
-        if not isinstance(value, Mapping | bool):
-            raise GrammarError(f"the schema is {shown(value)}; an object or a boolean is expected")
+        if not isinstance(value, Mapping):
+            raise GrammarError(f"the schema is {shown(value)}; an object is expected")
         return cls("json_schema", text, compact)
 
     @classmethod
