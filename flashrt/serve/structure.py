@@ -16,9 +16,8 @@ from flashrt.serve.body import Fields
 from flashrt.serve.refusal import bad
 from flashrt.serve.served import Served
 from flashrt.text.grammar import Grammar
-from flashrt.text.thought import CLOSE
 from flashrt.text.tool_calls import ToolSyntax
-from flashrt.text.tool_grammar import tool_call_grammar
+from flashrt.text.tool_grammar import thought_rule, tool_call_grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +55,13 @@ def grammar_of(served: Served, shape: Shape, *, in_thought: bool) -> Grammar:
     """The grammar of an answer of a shape; a thought that the prompt opened ends first."""
     try:
         if in_thought:
+            rule = thought_rule("thought", _tokens_of(served))
             made = Grammar.lark(
-                f'start: thought "\\n\\n" answer\nthought[suffix="{CLOSE}"]: /(?s:.*)/\n'
-                f"answer: %json {json.dumps(shape.schema)}\n"
+                f'start: thought "\\n\\n" answer\n{rule}\nanswer: %json '
+                f"{json.dumps(_compact(shape.schema))}\n"
             )
         else:
-            made = Grammar.json_schema(shape.schema)
+            made = Grammar.json_schema(shape.schema, compact=True)
         served.engine.grammars.compile(made)
     except GrammarError as error:
         raise bad(shape.param, str(error), "unsupported_schema") from error
@@ -79,8 +79,22 @@ def tool_grammar(
     """The grammar of a reply that calls a tool: any, or the one of a name."""
     choice: Any = "required" if name is None else {"type": "function", "function": {"name": name}}
     try:
-        made = Grammar.lark(tool_call_grammar(tools, choice, syntax, in_thought=in_thought))
+        text = tool_call_grammar(
+            tools, choice, syntax, in_thought=in_thought, tokens=_tokens_of(served)
+        )
+        made = Grammar.lark(text)
         served.engine.grammars.compile(made)
     except GrammarError as error:
         raise bad("tools", str(error), "unsupported_schema") from error
     return made
+
+
+def _tokens_of(served: Served) -> frozenset[str]:
+    return frozenset(token.spelling for token in served.tokenizer.added_tokens)
+
+
+def _compact(schema: Mapping[str, Any] | bool) -> Mapping[str, Any] | bool:
+    """Without white space, which a small model may never end."""
+    if isinstance(schema, bool):
+        return schema
+    return {**schema, "x-guidance": {"whitespace_flexible": False}}
