@@ -26,29 +26,27 @@ HEAD_NBYTES = 64 << 10
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's, with the two timeouts that it lacks."""
+    """uvicorn's, with the timeouts that it lacks. A client's turn is watched where the app does not
+    wait for it: the head of a request, and what is left of a body after its answer.
+    """
 
     head_s, stall_s = HEAD_S, STALL_S
-    _head: asyncio.TimerHandle | None = None
+    _turn: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio."""
         super().connection_made(transport)
-        self._await_head()
+        self._watch()
 
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE:  # part of a head
-            self._await_head()
-        else:
-            self._has_head()
+        self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""
-        self._has_head()
-        self._is_read()
+        self._turn, self._stall = _ended(self._turn), _ended(self._stall)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -58,28 +56,30 @@ class _Protocol(H11Protocol):
 
     def resume_writing(self) -> None:
         """See asyncio."""
-        self._is_read()
+        self._stall = _ended(self._stall)
         super().resume_writing()
 
     def on_response_complete(self) -> None:
-        """See uvicorn. A next head that came along already has been read by then."""
+        """See uvicorn: it watches a connection that is idle after this."""
         super().on_response_complete()
-        if self.conn.their_state is not h11.IDLE:
-            self._has_head()
+        if self.conn.their_state is h11.SEND_BODY:
+            self._watch()
 
-    def _await_head(self) -> None:
-        if self._head is None:
-            self._head = self.loop.call_later(self.head_s, self.transport.abort)
+    def _watch(self) -> None:
+        theirs = self.conn.their_state
+        is_answered = self.cycle is not None and self.cycle.response_complete
+        if theirs is h11.IDLE or (theirs is h11.SEND_BODY and is_answered):
+            if self._turn is None:
+                self._turn = self.loop.call_later(self.head_s, self.transport.abort)
+        else:
+            self._turn = _ended(self._turn)
 
-    def _has_head(self) -> None:
-        if self._head is not None:
-            self._head.cancel()
-            self._head = None
 
-    def _is_read(self) -> None:
-        if self._stall is not None:
-            self._stall.cancel()
-            self._stall = None
+def _ended(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """A timer that is not needed any more: None."""
+    if timer is not None:
+        timer.cancel()
+    return None
 
 
 class Listener:

@@ -88,6 +88,8 @@ class Refusal(Exception):
         """Headers that belong to it."""
         if self.status == 401:
             return {"www-authenticate": "Bearer"}
+        if self.status == 408:
+            return {"connection": "close"}
         if self.retry_after_s is None:
             return {}
         return {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}

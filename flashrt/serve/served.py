@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flashrt.base.errors import CheckpointError
+from flashrt.base.messages import shown
 from flashrt.serve.refusal import Refusal, bad
 from flashrt.session.chat import recommended_sampling
 from flashrt.session.engine import SessionEngine
@@ -90,7 +91,7 @@ class Served:
         if name not in (None, self.name, "default"):
             raise Refusal(
                 404,
-                f"the model {name!r} is not served here; this is {self.name!r}",
+                f"the model {shown(name)} is not served here; this is {self.name!r}",
                 "model",
                 "model_not_found",
             )

@@ -108,7 +108,7 @@ def test_errors_are_the_clients_own(server: Running) -> None:
     for change, param in (
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": "x"}, "temperature"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content"),
         ({"tools": [{"name": "x"}]}, "tools[0].input_schema"),
         ({"thinking": {"type": "maybe"}}, "thinking.type"),
         ({"wrong": 1}, "wrong"),

@@ -98,7 +98,8 @@ def test_stop_strings_lie_across_tokens(server: Running) -> None:
     at = whole.index(" row")
     stop = whole[at - 2 : at + 3]  # the end of one word, the beginning of another
     cut = chat(client, stop=[stop, "never"], logprobs=True)
-    assert cut.choices[0].message.content == whole[: at - 2] and cut.choices[0].finish_reason == "stop"
+    assert cut.choices[0].message.content == whole[: at - 2]
+    assert cut.choices[0].finish_reason == "stop"
     told = "".join(e.token for e in cut.choices[0].logprobs.content)
     assert len(told.strip()) < len(whole), "tokens after the stop are not told of"
     assert text_of(streamed(client, stop=stop)) == whole[: at - 2]
