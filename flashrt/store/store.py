@@ -540,6 +540,11 @@ class Saving:
     parents: tuple[Place, ...]  # stored ancestors, the nearest first
     _done: tuple[Place, list[SegmentRecord]] | None = None
 
+    @property
+    def place(self) -> Place | None:
+        """Where it is, once it was published."""
+        return None if self._done is None else self._done[0]
+
     def publish(self) -> Saved:
         """Write it, whole or not at all. Uses no engine. Raises StoreError."""
         saved, records = self.store.publish(self)
