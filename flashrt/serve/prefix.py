@@ -94,6 +94,11 @@ class PrefixIndex:
 
     # -- what is there --------------------------------------------------------------------------
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the engine: what another made does not fit."""
+        return self._engine.fingerprint
+
     def entries(self) -> Iterator[Entry]:
         """All of them."""
         for queue in (self._loose, self._held, self._loose_stored, self._held_stored):

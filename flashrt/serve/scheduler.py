@@ -685,7 +685,11 @@ class Scheduler:
             self._unended -= 1
             self._told_end(asked, left.index, left.reason, node)
 
-        self.ends.leave(asked, left, tell)
+        try:
+            self.ends.leave(asked, left, tell)
+        except FlashrtError as error:
+            self._unended -= 1
+            self._fail(asked, error)
 
     def _capsule(self, worker: Worker) -> Entry | None:
         """An entry of the lane's state; None when there is no room: then only speed is lost."""
@@ -706,9 +710,9 @@ class Scheduler:
         if asked.is_over:
             return
         asked.n_ended += 1
-        self._tell(asked, lambda: asked.ask.sink.ended(index, reason, node))
         if asked.n_ended == asked.ask.n:
-            self._over(asked, reason)
+            self._over(asked, reason)  # first: whoever is told may submit the next turn at once
+        self._tell(asked, lambda: asked.ask.sink.ended(index, reason, node))
 
     def _fail(self, asked: Asked, error: FlashrtError) -> None:
         """It fails alone: its lanes are not to be gone on from, what it made is not to be used."""
@@ -725,14 +729,13 @@ class Scheduler:
         for entry in asked.made:
             if not entry.holders - {f"ask {id(asked)}"} and entry.queue is not None:
                 self.index.forget(entry)
-        asked.prompt = None
         self.meters.failed += 1
-        self._tell(asked, lambda: asked.ask.sink.failed(error))
         self._over(asked, "failed")
+        self._tell(asked, lambda: asked.ask.sink.failed(error))
 
     def _over(self, asked: Asked, reason: str) -> None:
         asked.is_over = True
-        if asked.prompt is not None:
+        if asked.prompt is not None and asked.prompt.queue is not None:
             self.index.release(asked.prompt, f"ask {id(asked)}")
         now = time.monotonic()
         self.meters.cancelled += reason == "cancelled"
