@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import h11
@@ -82,6 +84,23 @@ def _ended(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
     return None
 
 
+class _Server(uvicorn.Server):
+    """uvicorn's, which after its end would raise the signal again: there is something to save."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """See uvicorn. Signals are the main thread's."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 class Listener:
     """An app at an address. `port`: the one that was taken, where 0 was asked for."""
 
@@ -115,7 +134,7 @@ class Listener:
             h11_max_incomplete_event_size=HEAD_NBYTES,
             backlog=1024,
         )
-        self._server = uvicorn.Server(config)
+        self._server = _Server(config)
         self._socket = _bound(host, port)
         self.port: int = self._socket.getsockname()[1]
         for name in ("uvicorn", "uvicorn.error"):
@@ -135,8 +154,7 @@ class Listener:
     def run(self, started: Callable[[], Any] = lambda: None) -> None:
         """Serve until `end`, SIGINT or SIGTERM; the latter only in the main thread."""
         started()
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again at its end
-            self._server.run(sockets=[self._socket])
+        self._server.run(sockets=[self._socket])
         self._socket.close()
 
 

@@ -5,15 +5,18 @@ IS: routes that only read. IS NOT: the counters (meters).
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from starlette.responses import Response
 
-from flashrt.serve.core import Core
+from flashrt.serve.core import Core, Status
 from flashrt.serve.desk import Desk
 from flashrt.serve.http import Call, Json
 from flashrt.serve.metrics import metrics_text
 from flashrt.serve.refusal import Refusal
+
+_PATIENCE_S = 30.0  # the scheduler answers between two steps
 
 
 class StatusRoutes:
@@ -34,6 +37,9 @@ class StatusRoutes:
         """GET /v1/models/{id}."""
         self._desk.served.check_name(call.request.path_params["id"])
         return Json(self._model())
+
+    async def _status(self) -> Status:
+        return await asyncio.wait_for(asyncio.wrap_future(self._core.status()), _PATIENCE_S)
 
     def _model(self) -> dict[str, Any]:
         served = self._desk.served
@@ -71,7 +77,7 @@ class StatusRoutes:
 
     async def slots(self, call: Call) -> Response:
         """GET /slots: a lane is a slot. What others are asking is not told."""
-        status = self._core.status()
+        status = await self._status()
         size = self._desk.served.engine.max_positions
         slots = [
             {
@@ -100,7 +106,7 @@ class StatusRoutes:
     async def metrics(self, call: Call) -> Response:
         """GET /metrics for Prometheus."""
         kind = "text/plain; version=0.0.4; charset=utf-8"
-        return Response(metrics_text(self._core.status()), media_type=kind)
+        return Response(metrics_text(await self._status()), media_type=kind)
 
 
 def _spelled(served: Any, token: int | None) -> str:
