@@ -290,8 +290,8 @@ class Session:
                 )
             if token in stops:
                 return "stop"
-            self._tail.take()
             choice.take(token)
+            self._tail.take()
             yield token
         return "stop" if choice.is_stopped else "length"
 

@@ -8,6 +8,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import flashrt
 from flashrt import Grammar
 from flashrt.session.recording import SessionRecorder, replay
 from flashrt.weights.bundled import bundled_checkpoint
+from tests.property.guessing import guessing, truth
 
 PROMPT = "the red key is in the hall . where is the red key ?"
 PERSON = {
@@ -211,6 +213,20 @@ def test_a_token_ahead_is_used_only_under_its_own_mask(session: flashrt.Session)
     session.rollback(session.position - 8)
     session.logits()
     assert list(session.generate(20)) == plain
+
+
+@pytest.mark.parametrize("taken", [1, 2, 4])
+def test_after_drafts(session: flashrt.Session, taken: int) -> None:
+    """Tokens that a verify found lie ahead when the grammar begins."""
+    engine, start = session.engine, session.tokens.tolist()
+    following = truth(engine, start, 12)
+    grammar = Grammar.regex("([0-4][5-9]){4}")
+    with engine.session() as other:
+        other.prefill([*start, *following[:taken]])
+        expected = list(other.generate(8, grammar=grammar)), other.digest()
+    with guessing(engine, start, following, 1.0):
+        assert list(islice(session.generate(12, draft=6), taken)) == following[:taken]
+        assert (list(session.generate(8, draft=6, grammar=grammar)), session.digest()) == expected
 
 
 def test_in_the_midst(session: flashrt.Session, tmp_path: Path) -> None:
