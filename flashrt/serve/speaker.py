@@ -189,9 +189,10 @@ class Speaker:
             return False
         if self._is_one_call:
             pieces = choice.up_to_a_call(pieces)
-        if (pieces or told) and not self._mailbox.put(Said(index, tuple(pieces), tuple(told))):
-            return False
-        return not (choice.is_done or self._mailbox.is_closed)
+        if pieces or told:
+            self._mailbox.put(Said(index, tuple(pieces), tuple(told)))
+        # Where a client went, the ticket is cancelled; one that does not read does not do that.
+        return not (choice.is_done or self._mailbox.is_overrun)
 
     def ended(self, index: int, reason: Reason, node: str | None) -> None:
         """See Sink."""

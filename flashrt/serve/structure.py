@@ -24,7 +24,7 @@ from flashrt.text.tool_grammar import thought_rule, tool_call_grammar
 class Shape:
     """JSON that `schema` describes. `param`: the field that asked for it."""
 
-    schema: Mapping[str, Any] | bool
+    schema: Mapping[str, Any]
     param: str
 
 
@@ -46,7 +46,7 @@ def shape_of(fields: Fields | None, schema_in: str) -> Shape | None:
             raise fields.refuse(schema_in, "an object with name and schema")
         holder = found
     schema = holder.get("schema")
-    if not isinstance(schema, dict | bool):
+    if not isinstance(schema, dict):
         raise holder.refuse("schema", "a JSON schema")
     return Shape(schema, holder.path("schema"))
 
@@ -93,8 +93,6 @@ def _tokens_of(served: Served) -> frozenset[str]:
     return frozenset(token.spelling for token in served.tokenizer.added_tokens)
 
 
-def _compact(schema: Mapping[str, Any] | bool) -> Mapping[str, Any] | bool:
+def _compact(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """Without white space, which a small model may never end."""
-    if isinstance(schema, bool):
-        return schema
     return {**schema, "x-guidance": {"whitespace_flexible": False}}

@@ -248,7 +248,7 @@ def _shape(fields: Fields) -> Shape | None:
         return None
     holder.needed_text("type", ("json_schema",))
     schema = holder.get("schema")
-    if not isinstance(schema, dict | bool):
+    if not isinstance(schema, dict):
         raise holder.refuse("schema", "a JSON schema")
     return Shape(schema, holder.path("schema"))
 
