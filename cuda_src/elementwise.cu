@@ -1,10 +1,12 @@
-// elementwise.cu - silu_mul, add_bias, last_row, last_values, last_cursor, advance: no sums, no order.
+// elementwise.cu - silu_mul, add_bias, last_*, keep_*, advance: no sums, no order.
 //
 // silu_mul: y = silu(u[:, :I]) u[:, I:] for valid rows; u [T, 2I] float, y [T, I] activations. Grid
 //           (I / 1024, T).
 // add_bias: x += b for valid rows; x [T, N], b [N] float. Grid (N / 256, T).
 // last_row: y = x[rows - 1]; x [T, H], y [1, H] activations. Grid (H / 256).
 // last_values: y = x[rows - 1]; x [T, C] strided, y [1, C] float. Grid (C / 256).
+// keep_rows: y = x for valid rows; x, y [T, H] activations. Grid (H / 256, T).
+// keep_values: y = x for valid rows; x, y [T, C] float, strided. Grid (C / 256, T).
 // last_cursor: last = a cursor of one row, the last of the launch; all 0 if there is none. One
 //              warp.
 // advance:  cursor.position += cursor.rows. One warp.
@@ -48,6 +50,23 @@ KERNEL(256) last_values(ARGS last_values_args launch) {
   int c = blockIdx.x * 256 + threadIdx.x, row = a.cursor[CURSOR_ROWS] - 1;
   if (row < 0 || c >= a.C) return;
   a.y[c] = a.x[(size_t)row * a.x_stride + c];
+}
+
+KERNEL(256) keep_rows(ARGS keep_rows_args launch) {
+  OPEN_RUN(keep_rows);
+  begin();
+  int t = blockIdx.y, c = blockIdx.x * 256 + threadIdx.x;
+  if (t >= a.cursor[CURSOR_ROWS] || c >= a.H) return;
+  size_t at = (size_t)t * a.H + c;
+  ((act_t*)a.y)[at] = ((const act_t*)a.x)[at];
+}
+
+KERNEL(256) keep_values(ARGS keep_values_args launch) {
+  OPEN_RUN(keep_values);
+  begin();
+  int t = blockIdx.y, c = blockIdx.x * 256 + threadIdx.x;
+  if (t >= a.cursor[CURSOR_ROWS] || c >= a.C) return;
+  a.y[(size_t)t * a.y_stride + c] = a.x[(size_t)t * a.x_stride + c];
 }
 
 KERNEL(32) last_cursor(ARGS last_cursor_args launch) {

@@ -201,6 +201,14 @@ def last_values(o: Operands) -> Results:
     return last_row(o)
 
 
+def keep_rows(o: Operands) -> Results:
+    return {"y": o.padded("y", o.valid("x"))}
+
+
+def keep_values(o: Operands) -> Results:
+    return keep_rows(o)
+
+
 def last_cursor(o: Operands) -> Results:
     last = np.zeros(o["last"].shape)
     if rows := int(o["cursor"][1]):
@@ -358,7 +366,8 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
     f.__name__: f
     for f in (
         embed, rmsnorm, add_rmsnorm, linear, conv_window, delta_gates, delta_rule, gated_rmsnorm,
-        rope_append, attention, silu_mul, add_bias, last_row, last_values, last_cursor, advance,
+        rope_append, attention, silu_mul, add_bias, last_row, last_values, last_cursor,
+        advance, keep_rows, keep_values,
         sample,
         conv_verify, delta_verify, draft_input, draft_begin, draft_note, verify_cursors, accept,
         take_token,

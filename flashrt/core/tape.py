@@ -15,7 +15,8 @@ from flashrt.core.region import DType, Operand, Region, Role, View
 
 @dataclass(slots=True)
 class Tape:
-    """Launches of one phase for a bucket of `rows` rows, of at most `max_runs` lanes.
+    """Launches of one phase for a bucket of `rows` rows, of at most `max_runs` lanes, each of which
+    has at most `run_rows` of them: all, if it is 0.
 
     `is_apart`: it is recorded as for one lane, and each run has scratch of its own.
     """
@@ -23,9 +24,13 @@ class Tape:
     phase: str
     rows: int
     max_runs: int = 1
+    run_rows: int = 0
     is_apart: bool = False
     launches: list[Launch] = field(default_factory=list)
     _scratch: dict[str, Region] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.run_rows = self.run_rows or self.rows
 
     def scratch(self, name: str, *shape: int, dtype: DType = DType.F32) -> Region:
         """A region that lives from the first to the last launch which uses it. One name, one region

@@ -27,15 +27,21 @@ from flashrt.engine.admission import check_state
 from flashrt.engine.engine import Engine, PoolDefault
 from flashrt.models.model import (
     COMMIT,
+    COMMIT_EACH,
     DECODE,
     DRAFT,
+    DRAFT_EACH,
     DRAFT_NEXT,
+    DRAFT_NEXT_EACH,
     PREFILL,
     SAMPLE,
+    SAMPLE_EACH,
     STEP,
     STEP_ROWS,
     TOGETHER,
     VERIFY,
+    VERIFY_EACH,
+    VERIFY_EACH_ROWS,
     TokenModel,
 )
 from flashrt.ops.cursor import CursorWord
@@ -163,31 +169,81 @@ class TokenEngine(Engine):
                     f"step: lane {lane.index}: position {lane.position} + {len(tokens)} tokens > "
                     f"max_positions {self.max_positions}"
                 )
+        for lane, _ in runs:
+            lane.forget_ahead()
+        return self.feed_together(runs)
+
+    def feed_together(self, runs: Sequence[tuple[Lane, NDArray[np.int32]]]) -> list[int]:
+        """`step`, of what was checked; a session may go on from what it knows."""
         if len(self.lanes) == 1:
             ((lane, tokens),) = runs
-            lane.forget_ahead()
             self.prefill(lane, tokens)
             self._set_rows(lane, 1)
             self._replay(SAMPLE, 1, lane)
             return [self._read_token(lane)]
         for lane, tokens in runs:
-            lane.forget_ahead()
             self._write_io(lane, "tokens", tokens)
         return self._replay_runs(STEP, STEP_ROWS, runs)
 
+    def sample_each(self, lanes: Sequence[Lane]) -> list[int]:
+        """Of several lanes what `sample` is of one, in one replay; their samplers are set."""
+        for lane in lanes:
+            self._set_rows(lane, 1)
+        self.replay(SAMPLE_EACH, MAX_RUNS, tuple(Run(lane.index, 1) for lane in lanes))
+        self.boundary()
+        return self._read_tokens(lanes)
+
+    def draft_each(self, drafts: Sequence[tuple[Lane, int]]) -> None:
+        """`draft` of several lanes, as many tokens as each wants."""
+        for lane, _ in drafts:
+            lane.overwrite()
+        for i in range(max(n for _, n in drafts)):
+            runs = tuple(Run(lane.index, 1) for lane, n in drafts if i < n)
+            self.replay(DRAFT_NEXT_EACH if i else DRAFT_EACH, MAX_RUNS, runs)
+            self.boundary()
+
+    def verify_each(self, runs: Sequence[tuple[Lane, int]]) -> list[list[int]]:
+        """`verify` of several lanes in one replay, VERIFY_EACH_ROWS rows in all. A lane of one row
+        need not have drafted.
+        """
+        for lane, rows in runs:
+            lane.overwrite()
+            self._set_rows(lane, rows)
+            if rows == 1:  # no draft began, which writes it
+                token = self._view(lane).token
+                self._write_io(lane, "drafted", np.array([token], np.int32))
+        self.replay(
+            VERIFY_EACH, VERIFY_EACH_ROWS, tuple(Run(lane.index, rows) for lane, rows in runs)
+        )
+        found = [self._verdict(lane, rows) for lane, rows in runs]
+        self.boundary()
+        return found
+
+    def commit_each(self, runs: Sequence[tuple[Lane, NDArray[np.int32]]]) -> None:
+        """`commit` of several lanes in one replay."""
+        self._replay_runs(COMMIT_EACH, self._commit_rows, runs, samples=False)
+
     def _replay_runs(
-        self, phase: str, bucket: int, runs: Sequence[tuple[Lane, NDArray[np.int32]]]
+        self,
+        phase: str,
+        bucket: int,
+        runs: Sequence[tuple[Lane, NDArray[np.int32]]],
+        *,
+        samples: bool = True,
     ) -> list[int]:
-        """A replay that commits tokens of each lane, and the token it sampled for each."""
+        """A replay that commits tokens of each lane; the token sampled for each, if it samples."""
         for lane, tokens in runs:
             self._begin_commit(lane, tokens)
         self.replay(phase, bucket, tuple(Run(lane.index, len(tokens)) for lane, tokens in runs))
         for lane, _ in runs:
             self._end_commit(lane)
         self.boundary()
-        reads = [self.backend.begin_read(self._token_address(lane), 4) for lane, _ in runs]
+        return self._read_tokens([lane for lane, _ in runs]) if samples else []
+
+    def _read_tokens(self, lanes: Sequence[Lane]) -> list[int]:
+        reads = [self.backend.begin_read(self._token_address(lane), 4) for lane in lanes]
         found = [int(read().view(np.int32)[0]) for read in reads]
-        for (lane, _), token in zip(runs, found, strict=True):
+        for lane, token in zip(lanes, found, strict=True):
             self._view(lane).token = token
         return found
 
@@ -227,12 +283,17 @@ class TokenEngine(Engine):
         lane.overwrite()
         self._set_rows(lane, rows)
         self._replay(VERIFY, bucket, lane, rows)
+        found = self._verdict(lane, rows)
+        self.boundary()
+        return found
+
+    def _verdict(self, lane: Lane, rows: int) -> list[int]:
         verdict = self._read_io(lane, "verdict", rows + 1)
         n = int(verdict[0])
-        self.draft_counters.verifies += 1
-        self.draft_counters.drafted += rows - 1
-        self.draft_counters.accepted += n - 1
-        self.boundary()
+        if rows > 1:
+            self.draft_counters.verifies += 1
+            self.draft_counters.drafted += rows - 1
+            self.draft_counters.accepted += n - 1
         return [int(token) for token in verdict[1 : n + 1]]
 
     def commit(self, lane: Lane, tokens: NDArray[np.int32]) -> None:

@@ -22,6 +22,7 @@ from flashrt.core.region import DType, Operand, Region, Role, View, as_view
 from flashrt.core.runs import RUNS
 from flashrt.core.tape import Tape
 from flashrt.models.lane import scales_name
+from flashrt.models.model import DECODE, PREFILL, SAMPLE, STEP, TOGETHER
 from flashrt.ops import table as ops
 from flashrt.ops.cursor import CursorWord
 from flashrt.weights.rules import part_name
@@ -33,6 +34,7 @@ _ROW_OPS = frozenset((
     ops.LINEAR, ops.RMSNORM, ops.ADD_RMSNORM, ops.GATED_RMSNORM, ops.DELTA_GATES, ops.SILU_MUL,
     ops.ADD_BIAS,
 ))  # fmt: skip
+_OF_NO_LANE = (Role.SCRATCH, Role.WEIGHT)
 # Constants of a model: frequencies of rotary pairs; the one frequency 0, for layers that turn
 # nothing; ones in place of head norms, for models without.
 INV_FREQ, NO_ROPE, NO_NORM = "inv_freq", "no_rope", "no_norm"
@@ -43,6 +45,7 @@ class DeltaInputs:
     """What a delta rule reads, a row per token."""
 
     u: Operand  # the projection, columns [qkv | z | b | a]
+    conv_input: Operand  # its first columns, where they last: u itself, but for lanes that share
     qkv: Operand  # after the convolution
     decay: Operand
     beta: Operand
@@ -132,7 +135,7 @@ class BlockRecorder:
         below `shift` are not read.
         """
         _, query_heads, head_dim = q.shape
-        spread = self.rows if self.rows <= _SPREAD_ROWS or self.is_row_each else 1
+        spread = self.rows if self.tape.run_rows <= _SPREAD_ROWS or self.rows == 1 else 1
         n_blocks = -(-keys.shape[1] // ops.ATTENTION_BLOCK)
         partials = self.tape.scratch(f"{at}.partials", spread, query_heads, n_blocks, head_dim + 2)
         mixed = self.activation(f"{at}.mixed", query_heads * head_dim)
@@ -178,6 +181,8 @@ class BlockRecorder:
         self.product(h, f"{at}.in_proj", inputs.u)
         z: Operand
         qkv, z, b, a = columns(inputs.u, channels, inner, value_heads, value_heads)
+        if kept and self.is_shared:
+            self.launch(ops.KEEP_VALUES, x=qkv, y=columns(kept.conv_input, channels)[0])
         self.launch(conv, u=qkv, w=weights[f"{at}.conv"], window=window, y=y)
         self.launch(
             ops.DELTA_GATES, y=y, a=a, b=b, a_log=weights[f"{at}.a_log"],
@@ -203,7 +208,7 @@ class BlockRecorder:
         value_heads, _, value_dim = state.shape
         channels = window.shape[-1]
         self.launch(
-            ops.CONV_WINDOW, u=columns(kept.u, channels)[0], w=self.regions[f"{at}.conv"],
+            ops.CONV_WINDOW, u=columns(kept.conv_input, channels)[0], w=self.regions[f"{at}.conv"],
             window=window, y=self.scratch(f"{at}.qkv", channels),
         )  # fmt: skip
         self.launch(
@@ -241,21 +246,9 @@ class BlockRecorder:
             cursor=cursor,
         )  # fmt: skip
 
-    def sample_each_from(self, hidden: Operand, weight: str) -> None:
-        """Of lanes that share the tape: logits of the last row of `hidden` of each, kept in its
-        lane, and the next token from them.
-        """
-        (_, vocab_size), n = self.regions["logits"].shape, self.tape.max_runs
-        if not self.is_row_each:
-            last = self.tape.scratch("last", n, as_view(hidden).shape[1], dtype=DType.ACT)
-            self.launch(ops.LAST_ROW, x=hidden, y=last.span(0, 1).per_run())
-            hidden = last
+    def sees_runs(self) -> None:
+        """Launches to come that know no lane see a row per run."""
         self._all_rows = RUNS.view().cols(ops.CURSOR_WORDS, 2 * ops.CURSOR_WORDS)
-        logits = self.tape.scratch("logits", n, vocab_size)
-        self.head(hidden, weight, logits)
-        own = logits.span(0, 1).per_run()
-        self.launch(ops.LAST_VALUES, x=own, y=self.regions["logits"])
-        self.sample(own, self.cursor)
 
     def linear(self, name: str, x: Operand, weight: str) -> Region:
         """A new scratch region [rows, N] = x w^T."""
@@ -309,32 +302,33 @@ class BlockRecorder:
         """One launch on the recorder's cursor; see the class for tapes that lanes share."""
         if not self.is_shared:
             self.tape.record(op, cursor=self.cursor, **bindings)
-        elif op in _ROW_OPS:
+            return
+        operands = {k: as_view(v) for k, v in bindings.items() if isinstance(v, Region | View)}
+        is_of_lane = any(v.region.role not in _OF_NO_LANE for v in operands.values())
+        if op in _ROW_OPS and not is_of_lane:
             self.tape.record(op, cursor=self._all_rows, **bindings)
         else:
-            moving = {
-                name: self._of_run(value) if isinstance(value, Region | View) else value
-                for name, value in bindings.items()
-            }
-            self.tape.record(op, cursor=self.cursor, **moving)
+            moving = {name: self._of_run(view) for name, view in operands.items()}
+            self.tape.record(op, cursor=self.cursor, **(bindings | moving))
 
     @property
     def is_shared(self) -> bool:
         """Whether lanes share the tape."""
-        return self.tape.max_runs > 1
+        return self.tape.max_runs > 1 and not self.tape.is_apart
 
     @property
     def is_row_each(self) -> bool:
         """Whether lanes share it with a row each."""
-        return 1 < self.tape.max_runs == self.tape.rows
+        return self.is_shared and self.tape.run_rows == 1
 
-    def _of_run(self, operand: Operand) -> Operand:
-        """Where each run has a row: the run's row of scratch."""
-        view = as_view(operand)
-        is_still = view.region.role is not Role.SCRATCH or view.run_lead > 0
-        if is_still or not self.is_row_each:
-            return operand
-        return replace(view, shape=(1, *view.shape[1:])).per_run()
+    def _of_run(self, view: View) -> View:
+        """The run's rows of scratch that has those of all lanes."""
+        run_rows = self.tape.run_rows
+        is_whole = view.region.role is Role.SCRATCH and view.shape[0] == self.rows > run_rows
+        if not is_whole or view.run_lead > 0:
+            return view
+        of_run = replace(view, shape=(run_rows, *view.shape[1:]))
+        return of_run.per_run() if run_rows == 1 else of_run
 
     def scratch(self, name: str, *columns: int) -> Region:
         """Float32 scratch with a row per row of the launch."""
@@ -355,12 +349,66 @@ class BlockRecorder:
         return found
 
     def _delta_inputs(self, at: str, channels: int, value_heads: int) -> DeltaInputs:
+        u = self.scratch(f"{at}.u", self.matrix_shape(f"{at}.in_proj")[0])
         return DeltaInputs(
-            self.scratch(f"{at}.u", self.matrix_shape(f"{at}.in_proj")[0]),
+            u,
+            u,
             self.scratch(f"{at}.qkv", channels),
             self.scratch(f"{at}.decay", value_heads),
             self.scratch(f"{at}.beta", value_heads),
         )
+
+
+class TokenRecorder(BlockRecorder):
+    """Records the phases that every model of tokens has; a family says how rows go through it."""
+
+    head_weight: str
+
+    def forward(self, tokens: Operand) -> Operand:
+        """Rows of tokens through all layers: leaves the last hidden state, moves the cursor.
+        Returns the hidden states that were computed.
+        """
+        raise NotImplementedError
+
+    def record(self) -> None:
+        """The launches of the tape's phase."""
+        regions, phase = self.regions, self.tape.phase
+        tokens, one = regions["tokens"].view(), sampled_token(regions["cursor"])
+        if phase == PREFILL:
+            self.forward(tokens.cols(0, self.rows))
+        elif phase == DECODE:
+            self.forward(one)
+            self._sample_next()
+        elif phase == SAMPLE:
+            self._sample_next()
+        elif phase == TOGETHER:
+            self._sample_each(self.forward(one))
+        elif phase == STEP:
+            self._sample_each(self.forward(tokens.cols(0, self.rows)))
+        else:
+            self._sample_each(regions["last_hidden"])
+
+    def _sample_next(self) -> None:
+        """Logits of the last hidden state, and the next token from them."""
+        logits = self.regions["logits"]
+        self.head(self.regions["last_hidden"], self.head_weight, logits)
+        self.sample(logits, self.regions["cursor"])
+
+    def _sample_each(self, hidden: Operand) -> None:
+        """The same of lanes that share the tape, from the last row of `hidden` of each: logits are
+        kept in its lane.
+        """
+        (_, vocab_size), n = self.regions["logits"].shape, self.tape.max_runs
+        if not self.is_row_each or as_view(hidden).region.role is not Role.SCRATCH:
+            last = self.tape.scratch("last", n, as_view(hidden).shape[1], dtype=DType.ACT)
+            self.launch(ops.LAST_ROW, x=hidden, y=last.span(0, 1).per_run())
+            hidden = last
+        self.sees_runs()
+        logits = self.tape.scratch("logits", n, vocab_size)
+        self.head(hidden, self.head_weight, logits)
+        own = logits.span(0, 1).per_run()
+        self.launch(ops.LAST_VALUES, x=own, y=self.regions["logits"])
+        self.sample(own, self.cursor)
 
 
 def bias_name(weight: str) -> str:

@@ -25,6 +25,11 @@ DRAFT, DRAFT_NEXT, VERIFY, COMMIT = "draft", "draft_next", "verify", "commit"
 TOGETHER, STEP = "together", "step"
 STEP_ROWS = 64
 _TOGETHER_LANES = (2, 4, 8, 16)
+# What one lane does alone, done for each of several: samples after a prefill, drafts, verifies.
+SAMPLE_EACH, DRAFT_EACH, DRAFT_NEXT_EACH = "sample_each", "draft_each", "draft_next_each"
+VERIFY_EACH, COMMIT_EACH = "verify_each", "commit_each"
+VERIFY_EACH_ROWS = 32
+_RUN_ROWS = {TOGETHER: 1, SAMPLE_EACH: 1, DRAFT_EACH: 1, DRAFT_NEXT_EACH: 1}
 
 
 class Model(Protocol):
@@ -81,9 +86,12 @@ def token_shared_phases(lanes: int) -> tuple[tuple[str, int], ...]:
     """See Model.shared_phases."""
     if lanes < 2:
         return ()
-    return (*((TOGETHER, n) for n in _TOGETHER_LANES if n < 2 * lanes), (STEP, STEP_ROWS))
+    decodes = ((TOGETHER, n) for n in _TOGETHER_LANES if n < 2 * lanes)
+    return (*decodes, (STEP, STEP_ROWS), (SAMPLE_EACH, MAX_RUNS))
 
 
-def shared_tape(phase: str, rows: int) -> Tape:
-    """An empty tape of one of them."""
-    return Tape(phase, rows, max_runs=rows if phase == TOGETHER else MAX_RUNS)
+def shared_tape(phase: str, rows: int, run_rows: int = 0) -> Tape:
+    """An empty tape of one that lanes share, each with at most `run_rows` rows."""
+    run_rows = _RUN_ROWS.get(phase, run_rows)
+    max_runs = rows if run_rows == 1 else MAX_RUNS
+    return Tape(phase, rows, max_runs, run_rows, is_apart=phase == COMMIT_EACH)

@@ -39,6 +39,16 @@ LAST_VALUES = Op(
     "y = x[rows - 1], in float32",
     (f32("x", "r", "T", "C", strided=True), CURSOR, f32("y", "w", 1, "C")),
 )
+KEEP_ROWS = Op(
+    "keep_rows",
+    "y[t] = x[t], of valid rows",
+    (act("x", "r", "T", "H"), CURSOR, act("y", "w", "T", "H")),
+)
+KEEP_VALUES = Op(
+    "keep_values",
+    "y[t] = x[t], of valid rows, in float32",
+    (f32("x", "r", "T", "C", strided=True), CURSOR, f32("y", "w", "T", "C", strided=True)),
+)
 LAST_CURSOR = Op(
     "last_cursor",
     "last = a cursor of one row, the last of the launch; of no row if there is none",

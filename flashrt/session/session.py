@@ -28,7 +28,7 @@ from flashrt.ops.sample import SamplerParams
 from flashrt.session import waypoints
 from flashrt.session.choice import Choice
 from flashrt.session.speculate import Draft, DraftLength
-from flashrt.session.tail import Tail
+from flashrt.session.tail import Due, Tail
 from flashrt.text.grammar import Grammar
 
 WHOLE = ("fixed", "rows")
@@ -255,21 +255,39 @@ class Session:
         steps = self._generate(max_tokens, choice, stops, length)
         return Generation(self, choice, length, max_tokens, steps)
 
-    def fed_next(self, draft: DraftLength) -> int | None:
-        """The token that the next step of `generate` will decode, if it will decode one and do
-        nothing else: so other lanes may share the replay.
-        """
+    def due(self, draft: DraftLength, wanted: int) -> Due | None:
+        """What the next step of `generate` will do on the device, if lanes can share it."""
         lane = self._lane
         is_ready = self._closed_with is None and lane.is_trusted
         if not is_ready or self._engine.is_in_flight(lane):
             return None
         if self._tail.end >= self._engine.max_positions:
             return None
-        return self._tail.fed_next(draft)
+        return self._tail.due(draft, wanted)
 
-    def fed(self, params: SamplerParams, following: int) -> None:
-        """It was decoded, in a replay that lanes shared; `following` was sampled after it."""
-        self._tail.fed(params, following)
+    def piece(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+        """What is to be fed for a piece of a prompt: pending tokens, then the piece. Raises what
+        `prefill` raises.
+        """
+        array = as_tokens(tokens, self._engine.vocab_size)
+        self._check_room(len(array), "step")
+        return np.append(self._tail.take_pending(), array)
+
+    def fed(self, params: SamplerParams | None, following: int) -> None:
+        """A piece was committed in a replay that lanes shared; `following` was sampled after it, to
+        be believed if there are parameters.
+        """
+        self._epoch += 1
+        if params is None:
+            self._tail.clear()
+            self._place_waypoint()
+        else:
+            self._tail.fed(params, following)
+
+    @property
+    def tail(self) -> Tail:
+        """What it knows beyond its lane's boundary; for those who feed several lanes at once."""
+        return self._tail
 
     def _generate(
         self, max_tokens: int, choice: Choice, stops: frozenset[int], draft: DraftLength

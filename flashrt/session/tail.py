@@ -15,7 +15,7 @@ early, or an interrupt, leaves exactly what was yielded.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from flashrt.ops.sample import SamplerParams
 from flashrt.session.speculate import DraftLength
 
 _NONE = range(0)
+_NO_TOKENS = np.empty(0, np.int32)
 
 
 class _Known(NamedTuple):
@@ -39,6 +40,14 @@ class _Known(NamedTuple):
     params: SamplerParams | None = None  # that tokens ahead were sampled with
     kept: range = _NONE  # positions whose rows the device can commit without another pass
     logits_at: int = -1  # boundary whose logits are in the logits region
+
+
+class Due(NamedTuple):
+    """What the next token of a generation takes, on the device."""
+
+    kept: NDArray[np.int32]  # pending tokens whose rows it has: to be committed
+    token: int  # the pending token after those, to be fed; -1: none, a sample is wanted
+    drafts: int  # tokens to guess after it
 
 
 class Tail:
@@ -95,19 +104,38 @@ class Tail:
         known = self._state
         return known.tokens[end - known.base]
 
-    def fed_next(self, draft: DraftLength) -> int | None:
-        """The token that `next` will decode, if all that it will do is to decode one: else None."""
+    def due(self, draft: DraftLength, wanted: int) -> Due | None:
+        """What `next` will do on the device, if it will do anything that lanes can share."""
         known, position = self._known, self._lane.record.position
         end = max(known.end, position)
-        is_ahead = known.base <= end < known.base + len(known.tokens)
-        if is_ahead or known.kept or draft.draft or end != position + 1:
-            return None
-        return known.tokens[position - known.base]
+        if known.base <= end < known.base + len(known.tokens):
+            return None  # it knows the token, or knows one that was sampled with other parameters
+        kept = self._kept()
+        position += len(kept)
+        if position == end:
+            return Due(kept, -1, 0)
+        room = self._engine.max_positions - position
+        length = draft.next(min(wanted, room) - 1)
+        return Due(kept, known.tokens[position - known.base], length)
+
+    def kept_committed(self) -> None:
+        """The rows that the device kept, all of them pending, are committed."""
+        self._committed()
+
+    def sampled(self, params: SamplerParams, token: int) -> None:
+        """A token was sampled at the lane's boundary, where all history is."""
+        self._restart((token,), params, logits_at=self._lane.record.position)
 
     def fed(self, params: SamplerParams, following: int) -> None:
-        """That token was decoded, together with other lanes': `following` was sampled after it."""
-        self._restart((following,), params, logits_at=self._lane.record.position)
+        """What was pending is committed: `following` was sampled after it."""
+        self.sampled(params, following)
         self._committed()
+
+    def verified(self, params: SamplerParams, first: int, sampled: Sequence[int]) -> None:
+        """A verify began with `first`, which is pending, and sampled these after its rows."""
+        position = self._lane.position
+        kept = range(position, position + len(sampled))
+        self._restart((first, *sampled), params, kept)
 
     def take_pending(self) -> NDArray[np.int32]:
         """History that is to be fed: int32 [0] or [1]; whatever the device kept is committed.
@@ -139,8 +167,7 @@ class Tail:
         if pending := self.pending:  # one token at most: the one that the device sampled last
             self._decode(params, pending[0])
             return
-        token = self._engine.sample(self._lane, params)
-        self._restart((token,), params, logits_at=self._lane.position)
+        self.sampled(params, self._engine.sample(self._lane, params))
 
     def logits(self, boundary: int) -> NDArray[np.float32] | None:
         """Logits that choose the token at `boundary`, float32 [vocab_size], where the device still
@@ -169,19 +196,22 @@ class Tail:
             end = known.end
         self._state = _Known(record.moves, position, end, tokens, params, kept, logits_at)
 
-    def _commit_kept(self) -> None:
-        """As many pending tokens as the device has kept rows of."""
+    def _kept(self) -> NDArray[np.int32]:
+        """As many pending tokens as the device has kept rows of: int32 [n]."""
         known = self._known
-        if not known.kept:
+        if not known.kept or self._lane.position != known.kept.start:
+            return _NO_TOKENS
+        return np.array(self.pending[: len(known.kept)], np.int32)
+
+    def _commit_kept(self) -> None:
+        known, tokens = self._known, self._kept()
+        if not len(tokens):
             return
-        pending = self.pending
-        n = min(len(pending), len(known.kept))
-        if not n or self._lane.position != known.kept.start:
-            return
+        n = len(tokens)
         if n < len(known.kept):  # the device's token is the one after; more is not known to it
-            tokens = known.tokens[: known.kept.start + n + 1 - known.base]
-            self._state = known._replace(tokens=tokens)
-        self._engine.commit(self._lane, np.array(pending[:n], np.int32))
+            known_tokens = known.tokens[: known.kept.start + n + 1 - known.base]
+            self._state = known._replace(tokens=known_tokens)
+        self._engine.commit(self._lane, tokens)
         self._committed()
 
     def _decode(self, params: SamplerParams, token: int) -> None:
@@ -205,8 +235,7 @@ class Tail:
             self._engine.need_token(lane, first)
             self._engine.draft(lane, length)
             sampled = self._engine.verify(lane, length + 1)
-            kept = range(lane.position, lane.position + len(sampled))
-            self._restart((first, *sampled), params, kept)
+            self.verified(params, first, sampled)
             n_accepted = len(sampled) - 1
         else:
             self._decode(params, first)

@@ -226,6 +226,17 @@ def last_values(T: int, n: int, C: int, margin: tuple[int, int]) -> Case:
     return Case("last_values", operands, margin=margin)
 
 
+def keep_rows(T: int, n: int, H: int) -> Case:
+    x = valid(randn(rng_for("keep_rows", T, n, H), T, H), n)
+    return Case("keep_rows", {"x": x, "cursor": cursor(5, n), "y": (T, H)})
+
+
+def keep_values(T: int, n: int, C: int, margin: tuple[int, int]) -> Case:
+    x = valid(randn(rng_for("keep_values", T, n, C), T, C), n)
+    operands = {"x": x, "cursor": cursor(5, n), "y": (T, C)}
+    return Case("keep_values", operands, margin=margin)
+
+
 def last_cursor(T: int, n: int, position: int) -> Case:
     return Case("last_cursor", {"cursor": cursor(position, n), "last": (CURSOR_WORDS,)})
 
@@ -289,6 +300,8 @@ GRID: Grid = (
     (last_row, ({"H": 96}, {"H": 200})),
     (last_values, ({"C": 96, "margin": (0, 0)}, {"C": 200, "margin": (4, 8)})),
     (last_cursor, ({"position": 0}, {"position": 40})),
+    (keep_rows, ({"H": 96}, {"H": 200})),
+    (keep_values, ({"C": 96, "margin": (0, 0)}, {"C": 200, "margin": (4, 8)})),
 )  # fmt: skip
 
 # Sizes that are no multiple of anything, for scalar tails.
@@ -320,6 +333,8 @@ ODD: Grid = (
     (add_bias, ({"N": 37},)),
     (last_row, ({"H": 33},)),
     (last_values, ({"C": 37, "margin": (1, 3)},)),
+    (keep_rows, ({"H": 33},)),
+    (keep_values, ({"C": 37, "margin": (1, 3)},)),
 )
 
 

@@ -114,9 +114,7 @@ class Runner:
 
     def poison(self, case: Case) -> dict[str, Array]:
         """What `run` returns for operands that nothing has written: all bits set."""
-        return {
-            name: self._decode(v.region, self._all_ones(v)) for name, v in self._views(case).items()
-        }
+        return {name: self._seen(v, self._all_ones(v)) for name, v in self._views(case).items()}
 
     def _views(self, case: Case) -> dict[str, View]:
         return {p.name: self._view(p, case) for p in _OPS[case.op].params}
@@ -167,6 +165,10 @@ class Runner:
     def _read(self, view: View, offset: int) -> Array:
         raw = np.empty(self.backend.storage(view.region).nbytes, np.uint8)
         self.backend.read(self.memory.address + offset, raw)
+        return self._seen(view, raw)
+
+    def _seen(self, view: View, raw: NDArray[np.uint8]) -> Array:
+        """What a view shows of a region's bytes."""
         array = self._decode(view.region, raw)
         return (
             array if array.shape == view.shape else array[..., view.col : view.col + view.shape[-1]]

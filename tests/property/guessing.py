@@ -7,7 +7,7 @@ stand among the drafted ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,11 +82,30 @@ def guessing(
     engine: flashrt.Engine, history: Sequence[int], following: Sequence[int], agree: float
 ) -> Iterator[None]:
     """Each drafted token is replaced by the true one with probability `agree`."""
-    known, rng = [*history, *following], np.random.default_rng(len(history))
-    draft = type(engine).draft
+    known = [*history, *following]
+    with guessing_each(engine, {lane.index: known for lane in engine.lanes}, agree):
+        yield
+
+
+@contextmanager
+def guessing_each(
+    engine: flashrt.Engine, known_of: Mapping[int, Sequence[int]], agree: float
+) -> Iterator[None]:
+    """The same of several lanes: their histories and what follows, by index."""
+    rng = np.random.default_rng(sum(map(len, known_of.values())))
+    draft, draft_each = type(engine).draft, type(engine).draft_each
 
     def guess(lane: Lane, n_tokens: int) -> None:
         draft(engine, lane, n_tokens)
+        improve(lane, n_tokens)
+
+    def guess_each(drafts: Sequence[tuple[Lane, int]]) -> None:
+        draft_each(engine, drafts)
+        for lane, n_tokens in drafts:
+            improve(lane, n_tokens)
+
+    def improve(lane: Lane, n_tokens: int) -> None:
+        known = known_of[lane.index]
         drafted = engine._read_io(lane, "drafted", n_tokens + 1)
         assert drafted[0] == known[lane.position]
         for i in range(1, n_tokens + 1):
@@ -96,10 +115,11 @@ def guessing(
         engine._write_io(lane, "drafted", drafted)
 
     engine.draft = guess  # type: ignore[method-assign]
+    engine.draft_each = guess_each  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del engine.draft
+        del engine.draft, engine.draft_each
 
 
 @contextmanager

@@ -24,7 +24,15 @@ from flashrt.core.runs import Run, RunsWord, table_of
 from flashrt.load import load_on
 from flashrt.models.model import STEP_ROWS
 from flashrt.ops.sample import SamplerParams
-from tests.property.guessing import cold, guessing, interrupting, outcome, truth
+from flashrt.session.together import Feed, step
+from tests.property.guessing import (
+    cold,
+    guessing,
+    guessing_each,
+    interrupting,
+    outcome,
+    truth,
+)
 from tests.property.test_machine import GOLDEN, LIMIT, PARAMS, Histories
 
 LANES = 9  # the last one is the oracle's
@@ -71,7 +79,8 @@ class Groups(Histories):
         group=st.lists(Histories.sessions, min_size=2, max_size=8, unique_by=id),
         lengths=st.lists(st.integers(1, 12), min_size=8, max_size=8),
         params=st.lists(st.sampled_from(PARAMS), min_size=8, max_size=8),
-        draft=st.sampled_from([0, 0, 3]),
+        drafts=st.lists(st.sampled_from([0, 0, 1, 3, 8, "auto"]), min_size=8, max_size=8),
+        agree=st.sampled_from([0.0, 0.7, 1.0]),
         taken=st.integers(0, 60),
     )
     def together(
@@ -79,27 +88,77 @@ class Groups(Histories):
         group: list[flashrt.Session],
         lengths: list[int],
         params: list[dict[str, Any]],
-        draft: int,
+        drafts: list[Any],
+        agree: float,
         taken: int,
     ) -> None:
-        """The tokens of each alone, up to where the caller stops; the last one may draft."""
+        """The tokens of each alone, up to where the caller stops; some draft, some do not."""
         chosen = [
             (session, n, options)
             for session, n, options in zip(group, lengths, params, strict=False)
             if self.live(session) and self.history[session] and n <= self.free(session)
         ]
-        wanted = [truth(self.engine, self.history[s], n, **options) for s, n, options in chosen]
-        drafts = [0] * len(chosen[:-1]) + [draft] * len(chosen[-1:])
+        ahead = [truth(self.engine, self.history[s], n + 8, **options) for s, n, options in chosen]
+        wanted = [tokens[:n] for tokens, (_, n, _) in zip(ahead, chosen, strict=True)]
         streams = [
             session.generate(n, draft=d, **options)
-            for (session, n, options), d in zip(chosen, drafts, strict=True)
+            for (session, n, options), d in zip(chosen, drafts, strict=False)
         ]
-        got = collect(itertools.islice(flashrt.together(*streams), taken))
+        known = {
+            session.lane.index: self.history[session] + tokens
+            for (session, *_), tokens in zip(chosen, ahead, strict=True)
+        }
+        with guessing_each(self.engine, known, agree):
+            got = collect(itertools.islice(flashrt.together(*streams), taken))
         for i, (session, *_) in enumerate(chosen):
             streams[i].close()
             assert got[i] == wanted[i][: len(got[i])]
             self.history[session] += got[i]
         assert sum(map(len, got.values())) == min(taken, sum(map(len, wanted)))
+
+    @rule(
+        group=st.lists(Histories.sessions, min_size=1, max_size=8, unique_by=id),
+        tokens=st.lists(st.integers(0, 511), min_size=8, max_size=56),
+        n_feeds=st.integers(1, 4),
+        params=st.sampled_from(PARAMS),
+        draft=st.sampled_from([0, 3]),
+    )
+    def mix(
+        self,
+        group: list[flashrt.Session],
+        tokens: list[int],
+        n_feeds: int,
+        params: dict[str, Any],
+        draft: int,
+    ) -> None:
+        """Pieces of prompts for some, the next two tokens of others, in two steps."""
+        live = [s for s in group if self.live(s) and self.free(s) > 70]
+        fed, others = live[:n_feeds], [s for s in live[n_feeds:] if self.history[s]]
+        if not fed:
+            return
+        wanted = [truth(self.engine, self.history[s], 2, **params) for s in others]
+        streams = [s.generate(2, draft=draft, **params) for s in others]
+        share = len(tokens) // len(fed)
+        for i in range(2):
+            feeds = [
+                Feed(s, np.array(tokens[j * share : j * share + max(1, share - i)], np.int32))
+                for j, s in enumerate(fed)
+            ]
+            last = SamplerParams(temperature=0.9, seed=3)
+            step(streams, [Feed(f.session, f.tokens, last if i else None) for f in feeds])
+            for feed in feeds:
+                self.history[feed.session] += feed.tokens.tolist()
+            before = self.engine.stats()["replays"]
+            for s, stream, following in zip(others, streams, wanted, strict=True):
+                assert next(stream) == following[i]
+                self.history[s].append(following[i])
+            assert self.engine.stats()["replays"] == before
+        for s in fed:
+            following = truth(self.engine, self.history[s], 1, temperature=0.9, seed=3)
+            before = self.engine.stats()["replays"]
+            assert list(s.generate(1, temperature=0.9, seed=3)) == following
+            assert self.engine.stats()["replays"] == before
+            self.history[s] += following
 
 
 QUICK = settings(
@@ -155,7 +214,7 @@ def test_eight_generations_in_as_many_replays_as_the_longest(name: str, kv_dtype
         replays = engine.stats()["replays"] - before
         assert [got[i] for i in range(8)] == [tokens for tokens, _ in alone]
         assert [stream.reason for stream in streams] == ["length"] * 8
-        assert replays == 8 + max(LENGTHS) - 1  # each one's first token, then one for all
+        assert replays == max(LENGTHS)  # one for all, from the first token on
         for session, prompt, (tokens, _) in zip(sessions, PROMPTS, alone, strict=True):
             assert outcome(session) == cold(engine, prompt + tokens)
         engine.arena.check_guards()
@@ -265,7 +324,7 @@ def test_an_interrupt_leaves_what_was_yielded(engine: flashrt.Engine, is_done: b
 
 def test_what_cannot_go_together_is_refused(engine: flashrt.Engine) -> None:
     (session,) = opened(engine, PROMPTS[:1])
-    with pytest.raises(flashrt.SessionError, match="of one session"):
+    with pytest.raises(flashrt.SessionError, match="named twice"):
         flashrt.together(session.generate(1), session.generate(1))
     with flashrt.load(GOLDEN / "tiny", device="cpu") as other:
         (elsewhere,) = opened(other, PROMPTS[:1])
@@ -362,7 +421,7 @@ def test_a_thousand_steps_allocate_and_capture_nothing() -> None:
         streams = [s.generate(1000, temperature=1.0, seed=i) for i, s in enumerate(sessions)]
         assert sum(1 for _ in flashrt.together(*streams)) == 8000
         after = engine.stats()
-        assert after["replays"] - before["replays"] == 8 + 999
+        assert after["replays"] - before["replays"] == 1000
         for counter in ("allocations", "compilations", "captures"):
             assert after[counter] == before[counter]
 

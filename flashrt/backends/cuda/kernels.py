@@ -323,6 +323,12 @@ def _last_values(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("elementwise.cu", "last_values", _act(s), grid, _x(256)),)
 
 
+def _keep(s: Shape) -> tuple[KernelLaunch, ...]:
+    columns = s.dims["H" if s.op == "keep_rows" else "C"]
+    grid = (_ceil(columns, 256), s.dims["T"], 1)
+    return (KernelLaunch("elementwise.cu", s.op, _act(s), grid, _x(256)),)
+
+
 def _one_warp(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("elementwise.cu", s.op, _act(s), _x(1), _x(WARP)),)
 
@@ -375,6 +381,8 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "add_bias": _add_bias,
     "last_row": _last_row,
     "last_values": _last_values,
+    "keep_rows": _keep,
+    "keep_values": _keep,
     "last_cursor": _one_warp,
     "advance": _one_warp,
     "sample": _sample,

@@ -13,7 +13,6 @@ from flashrt.base.errors import PlanError
 from flashrt.core.region import DType, Region
 from flashrt.core.runs import MAX_RUNS
 from flashrt.core.tape import Tape
-from flashrt.models.blocks import sampled_token
 from flashrt.models.dense.config import DenseConfig, parse_config
 from flashrt.models.dense.tapes import DenseRecorder
 from flashrt.models.dense.weights import weight_rules
@@ -67,18 +66,7 @@ class Dense:
         if (phase, rows) not in known:
             raise PlanError(f"{self.name} has no phase {phase!r} of {rows} rows; phases: {known}")
         tape = shared_tape(phase, rows) if (phase, rows) in shared else Tape(phase, rows)
-        recorder = DenseRecorder(self.config, self._regions, tape)
-        if tape.max_runs > 1:
-            tokens = self._regions["tokens"].view().cols(0, rows)
-            one = sampled_token(self._regions["cursor"])
-            recorder.sample_each(recorder.forward(one if recorder.is_row_each else tokens))
-        elif phase == PREFILL:
-            recorder.forward(self._regions["tokens"].view().cols(0, rows))
-        elif phase == DECODE:
-            recorder.forward(sampled_token(self._regions["cursor"]))
-            recorder.sample_next()
-        else:
-            recorder.sample_next()
+        DenseRecorder(self.config, self._regions, tape).record()
         return tape
 
 

@@ -11,18 +11,19 @@ from collections.abc import Mapping
 
 from flashrt.core.region import Operand, Region
 from flashrt.core.tape import Tape
-from flashrt.models.blocks import BlockRecorder
+from flashrt.models.blocks import TokenRecorder
 from flashrt.models.dense.config import DenseConfig
 from flashrt.models.dense.weights import EMBED, FINAL_NORM, HEAD, layer_name
 from flashrt.ops import table as ops
 
 
-class DenseRecorder(BlockRecorder):
+class DenseRecorder(TokenRecorder):
     """Records one tape."""
 
     def __init__(self, config: DenseConfig, regions: Mapping[str, Region], tape: Tape) -> None:
         super().__init__(regions, tape, config.eps, config.rotation.magnitude)
         self.config = config
+        self.head_weight = EMBED if config.is_tied else HEAD
 
     def forward(self, tokens: Operand) -> Operand:
         """Rows of tokens through all layers: leaves the last hidden state, moves the cursor.
@@ -59,14 +60,3 @@ class DenseRecorder(BlockRecorder):
             self.launch(ops.LAST_ROW, x=h, y=regions["last_hidden"])
         self.tape.record(ops.ADVANCE, cursor=cursor)
         return h
-
-    def sample_next(self) -> None:
-        """Logits of the last hidden state, and the next token from them."""
-        logits = self.regions["logits"]
-        head = EMBED if self.config.is_tied else HEAD
-        self.head(self.regions["last_hidden"], head, logits)
-        self.sample(logits, self.regions["cursor"])
-
-    def sample_each(self, hidden: Operand) -> None:
-        """The same for each lane that shares the tape, from its row of `hidden`."""
-        self.sample_each_from(hidden, EMBED if self.config.is_tied else HEAD)

@@ -8,6 +8,7 @@ draft_next    the same from the last drafted token and the head's own output
 verify        boundary's token + drafted ones through the model: samples, and how many agree. Rows
               of keys and values beyond the position are written, nothing else of the state is
 commit        the first cursor.rows of what was verified become state, by the ops of decoding
+..._each      the same of several lanes; what a lane is to keep is copied into it
 """
 
 from __future__ import annotations
@@ -15,10 +16,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flashrt.core.region import DType, Region, Role, as_view
+from flashrt.core.runs import MAX_RUNS
 from flashrt.core.tape import Tape
 from flashrt.models.blocks import DeltaInputs, sampled_token
 from flashrt.models.lane import kv_regions
-from flashrt.models.model import COMMIT, DRAFT, DRAFT_NEXT, VERIFY
+from flashrt.models.model import (
+    COMMIT,
+    COMMIT_EACH,
+    DRAFT,
+    DRAFT_EACH,
+    DRAFT_NEXT,
+    DRAFT_NEXT_EACH,
+    VERIFY,
+    VERIFY_EACH,
+    VERIFY_EACH_ROWS,
+)
 from flashrt.models.qwen35.config import LayerKind, Qwen35Config
 from flashrt.models.qwen35.tapes import DRAFT_SHIFT, Qwen35Recorder
 from flashrt.models.qwen35.weights import DRAFT_HEAD, layer_name
@@ -34,6 +46,15 @@ PHASES = (
     (DRAFT, 1), (DRAFT_NEXT, 1), *((VERIFY, rows) for rows in VERIFY_BUCKETS),
     (COMMIT, MAX_ROWS),
 )  # fmt: skip
+SHARED_PHASES = (
+    (DRAFT_EACH, MAX_RUNS), (DRAFT_NEXT_EACH, MAX_RUNS), (VERIFY_EACH, VERIFY_EACH_ROWS),
+    (COMMIT_EACH, MAX_ROWS),
+)  # fmt: skip
+# The most rows of a lane.
+RUN_ROWS = {
+    **dict.fromkeys((DRAFT, DRAFT_NEXT, DRAFT_EACH, DRAFT_NEXT_EACH), 1),
+    **dict.fromkeys((VERIFY, COMMIT, VERIFY_EACH, COMMIT_EACH), MAX_ROWS),
+}
 
 
 def lane_regions(c: Qwen35Config, max_positions: int, kv_dtype: DType) -> tuple[Region, ...]:
@@ -67,10 +88,11 @@ def _vocabulary(c: Qwen35Config) -> int:
 
 
 def record(config: Qwen35Config, regions: Mapping[str, Region], tape: Tape) -> None:
-    """Fill a tape of one of PHASES."""
-    if tape.phase in (DRAFT, DRAFT_NEXT):
-        DraftRecorder(config, regions, tape).draft(is_first=tape.phase == DRAFT)
-    elif tape.phase == VERIFY:
+    """Fill a tape of one of PHASES or SHARED_PHASES."""
+    if RUN_ROWS[tape.phase] == 1:
+        is_first = tape.phase in (DRAFT, DRAFT_EACH)
+        DraftRecorder(config, regions, tape).draft(is_first=is_first)
+    elif tape.phase in (VERIFY, VERIFY_EACH):
         VerifyRecorder(config, regions, tape).verify()
     else:
         VerifyRecorder(config, regions, tape).commit()
@@ -92,9 +114,17 @@ class DraftRecorder(Qwen35Recorder):
         x, u, q = self.draft_keys(token, hidden=own, last=last)
         r = self.attend(at, u, q, keys, values, DRAFT_SHIFT)
         r = self.mlp(at, x, r)
-        self.add_rmsnorm(x, r, f"{DRAFT_HEAD}.norm", own)
-        logits = regions["draft_logits"]
-        self.head(own, self.head_weight, logits, _vocabulary(self.config))
+        if self.is_shared:
+            h = self.activation(f"{DRAFT_HEAD}.h", self.config.hidden)
+            self.add_rmsnorm(x, r, f"{DRAFT_HEAD}.norm", h)
+            self.launch(ops.LAST_ROW, x=h, y=own)
+            all_logits = self.scratch("logits", _vocabulary(self.config))
+            self.head(h, self.head_weight, all_logits, _vocabulary(self.config))
+            logits = all_logits.span(0, 1).per_run()
+        else:
+            self.add_rmsnorm(x, r, f"{DRAFT_HEAD}.norm", own)
+            logits = regions["draft_logits"].view()
+            self.head(own, self.head_weight, logits, _vocabulary(self.config))
         self.launch(ops.ADVANCE)
         self.sample(logits, self.cursor)
         self._note(cursor)
@@ -114,21 +144,29 @@ class VerifyRecorder(Qwen35Recorder):
 
     def kept(self, index: int) -> DeltaInputs:
         """Where a verify keeps what the delta rule of a linear layer reads."""
-        return DeltaInputs(
-            *(
-                self.regions[f"verify_{name}"].span(index * MAX_ROWS, self.rows)
-                for name in ("u", "qkv", "decay", "beta")
-            )
+        rows = self.tape.run_rows
+        u, qkv, decay, beta = (
+            self.regions[f"verify_{name}"].span(index * MAX_ROWS, rows)
+            for name in ("u", "qkv", "decay", "beta")
         )
+        own = self.scratch(f"kept.{index}.u", u.shape[1]) if self.is_shared else u
+        return DeltaInputs(own, u, qkv, decay, beta)
 
     def verify(self) -> None:
         """`drafted` -> `samples`, `verdict`; keeps hidden states and what the delta rule reads."""
-        rows, regions = self.rows, self.regions
+        rows, regions = self.tape.run_rows, self.regions
         tokens = regions["drafted"].view().cols(0, rows)
-        hidden = regions["verify_hidden"].span(0, rows)
-        self.layers(tokens, hidden)
-        logits = regions["verify_logits"]
-        self.head(hidden, self.head_weight, logits.span(0, rows))
+        hidden, logits = regions["verify_hidden"].span(0, rows), regions["verify_logits"]
+        if self.is_shared:
+            of_all = self.activation("hidden", self.config.hidden)
+            self.layers(tokens, of_all)
+            all_logits = self.scratch("logits", self.config.vocab_size)
+            self.head(of_all, self.head_weight, all_logits)
+            self.launch(ops.KEEP_ROWS, x=of_all, y=hidden)
+            self.launch(ops.KEEP_VALUES, x=all_logits, y=logits.span(0, rows))
+        else:
+            self.layers(tokens, hidden)
+            self.head(hidden, self.head_weight, logits.span(0, rows))
         samples = regions["samples"].span(0, rows)
         self.launch(ops.VERIFY_CURSORS, samples=samples)
         for row in range(rows):

@@ -13,7 +13,6 @@ from flashrt.base.errors import PlanError
 from flashrt.core.region import DType, Layout, Region, Role
 from flashrt.core.runs import MAX_RUNS
 from flashrt.core.tape import Tape
-from flashrt.models.blocks import sampled_token
 from flashrt.models.lane import Choices, check_choices, lane_regions
 from flashrt.models.model import BUCKETS, DECODE, PREFILL, SAMPLE, shared_tape, token_shared_phases
 from flashrt.models.qwen35 import draft as drafting
@@ -43,6 +42,7 @@ class Qwen35:
         check_choices(max_positions, kv_dtype)
         self.config = config
         self.vocab_size = config.vocab_size
+        self._has_draft_head = has_draft_head
         self.max_positions = max_positions
         self.weights = as_stored(weight_rules(config, has_draft_head), stored)
         self.lane_regions: tuple[Region, ...] = _lane_regions(config, max_positions, kv_dtype)
@@ -60,7 +60,8 @@ class Qwen35:
 
     def shared_phases(self, lanes: int) -> tuple[tuple[str, int], ...]:
         """See Model."""
-        return token_shared_phases(lanes)
+        own = drafting.SHARED_PHASES if self._has_draft_head and lanes > 1 else ()
+        return (*token_shared_phases(lanes), *own)
 
     def record(self, phase: str, rows: int) -> Tape:
         """The launches of a phase. Raises PlanError for a pair that is in neither list."""
@@ -68,22 +69,14 @@ class Qwen35:
         known = (*self.phases, *shared)
         if (phase, rows) not in known:
             raise PlanError(f"{self.name} has no phase {phase!r} of {rows} rows; phases: {known}")
-        tape = shared_tape(phase, rows) if (phase, rows) in shared else Tape(phase, rows)
-        if (phase, rows) in drafting.PHASES:
+        if (phase, rows) in shared:
+            tape = shared_tape(phase, rows, drafting.RUN_ROWS.get(phase, 0))
+        else:
+            tape = Tape(phase, rows)
+        if phase in drafting.RUN_ROWS:
             drafting.record(self.config, self._regions, tape)
             return tape
-        recorder = Qwen35Recorder(self.config, self._regions, tape)
-        if tape.max_runs > 1:
-            tokens = self._regions["tokens"].view().cols(0, rows)
-            one = sampled_token(self._regions["cursor"])
-            recorder.sample_each(recorder.forward(one if recorder.is_row_each else tokens))
-        elif phase == PREFILL:
-            recorder.forward(self._regions["tokens"].view().cols(0, rows))
-        elif phase == DECODE:
-            recorder.forward(sampled_token(self._regions["cursor"]))
-            recorder.sample_next()
-        else:
-            recorder.sample_next()
+        Qwen35Recorder(self.config, self._regions, tape).record()
         return tape
 
 

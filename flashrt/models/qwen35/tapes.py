@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 from flashrt.core.region import DType, Operand, Region, as_view
 from flashrt.core.tape import Tape
-from flashrt.models.blocks import BlockRecorder, DeltaInputs
+from flashrt.models.blocks import DeltaInputs, TokenRecorder
 from flashrt.models.qwen35.config import LayerKind, Qwen35Config
 from flashrt.models.qwen35.weights import DRAFT_HEAD, EMBED, FINAL_NORM, HEAD, layer_name
 from flashrt.ops import table as ops
@@ -19,7 +19,7 @@ from flashrt.ops import table as ops
 DRAFT_SHIFT = 1  # a row of the draft head belongs to the position before it
 
 
-class Qwen35Recorder(BlockRecorder):
+class Qwen35Recorder(TokenRecorder):
     """Records one tape.
 
     `kept` makes every delta rule leave its state alone (see `BlockRecorder.delta_rule`): it gives
@@ -81,16 +81,6 @@ class Qwen35Recorder(BlockRecorder):
                 self.add_rmsnorm(x, r, f"{following}.input_norm", h)
         if self.has_draft_head:
             self.draft_keys(tokens, hidden=h, last=regions["last_hidden"])
-
-    def sample_next(self) -> None:
-        """Logits of the last hidden state, and the next token from them."""
-        logits = self.regions["logits"]
-        self.head(self.regions["last_hidden"], self.head_weight, logits)
-        self.sample(logits, self.regions["cursor"])
-
-    def sample_each(self, hidden: Operand) -> None:
-        """The same for each lane that shares the tape, from its row of `hidden`."""
-        self.sample_each_from(hidden, self.head_weight)
 
     def draft_keys(
         self, tokens: Operand, hidden: Operand, last: Operand

@@ -1,4 +1,4 @@
-/* silu_mul, add_bias, last_row, last_values, last_cursor, advance: small steps between the larger kernels.
+/* silu_mul, add_bias, last_*, keep_*, advance: small steps between the larger kernels.
  *
  * IS: columns split over threads. IS NOT: anything with a sum.
  */
@@ -37,6 +37,18 @@ void op_last_values(const last_values_args *a, int tid, int nt) {
   int rows = rows_of(a->cursor, a->T);
   if (tid > 0 || rows < 1) return;
   memcpy(a->y, a->x + (int64_t)(rows - 1) * a->x_stride, (size_t)a->C * sizeof(float));
+}
+
+void op_keep_rows(const keep_rows_args *a, int tid, int nt) {
+  span rows = share(rows_of(a->cursor, a->T), tid, nt);
+  size_t first = (size_t)rows.begin * a->H, n = (size_t)(rows.end - rows.begin) * a->H;
+  memcpy((float *)a->y + first, (const float *)a->x + first, n * sizeof(float));
+}
+
+void op_keep_values(const keep_values_args *a, int tid, int nt) {
+  span rows = share(rows_of(a->cursor, a->T), tid, nt);
+  for (int64_t t = rows.begin; t < rows.end; t++)
+    memcpy(a->y + t * a->y_stride, a->x + t * a->x_stride, (size_t)a->C * sizeof(float));
 }
 
 void op_last_cursor(const last_cursor_args *a, int tid, int nt) {
