@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,11 @@ class ToolCall:
     id: str
     name: str
     arguments: str = ""
+
+    def as_openai(self) -> dict[str, Any]:
+        """As OpenAI's chat API has it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 @dataclass(slots=True)
@@ -68,14 +73,34 @@ class Heard:
         """Its tool calls, in order."""
         return list(self.begun.values())
 
+    def message(self) -> dict[str, Any]:
+        """The assistant's message that it is."""
+        made: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.thought:
+            made["reasoning_content"] = self.thought
+        if self.begun:
+            made["tool_calls"] = [call.as_openai() for call in self.calls]
+        return made
+
 
 class Answer:
     """Of one request. `prompt_tokens` and `cached_tokens` are known once it has begun."""
 
-    def __init__(self, mailbox: Mailbox[Event], ticket: Ticket, clock: Clock, n: int) -> None:
+    def __init__(
+        self,
+        mailbox: Mailbox[Event],
+        ticket: Ticket,
+        clock: Clock,
+        n: int,
+        remember: Callable[[Heard], Awaitable[None]] | None = None,
+    ) -> None:
+        """`remember` is called with each choice that has become a node of a session, before anybody
+        is told that it has ended.
+        """
         self.prompt_tokens = self.cached_tokens = 0
         self.heard = [Heard() for _ in range(n)]
         self._mailbox, self._ticket, self._clock = mailbox, ticket, clock
+        self._remember = remember
         self._taken: list[Event] = []
         self._is_over = False
 
@@ -102,6 +127,8 @@ class Answer:
         while True:
             for event in self._taken:
                 self._note(event)
+                if self._remember is not None and isinstance(event, Ended) and event.node:
+                    await self._remember(self.heard[event.index])
                 yield event
                 if self.is_over:
                     self._is_over = True

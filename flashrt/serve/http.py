@@ -54,11 +54,18 @@ def endpoint(handler: Handler, access: Access) -> Callable[[Request], Awaitable[
     """A starlette endpoint whose errors have the API's own shape."""
 
     async def run(request: Request) -> Response:
+        response = await answered(request)
+        log.info("%s %s %d", request.method, visible(request.url.path)[:200], response.status_code)
+        return response
+
+    async def answered(request: Request) -> Response:
         shape = shape_of(request.scope)
         try:
             fields = Fields({})
             if request.method == "POST":
                 body = await _body(request, access)
+                if access.logs_prompts:
+                    log.info("%s", visible(body.decode(errors="replace")))
                 # Large ones take a while, and others wait for this thread.
                 fields = parse(body) if len(body) < 65_536 else await asyncio.to_thread(parse, body)
             return await handler(Call(request, request.scope["state"]["owner"], fields, shape))

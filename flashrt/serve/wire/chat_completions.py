@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from flashrt.serve.answer import Answer, Heard, ToolCall, new_id
+from flashrt.serve.answer import Answer, Heard, new_id
 from flashrt.serve.body import Fields, objects
 from flashrt.serve.conversation import AUTO, NONE, REQUIRED, Conversation, options_of, wanted_of
 from flashrt.serve.desk import Desk, Wanted
@@ -49,7 +49,7 @@ class ChatCompletions:
             wanted_of, served, told, lambda tokens: _limits_of(fields, served, tokens)
         )
         with_usage = _wants_usage(fields, streams)
-        answer = self._desk.ask(wanted, call.owner)
+        answer = await self._desk.ask(wanted, call.owner)
         made = _Made(served, answer, with_tokens=wanted.logprobs is not None)
         if not streams:
             return await unless_gone(call.request, answer, _whole(made))
@@ -283,7 +283,7 @@ async def _whole(made: _Made) -> Response:
 
 
 def _message_of(heard: Heard) -> dict[str, Any]:
-    calls = [_call_of(call) for call in heard.calls]
+    calls = [call.as_openai() for call in heard.calls]
     made: dict[str, Any] = {
         "role": "assistant",
         "content": heard.text if heard.text or not calls else None,
@@ -294,14 +294,6 @@ def _message_of(heard: Heard) -> dict[str, Any]:
     if calls:
         made["tool_calls"] = calls
     return made
-
-
-def _call_of(call: ToolCall) -> dict[str, Any]:
-    return {
-        "id": call.id,
-        "type": "function",
-        "function": {"name": call.name, "arguments": call.arguments},
-    }
 
 
 async def _chunks(made: _Made, with_usage: bool) -> AsyncIterator[str]:

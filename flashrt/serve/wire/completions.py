@@ -64,7 +64,7 @@ class Completions:
         answers: list[Answer] = []
         try:
             for one in wanted:
-                answers.append(self._desk.ask(one, call.owner))
+                answers.append(await self._desk.ask(one, call.owner))
         except BaseException:
             for answer in answers:
                 answer.cancel()

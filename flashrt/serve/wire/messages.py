@@ -57,7 +57,7 @@ class Messages:
         wanted = await asyncio.to_thread(
             wanted_of, served, told, lambda tokens: _limits_of(fields, served, tokens, most)
         )
-        answer = self._desk.ask(wanted, call.owner)
+        answer = await self._desk.ask(wanted, call.owner)
         made = _Made(served, answer)
         if not streams:
             return await unless_gone(call.request, answer, _whole(made))

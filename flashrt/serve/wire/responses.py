@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.responses import Response
 
-from flashrt.serve.answer import Answer, Heard, ToolCall, new_id
+from flashrt.serve.answer import Answer, ToolCall, new_id
 from flashrt.serve.ask import TokenLogprobs
 from flashrt.serve.body import Fields, objects
 from flashrt.serve.conversation import Conversation, options_of, wanted_of
@@ -55,12 +55,12 @@ class Responses:
         wanted = await asyncio.to_thread(
             wanted_of, served, told, lambda tokens: _limits_of(fields, served, tokens, with_tokens)
         )
-        answer = self._desk.ask(wanted, call.owner)
+        answer = await self._desk.ask(wanted, call.owner)
         made = _Made(fields, served, answer, told, wanted)
 
         def keep(response: dict[str, Any]) -> None:
             if fields.flag("store", True):
-                said = _message_of(answer.heard[0])
+                said = answer.heard[0].message()
                 first = told.messages
                 if fields.has("instructions"):  # they are this request's alone
                     first = first[1:]
@@ -217,22 +217,6 @@ def _limits_of(fields: Fields, served: Served, tokens: list[int], with_tokens: b
         priority=common.priority_of(fields),
         session=common.session_of(fields),
     )
-
-
-def _message_of(heard: Heard) -> dict[str, Any]:
-    made: dict[str, Any] = {"role": "assistant", "content": heard.text}
-    if heard.thought:
-        made["reasoning_content"] = heard.thought
-    if heard.calls:
-        made["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in heard.calls
-        ]
-    return made
 
 
 class _Made:

@@ -31,7 +31,9 @@ class StatusRoutes:
 
     async def models(self, call: Call) -> Response:
         """GET /v1/models."""
-        return Json({"object": "list", "data": [self._model()]})
+        model = self._model()
+        ends = {"first_id": model["id"], "last_id": model["id"], "has_more": False}  # Anthropic's
+        return Json({"object": "list", "data": [model], **ends})
 
     async def model(self, call: Call) -> Response:
         """GET /v1/models/{id}."""

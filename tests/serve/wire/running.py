@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import anthropic
 import httpx
 import openai
 
+import flashrt
 from flashrt.serve.access import Access
 from flashrt.serve.run import Server
 from flashrt.serve.scheduler import Limits
 from flashrt.store.store import Store
-from tests.serve.conftest import load
+from flashrt.weights.bundled import bundled_checkpoint
 
 NAME = "tiny-agent"
 SEARCH = (
@@ -34,9 +36,12 @@ class Running:
 
     def __init__(
         self, access: Access | None = None, *, lanes: int = 4, queue: int = 256,
-        store: Store | None = None, **options: Any,
+        store: Store | None = None, checkpoint: Path | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        self.engine = load(lanes=lanes)
+        self.engine = flashrt.load(
+            checkpoint or bundled_checkpoint(), device="cpu", max_positions=1024, lanes=lanes,
+            pool_bytes=64 << 20,
+        )  # fmt: skip
         self.server = Server(
             self.engine, NAME, access or Access(), port=0, store=store,
             limits=Limits(queue=queue, queue_per_owner=queue, drain_s=2.0), **options,
