@@ -137,7 +137,7 @@ class Store:
         table = capsule.owner
         table.check(capsule)
         name = capsule.name if name is None else name
-        ref = None if name is None else _ref_file(name)
+        ref = None if name is None else ref_file(name)
         known = self._known.setdefault(table, _Known())
         parts = []
         for segment in _oldest_first(capsule):
@@ -345,8 +345,8 @@ class Store:
                 raise StoreError(f"{self.folder.url}/{place.name}: there is no such capsule")
             refs = [ref for ref, target in self.refs_and_targets() if target == place.name]
             if named is not None and isinstance(which, str):
-                self.folder.delete(_ref_file(which))
-                if set(refs) - {_ref_file(which)}:
+                self.folder.delete(ref_file(which))
+                if set(refs) - {ref_file(which)}:
                     return place
             for ref in refs:
                 self.folder.delete(ref)
@@ -379,7 +379,7 @@ class Store:
     def _named(self, which: str) -> Place | None:
         """The capsule that a name stands for; None where there is no such name, or no capsule."""
         try:
-            ref = _ref_file(which)
+            ref = ref_file(which)
         except StoreError:  # it is no name: perhaps an id
             return None
         place = manifests.place_of(self._target(ref) or "")
@@ -590,7 +590,8 @@ def _bytes(text: bytes) -> Bytes:
     return np.frombuffer(text, np.uint8)
 
 
-def _ref_file(name: str) -> str:
+def ref_file(name: str) -> str:
+    """The file of a ref. Raises StoreError for what cannot be a name."""
     quoted = urllib.parse.quote(name, safe="")
     if not 0 < len(quoted) <= 200:
         raise StoreError(f"{name!r} is not a name: 1 to 200 bytes when percent-encoded")
