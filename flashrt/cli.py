@@ -25,6 +25,7 @@ from flashrt.commands.bench.gpu.run import GpuBenchOptions, gpu_bench
 from flashrt.commands.bench.lanes import bench_lanes
 from flashrt.commands.bench.resume import resume
 from flashrt.commands.bench.session import bench
+from flashrt.commands.chat import ChatOptions, chat
 from flashrt.commands.checkpoints import EngineOptions
 from flashrt.commands.demo.command import DemoOptions, demo
 from flashrt.commands.doctor import doctor, version_of
@@ -36,6 +37,7 @@ from flashrt.commands.run import Sampling, run
 from flashrt.hub.packaged import PACKAGED
 from flashrt.hub.resolve import resolve
 from flashrt.load import DEVICES, PRECISIONS
+from flashrt.weights.bundled import bundled_checkpoint
 from flashrt.weights.random_checkpoint import SHAPES
 
 Command = Callable[[argparse.Namespace], int]
@@ -54,6 +56,7 @@ examples:
   flashrt demo                                   see it work, with no model at hand
   flashrt run --pull smollm2 "What is gravity?"  a small real model, fetched once (98 MB)
   flashrt run ~/models/Qwen3.5-0.8B --prompt "The capital of France is"
+  flashrt chat --pull smollm2                    talk with it; fork, undo, save as you go
   flashrt plan --shape 0.8b --svg arena.svg      where everything will lie in memory
   flashrt inspect ~/models/Qwen3.5-0.8B          layers, tensors, memory by context length
   flashrt bench --shape mini                     speed beside this machine's own limits
@@ -118,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     _add_demo(commands)
     _add_run(commands)
+    _add_chat(commands)
     _add_pull(commands)
     _add_plan(commands)
     _add_inspect(commands)
@@ -157,7 +161,9 @@ def _add(
     return parser
 
 
-def _add_engine_options(parser: argparse.ArgumentParser, max_positions: int = 4096) -> None:
+def _add_engine_options(
+    parser: argparse.ArgumentParser, max_positions: int = 4096, lanes: int = 1
+) -> None:
     defaults = EngineOptions(max_positions=max_positions)
     group = parser.add_argument_group("engine")
     group.add_argument(
@@ -165,8 +171,8 @@ def _add_engine_options(parser: argparse.ArgumentParser, max_positions: int = 40
         help=f"tokens that a session can hold (default: {max_positions})",
     )  # fmt: skip
     group.add_argument(
-        "--lanes", type=_whole(1, _MOST_LANES), default=1, metavar="N",
-        help="live sessions (default: 1)",
+        "--lanes", type=_whole(1, _MOST_LANES), default=lanes, metavar="N",
+        help=f"live sessions (default: {lanes})",
     )  # fmt: skip
     group.add_argument(
         "--kv-dtype", choices=("bfloat16", "float32", "int8", "float8"), default=defaults.kv_dtype,
@@ -315,12 +321,75 @@ def _add_run(commands: _Commands[_Parser]) -> None:
         "special tokens that it spells out are recognised",
     )  # fmt: skip
     parser.add_argument("--pull", action="store_true", help="fetch the model if it is not here")
+    _add_sampling(parser)
+    _add_engine_options(parser)
+    _add_device(parser)
+
+
+def _add_chat(commands: _Commands[_Parser]) -> None:
+    def command(options: argparse.Namespace) -> int:
+        sampling = Sampling(
+            max_tokens=options.max_tokens,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            seed=options.seed,
+        )
+        wanted = ChatOptions(
+            sampling, options.temperature, options.system, options.thinking, options.load
+        )
+        device = {"device": options.device, "precision": options.precision}
+        engine = dataclasses.replace(_engine_options(options), **device)
+        name = options.checkpoint
+        if name is None:
+            checkpoint = bundled_checkpoint()
+        else:
+            checkpoint = here(name) if options.pull else resolve(name)
+        return chat(checkpoint, engine, wanted)
+
+    parser = _add(
+        commands, "chat", command,
+        "Talk with a model in the terminal: fork, switch, undo, save and load as you go; /help\n"
+        "tells the commands. Lines may come from a pipe.",
+        "chat                                      the small trained model that comes along\n"
+        "chat --pull smollm2\n"
+        'chat ~/models/Qwen3.5-0.8B --system "Answer in one sentence." --no-thinking\n'
+        "chat ~/models/Qwen3.5-0.8B --load monday.capsule\n"
+        "chat < questions.txt",
+    )  # fmt: skip
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", nargs="?",
+        help=f"{_CHECKPOINT} (default: the small trained one that comes along)",
+    )  # fmt: skip
+    parser.add_argument("--pull", action="store_true", help="fetch the model if it is not here")
+    parser.add_argument("--system", type=_text, metavar="TEXT", help="the system message")
+    parser.add_argument(
+        "--thinking", action=argparse.BooleanOptionalAction,
+        help="whether the model thinks before it answers (default: as its template has it)",
+    )  # fmt: skip
+    parser.add_argument("--load", type=Path, metavar="PATH", help="go on from what /save wrote")
+    _add_sampling(parser, max_tokens=512, temperature=None)
+    _add_engine_options(parser, lanes=4)
+    _add_device(parser)
+
+
+def _add_sampling(
+    parser: argparse.ArgumentParser, max_tokens: int = 128, temperature: float | None = 0.0
+) -> None:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument(
-        "--max-tokens", type=_count, default=128, metavar="N", help="default: 128"
+        "--max-tokens",
+        type=_count,
+        default=max_tokens,
+        metavar="N",
+        help=f"default: {max_tokens}",
     )
     sampling.add_argument(
-        "--temperature", type=_number(0, 1e4), default=0.0, help="0 is greedy (default)"
+        "--temperature",
+        type=_number(0, 1e4),
+        default=temperature,
+        help="0 is greedy"
+        + (" (default)" if temperature == 0 else " (default: what the checkpoint recommends)"),
     )
     sampling.add_argument(
         "--top-k", type=_whole(0, _MOST_POSITIONS), default=0, metavar="K",
@@ -334,8 +403,6 @@ def _add_run(commands: _Commands[_Parser]) -> None:
         "--min-p", type=_number(0, 1), default=0.0, metavar="P", help="0 is off (default)"
     )
     sampling.add_argument("--seed", type=_whole(0, (1 << 64) - 1), default=0, help="default: 0")
-    _add_engine_options(parser)
-    _add_device(parser)
 
 
 def _add_pull(commands: _Commands[_Parser]) -> None:

@@ -99,6 +99,16 @@ class CapsuleTable:
         lane.keep((*lane.waypoints, waypoint))
         return waypoint
 
+    @in_turn
+    def copy_waypoint(self, waypoint: Waypoint, target: Lane) -> None:
+        """Another lane's waypoint for `target`, which was forked from that lane and holds its rows
+        up to there. Raises PoolFull.
+        """
+        (block,) = self.pool.take(self.fixed_nbytes)
+        self._run(self._checked([Copy(waypoint.block, block, self.fixed_nbytes)]))
+        made = (*target.waypoints, Waypoint(waypoint.position, block))
+        target.keep(tuple(sorted(made, key=lambda w: w.position)))
+
     # -- capsule -> lane ------------------------------------------------------------------------
 
     @in_turn

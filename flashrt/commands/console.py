@@ -208,11 +208,15 @@ def warnings_as_notes() -> Iterator[None]:
         yield
 
 
-def write(text: str) -> None:
+def write(text: str, *, is_dim: bool = False) -> None:
     """A piece of a model's text on stdout, at once: as it is for a program, visible for a person.
 
     Raises OSError when nobody can read it.
     """
+    if is_dim and sys.stdout.isatty():
+        _console(False).print(Text(visible(text), "dim"), end="", soft_wrap=True)
+        sys.stdout.flush()
+        return
     sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 

@@ -1,8 +1,11 @@
 """Conversations: a session that is told messages and replies in text.
 
 IS: messages -> tokens by the checkpoint's chat template, fed from where they differ from what the
-session holds; capsules together with the messages that led to them. IS NOT: the syntax of tool
-calls in replies (text is handed on as it is), or a server.
+session holds; replies as text, as events, and as messages; capsules together with the messages that
+led to them. IS NOT: the syntax of tool calls (text.tool_calls), or a server.
+
+A waypoint is kept where each question begins, and where a reply will be written in another way once
+it is old: the next turn, or going back, feeds new tokens only.
 """
 
 from __future__ import annotations
@@ -20,16 +23,22 @@ from flashrt.base.messages import shown
 from flashrt.capsule.capsule import Capsule
 from flashrt.session.engine import SessionEngine
 from flashrt.session.session import EndReason, Session
+from flashrt.session.waypoints import MOST_KEPT
+from flashrt.text import tool_calls
 from flashrt.text.messages import Pair, checked_message, checked_messages, content_of
 from flashrt.text.prompt import Prompt, PromptEncoder
+from flashrt.text.reply import ReplyEvent, ReplyParser
 from flashrt.text.stops import StopStrings
-from flashrt.text.template import Message
-from flashrt.text.thought import reply_message
+from flashrt.text.template import ChatError, Message
+from flashrt.text.thought import FIELD
+from flashrt.text.tool_calls import Tools, ToolSyntax, tool_syntax
+from flashrt.text.tool_grammar import NONE, ToolChoice, chosen_tools
 from flashrt.weights.checkpoint import GENERATION_FILE, Checkpoint
 
 Messages = tuple[Message, ...]  # oldest first
 Said = tuple[Pair, ...]  # (role, content) of each message
 
+_NEVER = -1e6  # a bias with which no token is sampled
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -46,31 +55,59 @@ class ChatPoint:
         return _said(self.messages)
 
 
+@dataclass(frozen=True, slots=True)
+class _Habits:
+    """What all replies of a conversation have in common."""
+
+    prompts: PromptEncoder
+    sampling: Mapping[str, Any]
+    tools: Tools
+    syntax: ToolSyntax | None
+    thinking: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What was asked of one reply."""
+
+    max_tokens: int
+    stop: Iterable[str]
+    thinking: bool | None
+    tool_choice: ToolChoice | None
+    is_continued: bool
+    sampling: Mapping[str, Any]
+
+
 @dataclass(slots=True)
 class _Progress:
     """Of a reply, while it comes."""
 
     token_count: int = 0
     reason: EndReason | None = None
-    pieces: weakref.ref[Any] | None = None  # a generator
+    message: Message | None = None
+    parts: weakref.ref[Any] | None = None  # a generator
 
     @property
     def is_coming(self) -> bool:
         """Whether it has begun and not ended, however it ended: nobody has to say so."""
-        pieces = self.pieces() if self.pieces is not None else None
-        return pieces is not None and pieces.gi_frame is not None
+        parts = self.parts() if self.parts is not None else None
+        return parts is not None and parts.gi_frame is not None
+
+
+_Parts = Generator[tuple[str, list[ReplyEvent]], None, None]  # pieces, and what they made certain
 
 
 class Reply(Iterator[str]):
-    """A reply in pieces of whole characters. Made by `Chat.stream`; nothing runs before the first.
+    """A reply in pieces of whole characters, or as events. Made by `Chat.stream`; nothing runs
+    before the first.
 
     Its message joins the conversation when it has ended, or was closed. If it fails, none does.
     """
 
-    def __init__(self, begin: Callable[[_Progress], Generator[str, None, None]]) -> None:
+    def __init__(self, begin: Callable[[_Progress], _Parts]) -> None:
         self._progress = _Progress()
-        self._pieces = begin(self._progress)
-        self._progress.pieces = weakref.ref(self._pieces)
+        self._parts = begin(self._progress)
+        self._progress.parts = weakref.ref(self._parts)
 
     @property
     def token_count(self) -> int:
@@ -84,12 +121,32 @@ class Reply(Iterator[str]):
         """
         return self._progress.reason
 
+    @property
+    def message(self) -> Message | None:
+        """The message that joined: "role", "content", perhaps "reasoning_content" and "tool_calls".
+        None while it runs, and if nothing was said.
+        """
+        return self._progress.message
+
     def __next__(self) -> str:
-        return next(self._pieces)
+        while True:
+            piece, _ = next(self._parts)
+            if piece:
+                return piece
+
+    def events(self) -> Iterator[ReplyEvent]:
+        """The same as thought, text and calls of tools, apart, in place of pieces. Left early, the
+        reply is closed.
+        """
+        try:
+            for _, events in self._parts:
+                yield from events
+        finally:
+            self.close()
 
     def close(self) -> None:
         """End it here; what was yielded was said."""
-        self._pieces.close()
+        self._parts.close()
 
 
 class Chat:
@@ -103,13 +160,12 @@ class Chat:
         self,
         engine: SessionEngine,
         session: Session,
-        prompts: PromptEncoder,
-        sampling: Mapping[str, Any],
+        habits: _Habits,
     ) -> None:
-        """An empty conversation; `sampling`: for replies that say nothing else."""
+        """An empty conversation."""
         self.session = session
         self.fed_tokens = 0
-        self._engine, self._prompts, self._sampling = engine, prompts, dict(sampling)
+        self._engine, self._habits, self._prompts = engine, habits, habits.prompts
         self._messages: Messages = ()
         self._reply: _Progress | None = None  # the one that is coming
         self._reason: EndReason | None = None
@@ -160,24 +216,56 @@ class Chat:
 
     # -- replies --------------------------------------------------------------------------------
 
-    def reply(self, max_tokens: int = 256, *, stop: Iterable[str] = (), **sampling: Any) -> str:
+    def reply(
+        self,
+        max_tokens: int = 256,
+        *,
+        stop: Iterable[str] = (),
+        thinking: bool | None = None,
+        tool_choice: ToolChoice | None = None,
+        continue_final: bool = False,
+        **sampling: Any,
+    ) -> str:
         """The assistant's next message, which joins the conversation: its content, without what the
-        model thought before. Empty, and no message, if the model said nothing. See `stream`.
+        model thought before and the tools it calls (`messages[-1]` has them). Empty, and no
+        message, if the model said nothing. See `stream`.
         """
-        before = len(self._messages)
-        for _ in self.stream(max_tokens, stop=stop, **sampling):
+        coming = self.stream(
+            max_tokens,
+            stop=stop,
+            thinking=thinking,
+            tool_choice=tool_choice,
+            continue_final=continue_final,
+            **sampling,
+        )
+        for _ in coming:
             pass
-        return content_of(self._messages[-1]) if len(self._messages) > before else ""
+        return "" if coming.message is None else content_of(coming.message)
 
-    def stream(self, max_tokens: int = 256, *, stop: Iterable[str] = (), **sampling: Any) -> Reply:
-        """The same in pieces, thought included. Closed early, what was yielded was said.
+    def stream(
+        self,
+        max_tokens: int = 256,
+        *,
+        stop: Iterable[str] = (),
+        thinking: bool | None = None,
+        tool_choice: ToolChoice | None = None,
+        continue_final: bool = False,
+        **sampling: Any,
+    ) -> Reply:
+        """The same in pieces, thought and calls included; `Reply.events` tells them apart. Closed
+        early, what was yielded was said.
 
-        stop: texts that end the reply; they are neither yielded nor part of it. sampling: see
-        Session.generate. Raises, at the first piece, ChatError for messages that the template
-        refuses, SessionError for a conversation that does not fit, for bad parameters and while
+        stop: texts that end the reply; they are neither yielded nor part of it. thinking: whether
+        the model thinks first, by the template's switch; None is as `open_chat` was told.
+        tool_choice: "auto" (the default), "none", which keeps the tools in the prompt, "required",
+        or a function as {"type": "function", "function": {"name": ...}}. continue_final: go on with
+        the last message, the assistant's, in place of a new one. sampling: see Session.generate.
+        Raises, at the first piece, ChatError for messages that the template refuses and for what it
+        cannot do, SessionError for a conversation that does not fit, for bad parameters and while
         another reply is coming; the conversation is as before then.
         """
-        return Reply(lambda progress: self._speak(progress, max_tokens, stop, sampling))
+        wish = _Wish(max_tokens, stop, thinking, tool_choice, continue_final, sampling)
+        return Reply(lambda progress: self._speak(progress, wish))
 
     def tokens(
         self, messages: Iterable[Message | Pair] | None = None, *, is_asked: bool = False
@@ -187,14 +275,14 @@ class Chat:
         Raises ChatError if the template refuses them.
         """
         told = self._messages if messages is None else checked_messages(messages)
-        return self._prompts.encode(told, is_asked=is_asked).tokens
+        return self._encode(told, is_asked=is_asked).tokens
 
     # -- capsules -------------------------------------------------------------------------------
 
     def snapshot(self, name: str | None = None) -> ChatPoint:
         """Freeze the conversation, all messages prefilled. Raises PoolFull."""
         self._check_idle("no snapshot can be taken")
-        self._feed(self._prompts.encode(self._messages, is_asked=False))
+        self._feed(self._encode(self._messages, is_asked=False))
         return ChatPoint(self.session.snapshot(name), self._messages)
 
     def restore(self, point: ChatPoint) -> None:
@@ -210,7 +298,7 @@ class Chat:
             self._check_idle("it cannot be forked")
         messages = self._messages if point is None else checked_messages(point.messages)
         other = self.session.fork(None if point is None else point.capsule)
-        made = Chat(self._engine, other, self._prompts, self._sampling)
+        made = Chat(self._engine, other, self._habits)
         made._messages = messages
         return made
 
@@ -226,47 +314,94 @@ class Chat:
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _speak(
-        self,
-        progress: _Progress,
-        max_tokens: int,
-        stop: Iterable[str],
-        sampling: Mapping[str, Any],
-    ) -> Generator[str, None, None]:
+    def _speak(self, progress: _Progress, wish: _Wish) -> _Parts:
         self._check_idle("there cannot be two")
         self._reason = None
-        stops = StopStrings(stop)
-        options = {**self._sampling, "stop": self._engine.checkpoint.stop_tokens, **sampling}
+        stops, habits = StopStrings(wish.stop), self._habits
+        chosen = chosen_tools(habits.tools, wish.tool_choice)
+        options = {**habits.sampling, "stop": self._engine.checkpoint.stop_tokens, **wish.sampling}
+        syntax = habits.syntax
+        if wish.tool_choice == NONE and syntax is not None:
+            options, syntax = self._without_calls(options), None
         if self.session.position:  # bad parameters raise here, before anything moves
-            self.session.generate(min(max_tokens, 0), **options)
-        prompt = self._prompts.encode(self._messages, is_asked=True)
+            self.session.generate(min(wish.max_tokens, 0), **options)
+        prompt = self._encode(
+            self._messages,
+            is_asked=True,
+            is_continued=wish.is_continued,
+            thinking=wish.thinking,
+        )
+        if chosen is not None:
+            self._hold_to_choice(prompt)
         self._feed(prompt, room=1)
-        generation = self.session.generate(max_tokens, **options)
-        decoder, pieces = self._prompts.tokenizer.stream(), list[str]()
+        generation = self.session.generate(wish.max_tokens, **options)
+        decoder = self._prompts.tokenizer.stream()
+        base = self._messages[-1] if wish.is_continued else None
+        parser = ReplyParser(
+            in_thought=prompt.in_thought,
+            is_continued=base is not None and _says_anything(base),
+            syntax=syntax,
+            tools=habits.tools,
+        )
         self._reply = progress
         try:
             for token in generation:
                 progress.token_count += 1
                 if piece := stops.push(decoder.push(token)):
-                    pieces.append(piece)
-                    yield piece
+                    yield piece, parser.push(piece)
                 if stops.is_found:
                     break
-            if piece := stops.push(decoder.flush()) + stops.flush():
-                pieces.append(piece)
-                yield piece
+            piece = stops.push(decoder.flush()) + stops.flush()
+            events = [*parser.push(piece), *parser.flush()]
+            if piece or events:
+                yield piece, events
         except GeneratorExit:
-            self._join("".join(pieces), prompt)
+            parser.flush()
+            self._join(progress, parser, base)
             raise
         finally:
             generation.close()
         progress.reason = self._reason = "stop" if stops.is_found else generation.reason
-        self._join("".join(pieces), prompt)
+        self._join(progress, parser, base)
 
-    def _join(self, text: str, prompt: Prompt) -> None:
-        message = reply_message(text, in_thought=prompt.in_thought)
-        if message is not None:
-            self._messages = (*self._messages, message)
+    def _join(self, progress: _Progress, parser: ReplyParser, base: Message | None) -> None:
+        """The reply becomes a message, or more of the message that it goes on with."""
+        said = parser.message()
+        if said is None:
+            return
+        message = said if base is None else _continued(base, parser)
+        before = self._messages if base is None else self._messages[:-1]
+        self._messages = (*before, message)
+        progress.message = message
+
+    def _without_calls(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options with which the token that begins a call is never sampled, if there is one."""
+        token = self._prompts.tokenizer.token_id(tool_calls.OPEN)
+        if token is None:
+            return dict(options)
+        return {**options, "logit_bias": {**(options.get("logit_bias") or {}), token: _NEVER}}
+
+    def _hold_to_choice(self, prompt: Prompt) -> None:
+        """Raises ChatError: a call can be asked for, and not be forced yet."""
+        raise ChatError(
+            "tool_choice: a call cannot be forced, as Session.generate takes no grammar; "
+            "tool_grammar.tool_call_grammar writes it; use 'auto' and look at what came"
+        )
+
+    def _encode(
+        self,
+        messages: Messages,
+        *,
+        is_asked: bool,
+        is_continued: bool = False,
+        thinking: bool | None = None,
+    ) -> Prompt:
+        return self._prompts.encode(
+            messages,
+            is_asked=is_asked,
+            is_continued=is_continued,
+            thinking=self._habits.thinking if thinking is None else thinking,
+        )
 
     def _feed(self, prompt: Prompt, room: int = 0) -> None:
         """Bring the session to the tokens of a prompt: roll back what differs, feed the rest.
@@ -283,7 +418,12 @@ class Chat:
         same = shared(self.session.tokens, wanted)
         if same < self.session.position:
             self.session.rollback(same)
-        self.session.prefill(wanted[same:])
+        at = same
+        for boundary in _boundaries(prompt, same):
+            self.session.prefill(wanted[at:boundary])
+            self.session.keep_waypoint()
+            at = boundary
+        self.session.prefill(wanted[at:])
         self.fed_tokens += len(wanted) - same
 
     def _check_idle(self, what: str) -> None:
@@ -298,19 +438,48 @@ def shared(one: Sequence[int] | NDArray[np.int32], other: Sequence[int]) -> int:
     return int(differing[0]) if len(differing) else n
 
 
+def _boundaries(prompt: Prompt, fed: int) -> list[int]:
+    """Where waypoints belong among the tokens that are still to be fed."""
+    found = {p for p in (*prompt.turn_starts, prompt.tail_start) if fed <= p <= len(prompt.tokens)}
+    return sorted(found - {0})[-MOST_KEPT:]
+
+
+def _says_anything(message: Message) -> bool:
+    return bool(content_of(message) or message.get(FIELD))
+
+
+def _continued(base: Message, parser: ReplyParser) -> Message:
+    """A message, and what was said on top of it."""
+    content, thought = content_of(base), str(base.get(FIELD) or "")
+    if thought and not content:
+        thought += parser.thought
+        content = parser.content
+    else:
+        content += parser.content
+    made = {**base, "content": content}
+    if thought:
+        made[FIELD] = thought
+    return {**made, "tool_calls": parser.calls} if parser.calls else made
+
+
 def open_chat(
     engine: SessionEngine,
     *,
     tools: Sequence[Mapping[str, object]] | None = None,
     template_options: Mapping[str, object] | None = None,
     sampling: Mapping[str, Any] | None = None,
+    thinking: bool | None = None,
+    syntax: ToolSyntax | None = None,
 ) -> Chat:
     """An empty conversation on a free lane.
 
-    tools: JSON schemas of functions, for the template. template_options: what the template takes
-    besides, e.g. {"enable_thinking": False}. sampling: arguments of Session.generate for all
-    replies; `recommended_sampling` gives the checkpoint's own. Raises LaneBusy, ChatError, or
-    CheckpointError where the checkpoint has no tokenizer or no chat template.
+    tools: JSON schemas of functions, for the template; calls of them are read from replies, in the
+    syntax that the template shows, or in `syntax`; one that is not known leaves them in the text.
+    template_options: what the template takes besides, e.g. {"preserve_thinking": True}. thinking:
+    whether the model thinks before it answers; None leaves it to the template. sampling: arguments
+    of Session.generate for all replies; `recommended_sampling` gives the checkpoint's own. Raises
+    LaneBusy, ChatError, or CheckpointError where the checkpoint has no tokenizer or no chat
+    template.
     """
     text = engine.text
     if text.tokenizer is None or text.template is None:
@@ -319,7 +488,9 @@ def open_chat(
             "without them, feed token ids to engine.session()"
         )
     prompts = PromptEncoder(text.template, text.tokenizer, tools, template_options)
-    return Chat(engine, engine.session(), prompts, sampling or {})
+    found = (syntax or tool_syntax(text.template.source)) if tools else None
+    habits = _Habits(prompts, dict(sampling or {}), Tools(tools or ()), found, thinking)
+    return Chat(engine, engine.session(), habits)
 
 
 def recommended_sampling(checkpoint: Checkpoint) -> dict[str, float]:

@@ -91,6 +91,7 @@ class Session:
         self._table = engine.capsules
         self._parent = parent
         self._epoch = 0  # counts changes from outside a generator
+        self._kept: tuple[int, ...] = ()  # positions of waypoints that somebody asked for
         self._closed_with: NDArray[np.int32] | None = None  # its tokens, once it is closed
         self.lock = reentrant_lock()  # held through a call, kernels included
         self._lane = engine.take_lane(self)
@@ -352,7 +353,9 @@ class Session:
         if capsule is not None:
             source = capsule
             return Session(self._engine, lambda lane: self._table.restore(lane, source), capsule)
-        return Session(self._engine, lambda lane: self._table.fork(self._lane, lane), self._parent)
+        made = Session(self._engine, lambda lane: self._table.fork(self._lane, lane), self._parent)
+        made._take_along(self)
+        return made
 
     @exclusive
     def _forks(self, n: int) -> list[Session]:
@@ -392,6 +395,29 @@ class Session:
         self._parent = _at_or_below(self._parent, self._lane.position)
         self._epoch += 1
         self._feed(journal[self._lane.position :])
+
+    @exclusive
+    def keep_waypoint(self) -> None:
+        """Keep the present boundary: a rollback to it replays nothing.
+
+        The last 16 that were asked for stay, and the last two go along with a fork. Where the pool
+        has no room, this session's other waypoints give way, oldest first; without any, nothing is
+        kept: only speed is lost.
+        """
+        self._settle()
+        lane, position = self._lane, self._lane.position
+        if not position:
+            return
+        while not lane.waypoints or lane.waypoints[-1].position < position:
+            try:
+                self._table.keep_waypoint(lane)
+            except PoolFull:
+                others = [w for w in lane.waypoints if w.position not in self._kept]
+                if not (others or lane.waypoints):
+                    return
+                self._table.drop_waypoint(lane, (others or lane.waypoints)[0])
+        kept = (*(p for p in self._kept if p < position), position)
+        self._kept = kept[-waypoints.MOST_KEPT :]
 
     @exclusive
     def close(self) -> None:
@@ -451,9 +477,19 @@ class Session:
             self._table.keep_waypoint(self._lane)
         except PoolFull:
             return  # only speed is lost: a rollback replays from an older boundary
-        gone = set(waypoints.superfluous([w.position for w in kept], position))
+        gone = set(waypoints.superfluous([w.position for w in kept], position)) - set(self._kept)
         for waypoint in [w for w in kept if w.position in gone]:
             self._table.drop_waypoint(self._lane, waypoint)
+
+    def _take_along(self, source: Session) -> None:
+        """The last waypoints that were asked for, of the session that this one is a fork of."""
+        wanted = source._kept[-waypoints.FORKED :]
+        for waypoint in reversed([w for w in source._lane.waypoints if w.position in wanted]):
+            try:
+                self._table.copy_waypoint(waypoint, self._lane)
+            except PoolFull:
+                return
+            self._kept = (waypoint.position, *self._kept)
 
     def _check_open(self) -> None:
         if self._closed_with is not None or self._engine.is_closed:

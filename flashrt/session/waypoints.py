@@ -12,6 +12,8 @@ from collections.abc import Sequence
 STRIDE = 64  # tokens between waypoints near the head
 DENSE = 256  # how far behind the head every stride is kept
 SPREAD = 3  # behind that, neighbours may be distance / SPREAD apart
+MOST_KEPT = 16  # of those that somebody asked for: the last ones are spared
+FORKED = 2  # of these, the last ones go along with a fork
 
 
 def is_due(position: int, last: int) -> bool:

@@ -1,7 +1,7 @@
 """Messages of a conversation, checked once: what `Chat.add` takes and templates are given.
 
-IS: copies of messages as mappings of plain values, arguments of tool calls as objects. IS NOT: what
-a role means, or a rule on their order: templates know that.
+IS: copies of messages as mappings of plain values; arguments of tool calls as objects, for
+templates. IS NOT: what a role means, or a rule on their order: templates know that.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ def checked_messages(messages: Iterable[Message | Pair]) -> tuple[Message, ...]:
 def checked_message(message: Message, at: str = "") -> Message:
     """A copy of a message. Raises ChatError for what is none; `at` is its place, for the error.
 
-    Arguments of tool calls that are JSON text, as servers hand them on, become objects: templates
-    go over their names.
+    Arguments of tool calls may be objects, or JSON text of one as servers hand them on.
     """
     if not isinstance(message, Mapping):
         raise ChatError(f"message{at}: expected a mapping, got {shown(message)}")
@@ -44,8 +43,21 @@ def checked_message(message: Message, at: str = "") -> Message:
     if not isinstance(made.get("reasoning_content", ""), str | None):
         raise ChatError(f"message{at}: reasoning_content is no text")
     if made.get("tool_calls") is not None:
-        made["tool_calls"] = _tool_calls(made["tool_calls"], f"message{at}: tool_calls")
+        made["tool_calls"] = _checked_calls(made["tool_calls"], f"message{at}: tool_calls")
     return made
+
+
+def with_objects(message: Message) -> Message:
+    """A checked message whose calls have objects for arguments: templates go over their names."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, Sequence) or not calls:
+        return message
+    made = copy.deepcopy(list(calls))
+    for call in made:
+        holder = call.get("function", call)
+        if isinstance(arguments := holder.get("arguments"), str):
+            holder["arguments"] = json.loads(arguments or "{}")
+    return {**message, "tool_calls": made}
 
 
 def content_of(message: Message) -> str:
@@ -58,7 +70,7 @@ def content_of(message: Message) -> str:
     return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
 
 
-def _tool_calls(calls: object, at: str) -> list[object]:
+def _checked_calls(calls: object, at: str) -> list[object]:
     if not isinstance(calls, Sequence) or not all(isinstance(call, dict) for call in calls):
         raise ChatError(f"{at} is {shown(calls)}; give a list of objects")
     for i, call in enumerate(calls):
@@ -66,15 +78,14 @@ def _tool_calls(calls: object, at: str) -> list[object]:
         if not isinstance(holder, dict) or not isinstance(holder.get("name"), str):
             raise ChatError(f"{at}[{i}] has no name of a function")
         if isinstance(arguments := holder.get("arguments"), str):
-            holder["arguments"] = _arguments(arguments, f"{at}[{i}]: arguments")
+            _check_arguments(arguments, f"{at}[{i}]: arguments")
     return list(calls)
 
 
-def _arguments(text: str, at: str) -> Mapping[str, object]:
+def _check_arguments(text: str, at: str) -> None:
     try:
         found = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
         raise ChatError(f"{at} are no JSON: {error}; the text is {shown(text)}") from error
     if not isinstance(found, dict):
         raise ChatError(f"{at} are {shown(found)}; a JSON object is expected")
-    return found

@@ -12,6 +12,7 @@ characters return. If contents spell nothing, the ids are those of the whole tex
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
 import secrets
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from flashrt.text.messages import content_of, with_objects
 from flashrt.text.template import (
     NONCHARACTERS,
     OWN_VARIABLES,
@@ -27,7 +29,7 @@ from flashrt.text.template import (
     ChatTemplate,
     Message,
 )
-from flashrt.text.thought import opens_thought, readable
+from flashrt.text.thought import FIELD, OPEN, opens_thought, readable
 from flashrt.text.tokenizer import AddedToken, Tokenizer
 
 # Written by whoever runs the model, or by the model: tokens that are added but not special, such as
@@ -37,12 +39,23 @@ _Place = tuple[int, AddedToken]  # where a text spells a control token
 _STAND_IN = {"role": "user", "content": "?"}, {"role": "user", "content": "!"}
 
 
+SWITCH = "enable_thinking"  # the template option that turns thoughts on and off
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids of a conversation; in_thought: they end where a thought has begun."""
+    """Token ids of a conversation; in_thought: they end within a thought.
+
+    turn_starts: positions at which users' messages begin, ascending; without those that no control
+    token begins. tail_start: tokens [0, tail_start) stay as they are when another question follows;
+    templates that drop old thoughts write what comes after them in another way then. A boundary at
+    each of these positions is what makes the next turn, and the way back, cost new tokens only.
+    """
 
     tokens: list[int]
     in_thought: bool
+    turn_starts: tuple[int, ...]
+    tail_start: int
 
 
 class PromptEncoder:
@@ -58,24 +71,32 @@ class PromptEncoder:
         tools: Sequence[Mapping[str, object]] | None = None,
         options: Mapping[str, object] | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
-        self._template = template
+        self.tokenizer, self.template = tokenizer, template
         self._tools = list(tools) if tools else None
         self._options = dict(options or {})
         if taken := sorted(OWN_VARIABLES & self._options.keys()):
             raise ChatError(f"template options: {', '.join(taken)} cannot be given there")
         self._control = _ControlTokens(tokenizer)
 
-    def encode(self, messages: Sequence[Message], *, is_asked: bool) -> Prompt:
-        """The prompt of messages; is_asked: up to where a reply begins. Raises ChatError."""
-        given = _Given(
-            [readable(message, self._template.source) for message in messages],
-            self._tools,
-            self._options,
-        )
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        is_asked: bool,
+        is_continued: bool = False,
+        thinking: bool | None = None,
+    ) -> Prompt:
+        """The prompt of messages; is_asked: up to where a reply begins; is_continued: up to where
+        the last message, the assistant's, ends, so that what follows goes on with it. thinking:
+        whether the model is to think first; None leaves it to the template.
+
+        Raises ChatError if the template refuses them, or cannot do that.
+        """
+        given = self._given(messages, is_continued, thinking)
+        is_asked = is_asked and not is_continued
         hidden, table = given, dict[int, str]()
         if self._control.handles & given.characters:
-            table = self._control.disguise(given.characters | set(self._template.source))
+            table = self._control.disguise(given.characters | set(self.template.source))
             hidden = given.changed(lambda text, trusted: self._control.hide(text, trusted, table))
         text = self._text(hidden, is_asked)
         own = self._control.spelled(text)
@@ -88,7 +109,80 @@ class PromptEncoder:
                     "a content would be read as control tokens, and this tokenizer cannot encode "
                     f"it as text; take out what looks like a token of {self.tokenizer.path}"
                 )
-        return Prompt(tokens, is_asked and opens_thought(text))
+        if is_continued:
+            in_thought = bool(messages[-1].get(FIELD)) and not content_of(messages[-1])
+        else:
+            in_thought = is_asked and opens_thought(text)
+        if in_thought and thinking is False and not is_continued:
+            raise ChatError(
+                f"this chat template has no switch {SWITCH!r} and opens a thought by itself; leave "
+                "out thinking=False"
+            )
+        places = _Places(text, own, self._control.positions(tokens), tokens)
+        turn_starts = self._turn_starts(hidden, is_asked, places)
+        return Prompt(tokens, in_thought, turn_starts, self._tail_start(hidden, places, table))
+
+    def _given(
+        self, messages: Sequence[Message], is_continued: bool, thinking: bool | None
+    ) -> _Given:
+        source, options = self.template.source, self._options
+        if thinking is not None and SWITCH in source:
+            options = {**options, SWITCH: thinking}
+        elif thinking and OPEN not in source:
+            raise ChatError(
+                "thinking=True: this chat template knows no thoughts; leave out thinking"
+            )
+        given = _Given([with_objects(message) for message in messages], self._tools, options)
+        if is_continued:
+            given = _Given(
+                _marked_end(given.messages, given.mark), self._tools, options, given.mark
+            )
+        readables = [readable(message, source) for message in given.messages]
+        return _Given(readables, self._tools, options, given.cut)
+
+    # -- positions in a prompt ------------------------------------------------------------------
+
+    def _turn_starts(self, hidden: _Given, is_asked: bool, places: _Places) -> tuple[int, ...]:
+        """See Prompt: a mark at each user's first word shows where the template puts it."""
+        mark, users = hidden.mark, [m for m in hidden.messages if m["role"] == "user"]
+        if not users:
+            return ()
+        messages = [_marked_start(m, mark) if m["role"] == "user" else m for m in hidden.messages]
+        try:
+            text = self._text(hidden.with_messages(messages), is_asked)
+        except ChatError:
+            return ()
+        parts = text.split(mark)
+        if "".join(parts) != places.text or len(parts) != len(users) + 1:
+            return ()
+        at, found = 0, set[int]()
+        for part in parts[:-1]:
+            at += len(part)
+            if (start := places.turn_before(at)) is not None:
+                found.add(start)
+        return tuple(sorted(found))
+
+    def _tail_start(self, hidden: _Given, places: _Places, table: Mapping[int, str]) -> int:
+        """See Prompt: what the messages become once another answer and question follow."""
+        answer, question = ({"role": r, "content": hidden.mark} for r in ("assistant", "user"))
+        is_answered = hidden.messages and hidden.messages[-1]["role"] == "assistant"
+        following = [question] if is_answered else [answer, question]
+        messages = list(hidden.messages)
+        if hidden.cut is not None:
+            messages = [
+                _mapped(m, lambda t, _: t.replace(hidden.mark, "?"), True) for m in messages
+            ]
+        try:
+            text = self._render(hidden, [*messages, *following], False)
+        except ChatError:
+            return len(places.tokens)
+        same = len(_common(places.text, text))
+        if same == len(places.text):
+            return len(places.tokens)
+        start, position = places.token_before(same)
+        piece = self.tokenizer.encode(places.text[start:same].translate(_back(table)))
+        is_there = places.tokens[position : position + len(piece)] == piece
+        return position + len(piece) if is_there else position
 
     def _whole(self, given: _Given, is_asked: bool, shown: str, own: list[_Place]) -> str | None:
         """The text as the template makes it of the contents as they are, if just its own control
@@ -108,6 +202,11 @@ class PromptEncoder:
         return text if is_own else None
 
     def _text(self, given: _Given, is_asked: bool) -> str:
+        if given.cut is not None:
+            whole, found, _ = self._render(given, given.messages, False).rpartition(given.cut)
+            if not found:
+                raise ChatError("the template does not show the end of the message to continue")
+            return whole
         try:
             return self._render(given, given.messages, is_asked)
         except ChatError:
@@ -119,7 +218,7 @@ class PromptEncoder:
             return text
 
     def _render(self, given: _Given, messages: Sequence[Message], is_asked: bool) -> str:
-        return self._template.render(
+        return self.template.render(
             messages, tools=given.tools, add_generation_prompt=is_asked, **given.options
         )
 
@@ -152,8 +251,22 @@ class _Given:
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, object]] | None,
         options: Mapping[str, object],
+        cut: str | None = None,
     ) -> None:
-        self.messages, self.tools, self.options = messages, tools, options
+        """cut: a mark at which the rendered text ends."""
+        self.messages, self.tools, self.options, self.cut = messages, tools, options, cut
+
+    @cached_property
+    def mark(self) -> str:
+        """A character that occurs in no text: the one that cuts, or another. Raises ChatError."""
+        free = self.cut or next((c for c in NONCHARACTERS[::-1] if c not in self.characters), None)
+        if free is None:
+            raise ChatError("the messages hold too many characters that Unicode keeps unused")
+        return free
+
+    def with_messages(self, messages: Sequence[Message]) -> _Given:
+        """Others, all else the same."""
+        return _Given(messages, self.tools, self.options, self.cut)
 
     @cached_property
     def characters(self) -> set[str]:
@@ -180,7 +293,38 @@ class _Given:
             [_mapped(m, change, m["role"] in TRUSTED_ROLES) for m in self.messages],
             _mapped(self.tools, change, True),
             _mapped(self.options, change, True),
+            self.cut,
         )
+
+
+class _Places:
+    """Where control tokens are, in a text and among its ids."""
+
+    def __init__(
+        self, text: str, own: Sequence[_Place], positions: Sequence[int], tokens: list[int]
+    ) -> None:
+        """own: of the text; positions: of the same ones among the ids."""
+        self.text, self.tokens = text, tokens
+        self._starts = [start for start, _ in own]
+        self._ends = [start + len(token.spelling) for start, token in own]
+        self._positions = positions
+
+    def token_before(self, at: int) -> tuple[int, int]:
+        """(place in the text, position among the ids) of the last control token that begins at or
+        before a place; (0, 0) if none does.
+        """
+        i = bisect.bisect_right(self._starts, at) - 1
+        return (self._starts[i], self._positions[i]) if i >= 0 else (0, 0)
+
+    def turn_before(self, at: int) -> int | None:
+        """Position of the control token that begins the turn of a user whose words begin at a
+        place: the one before them, or the one before that if the role stands between the two.
+        """
+        i = bisect.bisect_right(self._ends, at) - 1
+        if i < 0:
+            return None
+        role_comes_first = i and self.text[self._ends[i - 1] : self._starts[i]].strip() == "user"
+        return self._positions[i - 1 if role_comes_first else i]
 
 
 class _ControlTokens:
@@ -232,6 +376,10 @@ class _ControlTokens:
         text = "".join([*made, hidden[at:]]).translate(_back(table))
         tokens = self._respelled.tokenizer.encode(text)
         return [self._respelled.ids.get(token, token) for token in tokens]
+
+    def positions(self, tokens: Sequence[int]) -> list[int]:
+        """Of the control tokens among ids."""
+        return [i for i, token in enumerate(tokens) if token in self._ids]
 
     def are(self, tokens: Sequence[int], own: Sequence[_Place]) -> bool:
         """Whether the control tokens among ids are these."""
@@ -314,7 +462,42 @@ def _mapped(value: Any, change: Callable[[str, bool], str], is_trusted: bool) ->
     return value
 
 
+def _marked_start(message: Message, mark: str) -> Message:
+    """With a mark before its first word."""
+
+    def marked(text: str) -> str:
+        words = text.lstrip()
+        return f"{text[: len(text) - len(words)]}{mark}{words}"
+
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": marked(content)}
+    if not isinstance(content, Sequence):
+        return message
+    parts, is_done = list[object](), False
+    for part in content:
+        if not is_done and isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            parts.append({**part, "text": marked(part["text"])})
+            is_done = True
+        else:
+            parts.append(part)
+    return {**message, "content": parts}
+
+
+def _marked_end(messages: Sequence[Message], mark: str) -> list[Message]:
+    """With a mark where the last message, the assistant's, goes on. Raises ChatError."""
+    last = messages[-1] if messages else {}
+    if last.get("role") != "assistant":
+        raise ChatError("only a message of the assistant can be continued; the last one is not")
+    if last.get("tool_calls"):
+        raise ChatError("a message that calls tools cannot be continued; add what they returned")
+    content, thought = content_of(last), last.get(FIELD)
+    if thought and not content:
+        return [*messages[:-1], {**last, FIELD: f"{thought}{mark}"}]
+    return [*messages[:-1], {**last, "content": f"{content}{mark}"}]
+
+
 def _common(one: str, other: str) -> str:
     """What two texts begin with alike."""
-    ends = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return one[: next(ends, min(len(one), len(other)))]
+    most = range(1, min(len(one), len(other)) + 1)
+    return one[: bisect.bisect_left(most, True, key=lambda n: one[:n] != other[:n])]

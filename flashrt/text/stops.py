@@ -21,6 +21,7 @@ class StopStrings:
             raise SessionError(f"stop: {self._strings!r}; give texts of at least one character")
         self._held = ""
         self.is_found = False
+        self.rest = ""  # what came after the stop string, in the piece that completed it
 
     def push(self, piece: str) -> str:
         """Take a piece; what lies before any stop string. Nothing more after one was found."""
@@ -32,6 +33,7 @@ class StopStrings:
         found = [(at + len(s), at) for s in self._strings if (at := self._held.find(s)) >= 0]
         self.is_found = bool(found)
         end = min(found)[1] if found else len(self._held) - self._longest_beginning()
+        self.rest = self._held[min(found)[0] :] if found else ""
         given, self._held = self._held[:end], "" if found else self._held[end:]
         return given
 

@@ -1,8 +1,8 @@
 """What a reasoning model writes between <think> and </think>, apart from its answer.
 
-IS: a reply split into thought and answer, and a thought put back into content for templates that
-read it there. IS NOT: a parser of tool calls. Exists because a thought that was cut off must not
-come back as the answer, and templates drop old thoughts by themselves if they see which they are.
+IS: whether a prompt opens a thought, and a thought put back into content for templates that read it
+there. IS NOT: a parser of replies (reply). Exists because a thought that was cut off must not come
+back as the answer, and templates drop old thoughts by themselves if they see which they are.
 """
 
 from __future__ import annotations
@@ -16,22 +16,6 @@ FIELD = "reasoning_content"
 def opens_thought(prompt: str) -> bool:
     """Whether a prompt ends inside a thought: templates of such models write the opening."""
     return prompt.rstrip().endswith(OPEN)
-
-
-def reply_message(text: str, *, in_thought: bool) -> Message | None:
-    """The assistant's message that a reply is; None if it says nothing.
-
-    in_thought: the prompt opened a thought. One that does not close is a thought to its end.
-    """
-    body, opening = text.strip(), in_thought
-    if body.startswith(OPEN):
-        body, opening = body.removeprefix(OPEN), True
-    thought, _, answer = body.partition(CLOSE) if opening else ("", "", body)
-    thought, answer = thought.strip(), answer.strip()
-    if not thought and not answer:
-        return None
-    message = {"role": "assistant", "content": answer}
-    return {**message, FIELD: thought} if thought else message
 
 
 def readable(message: Message, template_source: str) -> Message:

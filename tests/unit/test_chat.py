@@ -12,7 +12,7 @@ import pytest
 
 import flashrt
 from flashrt.base.errors import CheckpointError, SessionError
-from flashrt.session.chat import Chat, ChatPoint, open_chat, recommended_sampling, shared
+from flashrt.session.chat import Chat, ChatPoint, Reply, open_chat, recommended_sampling, shared
 from flashrt.text.config import end_of_turn
 from flashrt.text.template import ChatError
 from flashrt.weights.bundled import bundled_checkpoint
@@ -317,6 +317,236 @@ def test_tools_and_calls_reach_the_template(strict: flashrt.Engine) -> None:
         with pytest.raises(ChatError, match="arguments are no JSON"):
             chat.add("assistant", None, tool_calls=[{"name": "look", "arguments": "{"}])
         assert len(chat.messages) == 3
+
+
+# Drops thoughts before the last question, as Qwen3.5's; calls as it writes them.
+DROPS = """
+{%- set ns = namespace(last=-1) -%}
+{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- if tools -%}{{- '<|im_start|>system\n' ~ (tools | tojson) ~ '<|im_end|>' -}}{%- endif -%}
+{%- for m in messages -%}
+    {{- '<|im_start|>' ~ m.role ~ '\n' -}}
+    {%- if m.role == 'assistant' and loop.index0 > ns.last -%}
+        {{- '<think>' ~ (m.reasoning_content or '') ~ '</think>' -}}
+    {%- endif -%}
+    {{- ' ' ~ (m.content or '') -}}
+    {%- for call in m.tool_calls or [] -%}
+        {{- '<tool_call>\n<function=' ~ call.function.name ~ '>\n' -}}
+        {%- for name, value in call.function.arguments | items -%}
+            {{- '<parameter=' ~ name ~ '>\n' ~ value ~ '\n</parameter>\n' -}}
+        {%- endfor -%}
+        {{- '</function>\n</tool_call>' -}}
+    {%- endfor -%}
+    {{- '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\n<think>' ~ ('</think>' if enable_thinking is false else '') -}}
+{%- endif -%}
+"""
+LOOK = {"name": "look", "parameters": {"properties": {"place": {"type": "string"}}}}
+CALL = (
+    "<tool_call>\n<function=look>\n<parameter=place>\ncellar\n</parameter>\n"
+    "</function>\n</tool_call>"
+)
+
+
+class Script:
+    """What a model says, in place of what it would sample; the state is fed as ever. `rows`: that
+    went through prefill, at the time of each reply's first token.
+    """
+
+    def __init__(self, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.chat, self.rows, self._fed = chat, list[int](), 0
+        engine = chat.session.engine
+        prefill = engine.prefill
+
+        def counted(lane: Any, tokens: Any, bucket: int | None = None) -> None:
+            self._fed += len(tokens)
+            prefill(lane, tokens, bucket)
+
+        monkeypatch.setattr(engine, "prefill", counted)
+
+    def fed(self) -> int:
+        """Rows since the last call."""
+        fed, self._fed = self._fed, 0
+        return fed
+
+    def stream(self, chat: Chat, said: str, **options: Any) -> Reply:
+        """A reply that says this."""
+        engine, session = chat.session.engine, chat.session
+        assert isinstance(engine, flashrt.Engine) and engine.tokenizer is not None
+        tokens = engine.tokenizer.encode(said)
+
+        def generate(most: int, **_: Any) -> Any:
+            self.rows.append(self.fed())
+            try:
+                for token in tokens[:most]:
+                    session.prefill([token])
+                    yield token
+            finally:
+                self.fed()
+
+        reply = chat.stream(400, **options)
+        session.generate = lambda most, **given: Scripted(generate(most, **given))  # type: ignore[method-assign]
+        return reply
+
+
+class Scripted:
+    reason = "stop"
+
+    def __init__(self, steps: Any) -> None:
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.steps)
+
+    def close(self) -> None:
+        self.steps.close()
+
+
+@pytest.fixture(scope="module")
+def drops(tmp_path_factory: pytest.TempPathFactory) -> flashrt.Engine:
+    path = checkpoint_with(tmp_path_factory.mktemp("drops"), chat_template=DROPS)
+    return flashrt.load(path, device="cpu", max_positions=1500, lanes=2)
+
+
+def test_turns_of_a_template_that_drops_thoughts_feed_new_tokens_only(
+    drops: flashrt.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red without a waypoint where the reply begins: the journal is fed again from one below it;
+    and in a fork, which has none of them.
+    """
+    with open_chat(drops) as chat:
+        script = Script(chat, monkeypatch)
+        chat.add("system", WORLD.prompt())
+        for turn in range(6):
+            chat.add("user", WORLD.question(WORLD.things[turn]))
+            before, wanted = chat.session.tokens, chat.tokens(is_asked=True)
+            same = shared(before, wanted)
+            assert turn == 0 or same < len(before) - 5, "the thought is still there"
+            said = "where was it , it was there , I saw it </think> in the cellar ."
+            assert "".join(script.stream(chat, said)).endswith("in the cellar .")
+            assert script.rows[-1] == len(wanted) - same
+        assert chat.messages[-1]["reasoning_content"] == "where was it , it was there , I saw it"
+        with chat.fork() as other:
+            other.add("user", "and now ?")
+            wanted = other.tokens(is_asked=True)
+            same = shared(other.session.tokens, wanted)
+            script.fed()
+            list(script.stream(other, "</think> there ."))
+            assert script.rows[-1] == len(wanted) - same
+        encoded = chat._encode(chat.messages, is_asked=True)
+        assert len(encoded.turn_starts) == 6
+        script.fed()
+        digests = []
+        for start in reversed(encoded.turn_starts[1:]):
+            chat.session.rollback(start)
+            digests.append((start, chat.session.digest()))
+        assert script.fed() == 0
+    with drops.session() as cold:
+        for start, digest in reversed(digests):
+            cold.prefill(wanted[cold.position : start])
+            assert cold.digest() == digest
+    drops.capsules.check_integrity()
+
+
+def test_calls_in_replies_are_parts_of_the_message(
+    drops: flashrt.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when a call stays text, when its message is written in another way than it was sampled
+    (the next turn feeds it again), or when events and message differ.
+    """
+    with open_chat(drops, tools=[LOOK]) as chat:
+        script = Script(chat, monkeypatch)
+        chat.add("user", "where is the fox ?")
+        reply = script.stream(chat, f"I look</think> so{CALL}")
+        kinds = [type(event).__name__ for event in reply.events()]
+        assert list(dict.fromkeys(kinds)) == [
+            "ThoughtDelta", "TextDelta", "CallBegun", "ArgumentsDelta", "CallEnded",
+        ]  # fmt: skip
+        assert reply.message == chat.messages[-1] and reply.reason == "stop"
+        (call,) = chat.messages[-1]["tool_calls"]  # type: ignore[attr-defined]
+        assert call["type"] == "function" and call["function"] == {
+            "name": "look", "arguments": '{"place": "cellar"}',
+        }  # fmt: skip
+        assert chat.said[-1] == ("assistant", "so")
+        chat.add("tool", "the fox is there .", tool_call_id=call["id"])
+        assert shared(chat.session.tokens, chat.tokens(is_asked=True)) > chat.session.position - 6
+        unread = script.stream(chat, CALL, tool_choice="none", thinking=False)
+        assert "".join(unread) == CALL and chat.said[-1][1] == CALL
+        chat.messages = chat.messages[:-1]
+        events = script.stream(chat, f"</think>{CALL}{CALL}").events()
+        assert type(next(events)).__name__ == "CallBegun"
+        events.close()  # type: ignore[attr-defined]
+        assert chat.messages[-1]["content"] and "tool_calls" not in chat.messages[-1]
+        for choice, why in (("required", "cannot be forced"), ("some", "tool_choice is 'some'")):
+            with pytest.raises(ChatError, match=why):
+                chat.reply(tool_choice=choice)
+
+
+def test_none_as_tool_choice_keeps_the_model_from_calling(
+    engine: flashrt.Engine, tmp_path: Path
+) -> None:
+    """The bundled model calls tools by itself; red when nothing keeps it from that."""
+    say = (
+        "{%- for m in messages -%}{{- '<|im_start|>' ~ m.role ~ '\n' ~ "
+        "('' if m.content.startswith('<') else ' ') ~ m.content ~ '<|im_end|>' -}}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+        "{# <tool_call> <function= <parameter= #}"
+    )
+    made = flashrt.load(
+        checkpoint_with(tmp_path, chat_template=say), device="cpu", max_positions=256
+    )
+    with open_chat(made, tools=[LOOK]) as chat:
+        chat.add("system", "the red box may be in the tower or the stable .")
+        chat.add("user", "bring me the red box .")
+        asked = chat.messages
+        assert chat.reply(16) == "<tool_call> look tower</tool_call>", "its own syntax: text"
+        chat.messages = asked
+        assert "<tool_call>" not in chat.reply(16, tool_choice="none")
+
+
+def test_thinking_is_switched_where_the_template_can(
+    drops: flashrt.Engine, engine: flashrt.Engine, strict: flashrt.Engine
+) -> None:
+    """Red when an option that the template does not know is passed over in silence."""
+    with open_chat(drops, thinking=False) as chat:
+        assert drops.tokenizer is not None
+        chat.add("user", "hello .")
+        text = drops.tokenizer.decode(chat.tokens(is_asked=True), skip_special=False)
+        assert text.endswith("<think></think>")
+        (end,) = drops.checkpoint.stop_tokens
+        chat.reply(4, thinking=True, logit_bias={end: -1e6})
+        assert chat.messages[-1]["content"] == "" and chat.messages[-1]["reasoning_content"]
+    with open_chat(engine, thinking=True) as chat:
+        chat.add("user", "hello .")
+        with pytest.raises(ChatError, match="knows no thoughts"):
+            chat.reply(4)
+        assert chat.reply(0, thinking=False) == ""
+
+
+def test_a_final_message_is_continued(engine: flashrt.Engine, drops: flashrt.Engine) -> None:
+    """Red when the turn is ended first, when a space is lost, or when a second message joins."""
+    with open_chat(engine) as chat:
+        chat.add("system", WORLD.prompt())
+        whole = ask(chat, 2)
+        asked = chat.messages[:-1]
+        words = whole.split()
+        chat.messages = (*asked, {"role": "assistant", "content": " ".join(words[:3])})
+        pieces = list(chat.stream(24, continue_final=True))
+        assert "".join(pieces) == whole.removeprefix(" ".join(words[:3]))
+        assert chat.messages == (*asked, {"role": "assistant", "content": whole})
+        chat.messages = asked
+        with pytest.raises(ChatError, match="of the assistant"):
+            chat.reply(continue_final=True)
+    with open_chat(drops) as chat:  # within the thought
+        chat.add("user", "hello .")
+        chat.add("assistant", "", reasoning_content="the fox")
+        (end,) = drops.checkpoint.stop_tokens
+        chat.reply(3, continue_final=True, logit_bias={end: -1e6})
+        assert chat.messages[-1]["reasoning_content"].startswith("the fox ")  # type: ignore[attr-defined]
+        assert len(chat.messages) == 2 and chat.messages[-1]["content"] == ""
 
 
 def test_a_point_of_a_file_brings_back_messages(chat: Chat) -> None:

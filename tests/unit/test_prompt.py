@@ -15,8 +15,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from flashrt.text.messages import checked_message, checked_messages
 from flashrt.text.prompt import PromptEncoder
+from flashrt.text.reply import reply_message
 from flashrt.text.template import ChatError, ChatTemplate, Message
-from flashrt.text.thought import reply_message
 from flashrt.text.tokenizer import Tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -55,6 +55,42 @@ def test_refusals_leave_the_state(session: flashrt.Session, call: Call, message:
     assert session.tokens.tolist() == list(range(10))
 
 
+def test_waypoints_that_were_asked_for_stay(
+    engine: flashrt.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when they are thinned like the others, when a full pool keeps the older ones, and when
+    the state there is not what it was.
+    """
+    fed: list[int] = []
+    with engine.session() as session:
+        digests = {}
+        for stop in (7, 20, 21):
+            session.prefill(range(session.position, stop))
+            session.keep_waypoint()
+            digests[stop] = session.digest()
+        session.prefill(range(21, 300))
+        held: list[Any] = []
+        with pytest.raises(flashrt.PoolFull):
+            while True:
+                held += engine.capsules.pool.take(engine.capsules.fixed_nbytes)
+        session.keep_waypoint()
+        kept = [w.position for w in session.lane.waypoints]
+        assert {7, 20, 21, 300} <= set(kept), kept
+        for block in held:
+            engine.capsules.pool.give(block)
+        prefill = engine.prefill
+
+        def counted(lane: Any, tokens: Any, bucket: int | None = None) -> None:
+            fed.append(len(tokens))
+            prefill(lane, tokens, bucket)
+
+        monkeypatch.setattr(engine, "prefill", counted)
+        for stop in (21, 20, 7):
+            session.rollback(stop)
+            assert session.digest() == digests[stop] and not fed
+        engine.capsules.check_integrity()
+
+
 def test_an_empty_session_has_no_logits(session: flashrt.Session) -> None:
     with pytest.raises(flashrt.SessionError, match="prefill at least one token"):
         session.logits()
