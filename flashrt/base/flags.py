@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from flashrt.base.errors import FlagError
@@ -26,6 +26,7 @@ class Flags:
     cache_dir: Path = Path()  # compiled kernels; default: the user's cache folder
     debug: int = 0  # 1 device, plan and arena; 2 a line per launch; 3 copies; see base.tracing
     poison: bool = False  # fill scratch with 0xFF (NaN) at each commit boundary
+    api_key: str = field(default="", repr=False)  # `flashrt serve` asks for it
     cc: str = ""  # C compiler; default $CC, then cc, gcc, clang, zig
 
 
@@ -34,12 +35,13 @@ def read(environ: Mapping[str, str]) -> Flags:
     known = {PREFIX + f.name.upper(): f.name for f in fields(Flags)}
     if unknown := sorted(n for n in environ if n.startswith(PREFIX) and n not in known):
         raise FlagError(f"unknown variables {unknown}; flashrt reads {sorted(known)}")
-    text = {field: environ[name] for name, field in known.items() if environ.get(name)}
+    text = {key: environ[name] for name, key in known.items() if environ.get(name)}
     return Flags(
         threads=_integer("threads", text.get("threads", "0"), 0, 256),
         cache_dir=_cache_dir(text.get("cache_dir", ""), environ.get("XDG_CACHE_HOME", "")),
         debug=_integer("debug", text.get("debug", "0"), 0, 100),
         poison=bool(_integer("poison", text.get("poison", "0"), 0, 1)),
+        api_key=text.get("api_key", ""),
         cc=text.get("cc", environ.get("CC", "")),
     )
 

@@ -54,10 +54,11 @@ def step(decoding: Sequence[Generation], feeds: Sequence[Feed] = ()) -> None:
     """Pieces of prompts and the next token of generations in one replay, for schedulers.
 
     The pieces are committed; `next(generation)` then takes its token without a replay (but for the
-    step of one generation alone, which is left to it). The bits are those of each session alone. With pieces there are at most `engine.most_together` sessions, and
-    STEP_ROWS (64) rows: a row per generation, one per token of a piece, and one more for a session
-    whose last token is still pending. That bounds how long the generations wait for the prompts.
-    Without, drafts are made and verified, and any number of sessions take turns.
+    step of one generation alone, which is left to it). The bits are those of each session alone.
+    With pieces there are at most `engine.most_together` sessions, and STEP_ROWS (64) rows: a row
+    per generation, one per token of a piece, and one more for a session whose last token is still
+    pending. That bounds how long the generations wait for the prompts. Without, drafts are made and
+    verified, and any number of sessions take turns.
 
     Raises SessionError for more, for sessions of several engines, for a session that is named
     twice, and what `Session.prefill` raises for a piece; nothing has happened then.

@@ -148,7 +148,7 @@ def _candidates(
     """All boundaries on the way; the shallow ones matter when the deep ones cannot be read."""
     rows = engine.arena.lane(lane.index).rows
     found = [
-        Boundary(c.position, _restore_nbytes(lane, c), c.tier, c)
+        Boundary(c.position, restore_nbytes(lane, c), c.tier, c)
         for c in matching_capsules(engine.capsules.capsules, wanted)
     ]
     for place in store.find(engine.fingerprint, wanted):
@@ -157,7 +157,8 @@ def _candidates(
     return found
 
 
-def _restore_nbytes(lane: Lane, capsule: Capsule) -> int:
+def restore_nbytes(lane: Lane, capsule: Capsule) -> int:
+    """What a restore would move: the fixed band, and rows that the lane does not hold already."""
     shared = shared_rows(lane, capsule.segment)
     rows = sum(s.rows.nbytes for s in path_to(capsule.segment, shared))
     return extents_of(capsule)[0].nbytes + rows

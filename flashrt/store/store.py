@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import difflib
 import errno
+import functools
 import os
 import urllib.parse
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,8 +32,9 @@ from flashrt.base.messages import listed, shown
 from flashrt.capsule.capsule import Capsule, CapsuleOwner
 from flashrt.capsule.extent import Extent, Tier
 from flashrt.capsule.file import CapsuleHeader
-from flashrt.capsule.image import fixed_image, rows_image
+from flashrt.capsule.image import begin_fixed_image, begin_rows_image, rows_image
 from flashrt.capsule.lineage import Segment, chain_of, segment_layout
+from flashrt.core.arena import Arena
 from flashrt.core.backend import Bytes
 from flashrt.engine.engine import Engine
 from flashrt.store import manifest as manifests
@@ -59,6 +61,10 @@ class Saved:
     new_objects: int
     new_nbytes: int
     shared_nbytes: int  # in the store already
+
+
+_Image = Callable[[], Bytes]
+_RowsOf = Callable[[Arena, Segment, SegmentRecord | None], _Image]
 
 
 @dataclass(slots=True)
@@ -119,44 +125,93 @@ class Store:
         return capsule.owner.change(lambda: self._save(capsule, name, notes))
 
     def _save(self, capsule: Capsule, name: str | None, notes: Notes | None = None) -> Saved:
+        saving = self._taken(capsule, name, notes, _rows_when_asked)
+        saved = saving.publish()
+        saving.finish()
+        return saved
+
+    def begin(
+        self, capsule: Capsule, name: str | None = None, notes: Notes | None = None
+    ) -> Saving:
+        """The first half of a save: what it needs of the engine is copied into host memory. The
+        other half, `publish`, keeps nobody from using the engine, and may run in any thread.
+
+        Raises CapsuleError for a dropped capsule, or bytes that cannot be read.
+        """
+        return capsule.owner.change(lambda: self._taken(capsule, name, notes, self._rows_at_once))
+
+    def _taken(
+        self, capsule: Capsule, name: str | None, notes: Notes | None, rows: _RowsOf
+    ) -> Saving:
         table = capsule.owner
         table.check(capsule)
         if notes is not None:
             notes.check(capsule.tokens)
         name = capsule.name if name is None else name
-        ref = None if name is None else _ref_file(name)
+        ref = None if name is None else ref_file(name)
         known = self._known.setdefault(table, _Known())
+        parts = []
+        for segment in _oldest_first(capsule):
+            record = known.records.get(segment.rows)
+            image = rows(table.arena, segment, record)
+            extent, parent = segment.rows, segment.parent
+            tokens = np.ascontiguousarray(segment.tokens, "<i4").view(np.uint8)
+            parts.append(
+                _Part(segment, parent, extent, segment.start, segment.stop, tokens, record, image)
+            )
+        parents, parent_ = [], capsule.parent
+        while parent_ is not None:
+            if (place := known.capsules.get(parent_)) is not None:
+                parents.append(place)
+            parent_ = parent_.parent
+        return Saving(
+            self, capsule, ref, tuple(parts), _once(begin_fixed_image(table.arena, capsule.fixed)),
+            manifests.tokens_digest(capsule.tokens), capsule.digest, tuple(parents), notes,
+        )  # fmt: skip
+
+    def _rows_at_once(self, arena: Arena, segment: Segment, record: SegmentRecord | None) -> _Image:
+        """Rows that are stored already are not copied; should they be lost within this save, it
+        fails.
+        """
+        if record is not None and self.folder.has(
+            object_name(record.rows.digest), record.rows.digest, record.rows.nbytes
+        ):
+            return _lost
+        return _once(begin_rows_image(arena, segment))
+
+    def publish(self, saving: Saving) -> tuple[Saved, list[SegmentRecord]]:
+        """See Saving.publish."""
         with self.folder.publishing() as turn:
             for _ in range(_TRIES):
                 tally = _Tally()
-                place, is_there = self._publish(capsule, known, turn, tally, ref)
-                if notes is not None:
-                    write_notes(self.folder, turn, place, notes)
+                place, records, is_there = self._publish(saving, turn, tally)
+                if saving.notes is not None:
+                    write_notes(self.folder, turn, place, saving.notes)
                 if turn.still_counts() and is_there:
-                    known.capsules[capsule] = place
-                    return Saved(place, tally.new_objects, tally.new_nbytes, tally.shared_nbytes)
+                    saved = Saved(place, tally.new_objects, tally.new_nbytes, tally.shared_nbytes)
+                    return saved, records
         raise StoreError(
             f"{self.folder.url}: what this save wrote was removed again, {_TRIES} times, by sweeps "
             "that took it for dead or by somebody else; nothing is reported saved. Save again"
         )
 
     def _publish(
-        self, capsule: Capsule, known: _Known, turn: Publishing, tally: _Tally, ref: str | None
-    ) -> tuple[Place, bool]:
+        self, saving: Saving, turn: Publishing, tally: _Tally
+    ) -> tuple[Place, list[SegmentRecord], bool]:
         """Objects, manifest, name; then a look at all of them: whether they are there."""
-        table = capsule.owner
         if not self._has_format():
             self.folder.write(FORMAT_FILE, _bytes(FORMAT))
-        put = _Put(self.folder, turn, tally)
-        segments = [self._record(table, known, s, put) for s in _oldest_first(capsule)]
+        put, ref = _Put(self.folder, turn, tally), saving.ref
+        records = [part.put(put) for part in saving.parts]
+        parents = (p.id for p in saving.parents if self.folder.size(p.name) is not None)
         made = Manifest(
-            fingerprint=table.fingerprint,
-            position=capsule.position,
-            tokens_digest=manifests.tokens_digest(capsule.tokens),
-            digest=capsule.digest,
-            parent=self._parent_id(capsule, known),
-            fixed=put(fixed_image(table.arena, capsule.fixed)),
-            segments=tuple(segments),
+            fingerprint=saving.capsule.owner.fingerprint,
+            position=records[-1].stop if records else 0,
+            tokens_digest=saving.tokens_digest,
+            digest=saving.digest,
+            parent=next(parents, None),
+            fixed=put(saving.fixed()),
+            segments=tuple(records),
         )
         place, text = made.encode()
         self._write(place, text)
@@ -167,7 +222,15 @@ class Store:
         is_there = self._has_format() and all(self._source(r).is_there for r in made.objects)
         if ref is not None and manifests.place_of(self._target(ref) or "") is None:
             is_there = False
-        return place, is_there
+        return place, records, is_there
+
+    def finish(self, saving: Saving, place: Place, records: Sequence[SegmentRecord]) -> None:
+        """See Saving.finish."""
+        known = self._known[saving.capsule.owner]
+        for part, record in zip(saving.parts, records, strict=True):
+            known.records[part.extent] = record
+            known.segments[part.parent, record.rows.digest, record.stop] = part.segment
+        known.capsules[saving.capsule] = place
 
     def _write(self, place: Place, text: Bytes) -> None:
         """A manifest, unless it is there and whole."""
@@ -353,8 +416,8 @@ class Store:
                 raise StoreError(f"{self.folder.url}/{place.name}: there is no such capsule")
             refs = [ref for ref, target in self.refs_and_targets() if target == place.name]
             if named is not None and isinstance(which, str):
-                self.folder.delete(_ref_file(which))
-                if set(refs) - {_ref_file(which)}:
+                self.folder.delete(ref_file(which))
+                if set(refs) - {ref_file(which)}:
                     return place
             for ref in refs:
                 self.folder.delete(ref)
@@ -387,7 +450,7 @@ class Store:
     def _named(self, which: str) -> Place | None:
         """The capsule that a name stands for; None where there is no such name, or no capsule."""
         try:
-            ref = _ref_file(which)
+            ref = ref_file(which)
         except StoreError:  # it is no name: perhaps an id
             return None
         place = manifests.place_of(self._target(ref) or "")
@@ -413,30 +476,8 @@ class Store:
             for ref, target in self.refs_and_targets()
         }
 
-    def _record(
-        self, table: CapsuleOwner, known: _Known, segment: Segment, put: _Put
-    ) -> SegmentRecord:
-        record = known.records.get(segment.rows)
-        if record is not None and put.shares(record.rows, record.tokens):
-            return record
-        tokens = np.ascontiguousarray(segment.tokens, "<i4").view(np.uint8)
-        rows = put(rows_image(table.arena, segment))
-        record = SegmentRecord(segment.start, segment.stop, rows, put(tokens))
-        known.records[segment.rows] = record
-        known.segments[segment.parent, rows.digest, segment.stop] = segment
-        return record
-
     def _source(self, ref: ObjectRef) -> StoredObject:
         return StoredObject(self.folder, ref.digest, ref.nbytes, near=self._near)
-
-    def _parent_id(self, capsule: Capsule, known: _Known) -> str | None:
-        parent = capsule.parent
-        while parent is not None:
-            place = known.capsules.get(parent)
-            if place is not None and self.folder.size(place.name) is not None:
-                return place.id
-            parent = parent.parent
-        return None
 
     def _check(self, engine: Engine, found: Manifest, where: str) -> None:
         table = engine.capsules
@@ -536,6 +577,75 @@ class _Put:
         return is_shared
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A segment as it was when a save began; it may be merged with another meanwhile."""
+
+    segment: Segment
+    parent: Segment | None
+    extent: Extent
+    start: int
+    stop: int
+    tokens: Bytes
+    record: SegmentRecord | None  # where its bytes are in the store, if they were put there
+    rows: _Image
+
+    def put(self, put: _Put) -> SegmentRecord:
+        """Its objects, written unless they are there and whole."""
+        if self.record is not None and put.shares(self.record.rows, self.record.tokens):
+            return self.record
+        return SegmentRecord(self.start, self.stop, put(self.rows()), put(self.tokens))
+
+
+@dataclass(slots=True)
+class Saving:
+    """A save that has begun: see Store.begin."""
+
+    store: Store
+    capsule: Capsule
+    ref: str | None
+    parts: tuple[_Part, ...]
+    fixed: _Image
+    tokens_digest: str
+    digest: str
+    parents: tuple[Place, ...]  # stored ancestors, the nearest first
+    notes: Notes | None
+    _done: tuple[Place, list[SegmentRecord]] | None = None
+
+    @property
+    def place(self) -> Place | None:
+        """Where it is, once it was published."""
+        return None if self._done is None else self._done[0]
+
+    def publish(self) -> Saved:
+        """Write it, whole or not at all. Uses no engine. Raises StoreError."""
+        saved, records = self.store.publish(self)
+        self._done = saved.place, records
+        return saved
+
+    def finish(self) -> None:
+        """It was published: later saves and loads of this process know so. For whoever uses the
+        engine.
+        """
+        assert self._done is not None, "after publish"
+        done = self._done
+        self.capsule.owner.change(lambda: self.store.finish(self, *done))
+
+
+def _rows_when_asked(arena: Arena, segment: Segment, _: SegmentRecord | None) -> _Image:
+    """For a save that has the engine until its end: only what is not stored yet is copied."""
+    return lambda: rows_image(arena, segment)
+
+
+def _once(image: _Image) -> _Image:
+    """What the device sends is taken once."""
+    return functools.cache(image)
+
+
+def _lost() -> Bytes:
+    raise StoreError("what a save relied on was removed from the store meanwhile; save again")
+
+
 def open_folder(url: str, *, is_shared: bool = False) -> Folder:
     """A directory path, or a URL of fsspec (s3://bucket/store, gs://..., memory://...)."""
     for scheme in _LOCAL:
@@ -560,7 +670,8 @@ def _bytes(text: bytes) -> Bytes:
     return np.frombuffer(text, np.uint8)
 
 
-def _ref_file(name: str) -> str:
+def ref_file(name: str) -> str:
+    """The file of a ref. Raises StoreError for what cannot be a name."""
     quoted = urllib.parse.quote(name, safe="")
     if not 0 < len(quoted) <= 200:
         raise StoreError(f"{name!r} is not a name: 1 to 200 bytes when percent-encoded")

@@ -13,6 +13,7 @@ characters return. If contents spell nothing, the ids are those of the whole tex
 from __future__ import annotations
 
 import bisect
+import functools
 import json
 import re
 import secrets
@@ -76,7 +77,7 @@ class PromptEncoder:
         self._options = dict(options or {})
         if taken := sorted(OWN_VARIABLES & self._options.keys()):
             raise ChatError(f"template options: {', '.join(taken)} cannot be given there")
-        self._control = _ControlTokens(tokenizer)
+        self._control = _control_of(tokenizer)
 
     def encode(
         self,
@@ -418,6 +419,14 @@ class _Respelled:
         if isinstance(vocab, list):  # of pairs: piece and score
             return [[self.secret.get(piece, piece), score] for piece, score in vocab]
         return vocab
+
+
+@functools.lru_cache(maxsize=4)
+def _control_of(tokenizer: Tokenizer) -> _ControlTokens:
+    """One for all encoders of a tokenizer: what a content that spells control tokens needs takes
+    seconds to make for a large vocabulary.
+    """
+    return _ControlTokens(tokenizer)
 
 
 def _back(table: Mapping[int, str]) -> dict[int, str]:

@@ -21,6 +21,7 @@ class StopStrings:
             raise SessionError(f"stop: {self._strings!r}; give texts of at least one character")
         self._held = ""
         self.is_found = False
+        self.found: str | None = None  # the one that ended the text
         self.rest = ""  # what came after the stop string, in the piece that completed it
 
     def push(self, piece: str) -> str:
@@ -32,8 +33,11 @@ class StopStrings:
         # matter how the text was cut.
         found = [(at + len(s), at) for s in self._strings if (at := self._held.find(s)) >= 0]
         self.is_found = bool(found)
-        end = min(found)[1] if found else len(self._held) - self._longest_beginning()
-        self.rest = self._held[min(found)[0] :] if found else ""
+        if found:
+            stop, end = min(found)
+            self.found, self.rest = self._held[end:stop], self._held[stop:]
+        else:
+            end = len(self._held) - self._longest_beginning()
         given, self._held = self._held[:end], "" if found else self._held[end:]
         return given
 

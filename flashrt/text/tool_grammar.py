@@ -7,7 +7,7 @@ their JSON schemas. IS NOT: the engine of a grammar: this is text, and imports n
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from flashrt.base.messages import listed, shown
@@ -15,6 +15,8 @@ from flashrt.text import thought
 from flashrt.text.template import ChatError
 from flashrt.text.tool_calls import CLOSE, OPEN, Tool, Tools, ToolSyntax, json_types
 
+# Spaces in JSON, as models are shown it: with more freedom a small one may never end.
+SPACES = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
 NONE, AUTO, REQUIRED = "none", "auto", "required"
 ToolChoice = str | Mapping[str, object]
 
@@ -57,12 +59,15 @@ def tool_call_grammar(
     syntax: ToolSyntax,
     *,
     in_thought: bool = False,
+    tokens: Collection[str] = (),
 ) -> str:
     """Lark text of a reply in which the choice holds: "required" is one call or more, a function is
     one call of it. Arguments come in the order of the schema, and each holds to it.
 
-    in_thought: the prompt ends within a thought; it goes on and closes first. Raises ChatError for
-    a choice that calls nothing, or one that is not there.
+    in_thought: the prompt ends within a thought; it goes on and closes first. tokens: spellings
+    that are tokens of their own (`Tokenizer.added_tokens`): a grammar has to name those, as text it
+    would never let them come. Raises ChatError for a choice that calls nothing, or one that is not
+    there.
     """
     known = Tools(tools)
     names = chosen_tools(known, choice)
@@ -71,28 +76,39 @@ def tool_call_grammar(
     rules = list[str]()
     for i, name in enumerate(names):
         make = _xml_call if syntax is ToolSyntax.QWEN else _json_call
-        rules += make(f"f{i}", name, known.schema(name))
+        rules += make(f"f{i}", name, known.schema(name), tokens)
     one = " | ".join(f"f{i}" for i in range(len(names)))
     calls = "call" if choice != REQUIRED else r'call ("\n" call)*'
-    first = [f"call: {_literal(OPEN + chr(10))} ({one})"]
+    first = [f"call: {_literal(OPEN + chr(10), tokens)} ({one})"]
     if in_thought:
         calls = rf'thought "\n\n" {calls}'
-        first.append(f"thought[suffix={_literal(thought.CLOSE)}]: /(?s:.*)/")
+        first.append(thought_rule("thought", tokens))
     return "\n".join([f"start: {calls}", *first, *rules]) + "\n"
 
 
-def _json_call(rule: str, name: str, schema: Mapping[str, object]) -> list[str]:
+def thought_rule(rule: str, tokens: Collection[str]) -> str:
+    """Lark of what is left of a thought, its end included."""
+    if thought.CLOSE in tokens:
+        return f"{rule}: /(?s:.*)/ {thought.CLOSE}"
+    return f"{rule}[suffix={_literal(thought.CLOSE)}]: /(?s:.*)/"
+
+
+def _json_call(
+    rule: str, name: str, schema: Mapping[str, object], tokens: Collection[str]
+) -> list[str]:
     begins = call_prefix(name, ToolSyntax.HERMES).removeprefix(f"{OPEN}\n")
-    wanted = {"type": "object", **schema}
+    wanted = {"type": "object", **schema, "x-guidance": SPACES}
     return [
-        f"{rule}: {_literal(begins)} {rule}_a {_literal('}' + chr(10) + CLOSE)}",
+        f"{rule}: {_literal(begins)} {rule}_a {_literal('}' + chr(10) + CLOSE, tokens)}",
         f"{rule}_a: %json {json.dumps(wanted)}",
     ]
 
 
-def _xml_call(rule: str, name: str, schema: Mapping[str, object]) -> list[str]:
+def _xml_call(
+    rule: str, name: str, schema: Mapping[str, object], tokens: Collection[str]
+) -> list[str]:
     begins = call_prefix(name, ToolSyntax.QWEN).removeprefix(f"{OPEN}\n")
-    ends = _literal(f"</function>\n{CLOSE}")
+    ends = _literal(f"</function>\n{CLOSE}", tokens)
     properties, required = schema.get("properties"), schema.get("required")
     needed = required if isinstance(required, Sequence) else ()
     parts, rules = list[str](), list[str]()
@@ -131,6 +147,11 @@ def _text_rule(rule: str) -> str:
     return rf"{rule}[suffix={_literal(chr(10) + '</parameter>' + chr(10))}]: /(?s:.*)/"
 
 
-def _literal(text: str) -> str:
-    """A string of Lark's: its escapes are JSON's."""
+def _literal(text: str, tokens: Collection[str] = ()) -> str:
+    """A string of Lark's: its escapes are JSON's. The marks of a call that are tokens are named."""
+    for mark in (OPEN, CLOSE):
+        before, found, after = text.partition(mark)
+        if found and mark in tokens:
+            parts = [_literal(before) if before else "", mark, _literal(after) if after else ""]
+            return " ".join(filter(None, parts))
     return json.dumps(text, ensure_ascii=False)

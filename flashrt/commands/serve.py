@@ -1,0 +1,108 @@
+"""`flashrt serve`: an engine behind HTTP, until it is told to end.
+
+IS: the parts put together, the words on stderr, the shutdown. IS NOT: the server (serve).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flashrt.base.errors import FlashrtError
+from flashrt.base.files import read_file
+from flashrt.base.flags import flags
+from flashrt.commands import console
+from flashrt.commands.checkpoints import EngineOptions, open_engine
+
+_MOST_KEY_NBYTES = 1 << 20
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_PARTS = ("starlette", "uvicorn", "h11", "prometheus_client")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What the command line offers, besides the engine's own options."""
+
+    checkpoint: Path
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8080
+    store: str | None = None
+    keys: tuple[str, ...] = ()
+    key_file: Path | None = None
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    queue: int = 256
+    timeout_s: float | None = None
+    grace_s: float = 30.0
+    body_nbytes: int = 16 << 20
+    logs_prompts: bool = False
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+
+def serve(options: ServeOptions, started: Callable[[str], None] | None = None) -> int:
+    """The command. `started` is told the address; it is printed otherwise."""
+    for part in _PARTS:
+        try:
+            importlib.import_module(part)
+        except ImportError as error:
+            raise FlashrtError(f"a server needs {part}: pip install 'flashrt[serve]'") from error
+    # Optional packages: everybody else imports the command line without them.
+    run: Any = importlib.import_module("flashrt.serve.run")
+
+    keys = keys_of(options)
+    if options.host not in _LOOPBACK and not keys:
+        console.complain(
+            f"note: others can reach {options.host}, and no API key is asked for (--api-key)"
+        )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("flashrt.serve").setLevel(logging.INFO)
+    engine = open_engine(options.checkpoint, options.engine)
+    hosts = frozenset(name.lower() for name in options.hosts)
+    if options.host in _LOOPBACK:
+        hosts |= _LOOPBACK
+    tell = started or (lambda url: console.screen(is_error=True).print(f"listening on {url}"))
+    try:
+        run.run(
+            engine,
+            options.name or options.checkpoint.name,
+            host=options.host,
+            port=options.port,
+            store=options.store,
+            keys=keys,
+            hosts=hosts,
+            origins=frozenset(options.origins),
+            queue=options.queue,
+            timeout_s=options.timeout_s,
+            grace_s=options.grace_s,
+            body_nbytes=options.body_nbytes,
+            logs_prompts=options.logs_prompts,
+            started=tell,
+        )
+    finally:
+        engine.close()
+    return 0
+
+
+def keys_of(options: ServeOptions) -> tuple[str, ...]:
+    """API keys: of the command line, of a file (one a line), of the environment.
+
+    Raises FlashrtError for a file that cannot be read or holds none.
+    """
+    found = list(options.keys)
+    if options.key_file is not None:
+        try:
+            lines = read_file(options.key_file, _MOST_KEY_NBYTES).decode().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise FlashrtError(f"{options.key_file}: cannot be read: {error}") from error
+        keys = [text for line in lines if (text := line.strip()) and not text.startswith("#")]
+        if not keys:
+            raise FlashrtError(f"{options.key_file}: holds no API key; write one a line")
+        found += keys
+    if flags().api_key:
+        found.append(flags().api_key)
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,1 @@
+"""Serving: many owners' requests and sessions on the lanes of one engine."""

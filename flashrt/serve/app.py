@@ -1,0 +1,83 @@
+"""The app: every route, behind the gate.
+
+IS: which path is which handler, and errors of routing in the API's own shape. IS NOT: a server (see
+listen), or what a handler does (wire).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from flashrt.serve.access import Access
+from flashrt.serve.core import Core
+from flashrt.serve.desk import Desk
+from flashrt.serve.gate import Gate, refuse, shape_of
+from flashrt.serve.history import History
+from flashrt.serve.http import Handler, endpoint, hidden
+from flashrt.serve.refusal import Refusal
+from flashrt.serve.served import Served
+from flashrt.serve.wire.chat_completions import ChatCompletions
+from flashrt.serve.wire.completions import Completions
+from flashrt.serve.wire.messages import CountTokens, Messages
+from flashrt.serve.wire.responses import Responses
+from flashrt.serve.wire.status import StatusRoutes
+from flashrt.serve.wire.tokens import ApplyTemplate, Detokenize, Tokenize
+
+
+def make_app(
+    core: Core, served: Served, access: Access, is_draining: Callable[[], bool] = lambda: False
+) -> ASGIApp:
+    """The ASGI app of a running core."""
+    desk = Desk(core, served, access)
+    status = StatusRoutes(desk, core)
+    responses = Responses(desk, History())
+    chat, completions, messages = ChatCompletions(desk), Completions(desk), Messages(desk)
+    handlers: list[tuple[str, str, Handler]] = [
+        ("POST", "/v1/chat/completions", chat),
+        ("POST", "/chat/completions", chat),
+        ("POST", "/v1/completions", completions),
+        ("POST", "/v1/responses", responses.create),
+        ("GET", "/v1/responses/{id}", responses.get),
+        ("DELETE", "/v1/responses/{id}", responses.delete),
+        ("POST", "/v1/messages", messages),
+        ("POST", "/v1/messages/count_tokens", CountTokens(desk)),
+        ("GET", "/v1/models", status.models),
+        ("GET", "/v1/models/{id:path}", status.model),
+        ("POST", "/tokenize", Tokenize(desk)),
+        ("POST", "/detokenize", Detokenize(desk)),
+        ("POST", "/apply-template", ApplyTemplate(desk)),
+        ("GET", "/health", status.health),
+        ("GET", "/v1/health", status.health),
+        ("GET", "/props", status.props),
+        ("GET", "/slots", status.slots),
+        ("POST", "/slots/{id}", status.slot_action),
+        ("GET", "/metrics", status.metrics),
+    ]
+    routes = [
+        Route(path, endpoint(handler, access), methods=[method])
+        for method, path, handler in handlers
+    ]
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException), "it was registered for these"
+        path = request.url.path[:200]
+        words = {
+            404: f"there is nothing at {path}",
+            405: f"{request.method} is not what {path} takes",
+        }.get(error.status_code, error.detail)
+        response = refuse(Refusal(error.status_code, words), shape_of(request.scope))
+        response.headers.update(error.headers or {})
+        return response
+
+    async def failed(request: Request, error: Exception) -> Response:
+        return refuse(hidden(error, access), shape_of(request.scope))
+
+    app = Starlette(routes=routes, exception_handlers={HTTPException: refused, Exception: failed})
+    return Gate(app, access, is_draining)

@@ -1,0 +1,1 @@
+"""The routes: what each API's requests and answers look like."""

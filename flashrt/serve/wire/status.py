@@ -1,0 +1,115 @@
+"""What the server is and does: /health, /v1/models, /props, /slots, /metrics.
+
+IS: routes that only read. IS NOT: the counters (meters).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.responses import Response
+
+from flashrt.serve.core import Core, Status
+from flashrt.serve.desk import Desk
+from flashrt.serve.http import Call, Json
+from flashrt.serve.metrics import metrics_text
+from flashrt.serve.refusal import Refusal
+
+_PATIENCE_S = 30.0  # the scheduler answers between two steps
+
+
+class StatusRoutes:
+    """The routes."""
+
+    def __init__(self, desk: Desk, core: Core) -> None:
+        self._desk, self._core = desk, core
+
+    async def health(self, call: Call) -> Response:
+        """GET /health: 200 while requests are served."""
+        return Json({"status": "ok"})
+
+    async def models(self, call: Call) -> Response:
+        """GET /v1/models."""
+        model = self._model()
+        ends = {"first_id": model["id"], "last_id": model["id"], "has_more": False}  # Anthropic's
+        return Json({"object": "list", "data": [model], **ends})
+
+    async def model(self, call: Call) -> Response:
+        """GET /v1/models/{id}."""
+        self._desk.served.check_name(call.request.path_params["id"])
+        return Json(self._model())
+
+    async def _status(self) -> Status:
+        return await asyncio.wait_for(asyncio.wrap_future(self._core.status()), _PATIENCE_S)
+
+    def _model(self) -> dict[str, Any]:
+        served = self._desk.served
+        return {
+            "id": served.name,
+            "object": "model",
+            "created": served.created,
+            "owned_by": "flashrt",
+            "type": "model",  # as Anthropic lists them
+            "display_name": served.name,
+            "meta": {
+                "n_ctx": served.engine.max_positions,
+                "n_vocab": served.engine.vocab_size,
+                "fingerprint": served.fingerprint,
+            },
+        }
+
+    async def props(self, call: Call) -> Response:
+        """GET /props, as llama.cpp's."""
+        served, engine = self._desk.served, self._desk.served.engine
+        template = engine.text.template
+        return Json({
+            "model_path": served.name,
+            "model_alias": served.name,
+            "total_slots": len(engine.lanes),
+            "default_generation_settings": {
+                "n_ctx": engine.max_positions, "params": served.sampling,
+            },
+            "chat_template": "" if template is None else template.source,
+            "bos_token": _spelled(served, engine.text.first_token),
+            "eos_token": _spelled(served, next(iter(sorted(served.stop_tokens)), None)),
+            "device": engine.device,
+            "fingerprint": engine.fingerprint,
+        })  # fmt: skip
+
+    async def slots(self, call: Call) -> Response:
+        """GET /slots: a lane is a slot. What others are asking is not told."""
+        status = await self._status()
+        size = self._desk.served.engine.max_positions
+        slots = [
+            {
+                "id": lane.index,
+                "n_ctx": size,
+                "is_processing": lane.state != "idle",
+                "state": lane.state,
+                "n_past": lane.position,
+                "n_prompt_tokens": lane.prompt_tokens,
+                "n_decoded": lane.generated_tokens,
+            }
+            for lane in status.lanes
+        ]
+        return Json(slots)
+
+    async def slot_action(self, call: Call) -> Response:
+        """POST /slots/{id}?action=...: lanes are no place to keep a state in."""
+        raise Refusal(
+            501,
+            "a lane is only a worker here: any request may be next on it. What slots are saved and "
+            "restored for happens by itself (prefixes are found again, also after a restart with "
+            "--store); by hand it is done with sessions: /v1/sessions/{id}/snapshot and /restore",
+            "action",
+        )
+
+    async def metrics(self, call: Call) -> Response:
+        """GET /metrics for Prometheus."""
+        kind = "text/plain; version=0.0.4; charset=utf-8"
+        return Response(metrics_text(await self._status()), media_type=kind)
+
+
+def _spelled(served: Any, token: int | None) -> str:
+    return "" if token is None else str(served.spelling(token)[0])
