@@ -209,7 +209,7 @@ def _linear_many(s: Shape) -> KernelLaunch:
     stages = min(MANY_STAGES, MANY_SHARED_BYTES // stage)
     defines = _defines(
         ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WARPS_N=tile.warps_n, WARPS_T=tile.warps_t,
-        ROW_TILES=tile.row_tiles, TOKEN_TILES=tile.token_tiles, STAGES=stages,
+        ROW_TILES=tile.row_tiles, TOKEN_TILES=tile.token_tiles, STAGES=stages, BLOCKS=1,
     )  # fmt: skip
     grid = (_ceil(n, tile.rows), _ceil(t, tile.tokens), 1)
     block = _x(WARP * tile.warps_n * tile.warps_t)
