@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from flashrt.backends.cuda import kernels
 from flashrt.backends.cuda.device import Precision
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.base.errors import BackendError
@@ -326,6 +327,16 @@ def test_linear_is_the_product_with_the_values(
     assert few.tobytes() == many[:3].tobytes()
 
 
+# Aligned and not, more chunks than stages; scales in one plane, two planes and none, C order.
+TILED = (
+    (Format(DType.BF16), 296),
+    (QUICK[2], 296),
+    pytest.param(Format(DType.BF16), 301, marks=slow),
+    pytest.param(QUICK[0], 296, marks=slow),
+    pytest.param(QUICK[5], 301, marks=slow),
+    pytest.param(Format(DType.F32), 301, marks=slow),
+    pytest.param(QUICK[1], 1100, marks=slow),
+)
 ONE_OF_EACH = (QUICK[0], QUICK[2], QUICK[5])  # folds by chunk, by step, and none
 
 
@@ -366,6 +377,33 @@ def test_no_race_between_threads(form: Format) -> None:
     stored, x = random_matrix(form, 33, 1100), normal(40, 1100)
     for t in (3, 40):
         check(1, form, stored, x[:t], linear(bench, DType.ACT, form, stored, x[:t]))
+    bench.device.close()
+
+
+@pytest.mark.parametrize(("form", "k"), TILED, ids=str)
+def test_bits_do_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch, form: Format, k: int) -> None:
+    """Red: addresses that advance by the wrong constant, in rounds that a smaller tile has not;
+    rows of W or of x beyond the last that reach another's sum.
+    """
+    stored, x = random_matrix(form, 150, k), normal(140, k)
+    x[139:] = np.nan
+    bench = Bench("high", seed=3)
+    few = np.concatenate(
+        [
+            linear(bench, DType.ACT, form, stored, x[i : i + 32], min(32, 139 - i))
+            for i in range(0, 139, 32)
+        ]
+    )[:139]
+    dims = {"T": 140, "N": 150, "K": k}
+    groups = {} if form.groups is None else {"w": form.groups}
+    shape = kernels.Shape("linear", dims, {"w": form.dtype}, {}, DType.BF16X2, 16, groups)
+    monkeypatch.setattr(kernels, "few_cost", lambda s: np.inf)
+    for tile in kernels.many_tiles(shape):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "many_tile", lambda s, tile=tile: tile)
+            y = linear(bench, DType.ACT, form, stored, x, 139)
+        assert y[:139].tobytes() == few.tobytes(), tile
+        assert (np.ascontiguousarray(y[139:]).view(np.uint32) == 0xFFFFFFFF).all()
     bench.device.close()
 
 

@@ -250,6 +250,7 @@ _SMALL_TILES: Final = (ManyTile(2, 2, 1, 4, 4, 0.55), ManyTile(2, 2, 1, 2, 4, 0.
 MANY_TILES: Final = (
     ManyTile(2, 4, 4, 4, 1, 1.0),
     ManyTile(2, 2, 4, 4, 2, 0.95),
+    ManyTile(2, 2, 3, 4, 2, 0.9),
     ManyTile(2, 2, 2, 4, 3, 0.75),
     *_SMALL_TILES,
 )
