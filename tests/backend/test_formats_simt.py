@@ -342,8 +342,11 @@ ONE_OF_EACH = (QUICK[0], QUICK[2], QUICK[5])  # folds by chunk, by step, and non
 
 @slow
 @pytest.mark.parametrize("form", [*QUICK, grouped(DType.U4, 128, Scales.F32_MIN)], ids=str)
-def test_bits_do_not_depend_on_rows(benches: dict[Precision, Bench], form: Format) -> None:
+def test_bits_do_not_depend_on_rows(
+    monkeypatch: pytest.MonkeyPatch, benches: dict[Precision, Bench], form: Format
+) -> None:
     """Red: an order of folds that depends on tokens of a block, or rows that are not valid."""
+    monkeypatch.setattr(kernels, "few_cost", lambda s: np.inf)
     n, k = 37, 1100  # five slices: more than a turn of four warps
     stored, x = random_matrix(form, n, k), normal(300, k)
     whole = linear(benches["high"], DType.ACT_WIDE, form, stored, x)
@@ -370,13 +373,17 @@ def test_bits_do_not_depend_on_schedule_and_tiles(form: Format, seed: int, size:
 
 
 @slow
-@pytest.mark.parametrize("form", [*ONE_OF_EACH, Format(DType.F32)], ids=str)
-def test_no_race_between_threads(form: Format) -> None:
+@pytest.mark.parametrize("form", [*ONE_OF_EACH, Format(DType.BF16), Format(DType.F32)], ids=str)
+def test_no_race_between_threads(monkeypatch: pytest.MonkeyPatch, form: Format) -> None:
     """Red: a stage that is read before, or filled again while, others use it."""
+    monkeypatch.setattr(kernels, "few_cost", lambda s: np.inf)
     bench = Bench("bfloat16", seed=5, is_watched=True)
     stored, x = random_matrix(form, 33, 1100), normal(40, 1100)
     for t in (3, 40):
         check(1, form, stored, x[:t], linear(bench, DType.ACT, form, stored, x[:t]))
+    monkeypatch.setattr(kernels, "many_tile", lambda s: kernels.many_tiles(s)[1])
+    stored, x = random_matrix(form, 33, 1104), normal(40, 1104)  # aligned: x by cp.async too
+    check(1, form, stored, x, linear(bench, DType.ACT, form, stored, x))
     bench.device.close()
 
 
