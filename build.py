@@ -1,8 +1,8 @@
 """Ahead of time: `python build.py cpu`, `python build.py cuda --arch sm_90,sm_120 --out DIR`.
 
 IS: what would be compiled at load, compiled now, and for CUDA what each kernel takes: registers,
-shared memory, spills. Needs neither a GPU nor a driver. The folder of --out is a kernel cache:
-point FLASHRT_CACHE_DIR at it, on this machine or another.
+shared memory, spills; with --sass what its inner loop executes. Needs neither a GPU nor a driver.
+The folder of --out is a kernel cache: point FLASHRT_CACHE_DIR at it, on this machine or another.
 IS NOT: needed; `flashrt.load` compiles what is missing.
 """
 
@@ -25,11 +25,14 @@ from flashrt.backends.cpu import compile as cpu_compile
 from flashrt.backends.cuda import kernels
 from flashrt.backends.cuda.compiler_api import Unit
 from flashrt.backends.cuda.nvrtc import Nvrtc, resources
+from flashrt.backends.cuda.occupancy import blocks_at_once, multiprocessor
+from flashrt.backends.cuda.sass import Counts, disassembler, inner_loops
 from flashrt.backends.cuda.sources import Sources
-from flashrt.base.errors import FlashrtError
+from flashrt.base.errors import CompileError, FlashrtError
 from flashrt.base.flags import flags, thread_count
 from flashrt.core.op import Launch
 from flashrt.core.region import DType
+from flashrt.core.runs import MAX_RUNS
 from flashrt.core.tape import Tape
 from flashrt.hub.resolve import resolve
 from flashrt.load import DRAFT_HEAD_TENSOR, KV_DTYPES, kv_dtype_of, model_in
@@ -45,7 +48,7 @@ ARCHS: Final = (
     "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121",
 )  # fmt: skip
 # Kernel variants depend on the device's size: from Orin to Blackwell.
-MULTIPROCESSORS: Final = (8, 20, 48, 84, 108, 132, 148, 188)
+MULTIPROCESSORS: Final = (8, 20, 48, 84, 108, 132, 148, 170, 188)
 PRECISIONS: Final = {"bfloat16": DType.BF16, "high": DType.BF16X2}
 
 
@@ -55,6 +58,9 @@ class Recordable(Protocol):
     @property
     def phases(self) -> Sequence[tuple[str, int]]:
         """Phases by name and rows."""
+
+    def shared_phases(self, lanes: int) -> Sequence[tuple[str, int]]:
+        """Those that up to so many lanes share."""
 
     def record(self, phase: str, rows: int) -> Tape:
         """The launches of one."""
@@ -73,6 +79,8 @@ class Row:
     dynamic_shared_bytes: int
     stack_bytes: int
     spill_bytes: int
+    blocks_at_once: int  # of a multiprocessor
+    inner_loop: Counts | None = None  # with --sass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,50 +104,72 @@ def build_cpu(arguments: argparse.Namespace) -> int:
 
 def build_cuda(arguments: argparse.Namespace) -> int:
     """Compile all kernels that a model needs, for each architecture."""
-    launches = _launches(arguments)
+    if arguments.sass:
+        disassembler()  # before minutes of compiling, not after
+    recorded = _recorded(arguments)
     rows: list[Row] = []
     for arch in arguments.arch:
         started = time.perf_counter()
         compiler = Nvrtc(arch, arguments.out and arguments.out / "cuda")
-        made = compile_all(compiler, launches)
+        launches = _launches(arguments, recorded, arch)
+        made = compile_all(compiler, launches, has_sass=arguments.sass)
         rows += made
         seconds = time.perf_counter() - started
         print(
             f"{arch}: {len(made)} kernels by {compiler.identity.split(' --')[0]}, {seconds:.1f} s"
         )
-    report(rows)
+    (report_loops if arguments.sass else report)(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(rows))
+        text = markdown_loops(rows) if arguments.sass else markdown(rows)
+        arguments.markdown.write_text(text)
     spilling = sorted({f"{row.kernel} ({row.arch})" for row in rows if row.spill_bytes})
     if spilling:
         print(f"spills: {', '.join(spilling)}")
     return 1 if spilling and arguments.no_spills else 0
 
 
-def compile_all(compiler: Nvrtc, launches: Sequence[kernels.KernelLaunch]) -> list[Row]:
-    """Compile the launches' units, several at a time; a row per kernel that is launched."""
+def compile_all(
+    compiler: Nvrtc, launches: Sequence[kernels.KernelLaunch], *, has_sass: bool = False
+) -> list[Row]:
+    """Compile the launches' units, several at a time; a row per kernel that is launched.
+
+    `has_sass`: with counts of the inner loops. Raises CompileError, BackendError.
+    """
     sources = Sources()
     sources.set_ops(OPS)
-    by_unit: dict[Unit, dict[str, int]] = {}  # kernel -> most dynamic shared memory
+    by_unit: dict[Unit, dict[str, tuple[int, int]]] = {}  # most dynamic shared memory, threads
     for launch in launches:
         wanted = by_unit.setdefault(sources.unit(launch), {})
-        wanted[launch.kernel] = max(wanted.get(launch.kernel, 0), launch.shared_bytes)
+        before = wanted.get(launch.kernel, (0, 0))
+        threads = launch.block[0] * launch.block[1] * launch.block[2]
+        wanted[launch.kernel] = (max(before[0], launch.shared_bytes), max(before[1], threads))
+
+    def compiled(unit: Unit) -> tuple[str, dict[str, Counts]]:
+        binary = compiler.compile(unit)
+        return binary.log, inner_loops(binary.content) if has_sass else {}
+
     with ThreadPoolExecutor(thread_count()) as pool:
-        binaries = list(pool.map(compiler.compile, by_unit))
+        results = list(pool.map(compiled, by_unit))
     rows = []
-    for (unit, wanted), binary in zip(by_unit.items(), binaries, strict=True):
+    for (unit, wanted), (log, loops) in zip(by_unit.items(), results, strict=True):
         defines = " ".join(f"{name}={value}" for name, value in unit.defines)
-        for found in resources(binary.log):
-            if found.kernel in wanted:
-                rows.append(
-                    Row(
-                        compiler.arch, unit.name, found.kernel, defines, found.registers,
-                        found.shared_bytes, wanted[found.kernel], found.stack_bytes,
-                        found.spill_bytes,
-                    )
-                )  # fmt: skip
+        for found in resources(log):
+            if found.kernel not in wanted:
+                continue
+            dynamic, threads = wanted[found.kernel]
+            at_once = blocks_at_once(
+                multiprocessor(compiler.arch), threads, found.registers,
+                found.shared_bytes + dynamic,
+            )  # fmt: skip
+            rows.append(
+                Row(
+                    compiler.arch, unit.name, found.kernel, defines, found.registers,
+                    found.shared_bytes, dynamic, found.stack_bytes, found.spill_bytes, at_once,
+                    loops.get(found.kernel),
+                )
+            )  # fmt: skip
     return sorted(rows, key=lambda row: (row.source, row.kernel, row.defines))
 
 
@@ -155,6 +185,53 @@ def report(rows: Iterable[Row]) -> None:
         table.add_row(row.arch, row.kernel, row.defines, *map(str, numbers), style=style)
     # A log file has no width; wide enough for the longest defines then.
     Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+_LOOP_COLUMNS: Final = (
+    "loop", "mma", "moves", "to mma", "prmt", "lds", "sts", "ldg", "16 B", "copies", "16 B",
+    "registers", "shared", "spills", "blocks",
+)  # fmt: skip
+_LOOP_CAPTION: Final = (
+    "Instructions of the inner loop (that with most tensor instructions, or the longest), and of "
+    "them: tensor, register moves, those to operands of tensor instructions, byte permutes, loads "
+    "and stores of shared memory, loads of global memory, copies from global to shared, and how "
+    "many of these have 16 bytes. Then registers of a thread, bytes of shared memory and of "
+    "spills, and blocks that a multiprocessor holds at once."
+)
+
+
+def _loop_cells(row: Row) -> list[str]:
+    loop = row.inner_loop
+    if loop is None:
+        return ["?"] * len(_LOOP_COLUMNS)
+    numbers = (
+        loop.instructions, loop.tensor, loop.moves, loop.operand_moves, loop.permutes,
+        loop.shared_loads, loop.shared_stores, loop.global_loads, loop.global_loads_128,
+        loop.copies, loop.copies_128, row.registers,
+        row.static_shared_bytes + row.dynamic_shared_bytes, row.spill_bytes, row.blocks_at_once,
+    )  # fmt: skip
+    return [str(n) for n in numbers]
+
+
+def report_loops(rows: Iterable[Row]) -> None:
+    """A table of what the inner loops of kernels execute, and how many blocks fit at once."""
+    table = Table("arch", "kernel", "defines", *_LOOP_COLUMNS, caption=_LOOP_CAPTION)
+    for row in rows:
+        style = "bold red" if row.spill_bytes else ""
+        table.add_row(row.arch, row.kernel, row.defines, *_loop_cells(row), style=style)
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
+
+
+def markdown_loops(rows: Iterable[Row]) -> str:
+    """The same table."""
+    lines = [
+        f"| arch | kernel | defines | {' | '.join(_LOOP_COLUMNS)} |",
+        f"|---|---|---|{'---:|' * len(_LOOP_COLUMNS)}",
+    ]
+    for row in rows:
+        cells = " | ".join(_loop_cells(row))
+        lines.append(f"| {row.arch} | {row.kernel} | {row.defines} | {cells} |")
+    return "\n".join(lines) + "\n"
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -176,17 +253,25 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _launches(arguments: argparse.Namespace) -> list[kernels.KernelLaunch]:
+def _launches(
+    arguments: argparse.Namespace, recorded: Sequence[Launch], arch: str
+) -> list[kernels.KernelLaunch]:
     """Every distinct kernel variant of a model's tapes, on devices of any size."""
     found: dict[kernels.KernelLaunch, None] = {}
     for n_sms in MULTIPROCESSORS:
         for launch in (kernels.copy_launch(1, n_sms), kernels.digest_launch(1, n_sms)):
             found[launch] = None
     for act in (PRECISIONS[name] for name in arguments.precision):
-        for recorded in _recorded(arguments):
+        for one in recorded:
             for n_sms in MULTIPROCESSORS:
-                found.update(dict.fromkeys(kernels.expand(recorded, act, n_sms)))
-    return list(found)
+                found.update(dict.fromkeys(kernels.expand(one, act, n_sms, arch)))
+    if not arguments.kernels:
+        return list(found)
+    wanted = [launch for launch in found if launch.kernel in arguments.kernels]
+    if missing := set(arguments.kernels) - {launch.kernel for launch in wanted}:
+        names = sorted({launch.kernel for launch in found})
+        raise CompileError(f"no kernel {sorted(missing)} in this model; there are {names}")
+    return wanted
 
 
 def _recorded(arguments: argparse.Namespace) -> list[Launch]:
@@ -235,7 +320,8 @@ _SHARED_FIELDS = (
 
 
 def _launches_of(model: Recordable) -> list[Launch]:
-    return [launch for phase in model.phases for launch in model.record(*phase).launches]
+    phases = (*model.phases, *model.shared_phases(MAX_RUNS))
+    return [launch for phase in phases for launch in model.record(*phase).launches]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -266,6 +352,14 @@ def _parser() -> argparse.ArgumentParser:
     cuda.add_argument("--max-positions", type=int, default=4096, metavar="N")
     cuda.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON too")
     cuda.add_argument("--markdown", type=Path, metavar="FILE", help="write it as Markdown too")
+    cuda.add_argument(
+        "--sass", action="store_true",
+        help="count what the inner loops execute: pip install 'flashrt[sass]'",
+    )  # fmt: skip
+    cuda.add_argument(
+        "--kernels", type=lambda text: text.split(","), default=[], metavar="LIST",
+        help="only these, e.g. linear_many,linear_few (default: all)",
+    )  # fmt: skip
     cuda.add_argument("--no-spills", action="store_true", help="fail if a kernel spills registers")
     cuda.set_defaults(run=build_cuda)
     return parser

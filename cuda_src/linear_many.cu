@@ -15,10 +15,16 @@
 constexpr int THREADS = 32 * WARPS_N * WARPS_T;
 constexpr int BLOCK_TILES = WARPS_N * ROW_TILES, BLOCK_TOKENS = 8 * WARPS_T * TOKEN_TILES;
 constexpr int X_VECTORS = K_CHUNK * sizeof(act_t) / 16;  // uint4 per token and chunk
-// uint4 per row tile and chunk: codes, then scales plane by plane
-constexpr int CODE_VECTORS = CHUNK_BYTES / 16, SCALE_VECTORS = chunk_scale_bytes() / 16,
-              TILE_VECTORS = CODE_VECTORS + SCALE_VECTORS;
-constexpr int W_STAGE = BLOCK_TILES * TILE_VECTORS, X_STAGE = BLOCK_TOKENS * X_VECTORS;
+// uint4 per row tile and chunk
+constexpr int CODE_VECTORS = CHUNK_BYTES / 16, SCALE_VECTORS = chunk_scale_bytes() / 16;
+// uint4 per stage: codes of all row tiles, then scales, plane by plane of each tile, then x
+constexpr int CODES = BLOCK_TILES * CODE_VECTORS, SCALES = BLOCK_TILES * SCALE_VECTORS,
+              XS = BLOCK_TOKENS * X_VECTORS, STAGE = CODES + SCALES + XS;
+// and per thread
+constexpr int CODE_ROUNDS = ceil_div(CODES, THREADS), SCALE_ROUNDS = ceil_div(SCALES, THREADS),
+              X_ROUNDS = ceil_div(XS, THREADS);
+static_assert(THREADS % 32 == 0,
+              "a thread takes the same k, and rows of one swizzle, in every round");
 
 // Place of vector v of a row of x or of float32 weights, so that the lanes which read at once, of
 // rows 2i and 2i + 1 (rows of 4 vectors: 4i to 4i + 3), find different banks. They take v = 2t + h
@@ -29,96 +35,138 @@ DEVICE int slot(int row, int v) {
   if (N == 8) return row * N + (v ^ (row & 1) * FLIP);
   return row * N + (STEP_K == 4 ? v : v ^ (row & 2));
 }
-DEVICE int x_slot(int token, int v) { return slot<X_VECTORS>(token, v); }
 
-// 8 or 4 elements of a row at k, aligned or not, zeros beyond K
+// 8 or 4 elements of a row, aligned or not, zeros where it ends after n
 template <class T>
-DEVICE uint4 gather(const T* x, int k, int K) {
+DEVICE uint4 gather(const T* x, int n) {
   constexpr int N = 16 / sizeof(T);
   uint32_t v[4] = {};
 #pragma unroll
   for (int i = 0; i < N; i++)
-    if (k + i < K) v[i * 4 / N] |= (uint32_t)x[k + i] << (N == 4 ? 0 : 16 * (i & 1));
+    if (i < n) v[i * 4 / N] |= (uint32_t)x[i] << (N == 4 ? 0 : 16 * (i & 1));
   return make_uint4(v[0], v[1], v[2], v[3]);
 }
 
-struct Tile {
-  const uint8_t* w;  // of the block's first row tile; float32: of its first row
-  const act_t* x;    // of the block's first token
-  size_t w_bytes;    // of a row tile
-  int n_tiles, n_rows, n_tokens, n_chunks, K;
+// 16 bytes of a row to shared memory, zeros where it ends after n elements
+template <class T>
+DEVICE void copy_elements(uint4* to, const T* from, int n) {
+#if ALIGNED
+  copy_async16(to, from, n > 0);
+#else
+  *to = gather(from, n);
+#endif
+}
+
+// What a thread copies into a stage: the addresses are made once and advance by constants. Rows of
+// W and of x beyond the last one are copies of it: no other sum sees them, and nobody stores theirs.
+struct Feed {
+  const uint8_t* codes[CODE_ROUNDS];  // of this thread's vectors in the next chunk
+  const act_t* x[X_ROUNDS];
+  const uint8_t* scales[SCALE_ROUNDS ? SCALE_ROUNDS : 1];  // in the first chunk
+  int plane[SCALE_ROUNDS ? SCALE_ROUNDS : 1];
+  int codes_left, x_left;  // elements of a row from this thread's k in the next chunk on
+  int chunk;
 };
 
-// Vector v of what a stage holds of a row tile.
-DEVICE const uint8_t* stored_vector(const uint8_t* tile, int n_chunks, int chunk, int v) {
-  if (v < CODE_VECTORS) return tile + (size_t)chunk * CHUNK_BYTES + 16 * v;
-  v -= CODE_VECTORS;
+DEVICE Feed feed_of(const linear_args& a, int first_tile, int first_token, int rows) {
+  Feed feed;
+  int n_chunks = ceil_div(a.K, K_CHUNK), last_tile = ceil_div(a.N, 16) - 1;
+  auto tile_at = [&](int r) {
+    size_t n = min(first_tile + r, last_tile);
+    return static_cast<const uint8_t*>((const void*)a.w) + n * tile_bytes(n_chunks);
+  };
 #pragma unroll
-  for (int p = 0; p < N_PLANES; p++) {
-    int n = plane_groups(p, K_CHUNK) * plane_bytes(p);
-    if (v < n || p + 1 == N_PLANES) {
-      int group = chunk * K_CHUNK / plane_size(p);
-      return tile + plane_offset(p, n_chunks) + ((size_t)group * plane_bytes(p) + v) * 16;
-    }
-    v -= n;
-  }
-  return tile;
-}
-
-DEVICE void load_weights(uint4* w, const Tile& tile, int chunk) {
-  for (int i = threadIdx.x; i < W_STAGE; i += THREADS) {
+  for (int j = 0; j < CODE_ROUNDS; j++) {
+    int i = threadIdx.x + j * THREADS;
     if constexpr (IS_C_ORDER) {
-      int row = i / 8, v = i % 8, k = chunk * K_CHUNK + 4 * v;
-      bool is_in = row < tile.n_rows && k < tile.K;
-      const uint32_t* p =
-          reinterpret_cast<const uint32_t*>(tile.w) + (size_t)(is_in ? row : 0) * tile.K;
-#if ALIGNED
-      copy_async16(w + slot<8>(row, v), p + (is_in ? k : 0), is_in);
-#else
-      w[slot<8>(row, v)] = is_in ? gather(p, k, tile.K) : make_uint4(0, 0, 0, 0);
-#endif
+      size_t row = min(16 * first_tile + i / 8, a.N - 1);
+      feed.codes[j] = static_cast<const uint8_t*>((const void*)a.w) + (row * a.K + 4 * (i % 8)) * 4;
     } else {
-      int r = i / TILE_VECTORS;
-      bool is_in = r < tile.n_tiles;
-      const uint8_t* p = stored_vector(tile.w + (is_in ? r : 0) * tile.w_bytes, tile.n_chunks,
-                                       chunk, i % TILE_VECTORS);
-      copy_async16(w + i, p, is_in);
+      feed.codes[j] = tile_at(i / CODE_VECTORS) + 16 * (i % CODE_VECTORS);
     }
   }
+#pragma unroll
+  for (int j = 0; j < SCALE_ROUNDS; j++) {
+    int i = threadIdx.x + j * THREADS, v = i % (SCALE_VECTORS ? SCALE_VECTORS : 1), plane = 0;
+#pragma unroll
+    for (int p = 0; p + 1 < N_PLANES; p++) {
+      int n = plane_groups(p, K_CHUNK) * plane_bytes(p);
+      if (plane == p && v >= n) {
+        plane = p + 1;
+        v -= n;
+      }
+    }
+    feed.plane[j] = plane;
+    feed.scales[j] =
+        tile_at(i / (SCALE_VECTORS ? SCALE_VECTORS : 1)) + plane_offset(plane, n_chunks) + 16 * v;
+  }
+#pragma unroll
+  for (int j = 0; j < X_ROUNDS; j++) {
+    int i = threadIdx.x + j * THREADS;
+    size_t token = min(first_token + i / X_VECTORS, rows - 1);
+    feed.x[j] = (const act_t*)a.x + token * a.K + 16 / sizeof(act_t) * (i % X_VECTORS);
+  }
+  feed.codes_left = a.K - 4 * (threadIdx.x % 8);
+  feed.x_left = a.K - 16 / (int)sizeof(act_t) * (threadIdx.x % X_VECTORS);
+  feed.chunk = 0;
+  return feed;
 }
 
-DEVICE void load_stage(uint4* w, uint4* x, const Tile& tile, int chunk) {
-  load_weights(w, tile, chunk);
-  for (int i = threadIdx.x; i < X_STAGE; i += THREADS) {
-    constexpr int N = 16 / sizeof(act_t);
-    int token = i / X_VECTORS, v = i % X_VECTORS, k = chunk * K_CHUNK + v * N;
-    bool is_in = token < tile.n_tokens && k < tile.K;
-    const act_t* row = tile.x + (size_t)(is_in ? token : 0) * tile.K;
-#if ALIGNED
-    copy_async16(x + x_slot(token, v), row + (is_in ? k : 0), is_in);
-#else
-    x[x_slot(token, v)] = is_in ? gather(row, k, tile.K) : make_uint4(0, 0, 0, 0);
-#endif
+// Whether round j of a thread has a vector, of n in all; known at compile time but for the last.
+DEVICE bool is_round(int j, int n) {
+  return (j + 1) * THREADS <= n || threadIdx.x + j * THREADS < n;
+}
+
+// Copies the next chunk into a stage.
+DEVICE void load_stage(Feed& feed, uint4* stage) {
+  int x_slot = slot<X_VECTORS>(threadIdx.x / X_VECTORS, threadIdx.x % X_VECTORS);
+#pragma unroll
+  for (int j = 0; j < CODE_ROUNDS; j++) {
+    int i = threadIdx.x + j * THREADS;
+    if (is_round(j, CODES)) {
+      if constexpr (IS_C_ORDER)
+        copy_elements(stage + slot<8>(threadIdx.x / 8, threadIdx.x % 8) + j * THREADS,
+                      reinterpret_cast<const uint32_t*>(feed.codes[j]), feed.codes_left);
+      else copy_async16(stage + i, feed.codes[j]);
+    }
+    feed.codes[j] += IS_C_ORDER ? 4 * K_CHUNK : CHUNK_BYTES;
   }
+#pragma unroll
+  for (int j = 0; j < SCALE_ROUNDS; j++) {
+    int i = threadIdx.x + j * THREADS, at = 0;
+#pragma unroll
+    for (int p = 0; p < N_PLANES; p++)
+      if (feed.plane[j] == p) at = feed.chunk * K_CHUNK / plane_size(p) * 16 * plane_bytes(p);
+    if (is_round(j, SCALES)) copy_async16(stage + CODES + i, feed.scales[j] + at);
+  }
+#pragma unroll
+  for (int j = 0; j < X_ROUNDS; j++) {
+    if (is_round(j, XS))
+      copy_elements(stage + CODES + SCALES + x_slot + j * THREADS, feed.x[j], feed.x_left);
+    feed.x[j] += K_CHUNK;
+  }
+  feed.codes_left -= K_CHUNK;
+  feed.x_left -= K_CHUNK;
+  feed.chunk++;
 }
 
 // What a lane holds of a row tile in a stage.
-DEVICE Chunk staged_chunk(const uint4* w, int lane) {
+DEVICE Chunk staged_chunk(const uint4* codes, const uint4* scales, int lane) {
   StoredScale stored[2];
   if constexpr (IS_C_ORDER) {
     int g = lane >> 2, t = lane & 3;
-    Codes codes;
+    Codes words;
 #pragma unroll
     for (int i = 0; i < CODE_WORDS / 4; i++) {
-      uint4 v = w[slot<8>(8 * (i % 2) + g, 2 * t + i / 2)];
-      codes.word[4 * i] = v.x;
-      codes.word[4 * i + 1] = v.y;
-      codes.word[4 * i + 2] = v.z;
-      codes.word[4 * i + 3] = v.w;
+      uint4 v = codes[slot<8>(8 * (i % 2) + g, 2 * t + i / 2)];
+      words.word[4 * i] = v.x;
+      words.word[4 * i + 1] = v.y;
+      words.word[4 * i + 2] = v.z;
+      words.word[4 * i + 3] = v.w;
     }
-    return chunk_of(codes, stored);
+    return chunk_of(words, stored);
   } else {
-    const uint8_t* at = reinterpret_cast<const uint8_t*>(w + CODE_VECTORS);
+    const uint8_t* at = reinterpret_cast<const uint8_t*>(scales);
 #pragma unroll
     for (int p = 0; p < N_PLANES; p++) {
 #pragma unroll
@@ -127,96 +175,91 @@ DEVICE Chunk staged_chunk(const uint4* w, int lane) {
             load_scale(p, at + 16 * f / plane_size(p) * 16 * plane_bytes(p), lane >> 2);
       at += plane_groups(p, K_CHUNK) * 16 * plane_bytes(p);
     }
-    return chunk_of(load_codes<false>(reinterpret_cast<const uint8_t*>(w), lane), stored);
+    return chunk_of(load_codes<false>(reinterpret_cast<const uint8_t*>(codes), lane), stored);
   }
 }
 
-DEVICE void multiply_stage(float (&c)[ROW_TILES][TOKEN_TILES][4], const uint4* w, const uint4* x,
-                           int lane) {
-  int g = lane >> 2, t = lane & 3;
+// Vector v of a token of this lane, g = lane / 4; x: of the warp's tokens.
+DEVICE Operand staged_x(const uint4* x, int j, int g, int t) {
+  x += 8 * j * X_VECTORS;
+#if ACT_PARTS > 1
+  int v = LANE_K * t / 4;
+  return unpack_operand(x[slot<8>(g, v)], x[slot<8>(g, v + STEP_K / 4)]);
+#else
+  if (STEP_K == 4) return unpack_operand(x[slot<4>(g, t)]);
+  uint2 first = reinterpret_cast<const uint2*>(x + slot<4>(g, t / 2))[t % 2],
+        second = reinterpret_cast<const uint2*>(x + slot<4>(g, t / 2 + 2))[t % 2];
+  return unpack_operand(make_uint4(first.x, first.y, second.x, second.y));
+#endif
+}
+
+// codes, scales, x: of the warp.
+DEVICE void multiply_stage(float (&c)[ROW_TILES][TOKEN_TILES][4], const uint4* codes,
+                           const uint4* scales, const uint4* x, int lane) {
   Operand b[TOKEN_TILES];
   XSums sums[TOKEN_TILES];
 #pragma unroll
   for (int j = 0; j < TOKEN_TILES; j++) {
-    int token = 8 * j + g;
-#if ACT_PARTS > 1
-    int v = LANE_K * t / 4;
-    b[j] = unpack_operand(x[x_slot(token, v)], x[x_slot(token, v + STEP_K / 4)]);
-#else
-    if (STEP_K == 4) {
-      b[j] = unpack_operand(x[x_slot(token, t)]);
-    } else {
-      uint2 first = reinterpret_cast<const uint2*>(x + x_slot(token, t / 2))[t % 2],
-            second = reinterpret_cast<const uint2*>(x + x_slot(token, t / 2 + 2))[t % 2];
-      b[j] = unpack_operand(make_uint4(first.x, first.y, second.x, second.y));
-    }
-#endif
+    b[j] = staged_x(x, j, lane >> 2, lane & 3);
     sums[j] = sum_x(b[j]);
   }
 #pragma unroll
   for (int r = 0; r < ROW_TILES; r++) {
-    Chunk v = staged_chunk(w + r * TILE_VECTORS, lane);
+    Chunk v = staged_chunk(codes + r * CODE_VECTORS, scales + r * SCALE_VECTORS, lane);
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; j++) multiply_chunk(c[r][j], v, b[j], sums[j]);
   }
 }
 
-KERNEL(THREADS, 1) linear_many(ARGS linear_args launch) {
+KERNEL(THREADS, BLOCKS) linear_many(ARGS linear_args launch) {
   OPEN_RUN(linear);
   DYNAMIC_SHARED(uint4, shared);
-  uint4 *w_stages = shared, *x_stages = shared + STAGES * W_STAGE;
   begin();
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   int rows = a.cursor[CURSOR_ROWS], first_tile = blockIdx.x * BLOCK_TILES,
-      first_token = blockIdx.y * BLOCK_TOKENS;
+      first_token = blockIdx.y * BLOCK_TOKENS, n_chunks = ceil_div(a.K, K_CHUNK);
   if (first_token >= rows) return;
-  Tile tile;
-  tile.K = a.K;
-  tile.n_chunks = ceil_div(a.K, K_CHUNK);
-  tile.n_tiles = ceil_div(a.N, 16) - first_tile;
-  tile.n_tokens = rows - first_token;
-  tile.n_rows = a.N - 16 * first_tile;
-  tile.w_bytes = IS_C_ORDER ? (size_t)16 * 4 * a.K : tile_bytes(tile.n_chunks);
-  tile.w = reinterpret_cast<const uint8_t*>(a.w) + first_tile * tile.w_bytes;
-  tile.x = (const act_t*)a.x + (size_t)first_token * a.K;
   // of the warp, in the block
   int row_tile = warp % WARPS_N * ROW_TILES, token = warp / WARPS_N * 8 * TOKEN_TILES;
+  Feed feed = feed_of(a, first_tile, first_token, rows);
 
 #pragma unroll
   for (int s = 0; s < STAGES - 1; s++) {
-    if (s < tile.n_chunks) load_stage(w_stages + s * W_STAGE, x_stages + s * X_STAGE, tile, s);
+    if (s < n_chunks) load_stage(feed, shared + s * STAGE);
     copy_async_commit();
   }
-  float c[ROW_TILES][TOKEN_TILES][4] = {}, sum[ROW_TILES][TOKEN_TILES][4] = {};
+  float sum[ROW_TILES][TOKEN_TILES][4] = {};
+  int taken = 0, freed = STAGES - 1;  // the stage of this chunk, and of the chunk before
 #pragma unroll 1
-  for (int chunk = 0; chunk < tile.n_chunks; chunk++) {
-    copy_async_wait<STAGES - 2>();
-    __syncthreads();  // this chunk is there, and the stage of the chunk before is free
-    int next = chunk + STAGES - 1, s = chunk % STAGES;
-    if (next < tile.n_chunks)
-      load_stage(w_stages + next % STAGES * W_STAGE, x_stages + next % STAGES * X_STAGE, tile,
-                 next);
-    copy_async_commit();
-    multiply_stage(c, w_stages + s * W_STAGE + row_tile * TILE_VECTORS,
-                   x_stages + s * X_STAGE + token * X_VECTORS, lane);
-    if ((chunk + 1) % SLICE_CHUNKS == 0 || chunk + 1 == tile.n_chunks) {
-#pragma unroll
-      for (int r = 0; r < ROW_TILES; r++)
-#pragma unroll
-        for (int j = 0; j < TOKEN_TILES; j++) {
-          fold(sum[r][j], c[r][j]);
-#pragma unroll
-          for (int i = 0; i < 4; i++) c[r][j][i] = 0.0f;
-        }
+  for (int first = 0; first < n_chunks; first += SLICE_CHUNKS) {
+    float c[ROW_TILES][TOKEN_TILES][4] = {};
+    int end = min(first + SLICE_CHUNKS, n_chunks);
+#pragma unroll 1
+    for (int chunk = first; chunk < end; chunk++) {
+      copy_async_wait<STAGES - 2>();
+      __syncthreads();  // this chunk is there, and nobody reads the one before
+      if (feed.chunk < n_chunks) load_stage(feed, shared + freed * STAGE);
+      copy_async_commit();
+      const uint4* stage = shared + taken * STAGE;
+      multiply_stage(c, stage + row_tile * CODE_VECTORS, stage + CODES + row_tile * SCALE_VECTORS,
+                     stage + CODES + SCALES + token * X_VECTORS, lane);
+      freed = taken;
+      taken = taken + 1 == STAGES ? 0 : taken + 1;
     }
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+      for (int j = 0; j < TOKEN_TILES; j++) fold(sum[r][j], c[r][j]);
   }
   copy_async_wait<0>();
 #pragma unroll
   for (int r = 0; r < ROW_TILES; r++) {
     int first_row = (first_tile + row_tile + r) * 16 + g;
     float row_scale[2] = {1.0f, 1.0f};
-    if (HAS_ROW_SCALE && row_tile + r < tile.n_tiles) {
-      const uint8_t* p = tile.w + (row_tile + r) * tile.w_bytes + row_scale_offset(tile.n_chunks);
+    if (HAS_ROW_SCALE && first_row < a.N) {
+      const uint8_t* p = reinterpret_cast<const uint8_t*>(a.w) +
+                         (first_tile + row_tile + r) * tile_bytes(n_chunks) +
+                         row_scale_offset(n_chunks);
       row_scale[0] = reinterpret_cast<const float*>(p)[2 * g];
       row_scale[1] = reinterpret_cast<const float*>(p)[2 * g + 1];
     }

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from flashrt.backends.cuda import kernels
 from flashrt.backends.cuda.device import Precision
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.base.errors import BackendError
@@ -326,13 +327,26 @@ def test_linear_is_the_product_with_the_values(
     assert few.tobytes() == many[:3].tobytes()
 
 
+# Aligned and not, more chunks than stages; scales in one plane, two planes and none, C order.
+TILED = (
+    (Format(DType.BF16), 296),
+    (QUICK[2], 296),
+    pytest.param(Format(DType.BF16), 301, marks=slow),
+    pytest.param(QUICK[0], 296, marks=slow),
+    pytest.param(QUICK[5], 301, marks=slow),
+    pytest.param(Format(DType.F32), 301, marks=slow),
+    pytest.param(QUICK[1], 1100, marks=slow),
+)
 ONE_OF_EACH = (QUICK[0], QUICK[2], QUICK[5])  # folds by chunk, by step, and none
 
 
 @slow
 @pytest.mark.parametrize("form", [*QUICK, grouped(DType.U4, 128, Scales.F32_MIN)], ids=str)
-def test_bits_do_not_depend_on_rows(benches: dict[Precision, Bench], form: Format) -> None:
+def test_bits_do_not_depend_on_rows(
+    monkeypatch: pytest.MonkeyPatch, benches: dict[Precision, Bench], form: Format
+) -> None:
     """Red: an order of folds that depends on tokens of a block, or rows that are not valid."""
+    monkeypatch.setattr(kernels, "few_cost", lambda s: np.inf)
     n, k = 37, 1100  # five slices: more than a turn of four warps
     stored, x = random_matrix(form, n, k), normal(300, k)
     whole = linear(benches["high"], DType.ACT_WIDE, form, stored, x)
@@ -359,13 +373,44 @@ def test_bits_do_not_depend_on_schedule_and_tiles(form: Format, seed: int, size:
 
 
 @slow
-@pytest.mark.parametrize("form", [*ONE_OF_EACH, Format(DType.F32)], ids=str)
-def test_no_race_between_threads(form: Format) -> None:
+@pytest.mark.parametrize("form", [*ONE_OF_EACH, Format(DType.BF16), Format(DType.F32)], ids=str)
+def test_no_race_between_threads(monkeypatch: pytest.MonkeyPatch, form: Format) -> None:
     """Red: a stage that is read before, or filled again while, others use it."""
+    monkeypatch.setattr(kernels, "few_cost", lambda s: np.inf)
     bench = Bench("bfloat16", seed=5, is_watched=True)
     stored, x = random_matrix(form, 33, 1100), normal(40, 1100)
     for t in (3, 40):
         check(1, form, stored, x[:t], linear(bench, DType.ACT, form, stored, x[:t]))
+    monkeypatch.setattr(kernels, "many_tile", lambda s: kernels.many_tiles(s)[1])
+    stored, x = random_matrix(form, 33, 1104), normal(40, 1104)  # aligned: x by cp.async too
+    check(1, form, stored, x, linear(bench, DType.ACT, form, stored, x))
+    bench.device.close()
+
+
+@pytest.mark.parametrize(("form", "k"), TILED, ids=str)
+def test_bits_do_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch, form: Format, k: int) -> None:
+    """Red: addresses that advance by the wrong constant, in rounds that a smaller tile has not;
+    rows of W or of x beyond the last that reach another's sum.
+    """
+    stored, x = random_matrix(form, 150, k), normal(140, k)
+    x[139:] = np.nan
+    bench = Bench("high", seed=3)
+    few = np.concatenate(
+        [
+            linear(bench, DType.ACT, form, stored, x[i : i + 32], min(32, 139 - i))
+            for i in range(0, 139, 32)
+        ]
+    )[:139]
+    dims = {"T": 140, "N": 150, "K": k}
+    groups = {} if form.groups is None else {"w": form.groups}
+    shape = kernels.Shape("linear", dims, {"w": form.dtype}, {}, DType.BF16X2, 16, groups)
+    monkeypatch.setattr(kernels, "few_cost", lambda s: np.inf)
+    for tile in kernels.many_tiles(shape):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "many_tile", lambda s, tile=tile: tile)
+            y = linear(bench, DType.ACT, form, stored, x, 139)
+        assert y[:139].tobytes() == few.tobytes(), tile
+        assert (np.ascontiguousarray(y[139:]).view(np.uint32) == 0xFFFFFFFF).all()
     bench.device.close()
 
 

@@ -19,6 +19,7 @@ from flashrt.backends.cuda import kernels
 from flashrt.backends.cuda.compiler_api import Unit
 from flashrt.backends.cuda.kernels import KernelLaunch, Shape
 from flashrt.backends.cuda.nvrtc import Nvrtc, resources
+from flashrt.backends.cuda.occupancy import multiprocessor
 from flashrt.backends.cuda.sources import Sources, shipped
 from flashrt.backends.simt.build import kernel_names
 from flashrt.core.region import DType
@@ -52,6 +53,13 @@ def shape(op: str, rows: int, act: DType, cache: DType, n_sms: int, **dims: int)
     return Shape(op, sizes, {"keys": cache, "values": cache}, ATTRS, act, n_sms)
 
 
+def many_linears(s: Shape) -> Iterator[KernelLaunch]:
+    """`linear_many` of every tile and number of stages: devices of several sizes ask for them."""
+    for arch in ("sm_86", "sm_90"):
+        for tile in kernels.many_tiles(s):
+            yield kernels.linear_many(replace(s, sm=multiprocessor(arch)), tile)
+
+
 def variants(*, is_full: bool) -> Iterator[KernelLaunch]:
     """Launches of all ops: one variant of each kernel, or all that these sizes lead to."""
     yield kernels.copy_launch(1 << 20, 132)
@@ -78,10 +86,12 @@ def variants(*, is_full: bool) -> Iterator[KernelLaunch]:
     if is_full:
         for act in (*acts, DType.F32):  # float32: in three parts
             for k, n_sms in ((256, 16), (1024, 132), (9216, 132)):
-                for n in rows:
+                for n in rows[:-1]:
                     yield from kernels.EXPANSIONS["linear"](
                         shape("linear", n, act, DType.BF16, n_sms, K=k)
                     )
+            for k in (9216, 9217):
+                yield from many_linears(shape("linear", rows[-1], act, DType.BF16, 132, K=k))
         for op in ("rmsnorm", "add_rmsnorm", "gated_rmsnorm", "silu_mul"):  # what gives them
             yield from kernels.EXPANSIONS[op](shape(op, 1, DType.F32, DType.BF16, 132))
         for act in acts:

@@ -248,8 +248,9 @@ class CudaDevice:
 
     def _nodes(self, launches: Sequence[BoundLaunch]) -> list[Node]:
         """Launches as kernels with packed arguments; compiles what is not compiled yet."""
+        arch = self.driver.info.arch
         expanded = [
-            (bound, kernels.expand(bound.launch, self.act, self._n_sms, self._expansions))
+            (bound, kernels.expand(bound.launch, self.act, self._n_sms, arch, self._expansions))
             for bound in launches
         ]
         self._prepare([kernel for _, several in expanded for kernel in several])

@@ -14,6 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from flashrt.backends.cuda.occupancy import (
+    LEAST,
+    Multiprocessor,
+    blocks_at_once,
+    multiprocessor,
+    registers_for,
+)
 from flashrt.base.errors import PlanError
 from flashrt.core.groups import Groups, Scales
 from flashrt.core.op import Launch
@@ -26,7 +33,9 @@ WARP: Final = 32
 ATTENTION_KEYS: Final = 256  # keys per block of the canonical order
 K_SLICE: Final = 256  # k per chain of mma in the canonical order of `linear`
 FEW_TOKENS: Final = 32  # up to here a launch of `linear` is bound by its weights
-MANY_STAGES: Final = 4  # tiles of 32 k in flight in `linear_many`, at most
+MANY_STAGES: Final = (4, 3)  # tiles of 32 k in flight in `linear_many`
+BUSY_WARPS: Final = 8  # of a multiprocessor: with half of them, nobody covers the waits of a warp
+HALF_BUSY: Final = 0.7  # its rate then, an estimate
 MANY_SHARED_BYTES: Final = 99 << 10  # for them: of sm_86, sm_89 and sm_120, the least of all
 CONV_ROWS: Final = 16  # rows per block of `conv_window`
 COPY_THREADS: Final = 256
@@ -59,8 +68,8 @@ class KernelLaunch:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What an expansion may look at: sizes, attributes, dtypes of params, the device's size, and
-    the groups of params that are quantised.
+    """What an expansion may look at: sizes, attributes, dtypes of params, the device's size, the
+    groups of params that are quantised, and what a multiprocessor has room for.
     """
 
     op: str
@@ -70,6 +79,7 @@ class Shape:
     act: DType
     n_sms: int
     groups: Mapping[str, Groups] = field(default_factory=dict)
+    sm: Multiprocessor = LEAST
 
     @property
     def act_parts(self) -> int:
@@ -132,13 +142,21 @@ def _draft_input(s: Shape) -> tuple[KernelLaunch, ...]:
 
 
 def _linear(s: Shape) -> tuple[KernelLaunch, ...]:
-    is_few = s.dims["T"] <= FEW_TOKENS
-    return (_linear_few(s) if is_few else _linear_many(s),)
+    if s.dims["T"] <= FEW_TOKENS:
+        return (_linear_few(s),)
+    tile = many_tile(s)
+    # a few more tokens on a narrow matrix: `linear_few` alone divides K among warps
+    return (_linear_few(s) if few_cost(s) < tile.cost(s) else linear_many(s, tile),)
+
+
+def _few_tiles(t: int) -> int:
+    """Token tiles of a warp of `linear_few`."""
+    return 1 if t <= 8 else 2 if t <= 16 else 4
 
 
 def _linear_few(s: Shape) -> KernelLaunch:
     t, n, k = s.dims["T"], s.dims["N"], s.dims["K"]
-    tiles = 1 if t <= 8 else 2 if t <= 16 else 4
+    tiles = _few_tiles(t)
     slices, row_tiles = _ceil(k, K_SLICE), _ceil(n, 16)
     # 16 warps per multiprocessor keep enough weights in flight: several small blocks if there are
     # row tiles for them, larger ones if not; registers allow 8 warps of 4 tiles, or 2 with scales
@@ -155,6 +173,16 @@ def _linear_few(s: Shape) -> KernelLaunch:
     return KernelLaunch("linear_few.cu", "linear_few", defines, grid, _x(WARP * warps))
 
 
+def few_cost(s: Shape) -> float:
+    """Time of `linear_few`, in the units of `ManyTile.cost`: its rate is that of its busy warps."""
+    launch = _linear_few(s)
+    blocks, warps = launch.grid[0] * launch.grid[1], launch.block[0] // WARP
+    most = _ceil(blocks, s.n_sms)  # on a multiprocessor
+    busy = min(warps, _ceil(s.dims["K"], K_SLICE)) * min(most, max(1, BUSY_WARPS // warps))
+    work = 16 * 8 * _few_tiles(s.dims["T"])
+    return most * work / (FEW_EFFICIENCY * min(1.0, busy / BUSY_WARPS))
+
+
 @dataclass(frozen=True, slots=True)
 class ManyTile:
     """A block of `linear_many`: warps along rows of W and along tokens, mma tiles per warp."""
@@ -163,6 +191,7 @@ class ManyTile:
     warps_t: int
     row_tiles: int
     token_tiles: int
+    blocks: int  # of a multiprocessor, that registers leave room for: launch bounds
     efficiency: float  # of a multiprocessor full of such blocks, against the largest: an estimate
 
     @property
@@ -175,22 +204,62 @@ class ManyTile:
         """Tokens per block."""
         return 8 * self.warps_t * self.token_tiles
 
-    def cost(self, n: int, t: int, n_sms: int) -> float:
-        """Time in arbitrary units: work of the multiprocessor with most blocks."""
-        blocks = _ceil(n, self.rows) * _ceil(t, self.tokens)
-        return _ceil(blocks, n_sms) * self.rows * self.tokens / self.efficiency
+    @property
+    def warps(self) -> int:
+        """Warps per block."""
+        return self.warps_n * self.warps_t
+
+    def grid(self, s: Shape) -> Grid:
+        """Blocks along rows of W, and along tokens."""
+        return (_ceil(s.dims["N"], self.rows), _ceil(s.dims["T"], self.tokens), 1)
+
+    def stage_bytes(self, s: Shape) -> int:
+        """Shared memory of a chunk: weights with their scales, and x."""
+        return self.rows // 16 * _tile_bytes(s, "w") + self.tokens * 64 * min(s.act_parts, 2)
+
+    def stages(self, s: Shape) -> int:
+        """Chunks in flight: one less than most where that lets another block in that is needed."""
+        fitting = [n for n in MANY_STAGES if n * self.stage_bytes(s) <= MANY_SHARED_BYTES]
+        return max(fitting, key=lambda n: (self._rate(self._at_once(s, n)), n))
+
+    def at_once(self, s: Shape) -> int:
+        """Blocks that a multiprocessor holds at once."""
+        return self._at_once(s, self.stages(s))
+
+    def _at_once(self, s: Shape, stages: int) -> int:
+        threads = WARP * self.warps
+        registers = registers_for(threads, self.blocks)
+        return blocks_at_once(s.sm, threads, registers, stages * self.stage_bytes(s))
+
+    def _rate(self, blocks: int) -> float:
+        """Work per time of a multiprocessor that holds so many blocks."""
+        return self.efficiency * (1.0 if blocks * self.warps >= BUSY_WARPS else HALF_BUSY)
+
+    def cost(self, s: Shape) -> float:
+        """Time in arbitrary units: work of the multiprocessor with most blocks, by what it holds
+        at once.
+        """
+        grid, at_once = self.grid(s), self.at_once(s)
+        rounds, rest = divmod(_ceil(grid[0] * grid[1], s.n_sms), at_once)
+        work = self.rows * self.tokens
+        return work * (rounds * at_once / self._rate(at_once) + rest / self._rate(rest))
 
 
+FEW_EFFICIENCY: Final = 0.3  # of `linear_few` with 4 tiles: it loads x for each 16 rows of W
+_SMALL_TILES: Final = (ManyTile(2, 2, 1, 4, 4, 0.55), ManyTile(2, 2, 1, 2, 4, 0.35))
 MANY_TILES: Final = (
-    ManyTile(2, 4, 4, 4, 1.0),
-    ManyTile(2, 2, 4, 4, 0.95),
-    ManyTile(2, 2, 2, 4, 0.75),
+    ManyTile(2, 4, 4, 4, 1, 1.0),
+    ManyTile(2, 2, 4, 4, 2, 0.95),
+    ManyTile(2, 2, 3, 4, 2, 0.9),
+    ManyTile(2, 2, 2, 4, 3, 0.75),
+    *_SMALL_TILES,
 )
-# Where scales are folded in: chains and scales take the registers of a row tile.
-FOLDED_TILES: Final = (
-    ManyTile(2, 4, 3, 4, 0.95),
-    ManyTile(2, 2, 3, 4, 0.9),
-    ManyTile(2, 2, 2, 4, 0.75),
+# Where chains with their scales, or weights in three parts, take the registers of a row tile.
+NARROW_TILES: Final = (
+    ManyTile(2, 4, 3, 4, 1, 0.95),
+    ManyTile(2, 2, 3, 4, 2, 0.9),
+    ManyTile(2, 2, 2, 4, 2, 0.75),
+    *_SMALL_TILES,
 )
 
 
@@ -201,20 +270,30 @@ def _is_folded(s: Shape, name: str) -> bool:
     return groups is not None and not (is_float8 and s.dtypes[name] is DType.E2M1)
 
 
-def _linear_many(s: Shape) -> KernelLaunch:
-    t, n, k = s.dims["T"], s.dims["N"], s.dims["K"]
-    tiles = FOLDED_TILES if _is_folded(s, "w") else MANY_TILES
-    tile = min(tiles, key=lambda tile: tile.cost(n, t, s.n_sms))
-    stage = tile.rows // 16 * _tile_bytes(s, "w") + tile.tokens * 64 * min(s.act_parts, 2)
-    stages = min(MANY_STAGES, MANY_SHARED_BYTES // stage)
+def many_tiles(s: Shape) -> tuple[ManyTile, ...]:
+    """The tiles of `linear_many` for a format of weights."""
+    is_narrow = _is_folded(s, "w") or s.dtypes.get("w") is DType.F32
+    return NARROW_TILES if is_narrow else MANY_TILES
+
+
+def many_tile(s: Shape) -> ManyTile:
+    """The one that takes the least time by the estimate."""
+    return min(many_tiles(s), key=lambda tile: tile.cost(s))
+
+
+def linear_many(s: Shape, tile: ManyTile) -> KernelLaunch:
+    """`linear_many` with a tile; all give the same bits."""
+    stages = tile.stages(s)
     defines = _defines(
-        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WARPS_N=tile.warps_n, WARPS_T=tile.warps_t,
-        ROW_TILES=tile.row_tiles, TOKEN_TILES=tile.token_tiles, STAGES=stages,
+        ACT_PARTS=s.act_parts, ALIGNED=int(s.dims["K"] % 8 == 0), WARPS_N=tile.warps_n,
+        WARPS_T=tile.warps_t, ROW_TILES=tile.row_tiles, TOKEN_TILES=tile.token_tiles,
+        STAGES=stages, BLOCKS=tile.blocks,
     )  # fmt: skip
-    grid = (_ceil(n, tile.rows), _ceil(t, tile.tokens), 1)
-    block = _x(WARP * tile.warps_n * tile.warps_t)
-    defines += _weights(s, "w")
-    return KernelLaunch("linear_many.cu", "linear_many", defines, grid, block, stages * stage)
+    shared_bytes = stages * tile.stage_bytes(s)
+    return KernelLaunch(
+        "linear_many.cu", "linear_many", defines + _weights(s, "w"), tile.grid(s),
+        _x(WARP * tile.warps), shared_bytes,
+    )  # fmt: skip
 
 
 def _tile_bytes(s: Shape, name: str) -> int:
@@ -406,9 +485,15 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
 
 
 def expand(
-    launch: Launch, act: DType, n_sms: int, expansions: Mapping[str, Expansion] = EXPANSIONS
+    launch: Launch,
+    act: DType,
+    n_sms: int,
+    arch: str,
+    expansions: Mapping[str, Expansion] = EXPANSIONS,
 ) -> tuple[KernelLaunch, ...]:
-    """The CUDA launches of one tape launch, in order. Raises PlanError for an unknown op."""
+    """The CUDA launches of one tape launch on `n_sms` multiprocessors of an `arch` ("sm_90"), in
+    order. Raises PlanError for an unknown op.
+    """
     op = launch.op
     if op.name not in expansions:
         raise PlanError(f"op {op.name!r} has no CUDA expansion; known are {sorted(expansions)}")
@@ -424,7 +509,8 @@ def expand(
         for p, v in zip(op.params, launch.operands, strict=True)
         if v.region.groups is not None
     }
-    return expansions[op.name](Shape(op.name, launch.dims, dtypes, attrs, act, n_sms, groups))
+    sm = multiprocessor(arch)
+    return expansions[op.name](Shape(op.name, launch.dims, dtypes, attrs, act, n_sms, groups, sm))
 
 
 def copy_launch(nbytes: int, n_sms: int) -> KernelLaunch:
