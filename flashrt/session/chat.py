@@ -25,6 +25,7 @@ from flashrt.session.engine import SessionEngine
 from flashrt.session.session import EndReason, Session
 from flashrt.session.waypoints import MOST_KEPT
 from flashrt.text import tool_calls
+from flashrt.text.grammar import Grammar
 from flashrt.text.messages import Pair, checked_message, checked_messages, content_of
 from flashrt.text.prompt import Prompt, PromptEncoder
 from flashrt.text.reply import ReplyEvent, ReplyParser
@@ -32,7 +33,7 @@ from flashrt.text.stops import StopStrings
 from flashrt.text.template import ChatError, Message
 from flashrt.text.thought import FIELD
 from flashrt.text.tool_calls import Tools, ToolSyntax, tool_syntax
-from flashrt.text.tool_grammar import NONE, ToolChoice, chosen_tools
+from flashrt.text.tool_grammar import NONE, ToolChoice, chosen_tools, tool_call_grammar
 from flashrt.weights.checkpoint import GENERATION_FILE, Checkpoint
 
 Messages = tuple[Message, ...]  # oldest first
@@ -258,7 +259,8 @@ class Chat:
         stop: texts that end the reply; they are neither yielded nor part of it. thinking: whether
         the model thinks first, by the template's switch; None is as `open_chat` was told.
         tool_choice: "auto" (the default), "none", which keeps the tools in the prompt, "required",
-        or a function as {"type": "function", "function": {"name": ...}}. continue_final: go on with
+        or a function as {"type": "function", "function": {"name": ...}}; a call is forced by a
+        grammar (extra `grammar`). continue_final: go on with
         the last message, the assistant's, in place of a new one. sampling: see Session.generate.
         Raises, at the first piece, ChatError for messages that the template refuses and for what it
         cannot do, SessionError for a conversation that does not fit, for bad parameters and while
@@ -332,7 +334,10 @@ class Chat:
             thinking=wish.thinking,
         )
         if chosen is not None:
-            self._hold_to_choice(prompt)
+            assert wish.tool_choice is not None
+            if options.get("grammar") is not None:
+                raise ChatError("tool_choice: a reply cannot follow a grammar and call a tool")
+            options["grammar"] = self._forced(wish.tool_choice, prompt)
         self._feed(prompt, room=1)
         generation = self.session.generate(wish.max_tokens, **options)
         decoder = self._prompts.tokenizer.stream()
@@ -381,12 +386,21 @@ class Chat:
             return dict(options)
         return {**options, "logit_bias": {**(options.get("logit_bias") or {}), token: _NEVER}}
 
-    def _hold_to_choice(self, prompt: Prompt) -> None:
-        """Raises ChatError: a call can be asked for, and not be forced yet."""
-        raise ChatError(
-            "tool_choice: a call cannot be forced, as Session.generate takes no grammar; "
-            "tool_grammar.tool_call_grammar writes it; use 'auto' and look at what came"
-        )
+    def _forced(self, choice: ToolChoice, prompt: Prompt) -> Grammar:
+        """What a reply in which the choice holds may say. Raises ChatError, GrammarError."""
+        habits = self._habits
+        if habits.syntax is None:
+            raise ChatError(
+                "tool_choice: the chat template shows no syntax of calls that is known, so none "
+                "can be forced; say which with open_chat(syntax=...)"
+            )
+        text = tool_call_grammar(
+            habits.tools.given, choice, habits.syntax, in_thought=prompt.in_thought,
+            tokens={token.spelling for token in habits.prompts.tokenizer.added_tokens},
+        )  # fmt: skip
+        grammar = Grammar.lark(text)
+        self._engine.grammars.compile(grammar)
+        return grammar
 
     def _encode(
         self,

@@ -46,6 +46,7 @@ class Tools:
     """
 
     def __init__(self, tools: Sequence[Tool]) -> None:
+        self.given = tuple(tools)  # as they came
         self._schemas: dict[str, Mapping[str, object]] = {}
         for i, tool in enumerate(tools):
             function = tool.get("function", tool) if isinstance(tool, Mapping) else tool

@@ -480,9 +480,32 @@ def test_calls_in_replies_are_parts_of_the_message(
         assert type(next(events)).__name__ == "CallBegun"
         events.close()  # type: ignore[attr-defined]
         assert chat.messages[-1]["content"] and "tool_calls" not in chat.messages[-1]
-        for choice, why in (("required", "cannot be forced"), ("some", "tool_choice is 'some'")):
-            with pytest.raises(ChatError, match=why):
-                chat.reply(tool_choice=choice)
+        with pytest.raises(ChatError, match="tool_choice is 'some'"):
+            chat.reply(tool_choice="some")
+
+
+def test_a_call_can_be_forced(drops: flashrt.Engine, engine: flashrt.Engine) -> None:
+    """Red when the choice is not held to, on or off in a thought, or when it is refused only after
+    the prompt was fed.
+    """
+    place = {"type": "string", "enum": ["the cellar", "the tower"]}
+    schema = {"type": "object", "properties": {"place": place}, "required": ["place"]}
+    tools = [{"name": name, "parameters": schema} for name in ("look", "open")]
+    one = {"type": "function", "function": {"name": "open"}}
+    for choice, names in (("required", {"look", "open"}), (one, {"open"})):
+        with open_chat(drops, tools=tools) as chat:
+            chat.add("user", "where is the fox ?")
+            chat.reply(60, tool_choice=choice, thinking=False, temperature=1.5, seed=4)
+            calls = chat.messages[-1]["tool_calls"]
+            assert {call["function"]["name"] for call in calls} <= names  # type: ignore[attr-defined]
+            assert json.loads(calls[0]["function"]["arguments"])["place"] in place["enum"]  # type: ignore[index]
+    with open_chat(engine, tools=tools) as chat:  # whose template says nothing of calls
+        chat.add("user", "where is the fox ?")
+        with pytest.raises(ChatError, match="syntax of calls"):
+            chat.reply(tool_choice="required")
+        with pytest.raises(ChatError, match="cannot follow a grammar"):
+            chat.reply(tool_choice="required", grammar=flashrt.Grammar.regex("a+"))
+        assert chat.session.position == 0
 
 
 def test_none_as_tool_choice_keeps_the_model_from_calling(
