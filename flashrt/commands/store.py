@@ -1,23 +1,27 @@
 """`flashrt store`: what a store of capsules holds, as a list or a tree; check it, sweep it.
 
-IS: listings with sizes; remove and sweep. IS NOT: the store itself (store.store, store.upkeep).
+IS: its options; listings with sizes; remove and sweep. IS NOT: the store itself (store.store,
+store.upkeep), or what it tells of sessions (store_history).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from flashrt.base.errors import StoreError
-from flashrt.commands import console
+from flashrt.commands import console, store_history
+from flashrt.commands.store_history import ID_DIGITS
 from flashrt.store import upkeep
+from flashrt.store.history import History, StoredCapsule
 from flashrt.store.manifest import Manifest, Place
 from flashrt.store.store import Store
 from flashrt.view.units import bytes_text
 
-ID_DIGITS = 8
+_MOST_DIGITS = 9  # of a count
+_WHICH = "a name, or the beginning of an id or a digest"
 
 
 class Subparsers(Protocol):
@@ -31,6 +35,8 @@ def register(commands: Subparsers) -> None:
     purpose = "Look into a store of capsules: list, tree, check, sweep, remove."
     examples = (
         "examples:\n  flashrt store ls ~/capsules\n  flashrt store tree s3://bucket/capsules\n"
+        "  flashrt store log ~/capsules --checkpoint ~/models/Qwen3.5-0.8B\n"
+        "  flashrt store diff ~/capsules plan-a plan-b\n"
         '  flashrt store show ~/capsules "system prompt"\n  flashrt store verify ~/capsules\n'
         "  flashrt store rm ~/capsules 3fa2c1d0 && flashrt store gc ~/capsules"
     )
@@ -44,10 +50,40 @@ def register(commands: Subparsers) -> None:
         "who descends from whom, and what each one adds",
         lambda o: tree(_open(o.store)),
     )
-    show_parser = _add(
-        actions, "show", "one capsule", lambda o: show(_open(o.store), o.which, o.json)
+    log_parser = _add(
+        actions,
+        "log",
+        "the tree, newest first, with the first words of each",
+        lambda o: store_history.log(_open(o.store), o.which, o.checkpoint, o.json),
     )
-    show_parser.add_argument("which", metavar="CAPSULE", help="a name, or the beginning of an id")
+    log_parser.add_argument(
+        "which", nargs="?", metavar="CAPSULE", help=f"this one and its ancestors only; {_WHICH}"
+    )
+    show_parser = _add(
+        actions,
+        "show",
+        "one capsule: its text, sampler and objects",
+        lambda o: store_history.show(_open(o.store), o.which, o.checkpoint, o.json),
+    )
+    show_parser.add_argument("which", metavar="CAPSULE", help=_WHICH)
+    diff_parser = _add(
+        actions,
+        "diff",
+        "where two capsules part",
+        lambda o: store_history.diff(_open(o.store), o.a, o.b, o.around, o.checkpoint, o.json),
+    )
+    diff_parser.add_argument("a", metavar="A", help=_WHICH)
+    diff_parser.add_argument("b", metavar="B", help=_WHICH)
+    diff_parser.add_argument(
+        "--around", type=_count, default=8, metavar="N",
+        help="tokens to show before and after they part (default: 8)",
+    )  # fmt: skip
+    for each in (log_parser, show_parser, diff_parser):
+        each.add_argument(
+            "--checkpoint", metavar="CHECKPOINT",
+            help="its tokenizer has the text of tokens; no weights are read (default: the one that "
+            "notes in the store name)",
+        )  # fmt: skip
     _add(actions, "verify", "read and check every byte", lambda o: verify(_open(o.store), o.json))
     gc_parser = _add(
         actions,
@@ -91,55 +127,17 @@ def ls(store: Store, as_json: bool) -> int:
 
 def tree(store: Store) -> int:
     """The command: lineage as a picture in text."""
-    rows = {r["id"]: r for r in _rows(store)}
+    history = History(store)
+    for problem in history.problems:
+        console.complain(f"problem: {problem}")
     picture = console.Tree(console.styled(store.folder.url, "bold"))
     branches: dict[str, console.Tree] = {}
-
-    def branch(row: Mapping[str, Any]) -> console.Tree:
-        if row["id"] not in branches:
-            parent = rows.get(row["parent"]) or _nearest(row, rows)
-            trunk = picture if parent is None else branch(parent)
-            branches[row["id"]] = trunk.add(*_label(row))
-        return branches[row["id"]]
-
-    for row in sorted(rows.values(), key=lambda r: (r["position"], r["id"])):
-        branch(row)
+    for entry in sorted(history.entries.values(), key=lambda e: (e.place.position, e.id)):
+        left = [e for e in entry.path() if e.id not in branches]
+        for each in reversed(left):
+            trunk = picture if each.parent is None else branches[each.parent.id]
+            branches[each.id] = trunk.add(*_label(each))
     console.screen().print(picture)
-    return 0
-
-
-def show(store: Store, which: str, as_json: bool) -> int:
-    """The command: one capsule and its objects."""
-    place = store.resolve(which)
-    manifest, names = store.manifest(place), _names(store).get(place, [])
-    found: dict[str, Any] = {
-        "id": place.id,
-        "names": names,
-        "position": manifest.position,
-        "fingerprint": manifest.fingerprint,
-        "digest": manifest.digest,
-        "tokens_digest": manifest.tokens_digest,
-        "parent": manifest.parent,
-        "fixed": {"object": manifest.fixed.digest, "bytes": manifest.fixed.nbytes},
-        "segments": [
-            {"start": s.start, "stop": s.stop, "object": s.rows.digest, "bytes": s.rows.nbytes}
-            for s in manifest.segments
-        ],
-    }
-    if as_json:
-        console.print_json(found)
-        return 0
-    plain = ("id", "digest", "fingerprint", "tokens_digest", "parent")
-    facts = [["names", ", ".join(names) or "none"], ["position", f"{manifest.position:,}"]]
-    facts += [[key.replace("_", " "), str(found[key] or "none")] for key in plain]
-    screen = console.screen()
-    screen.print(console.table(f"Capsule {which}", ("", "~"), facts))
-    objects = [["fixed", manifest.fixed.digest, bytes_text(manifest.fixed.nbytes)]]
-    objects += [
-        [f"rows {s.start:,} to {s.stop:,}", s.rows.digest, bytes_text(s.rows.nbytes)]
-        for s in manifest.segments
-    ]
-    screen.print(console.table("Objects", ("what", "object", ">bytes"), objects))
     return 0
 
 
@@ -172,9 +170,10 @@ def gc(store: Store, as_json: bool, take_over: bool) -> int:
         console.print_json({"objects": found.pop("objects"), "bytes": found.pop("nbytes"), **found})
     else:
         young = f"; {swept.young} unused ones are too young to go" if swept.young else ""
+        notes = f", {swept.notes} notes" if swept.notes else ""
         console.screen().print(
-            f"removed {swept.objects} objects, {bytes_text(swept.nbytes)}, and {swept.names} names"
-            f"{young}{_strays(swept.strays)}"
+            f"removed {swept.objects} objects{notes}, {bytes_text(swept.nbytes)}, and "
+            f"{swept.names} names{young}{_strays(swept.strays)}"
         )
     return 0
 
@@ -236,22 +235,13 @@ def _names(store: Store) -> dict[Place, list[str]]:
     return names
 
 
-def _nearest(
-    row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]
-) -> Mapping[str, Any] | None:
-    """The deepest capsule that has the first segments of one whose parent was removed."""
-    chain = row["chain"]
-    above = [r for r in rows.values() if 0 < len(r["chain"]) < len(chain)]
-    on_path = [r for r in above if chain[: len(r["chain"])] == r["chain"]]
-    return max(on_path, key=lambda r: (r["position"], r["id"]), default=None)
-
-
-def _label(row: Mapping[str, Any]) -> list[console.Part]:
-    since = row["position"] - row["own_start"]
-    name: list[console.Part] = [console.styled(row["names"], "bold"), " "] if row["names"] else []
-    size = bytes_text(row["own_bytes"])
-    position = f" position {row['position']:,} (+{since:,}), {size}"
-    return [*name, console.styled(row["id"][:ID_DIGITS], "dim"), position]
+def _label(entry: StoredCapsule) -> list[console.Part]:
+    since = entry.place.position - entry.own_start
+    names = ", ".join(entry.names)
+    name: list[console.Part] = [console.styled(names, "bold"), " "] if names else []
+    size = bytes_text(entry.own_nbytes)
+    position = f" position {entry.place.position:,} (+{since:,}), {size}"
+    return [*name, console.styled(entry.id[:ID_DIGITS], "dim"), position]
 
 
 def _add(
@@ -265,6 +255,12 @@ def _add(
             "--json", action="store_true", help="one JSON document on stdout instead"
         )
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > _MOST_DIGITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count of tokens")
+    return int(text)
 
 
 def _help(parser: argparse.ArgumentParser) -> int:

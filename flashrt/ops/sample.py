@@ -143,6 +143,31 @@ def mask_words(vocab_size: int) -> int:
     return -(-vocab_size // MASK_BITS)
 
 
+def unpack(sampler: bytes, bias: bytes) -> SamplerParams:
+    """What `pack` and `pack_bias` wrote, floats as float32 has them. Raises SessionError for bytes
+    that they do not write.
+    """
+    words = np.frombuffer(sampler, np.uint32)
+    floats = words.view(np.float32)
+    seed = int(words[SamplerWord.SEED_HIGH]) << 32 | int(words[SamplerWord.SEED_LOW])
+    n_biases = int(words[SamplerWord.BIASES])
+    entries = struct.iter_unpack("@if", bias[: 8 * min(n_biases, BIAS_ENTRIES)])
+    params = SamplerParams(
+        temperature=float(floats[SamplerWord.TEMPERATURE]),
+        top_k=int(words[SamplerWord.TOP_K]),
+        top_p=float(floats[SamplerWord.TOP_P]),
+        min_p=float(floats[SamplerWord.MIN_P]),
+        seed=seed,
+        repetition_penalty=float(floats[SamplerWord.REPETITION]),
+        presence_penalty=float(floats[SamplerWord.PRESENCE]),
+        frequency_penalty=float(floats[SamplerWord.FREQUENCY]),
+        logit_bias=tuple(entries),
+    )
+    if params.pack() != sampler or params.pack_bias() != bias:
+        raise SessionError("sampling parameters: the words are not those of any")
+    return params
+
+
 _WHOLE = ("top_k", "seed")
 _RANGES: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("temperature", "[0, inf)", lambda x: 0 <= x < np.inf),

@@ -46,9 +46,9 @@ from flashrt.serve.ask import (
 from flashrt.serve.meters import Meters, TurnTiming
 from flashrt.serve.prefix import Entry, PrefixIndex, owner_key
 from flashrt.serve.queue import FairQueue
-from flashrt.serve.steps import Feed, step
 from flashrt.session.engine import SessionEngine
 from flashrt.session.session import Generation, Session, as_tokens
+from flashrt.session.together import Feed, step
 from flashrt.store.opening import restore_nbytes
 from flashrt.store.reuse import Action, Boundary, Decision, Live, Rates, decide
 
@@ -331,9 +331,30 @@ class Scheduler:
                 self._step()
             except Exception as error:  # ours: whoever runs is told, others are served
                 trace(PLAN, f"scheduler: {error!r}")
-                wrapped = BackendError(f"the server failed in a step: {error!r}")
-                for asked in self._running():
-                    self._fail(asked, error if isinstance(error, FlashrtError) else wrapped)
+                failed = BackendError(f"the server failed in a step: {error!r}")
+                told = error if isinstance(error, FlashrtError) else failed
+                try:
+                    for asked in self._running():
+                        self._fail(asked, told)
+                except Exception as worse:  # as of an engine that somebody closed
+                    self._die(worse)
+                    return
+
+    def _die(self, error: Exception) -> None:
+        """The engine cannot be used: everybody is told, and nothing more is taken."""
+        with self._lock:
+            self._is_closing = self._has_ended = True
+            waiting = [choice.asked for choice in self._queue.remove(lambda _: True)]
+            calls, self._calls = list(self._calls), deque()
+        told = BackendError(f"the server cannot go on: {error!r}")
+        running = self._running()
+        for worker in self.workers:
+            worker.choice = None
+        for asked in dict.fromkeys([*running, *waiting]):
+            if not asked.is_over:
+                self._fail(asked, told)
+        for work in calls:
+            work()
 
     def _go_on(self) -> bool:
         """Carry out calls; wait while there is nothing else to do. False at the end."""
@@ -393,8 +414,10 @@ class Scheduler:
             asked = choice_.asked
             if asked.ticket.is_cancelled or asked.is_deaf or now >= self._stop_at:
                 self._end(worker, "cancelled")
+                self._maybe_leave(worker)
             elif now >= asked.deadline:
                 self._end(worker, "timeout")
+                self._maybe_leave(worker)
 
     def _end_waiting(self, choice: Choice, reason: Reason) -> None:
         """A choice that has no lane."""
@@ -500,15 +523,14 @@ class Scheduler:
         self._rotation += 1
         active = active[turn:] + active[:turn]
         feeding = [w for w in active if w.state == "prompt"]
-        going = [w for w in active if w.state != "prompt"]
-        if not going:
+        if len(feeding) == len(active):
             self._prefill(feeding[0])
             return
+        going = [w for w in active if w.state != "prompt"]
         most = self.engine.most_together
         going = going[: max(1, most - bool(feeding))]
         feeding = feeding[: most - len(going)]
-        pieces = self._pieces(feeding, STEP_ROWS - len(going))
-        self._step_together(going, pieces)
+        self._step_together(going, self._pieces(feeding, STEP_ROWS - len(going)))
 
     def _prefill(self, worker: Worker) -> None:
         """A whole launch of one prompt: nobody decodes meanwhile."""
@@ -550,19 +572,25 @@ class Scheduler:
                 choice.generation = self._generation(worker)
                 if choice.generation is None:
                     continue
-            feeds.append(Feed(session, asked.tokens[at : at + n], choice.generation))
-        decoding = [c.generation for w in going if (c := w.choice) and c.generation is not None]
+            then = choice.generation.params if choice.generation is not None else None
+            feeds.append(Feed(session, asked.tokens[at : at + n], then))
+        decoding = []
+        for worker in going:
+            choice = self._choice(worker)
+            if choice.reason is not None:  # its last token is to be state
+                feeds.append(Feed(worker.session, _NO_TOKENS))
+            elif choice.generation is not None:
+                decoding.append(choice.generation)
         step(decoding, feeds)
         for worker, _ in pieces:
             if worker.choice is not None:
                 self._fed(worker)
         for worker in going:
             choice_ = worker.choice
-            if choice_ is None:
-                continue
-            if choice_.reason is None:
+            if choice_ is not None and choice_.reason is None:
                 self._take(worker)
-            if worker.choice is choice_ and choice_.reason is not None:
+        for worker in going:
+            if worker.state == "end":
                 self._maybe_leave(worker)
 
     def _fed(self, worker: Worker) -> None:
@@ -658,10 +686,12 @@ class Scheduler:
         choice.reason = reason
 
     def _maybe_leave(self, worker: Worker) -> None:
-        """It leaves unless the last token is to be fed yet, and the next replay can do that."""
+        """It leaves unless the last token is to be fed yet, and the next step can do that."""
         generation = self._choice(worker).generation
         is_alone = sum(w.choice is not None for w in self.workers) == 1
-        if is_alone or generation is None or worker.session.fed_next(generation.draft) is None:
+        n_pending = worker.session.position - worker.session.lane.position
+        has_drafts = generation is not None and bool(generation.draft.draft)
+        if is_alone or not n_pending or has_drafts:
             self._leave(worker)
 
     def _leave(self, worker: Worker) -> None:
@@ -718,20 +748,27 @@ class Scheduler:
         """It fails alone: its lanes are not to be gone on from, what it made is not to be used."""
         if asked.is_over:
             return
-        for worker in self.workers:
-            if worker.choice is not None and worker.choice.asked is asked:
-                if worker.choice.generation is not None:
-                    worker.choice.generation.close()
-                self._free(worker)
-                worker.owner = None
-                self.engine.poison_lane(worker.session.lane)
-                self.engine.capsules.reset(worker.session.lane)
-        for entry in asked.made:
-            if not entry.holders - {f"ask {id(asked)}"} and entry.queue is not None:
-                self.index.forget(entry)
-        self.meters.failed += 1
-        self._over(asked, "failed")
-        self._tell(asked, lambda: asked.ask.sink.failed(error))
+        try:
+            for worker in self.workers:
+                if worker.choice is not None and worker.choice.asked is asked:
+                    self._void(worker)
+            for entry in asked.made:
+                if not entry.holders - {f"ask {id(asked)}"} and entry.queue is not None:
+                    self.index.forget(entry)
+        finally:
+            self.meters.failed += 1
+            self._over(asked, "failed")
+            self._tell(asked, lambda: asked.ask.sink.failed(error))
+
+    def _void(self, worker: Worker) -> None:
+        """Nobody knows what its lane holds: nothing of it may be used."""
+        generation, lane = self._choice(worker).generation, worker.session.lane
+        self._free(worker)
+        worker.owner = None
+        if generation is not None:
+            generation.close()
+        self.engine.poison_lane(lane)
+        self.engine.capsules.reset(lane)
 
     def _over(self, asked: Asked, reason: str) -> None:
         asked.is_over = True
@@ -773,6 +810,7 @@ class Scheduler:
         return worker.choice
 
 
+_NO_TOKENS = np.empty(0, np.int32)
 _OPTIONS = frozenset(inspect.signature(Session.generate).parameters) - {
     "self", "max_tokens", "stop",
 }  # fmt: skip

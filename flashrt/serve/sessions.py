@@ -7,10 +7,8 @@ A node is the state after a turn: its tokens, and a capsule where there was room
 the state is made again from the tokens, to the same bits. Its tokens are the first `base` ones of
 its parent and its own: a template may render earlier turns anew.
 
-Files, in the store, private as prompts are:
-    serve/OWNER/SESSION/session.json    the tree: ids, positions, digests, names, the tip
-    serve/OWNER/SESSION/NODE.json       a node's own tokens, and its messages
-    refs/serve%2FOWNER%2FENTRY          capsules
+Files, in the store: serve/OWNER/SESSION/session.json and NODE.json; names of capsules are
+serve/OWNER/ENTRY. docs/serving.md tells what is in them.
 """
 
 from __future__ import annotations
@@ -33,13 +31,15 @@ from flashrt.serve.ask import NoSession, SessionBusy, SessionConflict
 from flashrt.serve.prefix import PREFIX, Entry, PrefixIndex, owner_key
 from flashrt.serve.saver import Saver
 from flashrt.serve.scheduler import Asked, Ends, Left
+from flashrt.store.folder import REFS
 from flashrt.store.manifest import tokens_digest
 from flashrt.store.reuse import common_prefix
-from flashrt.store.store import Saving, Store
+from flashrt.store.store import Saving, Store, ref_file
 
 FORMAT = "flashrt-session-1"
 MOST_FILE_NBYTES = 256 << 20
 MOST_NAME = 200  # characters
+MOST_SESSIONS = 10_000  # of an owner
 _ID_NBYTES = 16  # nobody guesses 128 bits
 _NODE_NBYTES = 8
 _FILE = re.compile(rf"{PREFIX}/([0-9a-f]+)/([0-9a-f]+)/session\.json")
@@ -217,10 +217,13 @@ class SessionBook(Ends):
 
     def create(self, owner: str, name: str | None = None) -> tuple[SessionView, Files]:
         """An empty session."""
+        key = owner_key(owner)
+        if sum(o == key for o, _ in self._sessions) >= MOST_SESSIONS:
+            raise SessionError(f"you have {MOST_SESSIONS:,} sessions; delete some")
         root = _Node(_fresh(_NODE_NBYTES), None, 0, 0, None, 0, time.time(), "root")
         root.tokens, root.messages = _NO_TOKENS, []
         session = _Session(
-            _fresh(_ID_NBYTES), owner_key(owner), checked_name(name), time.time(),
+            _fresh(_ID_NBYTES), key, checked_name(name), time.time(),
             {root.id: root}, root.id,
         )  # fmt: skip
         self._sessions[session.owner, session.id] = session
@@ -423,7 +426,8 @@ class SessionBook(Ends):
                 continue
             documents.append((owner, id_, document))
         entries: dict[tuple[str, str], Entry] = {}
-        for name, place in store.refs().items():
+        ages = {e.name: e.age_s or 0.0 for e in store.folder.list(REFS)}
+        for name, place in sorted(store.refs().items(), key=lambda r: -ages.get(ref_file(r[0]), 0)):
             ref = _REF.fullmatch(name)
             if ref is None or place.fingerprint != self._index.fingerprint:
                 continue
@@ -655,6 +659,8 @@ def _session(
         parent = nodes[node.parent].position if node.parent is not None else 0
         if not 0 <= node.base <= min(parent, node.position):
             raise ValueError(f"node {node.id}: base {node.base}")
+        if node.parent is None:
+            node.tokens, node.messages = _NO_TOKENS, []
         nodes[node.id] = node
     if document["tip"] not in nodes:
         raise ValueError(f"its tip {document['tip']!r} is no node")

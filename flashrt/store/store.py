@@ -5,6 +5,7 @@ IS: publish (save), load, names, and the search for the longest stored prefix of
     objects/ab/cdef...   segments' rows, segments' tokens, fixed bands; named by content
     capsules/FINGERPRINT/POSITION-TOKENS-ID.json    manifests
     refs/NAME            one line: the manifest that a name stands for
+    notes/ID/DIGEST.json    what was recorded beside a capsule
 IS NOT: files (directory, remote), sweeping and checking (upkeep), or sessions (opening).
 
 Order of writes: objects, manifest, name. So whatever is seen is whole, and a killed writer leaves
@@ -13,6 +14,7 @@ objects that nobody refers to. A capsule that is loaded stays on the disk tier u
 
 from __future__ import annotations
 
+import difflib
 import errno
 import functools
 import os
@@ -39,6 +41,7 @@ from flashrt.store import manifest as manifests
 from flashrt.store.directory import Directory
 from flashrt.store.folder import FORMAT_FILE, REFS, Folder, Publishing
 from flashrt.store.manifest import Manifest, ObjectRef, Place, SegmentRecord
+from flashrt.store.notes import Notes, read_notes, write_notes
 from flashrt.store.objects import Near, StoredObject, object_id, object_name
 from flashrt.store.remote import Remote
 from flashrt.store.reuse import Rates
@@ -46,6 +49,7 @@ from flashrt.store.reuse import Rates
 FORMAT = b"flashrt-store-1\n"
 _NO_REF = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG)
 _TRIES = 5  # of a save that sweeps took for dead, each time after a minute of silence
+_MOST_COMPARED = 2000  # names with one that was mistyped
 _LOCAL = ("file://", "local://")  # fsspec's names for what a Directory does better
 
 
@@ -110,34 +114,41 @@ class Store:
 
     # -- publishing -----------------------------------------------------------------------------
 
-    def save(self, capsule: Capsule, name: str | None = None) -> Saved:
+    def save(self, capsule: Capsule, name: str | None = None, notes: Notes | None = None) -> Saved:
         """Publish a capsule, whole or not at all; objects that are there are not written again, but
         read: one that was damaged is replaced.
 
-        `name`: a ref for it (default: the capsule's name); a ref that exists moves. Raises
-        CapsuleError for a dropped capsule, StoreError when the store cannot be written.
+        `name`: a ref for it (default: the capsule's name); a ref that exists moves. `notes`: see
+        `annotate`. Raises CapsuleError for a dropped capsule, StoreError for notes that are not
+        about its tokens, or when the store cannot be written.
         """
-        return capsule.owner.change(lambda: self._save(capsule, name))
+        return capsule.owner.change(lambda: self._save(capsule, name, notes))
 
-    def _save(self, capsule: Capsule, name: str | None) -> Saved:
-        saving = self._taken(capsule, name, _rows_when_asked)
+    def _save(self, capsule: Capsule, name: str | None, notes: Notes | None = None) -> Saved:
+        saving = self._taken(capsule, name, notes, _rows_when_asked)
         saved = saving.publish()
         saving.finish()
         return saved
 
-    def begin(self, capsule: Capsule, name: str | None = None) -> Saving:
+    def begin(
+        self, capsule: Capsule, name: str | None = None, notes: Notes | None = None
+    ) -> Saving:
         """The first half of a save: what it needs of the engine is copied into host memory. The
         other half, `publish`, keeps nobody from using the engine, and may run in any thread.
 
         Raises CapsuleError for a dropped capsule, or bytes that cannot be read.
         """
-        return capsule.owner.change(lambda: self._taken(capsule, name, self._rows_at_once))
+        return capsule.owner.change(lambda: self._taken(capsule, name, notes, self._rows_at_once))
 
-    def _taken(self, capsule: Capsule, name: str | None, rows: _RowsOf) -> Saving:
+    def _taken(
+        self, capsule: Capsule, name: str | None, notes: Notes | None, rows: _RowsOf
+    ) -> Saving:
         table = capsule.owner
         table.check(capsule)
+        if notes is not None:
+            notes.check(capsule.tokens)
         name = capsule.name if name is None else name
-        ref = None if name is None else _ref_file(name)
+        ref = None if name is None else ref_file(name)
         known = self._known.setdefault(table, _Known())
         parts = []
         for segment in _oldest_first(capsule):
@@ -155,7 +166,7 @@ class Store:
             parent_ = parent_.parent
         return Saving(
             self, capsule, ref, tuple(parts), _once(begin_fixed_image(table.arena, capsule.fixed)),
-            manifests.tokens_digest(capsule.tokens), capsule.digest, tuple(parents),
+            manifests.tokens_digest(capsule.tokens), capsule.digest, tuple(parents), notes,
         )  # fmt: skip
 
     def _rows_at_once(self, arena: Arena, segment: Segment, record: SegmentRecord | None) -> _Image:
@@ -174,6 +185,8 @@ class Store:
             for _ in range(_TRIES):
                 tally = _Tally()
                 place, records, is_there = self._publish(saving, turn, tally)
+                if saving.notes is not None:
+                    write_notes(self.folder, turn, place, saving.notes)
                 if turn.still_counts() and is_there:
                     saved = Saved(place, tally.new_objects, tally.new_nbytes, tally.shared_nbytes)
                     return saved, records
@@ -244,6 +257,27 @@ class Store:
         capsule.owner.offload(capsule, sources)
         return saved
 
+    def annotate(self, which: str | Place, notes: Notes) -> Place:
+        """Record notes beside a stored capsule, in place of those that it has; the capsule stays as
+        it is. They go with it, at the next sweep.
+
+        Raises StoreError where there is no such capsule, for notes that are not about its tokens,
+        or when the store cannot be written.
+        """
+        place = which if isinstance(which, Place) else self.resolve(which)
+        found = self.manifest(place)
+        notes.check(self.tokens(found))
+        with self.folder.publishing() as turn:
+            for _ in range(_TRIES):
+                write_notes(self.folder, turn, place, notes)
+                if turn.still_counts():
+                    break
+            else:
+                raise StoreError(f"{self.folder.url}: sweeps took this for dead; annotate again")
+            if self.folder.size(place.name) is None:
+                raise StoreError(f"{self.folder.url}/{place.name} was removed meanwhile")
+        return place
+
     # -- questions ------------------------------------------------------------------------------
 
     def places(self, fingerprint: str | None = None) -> list[Place]:
@@ -271,18 +305,55 @@ class Store:
         if (named := self._named(which)) is not None:
             return named
         matching = [p for p in self.places() if len(which) >= 4 and p.id.startswith(which)]
-        if len(matching) != 1:
-            what = (
-                f"{len(matching)} capsules' ids begin with" if matching else "no capsule is called"
-            )
-            raise StoreError(
-                f"{self.folder.url}: {what} {which!r}; `flashrt store ls` lists what is there"
-            )
-        return matching[0]
+        if len(matching) == 1:
+            return matching[0]
+        raise self.no_such(which, matching)
+
+    def no_such(self, which: str, matching: Sequence[Place]) -> StoreError:
+        """The error for what stands for several capsules or for none, with those that were perhaps
+        meant: by id, position and name.
+        """
+        names = self.refs()
+        if matching:
+            by_place = {place: name for name, place in names.items()}
+            digits = _digits_apart([p.id for p in matching])
+            candidates = [
+                f"{p.id[:digits]} at {p.position:,}"
+                + (f" ({by_place[p]})" if p in by_place else "")
+                for p in matching
+            ]
+            what = f"{which!r} may be any of {len(matching)} capsules: {listed(candidates)}"
+            return StoreError(f"{self.folder.url}: {what}; give more digits, or a name")
+        close = difflib.get_close_matches(which, list(names)[:_MOST_COMPARED], n=3, cutoff=0.5)
+        close = close or list(names)
+        there = f"there is {listed(close)}" if close else "no capsule here has a name"
+        return StoreError(
+            f"{self.folder.url}: no capsule is called {which!r}; {there}; `flashrt store ls` lists "
+            "what is there"
+        )
 
     def manifest(self, place: Place) -> Manifest:
         """The checked manifest of a capsule. Raises StoreError."""
         return manifests.decode(place, self.folder.read(place.name, place.id))
+
+    def tokens(self, found: Manifest, start: int = 0, stop: int | None = None) -> NDArray[np.int32]:
+        """Tokens [start, stop) of a capsule, int32, stop being its position unless given; only the
+        segments that have them are read. Raises StoreError for what is gone or damaged.
+        """
+        stop = found.position if stop is None else min(stop, found.position)
+        parts = [
+            self._tokens(s)[max(start - s.start, 0) : stop - s.start]
+            for s in found.segments
+            if s.start < stop and s.stop > start
+        ]
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+    def notes(self, which: str | Place) -> tuple[Notes | None, list[str]]:
+        """What is recorded beside a capsule, and what is wrong with what cannot be read. Raises
+        StoreError where there is no such capsule.
+        """
+        place = which if isinstance(which, Place) else self.resolve(which)
+        return read_notes(self.folder, place)
 
     def find(self, fingerprint: str, tokens: NDArray[np.int32]) -> list[Place]:
         """Stored capsules whose tokens are a prefix of `tokens`, deepest first.
@@ -345,8 +416,8 @@ class Store:
                 raise StoreError(f"{self.folder.url}/{place.name}: there is no such capsule")
             refs = [ref for ref, target in self.refs_and_targets() if target == place.name]
             if named is not None and isinstance(which, str):
-                self.folder.delete(_ref_file(which))
-                if set(refs) - {_ref_file(which)}:
+                self.folder.delete(ref_file(which))
+                if set(refs) - {ref_file(which)}:
                     return place
             for ref in refs:
                 self.folder.delete(ref)
@@ -379,7 +450,7 @@ class Store:
     def _named(self, which: str) -> Place | None:
         """The capsule that a name stands for; None where there is no such name, or no capsule."""
         try:
-            ref = _ref_file(which)
+            ref = ref_file(which)
         except StoreError:  # it is no name: perhaps an id
             return None
         place = manifests.place_of(self._target(ref) or "")
@@ -538,6 +609,7 @@ class Saving:
     tokens_digest: str
     digest: str
     parents: tuple[Place, ...]  # stored ancestors, the nearest first
+    notes: Notes | None
     _done: tuple[Place, list[SegmentRecord]] | None = None
 
     @property
@@ -586,11 +658,20 @@ def _oldest_first(capsule: Capsule) -> list[Segment]:
     return list(chain_of(capsule.segment))[::-1]
 
 
+def _digits_apart(ids: Sequence[str]) -> int:
+    """The fewest digits, 8 at least, that tell ids apart."""
+    for digits in range(8, 32):
+        if len({id[:digits] for id in ids}) == len(ids):
+            return digits
+    return 32
+
+
 def _bytes(text: bytes) -> Bytes:
     return np.frombuffer(text, np.uint8)
 
 
-def _ref_file(name: str) -> str:
+def ref_file(name: str) -> str:
+    """The file of a ref. Raises StoreError for what cannot be a name."""
     quoted = urllib.parse.quote(name, safe="")
     if not 0 < len(quoted) <= 200:
         raise StoreError(f"{name!r} is not a name: 1 to 200 bytes when percent-encoded")

@@ -7,12 +7,15 @@ Every manifest is a root: a capsule stays until it is removed, whether or not it
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from flashrt.base.errors import StoreError
 from flashrt.store import manifest as manifests
 from flashrt.store.folder import REFS, TMP, Entry
 from flashrt.store.manifest import Manifest, ObjectRef, Place
+from flashrt.store.notes import NOTES, Notes, capsule_of
 from flashrt.store.objects import OBJECTS, StoredObject, is_object, object_name
 from flashrt.store.store import Store
 
@@ -26,6 +29,7 @@ class Swept:
     names: int  # refs to capsules that are gone
     young: int = 0  # files that nobody needs, but that are young, or of an age that is unknown
     strays: int = 0  # files that are not the store's
+    notes: int = 0  # files of notes on capsules that are gone
 
 
 @dataclass(slots=True)
@@ -37,6 +41,7 @@ class Verdict:
     nbytes: int = 0
     unused_nbytes: int = 0  # of objects that nobody refers to; `gc` removes them
     strays: int = 0  # files that are not the store's
+    notes: int = 0  # capsules that have some
     problems: list[str] = field(default_factory=list)
 
 
@@ -51,7 +56,7 @@ class Totals:
 
 
 def sweep(store: Store, *, take_over: bool = False, grace_s: float | None = None) -> Swept:
-    """Remove objects that no manifest needs, and names of capsules that are gone.
+    """Remove objects that no manifest needs, and names of and notes on capsules that are gone.
 
     grace_s: younger files stay (default: as long as the folder needs). take_over: a sweep that did
     not end is known to be dead. Raises StoreError, removing nothing, while a manifest is damaged
@@ -64,33 +69,39 @@ def sweep(store: Store, *, take_over: bool = False, grace_s: float | None = None
         for place in store.places():
             needed |= {object_name(r.digest) for r in store.manifest(place).objects}
             turn.go_on()
-        living = {p.name for p in store.places()}
+        places = store.places()
+        living = {p.name for p in places}
         targets = [(r, t) for r, t in store.refs_and_targets() if manifests.place_of(t) is not None]
         dead = [ref for ref, target in targets if target not in living]
         turn.go_on()
         objects = [e for e in folder.list(OBJECTS) if e.is_plain and is_object(e.name)]
         unused = [e for e in objects if e.name not in needed]
+        unused += _orphans(store, places)
         left = [e for e in folder.list(TMP) if e.is_plain]  # by writers who are dead
         gone = [e for e in (*unused, *left) if _is_older(e, least_s)]
         turn.condemn([*(e.name for e in gone), *dead])
         for name in (*(e.name for e in gone), *dead):
             turn.go_on()
             folder.delete(name)
-    removed = [e for e in gone if is_object(e.name)]
+    objects, notes = (
+        [e for e in gone if is_ours(e.name)]
+        for is_ours in (is_object, lambda name: capsule_of(name) is not None)
+    )
     young = len(unused) + len(left) - len(gone)
-    nbytes = sum(e.nbytes for e in removed)
-    return Swept(len(removed), nbytes, len(dead), young, len(strays(store)))
+    nbytes = sum(e.nbytes for e in (*objects, *notes))
+    return Swept(len(objects), nbytes, len(dead), young, len(strays(store)), len(notes))
 
 
 def strays(store: Store) -> list[str]:
     """Files in the store's folders that are not the store's: left alone, by a sweep too."""
     refs = {r for r, target in store.refs_and_targets() if manifests.place_of(target) is not None}
-    found = [e for below in (OBJECTS, manifests.CAPSULES, REFS) for e in store.folder.list(below)]
+    folders = (OBJECTS, manifests.CAPSULES, REFS, NOTES)
+    found = [e for below in folders for e in store.folder.list(below)]
     return [
         e.name
         for e in found
         if manifests.place_of(e.name) is None  # one that is no file is a problem, see `verify`
-        and not (e.is_plain and (e.name in refs or is_object(e.name)))
+        and not (e.is_plain and (e.name in refs or is_object(e.name) or capsule_of(e.name)))
     ]
 
 
@@ -100,9 +111,13 @@ def verify(store: Store) -> Verdict:
     """
     found = Verdict()
     wanted: dict[ObjectRef, list[Place]] = {}
+    noted = {capsule_of(name) for name in store.folder.names(NOTES)}
     for place, manifest in _manifests(store, found):
         for ref in manifest.objects:
             wanted.setdefault(ref, []).append(place)
+        if place.id in noted:
+            found.notes += 1
+            found.problems += _verify_notes(store, place, manifest)
     for ref, places in wanted.items():
         try:
             StoredObject(store.folder, ref.digest, ref.nbytes).check()
@@ -116,7 +131,9 @@ def verify(store: Store) -> Verdict:
         found.nbytes += ref.nbytes
     needed = {object_name(ref.digest) for ref in wanted}
     objects = [e for e in store.folder.list(OBJECTS) if e.is_plain and is_object(e.name)]
-    found.unused_nbytes = sum(e.nbytes for e in objects if e.name not in needed)
+    unused = [e for e in objects if e.name not in needed]
+    unused += _orphans(store, store.places())
+    found.unused_nbytes = sum(e.nbytes for e in unused)
     found.strays = len(strays(store))
     return found
 
@@ -131,6 +148,25 @@ def totals(store: Store) -> Totals:
         sum(r.nbytes for refs in found for r in refs),
         len(strays(store)),
     )
+
+
+def _orphans(store: Store, places: Collection[Place]) -> list[Entry]:
+    """Files of notes on capsules that are gone."""
+    living = {p.id for p in places}
+    listed = [(e, capsule_of(e.name)) for e in store.folder.list(NOTES) if e.is_plain]
+    return [e for e, of in listed if of is not None and of not in living]
+
+
+def _verify_notes(store: Store, place: Place, manifest: Manifest) -> list[str]:
+    """What is wrong with a capsule's notes: they cannot be read, or are about other tokens."""
+    notes, problems = store.notes(place)
+    with contextlib.suppress(StoreError):  # a problem of objects
+        tokens = store.tokens(manifest)
+        try:
+            (notes or Notes()).check(tokens)
+        except StoreError as error:
+            problems.append(f"{place.id[:8]} at {place.position}: {error}")
+    return problems if store.folder.size(place.name) is not None else []
 
 
 def _is_older(entry: Entry, least_s: float) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import flashrt
+from flashrt.base.errors import BackendError, FlashrtError
 from flashrt.core.runs import table_of
 from flashrt.serve.ask import Ask, Closing, QueueFull, TimedOut
 from flashrt.serve.core import Core
@@ -255,6 +256,34 @@ def test_close_at_once_ends_what_runs_at_the_next_token(serving: Serving) -> Non
         assert running.reasons == {0: "cancelled"}
         if not drain:
             core = serving(core.engine, limits=Limits(drain_s=0.2))
+
+
+def test_a_step_that_fails_ends_its_requests_and_no_others(
+    serving: Serving, other: flashrt.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: the thread dies of an exception, and who waits is never told."""
+    core, has_died = serving(), False
+    running = [ask(core, [i, 2], 300) for i in range(3)]
+    assert running[2].has_token.wait(30)
+
+    def planted(*_: object) -> None:
+        if not has_died:
+            monkeypatch.undo()
+        raise MemoryError("planted")
+
+    monkeypatch.setattr("flashrt.serve.scheduler.step", planted)
+    for one in running:
+        assert isinstance(one.wait().error, BackendError) and "planted" in str(one.error)
+    assert ask(core, [0, 2], 9).wait().tokens[0] == alone(other, [0, 2], 9)
+    has_died = True
+    running = [ask(core, [i, 2], 300) for i in range(6)]
+    assert running[0].has_token.wait(30)
+    monkeypatch.setattr("flashrt.serve.scheduler.step", planted)
+    monkeypatch.setattr(core.engine, "poison_lane", planted)  # and there is no way on from there
+    for one in running:
+        assert isinstance(one.wait().error, FlashrtError)
+    with pytest.raises(Closing):
+        ask(core, [1], 1)
 
 
 def test_status_and_timings(serving: Serving) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import flashrt
-from flashrt.ops.sample import SamplerParams
+from flashrt.base.errors import SessionError
+from flashrt.ops.sample import SamplerParams, unpack
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"top_k": 1.0}, r"top_k=1\.0 is not an integer in \[0, 2\^31\)"),
@@ -65,3 +66,25 @@ def test_a_session_stays_as_it_was(session: flashrt.Session) -> None:
         with pytest.raises(flashrt.SessionError):
             session.generate(2, **options)  # type: ignore[arg-type]
     assert session.digest() == digest
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplerParams(),
+        SamplerParams(0.7, 40, 0.9, 0.05, (1 << 64) - 1, 1.1, -0.5, 0.25),
+        SamplerParams(2.0, seed=7, logit_bias=((0, -float("inf")), (9, 1.5), ((1 << 31) - 1, -2))),
+    ],
+)
+def test_what_was_packed_is_unpacked(params: SamplerParams) -> None:
+    """As the kernels see it. Red when two words change places, or a bias is lost."""
+    found = unpack(params.pack(), params.pack_bias())
+    assert (found.pack(), found.pack_bias()) == (params.pack(), params.pack_bias())
+    assert (found.seed, found.top_k) == (params.seed, params.top_k)
+    assert found.temperature == np.float32(params.temperature)
+    assert found.frequency_penalty == params.frequency_penalty
+    assert dict(found.logit_bias) == dict(params.logit_bias)
+    words = np.frombuffer(params.pack(), np.uint32).copy()
+    words[12] = 1  # a word without a name
+    with pytest.raises(SessionError, match="not those of any"):
+        unpack(words.tobytes(), params.pack_bias())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
 
 import flashrt
+from flashrt.serve.access import OPEN
 from flashrt.session.chat import open_chat
 from tests.serve.wire.running import LOOK, NAME, SEARCH, WALK, Running
 
@@ -268,3 +270,35 @@ def test_a_stream_is_server_sent_events(server: Running) -> None:
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert chunks[-1]["timings"]["predicted_n"] > 0 and "usage" not in chunks[-1]
+
+
+def test_neighbours_change_nothing(server: Running) -> None:
+    """Red when a token depends on who else is served: 24 requests, alone and all at once."""
+    client = server.openai()
+
+    def text(seed: int) -> str:
+        asked = STORY if seed % 2 else ASKED
+        found = chat(client, asked, seed=seed, temperature=1.2, max_tokens=10 + seed)
+        assert found.usage.completion_tokens <= 10 + seed
+        return str(found.choices[0].message.content)
+
+    alone = [text(seed) for seed in range(24)]
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(text, range(24))) == alone
+
+
+def test_a_turn_joins_its_session(server: Running) -> None:
+    """Red when a session does not learn what was asked and said, or learns it twice."""
+    client, sessions = server.openai(), server.server.core.sessions
+    made = sessions.create(OPEN).result(20)
+    messages = list(ASKED)
+    for turns in (1, 2):
+        found = chat(client, messages, extra_body={"session": made.id})
+        node = found.model_extra["session_node"]
+        messages += [found.choices[0].message.model_dump(exclude_none=True), *ASKED]
+        known = sessions.messages(OPEN, made.id, node).result(20)
+        assert [m["role"] for m in known] == ["user", "assistant"] * turns
+        assert known[-1]["content"] == found.choices[0].message.content
+    with pytest.raises(openai.NotFoundError) as missing:
+        chat(client, extra_body={"session": "nobody"})
+    assert missing.value.param == "session"

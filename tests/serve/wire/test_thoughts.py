@@ -1,20 +1,23 @@
 """A template that opens a thought and drops old ones. Each test says which fault turns it red.
 
-The bundled model never closes a thought by itself: what it says is all thought, unless a grammar
-makes it end.
+The bundled model never closes a thought: what it says is all thought.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from flashrt.serve.served import Served
+from flashrt.serve.structure import Shape, grammar_of, tool_grammar
+from flashrt.text.grammar import Grammar
 from flashrt.text.template import TEMPLATE_FILE
+from flashrt.text.tool_calls import ToolSyntax
 from flashrt.weights.bundled import bundled_checkpoint
 from tests.serve.wire.running import LOOK, NAME, SEARCH, WALK, Running
 
@@ -117,25 +120,36 @@ def test_every_turn_feeds_what_is_new(thinking: Running) -> None:
         ]
 
 
-def test_a_shape_and_a_call_come_after_the_thought(thinking: Running) -> None:
-    """Red when a grammar forbids the thought, or the thought breaks the answer."""
-    client = thinking.openai()
-    ends = "".join(f"{c}" for c in "</think>")
-    spelled = thinking.post("/tokenize", {"content": ends}).json()["tokens"]
-    nudge = {str(t): 100 for t in spelled}  # a thought of nothing but its end
-    shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": LOOK}}
+@pytest.mark.parametrize("syntax", ToolSyntax)
+def test_a_shape_and_a_call_come_after_the_thought(thinking: Running, syntax: ToolSyntax) -> None:
+    """Red when a grammar forbids the thought, ends within it, or does not hold the answer."""
+    engine = thinking.engine
+    served = Served(engine, NAME)
     tools = [{"type": "function", "function": {"name": "look", "parameters": LOOK}}]
-    base: dict[str, Any] = {"model": NAME, "messages": ASKED, "max_tokens": 200, "temperature": 0}
-    penalties = {"frequency_penalty": 2.0, "logit_bias": nudge}
-    for seed in range(8):
-        found: Any = client.chat.completions.create(
-            **base, **penalties, seed=seed, response_format=shape
-        )
-        if found.choices[0].finish_reason == "stop":
-            assert json.loads(found.choices[0].message.content)["place"] in ("tower", "stable")
-            called: Any = client.chat.completions.create(
-                **base, **penalties, seed=seed, tools=tools, tool_choice="required"
-            )
-            assert called.choices[0].finish_reason in ("tool_calls", "length")
-            return
-    pytest.fail("no thought ended")
+    calls = {
+        ToolSyntax.QWEN: "<function=look>\n<parameter=place>\ntower\n</parameter>\n</function>\n",
+        ToolSyntax.HERMES: '{"name": "look", "arguments": {"place": "tower"}}\n',
+    }
+    for grammar, answer in (
+        (grammar_of(served, Shape(LOOK, "x"), in_thought=True), '{"place":"tower"}'),
+        (
+            tool_grammar(served, tools, None, syntax, in_thought=True),
+            f"<tool_call>\n{calls[syntax]}</tool_call>",
+        ),
+    ):
+        for thought in ("", "the fox { went", "\n\n"):
+            assert follows(thinking, grammar, f"{thought}</think>\n\n{answer}")
+            assert not follows(thinking, grammar, f"{thought}</think>\n\nthe fox")
+        assert not follows(thinking, grammar, "the fox went")
+
+
+def follows(running: Running, grammar: Grammar, text: str) -> bool:
+    """Whether a text is a whole reply by a grammar, token by token."""
+    constraint = running.engine.grammars.begin(grammar, [1])
+    for token in [*Served(running.engine, NAME).tokenizer.encode(text), 1]:
+        words = np.frombuffer(constraint.allowed(), np.uint32)
+        if not words[token // 32] >> (token % 32) & 1:
+            return False
+        if token != 1:
+            constraint.take(token)
+    return True
