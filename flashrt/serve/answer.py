@@ -136,8 +136,9 @@ class Answer:
         while True:
             for event in self._taken:
                 self._note(event)
-                if self._etag_of is not None and isinstance(event, Ended) and event.index == 0:
-                    self._etag = await self._etag_of(event.node) if event.node else None
+                # The scheduler answers once it is done with the turn: then the next one may come.
+                if self._session and self._etag_of and self.is_over and self.heard[0].node:
+                    self._etag = await self._etag_of(self.heard[0].node)
                 yield event
                 if self.is_over:
                     self._is_over = True

@@ -62,7 +62,7 @@ class Idempotency:
                     "idempotency-key",
                 )
             # A waiter that goes away must not take the others' answer with it.
-            done, _ = await asyncio.wait({found.answer})
+            await asyncio.wait({found.answer})
             if not found.answer.cancelled():
                 return found.answer.result()
         made: asyncio.Future[Response] = asyncio.get_running_loop().create_future()

@@ -65,10 +65,8 @@ class Responses:
             if fields.flag("store", True):
                 said = answer.heard[0].message()
                 first = told.messages
-                if (
-                    fields.has("instructions") and told.session is None
-                ):  # they are this request's alone
-                    first = first[1:]
+                if fields.has("instructions") and told.session is None:
+                    first = first[1:]  # they are this request's alone
                 self._history.keep(call.owner, response, [*first, said])
 
         if not streams:
