@@ -19,12 +19,15 @@ from flashrt.serve.refusal import Refusal
 from flashrt.serve.sessions import SessionView
 from flashrt.serve.wire import common
 
+_ORDERS = ("system", "developer")
+
 
 async def resumed(call: Call, sessions: Sessions, told: Conversation) -> Conversation:
     """A conversation as its session has it, with what is new; as it is for none.
 
-    A first system message that the session begins with too is not said again. Raises NoSession,
-    and Refusal (412) for a session that If-Match does not match.
+    Messages are new, unless they begin with all that the session has: clients that know of no
+    sessions send everything each time. A first system message that the session begins with too is
+    not said again. Raises NoSession, and Refusal (412) for one that If-Match does not match.
     """
     id_ = common.session_of(call.fields)
     if id_ is None:
@@ -34,7 +37,9 @@ async def resumed(call: Call, sessions: Sessions, told: Conversation) -> Convers
     # Of that node, wherever the tip goes meanwhile; the turn begins there, or not at all.
     known = await asyncio.wrap_future(sessions.messages(call.owner, id_, view.tip))
     new = told.messages
-    if known and len(new) > 1 and _is_same_order(known[0], new[0]):
+    if known and len(new) > len(known) and all(map(_is_same, known, new)):
+        new = new[len(known) :]
+    elif known and len(new) > 1 and new[0]["role"] in _ORDERS and _is_same(known[0], new[0]):
         new = new[1:]
     told.messages = [*map(dict, known), *new]
     told.session, told.tip, told.known = id_, view.tip, len(known)
@@ -61,7 +66,8 @@ def _etags(request: Request) -> Collection[str] | None:
     return {name[1:-1] for name in names if len(name) > 1 and name[0] == name[-1] == '"'}
 
 
-def _is_same_order(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    orders = ("system", "developer")
-    is_order = old.get("role") in orders and new.get("role") in orders
-    return is_order and old.get("content") == new.get("content")
+def _is_same(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """But for thoughts, which clients seldom send back."""
+    left_out = "reasoning_content"
+    one, other = ({k: v for k, v in m.items() if v and k != left_out} for m in (old, new))
+    return one == other

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from flashrt.serve.wire import chat_completions, completions, messages, response
 from flashrt.serve.wire.openapi import document
 from flashrt.store.store import Store
 from tests.serve.wire.running import NAME, SEARCH, WALK, Running
+from tests.serve.wire.test_mutations import bytes_of, mutated
 
 MORE = "start in column one row two . east where am i ?"
 
@@ -203,6 +205,32 @@ def test_what_is_wrong_is_told(client: Client, verb: str, body: dict[str, Any], 
     with pytest.raises(ServerError, match=words) as refused:
         client.change(f"/v1/sessions/{session.id}/{verb}", body)
     assert refused.value.status == 400
+
+
+def test_mutated_bodies_of_sessions(server: Running, client: Client) -> None:
+    """Fault: a value of a wrong kind reaches code that expects another."""
+    draw = random.Random(17)
+    session = client.session()
+    said(session)
+    session.snapshot("n")
+    bodies: dict[str, dict[str, Any]] = {
+        "snapshot": {"name": "n"}, "fork": {"node": "n", "name": "x"}, "rollback": {"turns": 1},
+        "restore": {"node": "n"},
+    }  # fmt: skip
+    seen = set()
+    for _ in range(150):
+        verb = draw.choice(list(bodies))
+        data = bytes_of(mutated(bodies[verb], draw), draw)
+        found = httpx.post(f"{server.url}/v1/sessions/{session.id}/{verb}", content=data)
+        about = f"{verb} {data!r} -> {found.status_code} {found.text[:500]}"
+        assert found.status_code in (200, 201, 400, 404), about
+        seen.add(found.status_code)
+        if found.is_error:
+            assert found.json()["error"]["message"], about
+            assert len(found.content) < 4000, about
+    assert len(seen) == 4
+    assert session.refresh().restore("n").tip == session.tip
+    assert said(session, MORE).cached_tokens > 0
 
 
 def test_a_stream_that_is_left(client: Client) -> None:
