@@ -68,9 +68,9 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """All ended by an error."""
+    """All ended by an error; one that is not flashrt's is a fault of the server."""
 
-    error: FlashrtError
+    error: Exception
 
 
 _Told = tuple[int, TokenLogprobs]
@@ -195,7 +195,7 @@ class Speaker:
         try:
             pieces, told = choice.push(token, logprobs)
         except Exception as error:  # a parser or a tokenizer met what it cannot take
-            self._mailbox.put(Failed(_as_ours(error)))
+            self._mailbox.put(Failed(error))
             return False
         pieces = self._noted(index, pieces)
         if pieces or told:
@@ -209,7 +209,7 @@ class Speaker:
         try:
             pieces, told = self._rest(index)
         except Exception as error:
-            self._mailbox.put(Failed(_as_ours(error)))
+            self._mailbox.put(Failed(error))
             return
         if pieces or told:
             self._mailbox.put(Said(index, tuple(pieces), tuple(told)))
@@ -240,7 +240,3 @@ class Speaker:
             for piece in pieces:
                 self._notes[index].take(piece)
         return pieces
-
-
-def _as_ours(error: Exception) -> FlashrtError:
-    return error if isinstance(error, FlashrtError) else FlashrtError(f"the answer: {error!r}")
