@@ -14,12 +14,14 @@ import jsonschema
 import pytest
 
 from flashrt.client import Client, ServerError, Session
-from flashrt.serve.access import Access
+from flashrt.serve.access import OPEN, Access
 from flashrt.serve.app import make_app
+from flashrt.serve.ask import SessionConflict
 from flashrt.serve.served import Served
 from flashrt.serve.wire import chat_completions, completions, messages, responses
 from flashrt.serve.wire.openapi import document
 from flashrt.store.store import Store
+from tests.serve.listening import ask
 from tests.serve.wire.running import NAME, SEARCH, WALK, Running
 from tests.serve.wire.test_mutations import bytes_of, mutated
 
@@ -135,6 +137,19 @@ def test_if_match(server: Running, client: Client) -> None:
     assert [n["name"] for n in stale.refresh().tree()["nodes"]] == [None, None, "n"]
 
 
+def test_a_turn_begins_where_its_prompt_was_made(server: Running, client: Client) -> None:
+    """Fault: a rollback between reading the conversation and the turn's begin goes unnoticed: the
+    turn's messages are of one branch, its place in the tree is on another.
+    """
+    session = client.session()
+    first = said(session)
+    said(session, MORE)
+    core = server.server.core
+    with pytest.raises(SessionConflict, match="moved on"):
+        ask(core, [1, 2, 3], owner=OPEN, session=session.id, tip=first.node)
+    assert ask(core, [1, 2, 3], owner=OPEN, session=session.id, tip=session.tip).wait().nodes[0]
+
+
 def test_idempotency(server: Running, client: Client) -> None:
     """Fault: a request that is sent again forks again, or another one has its answer."""
     session = client.session()
@@ -212,24 +227,25 @@ def test_mutated_bodies_of_sessions(server: Running, client: Client) -> None:
     draw = random.Random(17)
     session = client.session()
     said(session)
-    session.snapshot("n")
+    node = session.snapshot("n")
     bodies: dict[str, dict[str, Any]] = {
-        "snapshot": {"name": "n"}, "fork": {"node": "n", "name": "x"}, "rollback": {"turns": 1},
-        "restore": {"node": "n"},
+        "snapshot": {"name": "n"}, "fork": {"node": node, "name": "x"}, "rollback": {"turns": 1},
+        "restore": {"node": node},
     }  # fmt: skip
     seen = set()
-    for _ in range(150):
-        verb = draw.choice(list(bodies))
-        data = bytes_of(mutated(bodies[verb], draw), draw)
-        found = httpx.post(f"{server.url}/v1/sessions/{session.id}/{verb}", content=data)
-        about = f"{verb} {data!r} -> {found.status_code} {found.text[:500]}"
-        assert found.status_code in (200, 201, 400, 404), about
-        seen.add(found.status_code)
-        if found.is_error:
-            assert found.json()["error"]["message"], about
-            assert len(found.content) < 4000, about
+    with httpx.Client(timeout=60) as http:
+        for _ in range(150):
+            verb = draw.choice(list(bodies))
+            data = bytes_of(mutated(bodies[verb], draw), draw)
+            found = http.post(f"{server.url}/v1/sessions/{session.id}/{verb}", content=data)
+            about = f"{verb} {data!r} -> {found.status_code} {found.text[:500]}"
+            assert found.status_code in (200, 201, 400, 404), about
+            seen.add(found.status_code)
+            if found.is_error:
+                assert found.json()["error"]["message"], about
+                assert len(found.content) < 4000, about
     assert len(seen) == 4
-    assert session.refresh().restore("n").tip == session.tip
+    assert session.refresh().restore(node).tip == node
     assert said(session, MORE).cached_tokens > 0
 
 
