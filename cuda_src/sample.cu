@@ -1,20 +1,20 @@
 // sample.cu - the next token from one row of logits.
 //
-// Contract: logits changed by bias and penalties; cursor.token = their arg max at temperature 0
-//           (the lowest id of equals); otherwise top_k, top_p and min_p on z = (logit - largest) /
+// Contract: logits changed by mask, bias and penalties; cursor.token = their arg max at temperature
+//           0 (the lowest id of equals); otherwise top_k, top_p and min_p on z = (logit - largest) /
 //           temperature, then Gumbel-max. The noise of a token depends on (seed, position, token)
 //           alone: Philox4x32-10, key = seed, counter (position, token / 4, 0, 0), word token % 4.
 //           Tokens are ordered by z, equals by lower id; a filter keeps a prefix of that order, so
 //           it is one cut (z, id). A NaN among the logits, or nothing but -inf, gives token -1: the
 //           host turns it into an error; +inf wins at any temperature, as in the limit. A cursor of
 //           no rows is left alone.
-// Shapes:   logits [1, V], sampler 16 words, bias [.., 2] of (id, float), journal [1, S, 1], work
-//           [2, V], cursor.
+// Shapes:   logits [1, V], sampler 16 words, bias [.., 2] of (id, float), mask [V / 32] of bits,
+//           journal [1, S, 1], work [2, V], cursor.
 // Order:    maxima are exact, counts and masses are integers: they do not depend on an order.
 // Launch:   sample_scan (blocks, each of which owns a run of the tokens, with a counter for each in
 //           shared memory), sample_cut (one block, to which all registers belong), sample_pick
-//           (blocks; the last to finish compares them). Row 0 of `work` takes the logits if bias or
-//           penalties change them; row 1 passes `Scratch` on, for which V >= 8 leaves room.
+//           (blocks; the last to finish compares them). Row 0 of `work` takes the logits if mask,
+//           bias or penalties change them; row 1 passes `Scratch` on, for which V >= 8 leaves room.
 #include "flashrt.cuh"
 #include "philox.cuh"
 
@@ -36,10 +36,12 @@ struct Settings {
   int top_k;
   float temperature, top_p, min_p, repetition, presence, frequency;
   int n_bias;
+  bool is_masked;
 
-  DEVICE bool is_adjusting() const {
-    return n_bias > 0 || repetition != 1.0f || presence != 0.0f || frequency != 0.0f;
+  DEVICE bool is_counting() const {
+    return repetition != 1.0f || presence != 0.0f || frequency != 0.0f;
   }
+  DEVICE bool is_adjusting() const { return is_masked || n_bias > 0 || is_counting(); }
 };
 
 DEVICE Settings settings_of(const uint32_t* words) {
@@ -52,7 +54,8 @@ DEVICE Settings settings_of(const uint32_t* words) {
           repetition ? __uint_as_float(repetition) : 1.0f,
           __uint_as_float(words[SAMPLER_PRESENCE]),
           __uint_as_float(words[SAMPLER_FREQUENCY]),
-          (int)words[SAMPLER_BIASES]};
+          (int)words[SAMPLER_BIASES],
+          words[SAMPLER_MASKED] != 0};
 }
 
 // aligned to 8
@@ -93,14 +96,15 @@ DEVICE Candidate block_best(Candidate c) {
   return c;
 }
 
-// ---- bias and penalties
+// ---- mask, bias and penalties
 
-// Tokens [first, end) of the logits into row 0 of `work`, changed by bias and by how often each
-// stands in the journal below the position. All threads of the block call it.
+// Tokens [first, end) of the logits into row 0 of `work`, changed by mask, bias and by how often
+// each stands in the journal below the position. All threads of the block call it.
 DEVICE void adjust(const sample_args& a, const Settings& s, int first, int end, int* count) {
-  int position = a.cursor[CURSOR_POSITION];
+  int position = s.is_counting() ? a.cursor[CURSOR_POSITION] : 0;
   for (int i = first + threadIdx.x; i < end; i += 256) {
-    a.work[i] = a.logits[i];
+    bool is_allowed = !s.is_masked || (a.mask[i >> 5] >> (i & 31) & 1);
+    a.work[i] = is_allowed ? a.logits[i] : -INF;
     count[i - first] = 0;
   }
   __syncthreads();
@@ -122,7 +126,8 @@ DEVICE void adjust(const sample_args& a, const Settings& s, int first, int end, 
   }
 }
 
-KERNEL(256) sample_scan(ARGS sample_args launch) {
+// Up to 64 blocks: registers are not what keeps them apart.
+KERNEL(256, 4) sample_scan(ARGS sample_args launch) {
   OPEN_RUN(sample);
   DYNAMIC_SHARED(int, count);
   begin();

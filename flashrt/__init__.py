@@ -10,6 +10,7 @@ from flashrt.base.errors import (
     CapsuleError,
     CheckpointError,
     FlashrtError,
+    GrammarError,
     LaneBusy,
     PoolFull,
     SessionError,
@@ -20,6 +21,7 @@ from flashrt.robot.loop import ControlLoop
 from flashrt.session.engine import SessionEngine as Engine
 from flashrt.session.session import Session
 from flashrt.session.together import together
+from flashrt.text.grammar import Grammar
 
 __all__ = [
     "Capsule",
@@ -28,6 +30,8 @@ __all__ = [
     "ControlLoop",
     "Engine",
     "FlashrtError",
+    "Grammar",
+    "GrammarError",
     "LaneBusy",
     "PoolFull",
     "Session",

@@ -260,6 +260,12 @@ def filtered(z: Array, top_k: int, top_p: float, min_p: float) -> NDArray[np.boo
     return out
 
 
+def masked(logits: Array, mask: NDArray[np.uint32]) -> Array:
+    """-inf for tokens whose bit is not set: bit t % 32 of word t / 32."""
+    bits = [int(mask[t // 32]) >> t % 32 & 1 for t in range(len(logits))]
+    return np.where(bits, logits, -np.inf)
+
+
 def adjusted(
     logits: Array,
     sampler: NDArray[np.uint32],
@@ -294,8 +300,11 @@ def sample(o: Operands) -> Results:
     cursor = o["cursor"].astype(np.float64)
     if cursor[1] < 1:
         return {}
-    sampler, bias = (np.ascontiguousarray(o.arrays[n], np.uint32) for n in ("sampler", "bias"))
-    logits = adjusted(o["logits"][0], sampler, bias, o.arrays["journal"][0, : o.position, 0])
+    sampler, bias, mask = (
+        np.ascontiguousarray(o.arrays[n], np.uint32) for n in ("sampler", "bias", "mask")
+    )
+    logits = masked(o["logits"][0], mask) if sampler[10] else o["logits"][0]
+    logits = adjusted(logits, sampler, bias, o.arrays["journal"][0, : o.position, 0])
     is_refused = bool(np.isnan(logits).any()) or logits.max() == -np.inf
     cursor[2] = -1 if is_refused else int(np.argmax(scores(logits, sampler, o.position)))
     return {"cursor": cursor}

@@ -63,6 +63,10 @@ class TokenError(SessionError):
     """Token ids are not integers in [0, vocab_size)."""
 
 
+class GrammarError(SessionError):
+    """A grammar cannot be compiled or followed, or tokens are not what it allows."""
+
+
 class StoreError(CapsuleError):
     """A capsule store, or something in it, cannot be read or written; nothing was changed."""
 

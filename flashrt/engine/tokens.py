@@ -45,7 +45,8 @@ from flashrt.models.model import (
     TokenModel,
 )
 from flashrt.ops.cursor import CursorWord
-from flashrt.ops.sample import SamplerParams
+from flashrt.ops.sample import SamplerParams, mask_words
+from flashrt.text.constraint import Grammars
 from flashrt.weights.checkpoint import Checkpoint
 
 POOL_DEFAULT = PoolDefault(fixed=16, lanes=2)
@@ -81,6 +82,7 @@ class TokenEngine(Engine):
     ) -> None:
         """See Engine for the options."""
         self.draft_counters = DraftCounters()
+        self.grammars = Grammars(None, model.vocab_size)  # text is known to who has a tokenizer
         super().__init__(model, checkpoint, backend, pool_default=POOL_DEFAULT, **options)
         self._views = [_HostView() for _ in self.lanes]
         self._shared = model.shared_phases(len(self.lanes))
@@ -316,12 +318,21 @@ class TokenEngine(Engine):
             view.in_flight = None
 
     def set_sampler(self, lane: Lane, params: SamplerParams) -> None:
-        """Write the sampler's parameters into the lane."""
+        """Write the sampler's parameters into the lane. Raises SessionError for a mask of another
+        size than the vocabulary's.
+        """
         view = self._view(lane)
-        if view.sampler is params or view.sampler == params:
+        before = view.sampler
+        if before is params or before == params:
             return
-        view.sampler = None  # until both are written
-        for name, data in (("sampler", params.pack()), ("bias", params.pack_bias())):
+        wanted = {"sampler": params.pack()}
+        if before is None or before.logit_bias != params.logit_bias:
+            wanted["bias"] = params.pack_bias()
+        if params.allowed is not None:
+            self._check_mask(params.allowed)
+            wanted["mask"] = params.allowed
+        view.sampler = None  # until all is written
+        for name, data in wanted.items():
             slot = self.arena.lane(lane.index).fixed.slot(name)
             address = self.arena.memory.address + slot.offset
             self.backend.write(address, np.frombuffer(data, np.uint8))
@@ -391,6 +402,14 @@ class TokenEngine(Engine):
 
     def _replay(self, phase: str, bucket: int, lane: Lane, rows: int = 1) -> None:
         self.replay(phase, bucket, (Run(lane.index, rows),))
+
+    def _check_mask(self, allowed: bytes) -> None:
+        n_words = mask_words(self.vocab_size)
+        if len(allowed) != 4 * n_words:
+            raise SessionError(
+                f"sampling parameters: allowed has {len(allowed)} bytes, a mask of "
+                f"{self.vocab_size} tokens has {4 * n_words}"
+            )
 
     def _view(self, lane: Lane) -> _HostView:
         view = self._views[lane.index]

@@ -235,14 +235,15 @@ class BlockRecorder:
 
     def sample(self, logits: Operand, cursor: Operand) -> None:
         """A token from one row of logits, into a cursor and for its position; reads the lane's
-        sampler, bias and journal.
+        sampler, bias, mask and journal.
         """
         regions = self.regions
         name = f"sample.{len(self.tape.launches)}"
         work = self.tape.scratch(name, 2 * self.tape.max_runs, as_view(logits).shape[1])
         self.tape.record(
             ops.SAMPLE, logits=logits, sampler=regions["sampler"], bias=regions["bias"],
-            journal=regions["journal"], work=work.span(0, 2).per_run(), cursor=cursor,
+            mask=regions["mask"], journal=regions["journal"], work=work.span(0, 2).per_run(),
+            cursor=cursor,
         )  # fmt: skip
 
     def sees_runs(self) -> None:

@@ -81,6 +81,7 @@ def lane_regions(
         Region("cursor", (ops.CURSOR_WORDS,), DType.I32, Role.FIXED),
         Region("sampler", (ops.SAMPLER_WORDS,), DType.U32, Role.FIXED),
         Region("bias", (ops.BIAS_ENTRIES, 2), DType.U32, Role.FIXED),
+        Region("mask", (ops.mask_words(vocab_size),), DType.U32, Role.FIXED),
         *state,
         Region("last_hidden", (1, hidden), DType.ACT, Role.FIXED, is_digested=True),
         Region("journal", (1, max_positions, 1), DType.I32, Role.ROWS, is_digested=True),

@@ -1,19 +1,21 @@
 """Sampling: the parameters that turn logits into a token, together with journal and position.
 
-IS: the op, the ranges of its parameters, and the words of the regions `sampler` and `bias` that it
-reads; words that are all 0 are greedy. IS NOT: sampling itself; kernels do that. An entry of `bias`
-is a token id and a float32.
+IS: the op, the ranges of its parameters, and what is in the regions `sampler`, `bias` and `mask`;
+words of a sampler that are all 0 are greedy. IS NOT: sampling itself; kernels do that. An entry of
+`bias` is a token id and a float32; bit t % 32 of word t / 32 of `mask` is set for an allowed token.
 
 In this order, c being how often a token stands in the journal below the position:
+  x = -inf for tokens that are not allowed, if there is a mask
   x += bias;  if c: x = x / repetition if x > 0 else x * repetition;  x -= presence + frequency * c
   z = (x - max) / temperature;  top_k, then top_p of what is left;  min_p relative to the likeliest
 """
 
 from __future__ import annotations
 
+import copy
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
@@ -27,6 +29,7 @@ from flashrt.ops.params import cursors, f32, i32
 
 SAMPLER_WORDS = 16
 BIAS_ENTRIES = 512  # tokens that may have a logit bias
+MASK_BITS = 32  # of a word of `mask`
 
 
 class SamplerWord(IntEnum):
@@ -42,17 +45,19 @@ class SamplerWord(IntEnum):
     PRESENCE = 7
     FREQUENCY = 8
     BIASES = 9  # int32: entries of `bias` that count
+    MASKED = 10  # 1: tokens that `mask` does not allow are not drawn; 0: it is not read
 
 
 SAMPLE = Op(
     "sample",
     "cursor.token = Gumbel-max over the logits that temperature, top_k, top_p and min_p leave, "
-    "after bias and penalties over the journal below the position; noise is Philox keyed by "
-    "(seed, position); temperature 0 = argmax, the lowest id of equals; -1 for NaN",
+    "after mask, bias and penalties over the journal below the position; noise is Philox keyed by "
+    "(seed, position); temperature 0 = argmax, the lowest id of equals; -1 for NaN, or no token",
     (
         f32("logits", "r", 1, "V"),
         Param("sampler", "r", (SAMPLER_WORDS,), (DType.U32,), words=SamplerWord),
         Param("bias", "r", (BIAS_ENTRIES, 2), (DType.U32,)),
+        Param("mask", "r", ("M",), (DType.U32,)),
         i32("journal", "r", 1, "S", 1),
         f32("work", "w", 2, "V"),
         cursors("cursor", "rw"),
@@ -64,7 +69,8 @@ SAMPLE = Op(
 class SamplerParams:
     """A token is a function of these, the logits, the journal and the position. Defaults: greedy.
 
-    Raises SessionError naming every parameter that is out of range.
+    `allowed`: bytes of `mask_words(V)` words, a bit per token; None allows all. Raises SessionError
+    naming every parameter that is out of range.
     """
 
     temperature: float = 0.0
@@ -76,6 +82,7 @@ class SamplerParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added), ids unique
+    allowed: bytes | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         values = {name: getattr(self, name) for name in self.__slots__}
@@ -95,8 +102,16 @@ class SamplerParams:
         object.__setattr__(self, "logit_bias", bias)
         if problem:
             problems.append(f"logit_bias: {problem}")
+        if not isinstance(self.allowed, bytes | None):
+            problems.append(f"allowed={shown(self.allowed)} is neither bytes nor None")
         if problems:
             raise SessionError(f"sampling parameters: {'; '.join(problems)}")
+
+    def masked(self, allowed: bytes) -> SamplerParams:
+        """The same with another mask. For every token: the rest is not checked again."""
+        made = copy.copy(self)
+        object.__setattr__(made, "allowed", allowed)
+        return made
 
     def pack(self) -> bytes:
         """The bytes of region `sampler`."""
@@ -105,6 +120,7 @@ class SamplerParams:
         words[SamplerWord.SEED_HIGH] = self.seed >> 32
         words[SamplerWord.TOP_K] = self.top_k
         words[SamplerWord.BIASES] = len(self.logit_bias)
+        words[SamplerWord.MASKED] = self.allowed is not None
         floats = words.view(np.float32)
         with DefaultFloatMode():
             floats[SamplerWord.TEMPERATURE] = self.temperature
@@ -123,10 +139,11 @@ class SamplerParams:
 
 
 def unpack(sampler: bytes, bias: bytes) -> SamplerParams:
-    """What `pack` and `pack_bias` wrote, floats as float32 has them. Raises SessionError for bytes
-    that they do not write.
+    """What `pack` and `pack_bias` wrote, floats as float32 has them, and no mask: that is kept
+    elsewhere. Raises SessionError for bytes that they do not write.
     """
-    words = np.frombuffer(sampler, np.uint32)
+    words = np.frombuffer(sampler, np.uint32).copy()
+    words[SamplerWord.MASKED] &= ~np.uint32(1)
     floats = words.view(np.float32)
     seed = int(words[SamplerWord.SEED_HIGH]) << 32 | int(words[SamplerWord.SEED_LOW])
     n_biases = int(words[SamplerWord.BIASES])
@@ -142,9 +159,14 @@ def unpack(sampler: bytes, bias: bytes) -> SamplerParams:
         frequency_penalty=float(floats[SamplerWord.FREQUENCY]),
         logit_bias=tuple(entries),
     )
-    if params.pack() != sampler or params.pack_bias() != bias:
+    if params.pack() != words.tobytes() or params.pack_bias() != bias:
         raise SessionError("sampling parameters: the words are not those of any")
     return params
+
+
+def mask_words(vocab_size: int) -> int:
+    """Words of region `mask`."""
+    return -(-vocab_size // MASK_BITS)
 
 
 _WHOLE = ("top_k", "seed")

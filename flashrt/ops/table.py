@@ -43,7 +43,7 @@ from flashrt.ops.rows import (
     LAST_VALUES,
     SILU_MUL,
 )
-from flashrt.ops.sample import BIAS_ENTRIES, SAMPLE, SAMPLER_WORDS
+from flashrt.ops.sample import BIAS_ENTRIES, SAMPLE, SAMPLER_WORDS, mask_words
 
 __all__ = [
     "ACCEPT", "ADD_BIAS", "ADD_RMSNORM", "ADVANCE", "ATTENTION", "ATTENTION_BLOCK", "BIAS_ENTRIES",
@@ -52,7 +52,7 @@ __all__ = [
     "FLOW_END", "FLOW_STEP", "GATED_RMSNORM", "GRU_CELL", "IDENTITY", "KEEP_ROWS", "KEEP_VALUES",
     "LAST_CURSOR", "LAST_ROW", "LAST_VALUES", "LINEAR", "OBSERVE", "OPS", "REQUEST_WORDS",
     "RMSNORM", "ROPE_APPEND", "SAMPLE", "SAMPLER_WORDS", "SILU", "SILU_MUL", "TAKE_ACTION",
-    "TAKE_TOKEN", "VERIFY_CURSORS",
+    "TAKE_TOKEN", "VERIFY_CURSORS", "mask_words",
 ]  # fmt: skip
 
 OPS: tuple[Op, ...] = (

@@ -12,6 +12,7 @@ from flashrt.capsule.turn import in_turn
 from flashrt.engine.tokens import TokenEngine
 from flashrt.session.session import Session
 from flashrt.text.checkpoint_text import CheckpointText
+from flashrt.text.constraint import Grammars
 from flashrt.text.tokenizer import Tokenizer
 
 
@@ -22,6 +23,16 @@ class SessionEngine(TokenEngine):
         """See Engine."""
         super().__init__(*arguments, **options)
         self.text = text or CheckpointText()
+
+    @property
+    def text(self) -> CheckpointText:
+        """What the checkpoint says about text."""
+        return self._text
+
+    @text.setter
+    def text(self, text: CheckpointText) -> None:
+        self._text = text
+        self.grammars = Grammars(text.tokenizer, self.vocab_size)
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt.base.errors import SessionError
+from flashrt.base.errors import GrammarError, SessionError
 from flashrt.base.files import PRIVATE, opened
 from flashrt.base.messages import listed, shown
 from flashrt.base.tensor_file import parse_json
 from flashrt.capsule.capsule import Capsule
 from flashrt.session.engine import SessionEngine
 from flashrt.session.session import EndReason, Generation, Session, as_tokens
+from flashrt.text.grammar import grammar_of
 
 FORMAT = "flashrt-journal-1"
 _MOST_HEAD_NBYTES, _MOST_LINE_NBYTES = 1 << 20, 64 << 20
@@ -112,8 +113,10 @@ class SessionRecorder:
         plain = {**options, "stop": sorted(int(token) for token in stop)}
         if plain.get("logit_bias") is not None:
             plain["logit_bias"] = sorted(plain["logit_bias"].items())
+        if plain.get("grammar") is not None:
+            plain["grammar"] = asdict(plain["grammar"])
         steps = self._recorded(stream, max_tokens, plain)
-        return Generation(stream.session, stream.params, stream.draft, max_tokens, steps)
+        return Generation(stream.session, stream.choice, stream.draft, max_tokens, steps)
 
     def rollback(self, position: int) -> None:
         """See Session.rollback."""
@@ -236,6 +239,8 @@ def _run(session: Session, call: RecordedCall, vocab_size: int) -> str | None:
         options = dict(fields["options"])
         if options.get("logit_bias") is not None:
             options["logit_bias"] = dict(options["logit_bias"])
+        if options.get("grammar") is not None:
+            options["grammar"] = grammar_of(options["grammar"])
         stream = session.generate(fields["max_tokens"], **options)
         expected = fields["tokens"]
         for i, token in enumerate(expected):
@@ -281,10 +286,11 @@ def _are_options(value: object) -> bool:
     """As far as `generate` would not find out: what JSON can hold in place of a number."""
     if not isinstance(value, dict) or set(value) - OPTIONS:
         return False
-    rest = {k: v for k, v in value.items() if k not in ("stop", "logit_bias")}
+    rest = {k: v for k, v in value.items() if k not in ("stop", "logit_bias", "grammar")}
     return (
         _are_integers(value.get("stop", []))
         and (value.get("logit_bias") is None or _are_biases(value["logit_bias"]))
+        and (value.get("grammar") is None or _is_grammar(value["grammar"]))
         and not any(isinstance(v, list | dict) for v in rest.values())
     )
 
@@ -293,6 +299,14 @@ def _are_biases(value: object) -> bool:
     return isinstance(value, list) and all(
         isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int for pair in value
     )
+
+
+def _is_grammar(value: object) -> bool:
+    try:
+        grammar_of(value)
+    except GrammarError:
+        return False
+    return True
 
 
 def _are_integers(value: object) -> bool:

@@ -26,8 +26,10 @@ from flashrt.capsule.turn import exclusive
 from flashrt.engine.tokens import TokenEngine
 from flashrt.ops.sample import SamplerParams
 from flashrt.session import waypoints
+from flashrt.session.choice import Choice
 from flashrt.session.speculate import Draft, DraftLength
 from flashrt.session.tail import Due, Tail
+from flashrt.text.grammar import Grammar
 
 WHOLE = ("fixed", "rows")
 RESTORE_BANDS = (WHOLE, ("rows",))
@@ -40,19 +42,25 @@ class Generation(Iterator[int]):
     """Tokens as they are sampled. Made by `Session.generate`; nothing runs before the first."""
 
     def __init__(
-        self, session: Session, params: SamplerParams, draft: DraftLength, max_tokens: int,
+        self, session: Session, choice: Choice, draft: DraftLength, max_tokens: int,
         steps: Generator[int, None, EndReason],
     ) -> None:  # fmt: skip
-        self.session, self.params, self.draft = session, params, draft
+        self.session, self.choice, self.draft = session, choice, draft
         self.turn, self.lock = session.turn, session.lock
         self.left = max_tokens  # tokens that it may still yield
         self._steps = steps
         self._reason: EndReason | None = None
 
     @property
+    def params(self) -> SamplerParams:
+        """What the next token is sampled by."""
+        return self.choice.params
+
+    @property
     def reason(self) -> EndReason | None:
-        """Why it ended: "stop" (a stop token came next), "length" (max_tokens) or "context" (the
-        lane is full). None while it runs, and when it was closed or failed.
+        """Why it ended: "stop" (a stop token came next, or the grammar is complete), "length"
+        (max_tokens) or "context" (the lane is full). None while it runs, and when it was closed or
+        failed.
         """
         return self._reason
 
@@ -65,7 +73,7 @@ class Generation(Iterator[int]):
             if end.value is not None:
                 self._reason = end.value
             raise StopIteration from None
-        self.left = left - 1
+        self.left = 0 if self.choice.is_stopped else left - 1
         return token
 
     @exclusive
@@ -162,8 +170,9 @@ class Session:
 
     @exclusive
     def logprobs(self, top: int = 0) -> tuple[float, list[tuple[int, float]]]:
-        """Log of the probability, at temperature 1 and without filters, bias or penalties, of the
-        token that `generate` yielded last; and the `top` likeliest tokens with theirs.
+        """Log of the probability, at temperature 1 and without grammar, filters, bias or penalties,
+        of the token that `generate` yielded last; and the `top` likeliest tokens with theirs, by
+        descending probability, then by id.
 
         To be asked between tokens of `generate`: raises SessionError once something else ran.
         """
@@ -171,9 +180,10 @@ class Session:
         logits = self._tail.logits(self.position - 1) if self._tail.pending else None
         if logits is None:
             raise SessionError("logprobs: ask right after generate has yielded a token")
-        wide = logits.astype(np.float64) - logits.max()
-        logs = wide - np.log(np.exp(wide).sum())
-        best = np.argsort(-logs, kind="stable")[:top]
+        wide = logits.astype(np.float64)
+        logs = wide - wide.max()
+        logs -= np.log(np.exp(logs).sum())
+        best = _largest(logs, min(top, len(logs)))
         return float(logs[self._tail.pending[-1]]), [(int(i), float(logs[i])) for i in best]
 
     # -- going on -------------------------------------------------------------------------------
@@ -207,16 +217,20 @@ class Session:
         presence_penalty: float = 0.0,
         frequency_penalty: float = 0.0,
         logit_bias: Mapping[int, float] | None = None,
+        grammar: Grammar | None = None,
     ) -> Generation:
         """Sample up to `max_tokens` tokens; each is history when it is yielded.
 
         temperature 0 is greedy. A token is a function of the logits, these parameters, the tokens
         before it and its position; penalties count all committed tokens. draft: how many tokens to
         guess and verify at once, or "auto"; it changes the speed and nothing else. A token in
-        `stop` ends generation and is not committed; so does the end of the context. Closing the
+        `stop` ends generation and is not committed; so does the end of the context. grammar: what
+        the text of the tokens may be; a token of `stop` comes only where it may end, and where it
+        must, generation ends. It begins at the present position, or see `Grammar.after`; nothing is
+        drafted then, which changes the speed alone. Closing the
         iterator early leaves exactly what was yielded; its `reason` says why it ended. Raises
         SessionError for bad parameters, an empty session, a lane that is full already, or if the
-        session is changed by other calls meanwhile.
+        session is changed by other calls meanwhile; GrammarError for a grammar that cannot be used.
         """
         bias = _checked_bias(logit_bias, self._engine.vocab_size)
         params = SamplerParams(
@@ -232,10 +246,14 @@ class Session:
             raise SessionError("generate: the session is empty; prefill at least one token first")
         if draft == "auto":
             length = self._adaptive
+        choice = Choice(params)
+        if grammar is not None:  # a mask is known one token ahead: there is nothing to draft
+            choice = Choice(params, self._engine.grammars.begin(grammar, stops))
+            length = DraftLength(0, self._engine.max_draft)
         if max_tokens:
             self._check_room(1, "generate")
-        steps = self._generate(max_tokens, params, stops, length)
-        return Generation(self, params, length, max_tokens, steps)
+        steps = self._generate(max_tokens, choice, stops, length)
+        return Generation(self, choice, length, max_tokens, steps)
 
     def due(self, draft: DraftLength, wanted: int) -> Due | None:
         """What the next step of `generate` will do on the device, if lanes can share it."""
@@ -272,25 +290,28 @@ class Session:
         return self._tail
 
     def _generate(
-        self, max_tokens: int, params: SamplerParams, stops: frozenset[int], draft: DraftLength
+        self, max_tokens: int, choice: Choice, stops: frozenset[int], draft: DraftLength
     ) -> Generator[int, None, EndReason]:
         epoch = self._epoch
         for wanted in range(max_tokens, 0, -1):
             if self._epoch != epoch:
                 raise SessionError("generate: the session was changed meanwhile; start another one")
             self._check_open()
+            if choice.is_over():
+                return "stop"
             if self._tail.end >= self._engine.max_positions:
                 return "context"
-            token = self._tail.next(params, draft, wanted)
+            token = self._tail.next(choice.params, draft, wanted)
             if token < 0:
                 raise SessionError(
                     f"generate: the logits at position {self.position} hold NaN, or leave no token"
                 )
             if token in stops:
                 return "stop"
+            choice.take(token)
             self._tail.take()
             yield token
-        return "length"
+        return "stop" if choice.is_stopped else "length"
 
     # -- capsules -------------------------------------------------------------------------------
 
@@ -558,6 +579,14 @@ def as_tokens(tokens: Iterable[int] | NDArray[np.integer], vocab_size: int) -> N
         at = int(wrong[0])
         raise TokenError(f"token {array[at]} at index {at} is not in [0, {vocab_size})")
     return array.astype(np.int32)
+
+
+def _largest(x: NDArray[np.float64], n: int) -> NDArray[np.intp]:
+    """Indices of the n largest, then by index: a vocabulary need not be sorted for that."""
+    if n <= 0:
+        return np.empty(0, np.intp)
+    some = np.flatnonzero(x >= np.partition(x, len(x) - n)[len(x) - n])
+    return some[np.argsort(-x[some], kind="stable")][:n]
 
 
 def _checked_bias(

@@ -118,7 +118,7 @@ class Tokenizer:
         except OverflowError as error:
             raise TokenError(f"token ids are not in [0, 2^32): {error}") from error
         except BaseException as error:
-            if not _is_of_library(error):
+            if not is_of_library(error):
                 raise
             raise TokenError(f"the tokenizer cannot decode {shown(ids)}: {error}") from error
 
@@ -161,6 +161,16 @@ class Tokenizer:
         """The file's text, as the library would write it."""
         return str(self._library.to_str())
 
+    def with_special(self, spelling: str) -> tuple[str, int]:
+        """The file's text with one more special token, and its id: the first that is free."""
+        import tokenizers
+
+        other = tokenizers.Tokenizer.from_str(self.to_json())
+        other.add_special_tokens([tokenizers.AddedToken(spelling, special=True, normalized=False)])
+        found = other.token_to_id(spelling)
+        assert found is not None
+        return str(other.to_str()), int(found)
+
     @cached_property
     def _letter(self) -> int | None:
         """Any token that is no byte and decodes to letters. Asked for only with byte tokens."""
@@ -183,12 +193,12 @@ def _call(function: Callable[[], T], kind: type[FlashrtError], what: str) -> T:
     try:
         return function()
     except BaseException as error:
-        if not _is_of_library(error):
+        if not is_of_library(error):
             raise
         raise kind(f"{what}: {error}") from error
 
 
-def _is_of_library(error: BaseException) -> bool:
+def is_of_library(error: BaseException) -> bool:
     """Not what ends a program, such as KeyboardInterrupt: the library raises bare `Exception`, and
     a panic of its Rust code is a class that has no name to import.
     """

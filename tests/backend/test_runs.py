@@ -18,6 +18,7 @@ from flashrt.core.backend import BoundLaunch, Graph
 from flashrt.core.op import bind
 from flashrt.core.region import View
 from flashrt.core.runs import STRIDE_UNIT, TABLE_WORDS, Run, Stride, table_of
+from flashrt.ops.sample import SamplerWord, mask_words
 from flashrt.ops.table import OPS
 from tests.backend.cases import (
     advance,
@@ -53,7 +54,10 @@ def _sample(i: int, rows: int) -> Case:
     assert rows >= 1
     logits = randn(rng_for("runs", i), 3000, scale=3)
     history = rng_for("history", i).integers(0, 3000, 11).tolist()
-    return sample_case(logits, sampler(0.8, 20 + i, 0.9, seed=i), history=history)
+    mask = rng_for("mask", i).integers(0, 2**32, mask_words(3000)).astype(np.uint32)
+    words = sampler(0.8, 20 + i, 0.9, seed=i)
+    words[SamplerWord.MASKED] = i % 3 > 0  # some lanes have one
+    return sample_case(logits, words, history=history, mask=mask)
 
 
 SHARED = {
@@ -86,8 +90,8 @@ SHARED = {
     "sample": Shared(
         _sample,
         {
-            "logits": "run", "work": "run", "sampler": "lane", "bias": "lane", "journal": "lane",
-            "cursor": "lane",
+            "logits": "run", "work": "run", "sampler": "lane", "bias": "lane", "mask": "lane",
+            "journal": "lane", "cursor": "lane",
         },
     ),
     "advance": Shared(lambda i, n: advance(5 + i, n), {"cursor": "lane"}),

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from flashrt.ops.sample import SamplerParams
-from flashrt.ops.table import BIAS_ENTRIES, SAMPLER_WORDS
+from flashrt.ops.table import BIAS_ENTRIES, SAMPLER_WORDS, mask_words
 from tests.backend.cases import cursor, randn
 from tests.backend.runner import Case, Runner, rng_for
-from tests.reference import adjusted, filtered, gumbel, philox, scores
+from tests.reference import adjusted, filtered, gumbel, masked, philox, scores
 
 Logits = NDArray[np.float32]
 
@@ -38,13 +39,17 @@ def sample_case(
     position: int = 11,
     bias: NDArray[np.uint32] | None = None,
     history: Sequence[int] = (),
+    mask: NDArray[np.uint32] | None = None,
 ) -> Case:
-    """A launch at `position`; the journal holds `history`, and garbage from the position on."""
+    """A launch at `position`; the journal holds `history`, and garbage from the position on. A mask
+    that is not asked for allows nothing: red where it is read all the same.
+    """
     journal = np.full((1, max(position, 1) + 3, 1), np.iinfo(np.int32).min, np.int32)
     journal[0, :position, 0] = [*history, *[0] * position][:position]
     operands = {
         "logits": logits[None], "sampler": words, "work": (2, len(logits)),
         "bias": np.zeros((BIAS_ENTRIES, 2), np.uint32) if bias is None else bias,
+        "mask": np.zeros(mask_words(len(logits)), np.uint32) if mask is None else mask,
         "journal": journal, "cursor": cursor(position, 1),
     }  # fmt: skip
     return Case("sample", operands)
@@ -54,7 +59,8 @@ def params_case(logits: Logits, params: SamplerParams, history: Sequence[int]) -
     """A launch with packed parameters after a history."""
     words = np.frombuffer(params.pack(), np.uint32)
     bias = np.frombuffer(params.pack_bias(), np.uint32).reshape(BIAS_ENTRIES, 2)
-    return sample_case(logits, words, len(history), bias, history)
+    mask = None if params.allowed is None else np.frombuffer(params.allowed, np.uint32)
+    return sample_case(logits, words, len(history), bias, history, mask)
 
 
 def sample(runner: Runner, logits: Logits, words: NDArray[np.uint32], position: int = 11) -> int:
@@ -184,6 +190,55 @@ def test_penalties_and_bias(runner: Runner, params: SamplerParams) -> None:
             compared += 1
         history.append(token)
     assert compared > 30
+
+
+def mask_of(allowed: NDArray[np.bool_]) -> NDArray[np.uint32]:
+    """Bits of a mask; those beyond the vocabulary are set, and must not matter."""
+    bits = np.ones(32 * mask_words(len(allowed)), bool)
+    bits[: len(allowed)] = allowed
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
+@pytest.mark.parametrize("V", [8, 33, 512, 4097, 70_001])
+def test_a_mask_forbids_whatever_else_is_asked(runner: Runner, V: int) -> None:
+    """Against numpy, with few, half and most of the tokens allowed. Red when a bit belongs to
+    another token, or a bias or penalty comes before the mask.
+    """
+    rng, compared = rng_for("mask", V), 0
+    history = rng.integers(0, V, 5).tolist()
+    for i, (share, base) in enumerate(
+        itertools.product((0.02, 0.5, 0.98), (SamplerParams(), SamplerParams(0.8), *PENALTIES[3:]))
+    ):
+        logits = randn(rng, V, scale=2)
+        allowed = rng.random(V) < share
+        allowed[[0, i % V]] = False, True
+        logits[~allowed] += 30  # the likeliest are forbidden
+        mask = mask_of(allowed)
+        asked = replace(base, logit_bias=((0, 50.0),), seed=i, allowed=mask.tobytes())
+        token = int(runner.run(params_case(logits, asked, history))["cursor"][2])
+        assert allowed[token]
+        words = np.frombuffer(asked.pack(), np.uint32)
+        bias = np.frombuffer(asked.pack_bias(), np.uint32).reshape(BIAS_ENTRIES, 2)
+        x = adjusted(masked(logits.astype(np.float64), mask), words, bias, np.array(history))
+        score = scores(x, words, len(history))
+        order = np.argsort(score)
+        if score[order[-1]] - score[order[-2]] > 1e-4:  # else a tie within rounding
+            assert token == order[-1]
+            compared += 1
+    assert compared > 8
+
+
+def test_an_empty_mask_leaves_no_token(runner: Runner) -> None:
+    """And one that allows a NaN alone neither; a NaN that is forbidden is no fault."""
+    logits = randn(rng_for("empty mask"), 300)
+    logits[7] = np.nan
+    for temperature in (0.0, 0.7):
+        for allowed in ([], [7]):
+            mask = mask_of(np.isin(np.arange(300), allowed))
+            params = SamplerParams(temperature, allowed=mask.tobytes())
+            assert int(runner.run(params_case(logits, params, [1]))["cursor"][2]) == -1
+        params = SamplerParams(temperature, allowed=mask_of(np.arange(300) == 299).tobytes())
+        assert int(runner.run(params_case(logits, params, [1]))["cursor"][2]) == 299
 
 
 def test_a_neutral_penalty_changes_nothing(runner: Runner) -> None:

@@ -70,7 +70,7 @@ def test_a_rejected_draft_leaves_no_trace(engine: flashrt.Engine) -> None:
         session.prefill(PROMPT)
         before = outcome(session)
         lane = session.lane
-        names = ("state", "window", "last_hidden", "sampler", "bias")
+        names = ("state", "window", "last_hidden", "sampler", "bias", "mask")
         fixed = {name: engine.lane_array(lane, name).tobytes() for name in names}
         for length in range(1, 9):
             engine.draft(lane, length)

@@ -296,7 +296,7 @@ def test_only_what_decides_the_next_logits_is_digested(config: dict[str, object]
         head = {"draft_keys", "draft_values"} if has_draft_head else set()
         assert digested == {"state", "window", "last_hidden", "journal", "keys", "values"} | head
         lasting = {r.name for r in regions if r.role in (Role.FIXED, Role.ROWS)}
-        assert lasting - digested == {"cursor", "sampler", "bias"}
+        assert lasting - digested == {"cursor", "sampler", "bias", "mask"}
 
 
 def test_arguments_are_checked(config: dict[str, object]) -> None:

@@ -1,6 +1,6 @@
 /* sample: the next token from one row of logits.
  *
- * IS: logits with bias and penalties (ops/sample.py), then the arg max at temperature 0; otherwise
+ * IS: logits with mask, bias and penalties (ops/sample.py), then the arg max at temperature 0; otherwise
  * top_k, top_p and min_p on z = (logit - largest) / temperature, then Gumbel-max. The noise of a
  * token depends on (seed, position, token) alone: Philox with the seed as key and the counter
  * (position, token / 4, 0, 0), word token % 4. Tokens are ordered by z, equals by lower id; a
@@ -23,7 +23,7 @@ typedef struct {
   uint32_t seed[2];
   int32_t top_k;
   float temperature, top_p, min_p, repetition, presence, frequency;
-  int32_t n_bias;
+  int32_t n_bias, is_masked;
 } settings;
 
 static settings settings_of(const uint32_t *words) {
@@ -37,6 +37,7 @@ static settings settings_of(const uint32_t *words) {
       .presence = s_from_bits(words[SAMPLER_PRESENCE]),
       .frequency = s_from_bits(words[SAMPLER_FREQUENCY]),
       .n_bias = (int32_t)words[SAMPLER_BIASES],
+      .is_masked = words[SAMPLER_MASKED] != 0,
   };
   if (s.repetition == 0) s.repetition = 1; /* words that are all 0 are greedy */
   return s;
@@ -249,23 +250,38 @@ static candidate noisy_largest(const float *z, span s, candidate cut, settings s
   return best;
 }
 
-/* ---- bias and penalties ---- */
+/* ---- mask, bias and penalties ---- */
 
+static int is_counting(settings set) {
+  return set.repetition != 1 || set.presence != 0 || set.frequency != 0;
+}
 static int is_adjusting(settings set) {
-  return set.n_bias > 0 || set.repetition != 1 || set.presence != 0 || set.frequency != 0;
+  return set.is_masked || set.n_bias > 0 || is_counting(set);
+}
+
+/* x becomes the logits of a share, -inf where the mask has no bit. A share begins with a word. */
+static void masked_copy(float *x, const float *logits, const uint32_t *mask, span mine) {
+  for (int64_t first = mine.begin; first < mine.end; first += 32) {
+    uint32_t word = mask[first / 32];
+    int64_t end = min_of(first + 32, mine.end);
+    for (int64_t i = first; i < end; i++) x[i] = word >> (i - first) & 1 ? logits[i] : -INFINITY;
+  }
 }
 
 /* A share of the logits into row 0 of `work`; row 1 counts tokens of the journal meanwhile. */
 static void adjust(const sample_args *a, settings set, span mine) {
   float *x = a->work, *count = a->work + a->V;
-  for (int64_t i = mine.begin; i < mine.end; i++) {
-    x[i] = a->logits[i];
-    count[i] = 0;
+  if (set.is_masked) {
+    masked_copy(x, a->logits, a->mask, mine);
+  } else {
+    for (int64_t i = mine.begin; i < mine.end; i++) x[i] = a->logits[i];
   }
   for (int e = 0; e < set.n_bias; e++) {
     int64_t id = a->bias[2 * e];
     if (mine.begin <= id && id < mine.end) x[id] += s_from_bits(a->bias[2 * e + 1]);
   }
+  if (!is_counting(set)) return;
+  for (int64_t i = mine.begin; i < mine.end; i++) count[i] = 0;
   for (int64_t position = 0; position < position_of(a->cursor); position++) {
     int64_t id = a->journal[position];
     if (mine.begin <= id && id < mine.end) count[id] += 1;
