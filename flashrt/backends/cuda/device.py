@@ -55,6 +55,7 @@ class Capacities:
     staging_bytes: int = 4 << 20  # a section of the upload ring; a readback buffer
     copies: int = 4096  # descriptors of one copy launch
     terms: int = 512  # terms of one digest launch
+    reserve_bytes: int = 192 << 20  # device memory left for kernels and graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,11 @@ def _verb(method: _Method[_P, _R]) -> _Method[_P, _R]:
         with self._lock:
             if self._is_closed:
                 raise BackendError(f"{self.name}: the device is closed; load another engine")
-            return method(self, *args, **kwargs)
+            before = self.driver.enter()
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                self.driver.leave(before)
 
     return cast(_Method[_P, _R], call)
 
@@ -191,7 +196,8 @@ class CudaDevice:
 
         Raises BackendError for a matrix, which is stored as tensor cores read it.
         """
-        return view(region, address, self.act, self._device_type, self._stream, self)
+        device = self._device_type, self.driver.info.ordinal
+        return view(region, address, self.act, device, self._stream, self)
 
     # ---- kernels
 
@@ -289,8 +295,19 @@ class CudaDevice:
 
     @_verb
     def allocate(self, name: str, nbytes: int) -> Memory:
-        """See Backend. Raises BackendError with bytes wanted and free."""
+        """See Backend. Raises BackendError with bytes wanted and free; also where less than
+        Capacities.reserve_bytes would be left for kernels and graphs, which come later.
+        """
         self._refuse_if_sealed(f"allocate {name}")
+        free, _ = self.driver.mem_info()
+        reserve = self._capacities.reserve_bytes
+        if nbytes <= free < nbytes + reserve:
+            raise BackendError(
+                f"{self.name}: the {name} of {nbytes:,} bytes would leave {free - nbytes:,} of "
+                f"{free:,} free bytes, and kernels and graphs, which are loaded later, need up to "
+                f"{reserve:,}: use a smaller max_positions, pool_bytes or lanes, or end other GPU "
+                "users"
+            )
         try:
             memory = DeviceMemory(name, self.driver.mem_alloc(max(nbytes, 1)), nbytes)
         except BackendError as error:
@@ -355,13 +372,13 @@ class CudaDevice:
 
     @_verb
     def upload(self, uploads: Sequence[Upload], dst_base: int) -> None:
-        """See Backend: row by row through the ring."""
+        """See Backend: through the ring, the rows of a copy together."""
         self._downloads.fence()
         self._runs_at.clear()
         for source, copy in ((u.source, copy) for u in uploads for copy in u.moves):
-            for row in range(copy.height):
-                first, to = copy.src + row * copy.src_pitch, copy.dst + row * copy.dst_pitch
-                self._ring.upload(dst_base + to, source[first : first + copy.width])
+            shape, strides = (copy.height, copy.width), (copy.src_pitch, 1)
+            rows = np.lib.stride_tricks.as_strided(source[copy.src :], shape, strides)
+            self._ring.upload_rows(dst_base + copy.dst, copy.dst_pitch, rows)
 
     def _copy_table(self, moves: CopyList, src_base: int, dst_base: int) -> None:
         """In stream order, so that the one table may be overwritten for the next launch."""
@@ -453,15 +470,21 @@ class CudaDevice:
         if self._fork_count != _Forks.count:
             return
         with self._lock:
-            self._close()
+            if self._is_closed:
+                return
+            before = self.driver.enter()
+            try:
+                self._close()
+            finally:
+                self.driver.leave(before)
+            self.driver.close()
 
     def _close(self) -> None:
-        if self._is_closed:
-            return
         self._is_closed = True
         self.driver.stream_sync(self._stream)
         for graph in self._graphs:
             graph.close()
+        self._library.close()
         self._ring.close()
         self._readback.close()
         self._downloads.close()
@@ -470,7 +493,6 @@ class CudaDevice:
         self._memories, self._graphs = [], []
         self.driver.stream_destroy(self._capture_stream)
         self.driver.stream_destroy(self._stream)
-        self.driver.close()
 
     def _refuse_after_fork(self) -> None:
         if self._fork_count != _Forks.count:
