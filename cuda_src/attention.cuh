@@ -445,7 +445,7 @@ DEVICE uint32_t weigh_block(Accumulator& o, const Shared& shared, const cache_t*
 DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* values, int first_key,
                          const Queries& queries, int dim_group) {
   int limit = queries.end(), dim = 32 * dim_group + 4 * ((threadIdx.x & 31) >> 2);
-  constexpr bool MAY_BE_ODD = BLOCK_ROWS > 1 && CACHE_CODES != 1;  // integers are finite
+  constexpr bool MAY_BE_ODD = BLOCK_ROWS > 1 && !CACHE_CODES;  // codes are finite
   bool is_mixed = MAY_BE_ODD && min(first_key + BLOCK_KEYS, limit) > queries.common();
 #pragma unroll 1
   for (bool is_clean = false;; is_clean = true) {

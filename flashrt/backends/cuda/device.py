@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from flashrt.backends.cuda.sources import Sources
 from flashrt.backends.cuda.staging import DownloadRing, Readback, UploadRing
 from flashrt.backends.cuda.views import CPU, CUDA, DeviceArray, view
 from flashrt.base.errors import BackendError, SealedError
+from flashrt.base.system import at_fork
 from flashrt.base.tracing import PLAN, trace
 from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Progress, Storage
 from flashrt.core.copylist import COPY_FORMAT, CopyList, Upload
@@ -82,7 +82,7 @@ def _count_fork() -> None:
     _Forks.count += 1
 
 
-os.register_at_fork(after_in_child=_count_fork)
+at_fork(_count_fork)
 
 
 def _verb(method: _Method[_P, _R]) -> _Method[_P, _R]:

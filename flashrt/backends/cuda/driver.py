@@ -114,7 +114,8 @@ class CudaDriver:
         """A thread that came without a context keeps ours: so it is switched only once."""
         if before is _NESTED:
             return
-        context, _THREAD.inside = before  # type: ignore[misc]
+        assert isinstance(before, tuple)
+        context, _THREAD.inside = before
         if context is not None and int(context):
             self._checked(self._api.cuCtxSetCurrent, context)
 
