@@ -595,6 +595,8 @@ found.update(is_usable=status.is_usable, text=str(status))
         ({"DOUBLE_INIT": "100"}, False, "CUDA_ERROR_NO_DEVICE"),
         ({"DOUBLE_MAJOR": "7"}, False, "needs sm_80"),
         ({"DOUBLE_VERSION": "12040"}, False, "cannot load kernels of NVRTC"),
+        ({"DOUBLE_VERSION": "12040"}, False, "pip install 'flashrt[cuda12]', or update the driver"),
+        ({"DOUBLE_INTEGRATED": "1"}, True, "1.0 GiB shared with the host"),
     ],
 )
 def test_probe_says_why(
@@ -603,6 +605,29 @@ def test_probe_says_why(
     found = run_bindings(fake_libcuda, PROBE, **environment)
     assert found["is_usable"] is is_usable
     assert text in str(found["text"])
+
+
+AUTO = """
+import warnings
+from flashrt.backends.choose import open_backend
+with warnings.catch_warnings(record=True) as heard:
+    warnings.simplefilter("always")
+    found["name"] = open_backend("auto").name
+found["heard"] = [f"{w.category.__name__}: {w.message}" for w in heard]
+"""
+
+
+def test_auto_says_why_a_gpu_is_not_used(fake_libcuda: Path) -> None:
+    """Red while it fell back to the CPU in silence, and if it complains where there is no GPU."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install flashrt[cuda]")
+    old = run_bindings(fake_libcuda, AUTO, DOUBLE_VERSION="12040")
+    assert old["name"] == "cpu"
+    (text,) = old["heard"]  # type: ignore[misc]
+    assert text.startswith("DeviceWarning: device='auto' runs on the CPU, though there is a GPU")
+    assert "flashrt[cuda12]" in text
+    assert run_bindings(fake_libcuda, AUTO) == {"name": "cuda", "heard": []}
+    hidden = run_bindings(fake_libcuda, AUTO, DOUBLE_INIT="100", CUDA_VISIBLE_DEVICES="")
+    assert hidden == {"name": "cpu", "heard": []}
 
 
 def test_failed_launch_says_that_the_process_is_lost(fake_libcuda: Path) -> None:
