@@ -444,9 +444,13 @@ DEVICE uint32_t weigh_block(Accumulator& o, const Shared& shared, const cache_t*
 // done again without them, and the columns that see them are marked.
 DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* values, int first_key,
                          const Queries& queries, int dim_group) {
-  int limit = queries.end(), dim = 32 * dim_group + 4 * ((threadIdx.x & 31) >> 2);
-  constexpr bool MAY_BE_ODD = BLOCK_ROWS > 1 && !CACHE_CODES;  // codes are finite
-  bool is_mixed = MAY_BE_ODD && min(first_key + BLOCK_KEYS, limit) > queries.common();
+  int dim = 32 * dim_group + 4 * ((threadIdx.x & 31) >> 2);
+  if (BLOCK_ROWS == 1 || CACHE_CODES) {  // all columns see the same keys; codes are finite
+    weigh_block(o, shared, values, first_key, queries.position + queries.rows, dim, false, false);
+    return;
+  }
+  int limit = queries.end();
+  bool is_mixed = min(first_key + BLOCK_KEYS, limit) > queries.common();
 #pragma unroll 1
   for (bool is_clean = false;; is_clean = true) {
     uint32_t odd = weigh_block(o, shared, values, first_key, limit, dim, is_mixed, is_clean);

@@ -391,13 +391,26 @@ class CudaDevice:
     @_verb
     def digest(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]:
         """See Backend."""
-        self._require_build()
-        sums: list[tuple[int, int]] = []
-        for i in range(0, len(terms), self._capacities.terms):
-            sums += self._digest_table(terms[i : i + self._capacities.terms], base)
-        return sums
+        return self.begin_digest(terms, base)()
 
-    def _digest_table(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]:
+    @_verb
+    def begin_digest(
+        self, terms: Sequence[DigestTerm], base: int
+    ) -> Callable[[], list[tuple[int, int]]]:
+        """See Backend."""
+        self._require_build()
+        n = self._capacities.terms
+        parts = [self._digest_table(terms[i : i + n], base) for i in range(0, len(terms), n)]
+
+        def wait() -> list[tuple[int, int]]:
+            self._refuse_after_fork()
+            with self._lock:
+                sums = [part().view(np.uint64).reshape(-1, 2) for part in parts]
+            return [(int(lo), int(hi)) for part in sums for lo, hi in part]
+
+        return wait
+
+    def _digest_table(self, terms: Sequence[DigestTerm], base: int) -> Callable[[], Bytes]:
         table = np.frombuffer(b"".join(term.pack(base) for term in terms), np.uint8)
         self._ring.upload(self._terms_at, table)
         self.fill(self._sums_at, len(terms) * _SUM_BYTES, 0)
@@ -406,9 +419,7 @@ class CudaDevice:
         )
         launch = kernels.digest_launch(len(terms), self._n_sms)
         self._node(launch, ArgumentBlock(arguments)).launch(self.driver, self._stream)
-        sums = np.empty((len(terms), 2), np.uint64)
-        self.read(self._sums_at, sums.view(np.uint8).reshape(-1))
-        return [(int(lo), int(hi)) for lo, hi in sums]
+        return self._downloads.begin(self._sums_at, len(terms) * _SUM_BYTES)
 
     def _forget_runs(self, address: int, nbytes: int) -> None:
         """A range is about to be overwritten: a table of runs there must be written again."""
