@@ -445,11 +445,11 @@ DEVICE uint32_t weigh_block(Accumulator& o, const Shared& shared, const cache_t*
 DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* values, int first_key,
                          const Queries& queries, int dim_group) {
   int dim = 32 * dim_group + 4 * ((threadIdx.x & 31) >> 2);
-  if (BLOCK_ROWS == 1 || CACHE_CODES) {  // all columns see the same keys; codes are finite
-    weigh_block(o, shared, values, first_key, queries.position + queries.rows, dim, false, false);
+  int limit = CACHE_CODES ? queries.position + queries.rows : queries.end();
+  if (CACHE_CODES || BLOCK_ROWS == 1) {  // codes are finite; all columns see the same keys
+    weigh_block(o, shared, values, first_key, limit, dim, false, false);
     return;
   }
-  int limit = queries.end();
   bool is_mixed = min(first_key + BLOCK_KEYS, limit) > queries.common();
 #pragma unroll 1
   for (bool is_clean = false;; is_clean = true) {

@@ -82,8 +82,9 @@ def check(runner: Runner, case: Case, after: dict[str, NDArray[Any]]) -> None:
         attention(64, 33, (4, 2), 64, 240, 600, "bf16"),  # one after the other
         attention(64, 33, (7, 1), 40, 300, 600, "f32"),
         attention(8, 5, (2, 2), 32, 3, 300, "f32", shift=1),
+        attention(8, 5, (24, 1), 32, 40, 300, "bf16"),  # a block has one row
     ],
-    ids=["few", "many", "many-f32", "few-f32"],
+    ids=["few", "many", "many-f32", "few-f32", "one"],
 )
 def test_a_value_that_is_not_finite_stays_with_rows_that_see_it(
     runner: Runner, case: Case, odd: float
