@@ -21,7 +21,9 @@
 // in ascending order by `merge_factors`.
 //
 // Cache rows below SHIFT, and at or beyond position + rows, are not read (they may be NaN); weights
-// of hidden keys are selected to be 0. A row below SHIFT sees no key: its result is 0.
+// of hidden keys are selected to be 0. A value that is not finite reaches the rows that see it and
+// no others, though 0 times it is NaN: see weigh_values. A row below SHIFT sees no key: its result
+// is 0.
 #pragma once
 
 constexpr int BLOCK_KEYS = ATTENTION_BLOCK, WARPS = 8, THREADS = 32 * WARPS,
@@ -69,6 +71,9 @@ struct Queries {
   DEVICE int last_key(int column) const {
     return column < BLOCK_ROWS * GROUP && row(column) < rows ? position + row(column) : -1;
   }
+  // Every column sees the keys below `common`, and none sees those from `end` on.
+  DEVICE int common() const { return position + first_row + 1; }
+  DEVICE int end() const { return position + min(first_row + BLOCK_ROWS, rows); }
   // Whether a column sees a key of the block that begins at `first_key`, which is not all below
   // SHIFT.
   DEVICE bool sees(int column, int first_key) const {
@@ -338,10 +343,45 @@ DEVICE float block_sum_of(const Columns& columns, int column) {
 
 // ---- weighted values
 
-// o[i][j][e + 2h]: dim 32 * dim_group + 4g + 2i + h of column 8j + 2t + e.
-DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* values, int first_key,
-                         int limit, int dim_group) {
-  int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, dim = 32 * dim_group + 4 * g;
+// Bit 15 of each half that is not finite, with others.
+DEVICE uint32_t odd_halves(uint32_t pair) { return (pair & 0x7f807f80u) + 0x00800080u; }
+// All bits of those halves.
+DEVICE uint32_t odd_mask(uint32_t pair) { return (odd_halves(pair) >> 15 & 0x00010001u) * 0xffffu; }
+
+// NaN in the dims of the columns that see a value that is not finite. Rarely called.
+DEVICE void mark_odd(Accumulator& o, const Queries& queries, const cache_t* values, int first_key,
+                     int dim) {
+  int t = threadIdx.x & 3, first[4];  // odd key of each dim
+  int end = min(first_key + BLOCK_KEYS, queries.end());
+#pragma unroll
+  for (int d = 0; d < 4; d++) first[d] = queries.end();  // none: no column sees that key
+#pragma unroll 1
+  for (int key = end - 1; key >= first_key; key--) {
+    uint2 hi, lo;
+    unpack_value(load_value(values, key, dim, end), hi, lo);
+    uint32_t x = odd_halves(hi.x), y = odd_halves(hi.y);
+    if (x & 0x8000u) first[0] = key;
+    if (x >> 31) first[1] = key;
+    if (y & 0x8000u) first[2] = key;
+    if (y >> 31) first[3] = key;
+  }
+#pragma unroll
+  for (int j = 0; j < COLUMN_TILES; j++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      int last = queries.last_key(8 * j + 2 * t + e);
+#pragma unroll
+      for (int d = 0; d < 4; d++)
+        if (first[d] <= last) o[d >> 1][j][e + 2 * (d & 1)] = __int_as_float(0x7fffffff);
+    }
+}
+
+// Adds keys [first_key, limit) of a block to o. is_mixed: returns what odd_halves finds;
+// is_clean: takes 0 for those.
+DEVICE uint32_t weigh_block(Accumulator& o, const Shared& shared, const cache_t* values,
+                            int first_key, int limit, int dim, bool is_mixed, bool is_clean) {
+  int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  uint32_t odd = 0;
   ValueVector next[8];
 #pragma unroll
   for (int i = 0; i < 8; i++) next[i] = load_value(values, first_key + 8 * t + i, dim, limit);
@@ -357,6 +397,16 @@ DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* va
     uint2 hi[8], lo[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) unpack_value(loaded[i], hi[i], lo[i]);
+    if (is_mixed) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        odd |= odd_halves(hi[i].x) | odd_halves(hi[i].y);
+        if (!is_clean) continue;
+        uint2 keep = {~odd_mask(hi[i].x), ~odd_mask(hi[i].y)};
+        hi[i] = {hi[i].x & keep.x, hi[i].y & keep.y};
+        lo[i] = {lo[i].x & keep.x, lo[i].y & keep.y};
+      }
+    }
     uint4 p[PARTS][COLUMN_TILES];
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; j++)
@@ -383,6 +433,39 @@ DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* va
         if (ACT_PARTS > 1) add(hi, p[PARTS - 1]);
         if (CACHE_F32) add(lo, p[0]);
       }
+  }
+  return odd & 0x80008000u;
+}
+
+// o[i][j][e + 2h]: dim 32 * dim_group + 4g + 2i + h of column 8j + 2t + e; 0 before.
+//
+// Columns share the values, so one that is not finite cannot be kept from those that must not see
+// it. Where some see a key and some do not, such values are looked for; if there are any, all is
+// done again without them, and the columns that see them are marked.
+DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* values, int first_key,
+                         const Queries& queries, int dim_group) {
+  int dim = 32 * dim_group + 4 * ((threadIdx.x & 31) >> 2);
+  int limit = CACHE_CODES ? queries.position + queries.rows : queries.end();
+  if (CACHE_CODES || BLOCK_ROWS == 1) {  // codes are finite; all columns see the same keys
+    weigh_block(o, shared, values, first_key, limit, dim, false, false);
+    return;
+  }
+  bool is_mixed = min(first_key + BLOCK_KEYS, limit) > queries.common();
+#pragma unroll 1
+  for (bool is_clean = false;; is_clean = true) {
+    uint32_t odd = weigh_block(o, shared, values, first_key, limit, dim, is_mixed, is_clean);
+    if (!is_mixed) return;
+    if (is_clean) {
+      mark_odd(o, queries, values, first_key, dim);
+      return;
+    }
+    if (!__any_sync(FULL_WARP, odd != 0)) return;
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+      for (int j = 0; j < COLUMN_TILES; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) o[i][j][e] = 0.0f;
   }
 }
 

@@ -52,7 +52,7 @@ KERNEL(BOUNDS) attention_partial(ARGS attention_args launch) {
   }
   if (warp >= DIM_GROUPS) return;
   Accumulator o = {};
-  weigh_values(o, shared, (const cache_t*)a.values + plane, first_key, limit, warp);
+  weigh_values(o, shared, (const cache_t*)a.values + plane, first_key, queries, warp);
   int g = lane >> 2, t = lane & 3, dim = 32 * warp + 4 * g;
 #pragma unroll
   for (int j = 0; j < COLUMN_TILES; j++)

@@ -52,7 +52,7 @@ KERNEL(256) attention_rows(ARGS attention_args launch) {
       for (int j = 0; j < COLUMN_TILES; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) block[i][j][e] = 0.0f;
-    if (warp < DIM_GROUPS) weigh_values(block, shared, values, first_key, limit, warp);
+    if (warp < DIM_GROUPS) weigh_values(block, shared, values, first_key, queries, warp);
     __syncthreads();  // factors are there, weights are no longer needed
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; j++)

@@ -4,7 +4,8 @@
 //           rows of `width` bytes from src to dst, each side with its own pitch. Ranges do not
 //           overlap: any order will do.
 // Launch:   grid-stride over the 4 KB pieces of all copies; a warp per piece, 16 bytes per lane
-//           where both sides are aligned, bytes elsewhere.
+//           where both sides are aligned, 4 where both lie on words (rows of token ids or of scales
+//           do at any position), bytes elsewhere. All loads of a batch are under way at once.
 #include "flashrt.cuh"
 
 struct copy_batch_args {
@@ -13,16 +14,23 @@ struct copy_batch_args {
 };
 
 constexpr uint64_t PIECE_BYTES = 4096;
-constexpr int VECTORS = PIECE_BYTES / 16 / 32;  // per lane and piece
 
-DEVICE void copy_vectors(uint4* dst, const uint4* src, int n, int lane) {
-  uint4 v[VECTORS];
+// The whole units of n bytes, BATCH per lane at a time; how many bytes that were.
+template <typename Unit, int BATCH>
+DEVICE int copy_units(char* to, const char* from, int n, int lane) {
+  Unit* dst = (Unit*)to;
+  const Unit* src = (const Unit*)from;
+  int n_units = n / (int)sizeof(Unit);
+  for (int first = lane; first < n_units; first += 32 * BATCH) {
+    Unit v[BATCH];
 #pragma unroll
-  for (int i = 0; i < VECTORS; i++)
-    if (lane + 32 * i < n) v[i] = src[lane + 32 * i];
+    for (int i = 0; i < BATCH; i++)
+      if (first + 32 * i < n_units) v[i] = src[first + 32 * i];
 #pragma unroll
-  for (int i = 0; i < VECTORS; i++)
-    if (lane + 32 * i < n) dst[lane + 32 * i] = v[i];
+    for (int i = 0; i < BATCH; i++)
+      if (first + 32 * i < n_units) dst[first + 32 * i] = v[i];
+  }
+  return n_units * (int)sizeof(Unit);
 }
 
 KERNEL(256) copy_batch(ARGS copy_batch_args a) {
@@ -41,9 +49,12 @@ KERNEL(256) copy_batch(ARGS copy_batch_args a) {
       uint64_t row = p / per_row, at = p % per_row * PIECE_BYTES, n = min(width - at, PIECE_BYTES);
       char* to = (char*)(dst + row * dst_pitch + at);
       const char* from = (const char*)(src + row * src_pitch + at);
-      uint64_t n_vectors = (((uint64_t)to | (uint64_t)from) & 15) == 0 ? n / 16 : 0;
-      copy_vectors((uint4*)to, (const uint4*)from, (int)n_vectors, lane);
-      for (uint64_t b = n_vectors * 16 + lane; b < n; b += 32) to[b] = from[b];
+      uint64_t offsets = (uint64_t)to | (uint64_t)from;
+      int length = (int)n, done = 0;
+      if ((offsets & 15) == 0) done = copy_units<uint4, 8>(to, from, length, lane);
+      if ((offsets & 3) == 0)
+        done += copy_units<uint32_t, 16>(to + done, from + done, length - done, lane);
+      copy_units<uint8_t, 16>(to + done, from + done, length - done, lane);
     }
     first = p - n_pieces;
   }

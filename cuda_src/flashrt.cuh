@@ -247,6 +247,15 @@ DEVICE float warp_sum(float v) {  // the same bits in every lane: x + y == y + x
   return v;
 }
 
+DEVICE unsigned warp_add(unsigned v) {  // in every lane, modulo 2^32
+#ifndef SIMT_HOST
+  return __reduce_add_sync(FULL_WARP, v);
+#else
+  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(FULL_WARP, v, o);
+  return v;
+#endif
+}
+
 // Warp sums, then added in the order of the warps. All threads of the block call it; once per
 // kernel.
 template <int N_WARPS>

@@ -12,9 +12,11 @@
 //           journal [1, S, 1], work [2, V], cursor.
 // Order:    maxima are exact, counts and masses are integers: they do not depend on an order.
 // Launch:   sample_scan (blocks, each of which owns a run of the tokens, with a counter for each in
-//           shared memory), sample_cut (one block, to which all registers belong), sample_pick
-//           (blocks; the last to finish compares them). Row 0 of `work` takes the logits if mask,
-//           bias or penalties change them; row 1 passes `Scratch` on, for which V >= 8 leaves room.
+//           shared memory), sample_narrow (one digit of the cut per launch, by all blocks; one
+//           block alone, which takes all digits, below SHARED_FROM tokens), sample_pick (blocks).
+//           What all blocks have added up, the last one to finish goes on with. Row 0 of `work`
+//           takes the logits if mask, bias or penalties change them; row 1 passes `Scratch` on,
+//           for which V >= 8 leaves room, and from SHARED_FROM on `Narrowed` behind it.
 #include "flashrt.cuh"
 #include "philox.cuh"
 
@@ -31,6 +33,8 @@ struct Scratch {
   Candidate part[1];  // one per block
 };
 
+constexpr int SCAN_BLOCKS = 64;  // at most, of sample_scan and sample_pick
+
 struct Settings {
   uint32_t seed[2];
   int top_k;
@@ -42,6 +46,8 @@ struct Settings {
     return repetition != 1.0f || presence != 0.0f || frequency != 0.0f;
   }
   DEVICE bool is_adjusting() const { return is_masked || n_bias > 0 || is_counting(); }
+  DEVICE bool is_top_k(int V) const { return top_k > 0 && top_k < V; }
+  DEVICE bool is_top_p() const { return top_p < 1.0f; }
 };
 
 DEVICE Settings settings_of(const uint32_t* words) {
@@ -63,6 +69,39 @@ DEVICE Scratch* scratch_of(const sample_args& a) { return (Scratch*)(a.work + ro
 DEVICE const float* logits_of(const sample_args& a, const Settings& s) {
   return s.is_adjusting() ? a.work : a.logits;
 }
+
+// ---- what sample_narrow passes on
+
+constexpr int DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS, LEVELS = 3;  // 11, 11 and 10 bits
+
+// Of the tokens with each digit: the sum of their masses, and how many there are.
+struct Totals {
+  unsigned long long mass[DIGITS];
+  unsigned count[DIGITS];
+};
+
+enum Filter { DONE, TOP_K, TOP_P, BEGIN };
+
+// Where the search for a cut is: the digits known so far, from the top of the key.
+struct Narrowing {
+  unsigned long long target;      // weight still wanted from tokens of these digits; 0: not known
+  unsigned long long mass_above;  // of tokens with higher digits
+  uint32_t known;
+  int level, filter, unused;
+};
+
+struct Narrowed {
+  Narrowing at;
+  Totals first, rest;  // of the first digit, which top_p needs again, and of the present one
+};
+
+DEVICE bool is_shared(const sample_args& a) { return a.V >= SHARED_FROM; }
+// Behind the parts of Scratch.
+DEVICE Narrowed* narrowed_of(const sample_args& a) {
+  return (Narrowed*)((char*)scratch_of(a) + 1024);
+}
+static_assert(sizeof(Scratch) + SCAN_BLOCKS * sizeof(Candidate) <= 1024, "Scratch");
+static_assert(1024 + sizeof(Narrowed) + 8 <= 4 * SHARED_FROM, "Narrowed");
 
 // ---- candidates
 
@@ -141,12 +180,24 @@ KERNEL(256, 4) sample_scan(ARGS sample_args launch) {
 #pragma unroll 4
   for (int i = first + threadIdx.x; i < end; i += 256) best = better(best, {logits[i], i});
   best = block_best<8>(best);
-  if (threadIdx.x == 0) scratch_of(a)->part[blockIdx.x] = best;
+  Scratch* scratch = scratch_of(a);
+  if (threadIdx.x == 0) scratch->part[blockIdx.x] = best;
+  if (blockIdx.x == 0 && threadIdx.x == 0) scratch->n_finished = 0;
+  if (!is_shared(a)) return;
+  if (blockIdx.x == 0 && threadIdx.x == 0) narrowed_of(a)->at.filter = BEGIN;
+  if (!s.is_top_k(a.V) && !s.is_top_p()) return;
+  constexpr int WORDS = 2 * sizeof(Totals) / sizeof(uint64_t);
+  uint64_t* totals = (uint64_t*)&narrowed_of(a)->first;
+  for (int i = blockIdx.x * 256 + threadIdx.x; i < WORDS; i += gridDim.x * 256) totals[i] = 0;
 }
 
 // ---- filters: the cut
 
-constexpr int CUT_THREADS = 1024, DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS;
+constexpr int CUT_THREADS = 512, CUT_WARPS = CUT_THREADS / 32, OWN_DIGITS = DIGITS / CUT_THREADS;
+// A mass, up to 2^40, is added up as two numbers of 32 bits: shared memory adds those at once, and
+// larger ones by trying until nobody came between. So only so many tokens at a time.
+constexpr int LOW_BITS = 20;
+static_assert(CHUNK < 1 << (32 - LOW_BITS), "a sum of CHUNK halves fits into 32 bits");
 constexpr float MASS_UNIT = 1099511627776.0f;  // 2^40
 constexpr float LEAST_MASS = -28.0f;           // below this z a mass is 0
 
@@ -174,32 +225,106 @@ DEVICE float value_of(uint32_t key) {
   return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-struct Histogram {
-  unsigned long long weight[DIGITS];
-  unsigned long long warp_total[CUT_THREADS / 32];
-  unsigned long long target, above;  // above: the weight of higher digits than `digit`
+struct Work {
+  Totals totals;
+  unsigned low[DIGITS], high[DIGITS];  // of masses, before they go to the totals
+  unsigned long long part[CUT_WARPS], above;
+  Narrowing at;
   int digit;
 };
 
-// The highest digit at which the weight from above reaches h.target; h.above, h.digit. Thread i
-// owns two digits.
-DEVICE void find_digit(Histogram& h) {
-  int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, high = DIGITS - 1 - 2 * tid;
-  unsigned long long first = h.weight[high], both = first + h.weight[high - 1], sum = both;
+DEVICE int shift_of(int level) { return max(32 - DIGIT_BITS * (level + 1), 0); }
+
+// In every thread: the sum of the block. All threads call it.
+DEVICE unsigned long long sum_of(Work& w, unsigned long long v) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(FULL_WARP, v, o);
+  __syncthreads();
+  if ((threadIdx.x & 31) == 0) w.part[threadIdx.x >> 5] = v;
+  __syncthreads();
+  unsigned long long sum = 0;
+  for (int i = 0; i < CUT_WARPS; i++) sum += w.part[i];
+  return sum;
+}
+
+DEVICE void clear(Work& w) {
+  for (int i = threadIdx.x; i < DIGITS; i += CUT_THREADS) {
+    w.totals.mass[i] = 0;
+    w.totals.count[i] = w.low[i] = w.high[i] = 0;
+  }
+  __syncthreads();
+}
+
+// A token per lane; digit -1: none. Most tokens of a row have one digit: those that have that of
+// the first lane go together, the others one by one.
+DEVICE void add_tokens(Work& w, int digit, uint64_t mass) {
+  unsigned there = __ballot_sync(FULL_WARP, digit >= 0);
+  if (!there) return;
+  int leader = __ffs(there) - 1, common = __shfl_sync(FULL_WARP, digit, leader);
+  bool is_common = digit == common;
+  unsigned n = __popc(__ballot_sync(FULL_WARP, is_common));
+  unsigned low = (unsigned)mass & ((1u << LOW_BITS) - 1), high = (unsigned)(mass >> LOW_BITS);
+  unsigned all_low = warp_add(is_common ? low : 0), all_high = warp_add(is_common ? high : 0);
+  bool is_leader = (int)(threadIdx.x & 31) == leader;
+  if (digit < 0 || (is_common && !is_leader)) return;
+  atomicAdd(&w.totals.count[digit], is_leader ? n : 1);
+  atomicAdd(&w.low[digit], is_leader ? all_low : low);
+  atomicAdd(&w.high[digit], is_leader ? all_high : high);
+}
+
+// Tokens [first, end), at most CHUNK, that have the digits known so far: counts, low and high.
+DEVICE void add_chunk(Work& w, const Row& row, int first, int end) {
+  int level = w.at.level, filter = w.at.filter, shift = shift_of(level);
+  uint32_t known = w.at.known, mask = level ? ~0u << (32 - DIGIT_BITS * level) : 0;
+  for (int base = first; base < end; base += CUT_THREADS) {
+    int i = base + threadIdx.x, digit = -1;
+    uint64_t mass = 0;
+    if (i < end) {
+      float z = z_of(row, i);
+      uint32_t key = key_of(z);
+      mass = mass_of(z);
+      if ((key & mask) == known && (mass || filter == TOP_K)) digit = (int)((key & ~mask) >> shift);
+    }
+    add_tokens(w, digit, mass);
+  }
+  __syncthreads();
+}
+
+DEVICE unsigned long long mass_in(const Work& w, int digit) {
+  return w.low[digit] + ((unsigned long long)w.high[digit] << LOW_BITS);
+}
+
+// The highest digit at which the weight from above reaches the target: w.digit, and w.above, the
+// weight of those above it. A thread owns OWN_DIGITS of them.
+DEVICE void find_digit(Work& w, bool is_by_mass, unsigned long long target) {
+  int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, highest = DIGITS - 1 - OWN_DIGITS * tid;
+  unsigned long long own[OWN_DIGITS], sum = 0;
+#pragma unroll
+  for (int i = 0; i < OWN_DIGITS; i++) {
+    own[i] = is_by_mass ? w.totals.mass[highest - i] : w.totals.count[highest - i];
+    sum += own[i];
+  }
+  unsigned long long all = sum;
 #pragma unroll
   for (int o = 1; o < 32; o <<= 1) {
     unsigned long long before = __shfl_up_sync(FULL_WARP, sum, o);
     if (lane >= o) sum += before;
   }
-  if (lane == 31) h.warp_total[warp] = sum;
   __syncthreads();
-  unsigned long long above = sum - both, target = h.target;
-  for (int w = 0; w < warp; w++) above += h.warp_total[w];
+  if (lane == 31) w.part[warp] = sum;
   __syncthreads();
-  if (above < target && above + both >= target) {
-    bool is_first = above + first >= target;
-    h.digit = is_first ? high : high - 1;
-    h.above = is_first ? above : above + first;
+  unsigned long long above = sum - all;
+  for (int i = 0; i < warp; i++) above += w.part[i];
+  if (above < target && above + all >= target) {
+    int digit = highest;
+    bool is_found = false;
+#pragma unroll
+    for (int i = 0; i < OWN_DIGITS; i++) {
+      is_found = is_found || above + own[i] >= target;
+      if (!is_found) above += own[i], digit--;
+    }
+    w.digit = digit;
+    w.above = above;
   }
   __syncthreads();
 }
@@ -228,78 +353,137 @@ DEVICE int nth_of(const Row& row, float value, unsigned long long n) {
   return found;
 }
 
-// End of the smallest prefix that weighs at least `target`, a token weighing its mass or 1: a radix
-// select, three digits of the key from the top. `target` is positive and at most the weight of all.
-DEVICE Candidate prefix_of_weight(Histogram& h, const Row& row, bool is_by_mass,
-                                  unsigned long long target) {
-  uint32_t known = 0, mask = 0;
-  // 21, 10, then the last 10 bits
-  for (int shift = 32 - DIGIT_BITS; shift > -DIGIT_BITS; shift -= DIGIT_BITS) {
-    int at = max(shift, 0);
-    uint32_t last = shift >= 0 ? DIGITS - 1 : (1u << (DIGIT_BITS + shift)) - 1;
-    for (int i = threadIdx.x; i < DIGITS; i += CUT_THREADS) h.weight[i] = 0;
-    if (threadIdx.x == 0) h.target = target;
-    __syncthreads();
-    for (int i = threadIdx.x; i < row.V; i += CUT_THREADS) {
-      float z = z_of(row, i);
-      uint32_t key = key_of(z);
-      unsigned long long weight = is_by_mass ? mass_of(z) : 1;
-      if ((key & mask) == known && weight) atomicAdd(&h.weight[key >> at & last], weight);
-    }
-    __syncthreads();
-    find_digit(h);
-    known |= (uint32_t)h.digit << at;
-    mask |= last << at;
-    target -= h.above;
-    __syncthreads();
-  }
-  float value = value_of(known);
-  unsigned long long one = is_by_mass ? mass_of(value) : 1;
-  return {value, nth_of(row, value, one ? (target + one - 1) / one : ~0ull)};
+// The weight that top_p wants of a mass.
+DEVICE unsigned long long wanted_of(float top_p, unsigned long long mass) {
+  double share = ceil((double)top_p * (double)mass);
+  return share > 1.0 ? (unsigned long long)share : 1;
 }
 
-DEVICE unsigned long long kept_mass(Histogram& h, const Row& row, Candidate cut) {
-  if (threadIdx.x == 0) h.target = 0;
-  __syncthreads();
-  unsigned long long sum = 0;
-  for (int i = threadIdx.x; i < row.V; i += CUT_THREADS) {
-    float z = z_of(row, i);
-    if (is_kept(z, i, cut)) sum += mass_of(z);
+// Takes the next digit of the cut from the totals: a cut ends the smallest prefix that weighs at
+// least the target, a token weighing its mass or 1, and is found by a radix select. After the last
+// digit: scratch->cut, and on to the next filter.
+DEVICE void take_digit(Work& w, const Row& row, const Settings& s, Scratch* scratch) {
+  Narrowing at = w.at;
+  bool is_by_mass = at.filter == TOP_P;
+  unsigned long long own = 0;
+  for (int i = threadIdx.x; i < DIGITS; i += CUT_THREADS) own += w.totals.mass[i];
+  if (is_by_mass && at.target == 0) at.target = wanted_of(s.top_p, sum_of(w, own));
+  find_digit(w, is_by_mass, at.target);
+  int digit = w.digit;
+  own = 0;
+  for (int i = threadIdx.x; i < DIGITS; i += CUT_THREADS) own += i > digit ? w.totals.mass[i] : 0;
+  at.mass_above += sum_of(w, own);
+  at.target -= w.above;
+  at.known |= (uint32_t)digit << shift_of(at.level);
+  at.level++;
+  if (at.level == LEVELS) {
+    float value = value_of(at.known);
+    unsigned long long equals = w.totals.count[digit], one = is_by_mass ? mass_of(value) : 1;
+    unsigned long long n = min((at.target + one - 1) / one, equals);
+    int id = n < equals ? nth_of(row, value, n) : row.V - 1;
+    if (threadIdx.x == 0) scratch->cut = {value, id};
+    bool is_next = !is_by_mass && s.is_top_p();
+    unsigned long long kept = at.mass_above + n * mass_of(value);
+    at = {is_next ? wanted_of(s.top_p, kept) : 0, 0, 0, 0, is_next ? TOP_P : DONE, 0};
   }
-  atomicAdd(&h.target, sum);
   __syncthreads();
-  sum = h.target;
+  if (threadIdx.x == 0) w.at = at;
   __syncthreads();
-  return sum;
 }
 
-KERNEL(1024, 1) sample_cut(ARGS sample_args launch) {
+// The largest logit decides what is to be done; one thread of the grid writes it.
+DEVICE Candidate begin_cut(const sample_args& a, const Settings& s, bool& is_chosen) {
+  Scratch* scratch = scratch_of(a);
+  int n_blocks = min(ceil_div(a.V, 1024), SCAN_BLOCKS);  // of sample_scan
+  Candidate best =
+      block_best<CUT_WARPS>((int)threadIdx.x < n_blocks ? scratch->part[threadIdx.x] : none());
+  bool is_greedy = !(s.temperature > 0.0f) || best.value == INF;
+  bool is_valid = best.value > -INF;  // false for NaN
+  is_chosen = is_greedy || !is_valid;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    scratch->largest = is_chosen ? none() : best;  // none: the choice is made
+    scratch->cut = {-INF, a.V};
+    if (is_chosen) a.cursor[CURSOR_TOKEN] = is_valid ? best.id : -1;
+  }
+  return best;
+}
+
+KERNEL(512, 2) sample_narrow(ARGS sample_args launch) {
   OPEN_RUN(sample);
   begin();
   if (a.cursor[CURSOR_ROWS] < 1) return;
-  __shared__ Histogram histogram;
+  __shared__ Work w;
+  __shared__ bool is_last;
   Scratch* scratch = scratch_of(a);
+  Narrowed* narrowed = narrowed_of(a);
   Settings s = settings_of(a.sampler);
-  int n_blocks = min(ceil_div(a.V, 1024), 64);  // of sample_scan
-  Candidate best = (int)threadIdx.x < n_blocks ? scratch->part[threadIdx.x] : none();
-  best = block_best<32>(best);
-  bool is_greedy = !(s.temperature > 0.0f) || best.value == INF;
-  bool is_valid = best.value > -INF;  // false for NaN
+  Narrowing at = {0, 0, 0, 0, BEGIN, 0};
+  if (is_shared(a)) at = narrowed->at;
+  if (at.filter == DONE) return;
+  Candidate largest = at.filter == BEGIN ? none() : scratch->largest;
+  if (at.filter == BEGIN) {
+    bool is_chosen;
+    largest = begin_cut(a, s, is_chosen);
+    at = {0, 0, 0, 0, DONE, 0};
+    if (!is_chosen && s.is_top_p()) at.filter = TOP_P;
+    if (!is_chosen && s.is_top_k(a.V)) at.filter = TOP_K, at.target = (unsigned)s.top_k;
+    if (at.filter == DONE) {
+      if (is_shared(a) && blockIdx.x == 0 && threadIdx.x == 0) narrowed->at = at;
+      return;
+    }
+  }
+  if (threadIdx.x == 0) w.at = at;
+  __syncthreads();
+  Row row = {logits_of(a, s), a.V, largest.value, s.temperature};
+  if (!is_shared(a)) {
+    while (w.at.filter != DONE) {
+      clear(w);
+      for (int first = 0; first < a.V; first += CHUNK) {
+        add_chunk(w, row, first, min(first + CHUNK, a.V));
+        for (int i = threadIdx.x; i < DIGITS; i += CUT_THREADS) {
+          w.totals.mass[i] += mass_in(w, i);
+          w.low[i] = w.high[i] = 0;
+        }
+        __syncthreads();
+      }
+      take_digit(w, row, s, scratch);
+    }
+    return;
+  }
+  Totals* totals = at.level == 0 ? &narrowed->first : &narrowed->rest;
+  clear(w);
+  int first = blockIdx.x * CHUNK;
+  add_chunk(w, row, first, min(first + CHUNK, a.V));
+  for (int i = threadIdx.x; i < DIGITS; i += CUT_THREADS)
+    if (w.totals.count[i]) {
+      atomicAdd(&totals->count[i], w.totals.count[i]);
+      atomicAdd(&totals->mass[i], mass_in(w, i));
+    }
+  __threadfence();
+  __syncthreads();
   if (threadIdx.x == 0) {
+    is_last = atomicAdd(&scratch->n_finished, 1u) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!is_last) return;
+  for (int i = threadIdx.x; i < DIGITS; i += CUT_THREADS) {
+    w.totals.mass[i] = totals->mass[i];
+    w.totals.count[i] = totals->count[i];
+    if (at.level > 0) totals->mass[i] = totals->count[i] = 0;
+  }
+  __syncthreads();
+  take_digit(w, row, s, scratch);
+  if (w.at.filter == TOP_P && w.at.level == 0) {  // top_k is done: the first digit is known already
+    for (int i = threadIdx.x; i < DIGITS; i += CUT_THREADS)
+      w.totals.mass[i] = narrowed->first.mass[i];
+    __syncthreads();
+    take_digit(w, row, s, scratch);
+  }
+  if (threadIdx.x == 0) {
+    narrowed->at = w.at;
     scratch->n_finished = 0;
-    scratch->largest = is_greedy || !is_valid ? none() : best;  // none: the choice is made
-    if (is_greedy || !is_valid) a.cursor[CURSOR_TOKEN] = is_valid ? best.id : -1;
   }
-  if (is_greedy || !is_valid) return;
-  Row row = {logits_of(a, s), a.V, best.value, s.temperature};
-  Candidate cut = {-INF, a.V};
-  if (s.top_k > 0 && s.top_k < a.V)
-    cut = prefix_of_weight(histogram, row, false, (unsigned long long)s.top_k);
-  if (s.top_p < 1.0f) {
-    double share = ceil((double)s.top_p * (double)kept_mass(histogram, row, cut));
-    cut = prefix_of_weight(histogram, row, true, share > 1.0 ? (unsigned long long)share : 1);
-  }
-  if (threadIdx.x == 0) scratch->cut = cut;
 }
 
 // ---- noise
@@ -319,7 +503,7 @@ KERNEL(256) sample_pick(ARGS sample_args launch) {
   Scratch* scratch = scratch_of(a);
   Settings s = settings_of(a.sampler);
   Candidate largest = scratch->largest;
-  if (largest.id < 0) return;  // sample_cut has chosen
+  if (largest.id < 0) return;  // sample_narrow has chosen
   bool is_cut = s.top_k > 0 || s.top_p < 1.0f;
   Candidate cut = is_cut ? scratch->cut : Candidate{-INF, a.V};
   Row row = {logits_of(a, s), a.V, largest.value, s.temperature};

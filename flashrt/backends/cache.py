@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import functools
 import hashlib
 import os
@@ -36,6 +35,8 @@ from flashrt.base.files import (
     read_exactly,
     replacing,
 )
+from flashrt.base.locks import hold
+from flashrt.base.system import others_write, owns
 from flashrt.base.tracing import PLAN, trace
 
 _SEAL = b"\nflashrt-sha256 "  # before 64 hex digits and a newline: a log with one is still text
@@ -152,7 +153,7 @@ class KernelCache:
         try:
             with _told_as_compile_error(folder):
                 with contextlib.suppress(OSError):  # without locks nothing of this is ever swept
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    hold(lock)
                 # Under this name others may sweep it, and find the lock held.
                 work = fresh.rename(folder / fresh.name.replace("new-", "build-", 1))
             yield work
@@ -168,7 +169,7 @@ def problem(folder: Path) -> str:
     try:
         status = folder.stat()
         is_shared = status.st_mode & stat.S_ISVTX  # as /tmp is
-        if status.st_mode & _OTHERS_WRITE and status.st_uid == os.geteuid() and not is_shared:
+        if others_write(status) and owns(status) and not is_shared:
             folder.chmod(stat.S_IMODE(status.st_mode) & ~_OTHERS_WRITE)
             status = folder.stat()
     except OSError:  # not there, or not to be entered: then nothing is read from it either
@@ -178,9 +179,9 @@ def problem(folder: Path) -> str:
 
 def _why_not_ours(status: os.stat_result) -> str:
     """Root could do to us whatever it likes; nobody else may have written what we run."""
-    if status.st_uid not in (0, os.geteuid()):
+    if status.st_uid != 0 and not owns(status):
         return f"belongs to another user ({status.st_uid})"
-    if status.st_mode & _OTHERS_WRITE:
+    if others_write(status):
         return f"may be written by others (mode {stat.S_IMODE(status.st_mode):03o})"
     return ""
 
@@ -215,14 +216,14 @@ def _sweep(folder: Path) -> None:
         if _BUILDER.fullmatch(path.name):
             with contextlib.suppress(OSError):  # a builder that ends, or another sweep
                 status = path.lstat()
-                if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+                if stat.S_ISDIR(status.st_mode) and owns(status):
                     _sweep_one(path, time.time() - status.st_mtime)
 
 
 def _sweep_one(path: Path, age_s: float) -> None:
     if path.name.startswith("build-") and (path / _LOCK).exists():
         with lock_file(path / _LOCK) as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(lock, may_wait=False)
             shutil.rmtree(path, ignore_errors=True)
     elif age_s > _STALE_S and (path.name.startswith(("build-", "new-")) or _is_of_simt(path)):
         shutil.rmtree(path, ignore_errors=True)

@@ -6,13 +6,14 @@ devices when they are opened, not by an import of this.
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
 from flashrt.backends.cpu.device import Activations, CpuDevice
 from flashrt.backends.cuda.device import open_device
 from flashrt.backends.cuda.probe import probe
 from flashrt.backends.simt.device import SimtDevice
-from flashrt.base.errors import BackendError
+from flashrt.base.errors import BackendError, DeviceWarning
 from flashrt.core.backend import Backend
 
 Precision = Literal["bfloat16", "high", "fast"]
@@ -33,8 +34,8 @@ def open_backend(
     """The backend by name. Raises BackendError for an unknown name or an unusable device.
 
     CUDA is looked for only where it is asked for: by "cuda", and by "auto", which falls back to the
-    CPU (`flashrt doctor` says why). On cuda and simt "fast" is "bfloat16"; for the CPU see
-    CPU_ACTIVATIONS. `cpu_alone_nbytes`: see CpuDevice.
+    CPU, and warns (DeviceWarning) where there is a GPU that cannot be used. On cuda and simt "fast"
+    is "bfloat16"; for the CPU see CPU_ACTIVATIONS. `cpu_alone_nbytes`: see CpuDevice.
     """
     if device not in DEVICES:
         raise BackendError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
@@ -42,9 +43,20 @@ def open_backend(
         raise BackendError(f"precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     if device == "simt":
         return SimtDevice(on_cuda(precision))
-    if device == "cuda" or (device == "auto" and probe().is_usable):
+    if device == "cuda" or (device == "auto" and _may_use_gpu()):
         return open_device(on_cuda(precision))
     return CpuDevice(alone_nbytes=cpu_alone_nbytes, activations=CPU_ACTIVATIONS[precision])
+
+
+def _may_use_gpu() -> bool:
+    status = probe()
+    if status.has_gpu and not status.is_usable:
+        warnings.warn(
+            f"device='auto' runs on the CPU, though there is a GPU: {status.reason}",
+            DeviceWarning,
+            stacklevel=4,
+        )
+    return status.is_usable
 
 
 def on_cuda(precision: Precision) -> Literal["bfloat16", "high"]:

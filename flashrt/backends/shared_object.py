@@ -9,18 +9,23 @@ cut kills the process.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import fcntl
 import hashlib
 import os
 import tempfile
 import threading
 from pathlib import Path
 
+from flashrt.base.system import at_fork
+
+with contextlib.suppress(ImportError):  # native Windows, which has no memfd_create either
+    import fcntl
+
 _LOADED: dict[tuple[Path, bytes], ctypes.CDLL] = {}
 _LOADING = threading.Lock()
-os.register_at_fork(  # a child must not wait for a thread that it does not have
-    before=_LOADING.acquire, after_in_parent=_LOADING.release, after_in_child=_LOADING.release
+at_fork(  # a child must not wait for a thread that it does not have
+    _LOADING.release, before=_LOADING.acquire, parent=_LOADING.release
 )
 
 

@@ -29,6 +29,10 @@ class CompileError(BackendError):
     """Kernel sources did not compile, or no compiler was found."""
 
 
+class DeviceWarning(UserWarning):
+    """There is a GPU, and device="auto" does not use it."""
+
+
 class CacheWarning(UserWarning):
     """Compiled kernels lie where others may write, so they are not run but compiled again."""
 

@@ -8,14 +8,14 @@ Reading. Nothing is mapped: a bad sector, or a file cut meanwhile, raises; a map
 process. A pipe, a device or a folder is refused before it is opened.
 Replacing. Whoever opens the name sees the old content or the new, also when the writer is killed;
 with `is_durable` also after a loss of power. A killed writer's temporary file goes with the next.
-Locks. The kernel takes a lock from a process that died, `lock_file` from a call that was struck.
+Locks (see locks). The system takes one from a process that died, `lock_file` from a call that was
+struck.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import io
 import os
 import re
@@ -27,6 +27,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from flashrt.base.locks import hold
+from flashrt.base.system import (
+    BINARY,
+    IS_POSIX,
+    NO_FOLLOW,
+    NO_WAIT,
+    at_fork,
+    owns,
+    read_at,
+    set_mode,
+)
+
 PRIVATE = 0o600  # for what holds prompts and states: capsules, objects, recordings
 PRIVATE_FOLDER = 0o700
 _CHUNK_NBYTES = 1 << 20  # looked at while a processor's cache still has it
@@ -34,7 +46,7 @@ _PAGE_NBYTES = 4096
 _LONGEST_SUFFIX = 16  # a longer one is no suffix that a writer goes by
 _TEMPORARY = re.compile(r"\.flashrt-\d+-[0-9a-f]{16}(\.[^.]{0,15})?")
 _swept: set[str] = set()  # folders that this process has looked through for what dead writers left
-os.register_at_fork(after_in_child=_swept.clear)
+at_fork(_swept.clear)
 
 
 class UnsyncedError(OSError):
@@ -54,11 +66,11 @@ def outcome(error: OSError) -> str:
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str], *, follow_links: bool = True) -> Iterator[tuple[int, int]]:
     """A descriptor to read a plain file by, and its size. Raises OSError for anything else."""
-    flags = 0 if follow_links else os.O_NOFOLLOW
+    flags = 0 if follow_links else NO_FOLLOW
     # Before it is opened: to open a device can make it act. Not by way of a Path: this is half of
     # what it takes to read one of a store's 60,000 names.
     _need_plain(os.stat(path, follow_symlinks=follow_links).st_mode, path)  # noqa: PTH116
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
+    handle = os.open(path, os.O_RDONLY | NO_WAIT | BINARY | flags)
     try:
         info = os.fstat(handle)
         _need_plain(info.st_mode, path)
@@ -75,7 +87,7 @@ def read_file(
         if nbytes > most_nbytes:
             text = f"{nbytes:,} bytes where at most {most_nbytes:,} are expected"
             raise OSError(errno.EFBIG, text, str(path))
-        raw = os.pread(handle, nbytes, 0)
+        raw = os.read(handle, nbytes)  # from its start: it was opened just now
         return raw if len(raw) == nbytes else read_exactly(handle, nbytes).tobytes()
 
 
@@ -109,7 +121,7 @@ def read_into(handle: int, out: memoryview, offset: int) -> None:
     """Fill `out` with the bytes from `offset` on. Raises OSError when the file ends before that."""
     done = 0
     while done < len(out):
-        count = os.preadv(handle, [out[done:]], offset + done)
+        count = read_at(handle, out[done:], offset + done)
         if not count:
             text = f"it ends at byte {offset + done:,}, inside what is to be read"
             raise OSError(errno.ENODATA, text)
@@ -158,6 +170,8 @@ def replacing(
         temporary.chmod(mode)  # some writers make a file of their own
         if is_durable:
             _sync(temporary, os.O_RDWR)
+        if not IS_POSIX:
+            lock.close()  # Windows renames no open file
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -219,20 +233,23 @@ def make_folders(folder: Path, root: Path, *, is_durable: bool, mode: int | None
 
 def sync_folder(folder: Path) -> None:
     """Names that were made or replaced in a folder outlive a loss of power. Raises OSError."""
-    _sync(folder, os.O_RDONLY)
+    if IS_POSIX:  # else there is no way to ask for it
+        _sync(folder, os.O_RDONLY)
 
 
 # -- locks ----------------------------------------------------------------------------------------
 
 
 def lock_file(path: Path, flags: int = 0, mode: int = PRIVATE) -> io.FileIO:
-    """A file to hold a lock (flock) by; `flags`: further ones of os.open. Raises OSError.
+    """A file to hold a lock by (locks.hold); `flags`: further ones of os.open. Raises OSError.
 
     An object and no descriptor: where an exception strikes before it is closed, it closes itself,
     and its lock goes with it. Else the process would hold the lock for as long as it lives, against
     itself too.
     """
-    return io.FileIO(path, "r+", opener=lambda name, usual: os.open(name, usual | flags, mode))
+    return io.FileIO(
+        path, "r+", opener=lambda name, usual: os.open(name, usual | BINARY | flags, mode)
+    )
 
 
 def _temporary(folder: Path, suffix: str, mode: int | None) -> tuple[Path, io.FileIO]:
@@ -241,13 +258,13 @@ def _temporary(folder: Path, suffix: str, mode: int | None) -> tuple[Path, io.Fi
     """
     while True:
         path = folder / f".flashrt-{os.getpid()}-{secrets.token_hex(8)}{suffix}"
-        flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        flags = os.O_CREAT | os.O_EXCL | NO_FOLLOW
         file = lock_file(path, flags, 0o666 if mode is None else mode)
         try:
             with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                hold(file, may_wait=False)
             if mode is not None:
-                os.fchmod(file.fileno(), mode)
+                set_mode(file.fileno(), mode)
             if os.fstat(file.fileno()).st_nlink:  # else a sweeper came between the two lines
                 return path, file
         except BaseException:
@@ -260,9 +277,11 @@ def _temporary(folder: Path, suffix: str, mode: int | None) -> tuple[Path, io.Fi
 
 def _removed_if_abandoned(path: Path) -> bool:
     """Removes a file of ours that no writer holds the lock of; removed while we hold it."""
-    with contextlib.suppress(OSError), lock_file(path, os.O_NOFOLLOW | os.O_NONBLOCK) as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(file.fileno()).st_uid == os.geteuid():
+    with contextlib.suppress(OSError), lock_file(path, NO_FOLLOW | NO_WAIT) as file:
+        hold(file, may_wait=False)
+        if owns(os.fstat(file.fileno())):
+            if not IS_POSIX:
+                file.close()  # Windows removes no open file
             path.unlink()
             return True
     return False

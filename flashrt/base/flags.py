@@ -52,6 +52,11 @@ def flags() -> Flags:
     return read(os.environ)
 
 
+def hides_gpus() -> bool:
+    """Whether CUDA_VISIBLE_DEVICES keeps all GPUs from this process."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+
+
 def thread_count() -> int:
     """Threads of the CPU pool: FLASHRT_THREADS, or the cores this process may run on, at most
     16.

@@ -52,6 +52,7 @@ class Capsule:
     nbytes: int  # its own: fixed band, and rows that no ancestor holds
     name: str | None
     known_digest: str | None = None  # kept when the bytes leave the device
+    late_digest: Callable[[], str] | None = None  # the same, while the device works on it
     is_pinned: bool = False  # eviction leaves it where it is
     parent: Capsule | None = None  # the nearest living one that its lane descended from
     children: set[Capsule] = field(default_factory=set)  # the living ones whose parent this is

@@ -6,6 +6,8 @@ of the digest (core.digest). It exists so that equal states are recognised witho
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from flashrt.capsule.extent import Extent
 from flashrt.capsule.lineage import Lane, Segment, chain_of, segment_layout
 from flashrt.core import digest as digests
@@ -16,17 +18,27 @@ from flashrt.core.region import resolve_dtype
 
 def lane_digest(arena: Arena, lane: Lane) -> str:
     """Digest of a lane's live state."""
+    return begin_lane_digest(arena, lane)()
+
+
+def begin_lane_digest(arena: Arena, lane: Lane) -> Callable[[], str]:
+    """The same, of the state as it is now; what is returned waits for it."""
     plan = arena.lane(lane.index)
     terms = [_fixed(arena, s, s.offset) for s in plan.fixed.slots if s.region.is_digested]
     for slot in plan.rows.slots:
         if slot.region.is_digested and lane.position:
             pitch = slot.storage.lead_nbytes
             terms.append(_rows(arena, slot, slot.offset, 0, lane.position, 0, pitch))
-    return _finish(arena, terms, lane.position)
+    return _begin(arena, terms, lane.position)
 
 
 def device_digest(arena: Arena, fixed: Extent, segment: Segment | None) -> str:
     """Digest of a stored state, all of whose extents are on the device."""
+    return begin_device_digest(arena, fixed, segment)()
+
+
+def begin_device_digest(arena: Arena, fixed: Extent, segment: Segment | None) -> Callable[[], str]:
+    """The same; what is returned waits for it, and its blocks may be given back meanwhile."""
     plan = arena.lane(0)
     shift = fixed.block - plan.fixed.offset
     digested = [s for s in plan.fixed.slots if s.region.is_digested]
@@ -36,7 +48,7 @@ def device_digest(arena: Arena, fixed: Extent, segment: Segment | None) -> str:
             if b.slot.region.is_digested:
                 span = (at.start, at.stop, b.start, b.width)
                 terms.append(_rows(arena, b.slot, at.rows.block + b.offset, *span))
-    return _finish(arena, terms, 0 if segment is None else segment.stop)
+    return _begin(arena, terms, 0 if segment is None else segment.stop)
 
 
 def _fixed(arena: Arena, slot: Slot, offset: int) -> digests.DigestTerm:
@@ -64,6 +76,6 @@ def _rows(
     )
 
 
-def _finish(arena: Arena, terms: list[digests.DigestTerm], position: int) -> str:
-    sums = arena.backend.digest(terms, arena.memory.address)
-    return digests.finish(sums, position)
+def _begin(arena: Arena, terms: list[digests.DigestTerm], position: int) -> Callable[[], str]:
+    sums = arena.backend.begin_digest(terms, arena.memory.address)
+    return lambda: digests.finish(sums(), position)

@@ -23,7 +23,12 @@ from flashrt.base.tracing import COPIES, trace
 from flashrt.capsule import file, tiers
 from flashrt.capsule.capsule import Capsule, extents_of, is_on_device
 from flashrt.capsule.compact import compact
-from flashrt.capsule.digest import device_digest, lane_digest
+from flashrt.capsule.digest import (
+    begin_device_digest,
+    begin_lane_digest,
+    device_digest,
+    lane_digest,
+)
 from flashrt.capsule.extent import Extent, Shelf, StoredBytes, Tier
 from flashrt.capsule.lineage import (
     Lane,
@@ -84,7 +89,7 @@ class CapsuleTable:
         nbytes = self.fixed_nbytes + rows_nbytes
         capsule = Capsule(self, segment, Extent(self.fixed_nbytes, fixed), nbytes, name)
         if not is_on_device(capsule):
-            capsule.known_digest = lane_digest(self.arena, lane)
+            capsule.late_digest = begin_lane_digest(self.arena, lane)
         self._add(capsule, parent)
         if rows_nbytes:
             lane.hold(segment, position)
@@ -278,7 +283,10 @@ class CapsuleTable:
             ) from None
         items = tiers.to_move(self.capsules, capsule, target)
         if items:
-            capsule.known_digest = capsule.known_digest or self.digest_capsule(capsule)
+            if capsule.known_digest is None and capsule.late_digest is None:  # it is on the device
+                capsule.late_digest = begin_device_digest(
+                    self.arena, capsule.fixed, capsule.segment
+                )
             tiers.move(self.arena, self._take, self.pool, items, target, self.shelf)
 
     @in_turn
@@ -344,7 +352,9 @@ class CapsuleTable:
         self.check(capsule)
         if is_on_device(capsule):
             return device_digest(self.arena, capsule.fixed, capsule.segment)
-        assert capsule.known_digest is not None, "kept by whoever moved bytes off the device"
+        if capsule.known_digest is None:
+            assert capsule.late_digest is not None, "kept by whoever moved bytes off the device"
+            capsule.known_digest, capsule.late_digest = capsule.late_digest(), None
         return capsule.known_digest
 
     def used_nbytes(self, tier: Tier) -> int:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
+import subprocess
 from pathlib import Path
 
 import flashrt
 from flashrt.backends.cache import problem
 from flashrt.backends.cpu import compile as toolchain
 from flashrt.backends.cpu.device import CpuDevice
-from flashrt.backends.cuda.probe import probe
+from flashrt.backends.cuda.probe import CudaStatus, needed_driver, probe
 from flashrt.base.errors import FlashrtError
 from flashrt.base.flags import flags, thread_count
 from flashrt.commands import console
@@ -31,7 +33,7 @@ def doctor(as_json: bool) -> int:
     with console.warnings_as_notes():
         kernels = _kernels()
         compiler = _compiler(is_needed=not kernels[2])
-        findings = [*_machine(), compiler, kernels, _cache(), _cuda(), *_versions()]
+        findings = [*_machine(), compiler, kernels, _cache(), *_cuda(probe()), *_versions()]
     if as_json:
         console.print_json(
             [{"what": what, "finding": text, "is_fine": fine} for what, text, fine in findings]
@@ -110,9 +112,41 @@ def _cache() -> Finding:
     return ("cache folder", f"{folder}, {bytes_text(nbytes)}", True)
 
 
-def _cuda() -> Finding:
-    status = probe()
-    return ("cuda device", str(status).removeprefix("cuda: "), True if status.is_usable else None)
+def _cuda(status: CudaStatus) -> list[Finding]:
+    fine = True if status.is_usable else None
+    found: list[Finding] = [("cuda device", str(status).removeprefix("cuda: "), fine)]
+    if status.bindings_version:
+        text = f"cuda-bindings {status.bindings_version}"
+        if needed := needed_driver(status.bindings_version):
+            text += f", which needs {needed}"
+    else:
+        text = "cuda-bindings is not installed"
+    if status.driver_version:
+        text += f"; the driver is for CUDA {status.driver_version}"
+        text += f": flashrt[{status.extra}] fits it" if status.extra else ": too old for flashrt"
+    elif not status.bindings_version:
+        text += ": flashrt[cuda13], or flashrt[cuda12] where nvidia-smi says CUDA Version 12"
+    found.append(("cuda packages", text, fine))
+    if status.arch:
+        memory = f"{bytes_text(status.memory_bytes)}, " + (
+            "the host's: one memory for both" if status.is_integrated else "its own"
+        )
+        found.append(("cuda memory", f"{memory}; compute capability {status.capability}", fine))
+    if mode := power_mode():
+        found.append(("power mode", mode, None))
+    return found
+
+
+def power_mode() -> str:
+    """What a Jetson's nvpmodel says; empty elsewhere. The mode bounds clocks, so all timings."""
+    try:
+        done = subprocess.run(
+            ["nvpmodel", "-q"], capture_output=True, text=True, check=False, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    mode = re.search(r"NV Power Mode:\s*(\S.*)", done.stdout)
+    return f"{mode[1].strip()} (nvpmodel)" if mode else ""
 
 
 def _versions() -> list[Finding]:

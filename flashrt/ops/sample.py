@@ -138,16 +138,12 @@ class SamplerParams:
         return entries.ljust(8 * BIAS_ENTRIES, b"\0")
 
 
-def mask_words(vocab_size: int) -> int:
-    """Words of region `mask`."""
-    return -(-vocab_size // MASK_BITS)
-
-
 def unpack(sampler: bytes, bias: bytes) -> SamplerParams:
-    """What `pack` and `pack_bias` wrote, but for the mask, floats as float32 has them. Raises
-    SessionError for bytes that they do not write.
+    """What `pack` and `pack_bias` wrote, floats as float32 has them, and no mask: that is kept
+    elsewhere. Raises SessionError for bytes that they do not write.
     """
-    words = np.frombuffer(sampler, np.uint32)
+    words = np.frombuffer(sampler, np.uint32).copy()
+    words[SamplerWord.MASKED] &= ~np.uint32(1)
     floats = words.view(np.float32)
     seed = int(words[SamplerWord.SEED_HIGH]) << 32 | int(words[SamplerWord.SEED_LOW])
     n_biases = int(words[SamplerWord.BIASES])
@@ -163,11 +159,14 @@ def unpack(sampler: bytes, bias: bytes) -> SamplerParams:
         frequency_penalty=float(floats[SamplerWord.FREQUENCY]),
         logit_bias=tuple(entries),
     )
-    plain = words.copy()
-    plain[SamplerWord.MASKED] &= ~np.uint32(1)  # the mask itself lies elsewhere
-    if params.pack() != plain.tobytes() or params.pack_bias() != bias:
+    if params.pack() != words.tobytes() or params.pack_bias() != bias:
         raise SessionError("sampling parameters: the words are not those of any")
     return params
+
+
+def mask_words(vocab_size: int) -> int:
+    """Words of region `mask`."""
+    return -(-vocab_size // MASK_BITS)
 
 
 _WHOLE = ("top_k", "seed")

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from flashrt.base.errors import GrammarError, SessionError
 from flashrt.base.files import PRIVATE, opened
 from flashrt.base.messages import listed, shown
+from flashrt.base.system import NO_FOLLOW
 from flashrt.base.tensor_file import parse_json
 from flashrt.capsule.capsule import Capsule
 from flashrt.session.engine import SessionEngine
@@ -91,7 +92,7 @@ class SessionRecorder:
             digest=session.digest(),
         )
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW
             handle = os.open(path, flags, PRIVATE)  # it holds prompts
             self._file = os.fdopen(handle, "w", encoding="utf-8")
         except OSError as error:

@@ -11,7 +11,6 @@ shared, what is new gets the mode of the file `format`.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import stat
 import time
@@ -35,7 +34,9 @@ from flashrt.base.files import (
     replacing,
     sweep_dead,
 )
+from flashrt.base.locks import hold
 from flashrt.base.messages import printable
+from flashrt.base.system import NO_FOLLOW, NO_WAIT
 from flashrt.core.backend import Bytes
 from flashrt.store.folder import (
     FORMAT_FILE,
@@ -194,19 +195,19 @@ class Directory:
     @contextlib.contextmanager
     def publishing(self) -> Iterator[Alone]:
         """See Folder."""
-        with self._locked(fcntl.LOCK_SH):
+        with self._locked(is_shared=True):
             yield Alone()
 
     @contextlib.contextmanager
     def removing(self) -> Iterator[None]:
         """See Folder."""
-        with self._locked(fcntl.LOCK_EX):
+        with self._locked(is_shared=False):
             yield
 
     @contextlib.contextmanager
     def sweeping(self, *, take_over: bool = False) -> Iterator[Alone]:
         """See Folder; what dead writers left in `tmp/` goes first."""
-        with self._locked(fcntl.LOCK_EX):
+        with self._locked(is_shared=False):
             sweep_dead(self.root / TMP)
             for entry in self.list(TMP):  # of versions that knew no other way to tell
                 if entry.is_plain:
@@ -257,42 +258,42 @@ class Directory:
                         yield name, entry
 
     @contextlib.contextmanager
-    def _locked(self, kind: int) -> Iterator[None]:
+    def _locked(self, *, is_shared: bool) -> Iterator[None]:
         path = self.root / LOCK
         try:
             self._make(self.root)
             mode = self._file_mode()
-            flags = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            flags = os.O_CREAT | NO_FOLLOW | NO_WAIT
             file = lock_file(path, flags, 0o666 if mode is None else mode)
         except OSError as error:
             raise StoreError(f"cannot lock {path}: {error.strerror}") from error
         try:
-            self._wait(file.fileno(), kind)
+            self._wait(file.fileno(), is_shared=is_shared)
             yield
         finally:
             file.close()
 
-    def _wait(self, handle: int, kind: int) -> None:
+    def _wait(self, handle: int, *, is_shared: bool) -> None:
         """Until the lock is ours; who holds it is said after a second."""
         until = time.monotonic() + PATIENCE_S
         try:
             while time.monotonic() < until:
                 with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(handle, kind | fcntl.LOCK_NB)
+                    hold(handle, is_shared=is_shared, may_wait=False)
                     return
                 time.sleep(0.01)
-            what = "sweeps or removes" if kind == fcntl.LOCK_SH else "saves, sweeps or removes"
+            what = "sweeps or removes" if is_shared else "saves, sweeps or removes"
             warnings.warn(
                 f"{self.root}: waiting for {holders(handle)}, which {what} there; the lock is free "
                 "when it ends",
                 StoreWarning,
                 stacklevel=5,
             )
-            fcntl.flock(handle, kind)
+            hold(handle, is_shared=is_shared)
         except OSError as error:
             raise StoreError(
                 f"cannot lock {self.root / LOCK}: {error.strerror}; a store needs a filesystem "
-                "with locks (flock)"
+                "with locks (flock, or Windows' own)"
             ) from error
 
     def _file_mode(self) -> int | None:

@@ -11,7 +11,6 @@ process reads what its parent put, as long as the parent keeps it, and gets a fo
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import os
 import shutil
@@ -25,6 +24,8 @@ from pathlib import Path
 from flashrt.base.errors import CapsuleError
 from flashrt.base.files import PRIVATE_FOLDER, lock_file, make_folders
 from flashrt.base.flags import flags
+from flashrt.base.locks import hold
+from flashrt.base.system import IS_POSIX, NO_FOLLOW
 from flashrt.capsule.extent import StoredBytes
 from flashrt.core.backend import Bytes
 from flashrt.store.directory import Directory
@@ -63,9 +64,13 @@ class Spill:
             make_folders(parent, parent, is_durable=False, mode=PRIVATE_FOLDER)
             _sweep(parent)
             fresh = Path(tempfile.mkdtemp(prefix=_FRESH, dir=parent))
+            path = parent / f"{_LIVE}{os.getpid()}-{fresh.name.removeprefix(_FRESH)}"
+            if not IS_POSIX:  # Windows renames no folder with an open file: for a moment unlocked
+                fresh = fresh.rename(path)
             lock = lock_file(fresh / LOCK, os.O_CREAT)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            path = fresh.rename(parent / f"{_LIVE}{os.getpid()}-{fresh.name.removeprefix(_FRESH)}")
+            hold(lock)
+            if IS_POSIX:
+                fresh.rename(path)
         except OSError as error:
             raise CapsuleError(f"cannot make a folder for the disk tier: {error}") from error
         weakref.finalize(self, _remove, path, lock, os.getpid())
@@ -92,6 +97,8 @@ class _Home:
 
 def _remove(path: Path, lock: io.FileIO, owner: int) -> None:
     """At the end of the process, or with the engine; a forked child's end leaves the folder."""
+    if not IS_POSIX:
+        lock.close()  # Windows removes no open file
     if os.getpid() == owner:
         shutil.rmtree(path, ignore_errors=True)
     lock.close()
@@ -105,6 +112,8 @@ def _sweep(parent: Path) -> None:
             if is_fresh and time.time() - path.lstat().st_mtime < _FRESH_S:
                 continue
             made = os.O_CREAT if is_fresh else 0  # killed before it made its lock
-            with lock_file(path / LOCK, os.O_NOFOLLOW | made) as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with lock_file(path / LOCK, NO_FOLLOW | made) as lock:
+                hold(lock, may_wait=False)
+                if not IS_POSIX:
+                    lock.close()
                 shutil.rmtree(path, ignore_errors=True)

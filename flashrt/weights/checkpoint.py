@@ -18,6 +18,7 @@ from pathlib import Path
 from flashrt.base.errors import CheckpointError
 from flashrt.base.files import opened, read_file, read_into
 from flashrt.base.messages import listed, printable, shown
+from flashrt.base.system import read_at
 from flashrt.base.tensor_file import MOST_HEADER_NBYTES, parse_json, read_table
 from flashrt.weights.folder import (
     CONFIG_FILE,
@@ -225,7 +226,8 @@ def _read_header(path: Path) -> dict[str, Tensor]:
     """The tensor table of one file: offsets, shapes and the file's size agree."""
     try:
         with opened(path) as (handle, nbytes):
-            if os.pread(handle, len(_POINTER), 0) == _POINTER:
+            start = memoryview(bytearray(len(_POINTER)))
+            if start[: read_at(handle, start, 0)] == _POINTER:
                 raise CheckpointError(
                     f"{path}: a pointer of git-lfs in place of the weights; run `git lfs pull`"
                 )

@@ -41,7 +41,9 @@ typedef struct {
 } Stream;
 
 static __thread void *current; /* contexts are per thread */
-static int context, polls, module, add_one, advance, nothing, max_shared;
+static int contexts[2], polls, module, add_one, advance, nothing, max_shared, n_modules;
+static size_t used, sizes[64];
+static void *blocks[64];
 
 static const char *option(const char *name, const char *otherwise) {
   const char *value = getenv(name);
@@ -55,7 +57,7 @@ int cuDriverGetVersion(int *v) {
 }
 int cuDeviceGet(int *device, int ordinal) {
   *device = ordinal;
-  return ordinal ? 101 : SUCCESS;
+  return ordinal < atoi(option("DOUBLE_DEVICES", "1")) ? SUCCESS : 101;
 }
 int cuDeviceGetName(char *name, int n, int device) {
   snprintf(name, n, "Double %d", device);
@@ -72,17 +74,20 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
   *value = attribute == 75   ? major
            : attribute == 76 ? 0
            : attribute == 16 ? 132
+           : attribute == 18 ? atoi(option("DOUBLE_INTEGRATED", "0"))
            : attribute == 97 ? 232448
                              : -1;
   return *value < 0 ? INVALID_VALUE : SUCCESS;
 }
 int cuDevicePrimaryCtxRetain(void **c, int device) {
-  (void)device;
-  *c = &context;
+  *c = &contexts[device];
   return SUCCESS;
 }
-int cuDevicePrimaryCtxRelease(int device) {
-  (void)device;
+int cuDevicePrimaryCtxRelease(int device) { /* the last user's release destroys it */
+  return current == &contexts[device] ? INVALID_CONTEXT : SUCCESS;
+}
+int cuCtxGetCurrent(void **c) {
+  *c = current;
   return SUCCESS;
 }
 int cuCtxSetCurrent(void *c) {
@@ -90,7 +95,7 @@ int cuCtxSetCurrent(void *c) {
   return SUCCESS;
 }
 #define NEED_CONTEXT \
-  if (current != &context) return INVALID_CONTEXT
+  if (current != &contexts[0] && current != &contexts[1]) return INVALID_CONTEXT
 
 int cuGetErrorString(int error, const char **text) {
   *text = error == OUT_OF_MEMORY     ? "out of memory"
@@ -106,16 +111,25 @@ int cuGetErrorName(int error, const char **text) {
 
 int cuMemAlloc(Device *p, size_t n) {
   NEED_CONTEXT;
-  if (n > 1 << 30) return OUT_OF_MEMORY;
-  *p = (Device)(uintptr_t)malloc(n);
+  if (n > (1 << 30) - used) return OUT_OF_MEMORY;
+  int i = 0;
+  while (blocks[i]) i++;
+  blocks[i] = malloc(n), sizes[i] = n, used += n;
+  *p = (Device)(uintptr_t)blocks[i];
   return SUCCESS;
 }
 int cuMemFree(Device p) {
+  NEED_CONTEXT;
+  int i = 0;
+  while (blocks[i] != (void *)(uintptr_t)p)
+    if (++i == 64) return INVALID_VALUE;
+  used -= sizes[i], blocks[i] = NULL;
   free((void *)(uintptr_t)p);
   return SUCCESS;
 }
 int cuMemGetInfo(size_t *nfree, size_t *total) {
-  *nfree = 12345678;
+  NEED_CONTEXT;
+  *nfree = (1 << 30) - used;
   *total = 1 << 30;
   return SUCCESS;
 }
@@ -132,6 +146,30 @@ int cuMemFreeHost(void *p) {
 int cuMemcpyHtoDAsync(Device d, const void *s, size_t n, Stream *t) {
   (void)t;
   memcpy((void *)(uintptr_t)d, s, n);
+  return SUCCESS;
+}
+typedef struct { /* CUDA_MEMCPY2D */
+  size_t src_x, src_y;
+  int src_type;
+  const char *src_host;
+  Device src;
+  void *src_array;
+  size_t src_pitch, dst_x, dst_y;
+  int dst_type;
+  char *dst_host;
+  Device dst;
+  void *dst_array;
+  size_t dst_pitch, width, height;
+} Copy2D;
+int cuMemcpy2DAsync(const Copy2D *c, Stream *t) {
+  NEED_CONTEXT;
+  (void)t;
+  if (c->src_x || c->src_y || c->dst_x || c->dst_y || c->src_type != 1 || c->dst_type != 2 ||
+      c->width > c->dst_pitch)
+    return INVALID_VALUE;
+  for (size_t row = 0; row < c->height; row++)
+    memcpy((char *)(uintptr_t)c->dst + row * c->dst_pitch, c->src_host + row * c->src_pitch,
+           c->width);
   return SUCCESS;
 }
 int cuMemcpyDtoHAsync(void *d, Device s, size_t n, Stream *t) {
@@ -197,7 +235,9 @@ int cuEventElapsedTime(float *ms, void *a, void *b) {
 }
 
 int cuModuleLoadData(void **m, const void *image) {
+  NEED_CONTEXT;
   *m = &module;
+  n_modules++;
   return memcmp(image, "cubin", 5) && memcmp(image,
                                              "\x7f"
                                              "ELF",
@@ -205,12 +245,18 @@ int cuModuleLoadData(void **m, const void *image) {
              ? INVALID_IMAGE
              : SUCCESS;
 }
+int cuModuleUnload(void *m) {
+  NEED_CONTEXT;
+  return m == &module && n_modules-- > 0 ? SUCCESS : INVALID_VALUE;
+}
 int cuModuleGetFunction(void **f, void *m, const char *name) {
   *f = !strcmp(name, "add_one") ? &add_one : !strcmp(name, "advance") ? &advance : &nothing;
   return m == &module && strcmp(name, "missing") ? SUCCESS : NOT_FOUND;
 }
 int cuFuncSetAttribute(void *f, int attribute, int value) {
-  if ((f != &add_one && f != &nothing) || attribute != 8 || value > 232448) return INVALID_VALUE;
+  if (f != &add_one && f != &nothing && f != &advance) return INVALID_VALUE;
+  if (attribute == 9) return value == 100 ? SUCCESS : INVALID_VALUE; /* one value for all */
+  if (attribute != 8 || value > 232448) return INVALID_VALUE;
   max_shared = value;
   return SUCCESS;
 }
@@ -221,6 +267,7 @@ static void run(const Node *node) {
   if (node->kernel == &advance) a->p[0] += a->p[1];
 }
 static int launch(void *f, const unsigned *geometry, unsigned shared, Stream *t, void **params) {
+  NEED_CONTEXT;
   if (shared > 49152 && (int)shared > max_shared) return INVALID_VALUE;
   Node node = {.kernel = f};
   memcpy(&node.arguments, params[0], f == &add_one ? sizeof node.arguments : sizeof(void *));
@@ -276,6 +323,7 @@ int cuGraphUpload(Graph *x, Stream *t) {
   return SUCCESS;
 }
 int cuGraphLaunch(Graph *x, Stream *t) {
+  NEED_CONTEXT;
   (void)t;
   for (int i = 0; i < x->n; i++) run(&x->nodes[i]);
   return SUCCESS;

@@ -160,6 +160,29 @@ def test_large_and_small_copies_in_one_plan(bench: Bench) -> None:
     bench.check()
 
 
+def test_rows_of_an_upload_go_together() -> None:
+    """Counted by the driver. Red where a restore from host memory is a call per row."""
+    device = SimtDevice(capacities=SMALL)
+    device.build(OPS)
+    memory = device.allocate("arena", 1 << 20)
+    source = random_bytes(64 * 500)
+    device.fill(memory.address, 1 << 20, 0)
+    before = device.driver.counts.copy()
+    moves = CopyList((Copy(20, 1000, 300, 64, 500 - 3, 4096),))
+    device.upload([Upload(source, moves)], memory.address)
+    used = device.driver.counts - before
+    per_section = SMALL.staging_bytes // 300
+    assert used["cuMemcpy2DAsync"] == -(-64 // per_section)
+    assert not used["cuMemcpyHtoDAsync"]
+    out = np.empty(1 << 20, np.uint8)
+    device.read(memory.address, out)
+    for row in range(64):
+        at = 1000 + 4096 * row
+        assert (out[at : at + 300] == source[20 + 497 * row :][:300]).all()
+        assert not out[at + 300 : at + 4096].any()
+    device.close()
+
+
 def test_an_empty_list_does_nothing(bench: Bench) -> None:
     before = replace(bench.backend.counters)
     bench.copy()

@@ -310,6 +310,12 @@ driver.copy_to_host(host.address, p, 1024, s)
 driver.stream_sync(s)
 found["bytes"] = [host.array[a:b].tolist() for a, b in ((0, 4), (512, 516))]
 
+driver.fill(p, 0, 40, s)
+host.array[:12] = range(1, 13)
+driver.copy_rows_to_device(p, 10, host.address, 3, 4, s)
+driver.copy_to_host(host.address, p, 40, s)
+found["rows"] = host.array[:40].reshape(4, 10).tolist()
+
 timed, event = driver.event_create(is_timed=True), driver.event_create()
 driver.event_record(event, s)
 found["polls"] = [driver.event_is_done(event) for _ in range(2)]
@@ -372,6 +378,8 @@ def test_bindings_follow_the_c_conventions(fake_libcuda: Path) -> None:
     found = run_bindings(fake_libcuda, BINDINGS)
     assert found["info"] == ["Double 0", "sm_90", [13, 0], 132]
     assert found["bytes"] == [[9, 9, 2, 3], [8, 9, 10, 11]]
+    rows = [[3 * i + 1, 3 * i + 2, 3 * i + 3, *[0] * 7] for i in range(4)]
+    assert found["rows"] == rows
     assert found["polls"] == [False, True]
     assert found["elapsed_us"] == 1500.0
     assert found["words"] == [4, 4, 4, 0]
@@ -379,7 +387,7 @@ def test_bindings_follow_the_c_conventions(fake_libcuda: Path) -> None:
     assert found["thread"] is True
     assert found["launches"] == [2, 2, 1]
     memory, image, function, shared = found["errors"]  # type: ignore[misc]
-    assert "1,099,511,627,776 bytes wanted, 12,345,678 of" in memory
+    assert "1,099,511,627,776 bytes wanted, 1,073,740,792 of" in memory
     assert "INVALID_IMAGE" in image and "update the driver" in image
     assert "(missing)" in function and "NOT_FOUND" in function
     assert "1048576 bytes of shared memory wanted" in shared
@@ -420,6 +428,7 @@ found["counts"] = [counts[name] for name in names]
 device.close()
 freed = ("cuMemFree", "cuMemFreeHost", "cuStreamDestroy", "cuGraphExecDestroy", "cuEventDestroy")
 found["freed"] = [counts[name] for name in freed]
+found["carveouts"], found["unloaded"] = counts["cuFuncSetAttribute"], counts["cuModuleUnload"]
 """
 
 
@@ -432,6 +441,8 @@ def test_device_runs_over_the_bindings(fake_libcuda: Path) -> None:
     assert found["words"] == [after, 255, after]
     assert found["counts"] == [100, 0, 4, 2, 3]
     assert found["freed"] == [2, 4, 3, 1, 16]
+    assert found["carveouts"] == 3, "every kernel is asked for the same split, once"
+    assert found["unloaded"] == 3, "what was loaded goes"
 
 
 MODEL = """
@@ -467,6 +478,7 @@ def test_a_model_loads_and_captures_over_the_bindings(fake_libcuda: Path) -> Non
     used = found["used"]
     assert isinstance(used, dict)
     assert used.pop("cuMemcpyHtoDAsync") <= 3, "tokens, and what of the cursor changed"
+    assert used.pop("cuCtxGetCurrent") <= 4, "one question per verb"
     assert used == {"cuGraphLaunch": 1}
     counts = found["counts"]
     assert isinstance(counts, dict)
@@ -474,6 +486,99 @@ def test_a_model_loads_and_captures_over_the_bindings(fake_libcuda: Path) -> Non
     assert counts["cuMemAlloc"] == 3, "arena, weights, and the tables of the device"
     assert counts["cuLaunchKernelEx"] > 200, "captured launches may start early on sm_90"
     assert counts["cuLaunchKernel"] <= 2, "the copy kernel, for snapshot and restore"
+
+
+CONTEXTS = """
+import ctypes, os
+from flashrt.backends.cuda.device import Capacities, CudaDevice
+from flashrt.backends.cuda.driver import CudaDriver
+from flashrt.backends.cuda.nvrtc import Nvrtc
+from flashrt.base.errors import BackendError
+
+libcuda = ctypes.CDLL("libcuda.so.1")
+current, foreign = ctypes.c_void_p(), ctypes.c_void_p(0x1000)
+
+def now():
+    libcuda.cuCtxGetCurrent(ctypes.byref(current))
+    return current.value
+
+found["before"] = now()
+driver = CudaDriver(1)
+device = CudaDevice(driver, Nvrtc(driver.info.arch), capacities=Capacities(reserve_bytes=1 << 20))
+arena = device.allocate("arena", 4096)
+ours = now()
+found["kept"] = ours is not None
+libcuda.cuCtxSetCurrent(foreign)  # what another library may do at any time
+device.fill(arena.address, 4096, 1)  # a verb
+found["verb"] = now()
+driver.mem_info()  # a call outside of one
+found["call"] = now()
+libcuda.cuCtxSetCurrent(foreign)
+try:
+    device.allocate("weights", (1 << 30) - (64 << 20))
+except BackendError as error:
+    found["reserve"] = str(error)
+found["raised"] = now()
+device.close()
+found["closed"] = now()
+again = CudaDriver(0)
+again.mem_info()
+found["switched"] = now()
+libcuda.cuCtxSetCurrent(None)
+again.mem_info()
+again.close()
+found["alone"] = now()
+found["counts"] = driver.counts["cuCtxSetCurrent"]
+"""
+
+
+def test_other_contexts_are_left_as_they_were(fake_libcuda: Path) -> None:
+    """The double refuses work in a context that is not flashrt's. Red where the current context
+    is remembered instead of asked for, or a caller's is not given back.
+    """
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install flashrt[cuda]")
+    found = run_bindings(fake_libcuda, CONTEXTS, DOUBLE_DEVICES="2")
+    assert found["before"] is None and found["kept"] is True
+    for moment in ("verb", "call", "raised", "closed", "switched"):
+        assert found[moment] == 0x1000, moment
+    assert found["alone"] is None, "our own is not left behind: it is gone"
+
+
+def test_memory_for_kernels_is_kept_back(fake_libcuda: Path) -> None:
+    """Red where arena and weights take all, and a graph fails later with OUT_OF_MEMORY."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install flashrt[cuda]")
+    code = CONTEXTS.replace("reserve_bytes=1 << 20", "").replace("(64 << 20)", "(100 << 20)")
+    found = run_bindings(fake_libcuda, code, DOUBLE_DEVICES="2")
+    assert "the weights of 968,884,224 bytes would leave" in str(found["reserve"])
+    assert "kernels and graphs" in str(found["reserve"])
+    assert "use a smaller max_positions" in str(found["reserve"])
+
+
+VIEWS = """
+import ctypes
+from flashrt.backends.cuda.device import open_device
+from flashrt.core.region import DType, Region, Role
+
+device = open_device(ordinal=1)
+memory = device.allocate("arena", 4096)
+view = device.view(Region("rows", (2, 3), DType.F32, Role.IO), memory.address)
+found["device"] = view.__dlpack_device__()
+pointer = ctypes.pythonapi.PyCapsule_GetPointer
+pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+capsule = view.__dlpack__()
+words = (ctypes.c_int32 * 4).from_address(pointer(capsule, b"dltensor"))
+found["tensor"] = list(words[2:4])
+found["array"] = view.__cuda_array_interface__["data"][0] == memory.address
+device.close()
+"""
+
+
+def test_views_name_their_device(fake_libcuda: Path) -> None:
+    """On the second of two. Red where consumers are told that it is the first."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install flashrt[cuda]")
+    found = run_bindings(fake_libcuda, VIEWS, DOUBLE_DEVICES="2")
+    assert found["device"] == found["tensor"] == [2, 1]
+    assert found["array"] is True
 
 
 PROBE = """
@@ -490,6 +595,8 @@ found.update(is_usable=status.is_usable, text=str(status))
         ({"DOUBLE_INIT": "100"}, False, "CUDA_ERROR_NO_DEVICE"),
         ({"DOUBLE_MAJOR": "7"}, False, "needs sm_80"),
         ({"DOUBLE_VERSION": "12040"}, False, "cannot load kernels of NVRTC"),
+        ({"DOUBLE_VERSION": "12040"}, False, "pip install 'flashrt[cuda12]', or update the driver"),
+        ({"DOUBLE_INTEGRATED": "1"}, True, "1.0 GiB shared with the host"),
     ],
 )
 def test_probe_says_why(
@@ -498,6 +605,29 @@ def test_probe_says_why(
     found = run_bindings(fake_libcuda, PROBE, **environment)
     assert found["is_usable"] is is_usable
     assert text in str(found["text"])
+
+
+AUTO = """
+import warnings
+from flashrt.backends.choose import open_backend
+with warnings.catch_warnings(record=True) as heard:
+    warnings.simplefilter("always")
+    found["name"] = open_backend("auto").name
+found["heard"] = [f"{w.category.__name__}: {w.message}" for w in heard]
+"""
+
+
+def test_auto_says_why_a_gpu_is_not_used(fake_libcuda: Path) -> None:
+    """Red while it fell back to the CPU in silence, and if it complains where there is no GPU."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVRTC: pip install flashrt[cuda]")
+    old = run_bindings(fake_libcuda, AUTO, DOUBLE_VERSION="12040")
+    assert old["name"] == "cpu"
+    (text,) = old["heard"]  # type: ignore[misc]
+    assert text.startswith("DeviceWarning: device='auto' runs on the CPU, though there is a GPU")
+    assert "flashrt[cuda12]" in text
+    assert run_bindings(fake_libcuda, AUTO) == {"name": "cuda", "heard": []}
+    hidden = run_bindings(fake_libcuda, AUTO, DOUBLE_INIT="100", CUDA_VISIBLE_DEVICES="")
+    assert hidden == {"name": "cpu", "heard": []}
 
 
 def test_failed_launch_says_that_the_process_is_lost(fake_libcuda: Path) -> None:

@@ -123,6 +123,27 @@ def test_token_is_the_reference_arg_max(runner: Runner) -> None:
     assert compared > 150
 
 
+@pytest.mark.parametrize("V", [16_383, 16_384, 40_001])  # one block alone; blocks that share
+def test_filters_over_many_tokens(runner: Runner, V: int) -> None:
+    """Against the reference: peaked, flat, and rounded so that most tokens have equals. Red where
+    blocks add up less than all, digits of top_k are taken for those of top_p, or a cut through
+    equals is not by id.
+    """
+    compared = 0
+    filters = ((50, 1.0), (0, 0.9), (3000, 0.95), (V - 1, 0.5), (1, 0.3), (40, 1.0), (V, 0.999))
+    for i, (top_k, top_p) in enumerate(filters):
+        logits = randn(rng_for("many", V, i), V, scale=(3.0, 0.01)[i % 2])
+        if i in (2, 3, 5):
+            logits = np.round(logits * 20) / 20  # most tokens have equals
+        words = sampler((0.7, 1.0, 1.6)[i % 3], top_k, top_p, seed=i)
+        score = scores(logits.astype(np.float64), words, 5)
+        order = np.argsort(score)
+        if score[order[-1]] - score[order[-2]] > 1e-4:  # else a tie within rounding
+            assert sample(runner, logits, words, 5) == order[-1], f"filter {top_k}, {top_p}"
+            compared += 1
+    assert compared >= 5
+
+
 def test_top_k_keeps_exactly_k_of_equals(runner: Runner) -> None:
     logits = np.zeros(300, np.float32)
     logits[[7, 100]] = 1

@@ -76,10 +76,11 @@ def test_matrices_are_refused(device: SimtDevice) -> None:
 def test_each_kind_of_memory_has_its_interface(device: SimtDevice) -> None:
     memory = device.allocate("arena", 4096)
     assert not hasattr(device.view(ROWS, memory.address), "__cuda_array_interface__")
-    on_gpu = DeviceArray(0x7000, (2, 3), DType.BF16, CUDA, 99, device)
+    on_gpu = DeviceArray(0x7000, (2, 3), DType.BF16, (CUDA, 3), 99, device)
     assert on_gpu.__cuda_array_interface__ == {
         "shape": (2, 3), "typestr": "<u2", "data": (0x7000, False), "strides": None,
         "stream": 99, "version": 3,
     }  # fmt: skip
+    assert on_gpu.__dlpack_device__() == (2, 3)
     with pytest.raises(BackendError, match="numpy cannot see device memory"):
         on_gpu.numpy()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -96,6 +97,28 @@ def test_doctor_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: Capture
     reason = "cuda-bindings is missing: pip install 'flashrt[cuda]'"
     monkeypatch.setattr(doctor, "probe", lambda: CudaStatus(False, reason))
     assert "pip install 'flashrt[cuda]'" in " ".join(of(capsys, "doctor").split())
+
+
+def test_doctor_names_what_fits_the_driver(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
+) -> None:
+    """A Jetson with packages for a newer driver. Red when memory, versions or power mode are left
+    out, or the extra is not that of the driver.
+    """
+    tool = tmp_path / "nvpmodel"
+    tool.write_text("#!/bin/sh\n[ $1 = -q ] && echo 'NV Power Mode: MAXN' && echo 0\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    status = CudaStatus(
+        False, "too new", "Orin", "sm_87", "12.6", "13.0", 8 << 30, True, "13.1.0", "cuda12", True
+    )
+    monkeypatch.setattr(doctor, "probe", lambda: status)
+    text = " ".join(of(capsys, "doctor").split())
+    for wanted in (
+        "cuda-bindings 13.1.0, which needs a driver for CUDA 13", "flashrt[cuda12] fits it",
+        "one memory for both", "compute capability 8.7", "MAXN (nvpmodel)",
+    ):  # fmt: skip
+        assert wanted in text
 
 
 def test_an_error_shows_any_path(capsys: Capture) -> None:

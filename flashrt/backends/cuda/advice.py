@@ -1,9 +1,11 @@
 """What to do about a driver error, by the name of its CUresult.
 
-IS: one table. IS NOT: detection; see `driver`.
+IS: one table, and which extra of flashrt fits a driver. IS NOT: detection; see `driver`.
 """
 
 from __future__ import annotations
+
+EXTRAS = ("cuda12", "cuda13")  # of pyproject.toml: bindings and NVRTC of one major version each
 
 _STICKY = frozenset(
     f"CUDA_ERROR_{name}"
@@ -18,8 +20,7 @@ _RESTART = (
 )
 _OTHER_TOOLKIT = (
     "the driver is too old for kernels compiled by the installed NVRTC: update the driver, or "
-    "install the toolkit of the driver's major version, such as"
-    " pip install 'cuda-bindings[all]==12.9.*'"
+    "install NVRTC of the driver's major version, such as pip install 'flashrt[cuda12]'"
 )
 _CAPTURE = (
     "a call that may not run during stream capture did; this is a bug in flashrt, please report it"
@@ -40,6 +41,14 @@ _ADVICE = {
     "STREAM_CAPTURE_UNSUPPORTED": _CAPTURE,
     "STREAM_CAPTURE_INVALIDATED": _CAPTURE,
 }  # fmt: skip
+
+
+def extra_for(driver_major: int) -> str:
+    """The extra whose kernels a driver for that CUDA can load; the newest for newer ones, and empty
+    for a driver that is too old.
+    """
+    fitting = [name for name in EXTRAS if int(name.removeprefix("cuda")) <= driver_major]
+    return fitting[-1] if fitting else ""
 
 
 def what_to_do(result: str) -> str:

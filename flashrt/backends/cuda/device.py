@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from flashrt.backends.cuda.sources import Sources
 from flashrt.backends.cuda.staging import DownloadRing, Readback, UploadRing
 from flashrt.backends.cuda.views import CPU, CUDA, DeviceArray, view
 from flashrt.base.errors import BackendError, SealedError
+from flashrt.base.system import at_fork
 from flashrt.base.tracing import PLAN, trace
 from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Progress, Storage
 from flashrt.core.copylist import COPY_FORMAT, CopyList, Upload
@@ -55,6 +55,7 @@ class Capacities:
     staging_bytes: int = 4 << 20  # a section of the upload ring; a readback buffer
     copies: int = 4096  # descriptors of one copy launch
     terms: int = 512  # terms of one digest launch
+    reserve_bytes: int = 192 << 20  # device memory left for kernels and graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def _count_fork() -> None:
     _Forks.count += 1
 
 
-os.register_at_fork(after_in_child=_count_fork)
+at_fork(_count_fork)
 
 
 def _verb(method: _Method[_P, _R]) -> _Method[_P, _R]:
@@ -95,7 +96,11 @@ def _verb(method: _Method[_P, _R]) -> _Method[_P, _R]:
         with self._lock:
             if self._is_closed:
                 raise BackendError(f"{self.name}: the device is closed; load another engine")
-            return method(self, *args, **kwargs)
+            before = self.driver.enter()
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                self.driver.leave(before)
 
     return cast(_Method[_P, _R], call)
 
@@ -191,7 +196,8 @@ class CudaDevice:
 
         Raises BackendError for a matrix, which is stored as tensor cores read it.
         """
-        return view(region, address, self.act, self._device_type, self._stream, self)
+        device = self._device_type, self.driver.info.ordinal
+        return view(region, address, self.act, device, self._stream, self)
 
     # ---- kernels
 
@@ -290,8 +296,19 @@ class CudaDevice:
 
     @_verb
     def allocate(self, name: str, nbytes: int) -> Memory:
-        """See Backend. Raises BackendError with bytes wanted and free."""
+        """See Backend. Raises BackendError with bytes wanted and free; also where less than
+        Capacities.reserve_bytes would be left for kernels and graphs, which come later.
+        """
         self._refuse_if_sealed(f"allocate {name}")
+        free, _ = self.driver.mem_info()
+        reserve = self._capacities.reserve_bytes
+        if nbytes <= free < nbytes + reserve:
+            raise BackendError(
+                f"{self.name}: the {name} of {nbytes:,} bytes would leave {free - nbytes:,} of "
+                f"{free:,} free bytes, and kernels and graphs, which are loaded later, need up to "
+                f"{reserve:,}: use a smaller max_positions, pool_bytes or lanes, or end other GPU "
+                "users"
+            )
         try:
             memory = DeviceMemory(name, self.driver.mem_alloc(max(nbytes, 1)), nbytes)
         except BackendError as error:
@@ -356,13 +373,13 @@ class CudaDevice:
 
     @_verb
     def upload(self, uploads: Sequence[Upload], dst_base: int) -> None:
-        """See Backend: row by row through the ring."""
+        """See Backend: through the ring, the rows of a copy together."""
         self._downloads.fence()
         self._runs_at.clear()
         for source, copy in ((u.source, copy) for u in uploads for copy in u.moves):
-            for row in range(copy.height):
-                first, to = copy.src + row * copy.src_pitch, copy.dst + row * copy.dst_pitch
-                self._ring.upload(dst_base + to, source[first : first + copy.width])
+            shape, strides = (copy.height, copy.width), (copy.src_pitch, 1)
+            rows = np.lib.stride_tricks.as_strided(source[copy.src :], shape, strides)
+            self._ring.upload_rows(dst_base + copy.dst, copy.dst_pitch, rows)
 
     def _copy_table(self, moves: CopyList, src_base: int, dst_base: int) -> None:
         """In stream order, so that the one table may be overwritten for the next launch."""
@@ -375,13 +392,26 @@ class CudaDevice:
     @_verb
     def digest(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]:
         """See Backend."""
-        self._require_build()
-        sums: list[tuple[int, int]] = []
-        for i in range(0, len(terms), self._capacities.terms):
-            sums += self._digest_table(terms[i : i + self._capacities.terms], base)
-        return sums
+        return self.begin_digest(terms, base)()
 
-    def _digest_table(self, terms: Sequence[DigestTerm], base: int) -> list[tuple[int, int]]:
+    @_verb
+    def begin_digest(
+        self, terms: Sequence[DigestTerm], base: int
+    ) -> Callable[[], list[tuple[int, int]]]:
+        """See Backend."""
+        self._require_build()
+        n = self._capacities.terms
+        parts = [self._digest_table(terms[i : i + n], base) for i in range(0, len(terms), n)]
+
+        def wait() -> list[tuple[int, int]]:
+            self._refuse_after_fork()
+            with self._lock:
+                sums = [part().view(np.uint64).reshape(-1, 2) for part in parts]
+            return [(int(lo), int(hi)) for part in sums for lo, hi in part]
+
+        return wait
+
+    def _digest_table(self, terms: Sequence[DigestTerm], base: int) -> Callable[[], Bytes]:
         table = np.frombuffer(b"".join(term.pack(base) for term in terms), np.uint8)
         self._ring.upload(self._terms_at, table)
         self.fill(self._sums_at, len(terms) * _SUM_BYTES, 0)
@@ -390,9 +420,7 @@ class CudaDevice:
         )
         launch = kernels.digest_launch(len(terms), self._n_sms)
         self._node(launch, ArgumentBlock(arguments)).launch(self.driver, self._stream)
-        sums = np.empty((len(terms), 2), np.uint64)
-        self.read(self._sums_at, sums.view(np.uint8).reshape(-1))
-        return [(int(lo), int(hi)) for lo, hi in sums]
+        return self._downloads.begin(self._sums_at, len(terms) * _SUM_BYTES)
 
     def _forget_runs(self, address: int, nbytes: int) -> None:
         """A range is about to be overwritten: a table of runs there must be written again."""
@@ -454,15 +482,21 @@ class CudaDevice:
         if self._fork_count != _Forks.count:
             return
         with self._lock:
-            self._close()
+            if self._is_closed:
+                return
+            before = self.driver.enter()
+            try:
+                self._close()
+            finally:
+                self.driver.leave(before)
+            self.driver.close()
 
     def _close(self) -> None:
-        if self._is_closed:
-            return
         self._is_closed = True
         self.driver.stream_sync(self._stream)
         for graph in self._graphs:
             graph.close()
+        self._library.close()
         self._ring.close()
         self._readback.close()
         self._downloads.close()
@@ -471,7 +505,6 @@ class CudaDevice:
         self._memories, self._graphs = [], []
         self.driver.stream_destroy(self._capture_stream)
         self.driver.stream_destroy(self._stream)
-        self.driver.close()
 
     def _refuse_after_fork(self) -> None:
         if self._fork_count != _Forks.count:

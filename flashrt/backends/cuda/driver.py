@@ -18,24 +18,33 @@ import numpy as np
 
 from flashrt.backends.cache import Binary
 from flashrt.backends.cuda.advice import what_to_do
-from flashrt.backends.cuda.driver_api import ArgumentBlock, DeviceInfo, HostBuffer, LaunchConfig
+from flashrt.backends.cuda.driver_api import (
+    SHARED_PERCENT,
+    ArgumentBlock,
+    DeviceInfo,
+    HostBuffer,
+    LaunchConfig,
+)
 from flashrt.base.errors import BackendError
 
 MIN_CAPABILITY = (8, 0)
 
 
 class _PerThread(threading.local):
-    """What the driver API keeps per thread too: whose context is current."""
+    """The driver whose context this thread is in, between `enter` and `leave`."""
 
-    owner: CudaDriver | None = None
+    inside: CudaDriver | None = None
 
 
-_CURRENT = _PerThread()
+_THREAD = _PerThread()
+_NESTED = object()  # of `enter` in a thread that is inside already
 
 
 class CudaDriver:
     """A device's primary context, as `driver_api.Driver`.
 
+    Other libraries of the process may make other contexts current, at any time and in any thread:
+    each outermost `enter`, and each call outside of one, asks which it is, and gives it back.
     Opening raises BackendError: no cuda-python, no driver library, no device, or one before sm_80.
     """
 
@@ -43,16 +52,18 @@ class CudaDriver:
         self._api = _import_api()
         self.counts: Counter[str] = Counter()
         self._context: object = None
+        self._context_id = 0
         self._initialise()
         api = self._api
         self._device = self._call(api.cuDeviceGet, ordinal)
-        self.info = self._read_info()
+        self.info = self._read_info(ordinal)
         if self.info.capability < MIN_CAPABILITY:
             raise BackendError(
                 f"{self.info.name} is {self.info.arch}; flashrt needs sm_80 (Ampere) or later: "
                 "use device='cpu'"
             )
         self._context = self._call(api.cuDevicePrimaryCtxRetain, self._device)
+        self._context_id = int(self._context)  # type: ignore[call-overload]
 
     def _initialise(self) -> None:
         try:
@@ -64,7 +75,7 @@ class CudaDriver:
                 f"[{error}]"
             ) from error
 
-    def _read_info(self) -> DeviceInfo:
+    def _read_info(self, ordinal: int) -> DeviceInfo:
         api, device = self._api, self._device
         kinds = api.CUdevice_attribute
 
@@ -81,7 +92,32 @@ class CudaDriver:
             driver_version=(version // 1000, version % 1000 // 10),
             multiprocessors=read(kinds.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
             max_shared_bytes=read(kinds.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
+            ordinal=ordinal,
+            is_integrated=bool(read(kinds.CU_DEVICE_ATTRIBUTE_INTEGRATED)),
         )
+
+    # ---- the context
+
+    def enter(self) -> object:
+        """A session may be driven from any thread, and a thread may drive several devices."""
+        if self._context is None or _THREAD.inside is self:
+            return _NESTED
+        before = self._checked(self._api.cuCtxGetCurrent)
+        if int(before) == self._context_id:
+            before = None
+        else:
+            self._checked(self._api.cuCtxSetCurrent, self._context)
+        outer, _THREAD.inside = _THREAD.inside, self
+        return before, outer
+
+    def leave(self, before: object) -> None:
+        """A thread that came without a context keeps ours: so it is switched only once."""
+        if before is _NESTED:
+            return
+        assert isinstance(before, tuple)
+        context, _THREAD.inside = before
+        if context is not None and int(context):
+            self._checked(self._api.cuCtxSetCurrent, context)
 
     # ---- memory
 
@@ -114,6 +150,19 @@ class CudaDriver:
     def copy_to_device(self, dst: int, src_host: int, nbytes: int, stream: int) -> None:
         """Asynchronous; the source must stay as it is until the stream has passed."""
         self._call(self._api.cuMemcpyHtoDAsync, dst, src_host, nbytes, stream)
+
+    def copy_rows_to_device(
+        self, dst: int, dst_pitch: int, src_host: int, width: int, height: int, stream: int
+    ) -> None:
+        """Asynchronous, as copy_to_device; the host's rows lie one after another."""
+        api = self._api
+        copy = api.CUDA_MEMCPY2D()
+        copy.srcMemoryType, copy.srcHost = api.CUmemorytype.CU_MEMORYTYPE_HOST, src_host
+        copy.dstMemoryType = api.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.dstDevice = api.CUdeviceptr(dst)
+        copy.srcPitch, copy.dstPitch = width, dst_pitch
+        copy.WidthInBytes, copy.Height = width, height
+        self._call(api.cuMemcpy2DAsync, copy, stream)
 
     def copy_to_host(self, dst_host: int, src: int, nbytes: int, stream: int) -> None:
         """Asynchronous; the destination is valid once the stream has passed."""
@@ -166,9 +215,12 @@ class CudaDriver:
 
     def event_is_done(self, event: int) -> bool:
         """Whether the event has happened."""
-        self._make_current()
-        self.counts["cuEventQuery"] += 1
-        (result,) = self._api.cuEventQuery(event)
+        before = self.enter()
+        try:
+            self.counts["cuEventQuery"] += 1
+            (result,) = self._api.cuEventQuery(event)
+        finally:
+            self.leave(before)
         if result == self._api.CUresult.CUDA_ERROR_NOT_READY:
             return False
         self._check("cuEventQuery", result, None)
@@ -185,11 +237,19 @@ class CudaDriver:
         load = self._api.cuModuleLoadData
         return int(self._call(load, binary.content, detail=lambda: str(binary.path)))
 
+    def module_unload(self, module: int) -> None:
+        """Give back what module_load took; no kernel of it may run."""
+        self._call(self._api.cuModuleUnload, module)
+
     def module_function(self, module: int, name: str) -> int:
-        """A kernel of a module."""
-        return int(
+        """A kernel of a module; see SHARED_PERCENT."""
+        function = int(
             self._call(self._api.cuModuleGetFunction, module, name.encode(), detail=lambda: name)
         )
+        kinds = self._api.CUfunction_attribute
+        carveout = kinds.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        self._call(self._api.cuFuncSetAttribute, function, carveout, SHARED_PERCENT)
+        return function
 
     def allow_shared(self, function: int, nbytes: int) -> None:
         """Let a function use more than 48 KiB of dynamic shared memory."""
@@ -265,25 +325,30 @@ class CudaDriver:
         self._call(self._api.cuGraphDestroy, graph)
 
     def close(self) -> None:
-        """Give the context back; nothing may be used afterwards. This thread is left without one,
-        for the last user's release destroys it.
+        """Give the context back; nothing may be used afterwards. The thread keeps the context that
+        it came with, but not ours: the last user's release destroys it.
         """
-        self._call(self._api.cuCtxSetCurrent, None)
-        _CURRENT.owner = self._context = None
-        self._call(self._api.cuDevicePrimaryCtxRelease, self._device)
+        if int(self._checked(self._api.cuCtxGetCurrent)) == self._context_id:
+            self._checked(self._api.cuCtxSetCurrent, None)
+        self._context, self._context_id = None, 0
+        self._checked(self._api.cuDevicePrimaryCtxRelease, self._device)
 
     # ---- checking
-
-    def _make_current(self) -> None:
-        """A session may be driven from any thread, and a thread may drive several devices."""
-        if self._context is not None and _CURRENT.owner is not self:
-            _CURRENT.owner = self
-            self._call(self._api.cuCtxSetCurrent, self._context)
 
     def _call(
         self, function: Callable[..., Any], *args: object, detail: Callable[[], str] | None = None
     ) -> Any:
-        self._make_current()
+        if _THREAD.inside is self:
+            return self._checked(function, *args, detail=detail)
+        before = self.enter()
+        try:
+            return self._checked(function, *args, detail=detail)
+        finally:
+            self.leave(before)
+
+    def _checked(
+        self, function: Callable[..., Any], *args: object, detail: Callable[[], str] | None = None
+    ) -> Any:
         name = function.__name__
         self.counts[name] += 1
         result, *values = function(*args)

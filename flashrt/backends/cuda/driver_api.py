@@ -19,6 +19,10 @@ from numpy.typing import NDArray
 from flashrt.backends.cache import Binary
 
 DEFAULT_SHARED_BYTES = 48 << 10  # dynamic shared memory that a kernel gets without asking
+# Of what a multiprocessor has as first-level cache or as shared memory, the percentage asked for as
+# shared memory. One value for all kernels: a multiprocessor drains before it changes its split, and
+# then the next kernel cannot be set up while the last one still runs.
+SHARED_PERCENT = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,8 @@ class DeviceInfo:
     driver_version: tuple[int, int]
     multiprocessors: int
     max_shared_bytes: int  # dynamic shared memory that a block may ask for
+    ordinal: int = 0  # among the devices that this process sees
+    is_integrated: bool = False  # device memory is the host's, as on Jetson and Spark
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -89,6 +95,15 @@ class Driver(Protocol):
     @property
     def counts(self) -> Counter[str]: ...
 
+    # whose context the thread has
+    def enter(self) -> object:
+        """This thread is in the device's context until `leave` gets the answer; may be nested."""
+        ...
+
+    def leave(self, before: object) -> None:
+        """The thread has the context again that it came with, if it came with one."""
+        ...
+
     # memory: addresses are device addresses unless they say host
     def mem_alloc(self, nbytes: int) -> int: ...
     def mem_free(self, address: int) -> None: ...
@@ -99,6 +114,12 @@ class Driver(Protocol):
     def host_alloc(self, nbytes: int) -> HostBuffer: ...
     def host_free(self, buffer: HostBuffer) -> None: ...
     def copy_to_device(self, dst: int, src_host: int, nbytes: int, stream: int) -> None: ...
+    def copy_rows_to_device(
+        self, dst: int, dst_pitch: int, src_host: int, width: int, height: int, stream: int
+    ) -> None:
+        """`height` rows of `width` bytes, without gaps on the host, every `dst_pitch` there."""
+        ...
+
     def copy_to_host(self, dst_host: int, src: int, nbytes: int, stream: int) -> None: ...
     def copy_on_device(self, dst: int, src: int, nbytes: int, stream: int) -> None: ...
     def fill(self, address: int, byte: int, nbytes: int, stream: int) -> None: ...
@@ -117,7 +138,11 @@ class Driver(Protocol):
 
     # code
     def module_load(self, binary: Binary) -> int: ...
-    def module_function(self, module: int, name: str) -> int: ...
+    def module_unload(self, module: int) -> None: ...
+    def module_function(self, module: int, name: str) -> int:
+        """A kernel; its multiprocessors are asked for SHARED_PERCENT of shared memory."""
+        ...
+
     def allow_shared(self, function: int, nbytes: int) -> None:
         """Let a function use more than DEFAULT_SHARED_BYTES of dynamic shared memory."""
         ...

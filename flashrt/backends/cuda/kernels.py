@@ -37,6 +37,9 @@ MANY_STAGES: Final = (4, 3)  # tiles of 32 k in flight in `linear_many`
 BUSY_WARPS: Final = 8  # of a multiprocessor: with half of them, nobody covers the waits of a warp
 HALF_BUSY: Final = 0.7  # its rate then, an estimate
 MANY_SHARED_BYTES: Final = 99 << 10  # for them: of sm_86, sm_89 and sm_120, the least of all
+SAMPLE_CHUNK: Final = 2048  # tokens of a block of `sample_narrow`
+SAMPLE_SHARED_FROM: Final = 16384  # from so many tokens on its blocks share the work
+SAMPLE_PASSES: Final = 5  # launches of it then: three digits for top_k, two more for top_p
 CONV_ROWS: Final = 16  # rows per block of `conv_window`
 COPY_THREADS: Final = 256
 COPY_ARGS_FORMAT: Final = "@Pi0P"  # copy_batch_args: table, n
@@ -419,12 +422,16 @@ def _act(s: Shape) -> Defines:
 def _sample(s: Shape) -> tuple[KernelLaunch, ...]:
     if s.dims["V"] < 8:
         raise PlanError(f"sample: needs at least 8 logits, got {s.dims['V']}")
-    n_blocks = min(_ceil(s.dims["V"], 1024), 64)
-    blocks, counters_bytes = _x(n_blocks), 4 * _ceil(s.dims["V"], n_blocks)
+    v, defines = s.dims["V"], _defines(CHUNK=SAMPLE_CHUNK, SHARED_FROM=SAMPLE_SHARED_FROM)
+    n_blocks = min(_ceil(v, 1024), 64)
+    blocks, counters_bytes = _x(n_blocks), 4 * _ceil(v, n_blocks)
+    is_shared = v >= SAMPLE_SHARED_FROM
+    narrow = _x(_ceil(v, SAMPLE_CHUNK) if is_shared else 1)
     return (
-        KernelLaunch("sample.cu", "sample_scan", (), blocks, _x(256), counters_bytes),
-        KernelLaunch("sample.cu", "sample_cut", (), _x(1), _x(1024)),
-        KernelLaunch("sample.cu", "sample_pick", (), blocks, _x(256)),
+        KernelLaunch("sample.cu", "sample_scan", defines, blocks, _x(256), counters_bytes),
+        *[KernelLaunch("sample.cu", "sample_narrow", defines, narrow, _x(512))]
+        * (SAMPLE_PASSES if is_shared else 1),
+        KernelLaunch("sample.cu", "sample_pick", defines, blocks, _x(256)),
     )
 
 

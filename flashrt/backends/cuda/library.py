@@ -74,6 +74,12 @@ class KernelLibrary:
             loaded.shared_bytes[launch.kernel] = launch.shared_bytes
         return handle
 
+    def close(self) -> None:
+        """Unload all modules; no kernel of them may run."""
+        for loaded in self._loaded.values():
+            self._driver.module_unload(loaded.module)
+        self._loaded.clear()
+
     def forget_units(self) -> None:
         """Sources changed: texts are looked up again (modules in use stay loaded)."""
         self._units.clear()

@@ -124,7 +124,7 @@ class Nvrtc:
             known = ", ".join(f"sm_{n}" for n in supported)
             raise CompileError(
                 f"NVRTC {self.version} cannot compile for {arch}, only for {known}: install "
-                "another version of cuda-bindings[all]"
+                "another version of it: pip install 'flashrt[cuda13]', or 'flashrt[cuda12]'"
             )
         return f"sm_{max(fitting)}"
 

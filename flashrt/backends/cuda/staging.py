@@ -44,6 +44,26 @@ class UploadRing:
                 address + start, self._buffer.address + offset, part.size, self._stream
             )
 
+    def upload_rows(self, address: int, pitch: int, rows: Bytes) -> None:
+        """Queue copies of the rows [n, width] to every `pitch` bytes: one per section of the ring,
+        where rows are shorter than a section.
+        """
+        n_rows, width = rows.shape
+        at_once = self._section_bytes // max(width, 1)
+        if at_once < 2 or n_rows < 2:
+            for i, row in enumerate(rows):
+                self.upload(address + i * pitch, row)
+            return
+        for first in range(0, n_rows, at_once):
+            part = rows[first : first + at_once]
+            offset = self._reserve(part.size)
+            pinned = self._buffer.array[offset : offset + part.size].reshape(part.shape)
+            pinned[:] = part
+            self._driver.copy_rows_to_device(
+                address + first * pitch, pitch, self._buffer.address + offset, width, len(part),
+                self._stream,
+            )  # fmt: skip
+
     def _reserve(self, nbytes: int) -> int:
         """Offset of free pinned bytes; waits where the device is a whole ring behind."""
         if self._used_bytes + nbytes > self._section_bytes:

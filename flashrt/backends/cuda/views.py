@@ -57,14 +57,14 @@ class DeviceArray:
     address: int
     shape: tuple[int, ...]
     dtype: DType
-    device_type: int  # CPU (simt) or CUDA
+    device: tuple[int, int]  # CPU (simt) or CUDA, and its ordinal
     stream: int
     owner: Synchronised  # kept alive by the view
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         """Version 3; consumers wait for `stream`. Raises AttributeError for host memory."""
-        if self.device_type != CUDA:
+        if self.device[0] != CUDA:
             raise AttributeError("memory of the simt device is host memory: use numpy()")
         return {
             "shape": self.shape,
@@ -76,7 +76,7 @@ class DeviceArray:
         }
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return self.device_type, 0
+        return self.device
 
     def __dlpack__(self, *, stream: int | None = None, **_: object) -> object:
         """A capsule, after a synchronisation: whatever `stream` the consumer uses may read."""
@@ -86,7 +86,7 @@ class DeviceArray:
 
     def numpy(self) -> NDArray[np.generic]:
         """The memory itself as an array; bfloat16 as uint16 bits. Raises BackendError on a GPU."""
-        if self.device_type != CPU:
+        if self.device[0] != CPU:
             raise BackendError("numpy cannot see device memory: use DLPack, or Backend.read")
         self.owner.sync()
         nbytes = int(np.prod(self.shape)) * self.dtype.nbytes
@@ -95,15 +95,16 @@ class DeviceArray:
 
 
 def view(
-    region: Region, address: int, act: DType, device_type: int, stream: int, owner: Synchronised
-) -> DeviceArray:
+    region: Region, address: int, act: DType, device: tuple[int, int], stream: int,
+    owner: Synchronised,
+) -> DeviceArray:  # fmt: skip
     """The array of a region at an address. Raises BackendError for a layout that is not C order."""
     if region.layout is Layout.MATRIX:
         raise BackendError(
             f"region {region.name!r} is stored as tensor-core operands: read and unpack it instead"
         )
     dtype = resolve_dtype(region.dtype, act)
-    return DeviceArray(address, region.shape, dtype, device_type, stream, owner)
+    return DeviceArray(address, region.shape, dtype, device, stream, owner)
 
 
 def _delete(managed: Any) -> None:
@@ -136,7 +137,7 @@ def _capsule(array: DeviceArray) -> object:
     shape = (ctypes.c_int64 * len(array.shape))(*array.shape)
     managed = _DLManagedTensor()
     tensor = managed.tensor
-    tensor.data, tensor.device_type = array.address, array.device_type
+    tensor.data, (tensor.device_type, tensor.device_id) = array.address, array.device
     tensor.ndim, tensor.lanes = len(array.shape), 1
     tensor.code, tensor.bits = _DLPACK[array.dtype]
     tensor.shape = ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64))

@@ -13,7 +13,7 @@ from flashrt.backends.cuda.device import Capacities, CudaDevice, Precision
 from flashrt.backends.simt.build import ShimCompiler
 from flashrt.backends.simt.driver import SimtDriver
 
-_CAPACITIES = Capacities(staging_bytes=1 << 20, copies=1024, terms=128)
+_CAPACITIES = Capacities(staging_bytes=1 << 20, copies=1024, terms=128, reserve_bytes=0)
 
 
 class SimtDevice(CudaDevice):

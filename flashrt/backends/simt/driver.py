@@ -71,6 +71,15 @@ class SimtDriver:
         self._graphs: dict[int, list[Work]] = {}
         self._next_handle = 0
 
+    # ---- the context
+
+    def enter(self) -> object:
+        """Host memory has no contexts."""
+        return None
+
+    def leave(self, before: object) -> None:
+        """See enter."""
+
     # ---- memory
 
     def mem_alloc(self, nbytes: int) -> int:
@@ -106,6 +115,22 @@ class SimtDriver:
         self._check_range("cuMemcpyHtoDAsync", dst, nbytes)
         self._memory.check("cuMemcpyHtoDAsync", src_host, nbytes, is_device=False)
         self._put(stream, lambda: _move(dst, src_host, nbytes))
+
+    def copy_rows_to_device(
+        self, dst: int, dst_pitch: int, src_host: int, width: int, height: int, stream: int
+    ) -> None:
+        """Reads the source when the stream gets there, not now."""
+        self._count("cuMemcpy2DAsync")
+        if width > dst_pitch or height < 1:
+            raise BackendError(f"cuMemcpy2DAsync: {height} rows of {width}, pitch {dst_pitch}")
+        self._check_range("cuMemcpy2DAsync", dst, (height - 1) * dst_pitch + width)
+        self._memory.check("cuMemcpy2DAsync", src_host, width * height, is_device=False)
+
+        def work() -> None:
+            for row in range(height):
+                _move(dst + row * dst_pitch, src_host + row * width, width)
+
+        self._put(stream, work)
 
     def copy_to_host(self, dst_host: int, src: int, nbytes: int, stream: int) -> None:
         """Writes the destination when the stream gets there, not now."""
@@ -214,8 +239,13 @@ class SimtDriver:
         self._modules[handle] = (binary.path, library)
         return handle
 
+    def module_unload(self, module: int) -> None:
+        """Forget a module; the process keeps its library."""
+        self._count("cuModuleUnload", may_capture=False)
+        del self._modules[module]
+
     def module_function(self, module: int, name: str) -> int:
-        """A kernel of a module."""
+        """A kernel of a module; shared memory is not split here."""
         self._count("cuModuleGetFunction")
         function = find(*self._modules[module], name)
         handle = self._handle()

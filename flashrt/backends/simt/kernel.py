@@ -7,7 +7,6 @@ seed, params, error, error_chars)`. IS NOT: the shim, nor the queue before it.
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import subprocess
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from flashrt.backends.cuda.driver_api import DEFAULT_SHARED_BYTES, ArgumentBlock, LaunchConfig
 from flashrt.base.errors import BackendError
+from flashrt.base.system import at_fork
 
 MAX_SHARED_BYTES = 99 << 10  # of sm_86, sm_89 and sm_120, the least of all supported
 MAX_BLOCK_THREADS = 1024
@@ -26,9 +26,7 @@ _MASK = (1 << 64) - 1
 # A library keeps its threads, fibers and shared memory in static variables, and all devices of the
 # process share it: one launch at a time. A fork waits for it too.
 _RUNNING = threading.Lock()
-os.register_at_fork(
-    before=_RUNNING.acquire, after_in_parent=_RUNNING.release, after_in_child=_RUNNING.release
-)
+at_fork(_RUNNING.release, before=_RUNNING.acquire, parent=_RUNNING.release)
 
 
 @dataclass(slots=True)

@@ -7,8 +7,8 @@ turns. IS NOT: a measure of a file that is not in the page cache: the first turn
 
 from __future__ import annotations
 
+import contextlib
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -17,6 +17,9 @@ from statistics import median
 
 from flashrt.base.errors import FlashrtError
 from flashrt.base.messages import printable
+
+with contextlib.suppress(ImportError):  # native Windows, where this program has nothing to ask
+    import resource
 
 WHO = ("flashrt", "llama.cpp")
 _TURNS = 3

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from flashrt.base.errors import CheckpointError
 from flashrt.base.files import opened, read_into, sync_folder
 from flashrt.base.messages import listed, printable, shown
+from flashrt.base.system import write_at
 from flashrt.base.tensor_file import METADATA, MOST_HEADER_NBYTES, StoredTensor, read_table
 from flashrt.core.backend import Progress
 from flashrt.core.groups import Planes
@@ -342,5 +343,5 @@ def _words(planes: Planes, target: Target) -> NDArray[np.generic]:
 def _write_all(handle: int, data: bytes | memoryview, offset: int) -> None:
     view = memoryview(data)
     while view:
-        count = os.pwrite(handle, view, offset)
+        count = write_at(handle, view, offset)
         view, offset = view[count:], offset + count
