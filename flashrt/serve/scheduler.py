@@ -673,8 +673,8 @@ class Scheduler:
         goes_on = self._tell(asked, lambda: sink.token(index, token, logprobs))
         if goes_on is False:
             self._end(worker, "stop")
-        elif not generation.left:
-            self._end(worker, "length")
+        elif not generation.left and next(generation, None) is None:  # it tells why, at no cost
+            self._end(worker, generation.reason or "length")
 
     # -- ends -----------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ the state is made again from the tokens, to the same bits. Its tokens are the fi
 its parent and its own: a template may render earlier turns anew.
 
 Files, in the store: serve/OWNER/SESSION/session.json and NODE.json; names of capsules are
-serve/OWNER/ENTRY. docs/serving.md tells what is in them.
+serve/OWNER/ENTRY. docs/serve-state.md tells what is in them.
 """
 
 from __future__ import annotations

@@ -246,6 +246,21 @@ def test_a_cancelled_turn_leaves_its_last_token(serving: Serving) -> None:
     assert again.cached_tokens == 8
 
 
+def test_choices_of_a_turn_are_siblings(serving: Serving) -> None:
+    """Fault: the second choice's node descends from the first's, or is the tip."""
+    core = serving(load(lanes=2))
+    id_ = core.sessions.create("ann").result().id
+    heard = ask(core, [1, 2, 3], 5, n=3, session=id_, sampling={"temperature": 1.5}).wait()
+    root, *nodes = core.sessions.tree("ann", id_).result().nodes
+    assert {n.id for n in nodes} == set(heard.nodes.values())
+    assert [n.parent for n in nodes] == [root.id] * 3
+    view = core.sessions.view("ann", id_).result()
+    assert (view.tip, view.is_busy) == (heard.nodes[0], False)
+    for index, node in heard.nodes.items():
+        tokens = core.sessions.tokens("ann", id_, node).result()
+        assert tokens == (1, 2, 3, *heard.tokens[index])
+
+
 def test_held_states_are_spilled_and_others_dropped(serving: Serving, tmp_path: Path) -> None:
     """Fault: a session's state is lost for want of room, or the newest go before the oldest."""
     for store in (None, Store(tmp_path / "store")):
@@ -325,7 +340,7 @@ def test_lanes_do_not_wait_for_the_disk(
 
 
 def test_files_of_sessions_are_plain(serving: Serving, tmp_path: Path) -> None:
-    """For those who read them without flashrt; docs/serving.md tells their fields."""
+    """For those who read them without flashrt; docs/serve-state.md tells their fields."""
     core = serving(store=Store(tmp_path / "store"))
     id_ = core.sessions.create("ann", "n").result().id
     (heard,) = turns(core, id_, [[1, 2, 3]])
