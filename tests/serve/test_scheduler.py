@@ -127,11 +127,12 @@ def test_nan_in_one_request_ends_that_one_alone(serving: Serving, other: flashrt
             assert isinstance(one.error, flashrt.SessionError) and "NaN" in str(one.error)
         else:
             assert one.tokens[0] == alone(other, prompts[i], 150)
+    so_far = prompts[1] + heard[1].tokens[0]
+    again = ask(core, so_far, 10).wait()
+    assert again.tokens[0] == alone(other, so_far, 10) and again.cached_tokens == 0
     for prompt in prompts:  # one of them on the lane that was poisoned
         again = ask(core, prompt, 10, owner="bob")
         assert again.wait().tokens[0] == alone(other, prompt, 10)
-    again = ask(core, prompts[1], 10).wait()
-    assert again.cached_tokens == 0, "what the failed request left is not used"
 
 
 def test_cancelled_and_late_requests(serving: Serving, other: flashrt.Engine) -> None:
@@ -210,12 +211,13 @@ def test_one_owners_states_are_not_anothers(serving: Serving) -> None:
     """Fault: a prompt of one owner is cached for another, in a lane, the index or the store."""
     core = serving(load(lanes=1))
     prompt = list(range(80))
-    assert ask(core, prompt, 4).wait().cached_tokens == 0
-    assert ask(core, prompt, 4, owner="bob").wait().cached_tokens == 0
-    warm = ask(core, prompt, 4).wait()
-    assert warm.cached_tokens == 0 or warm.cached_tokens <= 80
-    core.call(lambda: None).result()
-    assert ask(core, [*prompt, *warm.tokens[0]], 1).wait().cached_tokens == 84
+    assert ask(core, prompt, 0).wait().cached_tokens == 0
+    heard = ask(core, [*prompt, 5], 4).wait()
+    assert heard.cached_tokens == 80
+    for known in (prompt, [*prompt, 5], [*prompt, 5, *heard.tokens[0]]):
+        strange = ask(core, [*known, 6], 0, owner=f"bob{len(known)}").wait()
+        assert strange.cached_tokens == 0
+    assert ask(core, [*prompt, 5, *heard.tokens[0]], 1).wait().cached_tokens == 85
 
 
 def test_a_sink_that_raises_is_told_nothing_more(serving: Serving) -> None:
