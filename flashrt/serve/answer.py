@@ -15,7 +15,7 @@ from typing import Any
 
 from flashrt.serve.ask import Ticket, TokenLogprobs
 from flashrt.serve.mailbox import Mailbox
-from flashrt.serve.refusal import Refusal, refusal_of
+from flashrt.serve.refusal import Refusal
 from flashrt.serve.speaker import Began, Clock, Ended, Event, Failed, Said
 from flashrt.text.reply import ArgumentsDelta, CallBegun, CallEnded, ReplyEvent, TextDelta
 
@@ -122,7 +122,7 @@ class Answer:
     async def events(self) -> AsyncIterator[Event | None]:
         """Events in order until every choice has ended; None after some silence.
 
-        Raises Refusal if it fails, is cancelled by the server, or takes too long.
+        Raises Refusal if it is cancelled by the server, or takes too long; else what it failed by.
         """
         while True:
             for event in self._taken:
@@ -144,11 +144,16 @@ class Answer:
                 raise Refusal(503, "the answer was not read for too long, and was given up")
 
     async def begin(self, patience_s: float = 5.0) -> None:
-        """Wait for the first event, but not for ever. Raises Refusal if that is a failure: so it
+        """Wait for the first words, but not for ever. Raises what it failed by before them: so that
         can still have a status of its own.
         """
         try:
-            self._taken = await asyncio.wait_for(self._mailbox.take(), patience_s)
+            async with asyncio.timeout(patience_s):
+                while all(isinstance(event, Began) for event in self._taken):
+                    taken = await self._mailbox.take()
+                    if not taken:  # overrun; `events` says so
+                        return
+                    self._taken += taken
         except TimeoutError:
             return
         for event in self._taken:
@@ -197,7 +202,7 @@ class Answer:
             self.prompt_tokens, self.cached_tokens = event.prompt_tokens, event.cached_tokens
         elif isinstance(event, Failed):
             self._is_over = True
-            raise refusal_of(event.error)
+            raise event.error
         elif isinstance(event, Said):
             choice = self.heard[event.index]
             for piece in event.pieces:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flashrt.base.messages import shown
 from flashrt.serve.desk import Wanted
 from flashrt.serve.refusal import bad
 from flashrt.serve.served import Served
@@ -104,7 +105,7 @@ def wanted_of(served: Served, told: Conversation, make: Callable[[list[int]], Wa
     if syntax is not None and told.choice != AUTO:
         named = None if told.choice == REQUIRED else told.choice
         if named is not None and named not in known.names:
-            raise bad("tool_choice", f"tool_choice names {named!r}, which is not in tools")
+            raise bad("tool_choice", f"tool_choice names {shown(named)}, which is not in tools")
         wanted.sampling["grammar"] = tool_grammar(
             served, told.tools, named, syntax, in_thought=prompt.in_thought
         )

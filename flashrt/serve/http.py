@@ -71,25 +71,29 @@ def endpoint(handler: Handler, access: Access) -> Callable[[Request], Awaitable[
             return await handler(Call(request, request.scope["state"]["owner"], fields, shape))
         except Refusal as refusal:
             return refuse(refusal, shape)
-        except FlashrtError as error:
-            found = refusal_of(error)
-            if found.status >= 500:
-                log.error("%s: %s", request.url.path, visible(str(error)))
-            return refuse(found, shape)
         except ClientDisconnect:
             return Response(status_code=_CLIENT_GONE)
         except Exception as error:
-            return refuse(hidden(error, access), shape)
+            return refuse(_worded(error, access), shape)
 
     return run
 
 
-def hidden(error: BaseException, access: Access) -> Refusal:
-    """A fault of the server as an answer that tells nothing; its story goes to the log, without the
-    error's own words, which may be a prompt's.
+def _worded(error: Exception, access: Access) -> Refusal:
+    """What an error is as an answer."""
+    if isinstance(error, Refusal):
+        return error
+    found = refusal_of(error) if isinstance(error, FlashrtError) else None
+    return hidden(error, access) if found is None or found.status == 500 else found
+
+
+def hidden(error: Exception, access: Access) -> Refusal:
+    """A fault of the server as an answer that tells nothing; its story goes to the log. Words of an
+    error that is not flashrt's may be a prompt's, so they do not.
     """
     name = f"err_{secrets.token_hex(8)}"
-    words = f": {visible(str(error))}" if access.logs_prompts else ""
+    is_told = access.logs_prompts or isinstance(error, FlashrtError)
+    words = f": {visible(str(error))}" if is_told else ""
     frames = "".join(traceback.format_tb(error.__traceback__))
     log.error("%s: %s%s\n%s", name, type(error).__name__, words, frames)
     return Refusal(500, f"an error in the server; its log tells more under {name}", code=name)
@@ -181,12 +185,8 @@ class EventStream(Response):
         try:
             async for text in self._chunks:
                 yield text
-        except Refusal as refusal:
-            yield self._failed(refusal)
-        except FlashrtError as error:
-            yield self._failed(refusal_of(error))
         except Exception as error:
-            yield self._failed(hidden(error, self._access))
+            yield self._failed(_worded(error, self._access))
 
 
 def sse(value: object, event: str | None = None) -> str:

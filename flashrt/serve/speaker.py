@@ -60,9 +60,9 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """All ended by an error."""
+    """All ended by an error; one that is not flashrt's is a fault of the server."""
 
-    error: FlashrtError
+    error: Exception
 
 
 _Told = tuple[int, TokenLogprobs]
@@ -185,7 +185,7 @@ class Speaker:
         try:
             pieces, told = choice.push(token, logprobs)
         except Exception as error:  # a parser or a tokenizer met what it cannot take
-            self._mailbox.put(Failed(_as_ours(error)))
+            self._mailbox.put(Failed(error))
             return False
         if self._is_one_call:
             pieces = choice.up_to_a_call(pieces)
@@ -200,7 +200,7 @@ class Speaker:
         try:
             pieces, told = choice.end()
         except Exception as error:
-            self._mailbox.put(Failed(_as_ours(error)))
+            self._mailbox.put(Failed(error))
             return
         if self._is_one_call:
             pieces = choice.up_to_a_call(pieces)
@@ -212,7 +212,3 @@ class Speaker:
     def failed(self, error: FlashrtError) -> None:
         """See Sink."""
         self._mailbox.put(Failed(error))
-
-
-def _as_ours(error: Exception) -> FlashrtError:
-    return error if isinstance(error, FlashrtError) else FlashrtError(f"the answer: {error!r}")

@@ -13,6 +13,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from flashrt.base.messages import shown
 from flashrt.serve.answer import Answer, Heard, new_id
 from flashrt.serve.body import Fields, objects
 from flashrt.serve.conversation import AUTO, NONE, REQUIRED, Conversation, options_of, wanted_of
@@ -133,7 +134,7 @@ def content_of(item: Fields, name: str = "content") -> str | None:
         if kind not in ("text", "input_text", "output_text", "refusal"):
             raise bad(
                 part.path("type"),
-                f"{part.path('type')} is {kind!r}; this model reads text only",
+                f"{part.path('type')} is {shown(kind)}; this model reads text only",
                 "unsupported_content",
             )
         texts.append(part.needed_text("refusal" if kind == "refusal" else "text"))
@@ -162,7 +163,7 @@ def tools_of(fields: Fields) -> list[dict[str, Any]]:
         kind = tool.needed_text("type")
         if kind != "function":
             raise bad(
-                tool.path("type"), f"{tool.path('type')} is {kind!r}; tools here are functions"
+                tool.path("type"), f"{tool.path('type')} is {shown(kind)}; tools here are functions"
             )
         function = tool.object("function")
         if function is None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from flashrt.base.messages import shown
 from flashrt.serve.answer import Answer, Heard, new_id
 from flashrt.serve.body import Fields, objects
 from flashrt.serve.conversation import AUTO, NONE, REQUIRED, Conversation, rendered, wanted_of
@@ -201,13 +202,15 @@ def _result(block: Fields) -> dict[str, Any]:
 
 def _unreadable(block: Fields, kind: str) -> Refusal:
     path = block.path("type")
-    return bad(path, f"a block of type {kind!r} cannot be read; this model reads text only")
+    return bad(path, f"a block of type {shown(kind)} cannot be read; this model reads text only")
 
 
 def _tool(tool: Fields) -> dict[str, Any]:
     kind = tool.text("type")
     if kind not in (None, "custom"):
-        raise bad(tool.path("type"), f"{kind!r} is a tool of Anthropic's servers; give your own")
+        raise bad(
+            tool.path("type"), f"{shown(kind)} is a tool of Anthropic's servers; give your own"
+        )
     if not tool.has("input_schema"):
         raise tool.refuse("input_schema", "the JSON schema of the tool's input")
     return {"type": "function", "function": function_of(tool, "input_schema")}

@@ -14,6 +14,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from flashrt.base.messages import shown
 from flashrt.serve.answer import Answer, ToolCall, new_id
 from flashrt.serve.ask import TokenLogprobs
 from flashrt.serve.body import Fields, objects
@@ -119,7 +120,7 @@ def _conversation_of(fields: Fields, served: Served, before: list[dict[str, Any]
     for tool in fields.objects("tools"):
         if tool.needed_text("type") != "function":
             path = tool.path("type")
-            raise bad(path, f"{path} is {tool.get('type')!r}; tools here are functions")
+            raise bad(path, f"{path} is {shown(tool.get('type'))}; tools here are functions")
         tools.append({"type": "function", "function": function_of(tool)})
     reasoning = fields.object("reasoning")
     effort = None if reasoning is None else reasoning.text("effort")
@@ -169,7 +170,7 @@ def _item(item: Fields) -> dict[str, Any]:
     if kind == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": [_call(item)]}
     path = item.path("type")
-    raise bad(path, f"{path} is {kind!r}; items here are messages and calls of functions")
+    raise bad(path, f"{path} is {shown(kind)}; items here are messages and calls of functions")
 
 
 def _message(item: Fields) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from flashrt.serve import speaker
 from flashrt.serve.access import Access
 from flashrt.serve.wire import status
 from tests.serve.wire.running import NAME, WALK, Running
@@ -215,3 +216,23 @@ def test_the_end_lets_requests_finish(started: Callable[..., Running]) -> None:
     assert [p for p in pieces if p][-1] == "data: [DONE]"
     with pytest.raises(httpx.ConnectError):
         running.get("/health")
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_fault_while_speaking_ends_one_request(
+    server: Running, monkeypatch: pytest.MonkeyPatch, streams: bool
+) -> None:
+    """Red when a fault in the scheduler's thread hangs its request, tells its words, or ends the
+    server.
+    """
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("".join(["a sec", "ret of a prompt"]))
+
+    body = {"messages": ASKED, "stream": streams}
+    with monkeypatch.context() as patched:
+        patched.setattr(speaker.StopStrings, "push", fail)
+        answer = server.post("/v1/chat/completions", body)
+    assert answer.status_code == 500 and "secret" not in answer.text
+    assert answer.json()["error"]["code"].startswith("err_")
+    assert server.post("/v1/chat/completions", body).status_code == 200

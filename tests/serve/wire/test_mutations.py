@@ -106,9 +106,9 @@ def mutated(body: Any, draw: random.Random) -> Any:
         if kind == 0:
             del holder[last]
         elif kind == 1:
-            holder[last] = [holder[last]] * draw.choice((1, 2, 70))
+            holder[last] = [copy.deepcopy(holder[last]) for _ in range(draw.choice((1, 2, 70)))]
         elif kind == 2:
-            holder[last] = {"type": holder[last], "x": holder[last]}
+            holder[last] = {"type": holder[last], "x": copy.deepcopy(holder[last])}
         elif kind == 3 and isinstance(holder, dict):
             holder[draw.choice(("", "type", "content", "é" * 9, "x" * 300))] = holder.pop(last)
         elif kind == 4:
@@ -118,7 +118,7 @@ def mutated(body: Any, draw: random.Random) -> Any:
                 inner = inner[step] if not isinstance(inner, str) else inner
             holder[last] = copy.deepcopy(inner)
         else:
-            holder[last] = draw.choice(ODD)
+            holder[last] = copy.deepcopy(draw.choice(ODD))
     return made
 
 
