@@ -431,6 +431,7 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
             grace_s=options.grace,
             body_nbytes=options.max_body,
             logs_prompts=options.log_prompts,
+            host_nbytes=options.host_bytes,
             engine=dataclasses.replace(_engine_options(options), **device),
         )
         return serve(wanted)
@@ -478,6 +479,10 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
     work.add_argument(
         "--store", metavar="DIR", help="capsule store: sessions and prefixes outlive the server"
     )
+    work.add_argument(
+        "--host-bytes", type=_whole(0), metavar="N", help="memory for states that the pool has no "
+        "room for (default: an eighth of the machine's)",
+    )  # fmt: skip
     work.add_argument(
         "--queue", type=_whole(1, 1 << 20), default=256, metavar="N",
         help="requests that may wait; more get 429 (default: 256)",
@@ -663,6 +668,7 @@ def _add_bench_choice(parser: argparse.ArgumentParser) -> None:
         help="that ask at the same time (default: "
         f"{','.join(str(n) for n in serve_bench.CLIENTS)})",
     )  # fmt: skip
+    group.add_argument("--host-bytes", type=_whole(0), metavar="N", help="as of `flashrt serve`")
     group.add_argument(
         "--llama-server", type=Path, metavar="PROGRAM",
         help="llama.cpp's server, measured in turns on the same GGUF file",
@@ -699,9 +705,8 @@ def _bench_serve(wanted: BenchOptions, options: argparse.Namespace) -> int:
     if options.plot or options.lengths:
         raise FlashrtError("bench --serve takes no --lengths and draws no plot; leave them out")
     seconds = serve_bench.SECONDS if options.seconds is None else options.seconds
-    return bench_serve(
-        wanted, ServeBenchOptions(options.clients, seconds, options.llama_server), options.json
-    )
+    load = ServeBenchOptions(options.clients, seconds, options.host_bytes, options.llama_server)
+    return bench_serve(wanted, load, options.json)
 
 
 def _gpu_bench(options: argparse.Namespace) -> int:

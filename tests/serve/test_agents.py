@@ -153,3 +153,24 @@ def test_every_turn_feeds_what_is_new(tmp_path: Path, drops: bool) -> None:
     for turn, (fed, new) in enumerate(others, 1):
         assert fed <= new + OPENING, f"turn {turn}"
     assert max(new for _, new in others) < 120, "the turns are short"
+
+
+@pytest.mark.parametrize("host", [(), ("--host-bytes", "0")], ids=["default", "none"])
+def test_more_conversations_than_the_pool_holds(host: tuple[str, ...]) -> None:
+    """Red when a server without a store forgets all but the newest few, as one without memory for
+    them does: the second case.
+    """
+    with served("--pool-bytes", "1000000", "--lanes", "2", *host) as (_, url):
+        fed = []
+        for _ in range(2):
+            for i in range(8):
+                system = {"role": "system", "content": Building(HELD_OUT + i, 32).prompt()}
+                asked = {"role": "user", "content": "bring me the red box ."}
+                body = {"messages": [system, asked], "max_tokens": 2}
+                usage = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()[
+                    "usage"
+                ]
+                cached = usage["prompt_tokens_details"]["cached_tokens"]
+                fed.append(usage["prompt_tokens"] - cached)
+    assert min(fed[:8]) > 350
+    assert max(fed[8:]) < 10 if not host else min(fed[8:]) > 350

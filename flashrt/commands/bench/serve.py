@@ -48,6 +48,7 @@ class ServeBenchOptions:
 
     clients: Sequence[int] = tuple(CLIENTS)
     seconds: float = SECONDS
+    host_nbytes: int | None = None  # of `flashrt serve`, as all other options are its defaults
     llama_server: Path | None = None
 
 
@@ -59,7 +60,7 @@ def bench_serve(options: BenchOptions, wanted: ServeBenchOptions, json_path: Pat
         raise FlashrtError(f"llama.cpp reads GGUF files; {model} is none: give --checkpoint")
     started = time.perf_counter()
     facts = opening(options)
-    servers = [flashrt_server(model, options.engine)]
+    servers = [flashrt_server(model, options.engine, wanted.host_nbytes)]
     with closing(servers):
         if wanted.llama_server is not None:
             servers.append(llama_server(wanted.llama_server, model, thread_count()))
@@ -89,6 +90,7 @@ def bench_serve(options: BenchOptions, wanted: ServeBenchOptions, json_path: Pat
         "positions": POSITIONS,
         "turns": clients.TURNS,
         "most_tokens": clients.MOST_TOKENS,
+        "host_bytes": wanted.host_nbytes,
         "seconds_each": wanted.seconds,
         "repeats": options.repeats,
         "rows": rows,

@@ -95,7 +95,7 @@ class Server:
         return printable(lines[0]) if lines else "it said nothing"
 
 
-def flashrt_server(checkpoint: Path, options: EngineOptions) -> Server:
+def flashrt_server(checkpoint: Path, options: EngineOptions, host_nbytes: int | None) -> Server:
     """`flashrt serve` with the engine's options."""
     port = _free_port()
     command = [
@@ -103,6 +103,8 @@ def flashrt_server(checkpoint: Path, options: EngineOptions) -> Server:
         "--lanes", str(LANES), "--max-positions", str(POSITIONS),
         "--device", options.device, "--precision", options.precision,
     ]  # fmt: skip
+    if host_nbytes is not None:
+        command += ["--host-bytes", str(host_nbytes)]
     if options.weights is not None:
         command += ["--weights", options.weights]
     if options.draft is False:
