@@ -188,5 +188,6 @@ def _texts(answer: http.client.HTTPResponse, turn: Turn) -> Iterator[str]:
             if text := choice["delta"].get("content"):
                 turn.events.append(time.perf_counter())
                 yield text
+    answer.close()  # which a body of known length is not by itself; the connection stays
     if not is_over:
         raise http.client.IncompleteRead(b"")
