@@ -148,7 +148,7 @@ def test_servers_stand_beside_each_other(
 
 def test_many_clients(capsys: pytest.CaptureFixture[str]) -> None:
     """Red when load alone makes an error, later turns begin cold, or memory is not given back."""
-    arguments = "--serve --clients 64 --seconds 5 --repeats 1 --device cpu --json -".split()
+    arguments = ["--serve", "--clients", "64", "--seconds", "5", "--repeats", "1", "--json", "-"]
     assert cli.main(["bench", *arguments, "--host-bytes", str(HOST_NBYTES)]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["requests"] >= 64 and set(row["errors"]) <= {"429"}

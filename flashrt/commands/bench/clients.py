@@ -144,14 +144,17 @@ class _Client:
             answer = self._connection.getresponse()
             if answer.status != 200:
                 answer.read()
-                return self._failed(str(answer.status), answer.getheader("retry-after"))
+                self._failed(str(answer.status), answer.getheader("retry-after"))
+                return None
             said = "".join(_texts(answer, turn))
         except _Refused:
             self._connection.close()
-            return self._failed("within a stream")
+            self._failed("within a stream")
+            return None
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()  # the next request opens another
-            return self._failed(type(error).__name__)
+            self._failed(type(error).__name__)
+            return None
         self._load.turns.append(turn)
         return said
 
