@@ -1,13 +1,15 @@
 """Options and limits of the whole suite.
 
 IS: `--oracle DIR` (repeatable) and `--device NAME` for the golden tests, a time limit per test, and
-the rule that cases marked `gpu` exist only where CUDA is usable. IS NOT: fixtures of one folder.
+the rule that cases marked `gpu` exist only where CUDA is usable, and those marked `browser` where
+Chromium is, or in CI. IS NOT: fixtures of one folder.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from hypothesis import settings
 from flashrt.backends.cuda.probe import probe
 
 GOLDEN = Path(__file__).parent / "golden"
-NO_GPU = pytest.StashKey[str]()  # the line about cases that were left out
+LEFT_OUT = pytest.StashKey[list[str]]()  # lines about cases that were left out
+BROWSER = ("chromium", "chromedriver")  # of the distribution's packages chromium, chromium-driver
 STDERR = pytest.StashKey[int]()  # the process's own: pytest's capture is lost with the process
 
 
@@ -79,29 +82,42 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)  # after -m and -k: the line is about cases that were asked for
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the cases of a device that is not there."""
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu and not (status := probe()).is_usable:
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-        config.stash[NO_GPU] = f"{len(gpu)} cases were not collected: {status}"
+    """Leave out the cases of a device that is not there, and of a browser; in CI they fail."""
+    lines = config.stash[LEFT_OUT] = []
+    if left := _marked(items, "gpu"):
+        status = probe()
+        if not status.is_usable:
+            items[:] = [item for item in items if item not in left]
+            lines.append(f"{len(left)} cases were not collected: {status}")
+    missing = [name for name in BROWSER if shutil.which(name) is None]
+    if missing and not os.environ.get("CI") and (left := _marked(items, "browser")):
+        items[:] = [item for item in items if item not in left]
+        lines.append(
+            f"{len(left)} cases were not collected: no {' and no '.join(missing)}; "
+            "apt-get install chromium chromium-driver"
+        )
+
+
+def _marked(items: list[pytest.Item], marker: str) -> list[pytest.Item]:
+    return [item for item in items if item.get_closest_marker(marker)]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A process of xdist tells the one that prints."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["no_gpu"] = session.config.stash.get(NO_GPU, "")
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, [])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """A process of xdist is done."""
-    if line := getattr(node, "workeroutput", {}).get("no_gpu"):
-        node.config.stash[NO_GPU] = line
+    if lines := getattr(node, "workeroutput", {}).get("left_out"):
+        node.config.stash[LEFT_OUT] = lines
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """Say what was left out, once."""
-    if line := config.stash.get(NO_GPU, ""):
+    for line in config.stash.get(LEFT_OUT, []):
         terminalreporter.write_line(line)

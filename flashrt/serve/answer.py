@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,15 +92,15 @@ class Answer:
         ticket: Ticket,
         clock: Clock,
         n: int,
-        remember: Callable[[Heard], Awaitable[None]] | None = None,
+        session: str | None = None,
+        etag_of: Callable[[str], Coroutine[Any, Any, str | None]] | None = None,
     ) -> None:
-        """`remember` is called with each choice that has become a node of a session, before anybody
-        is told that it has ended.
-        """
+        """session: which it belongs to; etag_of: the etag of a node of it."""
         self.prompt_tokens = self.cached_tokens = 0
         self.heard = [Heard() for _ in range(n)]
         self._mailbox, self._ticket, self._clock = mailbox, ticket, clock
-        self._remember = remember
+        self._session, self._etag_of = session, etag_of
+        self._etag: str | None = None
         self._taken: list[Event] = []
         self._is_over = False
 
@@ -115,9 +115,18 @@ class Answer:
         return all(choice.reason is not None for choice in self.heard)
 
     @property
-    def node(self) -> str | None:
-        """Its place in the session that it belongs to."""
-        return self.heard[0].node
+    def place(self) -> dict[str, Any]:
+        """Its place in the session that it belongs to: a field of the answer, or none."""
+        if self._session is None or self.heard[0].node is None:
+            return {}
+        place: dict[str, Any] = {
+            "id": self._session,
+            "node": self.heard[0].node,
+            "etag": self._etag,
+        }
+        if len(self.heard) > 1:
+            place["nodes"] = [choice.node for choice in self.heard]
+        return {"session": place}
 
     async def events(self) -> AsyncIterator[Event | None]:
         """Events in order until every choice has ended; None after some silence.
@@ -127,8 +136,9 @@ class Answer:
         while True:
             for event in self._taken:
                 self._note(event)
-                if self._remember is not None and isinstance(event, Ended) and event.node:
-                    await self._remember(self.heard[event.index])
+                # The scheduler answers once it is done with the turn: then the next one may come.
+                if self._session and self._etag_of and self.is_over and self.heard[0].node:
+                    self._etag = await self._etag_of(self.heard[0].node)
                 yield event
                 if self.is_over:
                     self._is_over = True

@@ -21,12 +21,16 @@ from flashrt.serve.desk import Desk
 from flashrt.serve.gate import Gate, refuse, shape_of
 from flashrt.serve.history import History
 from flashrt.serve.http import Handler, endpoint, hidden
+from flashrt.serve.idempotency import Idempotency
 from flashrt.serve.refusal import Refusal
 from flashrt.serve.served import Served
 from flashrt.serve.wire.chat_completions import ChatCompletions
 from flashrt.serve.wire.completions import Completions
 from flashrt.serve.wire.messages import CountTokens, Messages
+from flashrt.serve.wire.openapi import OpenApi
+from flashrt.serve.wire.page import page
 from flashrt.serve.wire.responses import Responses
+from flashrt.serve.wire.sessions import SessionRoutes
 from flashrt.serve.wire.status import StatusRoutes
 from flashrt.serve.wire.tokens import ApplyTemplate, Detokenize, Tokenize
 
@@ -39,6 +43,7 @@ def make_app(
     status = StatusRoutes(desk, core)
     responses = Responses(desk, History())
     chat, completions, messages = ChatCompletions(desk), Completions(desk), Messages(desk)
+    sessions, once = SessionRoutes(desk), Idempotency().of
     handlers: list[tuple[str, str, Handler]] = [
         ("POST", "/v1/chat/completions", chat),
         ("POST", "/chat/completions", chat),
@@ -50,6 +55,18 @@ def make_app(
         ("POST", "/v1/messages/count_tokens", CountTokens(desk)),
         ("GET", "/v1/models", status.models),
         ("GET", "/v1/models/{id:path}", status.model),
+        ("GET", "/v1/sessions", sessions.list),
+        ("POST", "/v1/sessions", once(sessions.create)),
+        ("GET", "/v1/sessions/{id}", sessions.get),
+        ("DELETE", "/v1/sessions/{id}", sessions.delete),
+        ("GET", "/v1/sessions/{id}/tree", sessions.tree),
+        ("GET", "/v1/sessions/{id}/nodes/{node}", sessions.node),
+        ("POST", "/v1/sessions/{id}/snapshot", once(sessions.snapshot)),
+        ("POST", "/v1/sessions/{id}/fork", once(sessions.fork)),
+        ("POST", "/v1/sessions/{id}/rollback", once(sessions.rollback)),
+        ("POST", "/v1/sessions/{id}/restore", once(sessions.restore)),
+        ("GET", "/v1/status", status.overview),
+        ("GET", "/v1/arena.svg", status.arena),
         ("POST", "/tokenize", Tokenize(desk)),
         ("POST", "/detokenize", Detokenize(desk)),
         ("POST", "/apply-template", ApplyTemplate(desk)),
@@ -59,6 +76,9 @@ def make_app(
         ("GET", "/slots", status.slots),
         ("POST", "/slots/{id}", status.slot_action),
         ("GET", "/metrics", status.metrics),
+        ("GET", "/openapi.json", OpenApi()),
+        ("GET", "/", page),
+        ("GET", "/page/{name}", page),
     ]
     routes = [
         Route(path, endpoint(handler, access), methods=[method])

@@ -6,7 +6,7 @@ scheduling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -63,7 +63,11 @@ class Ask:
     priority: int = 0  # higher first
     timeout_s: float | None = None  # since it was submitted
     session: str | None = None  # the session that it goes on
+    tip: str | None = None  # the node that it goes on from: refused if the session has another tip
     messages: tuple[Mapping[str, Any], ...] | None = None  # kept with the session's new node
+    # What a choice has said, as messages for its node: asked once it has ended, in the scheduler's
+    # thread, before `ended` is told.
+    replied: Callable[[int], Sequence[Mapping[str, Any]]] | None = None
 
 
 class Ticket:

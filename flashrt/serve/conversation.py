@@ -39,7 +39,7 @@ _TOLD = (
 class Conversation:
     """messages, tools: as OpenAI's chat API has them, checked. choice: "auto", "none", "required"
     or the name of a tool. options: for the template. is_continued: the reply goes on where the last
-    message, an assistant's, ends.
+    message, an assistant's, ends. A request in a session: see wire.threads.
     """
 
     messages: list[dict[str, Any]]
@@ -49,6 +49,9 @@ class Conversation:
     options: dict[str, object] = field(default_factory=dict)
     shape: Shape | None = None
     is_continued: bool = False
+    session: str | None = None  # of whose conversation the first `known` messages are
+    known: int = 0
+    tip: str | None = None  # its node at that moment
 
 
 def options_of(
@@ -98,7 +101,11 @@ def wanted_of(served: Served, told: Conversation, make: Callable[[list[int]], Wa
     wanted = make(prompt.tokens)
     starts = {*prompt.turn_starts, prompt.tail_start}
     wanted.turn_starts = tuple(sorted(at for at in starts if 0 < at <= len(prompt.tokens)))
-    wanted.messages = tuple(messages)
+    if told.session is not None:  # as they were sent: a later turn may render them differently
+        new = told.messages[told.known :]
+        wanted.session, wanted.tip = told.session, told.tip
+        wanted.unfinished = new.pop() if told.is_continued else None
+        wanted.messages = tuple(new)
     known = Tools(told.tools)
     may_call = bool(told.tools) and told.choice != NONE
     syntax = (tool_syntax(served.template.source) or ToolSyntax.HERMES) if may_call else None

@@ -25,6 +25,7 @@ from flashrt.serve.sessions import (
     SessionBook,
     SessionView,
     TreeView,
+    Turn,
     write_files,
 )
 from flashrt.session.engine import SessionEngine
@@ -147,6 +148,10 @@ class Sessions:
     ) -> Future[tuple[Any, ...]]:
         """Messages on the way to a node, oldest first."""
         return self._scheduler.call(lambda: self._book.messages(owner, session, node))
+
+    def turn(self, owner: str, session: str, node: str | None = None) -> Future[Turn]:
+        """A node with its own tokens and messages, by id or name (default: the tip)."""
+        return self._scheduler.call(lambda: self._book.turn(owner, session, node))
 
     def annotate(
         self, owner: str, session: str, node: str, messages: Iterable[Mapping[str, Any]]

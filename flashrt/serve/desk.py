@@ -7,13 +7,11 @@ any API (wire), or scheduling (core).
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flashrt.base.errors import FlashrtError
-from flashrt.base.messages import visible
 from flashrt.serve.access import Access
 from flashrt.serve.answer import Answer, Heard
 from flashrt.serve.ask import Ask
@@ -22,12 +20,14 @@ from flashrt.serve.mailbox import Mailbox
 from flashrt.serve.served import Served
 from flashrt.serve.speaker import Event, Parser, Plain, Speaker
 
-log = logging.getLogger("flashrt.serve")
-
 
 @dataclass(slots=True)
 class Wanted:
-    """A request for text. `tokens`: the prompt; `parser`: makes what reads one choice."""
+    """A request for text. `tokens`: the prompt; `parser`: makes what reads one choice.
+
+    In a session: `tip` is the node that it goes on from, `messages` are new with it, and the reply
+    goes on where `unfinished`, a message, ends.
+    """
 
     tokens: list[int]
     max_tokens: int
@@ -38,7 +38,9 @@ class Wanted:
     turn_starts: tuple[int, ...] = ()
     priority: int = 0
     session: str | None = None
-    messages: tuple[Mapping[str, object], ...] | None = None
+    tip: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    unfinished: Mapping[str, Any] | None = None
     parser: Callable[[], Parser] = Plain
     is_one_call: bool = False
 
@@ -48,16 +50,14 @@ class Desk:
 
     def __init__(self, core: Core, served: Served, access: Access) -> None:
         self.served, self.access = served, access
+        self.sessions = core.sessions
         self._core = core
 
     async def ask(self, wanted: Wanted, owner: str) -> Answer:
         """Hand a request to the scheduler. Raises FlashrtError if it is not taken."""
-        messages = wanted.messages
-        if wanted.session is not None and messages is not None:
-            sessions = self._core.sessions
-            known = await asyncio.wrap_future(sessions.messages(owner, wanted.session))
-            messages = _new(known, messages)
         mailbox: Mailbox[Event] = Mailbox()
+        session, keeps = wanted.session, wanted.session is not None and wanted.messages is not None
+        notes = [Heard() for _ in range(wanted.n)] if keeps else []
         speaker = Speaker(
             mailbox,
             self.served.tokenizer,
@@ -65,7 +65,13 @@ class Desk:
             wanted.stops,
             wanted.parser,
             is_one_call=wanted.is_one_call,
+            notes=notes,
         )
+
+        def replied(index: int) -> list[Mapping[str, Any]]:
+            speaker.finish(index)
+            return [_joined(wanted.unfinished, notes[index].message())]
+
         ticket = self._core.submit(
             Ask(
                 owner=owner,
@@ -79,32 +85,28 @@ class Desk:
                 logprobs=wanted.logprobs,
                 priority=wanted.priority,
                 timeout_s=self.access.timeout_s,
-                session=wanted.session,
-                messages=messages if wanted.session is not None else None,
+                session=session,
+                tip=wanted.tip,
+                messages=wanted.messages if keeps else None,
+                replied=replied if keeps else None,
             )
         )
-        session = wanted.session
-        if session is None or messages is None:
-            return Answer(mailbox, ticket, speaker.clock, wanted.n)
 
-        async def remember(heard: Heard) -> None:
-            assert heard.node is not None, "it is called for those that have one"
-            said = self._core.sessions.annotate(owner, session, heard.node, [heard.message()])
+        async def etag_of(node: str) -> str | None:
+            assert session is not None, "only turns of sessions have nodes"
             try:
-                await asyncio.wrap_future(said)
-            except FlashrtError as error:  # the session was deleted meanwhile, for instance
-                log.warning("a reply is not in its session: %s", visible(str(error)))
+                turn = await asyncio.wrap_future(self.sessions.turn(owner, session, node))
+            except FlashrtError:  # the session was deleted meanwhile
+                return None
+            return turn.etag
 
-        return Answer(mailbox, ticket, speaker.clock, wanted.n, remember)
+        return Answer(mailbox, ticket, speaker.clock, wanted.n, session, etag_of)
 
 
-def _new(
-    known: Sequence[Mapping[str, object]], messages: Sequence[Mapping[str, object]]
-) -> tuple[Mapping[str, object], ...]:
-    """Messages that a session's tip does not have yet: a conversation is sent whole each time."""
-    same = 0
-    for old, new in zip(known, messages, strict=False):
-        if {k: v for k, v in old.items() if v} != {k: v for k, v in new.items() if v}:
-            break
-        same += 1
-    return tuple(messages[same:])
+def _joined(unfinished: Mapping[str, Any] | None, reply: dict[str, Any]) -> Mapping[str, Any]:
+    """A reply, with the message before it that it goes on."""
+    if unfinished is None:
+        return reply
+    joined = {**unfinished, **reply}
+    joined["content"] = (unfinished.get("content") or "") + reply["content"]
+    return joined

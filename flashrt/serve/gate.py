@@ -20,7 +20,10 @@ from flashrt.base.messages import printable
 from flashrt.serve.access import Access
 from flashrt.serve.refusal import Refusal, Shape
 
-OPEN_PATHS = frozenset({"/health", "/v1/health", "/"})  # tell nothing that a key protects
+OPEN_PATHS = frozenset({  # they tell nothing that a key protects
+    "/health", "/v1/health", "/", "/page/page.css", "/page/page.js", "/page/tree.js",
+    "/page/icon.svg", "/openapi.json",
+})  # fmt: skip
 _CORS = {
     "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
     "access-control-max-age": "600",

@@ -67,7 +67,10 @@ def endpoint(handler: Handler, access: Access) -> Callable[[Request], Awaitable[
                 if access.logs_prompts:
                     log.info("%s", visible(body.decode(errors="replace")))
                 # Large ones take a while, and others wait for this thread.
-                fields = parse(body) if len(body) < 65_536 else await asyncio.to_thread(parse, body)
+                if len(body) >= 65_536:
+                    fields = await asyncio.to_thread(parse, body)
+                elif body:  # none at all is an object without fields
+                    fields = parse(body)
             return await handler(Call(request, request.scope["state"]["owner"], fields, shape))
         except Refusal as refusal:
             return refuse(refusal, shape)

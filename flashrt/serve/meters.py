@@ -40,6 +40,7 @@ class TurnTiming:
     """One request that ended."""
 
     ended_at: float  # seconds since the epoch
+    owner: str  # its key
     session: str | None
     action: str  # how its lane got to the prompt: continue, rollback, restore or cold
     reason: str

@@ -783,9 +783,9 @@ class Scheduler:
         first = None if asked.first_token is None else asked.first_token - asked.submitted
         self.meters.turns.append(
             TurnTiming(
-                time.time(), asked.ask.session, asked.action, reason, len(asked.tokens),
-                asked.cached, asked.n_generated, max(0.0, asked.began - asked.submitted), first,
-                now - asked.submitted,
+                time.time(), asked.owner, asked.ask.session, asked.action, reason,
+                len(asked.tokens), asked.cached, asked.n_generated,
+                max(0.0, asked.began - asked.submitted), first, now - asked.submitted,
             )
         )  # fmt: skip
         self.ends.over(asked)

@@ -80,6 +80,7 @@ class SessionView:
     is_busy: bool
     forked_from: tuple[str, str] | None  # session, node
     n_nodes: int
+    root: str  # the node without a parent; forks share it
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,16 @@ class TreeView:
 
     session: SessionView
     nodes: tuple[NodeView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A node with what is its own: the tokens after its parent's first `base`, and messages."""
+
+    node: NodeView
+    etag: str  # of a session whose tip it is
+    tokens: tuple[int, ...]
+    messages: tuple[Mapping[str, Any], ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -162,6 +173,9 @@ class SessionBook(Ends):
                 raise SessionBusy(
                     f"session {session.id}: a turn is running; wait for its end, or fork"
                 )
+            if asked.ask.tip not in (None, session.tip):
+                now = self._etag(session)
+                raise SessionConflict(f"session {session.id} has moved on to {now}", now)
             session.is_busy = True
             session.turn_parent = session.tip
 
@@ -171,7 +185,8 @@ class SessionBook(Ends):
         node: _Node | None = None
         if asked.ask.session is not None:
             session = self._find(asked.owner, asked.ask.session)
-            node = self._grown(session, left, list(asked.ask.messages or ()))
+            said = asked.ask.replied(left.index) if asked.ask.replied else ()
+            node = self._grown(session, left, [*(asked.ask.messages or ()), *said])
             files = {**self._node_file(session, node), **self._session_file(session)}
         id_ = node.id if node is not None else None
         store, post = self._store, self._post
@@ -240,6 +255,16 @@ class SessionBook(Ends):
         session = self._find(owner_key(owner), id_)
         path = self._path(session, self._node(session, node))
         return tuple(message for at in path for message in self._loaded(session, at)[1])
+
+    def turn(self, owner: str, id_: str, node: str | None = None) -> Turn:
+        """A node with its own tokens and messages, by id or name (default: the tip). Raises
+        NoSession, StoreError.
+        """
+        session = self._find(owner_key(owner), id_)
+        found = self._node(session, node)
+        tokens, messages = self._loaded(session, found)
+        etag = self._etag(session, found)
+        return Turn(_node_view(found), etag, tuple(tokens.tolist()), tuple(messages))
 
     def annotate(
         self, owner: str, id_: str, node: str, messages: Iterable[Mapping[str, Any]]
@@ -530,8 +555,9 @@ class SessionBook(Ends):
         trace(PLAN, f"sessions: {what}")
         self.problems = [*self.problems[-99:], what]
 
-    def _etag(self, session: _Session) -> str:
-        tip = session.nodes[session.tip]
+    def _etag(self, session: _Session, node: _Node | None = None) -> str:
+        """Of the session with that tip (default: the one it has)."""
+        tip = node or session.nodes[session.tip]
         digest = tip.digest or tokens_digest(self._tokens(session, tip))
         return f"{digest}-{tip.id}"
 
@@ -539,7 +565,7 @@ class SessionBook(Ends):
         tip = session.nodes[session.tip]
         return SessionView(
             session.id, session.name, session.created, tip.id, tip.position, self._etag(session),
-            session.is_busy, session.forked_from, len(session.nodes),
+            session.is_busy, session.forked_from, len(session.nodes), next(iter(session.nodes)),
         )  # fmt: skip
 
     def _loaded(self, session: _Session, node: _Node) -> tuple[NDArray[np.int32], Messages]:

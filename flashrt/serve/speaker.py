@@ -7,8 +7,9 @@ the request's mailbox. IS NOT: JSON of any API (wire), or what a tool call looks
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -28,6 +29,13 @@ class Parser(Protocol):
 
     def flush(self) -> Iterable[ReplyEvent]:
         """What is still held, at the end."""
+
+
+class Notes(Protocol):
+    """Who else is told what a choice says, in the scheduler's thread."""
+
+    def take(self, piece: ReplyEvent) -> None:
+        """A piece of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,7 @@ class _Choice:
         self.tokens = 0
         self.has_called = False  # and it may do so once
         self._decoded = 0  # characters so far
+        self.rest: tuple[list[ReplyEvent], list[_Told]] | None = None  # once it has ended
         self._given = 0  # of them, those before any stop string that were handed on
         self._held: list[tuple[int, int, TokenLogprobs]] = []  # where a token's text begins, ...
 
@@ -162,12 +171,13 @@ class Speaker:
         parser: Callable[[], Parser] = Plain,
         *,
         is_one_call: bool = False,
+        notes: Sequence[Notes] = (),
     ) -> None:
         """`parser`: makes one for each of the `n` choices. is_one_call: a choice ends with its
-        first whole tool call.
+        first whole tool call. `notes`: of each choice, or none at all.
         """
         self.clock = Clock()
-        self._mailbox, self._is_one_call = mailbox, is_one_call
+        self._mailbox, self._is_one_call, self._notes = mailbox, is_one_call, notes
         strings = tuple(stops)
         self._choices = [_Choice(tokenizer, strings, parser()) for _ in range(n)]
 
@@ -187,8 +197,7 @@ class Speaker:
         except Exception as error:  # a parser or a tokenizer met what it cannot take
             self._mailbox.put(Failed(error))
             return False
-        if self._is_one_call:
-            pieces = choice.up_to_a_call(pieces)
+        pieces = self._noted(index, pieces)
         if pieces or told:
             self._mailbox.put(Said(index, tuple(pieces), tuple(told)))
         # Where a client went, the ticket is cancelled; one that does not read does not do that.
@@ -198,12 +207,10 @@ class Speaker:
         """See Sink."""
         choice = self._choices[index]
         try:
-            pieces, told = choice.end()
+            pieces, told = self._rest(index)
         except Exception as error:
             self._mailbox.put(Failed(error))
             return
-        if self._is_one_call:
-            pieces = choice.up_to_a_call(pieces)
         if pieces or told:
             self._mailbox.put(Said(index, tuple(pieces), tuple(told)))
         reason = "stop" if choice.is_done else reason
@@ -212,3 +219,24 @@ class Speaker:
     def failed(self, error: FlashrtError) -> None:
         """See Sink."""
         self._mailbox.put(Failed(error))
+
+    def finish(self, index: int) -> None:
+        """Let the notes of a choice that has ended be whole, before `ended` is told."""
+        with contextlib.suppress(Exception):  # `ended` meets it again, and tells
+            self._rest(index)
+
+    def _rest(self, index: int) -> tuple[list[ReplyEvent], list[_Told]]:
+        choice = self._choices[index]
+        if choice.rest is None:
+            pieces, told = choice.end()
+            choice.rest = self._noted(index, pieces), told
+        return choice.rest
+
+    def _noted(self, index: int, pieces: list[ReplyEvent]) -> list[ReplyEvent]:
+        """Those that count, which the notes have then."""
+        if self._is_one_call:
+            pieces = self._choices[index].up_to_a_call(pieces)
+        if self._notes:
+            for piece in pieces:
+                self._notes[index].take(piece)
+        return pieces

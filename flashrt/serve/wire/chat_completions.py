@@ -24,6 +24,7 @@ from flashrt.serve.served import Served
 from flashrt.serve.speaker import Ended, Said
 from flashrt.serve.structure import shape_of
 from flashrt.serve.wire import common
+from flashrt.serve.wire.threads import resumed
 from flashrt.text.reply import ArgumentsDelta, CallBegun, ReplyEvent, TextDelta, ThoughtDelta
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -44,7 +45,7 @@ class ChatCompletions:
     async def __call__(self, call: Call) -> Response:
         """See http.Handler."""
         fields, served = call.fields, self._desk.served
-        told = conversation_of(fields, served)
+        told = await resumed(call, self._desk.sessions, conversation_of(fields, served))
         streams = fields.flag("stream", False)
         wanted = await asyncio.to_thread(
             wanted_of, served, told, lambda tokens: _limits_of(fields, served, tokens)
@@ -223,7 +224,6 @@ def _limits_of(fields: Fields, served: Served, tokens: list[int]) -> Wanted:
         stops=common.stops_of(fields),
         logprobs=(alternatives or 0) if logprobs else None,
         priority=common.priority_of(fields),
-        session=common.session_of(fields),
     )
 
 
@@ -258,13 +258,11 @@ class _Made:
 
     def last(self) -> dict[str, Any]:
         """Usage and times, at the end."""
-        more: dict[str, Any] = {
+        return {
             "usage": common.usage_of(self.answer),
             "timings": self.answer.timings(),
+            **self.answer.place,
         }
-        if self.answer.node is not None:
-            more["session_node"] = self.answer.node
-        return more
 
 
 async def _whole(made: _Made) -> Response:

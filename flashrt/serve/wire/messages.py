@@ -25,6 +25,7 @@ from flashrt.serve.speaker import Said
 from flashrt.serve.structure import Shape
 from flashrt.serve.wire import common
 from flashrt.serve.wire.chat_completions import function_of
+from flashrt.serve.wire.threads import resumed
 from flashrt.text.reply import ArgumentsDelta, CallBegun, ReplyEvent, TextDelta, ThoughtDelta
 
 _TOLD = frozenset({
@@ -54,7 +55,7 @@ class Messages:
         if most is None:
             raise fields.refuse("max_tokens", "a number of tokens, at least 1")
         streams = fields.flag("stream", False)
-        told = conversation_of(fields, served)
+        told = await resumed(call, self._desk.sessions, conversation_of(fields, served))
         wanted = await asyncio.to_thread(
             wanted_of, served, told, lambda tokens: _limits_of(fields, served, tokens, most)
         )
@@ -264,7 +265,6 @@ def _limits_of(fields: Fields, served: Served, tokens: list[int], most: int) -> 
         sampling=common.sampling_of(fields, served),
         stops=common.stops_of(fields, "stop_sequences"),
         priority=common.priority_of(fields),
-        session=common.session_of(fields),
     )
 
 
@@ -322,11 +322,7 @@ async def _whole(made: _Made) -> Response:
         value = json.loads(call.arguments or "{}")
         content.append({"type": "tool_use", "id": call.id, "name": call.name, "input": value})
     message = made.message(content, _reason_of(heard), heard.stop_string, heard.token_count)
-    return Json({**message, **_node(made.answer)})
-
-
-def _node(answer: Answer) -> dict[str, Any]:
-    return {} if answer.node is None else {"session_node": answer.node}
+    return Json({**message, **made.answer.place})
 
 
 def _event(kind: str, **fields: Any) -> str:
@@ -399,7 +395,7 @@ async def _events(made: _Made) -> AsyncIterator[str]:
     (heard,) = answer.heard
     delta = {"stop_reason": _reason_of(heard), "stop_sequence": heard.stop_string}
     usage = made.usage(heard.token_count)
-    yield _event("message_delta", delta=delta, usage=usage, **_node(answer))
+    yield _event("message_delta", delta=delta, usage=usage, **answer.place)
     yield _event("message_stop")
 
 

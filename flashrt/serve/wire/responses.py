@@ -28,6 +28,7 @@ from flashrt.serve.speaker import Said
 from flashrt.serve.structure import shape_of
 from flashrt.serve.wire import common
 from flashrt.serve.wire.chat_completions import choice_of, content_of, function_of
+from flashrt.serve.wire.threads import resumed
 from flashrt.text.reply import ArgumentsDelta, CallBegun, CallEnded, TextDelta, ThoughtDelta
 
 _KNOWN = common.SAMPLING | common.IGNORED | common.OURS | {
@@ -52,6 +53,7 @@ class Responses:
         fields.only(_KNOWN)
         before = self._before(fields, call.owner)
         told = _conversation_of(fields, served, before)
+        told = await resumed(call, self._desk.sessions, told)
         streams, with_tokens = fields.flag("stream", False), _with_tokens(fields)
         wanted = await asyncio.to_thread(
             wanted_of, served, told, lambda tokens: _limits_of(fields, served, tokens, with_tokens)
@@ -63,8 +65,8 @@ class Responses:
             if fields.flag("store", True):
                 said = answer.heard[0].message()
                 first = told.messages
-                if fields.has("instructions"):  # they are this request's alone
-                    first = first[1:]
+                if fields.has("instructions") and told.session is None:
+                    first = first[1:]  # they are this request's alone
                 self._history.keep(call.owner, response, [*first, said])
 
         if not streams:
@@ -95,6 +97,7 @@ class Responses:
         name = fields.text("previous_response_id")
         if name is None:
             return []
+        fields.refused("session", "give one of session and previous_response_id")
         found = self._history.find(owner, name)
         if found is None:
             raise _unknown(name, "previous_response_id")
@@ -216,7 +219,6 @@ def _limits_of(fields: Fields, served: Served, tokens: list[int], with_tokens: b
         stops=common.stops_of(fields),
         logprobs=alternatives if with_tokens else None,
         priority=common.priority_of(fields),
-        session=common.session_of(fields),
     )
 
 
@@ -266,7 +268,6 @@ class _Made:
         answer = self.answer
         (heard,) = answer.heard
         is_cut = heard.reason in ("length", "context")
-        more: dict[str, Any] = {} if answer.node is None else {"session_node": answer.node}
         return self.response(
             "incomplete" if is_cut else "completed",
             output,
@@ -280,7 +281,7 @@ class _Made:
                 "total_tokens": answer.prompt_tokens + answer.token_count,
             },
             timings=answer.timings(),
-            **more,
+            **answer.place,
         )
 
 

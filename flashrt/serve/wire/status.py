@@ -1,4 +1,4 @@
-"""What the server is and does: /health, /v1/models, /props, /slots, /metrics.
+"""What the server is and does: /health, /v1/models, /v1/status, /props, /slots, /metrics.
 
 IS: routes that only read. IS NOT: the counters (meters).
 """
@@ -10,12 +10,16 @@ from typing import Any
 
 from starlette.responses import Response
 
+from flashrt.models.model import tapes_of
 from flashrt.serve.core import Core, Status
 from flashrt.serve.desk import Desk
 from flashrt.serve.http import Call, Json
 from flashrt.serve.metrics import metrics_text
+from flashrt.serve.prefix import owner_key
 from flashrt.serve.refusal import Refusal
+from flashrt.view.arena_map import arena_map, widest
 
+_SVG_HEADERS = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
 _PATIENCE_S = 30.0  # the scheduler answers between two steps
 
 
@@ -24,6 +28,7 @@ class StatusRoutes:
 
     def __init__(self, desk: Desk, core: Core) -> None:
         self._desk, self._core = desk, core
+        self._arena: str | None = None  # it never changes
 
     async def health(self, call: Call) -> Response:
         """GET /health: 200 while requests are served."""
@@ -104,6 +109,69 @@ class StatusRoutes:
             "--store); by hand it is done with sessions: /v1/sessions/{id}/snapshot and /restore",
             "action",
         )
+
+    async def overview(self, call: Call) -> Response:
+        """GET /v1/status: lanes, queue, memory, and the caller's own last turns. Of other keys'
+        work it says only that there is some.
+        """
+        status, served = await self._status(), self._desk.served
+        me, meters = owner_key(call.owner), status.meters
+        lanes = []
+        for lane in status.lanes:
+            is_mine = lane.owner == me and lane.state != "idle"
+            lanes.append(
+                {
+                    "index": lane.index,
+                    "state": lane.state,
+                    "position": lane.position,
+                    "is_yours": is_mine,
+                    "session": lane.session if is_mine else None,
+                    "generated_tokens": lane.generated_tokens,
+                }
+            )
+        turns = [
+            {
+                "ended_at": turn.ended_at,
+                "session": turn.session,
+                "action": turn.action,
+                "reason": turn.reason,
+                "prompt_tokens": turn.prompt_tokens,
+                "cached_tokens": turn.cached_tokens,
+                "generated_tokens": turn.generated_tokens,
+                "wait_s": turn.wait_s,
+                "first_token_s": turn.first_token_s,
+                "total_s": turn.total_s,
+            }
+            for turn in meters.turns
+            if turn.owner == me
+        ]
+        tiers = {tier: {"n": n, "nbytes": size} for tier, (n, size) in status.capsules.items()}
+        body = {
+            "object": "status",
+            "model": served.name,
+            "device": served.engine.device,
+            "fingerprint": served.fingerprint,
+            "max_positions": served.engine.max_positions,
+            "lanes": lanes,
+            "queue": {"all": sum(status.queued.values()), "yours": status.queued.get(me, 0)},
+            "turns": turns,
+            "capsules": tiers,
+            "pool": {"nbytes": status.pool_nbytes, "used_nbytes": status.pool_used_nbytes},
+        }
+        return Json(body, headers={"cache-control": "no-store"})
+
+    async def arena(self, call: Call) -> Response:
+        """GET /v1/arena.svg: the one allocation of the engine, to scale."""
+        if self._arena is None:
+            served, engine = self._desk.served, self._desk.served.engine
+            lanes = len(engine.lanes)
+            title = (
+                f"The arena of {served.name}: {lanes} lanes of {engine.max_positions:,} positions"
+            )
+            tapes = tapes_of(engine.model, lanes)
+            plan = engine.arena.plan
+            self._arena = await asyncio.to_thread(arena_map, plan, widest(tapes), title)
+        return Response(self._arena, media_type="image/svg+xml", headers=_SVG_HEADERS)
 
     async def metrics(self, call: Call) -> Response:
         """GET /metrics for Prometheus."""

@@ -77,7 +77,8 @@ def test_pages_of_others_may_not_ask(started: Callable[..., Running]) -> None:
 
 
 BODIES: list[tuple[bytes, str]] = [
-    (b"", "JSON"),
+    (b"", "missing"),
+    (b" ", "JSON"),
     (b"[]", "object"),
     (b"\xff\xfe", "UTF-8"),
     (b'{"messages": NaN}', "NaN"),

@@ -294,7 +294,7 @@ def test_a_turn_joins_its_session(server: Running) -> None:
     messages = list(ASKED)
     for turns in (1, 2):
         found = chat(client, messages, extra_body={"session": made.id})
-        node = found.model_extra["session_node"]
+        node = found.model_extra["session"]["node"]
         messages += [found.choices[0].message.model_dump(exclude_none=True), *ASKED]
         known = sessions.messages(OPEN, made.id, node).result(20)
         assert [m["role"] for m in known] == ["user", "assistant"] * turns
