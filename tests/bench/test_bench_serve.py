@@ -97,7 +97,7 @@ def test_what_a_client_counts(double: Server) -> None:
     """Red when a request that failed counts as served, when tokens are counted as texts, or when
     the turns of a conversation are taken for one another.
     """
-    assert double.name == "llama.cpp's server (version 77)"
+    assert double.name == "llama.cpp's server, 77 (abc)"
     load = run_clients(double.url, 1, 1.0)
     assert load.errors == {"429": 1, "within a stream": 1, "IncompleteRead": 1}
     assert len(load.turns) >= 5
@@ -138,7 +138,7 @@ def test_servers_stand_beside_each_other(
     assert cli.main(["bench", *arguments, "--json", str(path)]) == 0
     document, printed = json.loads(path.read_text()), capsys.readouterr().out
     ours, theirs = document["rows"]
-    assert document["peer"] == theirs["server"] == "llama.cpp's server (version 77)"
+    assert document["peer"] == theirs["server"] == "llama.cpp's server, 77 (abc)"
     assert ours["server"] == "flashrt" and document["weights_bytes"] == 100
     assert set(theirs["errors"]) == {"429", "within a stream", "IncompleteRead"}
     assert not ours["errors"] and ours["requests"] >= 2 and theirs["requests"]

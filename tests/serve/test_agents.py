@@ -28,11 +28,17 @@ SYSTEM = " ".join(Building(HELD_OUT + i, 32).prompt() for i in range(5))
 OPENING = 1  # the beginning of a reply: a template may write it in another way in the next turn
 
 
+HTTP = httpx.Client(timeout=60)
+# Made once: a client takes longer to make than a turn.
+OPENAI = openai.OpenAI(base_url="http://127.0.0.1/v1", api_key="none", max_retries=0)
+ANTHROPIC = anthropic.Anthropic(base_url="http://127.0.0.1", api_key="none", max_retries=0)
+
+
 @dataclass
 class Agent:
     """A conversation in OpenAI's form; `known`: what its prompts and replies have been."""
 
-    url: str
+    url: str = ""
     messages: list[dict[str, Any]] = field(
         default_factory=lambda: [{"role": "system", "content": SYSTEM}]
     )
@@ -51,7 +57,7 @@ class Agent:
         return total - cached, new
 
     def _post(self, path: str, **body: Any) -> Any:
-        answer = httpx.post(self.url + path, json=body, timeout=60)
+        answer = HTTP.post(self.url + path, json=body)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -62,8 +68,7 @@ def common(a: list[int], b: list[int]) -> int:
 
 def by_openai(agent: Agent) -> tuple[dict[str, Any], int, int]:
     """The reply, the prompt's tokens, and how many of them were there."""
-    client = openai.OpenAI(base_url=f"{agent.url}/v1", api_key="none", max_retries=0)
-    found: Any = client.chat.completions.create(
+    found: Any = OPENAI.with_options(base_url=f"{agent.url}/v1").chat.completions.create(
         model="default", messages=agent.messages, max_tokens=20
     )
     said, usage = found.choices[0].message, found.usage
@@ -74,9 +79,8 @@ def by_openai(agent: Agent) -> tuple[dict[str, Any], int, int]:
 
 
 def by_anthropic(agent: Agent) -> tuple[dict[str, Any], int, int]:
-    client = anthropic.Anthropic(base_url=agent.url, api_key="none", max_retries=0)
     system, *messages = agent.messages
-    found: Any = client.messages.create(
+    found: Any = ANTHROPIC.with_options(base_url=agent.url).messages.create(
         model="default", max_tokens=20, system=system["content"],
         messages=[as_anthropic(message) for message in messages],
     )  # fmt: skip
@@ -136,7 +140,7 @@ def test_every_turn_feeds_what_is_new(tmp_path: Path, drops: bool) -> None:
     if drops:
         (checkpoint / TEMPLATE_FILE).write_text(DROPS_THOUGHTS)
     options = (str(checkpoint), "--store", str(tmp_path / "store"), "--max-positions", "4096")
-    agent, found = Agent(""), []
+    agent, found = Agent(), []
     for first, last in ((0, KILLED_AFTER), (KILLED_AFTER, TURNS)):
         with served(*options) as (process, agent.url):
             for turn in range(first, last):
@@ -167,9 +171,7 @@ def test_more_conversations_than_the_pool_holds(host: tuple[str, ...]) -> None:
                 system = {"role": "system", "content": Building(HELD_OUT + i, 32).prompt()}
                 asked = {"role": "user", "content": "bring me the red box ."}
                 body = {"messages": [system, asked], "max_tokens": 2}
-                usage = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()[
-                    "usage"
-                ]
+                usage = HTTP.post(f"{url}/v1/chat/completions", json=body).json()["usage"]
                 cached = usage["prompt_tokens_details"]["cached_tokens"]
                 fed.append(usage["prompt_tokens"] - cached)
     assert min(fed[:8]) > 350

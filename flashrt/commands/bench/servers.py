@@ -145,15 +145,15 @@ def resident_nbytes(pid: int) -> int:
 
 
 def _version(binary: Path) -> str:
-    """As `llama.cpp's server (version 1234)`."""
+    """As `llama.cpp's server, 1234 (build 5, commit abc)`."""
     try:
         said = subprocess.run(
             [str(binary), "--version"], capture_output=True, text=True, check=False
         )
     except OSError as error:
         raise FlashrtError(f"{binary} does not run: {error.strerror or error}") from error
-    found = re.search(r"version: (\S+)", said.stdout + said.stderr)
-    return f"llama.cpp's server (version {found[1]})" if found else "llama.cpp's server"
+    found = re.search(r"version: (.+)", said.stdout + said.stderr)
+    return f"llama.cpp's server, {printable(found[1])}" if found else "llama.cpp's server"
 
 
 def _free_port() -> int:
