@@ -64,7 +64,7 @@ def test_the_sdist_holds_what_a_build_needs(built: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "build.py"} <= names
-    assert names_below("flashrt", ".py", ".c", ".h") <= names
+    assert names_below("flashrt", ".py", ".c", ".h", ".html", ".css", ".js", ".svg") <= names
     assert names_below("cuda_src", ".cu", ".cuh") <= names
     assert names_below("tests", ".py", ".json", ".safetensors") <= names
     assert names_below("examples", ".py", ".c", ".cu") <= names
@@ -76,7 +76,7 @@ def test_the_wheel_holds_sources_and_licence(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert names_below("flashrt", ".py", ".c", ".h") <= names
+    assert names_below("flashrt", ".py", ".c", ".h", ".html", ".css", ".js", ".svg") <= names
     assert {f"flashrt/{name}" for name in names_below("cuda_src", ".cu", ".cuh")} <= names
     version = PYPROJECT["project"]["version"]
     assert f"flashrt-{version}.dist-info/licenses/LICENSE" in names

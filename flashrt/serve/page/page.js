@@ -278,7 +278,7 @@ function nodeRow(row, rows, width, onWay, shown, lanes) {
     "div", onWay.has(node.id) ? "node" : "node off",
     make("span", "title", titleOf(node)), badges,
     make("span", "number", size),
-    make("span", "number", node.nbytes ? bytes(node.nbytes) : ""),
+    make("span", "number bytes", node.nbytes ? bytes(node.nbytes) : ""),
     make("span", "tier", node.parent === null ? "" : node.tier === "none" ? "to redo" : node.tier),
   );
   made.style.paddingLeft = `${width}px`;

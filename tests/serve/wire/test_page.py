@@ -189,3 +189,29 @@ def test_files_of_the_page(server: Running) -> None:
         assert "://" not in found.text.replace("http://www.w3.org/2000/svg", "")  # only a name
     assert server.get("/page/..%2fapp.py").status_code == 404
     assert server.get("/page/none.js").status_code == 404
+
+
+@pytest.mark.browser
+def test_who_is_where(browser: webdriver.Chrome, started: Callable[..., Running]) -> None:
+    """Fault: a running turn, or one that waits, is not seen; Stop leaves it in the queue."""
+    running = started(lanes=1)
+    stops = {str(token): -100 for token in running.engine.checkpoint.stop_tokens}
+    with Client(running.url) as client:
+        session = client.session("waiter")
+        page = Page(browser, running.url)
+        page.click(f'[data-session="{session.id}"]')
+        walker = client.session("walker")
+        # Fast as the model is, it is not through all positions before the page has looked.
+        walk = walker.stream(WALK, max_tokens=1000, temperature=1.5, logit_bias=stops)
+        next(walk)
+        page.wait(lambda: "walker" in page.find(".lane.yours").text)
+        page.find("#text").send_keys(WALK)
+        page.click("#send")
+        page.click("#stop")
+        page.wait(lambda: not page.all(".message.live"))
+        walk.close()  # type: ignore[attr-defined]
+        page.wait(lambda: not page.all(".lane.busy") and page.find("#queue").text == "nobody waits")
+        assert len(session.tree()["nodes"]) <= 2
+        page.click(f'[data-session="{walker.id}"]')
+        page.wait(lambda: len(page.nodes()) == 2)
+    assert [line for line in page.logs() if "WARNING" not in line] == []
