@@ -16,7 +16,7 @@ from flashrt.commands.bench.servers import Server, closing, llama_server, reside
 from flashrt.weights.bundled import bundled_checkpoint
 
 # A double of llama.cpp's server: a first request is turned away, the second ends in a fault, the
-# third breaks off; then each gives four tokens in two texts. `--version` is all else it knows.
+# third breaks off; then each gives four tokens in two texts, and once the connection is closed. `--version` is all else it knows.
 DOUBLE = f"""#!{sys.executable}
 import http.server, json, sys
 if "--version" in sys.argv:
@@ -57,6 +57,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(200, text("a") + event(error={{"message": "no"}}))
         else:
             self.answer(200, text("a") if count == 3 else whole)
+            self.close_connection = count == 5
 
     def answer(self, status, body, *headers):
         self.send_response(status)
@@ -94,8 +95,8 @@ def double(program: Path, tmp_path: Path) -> Iterator[Server]:
 
 
 def test_what_a_client_counts(double: Server) -> None:
-    """Red when a request that failed counts as served, when tokens are counted as texts, or when
-    the turns of a conversation are taken for one another.
+    """Red when a request that failed counts as served, a kept connection that was closed as failed,
+    when tokens are counted as texts, or the turns of a conversation are taken for one another.
     """
     assert double.name == "llama.cpp's server, 77 (abc)"
     load = run_clients(double.url, 1, 1.0)

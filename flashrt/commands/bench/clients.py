@@ -137,11 +137,7 @@ class _Client:
         }
         turn = Turn(is_first, time.perf_counter())
         try:
-            self._connection.request(
-                "POST", "/v1/chat/completions", json.dumps(body),
-                {"content-type": "application/json"},
-            )  # fmt: skip
-            answer = self._connection.getresponse()
+            answer = self._answer(json.dumps(body))
             if answer.status != 200:
                 answer.read()
                 self._failed(str(answer.status), answer.getheader("retry-after"))
@@ -157,6 +153,21 @@ class _Client:
             return None
         self._load.turns.append(turn)
         return said
+
+    def _answer(self, body: str) -> http.client.HTTPResponse:
+        """A server may have closed a connection that was kept: then another one is opened, as every
+        client does.
+        """
+        for is_kept in (self._connection.sock is not None, False):
+            headers = {"content-type": "application/json"}
+            try:
+                self._connection.request("POST", "/v1/chat/completions", body, headers)
+                return self._connection.getresponse()
+            except ConnectionError:  # RemoteDisconnected is one
+                self._connection.close()
+                if not is_kept:
+                    raise
+        raise AssertionError("the second one returns or raises")
 
     def _failed(self, what: str, retry_after: str | None = None) -> None:
         self._load.errors[what] += 1
