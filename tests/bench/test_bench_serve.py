@@ -16,7 +16,8 @@ from flashrt.commands.bench.servers import Server, closing, llama_server, reside
 from flashrt.weights.bundled import bundled_checkpoint
 
 # A double of llama.cpp's server: a first request is turned away, the second ends in a fault, the
-# third breaks off; then each gives four tokens in two texts, and once the connection is closed. `--version` is all else it knows.
+# third breaks off; then each gives four tokens in two texts, and once the connection is closed.
+# `--version` is all else it knows.
 DOUBLE = f"""#!{sys.executable}
 import http.server, json, sys
 if "--version" in sys.argv:
