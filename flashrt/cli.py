@@ -19,11 +19,13 @@ from typing import Any
 from flashrt.base.errors import FlashrtError
 from flashrt.commands import console, replay, store
 from flashrt.commands.bench import policy
+from flashrt.commands.bench import serve as serve_bench
 from flashrt.commands.bench.document import BenchOptions
 from flashrt.commands.bench.draft import bench_draft
 from flashrt.commands.bench.gpu.run import GpuBenchOptions, gpu_bench
 from flashrt.commands.bench.lanes import bench_lanes
 from flashrt.commands.bench.resume import resume
+from flashrt.commands.bench.serve import ServeBenchOptions, bench_serve
 from flashrt.commands.bench.session import bench
 from flashrt.commands.chat import ChatOptions, chat
 from flashrt.commands.checkpoints import EngineOptions
@@ -429,6 +431,7 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
             grace_s=options.grace,
             body_nbytes=options.max_body,
             logs_prompts=options.log_prompts,
+            host_nbytes=options.host_bytes,
             engine=dataclasses.replace(_engine_options(options), **device),
         )
         return serve(wanted)
@@ -477,6 +480,10 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
         "--store", metavar="DIR", help="capsule store: sessions and prefixes outlive the server"
     )
     work.add_argument(
+        "--host-bytes", type=_whole(0), metavar="N", help="memory for states that the pool has no "
+        "room for (default: an eighth of the machine's)",
+    )  # fmt: skip
+    work.add_argument(
         "--queue", type=_whole(1, 1 << 20), default=256, metavar="N",
         help="requests that may wait; more get 429 (default: 256)",
     )  # fmt: skip
@@ -488,8 +495,7 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
         "--grace", type=_number(0, 1e6), default=30.0, metavar="SECONDS",
         help="at the end, for requests that run (default: 30)",
     )  # fmt: skip
-    _add_engine_options(parser)
-    parser.set_defaults(lanes=4)
+    _add_engine_options(parser, lanes=4)
     _add_device(parser)
 
 
@@ -568,7 +574,7 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
     def command(options: argparse.Namespace) -> int:
         if options.policy is not None:
             return _bench_policy(options)
-        is_plain = not (options.resume or options.draft or options.lanes)
+        is_plain = not (options.resume or options.draft or options.lanes or options.serve)
         if is_plain and options.device in ("cuda", "simt") and options.checkpoint is None:
             return _gpu_bench(options)
         wanted = BenchOptions(
@@ -586,6 +592,8 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
             return bench_draft(wanted, options.json)
         if options.lanes:
             return bench_lanes(wanted, options.lanes, options.json, options.plot)
+        if options.serve:
+            return _bench_serve(wanted, options)
         return (resume if options.resume else bench)(wanted, options.json, options.plot)
 
     parser = _add(
@@ -595,6 +603,7 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
         "bench\nbench --shape 0.8b --lengths 512,2048 --json bench.json --plot bench.png\n"
         "bench --checkpoint ~/models/Qwen3.5-0.8B\nbench --device cuda --shape 27b --out measured\n"
         "bench --lanes 1,2,4,8,16 --checkpoint model.gguf --precision fast\n"
+        "bench --serve --checkpoint smollm2 --clients 1,4,8 --llama-server ~/llama-server\n"
         "bench --resume --plot resume.png\nbench --draft --shape mini --json draft.json\n"
         "bench --policy --seconds 60 --hz 100 --plot ticks.svg",
     )  # fmt: skip
@@ -640,15 +649,31 @@ def _add_bench_choice(parser: argparse.ArgumentParser) -> None:
         "begin at (default: 128,2048)",
     )  # fmt: skip
     what.add_argument(
+        "--serve", action="store_true", help="instead: `flashrt serve` under load, over HTTP "
+        "(default model: the small trained one that comes along)",
+    )  # fmt: skip
+    what.add_argument(
         "--policy", nargs="?", const=policy.DEFAULT, metavar="POLICY",
         help="instead: a robot policy's control loop in real time: a checkpoint directory, a "
         f"bundled name (default: {policy.DEFAULT}), or random-base, random-small, random-tiny",
     )  # fmt: skip
-    group = parser.add_argument_group("with --policy")
+    group = parser.add_argument_group("with --policy or --serve")
     group.add_argument(
-        "--seconds", type=_number(0, above=True), default=policy.SECONDS,
-        help=f"default: {policy.SECONDS:g}",
+        "--seconds", type=_number(0, above=True), metavar="S",
+        help=f"default: {policy.SECONDS:g}; with --serve: {serve_bench.SECONDS:g} for each run",
     )  # fmt: skip
+    group = parser.add_argument_group("with --serve")
+    group.add_argument(
+        "--clients", type=_list_of(1), default=serve_bench.CLIENTS, metavar="N,N",
+        help="that ask at the same time (default: "
+        f"{','.join(str(n) for n in serve_bench.CLIENTS)})",
+    )  # fmt: skip
+    group.add_argument("--host-bytes", type=_whole(0), metavar="N", help="as of `flashrt serve`")
+    group.add_argument(
+        "--llama-server", type=Path, metavar="PROGRAM",
+        help="llama.cpp's server, measured in turns on the same GGUF file",
+    )  # fmt: skip
+    group = parser.add_argument_group("with --policy")
     group.add_argument(
         "--hz", type=_number(0, policy.MOST_HZ, above=True), default=policy.HZ,
         help=f"ticks per second (default: {policy.HZ:g})",
@@ -671,8 +696,17 @@ def _bench_policy(options: argparse.Namespace) -> int:
             "bench --policy takes its checkpoint as `--policy DIR`; leave out --checkpoint, "
             "--lengths and --out"
         )
-    wanted = policy.PolicyBenchOptions(options.policy, options.device, options.seconds, options.hz)
+    seconds = policy.SECONDS if options.seconds is None else options.seconds
+    wanted = policy.PolicyBenchOptions(options.policy, options.device, seconds, options.hz)
     return policy.bench_policy(wanted, options.json, options.plot)
+
+
+def _bench_serve(wanted: BenchOptions, options: argparse.Namespace) -> int:
+    if options.plot or options.lengths:
+        raise FlashrtError("bench --serve takes no --lengths and draws no plot; leave them out")
+    seconds = serve_bench.SECONDS if options.seconds is None else options.seconds
+    load = ServeBenchOptions(options.clients, seconds, options.host_bytes, options.llama_server)
+    return bench_serve(wanted, load, options.json)
 
 
 def _gpu_bench(options: argparse.Namespace) -> int:

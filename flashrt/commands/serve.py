@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,12 @@ from typing import Any
 from flashrt.base.errors import FlashrtError
 from flashrt.base.files import read_file
 from flashrt.base.flags import flags
+from flashrt.capsule.eviction import Budgets
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions, open_engine
 
 _MOST_KEY_NBYTES = 1 << 20
+_HOST_PART = 8  # of the machine's memory, one part is for states that the pool has no room for
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _PARTS = ("starlette", "uvicorn", "h11", "prometheus_client")
 
@@ -41,6 +44,7 @@ class ServeOptions:
     grace_s: float = 30.0
     body_nbytes: int = 16 << 20
     logs_prompts: bool = False
+    host_nbytes: int | None = None  # None: a part of the machine's memory
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -62,6 +66,8 @@ def serve(options: ServeOptions, started: Callable[[str], None] | None = None) -
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("flashrt.serve").setLevel(logging.INFO)
     engine = open_engine(options.checkpoint, options.engine)
+    host_nbytes = options.host_nbytes
+    engine.budgets = Budgets(memory_nbytes() // _HOST_PART if host_nbytes is None else host_nbytes)
     hosts = frozenset(name.lower() for name in options.hosts)
     if options.host in _LOOPBACK:
         hosts |= _LOOPBACK
@@ -86,6 +92,11 @@ def serve(options: ServeOptions, started: Callable[[str], None] | None = None) -
     finally:
         engine.close()
     return 0
+
+
+def memory_nbytes() -> int:
+    """Of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def keys_of(options: ServeOptions) -> tuple[str, ...]:

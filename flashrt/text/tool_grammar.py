@@ -17,6 +17,7 @@ from flashrt.text.tool_calls import CLOSE, OPEN, Tool, Tools, ToolSyntax, json_t
 
 # Spaces in JSON, as models are shown it: with more freedom a small one may never end.
 SPACES = {"whitespace_flexible": False, "key_separator": ": ", "item_separator": ", "}
+_COMBINING = {"$ref", "allOf", "anyOf", "oneOf", "if"}  # words that add to the properties
 NONE, AUTO, REQUIRED = "none", "auto", "required"
 ToolChoice = str | Mapping[str, object]
 
@@ -97,7 +98,10 @@ def _json_call(
     rule: str, name: str, schema: Mapping[str, object], tokens: Collection[str]
 ) -> list[str]:
     begins = call_prefix(name, ToolSyntax.HERMES).removeprefix(f"{OPEN}\n")
-    wanted = {"type": "object", **schema, "x-guidance": SPACES}
+    # A function has the parameters that it names: as in XML, none is made up beside them.
+    is_closed = "properties" in schema and not _COMBINING & schema.keys()
+    closed = {"additionalProperties": False} if is_closed else {}
+    wanted = {"type": "object", **closed, **schema, "x-guidance": SPACES}
     return [
         f"{rule}: {_literal(begins)} {rule}_a {_literal('}' + chr(10) + CLOSE, tokens)}",
         f"{rule}_a: %json {json.dumps(wanted)}",

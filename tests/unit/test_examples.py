@@ -30,6 +30,7 @@ LOOPS = {  # what a line of the output must look like: the comparison that it ex
     "robot_lookahead": r"[\d.]+ s one by one, [\d.]+ s side by side: [\d.]+ x",
     "robot_barge_in": r"interrupted +turns after +\d+ ms",
     "robot_replay": r"a policy loaded afresh answers the same: \d+ digests, every action",
+    "langchain_tools": r"18 calls, all .*\n[\d,]+ tokens of prompts, of which 1,\d{3} were fed",
     "warm_start": r"restore +[\d,]+ tokens ready in +[\d.]+ ms",
 }
 MAX_LINES = 80  # of code: without blank lines, comments and docstrings
@@ -61,6 +62,13 @@ def test_an_example_without_gymnasium_says_what_to_install(
     with pytest.raises((flashrt.FlashrtError, SystemExit), match=r"pip install 'flashrt\[gym\]'"):
         runpy.run_path(str(EXAMPLES[name]), run_name="example")
     assert "pip install 'flashrt[gym]'" in EXAMPLES[name].read_text()
+
+
+def test_an_example_without_langchain_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red when it dies with a ModuleNotFoundError."""
+    monkeypatch.setitem(sys.modules, "langchain_openai", None)
+    with pytest.raises(SystemExit, match="pip install langchain-openai"):
+        runpy.run_path(str(EXAMPLES["langchain_tools"]), run_name="example")
 
 
 @pytest.mark.parametrize(

@@ -183,10 +183,11 @@ GOOD = {
 BAD = {
     ToolSyntax.QWEN: [
         xml("look", place="a"), xml("look", place="a", depth="x"), xml("other"), "I look.",
+        xml("look", place="a", depth="1", mood="b"),
     ],
     ToolSyntax.HERMES: [
         hermes("look", {"place": "a"}), hermes("look", {"place": 1, "depth": 1}), "I look.",
-        hermes("other", {}),
+        hermes("other", {}), hermes("look", {"place": "a", "depth": 1, "mood": "b"}),
     ],
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The documents of the benches as tables: sessions, lanes, drafting, resuming, control loops.
+"""The documents of the benches as tables: sessions, lanes, servers, drafting, resuming, robots.
 
 IS: figures -> what a person reads. IS NOT: measurement, nor pictures (view).
 """
@@ -231,6 +231,89 @@ def _newcomer(newcomer: dict[str, Any]) -> Table:
     title = f"A prompt of {newcomer['tokens']} tokens comes while {newcomer['lanes']} lanes decode"
     columns = ("it is fed", ">tokens of each", ">ITL p50", ">ITL p99", ">TTFT of the newcomer")
     return console.table(title, columns, lines)
+
+
+# -- servers --------------------------------------------------------------------------------------
+
+_RATIOS = (  # key, what, whether more is better
+    ("tokens_per_s", "tok/s in all", True),
+    ("ttft_cold_p50_s", "TTFT cold, p50", False),
+    ("ttft_warm_p50_s", "TTFT warm, p50", False),
+    ("ttft_warm_p99_s", "TTFT warm, p99", False),
+    ("inter_token_p50_s", "ITL p50", False),
+    ("inter_token_p99_s", "ITL p99", False),
+)
+
+
+def _maybe_seconds(value: float | None) -> str:
+    return "-" if value is None else seconds_text(value)
+
+
+def _errors(value: dict[str, int]) -> str:
+    return ", ".join(f"{count} x {what}" for what, count in sorted(value.items())) or "none"
+
+
+_SERVE: tuple[Column, ...] = (
+    ("clients", "clients", _count),
+    ("tok/s in all", "tokens_per_s", significant),
+    ("TTFT cold p50", "ttft_cold_p50_s", _maybe_seconds),
+    ("p99", "ttft_cold_p99_s", _maybe_seconds),
+    ("TTFT warm p50", "ttft_warm_p50_s", _maybe_seconds),
+    ("p99", "ttft_warm_p99_s", _maybe_seconds),
+    ("ITL p50", "inter_token_p50_s", _maybe_seconds),
+    ("p99", "inter_token_p99_s", _maybe_seconds),
+    ("cached", "cached_fraction", _fraction),
+    ("requests", "requests", _count),
+    ("errors", "errors", _errors),
+)
+_MEMORY: tuple[Column, ...] = (
+    ("clients", "clients", _count),
+    ("settled", "memory_settled_bytes", bytes_text),
+    ("end", "memory_end_bytes", bytes_text),
+    ("growth", "memory_growth", lambda value: f"{value:+.1%}"),
+)
+
+
+def show_serve(document: Document) -> None:
+    """Print everything on stdout."""
+    screen, peer = console.screen(), document["peer"]
+    _opening(screen, document)
+    names = ["flashrt", *([peer] if peer else [])]
+    by_name = {n: [row for row in document["rows"] if row["server"] == n] for n in names}
+    for name in names:
+        screen.print()
+        screen.print(_table(f"{name} under load", _SERVE, by_name[name]))
+    for name in names:
+        screen.print(_table(f"Memory of {name}", _MEMORY, by_name[name]))
+    if peer:
+        screen.print(_beside(*by_name.values()))
+    _notes(
+        screen,
+        f"Clients that ask again at once; {document['repeats']} times {document['seconds_each']:g} "
+        f"s each, counts and servers in turns; {document['lanes']} lanes of "
+        f"{document['positions']:,} positions.",
+        f"A conversation: a system message of its own, {document['turns']} turns of up to "
+        f"{document['most_tokens']} tokens. TTFT: cold in its first turn, warm in later ones. "
+        "cached: of the prompts of later turns.",
+        "Settled: a quarter into the first run of a count; states are kept in host memory until "
+        "that is full (--host-bytes). Times are those of the clients, which have the same machine.",
+    )
+    if document["host_bytes"] is not None:  # else what it keeps may still grow, as it is to
+        flat = all(row["is_flat"] for row in by_name["flashrt"])
+        screen.print("flashrt's memory grew by no more than 2 %: ", console.yes_no(flat))
+
+
+def _beside(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Table:
+    """Ratios, above 1 where flashrt is better."""
+    lines = []
+    for mine, other in zip(ours, theirs, strict=True):
+        cells = [_count(mine["clients"])]
+        for key, _, is_rate in _RATIOS:
+            better, worse = (mine[key], other[key]) if is_rate else (other[key], mine[key])
+            cells.append(_times(better / worse) if better and worse else "-")
+        lines.append(cells)
+    columns = (">clients", *(f">{what}" for _, what, _ in _RATIOS))
+    return console.table("Ratios, above 1 is better for flashrt", columns, lines)
 
 
 # -- drafting -------------------------------------------------------------------------------------

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +10,10 @@ import httpx
 import pytest
 
 from flashrt.cli import main
+from tests.serve.commands import served
 from tests.serve.wire.running import WALK
 
 ASKED: list[Any] = [{"role": "user", "content": WALK}]
-
-
-@contextlib.contextmanager
-def served(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and its address."""
-    command = [sys.executable, "-m", "flashrt", "serve", "--port", "0", "--max-positions", "512"]
-    process = subprocess.Popen(
-        [*command, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stderr is not None
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if found := re.search(r"listening on (http://\S+)", line):
-                break
-        else:
-            raise AssertionError("".join(lines))
-        yield process, found[1]
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def turn(url: str, messages: list[Any], **headers: str) -> dict[str, Any]:
