@@ -450,12 +450,13 @@ DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* va
     return;
   }
   bool is_mixed = min(first_key + BLOCK_KEYS, limit) > queries.common();
+  int dim = 32 * dim_group + 4 * ((threadIdx.x & 31) >> 2);
 #pragma unroll 1
   for (bool is_clean = false;; is_clean = true) {
     uint32_t odd = weigh_block(o, shared, values, first_key, limit, dim_group, is_mixed, is_clean);
     if (!is_mixed) return;
     if (is_clean) {
-      mark_odd(o, queries, values, first_key, 32 * dim_group + 4 * ((threadIdx.x & 31) >> 2));
+      mark_odd(o, queries, values, first_key, dim);
       return;
     }
     if (!__any_sync(FULL_WARP, odd != 0)) return;
