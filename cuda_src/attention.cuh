@@ -379,8 +379,8 @@ DEVICE void mark_odd(Accumulator& o, const Queries& queries, const cache_t* valu
 // Adds keys [first_key, limit) of a block to o. is_mixed: returns what odd_halves finds;
 // is_clean: takes 0 for those.
 DEVICE uint32_t weigh_block(Accumulator& o, const Shared& shared, const cache_t* values,
-                            int first_key, int limit, int dim, bool is_mixed, bool is_clean) {
-  int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+                            int first_key, int limit, int dim_group, bool is_mixed, bool is_clean) {
+  int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, dim = 32 * dim_group + 4 * g;
   uint32_t odd = 0;
   ValueVector next[8];
 #pragma unroll
@@ -444,16 +444,16 @@ DEVICE uint32_t weigh_block(Accumulator& o, const Shared& shared, const cache_t*
 // done again without them, and the columns that see them are marked.
 DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* values, int first_key,
                          const Queries& queries, int dim_group) {
-  int dim = 32 * dim_group + 4 * ((threadIdx.x & 31) >> 2);
   int limit = CACHE_CODES ? queries.position + queries.rows : queries.end();
   if (CACHE_CODES || BLOCK_ROWS == 1) {  // codes are finite; all columns see the same keys
-    weigh_block(o, shared, values, first_key, limit, dim, false, false);
+    weigh_block(o, shared, values, first_key, limit, dim_group, false, false);
     return;
   }
   bool is_mixed = min(first_key + BLOCK_KEYS, limit) > queries.common();
+  int dim = 32 * dim_group + 4 * ((threadIdx.x & 31) >> 2);
 #pragma unroll 1
   for (bool is_clean = false;; is_clean = true) {
-    uint32_t odd = weigh_block(o, shared, values, first_key, limit, dim, is_mixed, is_clean);
+    uint32_t odd = weigh_block(o, shared, values, first_key, limit, dim_group, is_mixed, is_clean);
     if (!is_mixed) return;
     if (is_clean) {
       mark_odd(o, queries, values, first_key, dim);
