@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from flashrt.base.errors import FlashrtError
-from flashrt.base.files import read_file
+from flashrt.base.files import PRIVATE, read_file, replace_file
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions, open_engine
 from flashrt.commands.run import Sampling
@@ -192,7 +192,7 @@ class _Talk:
             point.capsule.save(path)
             text = json.dumps(point.messages, ensure_ascii=False, indent=1)
             try:
-                Path(f"{path}.json").write_text(text + "\n", encoding="utf-8")
+                replace_file(Path(f"{path}.json"), text + "\n", is_durable=False, mode=PRIVATE)
             except OSError as error:
                 raise FlashrtError(f"{path}.json: cannot be written: {error.strerror}") from error
         finally:
