@@ -28,6 +28,7 @@ from tests.processes import forked
 
 PACKAGE = Path(__file__).parents[2] / "flashrt"
 OWN_FOLDERS = {  # where a file is written into a folder that is published, or thrown away, whole
+    "backends/cuda/sass.py",
     "backends/cpu/compile.py",
     "backends/simt/build.py",
     "backends/simt/driver.py",  # Graphviz, for whoever asks the double for it
