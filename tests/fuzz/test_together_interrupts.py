@@ -132,8 +132,9 @@ def test_some_lines(engine: ActionEngine, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
-def test_every_line(engine: ActionEngine, name: str) -> None:
-    strike_all(engine, name, 1)
+def test_more_lines(engine: ActionEngine, name: str, request: pytest.FixtureRequest) -> None:
+    """--stride 1 strikes every line."""
+    strike_all(engine, name, max(1, request.config.getoption("--stride") // 3))
 
 
 def test_a_doubt_that_is_not_declared_shows(
@@ -207,8 +208,10 @@ def test_some_lines_beside_environments(engine: ActionEngine) -> None:
 
 
 @pytest.mark.slow
-def test_every_line_beside_environments(engine: ActionEngine) -> None:
-    strike_pairs(engine, 1)
+def test_more_lines_beside_environments(
+    engine: ActionEngine, request: pytest.FixtureRequest
+) -> None:
+    strike_pairs(engine, max(1, request.config.getoption("--stride") // 3))
 
 
 # -- signals --------------------------------------------------------------------------------------
