@@ -13,7 +13,9 @@
 #include "flashrt.cuh"
 #include "attention.cuh"
 
-#if CACHE_F32  // the split of a float cache takes more registers than two blocks at a time leave
+// The split of a float cache takes more registers than two blocks at a time leave; so do columns
+// whose rows are no power of two apart, but for pairs of parts: ptxas spills those with this bound.
+#if CACHE_F32 || (ACT_PARTS == 1 && (GROUP & (GROUP - 1)))
 #define BOUNDS 256, 1
 #else
 #define BOUNDS 256

@@ -135,7 +135,7 @@ def test_servers_stand_beside_each_other(
         serve, "flashrt_server", lambda _, *rest: asked(bundled_checkpoint(), *rest)
     )
     path = tmp_path / "serve.json"
-    arguments = ["--serve", "--clients", "2", "--seconds", "1", "--repeats", "1", "--device", "cpu"]
+    arguments = ["--serve", "--clients", "2", "--seconds", "4", "--repeats", "1", "--device", "cpu"]
     arguments += ["--checkpoint", str(model), "--llama-server", str(program)]
     assert cli.main(["bench", *arguments, "--json", str(path)]) == 0
     document, printed = json.loads(path.read_text()), capsys.readouterr().out
