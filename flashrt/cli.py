@@ -448,6 +448,13 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
         "checkpoint", nargs="?", metavar="CHECKPOINT",
         help=f"{_CHECKPOINT} (default: the small trained one that comes along)",
     )  # fmt: skip
+    _add_serve_http(parser)
+    _add_serve_work(parser)
+    _add_engine_options(parser, lanes=4)
+    _add_device(parser)
+
+
+def _add_serve_http(parser: argparse.ArgumentParser) -> None:
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1)")
     http.add_argument(
@@ -475,6 +482,9 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
     http.add_argument(
         "--log-prompts", action="store_true", help="let texts of requests into the log"
     )
+
+
+def _add_serve_work(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("work")
     work.add_argument(
         "--store", metavar="DIR", help="capsule store: sessions and prefixes outlive the server"
@@ -495,8 +505,6 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
         "--grace", type=_number(0, 1e6), default=30.0, metavar="SECONDS",
         help="at the end, for requests that run (default: 30)",
     )  # fmt: skip
-    _add_engine_options(parser, lanes=4)
-    _add_device(parser)
 
 
 def _add_pull(commands: _Commands[_Parser]) -> None:
