@@ -7,7 +7,7 @@ measurement, nor what a kernel really moves: a rate beyond the limit is a cache 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from flashrt.core.backend import Backend
@@ -37,9 +37,14 @@ class Work:
 
 def work_of(launch: Launch, act: DType, position: int) -> Work:
     """Work of a launch whose rows are all valid and begin at a position."""
-    pairs = zip(launch.op.params, launch.operands, strict=True)
-    nbytes = sum(_moved_bytes(launch, param, view, act, position) for param, view in pairs)
+    nbytes = sum(n for _, _, n in operand_bytes(launch, act, position))
     return Work(nbytes, _flop(launch, launch.dims.get("T", 1), position))
+
+
+def operand_bytes(launch: Launch, act: DType, position: int) -> Iterator[tuple[Param, View, int]]:
+    """Bytes of `work_of`, operand by operand."""
+    for param, view in zip(launch.op.params, launch.operands, strict=True):
+        yield param, view, _moved_bytes(launch, param, view, act, position)
 
 
 def flop_of(tape: Tape, rows: int) -> int:
