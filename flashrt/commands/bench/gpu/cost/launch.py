@@ -3,15 +3,7 @@
 IS: a roofline with more than two roofs, and the assumptions that nobody publishes, by name. IS NOT:
 a simulator: needs overlap perfectly, and the multiprocessor with most blocks decides.
 
-    time = launch + max(memory, cache, tensor, issue, latency)
-
-launch   the gap in the graph, the way to cursor and operands, and to DRAM where weights lie there
-memory   bytes that come from DRAM or go there, over its bandwidth
-cache    bytes that blocks load, each by itself, over the bandwidth of the L2 cache, or of the
-         multiprocessors that there are blocks for
-tensor   mma instructions of the multiprocessor with most blocks, at the rate mma.sync reaches
-issue    all instructions of its warps, one per scheduler and cycle
-latency  one warp from its first instruction to its last, by blocks that come one after another
+    time = launch + max(memory, cache, tensor, issue, latency), each as in `Limit`
 """
 
 from __future__ import annotations
@@ -43,11 +35,14 @@ SCHEDULERS: Final = 4  # of a multiprocessor
 class Limit(StrEnum):
     """What a launch takes its time for."""
 
-    LAUNCH = "launch"
-    MEMORY = "memory"
+    LAUNCH = "launch"  # the gap in the graph, the way to cursor and operands, and to DRAM
+    MEMORY = "memory"  # bytes from and to DRAM, over its bandwidth
+    # bytes that blocks load, each by itself, over the bandwidth of the L2 cache, or of the
+    # multiprocessors that there are blocks for
     CACHE = "cache"
-    TENSOR = "tensor"
-    ISSUE = "issue"
+    TENSOR = "tensor"  # mma of the multiprocessor with most blocks, at the rate mma.sync reaches
+    ISSUE = "issue"  # all instructions of its warps, one per scheduler and cycle
+    # one warp from its first instruction to its last, by blocks that come one after another
     LATENCY = "latency"
 
 
@@ -75,7 +70,9 @@ class LaunchCost:
 
     @property
     def need(self) -> Limit:
-        """What `busy` is busy with."""
+        """What `busy` is busy with; a launch without work is none but a launch."""
+        if not self.busy:
+            return Limit.LAUNCH
         needs = (Limit.MEMORY, Limit.CACHE, Limit.TENSOR, Limit.ISSUE, Limit.LATENCY)
         return max(needs, key=lambda limit: float(getattr(self, limit)))
 
