@@ -64,8 +64,10 @@ def test_bytes_of_a_decoded_token_are_weights_and_state() -> None:
     # of one row each: the table; written or rewritten by rope (keys and values: read and written)
     single = 2 * s.hidden + n_full * row
     found = model("0.8b", "bfloat16", H200).decode(position).dram_bytes
-    cursors_and_journal = found - (weights + state + rows + single)
-    assert 0 <= cursors_and_journal < 64 * 1024
+    sampler = 4 * 16 + 8 * 512 + s.vocab_size // 8  # parameters, biases, mask
+    last_hidden, journal_and_token = 2 * 2 * s.hidden, 3 * 4
+    small = sampler + last_hidden + journal_and_token
+    assert found == weights + state + rows + single + small
 
 
 def test_bytes_of_formats() -> None:

@@ -15,6 +15,7 @@ from typing import Final
 from flashrt.backends.cuda.kernels import ATTENTION_KEYS, K_SLICE, WARP, KernelLaunch
 from flashrt.core.op import Launch
 from flashrt.core.region import DType, Role
+from flashrt.ops.params import CURSOR
 from flashrt.ops.work import operand_bytes, work_of
 
 MMA_FLOP: Final = 2 * 16 * 8 * 16  # of mma.m16n8k16
@@ -24,10 +25,10 @@ _MERGED_BLOCKS: Final = 32  # of keys, a turn of `attention_merge`
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Bytes of an op's operands, each once, by whether they outlive the replay."""
+    """Bytes of an op's operands, each once, by whether a cache may still have them."""
 
-    lasting: int  # weights, state, rows of keys and values
-    passing: int  # scratch, and what goes between host and replay
+    lasting: int  # weights, state, rows of keys and values: used once per replay
+    passing: int  # scratch, what goes between host and replay, the cursor
     by_name: Mapping[str, int]
     widest_passing: int  # bytes of the largest one
 
@@ -38,7 +39,8 @@ def moved_by(launch: Launch, act: DType, position: int) -> Moved:
     lasting = passing = widest = 0
     for param, view, nbytes in operand_bytes(launch, act, position):
         by_name[param.name] = nbytes
-        if view.region.role in (Role.SCRATCH, Role.IO):
+        is_cached = param.name == CURSOR.name  # every launch reads it
+        if is_cached or view.region.role in (Role.SCRATCH, Role.IO):
             passing += nbytes
             widest = max(widest, nbytes)
         else:
