@@ -17,7 +17,7 @@ import pytest
 from flashrt.backends.cuda import sass
 from flashrt.backends.cuda.kernels import K_SLICE, WARP, KernelLaunch, expand
 from flashrt.base.errors import BackendError, CheckpointError, FlashrtError
-from flashrt.cli import main
+from flashrt.cli import build_parser, main
 from flashrt.commands.bench.gpu.cost.code import Code, Codes, code_of
 from flashrt.commands.bench.gpu.cost.devices import GPUS, Gpu
 from flashrt.commands.bench.gpu.cost.effort import Task, effort_of, moved_by
@@ -25,6 +25,7 @@ from flashrt.commands.bench.gpu.cost.formats import FORMATS, model_of
 from flashrt.commands.bench.gpu.cost.graph import CostModel, GraphCost
 from flashrt.commands.bench.gpu.cost.launch import Limit
 from flashrt.commands.bench.gpu.cost.measured import measured
+from flashrt.commands.bench.gpu.cost.report import show
 from flashrt.commands.bench.gpu.cost.run import GpuModelOptions, document_of
 from flashrt.core.op import Launch
 from flashrt.core.region import DType
@@ -34,6 +35,7 @@ from tests.unit.test_sass import TEXT
 
 RTX_5090, H200 = GPUS["rtx-5090"], GPUS["h200"]
 POSITIONS = 4096
+ROOT = Path(__file__).parents[2]
 
 
 def model(shape: str, form: str, gpu: Gpu) -> CostModel:
@@ -236,6 +238,7 @@ def report_of(device: str, **changes: Any) -> dict[str, Any]:
     return {
         "is_verification_only": False, "device": device, "date": "2026-12-01T10:00:00+00:00",
         "shape": "0.8b", "precision": "bfloat16", "kernels_at": 2048,
+        "limits": {"read_bytes_per_s": 4.1e12, "mma_flops": 601e12},
         "kernels": [
             {"phase": DECODE, "rows": 1, "op": "linear", "dims": dims, "launches": 24, "us": 7.5}
         ],
@@ -266,7 +269,21 @@ def test_measured_times_stand_beside(tmp_path: Path) -> None:
         if op["measured_us"] is not None
     }
     assert beside == {("linear", 7168): 7.5}
+    assert gpu["assumed_and_measured"]["mma_flops"] == (H200.tensor_flops * 0.62, 601e12)
     assert not measured(tmp_path, H200, "0.8b", "int4", "bfloat16").source
+
+
+def test_the_command_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Red: a column or a note that a report does not reach."""
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(report_of("NVIDIA H200")))
+    document = document_of(
+        GpuModelOptions(("h200",), "0.8b", lengths=(2048,), measured=path), {"sm_90": None}
+    )
+    show(document)
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("(measured 800 µs)", "(measured 40.0 ms)", "7.50 µs", "601 TFLOP/s"):
+        assert text in shown
 
 
 def test_wrong_reports_are_refused(tmp_path: Path) -> None:
@@ -307,3 +324,22 @@ def test_the_command_without_a_disassembler(
     assert "flashrt[sass]" in shown
     assert "H200" in shown
     assert "Thor" in shown
+
+
+# ---- the page
+
+
+def test_the_page_has_what_its_tool_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Red: a section or a case that was added to one of them alone; a command that is refused."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import cost_page
+
+    page = cost_page.PAGE.read_text()
+    for name in cost_page.SECTIONS:
+        assert cost_page.with_section(page, name, "new") != page
+    commands = [line for line in page.splitlines() if "--gpu-model" in line and "--format" in line]
+    commands = [line for line in commands if line.startswith("flashrt bench")]
+    assert commands == [cost_page.command(*case) for case in cost_page.CASES]
+    for line in commands:
+        build_parser().parse_args(line.split()[1:])
+    assert cost_page.figures() in page

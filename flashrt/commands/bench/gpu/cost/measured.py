@@ -28,6 +28,8 @@ class Measured:
     decode: Mapping[int, float] = field(default_factory=dict)  # per token, by position
     first_token: Mapping[int, float] = field(default_factory=dict)  # by tokens of the prompt
     kernels_at: int = 0  # the position of `per_launch`
+    read_bytes_per_s: float | None = None  # what a kernel that only reads gets of DRAM
+    mma_flops: float | None = None  # what a bare loop of mma.sync reaches
 
     def op(self, phase: str, op: str, dims: Mapping[str, int], position: int) -> float | None:
         """Of one launch of an op; None where it was not measured. What attention takes depends on
@@ -74,7 +76,7 @@ def _documents(path: Path, *, is_asked_for: bool = False) -> Iterator[dict[str, 
 
 
 def _of(document: dict[str, Any]) -> Measured:
-    rows = document["rows"]
+    rows, bare = document["rows"], document.get("limits", {})
     return Measured(
         f"{document['device']}, {document['date'][:10]}",
         {
@@ -87,4 +89,6 @@ def _of(document: dict[str, Any]) -> Measured:
             for row in rows if "ttft_cold_s" in row.get("figures", {})
         },
         int(document.get("kernels_at", 0)),
+        bare.get("read_bytes_per_s"),
+        bare.get("mma_flops"),
     )  # fmt: skip

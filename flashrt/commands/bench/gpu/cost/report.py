@@ -15,6 +15,7 @@ from flashrt.commands.console import Screen, styled
 from flashrt.view.units import bytes_text, percent_text, seconds_text, significant
 
 _LEAST_SHARE = 0.02  # of a graph's time, below which a limit is not named
+_RATES = {"read_bytes_per_s": "TB/s read from DRAM", "mma_flops": "TFLOP/s of a bare mma loop"}
 _DIMS = ("T", "N", "K")  # that a table has room for
 HEADER = ("GPU", ">decode", ">tokens/s", ">of DRAM", "its time goes to", ">first token",
           "its time goes to")  # fmt: skip
@@ -118,13 +119,22 @@ def _show_ops(screen: Screen, gpu: Document) -> None:
 
 
 def _notes(screen: Screen, document: Document) -> None:
-    sources = dict.fromkeys(gpu["measured"] for gpu in document["gpus"] if gpu["measured"])
     notes = [
         "First token: the prompt in launches of the largest bucket, then head and sampling. "
         "Limits: shares of the time that launches take to begin (launch), and of the longest of "
         "what each needs: DRAM (memory), L2 (cache), tensor cores, instructions (issue), a single "
         "warp's way through them (latency). docs/cuda-cost.md says what is assumed.",
         *document["notes"],
-        *(f"Measured: {source}" for source in sources),
+        *(_measured_note(gpu) for gpu in document["gpus"] if gpu["measured"]),
     ]
     screen.print("\n".join(notes), style="dim")
+
+
+def _measured_note(gpu: Document) -> str:
+    """Where measured times come from, and the limits that the same run found."""
+    found = [
+        f"{significant(is_so / 1e12)} {_RATES[rate]}, assumed were {significant(assumed / 1e12)}"
+        for rate, (assumed, is_so) in gpu["assumed_and_measured"].items()
+        if is_so is not None
+    ]
+    return f"Measured: {'; '.join([gpu['measured'], *found])}"

@@ -119,7 +119,7 @@ def _assumptions() -> dict[str, float]:
 def _of_gpu(
     name: str, cost: CostModel, lengths: tuple[int, ...], beside: Measured
 ) -> dict[str, Any]:
-    first = cost.first_token()
+    gpu, first = cost.gpu, cost.first_token()
     rows = []
     for n in lengths:
         prompt = cost.prefill(n)
@@ -138,6 +138,10 @@ def _of_gpu(
         "fits": cost.fits,
         "counts_instructions": cost.codes is not None,
         "measured": beside.source,
+        "assumed_and_measured": {
+            "read_bytes_per_s": (gpu.memory_bytes_per_s * gpu.dram_reach, beside.read_bytes_per_s),
+            "mma_flops": (gpu.tensor_flops * gpu.mma_reach, beside.mma_flops),
+        },
         "rows": rows,
     }
 
