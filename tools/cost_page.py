@@ -130,10 +130,9 @@ def largest_ops() -> str:
     parts = []
     for graph, what in ((row["decode"], "a token at 2k"), (row["prefill"], "a prompt of 2k")):
         rows = report.op_rows(graph, gpu["figures"]["memory_bytes_per_s"])[:_OPS_SHOWN]
-        title = f"{shape.upper()}, {form}, {gpu['figures']['title']}, {what}, in {graph['replays']}"
-        replays = "replay" if graph["replays"] == 1 else "replays"
+        title = f"{shape.upper()}, {form}, {gpu['figures']['title']}, {what}"
         parts.append(
-            f"{title} {replays} of {graph['rows']} rows, {graph['launches']:,} launches:\n\n"
+            f"{title}, {report.replays_text(graph)}:\n\n"
             f"{report.markdown(report.op_header(graph), rows)}"
         )
     return "\n".join(parts)

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from flashrt.backends.cuda import sass
-from flashrt.backends.cuda.kernels import K_SLICE, WARP, KernelLaunch, expand
+from flashrt.backends.cuda.kernels import K_SLICE, KernelLaunch, expand
 from flashrt.base.errors import BackendError, CheckpointError, FlashrtError
 from flashrt.cli import build_parser, main
 from flashrt.commands.bench.gpu.cost.code import Code, Codes, code_of
 from flashrt.commands.bench.gpu.cost.devices import GPUS, Gpu
-from flashrt.commands.bench.gpu.cost.effort import Task, effort_of, moved_by
+from flashrt.commands.bench.gpu.cost.effort import MMA_FLOP, Task, effort_of, moved_by
 from flashrt.commands.bench.gpu.cost.formats import FORMATS, model_of
 from flashrt.commands.bench.gpu.cost.graph import CostModel, GraphCost
 from flashrt.commands.bench.gpu.cost.launch import Limit
@@ -30,6 +30,7 @@ from flashrt.commands.bench.gpu.cost.run import GpuModelOptions, document_of
 from flashrt.core.op import Launch
 from flashrt.core.region import DType
 from flashrt.models.model import DECODE, PREFILL
+from flashrt.ops.work import work_of
 from flashrt.weights.random_checkpoint import SHAPES
 from tests.unit.test_sass import TEXT
 
@@ -220,13 +221,30 @@ def test_a_kernel_that_the_model_does_not_know_has_a_cost() -> None:
     cost = model("27b", "int4", RTX_5090)
     launch, kernel = linear_of(cost, 1)
     moved = moved_by(launch, DType.BF16, 0)
-    new = replace(kernel, kernel="linear_of_tomorrow")
-    effort = effort_of(Task(new, launch, DType.BF16, 1, 0, moved, is_first=True), lambda _: 1)
+    known = Task(kernel, launch, DType.BF16, 1, 0, moved, is_first=True)
+    new = replace(known, kernel=replace(kernel, kernel="linear_of_tomorrow"))
+    effort = effort_of(new, lambda _: 1)
     assert effort.blocks == kernel.grid[0]
     assert effort.loaded == moved.lasting + moved.passing
-    flop = 2 * launch.dims["N"] * launch.dims["K"]
-    assert effort.tensor == 2 * flop / (2 * 16 * 8 * 16)  # two parts
-    assert kernel.block[0] % WARP == 0
+    assert effort.tensor == pytest.approx(effort_of(known, lambda _: 1).tensor)
+
+
+def test_attention_works_on_whole_blocks_of_keys() -> None:
+    """Red: blocks of keys that no row sees; query heads of a group that are counted one by one."""
+    cost = model("0.8b", "bfloat16", H200)
+    for phase, rows, position, padding in (
+        (DECODE, 1, 2047, 2.0),  # 4 of 8 columns
+        (PREFILL, 256, 3840, 4096 / (3840 + 128.5)),  # the last block of keys is whole for all rows
+    ):
+        launches = cost.model.record(phase, rows).launches
+        launch = next(one for one in launches if one.op.name == "attention")
+        kernel = expand(launch, DType.BF16, H200.multiprocessors, H200.arch)[0]
+        moved = moved_by(launch, DType.BF16, position)
+        task = Task(kernel, launch, DType.BF16, rows, position, moved, is_first=True)
+        flop = work_of(launch, DType.BF16, position).flop
+        effort = effort_of(task, lambda _: 1)
+        assert effort.tensor * MMA_FLOP == pytest.approx(padding * flop)
+        assert effort.blocks <= task.grid
 
 
 # ---- beside measured times
@@ -337,8 +355,8 @@ def test_the_page_has_what_its_tool_computes(monkeypatch: pytest.MonkeyPatch) ->
     page = cost_page.PAGE.read_text()
     for name in cost_page.SECTIONS:
         assert cost_page.with_section(page, name, "new") != page
-    commands = [line for line in page.splitlines() if "--gpu-model" in line and "--format" in line]
-    commands = [line for line in commands if line.startswith("flashrt bench")]
+    tables = page.split("<!-- computed: tables -->")[1].split("<!-- end -->")[0]
+    commands = [line for line in tables.splitlines() if line.startswith("flashrt bench")]
     assert commands == [cost_page.command(*case) for case in cost_page.CASES]
     for line in commands:
         build_parser().parse_args(line.split()[1:])

@@ -2,8 +2,9 @@
 
 IS: what geometry and constants of a `KernelLaunch` say, and for the kernels whose loops run over
 tokens, keys or K what those loops come to. IS NOT: a list of all kernels: one that is not named
-here runs once through its code, and moves the bytes of its op once; what the op multiplies goes
-to the tensor cores. So a new kernel has a cost, if a rough one, without a change here.
+here runs once through its code, and moves the bytes of its op once; what the op multiplies, and
+what it reads of weight matrices, goes to the tensor cores. So a new kernel has a cost, if a rough
+one, without a change here.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from flashrt.backends.cuda import layouts
 from flashrt.backends.cuda.kernels import ATTENTION_KEYS, K_SLICE, WARP, KernelLaunch
 from flashrt.core.op import Launch
-from flashrt.core.region import DType, Role
+from flashrt.core.region import DType, Layout, Role
 from flashrt.ops.params import CURSOR
 from flashrt.ops.work import operand_bytes, work_of
 
@@ -106,10 +108,22 @@ def _ceil(a: int, b: int) -> int:
 def _otherwise(task: Task) -> Effort:
     """See the module. Later kernels of an op find what lasts in registers or caches."""
     moved = task.moved
-    flop = work_of(task.launch, task.act, task.position).flop if task.is_first else 0
+    if not task.is_first:
+        return Effort(task.grid, loaded=moved.passing)
+    flop = max(work_of(task.launch, task.act, task.position).flop, _flop_of_weights(task))
     parts = int(dict(task.kernel.defines).get("ACT_PARTS", 1))
-    loaded = moved.passing + (moved.lasting if task.is_first else 0)
-    return Effort(task.grid, tensor=flop * parts / MMA_FLOP, loaded=loaded)
+    return Effort(task.grid, tensor=flop * parts / MMA_FLOP, loaded=moved.passing + moved.lasting)
+
+
+def _flop_of_weights(task: Task) -> float:
+    """Of products with all that is read of weight matrices, in columns of 8 tokens."""
+    launch, flop = task.launch, 0.0
+    for param, view in zip(launch.op.params, launch.operands, strict=True):
+        region = view.region
+        if region.role is Role.WEIGHT and region.layout is Layout.MATRIX:
+            bits = layouts.storage(region, task.act).nbytes * 8 / region.size
+            flop += 2 * 8 * _ceil(task.rows, 8) * task.moved.by_name[param.name] * 8 / bits
+    return flop
 
 
 # -- products with weights ------------------------------------------------------------------------

@@ -77,6 +77,13 @@ def _time(us: float, measured_us: float | None) -> str:
     return text if measured_us is None else f"{text} (measured {seconds_text(measured_us / 1e6)})"
 
 
+def replays_text(graph: Document) -> str:
+    """How many launches, replays and rows."""
+    replays, rows = graph["replays"], graph["rows"]
+    each = f"{rows} rows" if rows > 1 else "1 row"
+    return f"{graph['launches']:,} launches in {replays} replay{'s' * (replays > 1)} of {each}"
+
+
 def op_header(graph: Document) -> list[str]:
     """Columns of `op_rows`; one for measured times where there are any."""
     is_measured = any(op["measured_us"] is not None for op in graph["ops"])
@@ -110,10 +117,7 @@ def _show_ops(screen: Screen, gpu: Document) -> None:
         (row["decode"], f"A token at {row['tokens']:,}"),
         (row["prefill"], f"A prompt of {row['tokens']:,}"),
     ):
-        title = (
-            f"{what}: {graph['launches']:,} launches in {graph['replays']} replays of "
-            f"{graph['rows']} rows, {bytes_text(graph['dram_bytes'])} from and to DRAM"
-        )
+        title = f"{what}: {replays_text(graph)}, {bytes_text(graph['dram_bytes'])} from and to DRAM"
         rows = op_rows(graph, figures["memory_bytes_per_s"])
         screen.print(console.table(title, op_header(graph), rows))
 
