@@ -241,8 +241,9 @@ def linear(
         "cursor": Region("cursor", cursor(0, 1).shape, DType.I32, Role.IO).view(),
         "y": Region("y", (t, n + 5), DType.F32, Role.IO).view().cols(2, n + 2),
     }
+    is_rounded = act is DType.ACT and bench.device.acts.narrow is DType.BF16
     inputs: dict[str, Stored] = {
-        "x": x if act is DType.ACT_WIDE or bench.device.act is not DType.BF16 else bf16_bits(x),
+        "x": bf16_bits(x) if is_rounded else x,
         "w": stored, "cursor": cursor(0, t if rows is None else rows),
     }  # fmt: skip
     found = bench.run(LINEAR, views, inputs, leads={"w": first})
