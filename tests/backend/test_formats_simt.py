@@ -303,11 +303,13 @@ slow = pytest.mark.slow
 
 
 def every() -> list[object]:
-    """(parts, format, shape): quick ones with an x of two parts, as most launches have it."""
+    """(parts, format, shape): all shapes with an x of two parts, as most launches have it; an
+    aligned one with one part, a ragged one with three.
+    """
     made: list[object] = []
     for form in FORMATS:
         for parts in ACTS:
-            for shape in SHAPES:
+            for shape in SHAPES if parts == 2 else SHAPES[parts // 2 : parts // 2 + 1]:
                 is_quick = form in QUICK and parts == 2 and shape == SHAPES[0]
                 label = f"{parts}-{form}-{shape[0]}x{shape[1]}"
                 marks = () if is_quick else slow
