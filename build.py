@@ -24,6 +24,7 @@ from rich.table import Table
 from flashrt.backends.cpu import compile as cpu_compile
 from flashrt.backends.cuda import kernels
 from flashrt.backends.cuda.compiler_api import Unit
+from flashrt.backends.cuda.device import ACTS
 from flashrt.backends.cuda.nvrtc import Nvrtc, resources
 from flashrt.backends.cuda.occupancy import blocks_at_once, multiprocessor
 from flashrt.backends.cuda.sass import Counts, disassembler, inner_loops
@@ -31,7 +32,6 @@ from flashrt.backends.cuda.sources import Sources
 from flashrt.base.errors import CompileError, FlashrtError
 from flashrt.base.flags import flags, thread_count
 from flashrt.core.op import Launch
-from flashrt.core.region import DType
 from flashrt.core.runs import MAX_RUNS
 from flashrt.core.tape import Tape
 from flashrt.hub.resolve import resolve
@@ -49,7 +49,6 @@ ARCHS: Final = (
 )  # fmt: skip
 # Kernel variants depend on the device's size: from Orin to Blackwell.
 MULTIPROCESSORS: Final = (8, 20, 48, 84, 108, 132, 148, 170, 188)
-PRECISIONS: Final = {"bfloat16": DType.BF16, "high": DType.BF16X2}
 
 
 class Recordable(Protocol):
@@ -261,7 +260,7 @@ def _launches(
     for n_sms in MULTIPROCESSORS:
         for launch in (kernels.copy_launch(1, n_sms), kernels.digest_launch(1, n_sms)):
             found[launch] = None
-    for act in (PRECISIONS[name] for name in arguments.precision):
+    for act in (ACTS[name] for name in arguments.precision):
         for one in recorded:
             for n_sms in MULTIPROCESSORS:
                 found.update(dict.fromkeys(kernels.expand(one, act, n_sms, arch)))
@@ -346,7 +345,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--shape", choices=sorted(SHAPES), default="0.8b", help="default: 0.8b")
     cuda.add_argument(
         "--precision", type=_precisions, default=["bfloat16"], metavar="LIST",
-        help=f"of {','.join(PRECISIONS)} (default: bfloat16)",
+        help=f"of {','.join(ACTS)} (default: bfloat16)",
     )  # fmt: skip
     cuda.add_argument("--kv-dtype", choices=KV_DTYPES, default="bfloat16")
     cuda.add_argument("--max-positions", type=int, default=4096, metavar="N")
@@ -371,8 +370,8 @@ def _archs(text: str) -> list[str]:
 
 def _precisions(text: str) -> list[str]:
     names = text.split(",")
-    if unknown := set(names) - set(PRECISIONS):
-        raise argparse.ArgumentTypeError(f"unknown {sorted(unknown)}; choose of {[*PRECISIONS]}")
+    if unknown := set(names) - set(ACTS):
+        raise argparse.ArgumentTypeError(f"unknown {sorted(unknown)}; choose of {[*ACTS]}")
     return names
 
 

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from flashrt.backends.cuda.device import ACTS
 from flashrt.base.flags import thread_count
 from flashrt.commands.bench.document import Document
 from flashrt.commands.bench.gpu.cost import report
@@ -25,6 +26,7 @@ from flashrt.commands.bench.gpu.cost.devices import GPUS
 from flashrt.commands.bench.gpu.cost.formats import model_of
 from flashrt.commands.bench.gpu.cost.graph import CostModel
 from flashrt.commands.bench.gpu.cost.run import ALL, GpuModelOptions, document_of
+from flashrt.load import Precision
 from flashrt.view.units import percent_text, seconds_text, significant
 
 PAGE: Final = Path(__file__).resolve().parents[1] / "docs/cuda-cost.md"
@@ -143,19 +145,19 @@ def against_upstream() -> str:
     gpu = GPUS["rtx-5090"]
     model = model_of("27b", "nvfp4", LONG + 512)
     codes = _codes.get(gpu.arch)
+    cases: tuple[tuple[str, Precision, int], ...] = (
+        ("flashrt by this model", "bfloat16", 1),
+        ('with `precision="fast"`: one part of x throughout', "fast", 1),
+        ("and tensor cores 8 times as fast: the rate of FP4 products", "fast", _FP4_OVER_BF16),
+    )
     rows = [["FlashRT upstream, its own figures", *(significant(n) for _, n in UPSTREAM), ""]]
-    for what, times in (
-        ("flashrt by this model", 1),
-        ("with tensor cores twice as fast: as if x had one part everywhere", 2),
-        ("with tensor cores 8 times as fast: the rate of FP4 products", _FP4_OVER_BF16),
-    ):
+    for what, precision, times in cases:
         faster = replace(gpu, tensor_flops=times * gpu.tensor_flops)
-        cost = CostModel(model, faster, codes=codes)
+        cost = CostModel(model, faster, ACTS[precision], codes)
         first_us, decode = cost.first_token().us, cost.decode(SHORT)
         prompts = [cost.prefill(n) for n in (SHORT, LONG)]
-        limits = report.limits({
-            "us": prompts[0].us, "by_limit": {str(k): us for k, us in prompts[0].by_limit.items()}
-        })  # fmt: skip
+        by_limit = {str(limit): us for limit, us in prompts[0].by_limit.items()}
+        limits = report.limits({"us": prompts[0].us, "by_limit": by_limit})
         seconds = [significant((p.us + first_us) / 1e6) for p in prompts]
         rows.append([what, significant(1e6 / decode.us), *seconds, limits])
     header = ("27B, NVFP4, RTX 5090", *(f">{what}" for what, _ in UPSTREAM), "limits of prefill")

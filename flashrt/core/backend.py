@@ -22,7 +22,7 @@ from flashrt.core.copylist import CopyList, Upload
 from flashrt.core.digest import DigestTerm
 from flashrt.core.groups import Planes
 from flashrt.core.op import Launch, Op
-from flashrt.core.region import DType, Region
+from flashrt.core.region import ActDTypes, Region
 from flashrt.core.runs import Stride
 
 Bytes = NDArray[np.uint8]
@@ -70,9 +70,9 @@ class BoundLaunch:
     strides: tuple[Stride, ...] = ()
     max_runs: int = 1
 
-    def pack(self, act: DType) -> bytes:
+    def pack(self, acts: ActDTypes) -> bytes:
         """The argument block."""
-        return self.launch.pack(self.addresses, act, self.runs, self.strides)
+        return self.launch.pack(self.addresses, acts, self.runs, self.strides)
 
 
 class Graph(Protocol):
@@ -97,7 +97,7 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def act(self) -> DType: ...
+    def acts(self) -> ActDTypes: ...
     @property
     def counters(self) -> Counters: ...
     @property

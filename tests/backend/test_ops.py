@@ -52,7 +52,9 @@ def relative_error(got: NDArray[Any], want: NDArray[Any]) -> float:
 
 def allowed(runner: Runner, case: Case, name: str) -> float:
     backend = runner.backend
-    return tolerance(case.op, backend.act, runner.dtype(case, name), is_gpu=backend.name == "cuda")
+    return tolerance(
+        case.op, backend.acts.narrow, runner.dtype(case, name), is_gpu=backend.name == "cuda"
+    )
 
 
 def check(runner: Runner, case: Case, after: dict[str, NDArray[Any]]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from flashrt.backends.cuda import sass
+from flashrt.backends.cuda.device import ACTS
 from flashrt.backends.cuda.kernels import K_SLICE, KernelLaunch, expand
 from flashrt.base.errors import BackendError, CheckpointError, FlashrtError
 from flashrt.cli import build_parser, main
@@ -28,12 +29,12 @@ from flashrt.commands.bench.gpu.cost.measured import measured
 from flashrt.commands.bench.gpu.cost.report import show
 from flashrt.commands.bench.gpu.cost.run import GpuModelOptions, document_of
 from flashrt.core.op import Launch
-from flashrt.core.region import DType
 from flashrt.models.model import DECODE, PREFILL
 from flashrt.ops.work import work_of
 from flashrt.weights.random_checkpoint import SHAPES
 from tests.unit.test_sass import TEXT
 
+BFLOAT16 = ACTS["bfloat16"]
 RTX_5090, H200 = GPUS["rtx-5090"], GPUS["h200"]
 POSITIONS = 4096
 ROOT = Path(__file__).parents[2]
@@ -142,14 +143,15 @@ def test_faster_tensor_cores_move_what_they_limit_and_nothing_else() -> None:
     check_moved(Limit.TENSOR, before, after)
 
 
-def test_a_second_part_of_x_doubles_the_tensor_time() -> None:
-    """Precision "high" has two parts for attention and the head too, three for the rest."""
+def test_parts_of_x_cost_tensor_time() -> None:
+    """One part throughout, two for most products, three for these and two for the rest."""
     shape = model_of("27b", "nvfp4", POSITIONS)
-    us = [
-        CostModel(shape, RTX_5090, act).prefill(1024).by_limit[Limit.TENSOR]
-        for act in (DType.BF16, DType.BF16X2)
-    ]
-    assert 1.4 < us[1] / us[0] < 1.7
+    fast, usual, high = (
+        CostModel(shape, RTX_5090, ACTS[precision]).prefill(1024).by_limit[Limit.TENSOR]
+        for precision in ("fast", "bfloat16", "high")
+    )
+    assert 1.8 < usual / fast < 2.1
+    assert 1.4 < high / usual < 1.7
 
 
 # ---- launches
@@ -161,7 +163,7 @@ def test_launches_are_those_of_the_graph(phase: str) -> None:
     cost = model("0.8b", "int4", RTX_5090)
     rows = 1 if phase == DECODE else cost.model.buckets[-1]
     tape = cost.model.record(phase, rows)
-    wanted = [k for one in tape.launches for k in expand(one, DType.BF16, 170, "sm_120")]
+    wanted = [k for one in tape.launches for k in expand(one, BFLOAT16, 170, "sm_120")]
     assert Counter(cost.launches(phase, rows)) == Counter(wanted)
     graph = cost.decode(0) if phase == DECODE else cost.prefill(rows)
     assert graph.kernels == len(wanted)
@@ -187,7 +189,7 @@ def linear_of(cost: CostModel, rows: int) -> tuple[Launch, KernelLaunch]:
     tape = cost.model.record(phase, rows)
     linear = [one for one in tape.launches if one.op.name == "linear"]
     launch = next(one for one in linear if one.dims["T"] == rows)
-    (kernel,) = expand(launch, DType.BF16, cost.gpu.multiprocessors, cost.gpu.arch)
+    (kernel,) = expand(launch, BFLOAT16, cost.gpu.multiprocessors, cost.gpu.arch)
     return launch, kernel
 
 
@@ -196,8 +198,8 @@ def test_counts_are_those_of_the_disassembly(rows: int) -> None:
     """Red: tiles, parts or slices that the model counts and the machine code does not have."""
     cost = model("27b", "int4", RTX_5090)
     launch, kernel = linear_of(cost, rows)
-    moved = moved_by(launch, DType.BF16, 0)
-    task = Task(kernel, launch, DType.BF16, rows, 0, moved, is_first=True)
+    moved = moved_by(launch, BFLOAT16, 0)
+    task = Task(kernel, launch, BFLOAT16, rows, 0, moved, is_first=True)
     effort = effort_of(task, lambda _: 1000)
     code = Codes("sm_120").of(kernel)
     k_of_turn = K_SLICE if kernel.kernel == "linear_few" else 32
@@ -220,8 +222,8 @@ def test_a_kernel_that_the_model_does_not_know_has_a_cost() -> None:
     """Red: a table of kernels that must be kept in step with `kernels.py`."""
     cost = model("27b", "int4", RTX_5090)
     launch, kernel = linear_of(cost, 1)
-    moved = moved_by(launch, DType.BF16, 0)
-    known = Task(kernel, launch, DType.BF16, 1, 0, moved, is_first=True)
+    moved = moved_by(launch, BFLOAT16, 0)
+    known = Task(kernel, launch, BFLOAT16, 1, 0, moved, is_first=True)
     new = replace(known, kernel=replace(kernel, kernel="linear_of_tomorrow"))
     effort = effort_of(new, lambda _: 1)
     assert effort.blocks == kernel.grid[0]
@@ -238,10 +240,10 @@ def test_attention_works_on_whole_blocks_of_keys() -> None:
     ):
         launches = cost.model.record(phase, rows).launches
         launch = next(one for one in launches if one.op.name == "attention")
-        kernel = expand(launch, DType.BF16, H200.multiprocessors, H200.arch)[0]
-        moved = moved_by(launch, DType.BF16, position)
-        task = Task(kernel, launch, DType.BF16, rows, position, moved, is_first=True)
-        flop = work_of(launch, DType.BF16, position).flop
+        kernel = expand(launch, BFLOAT16, H200.multiprocessors, H200.arch)[0]
+        moved = moved_by(launch, BFLOAT16, position)
+        task = Task(kernel, launch, BFLOAT16, rows, position, moved, is_first=True)
+        flop = work_of(launch, BFLOAT16, position).flop
         effort = effort_of(task, lambda _: 1)
         assert effort.tensor * MMA_FLOP == pytest.approx(padding * flop)
         assert effort.blocks <= task.grid

@@ -31,7 +31,7 @@ from flashrt.core.digest import LAYOUT_CODE, DigestTerm
 from flashrt.core.direct import FileHash, FilePart
 from flashrt.core.groups import Planes
 from flashrt.core.op import Launch, Op
-from flashrt.core.region import DType, Layout, Region, resolve_dtype
+from flashrt.core.region import ActDTypes, DType, Layout, Region, resolve_dtype
 
 Activations = Literal["float32", "int16", "int8"]
 INTEGER_CODES = (DType.U4, DType.U5, DType.U6, DType.I8, DType.E2M1)  # of kernels/linear_int8.c
@@ -106,7 +106,7 @@ class CpuDevice:
     """See core.backend.Backend for the contract of the verbs."""
 
     name = "cpu"
-    act = DType.F32
+    acts = ActDTypes(DType.F32, DType.F32)
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class CpuDevice:
 
     def storage(self, region: Region) -> Storage:
         """See Backend."""
-        return layouts.storage(region, self.act)
+        return layouts.storage(region, self.acts)
 
     def pack(self, region: Region, array: NDArray[np.generic] | Planes, out: Bytes) -> None:
         """See Backend; matrices go through C, all threads."""
@@ -183,7 +183,7 @@ class CpuDevice:
 
     def unpack(self, region: Region, raw: Bytes) -> NDArray[np.generic]:
         """See Backend."""
-        return layouts.unpack(region, raw, self.act)
+        return layouts.unpack(region, raw, self.acts)
 
     def digest_layout(self, region: Region) -> int:
         """See Backend."""
@@ -372,7 +372,7 @@ class CpuDevice:
             raise SealedError(f"cpu: cannot {what} after seal; load another engine")
 
     def _record(self, launches: Sequence[BoundLaunch]) -> CpuGraph:
-        blocks = [b.pack(self.act) for b in launches]
+        blocks = [b.pack(self.acts) for b in launches]
         offsets = [0]
         for block in (*blocks, *blocks):  # as they are, and as moved to a lane
             offsets.append(offsets[-1] + -(-len(block) // _ALIGN) * _ALIGN)
@@ -454,7 +454,7 @@ def _part_words(part: FilePart, before: Bytes) -> list[int]:
 def _touched_nbytes(launches: Sequence[BoundLaunch]) -> int:
     """Bytes of all operands, of each launch anew."""
     return sum(
-        math.prod(view.shape) * resolve_dtype(view.region.dtype, DType.F32).bits // 8
+        math.prod(view.shape) * resolve_dtype(view.region.dtype, CpuDevice.acts).bits // 8
         for bound in launches
         for view in bound.launch.operands
     )

@@ -38,10 +38,15 @@ from flashrt.core.copylist import COPY_FORMAT, CopyList, Upload
 from flashrt.core.digest import DigestTerm
 from flashrt.core.groups import Planes
 from flashrt.core.op import Op
-from flashrt.core.region import DType, Region
+from flashrt.core.region import ActDTypes, DType, Region
 
-Precision = Literal["bfloat16", "high"]
-_ACT: Mapping[str, DType] = {"bfloat16": DType.BF16, "high": DType.BF16X2}
+Precision = Literal["bfloat16", "high", "fast"]
+# "fast" is what others compute: one bfloat16, also where that shows; see docs/kernels.md.
+ACTS: Mapping[Precision, ActDTypes] = {
+    "bfloat16": ActDTypes(DType.BF16, DType.BF16X2),
+    "high": ActDTypes(DType.BF16X2, DType.F32),
+    "fast": ActDTypes(DType.BF16, DType.BF16),
+}
 _COPY_BYTES = struct.calcsize(COPY_FORMAT)
 _TERM_BYTES = struct.calcsize(DigestTerm.FORMAT)
 _SUM_BYTES = 16  # (lo, hi)
@@ -119,10 +124,10 @@ class CudaDevice:
         capacities: Capacities | None = None,
     ) -> None:
         """`is_host`: device memory is host memory, and may be seen by numpy."""
-        if precision not in _ACT:
-            raise BackendError(f"precision {precision!r} is not one of {sorted(_ACT)}")
+        if precision not in ACTS:
+            raise BackendError(f"precision {precision!r} is not one of {sorted(ACTS)}")
         self.name = name
-        self.act = _ACT[precision]
+        self.acts = ACTS[precision]
         self.counters = Counters()
         self.driver = driver
         self._device_type = CPU if is_host else CUDA
@@ -152,14 +157,14 @@ class CudaDevice:
         )
         self._terms_at = self._tables.address + table_bytes
         self._sums_at = self._terms_at + self._capacities.terms * _TERM_BYTES
-        trace(PLAN, f"{self.description}, act {self.act}")
+        trace(PLAN, f"{self.description}, act {self.acts}")
 
     # ---- identity and storage
 
     @property
     def kernel_digest(self) -> str:
         """Hash of sources, argument structs, compiler, architecture and activation dtype."""
-        parts = (self._sources.digest(), self._compiler.identity, str(self.act))
+        parts = (self._sources.digest(), self._compiler.identity, str(self.acts))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property
@@ -177,15 +182,15 @@ class CudaDevice:
 
     def storage(self, region: Region) -> Storage:
         """See Backend."""
-        return layouts.storage(region, self.act)
+        return layouts.storage(region, self.acts)
 
     def pack(self, region: Region, array: NDArray[np.generic] | Planes, out: Bytes) -> None:
         """See Backend."""
-        layouts.pack(region, array, out, self.act)
+        layouts.pack(region, array, out, self.acts)
 
     def unpack(self, region: Region, raw: Bytes) -> NDArray[np.generic]:
         """See Backend."""
-        return layouts.unpack(region, raw, self.act)
+        return layouts.unpack(region, raw, self.acts)
 
     def digest_layout(self, region: Region) -> int:
         """See Backend."""
@@ -197,7 +202,7 @@ class CudaDevice:
         Raises BackendError for a matrix, which is stored as tensor cores read it.
         """
         device = self._device_type, self.driver.info.ordinal
-        return view(region, address, self.act, device, self._stream, self)
+        return view(region, address, self.acts, device, self._stream, self)
 
     # ---- kernels
 
@@ -256,13 +261,13 @@ class CudaDevice:
         """Launches as kernels with packed arguments; compiles what is not compiled yet."""
         arch = self.driver.info.arch
         expanded = [
-            (bound, kernels.expand(bound.launch, self.act, self._n_sms, arch, self._expansions))
+            (bound, kernels.expand(bound.launch, self.acts, self._n_sms, arch, self._expansions))
             for bound in launches
         ]
         self._prepare([kernel for _, several in expanded for kernel in several])
         nodes = []
         for bound, several in expanded:
-            block = ArgumentBlock(bound.pack(self.act))
+            block = ArgumentBlock(bound.pack(self.acts))
             for kernel in several:
                 over = self._over_runs(bound, kernel)
                 nodes.append(self._node(over, block, self._may_overlap(kernel)))

@@ -16,7 +16,7 @@ from typing import Final
 from flashrt.backends.cuda import layouts
 from flashrt.backends.cuda.kernels import ATTENTION_KEYS, K_SLICE, WARP, KernelLaunch
 from flashrt.core.op import Launch
-from flashrt.core.region import DType, Layout, Role
+from flashrt.core.region import ActDTypes, DType, Layout, Role
 from flashrt.ops.params import CURSOR
 from flashrt.ops.work import operand_bytes, work_of
 
@@ -35,11 +35,11 @@ class Moved:
     widest_passing: int  # bytes of the largest one
 
 
-def moved_by(launch: Launch, act: DType, position: int) -> Moved:
+def moved_by(launch: Launch, acts: ActDTypes, position: int) -> Moved:
     """Of a launch whose rows are all valid and begin at a position."""
     by_name: dict[str, int] = {}
     lasting = passing = widest = 0
-    for param, view, nbytes in operand_bytes(launch, act, position):
+    for param, view, nbytes in operand_bytes(launch, acts, position):
         by_name[param.name] = nbytes
         is_cached = param.name == CURSOR.name  # every launch reads it
         if is_cached or view.region.role in (Role.SCRATCH, Role.IO):
@@ -67,7 +67,7 @@ class Task:
 
     kernel: KernelLaunch
     launch: Launch
-    act: DType
+    acts: ActDTypes
     rows: int
     position: int
     moved: Moved
@@ -110,7 +110,7 @@ def _otherwise(task: Task) -> Effort:
     moved = task.moved
     if not task.is_first:
         return Effort(task.grid, loaded=moved.passing)
-    flop = max(work_of(task.launch, task.act, task.position).flop, _flop_of_weights(task))
+    flop = max(work_of(task.launch, task.acts, task.position).flop, _flop_of_weights(task))
     parts = int(dict(task.kernel.defines).get("ACT_PARTS", 1))
     return Effort(task.grid, tensor=flop * parts / MMA_FLOP, loaded=moved.passing + moved.lasting)
 
@@ -121,7 +121,7 @@ def _flop_of_weights(task: Task) -> float:
     for param, view in zip(launch.op.params, launch.operands, strict=True):
         region = view.region
         if region.role is Role.WEIGHT and region.layout is Layout.MATRIX:
-            bits = layouts.storage(region, task.act).nbytes * 8 / region.size
+            bits = layouts.storage(region, task.acts).nbytes * 8 / region.size
             flop += 2 * 8 * _ceil(task.rows, 8) * task.moved.by_name[param.name] * 8 / bits
     return flop
 

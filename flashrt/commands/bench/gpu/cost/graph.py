@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from flashrt.backends.cuda import layouts
+from flashrt.backends.cuda.device import ACTS
 from flashrt.backends.cuda.kernels import KernelLaunch, expand
 from flashrt.commands.bench.gpu.cost.code import Codes
 from flashrt.commands.bench.gpu.cost.devices import Gpu
@@ -18,7 +19,7 @@ from flashrt.commands.bench.gpu.cost.effort import Task, moved_by
 from flashrt.commands.bench.gpu.cost.launch import LaunchCost, Limit, cost_of
 from flashrt.core.backend import Progress
 from flashrt.core.op import Launch
-from flashrt.core.region import DType, Layout, Role
+from flashrt.core.region import ActDTypes, Layout, Role
 from flashrt.models import TokenModel
 from flashrt.models.model import DECODE, PREFILL, SAMPLE
 
@@ -91,18 +92,18 @@ _Key = tuple[object, ...]
 
 
 class CostModel:
-    """A model on a GPU, in an activation dtype of the backend (BF16, or BF16X2 for "high")."""
+    """A model on a GPU, with the activations of a precision."""
 
     def __init__(
         self,
         model: TokenModel,
         gpu: Gpu,
-        act: DType = DType.BF16,
+        acts: ActDTypes = ACTS["bfloat16"],
         codes: Codes | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Without `codes`, instructions are not counted: issue and latency are nothing."""
-        self.model, self.gpu, self.act, self.codes = model, gpu, act, codes
+        self.model, self.gpu, self.acts, self.codes = model, gpu, acts, codes
         self._progress = progress
         self._tapes: dict[tuple[str, int], list[tuple[Launch, int]]] = {}
         self._expanded: dict[_Key, tuple[KernelLaunch, ...]] = {}
@@ -136,12 +137,12 @@ class CostModel:
     def weights_bytes(self) -> int:
         """As the device stores them."""
         rules = self.model.weights
-        return sum(layouts.storage(rule.region, self.act).nbytes for rule in rules)
+        return sum(layouts.storage(rule.region, self.acts).nbytes for rule in rules)
 
     @property
     def lane_bytes(self) -> int:
         """Of a lane: state, and rows for all positions."""
-        return sum(layouts.storage(region, self.act).nbytes for region in self.model.lane_regions)
+        return sum(layouts.storage(region, self.acts).nbytes for region in self.model.lane_regions)
 
     @property
     def fits(self) -> bool:
@@ -182,11 +183,11 @@ class CostModel:
         position: int,
         is_resident: bool,
     ) -> list[LaunchCost]:
-        moved = moved_by(launch, self.act, position)
+        moved = moved_by(launch, self.acts, position)
         valid = min(rows, launch.dims.get("T", 1))
         costs = []
         for i, kernel in enumerate(kernels):
-            task = Task(kernel, launch, self.act, valid, position, moved, i == 0)
+            task = Task(kernel, launch, self.acts, valid, position, moved, i == 0)
             code = None if self.codes is None else self.codes.of(kernel)
             costs.append(cost_of(task, self.gpu, code, is_resident))
         return costs
@@ -204,13 +205,13 @@ class CostModel:
         key = _cost_key(launch)
         if key not in self._expanded:
             gpu = self.gpu
-            self._expanded[key] = expand(launch, self.act, gpu.multiprocessors, gpu.arch)
+            self._expanded[key] = expand(launch, self.acts, gpu.multiprocessors, gpu.arch)
         return self._expanded[key]
 
     def _lasting_bytes(self, phase: str, rows: int) -> int:
         """What a replay at position 0 moves that outlives it."""
         tape = self._grouped(phase, rows)
-        return sum(times * moved_by(launch, self.act, 0).lasting for launch, times in tape)
+        return sum(times * moved_by(launch, self.acts, 0).lasting for launch, times in tape)
 
 
 def _cost_key(launch: Launch) -> _Key:

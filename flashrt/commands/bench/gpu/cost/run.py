@@ -7,12 +7,11 @@ launch), nor how the document looks (report).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from flashrt.backends.choose import on_cuda
+from flashrt.backends.cuda.device import ACTS
 from flashrt.base.errors import BackendError, FlashrtError
 from flashrt.commands import console
 from flashrt.commands.bench.document import check_outputs, deliver, provenance
@@ -25,13 +24,11 @@ from flashrt.commands.bench.gpu.cost.measured import Measured, measured
 from flashrt.commands.bench.gpu.cost.report import show
 from flashrt.commands.bench.gpu.run import MEASURED
 from flashrt.core.backend import Progress
-from flashrt.core.region import DType
 from flashrt.load import Precision
 from flashrt.models.model import PREFILL
 
 ALL: Final = "all"
 LENGTHS: Final = (2048, 16384)
-_ACTIVATIONS: Final[Mapping[str, DType]] = {"bfloat16": DType.BF16, "high": DType.BF16X2}
 _ROOM: Final = 512  # positions beyond the longest prompt
 
 
@@ -71,13 +68,14 @@ def document_of(
     lengths = tuple(sorted(options.lengths))
     if not lengths:
         raise FlashrtError("no lengths; give --lengths N,N")
-    act = _ACTIVATIONS[on_cuda(options.precision)]
     model = model_of(options.shape, options.form, lengths[-1] + _ROOM)
     place = options.measured or (MEASURED if MEASURED.is_dir() else None)
     notes: list[str] = []
     found = []
     for name, gpu in gpus.items():
-        cost = CostModel(model, gpu, act, _codes(gpu.arch, codes, notes), progress)
+        cost = CostModel(
+            model, gpu, ACTS[options.precision], _codes(gpu.arch, codes, notes), progress
+        )
         beside = Measured()
         if place is not None:
             beside = measured(place, gpu, options.shape, options.form, options.precision)
