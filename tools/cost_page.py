@@ -25,6 +25,7 @@ from flashrt.commands.bench.gpu.cost.code import Codes
 from flashrt.commands.bench.gpu.cost.devices import GPUS
 from flashrt.commands.bench.gpu.cost.formats import model_of
 from flashrt.commands.bench.gpu.cost.graph import CostModel
+from flashrt.commands.bench.gpu.cost.paper import PaperEngine
 from flashrt.commands.bench.gpu.cost.run import ALL, GpuModelOptions, document_of
 from flashrt.load import Precision
 from flashrt.view.units import percent_text, seconds_text, significant
@@ -153,7 +154,7 @@ def against_upstream() -> str:
     rows = [["FlashRT upstream, its own figures", *(significant(n) for _, n in UPSTREAM), ""]]
     for what, precision, times in cases:
         faster = replace(gpu, tensor_flops=times * gpu.tensor_flops)
-        cost = CostModel(model, faster, ACTS[precision], codes)
+        cost = CostModel(PaperEngine(model, ACTS[precision]), faster, codes)
         first_us, decode = cost.first_token().us, cost.decode(SHORT)
         prompts = [cost.prefill(n) for n in (SHORT, LONG)]
         by_limit = {str(limit): us for limit, us in prompts[0].by_limit.items()}

@@ -6,6 +6,7 @@ of the figures by a GPU; docs/cuda-cost.md says what is assumed.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from dataclasses import replace
@@ -26,9 +27,11 @@ from flashrt.commands.bench.gpu.cost.formats import FORMATS, model_of
 from flashrt.commands.bench.gpu.cost.graph import CostModel, GraphCost
 from flashrt.commands.bench.gpu.cost.launch import Limit
 from flashrt.commands.bench.gpu.cost.measured import measured
+from flashrt.commands.bench.gpu.cost.paper import PaperEngine
 from flashrt.commands.bench.gpu.cost.report import show
 from flashrt.commands.bench.gpu.cost.run import GpuModelOptions, document_of
 from flashrt.core.op import Launch
+from flashrt.load import Precision
 from flashrt.models.model import DECODE, PREFILL
 from flashrt.ops.work import work_of
 from flashrt.weights.random_checkpoint import SHAPES
@@ -40,8 +43,13 @@ POSITIONS = 4096
 ROOT = Path(__file__).parents[2]
 
 
-def model(shape: str, form: str, gpu: Gpu) -> CostModel:
-    return CostModel(model_of(shape, form, POSITIONS), gpu)
+@functools.cache
+def engine(shape: str, form: str, precision: Precision = "bfloat16") -> PaperEngine:
+    return PaperEngine(model_of(shape, form, POSITIONS), ACTS[precision])
+
+
+def model(shape: str, form: str, gpu: Gpu, precision: Precision = "bfloat16") -> CostModel:
+    return CostModel(engine(shape, form, precision), gpu)
 
 
 # ---- bytes
@@ -76,10 +84,10 @@ def test_bytes_of_a_decoded_token_are_weights_and_state() -> None:
 
 def test_bytes_of_formats() -> None:
     """Red: scales left out; head and table in another format than loading gives them."""
-    s = SHAPES["27b"]
+    s = SHAPES["9b"]
     tables = 2 * s.vocab_size * s.hidden
     of_layers = {
-        form: model("27b", form, H200).weights_bytes - tables * bits // 8
+        form: model("9b", form, H200).engine.weights_bytes - tables * bits // 8
         for form, bits in (("bfloat16", 16), ("int4", 8.5), ("nvfp4", 16), ("fp8", 16))
     }
     per_weight = {form: 16 * n / of_layers["bfloat16"] for form, n in of_layers.items()}
@@ -128,27 +136,25 @@ def test_decode_of_27b_is_bound_by_memory() -> None:
 
 def test_more_bandwidth_moves_what_memory_limits_and_nothing_else() -> None:
     """Red: a need that depends on a figure it should not."""
-    shape = model_of("27b", "nvfp4", POSITIONS)
     wider = replace(RTX_5090, memory_bytes_per_s=1.5 * RTX_5090.memory_bytes_per_s)
-    before, after = (CostModel(shape, gpu).decode(2048) for gpu in (RTX_5090, wider))
+    before, after = (model("27b", "nvfp4", gpu).decode(2048) for gpu in (RTX_5090, wider))
     check_moved(Limit.MEMORY, before, after)
     gained = before.us - after.us
     assert gained == pytest.approx(before.by_limit[Limit.MEMORY] / 3, rel=0.01)
 
 
 def test_faster_tensor_cores_move_what_they_limit_and_nothing_else() -> None:
-    shape = model_of("27b", "nvfp4", POSITIONS)
     faster = replace(RTX_5090, tensor_flops=1.5 * RTX_5090.tensor_flops)
-    before, after = (CostModel(shape, gpu).prefill(256) for gpu in (RTX_5090, faster))
+    before, after = (model("27b", "nvfp4", gpu).prefill(256) for gpu in (RTX_5090, faster))
     check_moved(Limit.TENSOR, before, after)
 
 
 def test_parts_of_x_cost_tensor_time() -> None:
     """One part throughout, two for most products, three for these and two for the rest."""
-    shape = model_of("27b", "nvfp4", POSITIONS)
+    precisions: tuple[Precision, ...] = ("fast", "bfloat16", "high")
     fast, usual, high = (
-        CostModel(shape, RTX_5090, ACTS[precision]).prefill(1024).by_limit[Limit.TENSOR]
-        for precision in ("fast", "bfloat16", "high")
+        model("27b", "nvfp4", RTX_5090, precision).prefill(1024).by_limit[Limit.TENSOR]
+        for precision in precisions
     )
     assert 1.8 < usual / fast < 2.1
     assert 1.4 < high / usual < 1.7
@@ -161,8 +167,8 @@ def test_parts_of_x_cost_tensor_time() -> None:
 def test_launches_are_those_of_the_graph(phase: str) -> None:
     """Red: launches of equal cost that are not equal; one lost or counted twice."""
     cost = model("0.8b", "int4", RTX_5090)
-    rows = 1 if phase == DECODE else cost.model.buckets[-1]
-    tape = cost.model.record(phase, rows)
+    rows = 1 if phase == DECODE else cost.engine.model.buckets[-1]
+    tape = cost.engine.model.record(phase, rows)
     wanted = [k for one in tape.launches for k in expand(one, BFLOAT16, 170, "sm_120")]
     assert Counter(cost.launches(phase, rows)) == Counter(wanted)
     graph = cost.decode(0) if phase == DECODE else cost.prefill(rows)
@@ -172,7 +178,7 @@ def test_launches_are_those_of_the_graph(phase: str) -> None:
 
 def test_a_prompt_is_divided_as_the_engine_does() -> None:
     cost = model("0.8b", "bfloat16", H200)
-    widest, small = cost.model.buckets[-1], cost.model.buckets[1]
+    widest, small = cost.engine.model.buckets[-1], cost.engine.model.buckets[1]
     graph = cost.prefill(2 * widest + small)
     assert (graph.replays, graph.rows) == (3, widest)
     several, one = cost.prefill(2 * widest), cost.prefill(widest)
@@ -186,7 +192,7 @@ def test_a_prompt_is_divided_as_the_engine_does() -> None:
 def linear_of(cost: CostModel, rows: int) -> tuple[Launch, KernelLaunch]:
     """The widest product of a prefill or decode, and its kernel."""
     phase = DECODE if rows == 1 else PREFILL
-    tape = cost.model.record(phase, rows)
+    tape = cost.engine.model.record(phase, rows)
     linear = [one for one in tape.launches if one.op.name == "linear"]
     launch = next(one for one in linear if one.dims["T"] == rows)
     (kernel,) = expand(launch, BFLOAT16, cost.gpu.multiprocessors, cost.gpu.arch)
@@ -238,7 +244,7 @@ def test_attention_works_on_whole_blocks_of_keys() -> None:
         (DECODE, 1, 2047, 2.0),  # 4 of 8 columns
         (PREFILL, 256, 3840, 4096 / (3840 + 128.5)),  # the last block of keys is whole for all rows
     ):
-        launches = cost.model.record(phase, rows).launches
+        launches = cost.engine.model.record(phase, rows).launches
         launch = next(one for one in launches if one.op.name == "attention")
         kernel = expand(launch, BFLOAT16, H200.multiprocessors, H200.arch)[0]
         moved = moved_by(launch, BFLOAT16, position)

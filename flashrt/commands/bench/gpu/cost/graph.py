@@ -10,17 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from flashrt.backends.cuda import layouts
-from flashrt.backends.cuda.device import ACTS
 from flashrt.backends.cuda.kernels import KernelLaunch, expand
 from flashrt.commands.bench.gpu.cost.code import Codes
 from flashrt.commands.bench.gpu.cost.devices import Gpu
 from flashrt.commands.bench.gpu.cost.effort import Task, moved_by
 from flashrt.commands.bench.gpu.cost.launch import LaunchCost, Limit, cost_of
+from flashrt.commands.bench.gpu.cost.paper import PaperEngine
 from flashrt.core.backend import Progress
 from flashrt.core.op import Launch
-from flashrt.core.region import ActDTypes, Layout, Role
-from flashrt.models import TokenModel
+from flashrt.core.region import Layout, Role
 from flashrt.models.model import DECODE, PREFILL, SAMPLE
 
 # From the end of a replay to the first kernel of the next one. Assumed; in decode the host reads a
@@ -92,18 +90,17 @@ _Key = tuple[object, ...]
 
 
 class CostModel:
-    """A model on a GPU, with the activations of a precision."""
+    """An engine on a GPU."""
 
     def __init__(
         self,
-        model: TokenModel,
+        engine: PaperEngine,
         gpu: Gpu,
-        acts: ActDTypes = ACTS["bfloat16"],
         codes: Codes | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Without `codes`, instructions are not counted: issue and latency are nothing."""
-        self.model, self.gpu, self.acts, self.codes = model, gpu, acts, codes
+        self.engine, self.gpu, self.codes = engine, gpu, codes
         self._progress = progress
         self._tapes: dict[tuple[str, int], list[tuple[Launch, int]]] = {}
         self._expanded: dict[_Key, tuple[KernelLaunch, ...]] = {}
@@ -116,10 +113,10 @@ class CostModel:
 
     def prefill(self, n_tokens: int) -> GraphCost:
         """A prompt from position 0, in launches of the largest bucket, as the engine makes them."""
-        widest, parts = self.model.buckets[-1], []
+        widest, parts = self.engine.model.buckets[-1], []
         for start in range(0, n_tokens, widest):
             rows = min(widest, n_tokens - start)
-            parts.append((next(b for b in self.model.buckets if b >= rows), rows, start))
+            parts.append((next(b for b in self.engine.model.buckets if b >= rows), rows, start))
         return self._graph(PREFILL, parts)
 
     def first_token(self) -> GraphCost:
@@ -134,20 +131,9 @@ class CostModel:
         return found
 
     @property
-    def weights_bytes(self) -> int:
-        """As the device stores them."""
-        rules = self.model.weights
-        return sum(layouts.storage(rule.region, self.acts).nbytes for rule in rules)
-
-    @property
-    def lane_bytes(self) -> int:
-        """Of a lane: state, and rows for all positions."""
-        return sum(layouts.storage(region, self.acts).nbytes for region in self.model.lane_regions)
-
-    @property
     def fits(self) -> bool:
-        """Whether weights and a lane leave an eighth of the memory, for scratch and capsules."""
-        return self.weights_bytes + self.lane_bytes <= self.gpu.memory_bytes * 7 // 8
+        """Whether the GPU has room for what loading would allocate."""
+        return self.engine.nbytes <= self.gpu.memory_bytes
 
     # -- how it is found ------------------------------------------------------------------------
 
@@ -183,21 +169,21 @@ class CostModel:
         position: int,
         is_resident: bool,
     ) -> list[LaunchCost]:
-        moved = moved_by(launch, self.acts, position)
+        moved = moved_by(launch, self.engine.acts, position)
         valid = min(rows, launch.dims.get("T", 1))
         costs = []
         for i, kernel in enumerate(kernels):
-            task = Task(kernel, launch, self.acts, valid, position, moved, i == 0)
+            task = Task(kernel, launch, self.engine.acts, valid, position, moved, i == 0)
             code = None if self.codes is None else self.codes.of(kernel)
             costs.append(cost_of(task, self.gpu, code, is_resident))
         return costs
 
     def _grouped(self, phase: str, rows: int) -> list[tuple[Launch, int]]:
-        """Launches of a tape that cost the same, and how many of them there are."""
+        """Launches of a graph that cost the same, and how many of them there are."""
         if (phase, rows) not in self._tapes:
             groups: dict[_Key, list[Launch]] = {}
-            for launch in self.model.record(phase, rows).launches:
-                groups.setdefault(_cost_key(launch), []).append(launch)
+            for bound in self.engine.graphs[phase, rows]:
+                groups.setdefault(_cost_key(bound.launch), []).append(bound.launch)
             self._tapes[phase, rows] = [(some[0], len(some)) for some in groups.values()]
         return self._tapes[phase, rows]
 
@@ -205,13 +191,13 @@ class CostModel:
         key = _cost_key(launch)
         if key not in self._expanded:
             gpu = self.gpu
-            self._expanded[key] = expand(launch, self.acts, gpu.multiprocessors, gpu.arch)
+            self._expanded[key] = expand(launch, self.engine.acts, gpu.multiprocessors, gpu.arch)
         return self._expanded[key]
 
     def _lasting_bytes(self, phase: str, rows: int) -> int:
         """What a replay at position 0 moves that outlives it."""
         tape = self._grouped(phase, rows)
-        return sum(times * moved_by(launch, self.acts, 0).lasting for launch, times in tape)
+        return sum(times * moved_by(launch, self.engine.acts, 0).lasting for launch, times in tape)
 
 
 def _cost_key(launch: Launch) -> _Key:

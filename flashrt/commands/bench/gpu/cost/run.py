@@ -21,6 +21,7 @@ from flashrt.commands.bench.gpu.cost.devices import GPUS, gpu_named
 from flashrt.commands.bench.gpu.cost.formats import model_of
 from flashrt.commands.bench.gpu.cost.graph import REPLAY_US, CostModel, GraphCost
 from flashrt.commands.bench.gpu.cost.measured import Measured, measured
+from flashrt.commands.bench.gpu.cost.paper import PaperEngine
 from flashrt.commands.bench.gpu.cost.report import show
 from flashrt.commands.bench.gpu.run import MEASURED
 from flashrt.core.backend import Progress
@@ -69,13 +70,12 @@ def document_of(
     if not lengths:
         raise FlashrtError("no lengths; give --lengths N,N")
     model = model_of(options.shape, options.form, lengths[-1] + _ROOM)
+    engine = PaperEngine(model, ACTS[options.precision])
     place = options.measured or (MEASURED if MEASURED.is_dir() else None)
     notes: list[str] = []
     found = []
     for name, gpu in gpus.items():
-        cost = CostModel(
-            model, gpu, ACTS[options.precision], _codes(gpu.arch, codes, notes), progress
-        )
+        cost = CostModel(engine, gpu, _codes(gpu.arch, codes, notes), progress)
         beside = Measured()
         if place is not None:
             beside = measured(place, gpu, options.shape, options.form, options.precision)
@@ -131,8 +131,8 @@ def _of_gpu(
     return {
         "gpu": name,
         "figures": asdict(cost.gpu),
-        "weights_bytes": cost.weights_bytes,
-        "lane_bytes": cost.lane_bytes,
+        "weights_bytes": cost.engine.weights_bytes,
+        "arena_bytes": cost.engine.arena_bytes,
         "fits": cost.fits,
         "counts_instructions": cost.codes is not None,
         "measured": beside.source,
