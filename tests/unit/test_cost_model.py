@@ -153,7 +153,7 @@ def test_parts_of_x_cost_tensor_time() -> None:
     """One part throughout, two for most products, three for these and two for the rest."""
     precisions: tuple[Precision, ...] = ("fast", "bfloat16", "high")
     fast, usual, high = (
-        model("27b", "nvfp4", RTX_5090, precision).prefill(1024).by_limit[Limit.TENSOR]
+        model("0.8b", "bfloat16", RTX_5090, precision).prefill(1024).by_limit[Limit.TENSOR]
         for precision in precisions
     )
     assert 1.8 < usual / fast < 2.1
@@ -202,7 +202,7 @@ def linear_of(cost: CostModel, rows: int) -> tuple[Launch, KernelLaunch]:
 @pytest.mark.parametrize("rows", [1, 256])
 def test_counts_are_those_of_the_disassembly(rows: int) -> None:
     """Red: tiles, parts or slices that the model counts and the machine code does not have."""
-    cost = model("27b", "int4", RTX_5090)
+    cost = model("27b", "nvfp4", RTX_5090)
     launch, kernel = linear_of(cost, rows)
     moved = moved_by(launch, BFLOAT16, 0)
     task = Task(kernel, launch, BFLOAT16, rows, 0, moved, is_first=True)
@@ -226,7 +226,7 @@ def test_instructions_by_loop() -> None:
 
 def test_a_kernel_that_the_model_does_not_know_has_a_cost() -> None:
     """Red: a table of kernels that must be kept in step with `kernels.py`."""
-    cost = model("27b", "int4", RTX_5090)
+    cost = model("27b", "nvfp4", RTX_5090)
     launch, kernel = linear_of(cost, 1)
     moved = moved_by(launch, BFLOAT16, 0)
     known = Task(kernel, launch, BFLOAT16, 1, 0, moved, is_first=True)
