@@ -168,12 +168,12 @@ def test_launches_are_those_of_the_graph(phase: str) -> None:
     """Red: launches of equal cost that are not equal; one lost or counted twice."""
     cost = model("0.8b", "int4", RTX_5090)
     rows = 1 if phase == DECODE else cost.engine.model.buckets[-1]
-    tape = cost.engine.model.record(phase, rows)
-    wanted = [k for one in tape.launches for k in expand(one, BFLOAT16, 170, "sm_120")]
+    captured = cost.engine.graphs[phase, rows]
+    wanted = [k for bound in captured for k in expand(bound.launch, BFLOAT16, 170, "sm_120")]
     assert Counter(cost.launches(phase, rows)) == Counter(wanted)
     graph = cost.decode(0) if phase == DECODE else cost.prefill(rows)
     assert graph.kernels == len(wanted)
-    assert sum(op.launches for op in graph.ops) == len(tape.launches)
+    assert sum(op.launches for op in graph.ops) == len(captured)
 
 
 def test_a_prompt_is_divided_as_the_engine_does() -> None:
@@ -260,13 +260,13 @@ def test_attention_works_on_whole_blocks_of_keys() -> None:
 
 def report_of(device: str, **changes: Any) -> dict[str, Any]:
     """A report with one kernel and one length, as the GPU bench writes it."""
-    dims = {"T": 1, "K": 1024, "N": 7168}
+    dims = {"T": 1, "K": 1024, "N": 248320}  # the head
     return {
         "is_verification_only": False, "device": device, "date": "2026-12-01T10:00:00+00:00",
         "shape": "0.8b", "precision": "bfloat16", "kernels_at": 2048,
         "limits": {"read_bytes_per_s": 4.1e12, "mma_flops": 601e12},
         "kernels": [
-            {"phase": DECODE, "rows": 1, "op": "linear", "dims": dims, "launches": 24, "us": 7.5}
+            {"phase": DECODE, "rows": 1, "op": "linear", "dims": dims, "launches": 1, "us": 117.5}
         ],
         "rows": [
             {"tokens": 2048, "device": {"decode_us": 800.0}, "figures": {"ttft_cold_s": 0.04}}
@@ -294,7 +294,7 @@ def test_measured_times_stand_beside(tmp_path: Path) -> None:
         for op in graph["ops"]
         if op["measured_us"] is not None
     }
-    assert beside == {("linear", 7168): 7.5}
+    assert beside == {("linear", 248320): 117.5}
     assert gpu["assumed_and_measured"]["mma_flops"] == (H200.tensor_flops * 0.62, 601e12)
     assert not measured(tmp_path, H200, "0.8b", "int4", "bfloat16").source
 
@@ -308,7 +308,7 @@ def test_the_command_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     show(document)
     shown = " ".join(capsys.readouterr().out.split())
-    for text in ("(measured 800 µs)", "(measured 40.0 ms)", "7.50 µs", "601 TFLOP/s"):
+    for text in ("(measured 800 µs)", "(measured 40.0 ms)", "118 µs", "601 TFLOP/s"):
         assert text in shown
 
 
