@@ -28,7 +28,7 @@ from flashrt.backends.cuda.graph import CudaGraph, Node
 from flashrt.backends.cuda.library import KernelLibrary
 from flashrt.backends.cuda.nvrtc import Nvrtc
 from flashrt.backends.cuda.sources import Sources
-from flashrt.backends.cuda.staging import DownloadRing, Readback, UploadRing
+from flashrt.backends.cuda.staging import DownloadRing, Readback, UploadRing, WordRing
 from flashrt.backends.cuda.views import CPU, CUDA, DeviceArray, view
 from flashrt.base.errors import BackendError, SealedError
 from flashrt.base.system import at_fork
@@ -113,6 +113,8 @@ def _verb(method: _Method[_P, _R]) -> _Method[_P, _R]:
 class CudaDevice:
     """See core.backend.Backend for the contract of the verbs."""
 
+    is_async = True
+
     def __init__(
         self,
         driver: Driver,
@@ -150,6 +152,7 @@ class CudaDevice:
         self._ring = UploadRing(driver, self._stream, self._capacities.staging_bytes)
         self._readback = Readback(driver, self._stream, self._capacities.staging_bytes)
         self._downloads = DownloadRing(driver, self._stream, self._capacities.staging_bytes)
+        self._words = WordRing(driver, self._stream)
         table_bytes = self._capacities.copies * _COPY_BYTES
         terms_bytes = self._capacities.terms * (_TERM_BYTES + _SUM_BYTES)
         self._tables = DeviceMemory(
@@ -347,6 +350,18 @@ class CudaDevice:
         return wait
 
     @_verb
+    def begin_read_word(self, address: int) -> Callable[[], int]:
+        """See Backend."""
+        arrive = self._words.begin(address)
+
+        def wait() -> int:
+            self._refuse_after_fork()
+            with self._lock:
+                return arrive()
+
+        return wait
+
+    @_verb
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """See Backend."""
         self._downloads.fence()
@@ -505,6 +520,7 @@ class CudaDevice:
         self._ring.close()
         self._readback.close()
         self._downloads.close()
+        self._words.close()
         for memory in (*self._memories, self._tables):
             self.driver.mem_free(memory.address)
         self._memories, self._graphs = [], []
