@@ -92,9 +92,8 @@ class TokenEngine(Engine):
         self._views = [_HostView() for _ in self.lanes]
         self._shared = model.shared_phases(len(self.lanes))
         self._cursors = [lane.fixed.slot("cursor").offset for lane in self.arena.plan.lanes]
-        self._stops: list[frozenset[int] | None] = [
-            frozenset() for _ in self.lanes
-        ]  # None: unknown
+        # Of each lane, as they are on the device; None: unknown.
+        self._stops: list[frozenset[int] | None] = [frozenset() for _ in self.lanes]
         self._logits_kept = [_logits_kept(lane.io) for lane in self.arena.plan.lanes]
         self._commit_rows = max(
             (rows for phase, rows in model.phases if phase == COMMIT), default=0

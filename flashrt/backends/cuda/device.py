@@ -377,13 +377,14 @@ class CudaDevice:
         if not len(moves):
             return
         self._downloads.fence()
-        self._runs_at.clear()  # cheaper than asking each copy where it goes
         first = moves.copies[0]
         if len(moves) == 1 and first.height == 1:
+            self._forget_runs(dst_base + first.dst, first.width)
             self.driver.copy_on_device(
                 dst_base + first.dst, src_base + first.src, first.width, self._stream
             )
         else:
+            self._runs_at.clear()  # cheaper than asking each copy where it goes
             self._require_build()
             for i in range(0, len(moves), self._capacities.copies):
                 part = CopyList(moves.copies[i : i + self._capacities.copies])
