@@ -25,7 +25,7 @@ from flashrt.core.region import DType
 
 FLOAT32: Final = 1e-6
 _COPIES: Final = frozenset({  # exact
-    "embed", "last_row", "last_values", "last_cursor", "advance", "sample", "draft_begin",
+    "embed", "last_row", "last_values", "last_cursor", "advance", "hold", "sample", "draft_begin",
     "draft_note", "verify_cursors", "accept", "take_token",
 })  # fmt: skip
 _INSIDE: Final[dict[str, dict[DType, float]]] = {  # other ops: FLOAT32, whatever ACT is

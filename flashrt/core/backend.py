@@ -101,6 +101,11 @@ class Backend(Protocol):
     @property
     def counters(self) -> Counters: ...
     @property
+    def is_async(self) -> bool:
+        """Whether a replay returns before it is done, so that the next may be queued behind it."""
+        ...
+
+    @property
     def kernel_digest(self) -> str:
         """Hash of kernel sources and what else decides bits; part of the fingerprint."""
         ...
@@ -137,6 +142,12 @@ class Backend(Protocol):
     def begin_read(self, address: int, nbytes: int) -> Callable[[], Bytes]:
         """Start to read; what is returned waits for the bytes. Later writes, fills and copies come
         after it; replays must leave the range alone.
+        """
+        ...
+
+    def begin_read_word(self, address: int) -> Callable[[], int]:
+        """Start to read an int32 as it is at this place; what is returned waits for it. Later
+        replays come after it, too.
         """
         ...
 

@@ -40,7 +40,8 @@ _HUGE = 2 << 20
 # Ops whose kernels have neither barriers nor claims: threads need not wait between two runs.
 _APART = frozenset((
     "embed", "conv_window", "delta_rule", "delta_gates", "rope_append", "last_row", "last_values",
-    "last_cursor", "advance", "rmsnorm", "add_rmsnorm", "gated_rmsnorm", "silu_mul", "add_bias",
+    "last_cursor", "advance", "hold", "rmsnorm", "add_rmsnorm", "gated_rmsnorm", "silu_mul",
+    "add_bias",
     "keep_rows", "keep_values", "dense", "dense_add", "gru_cell",
 ))  # fmt: skip
 _MOST_ARGUMENTS = 1024  # of kernels/runtime.c
@@ -107,6 +108,7 @@ class CpuDevice:
 
     name = "cpu"
     acts = ActDTypes(DType.F32, DType.F32)
+    is_async = False
 
     def __init__(
         self,
@@ -281,6 +283,11 @@ class CpuDevice:
         out: Bytes = np.empty(nbytes, np.uint8)
         self.read(address, out)
         return lambda: out
+
+    def begin_read_word(self, address: int) -> Callable[[], int]:
+        """See Backend."""
+        word = int(self.begin_read(address, 4)().view(np.int32)[0])
+        return lambda: word
 
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """See Backend."""

@@ -28,7 +28,7 @@ from flashrt.backends.cuda.graph import CudaGraph, Node
 from flashrt.backends.cuda.library import KernelLibrary
 from flashrt.backends.cuda.nvrtc import Nvrtc
 from flashrt.backends.cuda.sources import Sources
-from flashrt.backends.cuda.staging import DownloadRing, Readback, UploadRing
+from flashrt.backends.cuda.staging import DownloadRing, Readback, UploadRing, WordRing
 from flashrt.backends.cuda.views import CPU, CUDA, DeviceArray, view
 from flashrt.base.errors import BackendError, SealedError
 from flashrt.base.system import at_fork
@@ -113,6 +113,8 @@ def _verb(method: _Method[_P, _R]) -> _Method[_P, _R]:
 class CudaDevice:
     """See core.backend.Backend for the contract of the verbs."""
 
+    is_async = True
+
     def __init__(
         self,
         driver: Driver,
@@ -150,6 +152,7 @@ class CudaDevice:
         self._ring = UploadRing(driver, self._stream, self._capacities.staging_bytes)
         self._readback = Readback(driver, self._stream, self._capacities.staging_bytes)
         self._downloads = DownloadRing(driver, self._stream, self._capacities.staging_bytes)
+        self._words = WordRing(driver, self._stream)
         table_bytes = self._capacities.copies * _COPY_BYTES
         terms_bytes = self._capacities.terms * (_TERM_BYTES + _SUM_BYTES)
         self._tables = DeviceMemory(
@@ -347,6 +350,18 @@ class CudaDevice:
         return wait
 
     @_verb
+    def begin_read_word(self, address: int) -> Callable[[], int]:
+        """See Backend."""
+        arrive = self._words.begin(address)
+
+        def wait() -> int:
+            self._refuse_after_fork()
+            with self._lock:
+                return arrive()
+
+        return wait
+
+    @_verb
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """See Backend."""
         self._downloads.fence()
@@ -362,13 +377,14 @@ class CudaDevice:
         if not len(moves):
             return
         self._downloads.fence()
-        self._runs_at.clear()  # cheaper than asking each copy where it goes
         first = moves.copies[0]
         if len(moves) == 1 and first.height == 1:
+            self._forget_runs(dst_base + first.dst, first.width)
             self.driver.copy_on_device(
                 dst_base + first.dst, src_base + first.src, first.width, self._stream
             )
         else:
+            self._runs_at.clear()  # cheaper than asking each copy where it goes
             self._require_build()
             for i in range(0, len(moves), self._capacities.copies):
                 part = CopyList(moves.copies[i : i + self._capacities.copies])
@@ -505,6 +521,7 @@ class CudaDevice:
         self._ring.close()
         self._readback.close()
         self._downloads.close()
+        self._words.close()
         for memory in (*self._memories, self._tables):
             self.driver.mem_free(memory.address)
         self._memories, self._graphs = [], []

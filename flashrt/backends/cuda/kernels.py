@@ -471,6 +471,7 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "keep_values": _keep,
     "last_cursor": _one_warp,
     "advance": _one_warp,
+    "hold": _one_warp,
     "sample": _sample,
     "conv_verify": _conv_window,
     "delta_verify": _delta_rule,
