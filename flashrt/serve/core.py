@@ -28,6 +28,7 @@ from flashrt.serve.sessions import (
     Turn,
     write_files,
 )
+from flashrt.serve.slots import Slots
 from flashrt.session.engine import SessionEngine
 from flashrt.store.reuse import Rates
 from flashrt.store.store import Store
@@ -71,6 +72,7 @@ class Core:
             self._saver = Saver(self._book.tidy)
             self._book.connect(self._saver, self.scheduler.post)
         self.sessions = Sessions(self._book, self.scheduler, self._saver, store)
+        self.slots = Slots(self.scheduler, self.index, store, self._saver)
 
     def start(self) -> Core:
         """Find what the store has, then begin to serve. Raises StoreError."""

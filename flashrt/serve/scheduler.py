@@ -37,6 +37,7 @@ from flashrt.ops.sample import SamplerParams
 from flashrt.serve.ask import (
     Ask,
     Closing,
+    NoSlot,
     QueueFull,
     Reason,
     Ticket,
@@ -140,6 +141,7 @@ class Worker:
     owner: str | None = None  # whose state it has; None: nobody may go on from it
     choice: Choice | None = None
     used: float = 0.0
+    waiting: deque[Callable[[], object]] = field(default_factory=deque)  # to be done while idle
 
     @property
     def state(self) -> State:
@@ -214,18 +216,25 @@ class Scheduler:
     def call(self, work: Callable[[], _T]) -> Future[_T]:
         """`work()` in the scheduler's thread, between two steps."""
         future: Future[_T] = Future()
+        if not self.post(lambda: _settle(future, work)):
+            future.set_exception(Closing("the server has shut down"))
+        return future
 
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                result = work()
-            except BaseException as error:
-                future.set_exception(error)
+    def when_idle(self, lane: int, work: Callable[[Worker], _T]) -> Future[_T]:
+        """`work(worker)` in the scheduler's thread, between two requests of a lane: at once if it
+        is idle, else when its request has ended. Raises, through the future, NoSlot, Closing.
+        """
+        future: Future[_T] = Future()
+
+        def wait() -> None:
+            found = [w for w in self.workers if w.session.lane.index == lane]
+            if found:
+                found[0].waiting.append(lambda: _settle(future, lambda: work(found[0])))
             else:
-                future.set_result(result)
+                there = ", ".join(str(w.session.lane.index) for w in self.workers)
+                future.set_exception(NoSlot(f"there is no slot {lane}; there are {there}"))
 
-        if not self.post(run):
+        if not self.post(wait):
             future.set_exception(Closing("the server has shut down"))
         return future
 
@@ -327,6 +336,7 @@ class Scheduler:
         while self._go_on():
             try:
                 self._reap()
+                self._attend()
                 self._admit()
                 self._step()
             except Exception as error:  # ours: whoever runs is told, others are served
@@ -350,6 +360,7 @@ class Scheduler:
         running = self._running()
         for worker in self.workers:
             worker.choice = None
+            calls += worker.waiting
         for asked in dict.fromkeys([*running, *waiting]):
             if not asked.is_over:
                 self._fail(asked, told)
@@ -373,7 +384,7 @@ class Scheduler:
                 return True
 
     def _has_work(self) -> bool:
-        return len(self._queue) > 0 or any(worker.choice for worker in self.workers)
+        return len(self._queue) > 0 or any(w.choice or w.waiting for w in self.workers)
 
     def _running(self) -> list[Asked]:
         found = (worker.choice.asked for worker in self.workers if worker.choice)
@@ -426,6 +437,12 @@ class Scheduler:
                 self._told_end(choice.asked, index, reason, None)
         else:
             self._told_end(choice.asked, choice.index, reason, None)
+
+    def _attend(self) -> None:
+        """What waited for lanes that are idle now."""
+        for worker in self.workers:
+            while worker.choice is None and worker.waiting:
+                worker.waiting.popleft()()
 
     def _admit(self) -> None:
         while free := [worker for worker in self.workers if worker.choice is None]:
@@ -808,6 +825,18 @@ class Scheduler:
     def _choice(self, worker: Worker) -> Choice:
         assert worker.choice is not None, "asked of workers that have one"
         return worker.choice
+
+
+def _settle(future: Future[_T], work: Callable[[], _T]) -> None:
+    """Give a future what `work` returns or raises, unless nobody waits for it any more."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = work()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
 
 
 _NO_TOKENS = np.empty(0, np.int32)
