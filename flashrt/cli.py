@@ -427,6 +427,7 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
             hosts=tuple(options.allow_host),
             origins=tuple(options.cors),
             queue=options.queue,
+            itl_s=None if options.itl_ms is None else options.itl_ms / 1e3,
             timeout_s=options.timeout,
             grace_s=options.grace,
             body_nbytes=options.max_body,
@@ -496,6 +497,11 @@ def _add_serve_work(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--queue", type=_whole(1, 1 << 20), default=256, metavar="N",
         help="requests that may wait; more get 429 (default: 256)",
+    )  # fmt: skip
+    work.add_argument(
+        "--itl-ms", type=_number(0, 1e6, above=True), metavar="MS",
+        help="what a step may take that feeds prompts beside requests which generate: the time "
+        "between their tokens (default: 2.5 times what it takes without)",
     )  # fmt: skip
     work.add_argument(
         "--timeout", type=_number(0, 1e6, above=True), metavar="SECONDS",

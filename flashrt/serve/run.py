@@ -83,6 +83,7 @@ def run(
     hosts: frozenset[str],
     origins: frozenset[str],
     queue: int,
+    itl_s: float | None,
     timeout_s: float | None,
     grace_s: float,
     body_nbytes: int,
@@ -105,7 +106,7 @@ def run(
         host=host,
         port=port,
         store=None if store is None else Store(store),
-        limits=Limits(queue=queue, queue_per_owner=queue, drain_s=grace_s),
+        limits=Limits(queue=queue, queue_per_owner=queue, drain_s=grace_s, itl_s=itl_s),
     )
     try:
         server.run(started)

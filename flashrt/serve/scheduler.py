@@ -45,8 +45,9 @@ from flashrt.serve.ask import (
     TokenLogprobs,
 )
 from flashrt.serve.meters import Meters, TurnTiming
+from flashrt.serve.pace import Pace
 from flashrt.serve.prefix import Entry, PrefixIndex, owner_key
-from flashrt.serve.queue import FairQueue
+from flashrt.serve.queue import OLDEST_EVERY, FairQueue
 from flashrt.session.engine import SessionEngine
 from flashrt.session.session import Generation, Session, as_tokens
 from flashrt.session.together import Feed, step
@@ -68,6 +69,7 @@ class Limits:
     queue_per_owner: int = 64
     most_choices: int = 16  # n of a request
     drain_s: float = 30.0  # at close, running requests may go on for so long
+    itl_s: float | None = None  # what a step that also feeds prompts may take; None: see Pace
 
 
 class Ends:
@@ -186,6 +188,8 @@ class Scheduler:
         self._stop_at = math.inf
         self._busy_s = FIRST_GUESS_S
         self._rotation = 0
+        self._pace = Pace(limits.itl_s)
+        self._n_fed = 0  # steps that fed prompts
         self._unended = 0  # choices whose state is being kept
         self._thread = threading.Thread(target=self._loop, name="flashrt-scheduler", daemon=True)
 
@@ -539,15 +543,34 @@ class Scheduler:
         turn = self._rotation % len(active)
         self._rotation += 1
         active = active[turn:] + active[:turn]
-        feeding = [w for w in active if w.state == "prompt"]
+        feeding = self._feeding(active)
         if len(feeding) == len(active):
             self._prefill(feeding[0])
             return
         going = [w for w in active if w.state != "prompt"]
         most = self.engine.most_together
         going = going[: max(1, most - bool(feeding))]
-        feeding = feeding[: most - len(going)]
-        self._step_together(going, self._pieces(feeding, STEP_ROWS - len(going)))
+        room = STEP_ROWS - len(going)
+        if feeding and any(w.state == "decode" for w in going):
+            room = self._pace.rows(len(going), room)
+        self._step_together(going, self._pieces(feeding[: most - len(going)], room))
+
+    def _feeding(self, active: list[Worker]) -> list[Worker]:
+        """Those that are in their prompts, whose rows come first: who has the least left, so that
+        a short prompt does not wait for long ones; one time in OLDEST_EVERY the oldest, so that
+        none starves.
+        """
+
+        def left(worker: Worker) -> int:
+            return len(self._choice(worker).asked.tokens) - worker.session.position
+
+        found = sorted((w for w in active if w.state == "prompt"), key=left)
+        self._n_fed += bool(found)
+        if found and self._n_fed % OLDEST_EVERY == 0:
+            oldest = min(found, key=lambda w: self._choice(w).asked.began)
+            found.remove(oldest)
+            found.insert(0, oldest)
+        return found
 
     def _prefill(self, worker: Worker) -> None:
         """A whole launch of one prompt: nobody decodes meanwhile."""
@@ -562,26 +585,21 @@ class Scheduler:
             self._fail(choice.asked, error)
 
     def _pieces(self, feeding: list[Worker], room: int) -> list[tuple[Worker, int]]:
-        """How many tokens each is fed: equal shares of the rows, what one does not need goes to
-        the others.
+        """How many tokens each is fed: the first as many as there is room for, what it does not
+        need goes to the next.
         """
-        wanted = []
-        for worker in feeding:
-            session, choice = worker.session, self._choice(worker)
-            pending = session.position - session.lane.position
-            wanted.append((choice.stops[0] - session.position, pending, worker))
-        wanted.sort(key=lambda w: w[0] + w[1])
         pieces = []
-        for i, (left, pending, worker) in enumerate(wanted):
-            share = room // (len(wanted) - i)
-            n = min(left, share - pending)
+        for worker in feeding:
+            session = worker.session
+            pending = session.position - session.lane.position
+            n = min(self._choice(worker).stops[0] - session.position, room - pending)
             if n > 0:
                 pieces.append((worker, n))
                 room -= n + pending
         return pieces
 
     def _step_together(self, going: list[Worker], pieces: list[tuple[Worker, int]]) -> None:
-        feeds = []
+        began, feeds = time.monotonic(), []
         for worker, n in pieces:
             choice, session = self._choice(worker), worker.session
             at, asked = session.position, choice.asked
@@ -599,13 +617,14 @@ class Scheduler:
             elif choice.generation is not None:
                 decoding.append(choice.generation)
         step(decoding, feeds)
-        for worker, _ in pieces:
-            if worker.choice is not None:
-                self._fed(worker)
         for worker in going:
             choice_ = worker.choice
             if choice_ is not None and choice_.reason is None:
                 self._take(worker)
+        self._pace.note(len(going), sum(n for _, n in pieces), time.monotonic() - began)
+        for worker, _ in pieces:
+            if worker.choice is not None:
+                self._fed(worker)
         for worker in going:
             if worker.state == "end":
                 self._maybe_leave(worker)
