@@ -428,6 +428,7 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
             origins=tuple(options.cors),
             queue=options.queue,
             itl_s=None if options.itl_ms is None else options.itl_ms / 1e3,
+            noted=options.record_logprobs,
             timeout_s=options.timeout,
             grace_s=options.grace,
             body_nbytes=options.max_body,
@@ -490,6 +491,11 @@ def _add_serve_work(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--store", metavar="DIR", help="capsule store: sessions and prefixes outlive the server"
     )
+    work.add_argument(
+        "--record-logprobs", type=_whole(0, 1000), metavar="N",
+        help="with --store, note the logprob of each token and of the N likeliest beside it, for "
+        "`flashrt store diff` (default: only those that a request asks for)",
+    )  # fmt: skip
     work.add_argument(
         "--host-bytes", type=_whole(0), metavar="N", help="memory for states that the pool has no "
         "room for (default: an eighth of the machine's)",

@@ -15,6 +15,7 @@ import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,6 +99,11 @@ class PrefixIndex:
     def fingerprint(self) -> str:
         """Of the engine: what another made does not fit."""
         return self._engine.fingerprint
+
+    @property
+    def checkpoint(self) -> Path:
+        """Of the engine: its tokenizer has the text of tokens."""
+        return self._engine.checkpoint.path
 
     def entries(self) -> Iterator[Entry]:
         """All of them."""

@@ -84,6 +84,7 @@ def run(
     origins: frozenset[str],
     queue: int,
     itl_s: float | None,
+    noted: int | None,
     timeout_s: float | None,
     grace_s: float,
     body_nbytes: int,
@@ -106,7 +107,9 @@ def run(
         host=host,
         port=port,
         store=None if store is None else Store(store),
-        limits=Limits(queue=queue, queue_per_owner=queue, drain_s=grace_s, itl_s=itl_s),
+        limits=Limits(
+            queue=queue, queue_per_owner=queue, drain_s=grace_s, itl_s=itl_s, noted=noted
+        ),
     )
     try:
         server.run(started)

@@ -70,6 +70,7 @@ class Limits:
     most_choices: int = 16  # n of a request
     drain_s: float = 30.0  # at close, running requests may go on for so long
     itl_s: float | None = None  # what a step that also feeds prompts may take; None: see Pace
+    noted: int | None = None  # logprobs of each token, and of so many likeliest; None: if asked for
 
 
 class Ends:
@@ -95,6 +96,7 @@ class Left:
     tokens: NDArray[np.int32]  # all that are committed
     end: Entry | None  # None: there was no room for a capsule
     start: Entry | None  # where the last turn of the prompt starts
+    logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()  # of tokens, by position
 
 
 @dataclass(slots=True, eq=False)
@@ -131,6 +133,7 @@ class Choice:
     stops: list[int] = field(default_factory=list)  # prompt positions to stop at, ascending
     generation: Generation | None = None
     n_tokens: int = 0
+    logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)  # see Left
     reason: Reason | None = None  # once it has ended, and its last token is not state yet
     last_token: float = 0.0
 
@@ -681,12 +684,16 @@ class Scheduler:
         choice = self._choice(worker)
         asked, generation = choice.asked, choice.generation
         assert generation is not None
+        told, noted = asked.ask.logprobs, self.limits.noted
         logprobs = None
         try:
             token = next(generation)
-            if asked.ask.logprobs is not None:
-                logprob, top = worker.session.logprobs(asked.ask.logprobs)
-                logprobs = TokenLogprobs(logprob, tuple(top))
+            if told is not None or noted is not None:
+                session = worker.session
+                logprob, top = session.logprobs(max(told or 0, noted or 0))
+                choice.logprobs.append((session.position - 1, TokenLogprobs(logprob, tuple(top))))
+                if told is not None:
+                    logprobs = TokenLogprobs(logprob, tuple(top[:told]))
         except StopIteration:
             reason = generation.reason
             assert reason is not None, "neither closed nor failed"
@@ -739,7 +746,7 @@ class Scheduler:
         is_prompt = len(tokens) >= len(asked.tokens)
         end = self._capsule(worker)
         self._free(worker)
-        left = Left(choice.index, reason, tokens, end, asked.start)
+        left = Left(choice.index, reason, tokens, end, asked.start, tuple(choice.logprobs))
         if not is_prompt:  # in the midst of its prompt: worth trying again from, but no turn
             self._told_end(asked, choice.index, reason, None)
             for index in range(1, asked.ask.n) if choice.index == 0 else ():
