@@ -18,7 +18,7 @@ from flashrt.serve.ask import Ask, Closing, Reason, Ticket, TokenLogprobs
 from flashrt.serve.meters import Meters
 from flashrt.serve.prefix import Kept, PrefixIndex
 from flashrt.serve.saver import Saver
-from flashrt.serve.scheduler import LaneStatus, Limits, Scheduler
+from flashrt.serve.scheduler import Scheduler
 from flashrt.serve.sessions import (
     Files,
     NodeView,
@@ -29,6 +29,7 @@ from flashrt.serve.sessions import (
     write_files,
 )
 from flashrt.serve.slots import Slots
+from flashrt.serve.work import LaneStatus, Limits
 from flashrt.session.engine import SessionEngine
 from flashrt.store.reuse import Rates
 from flashrt.store.store import Store

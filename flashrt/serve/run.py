@@ -14,8 +14,8 @@ from flashrt.serve.access import Access
 from flashrt.serve.app import make_app
 from flashrt.serve.core import Core
 from flashrt.serve.listen import Listener
-from flashrt.serve.scheduler import Limits
 from flashrt.serve.served import Served
+from flashrt.serve.work import Limits
 from flashrt.session.engine import SessionEngine
 from flashrt.store.store import Store
 

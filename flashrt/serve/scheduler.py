@@ -1,7 +1,8 @@
 """The scheduler: one thread that owns the engine, and gives its lanes to requests.
 
-IS: admission, the way of a request from its prompt to its end, and the loop of steps. IS NOT: which
-boundaries are known (prefix), who is next (queue), trees of sessions (sessions).
+IS: the loop of steps, and the way of a request through them from its prompt to its end. IS NOT:
+what can be carried out, and where (admission), which boundaries are known (prefix), who is next
+(queue), trees of sessions (sessions).
 
 A lane is a worker: it takes a request, goes to the deepest known boundary of its prompt, is fed the
 rest, generates, and leaves capsules: where the last turn of the prompt starts, and at the end.
@@ -9,31 +10,26 @@ rest, generates, and leaves capsules: where the last turn of the prompt starts, 
 
 from __future__ import annotations
 
-import inspect
 import math
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flashrt.base.errors import (
     BackendError,
     CapsuleError,
     FlashrtError,
     PoolFull,
-    SessionError,
 )
 from flashrt.base.tracing import PLAN, trace
 from flashrt.capsule.capsule import Capsule
-from flashrt.capsule.lineage import segment_layout
 from flashrt.models.model import STEP_ROWS
-from flashrt.ops.sample import SamplerParams
+from flashrt.serve.admission import Admission, sampling_of
 from flashrt.serve.ask import (
     Ask,
     Closing,
@@ -48,128 +44,16 @@ from flashrt.serve.meters import Meters, TurnTiming
 from flashrt.serve.pace import Pace
 from flashrt.serve.prefix import Entry, PrefixIndex, owner_key
 from flashrt.serve.queue import OLDEST_EVERY, FairQueue
+from flashrt.serve.work import Asked, Choice, Ends, LaneStatus, Left, Limits, Worker
 from flashrt.session.engine import SessionEngine
-from flashrt.session.session import Generation, Session, as_tokens
+from flashrt.session.session import Generation
 from flashrt.session.together import Feed, step
-from flashrt.store.opening import restore_nbytes
-from flashrt.store.reuse import Action, Boundary, Decision, Live, Rates, decide
+from flashrt.store.reuse import Rates
 
 _T = TypeVar("_T")
-State = Literal["idle", "prompt", "decode", "end"]
 FIRST_GUESS_S = 1.0  # of the time that a request has a lane, until some were measured
 NEWEST = 0.1  # weight of the newest such time
 PATIENCE_S = 0.5  # an idle loop looks around this often
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What may wait, and what may run."""
-
-    queue: int = 256  # requests that wait, in all
-    queue_per_owner: int = 64
-    most_choices: int = 16  # n of a request
-    drain_s: float = 30.0  # at close, running requests may go on for so long
-    itl_s: float | None = None  # what a step that also feeds prompts may take; None: see Pace
-    noted: int | None = None  # logprobs of each token, and of so many likeliest; None: if asked for
-
-
-class Ends:
-    """What becomes of the state that a choice leaves: nodes of sessions, and the store."""
-
-    def begin(self, asked: Asked) -> None:
-        """Called by `submit`, in the caller's thread. Raises SessionError."""
-
-    def leave(self, asked: Asked, left: Left, tell: Callable[[str | None], None]) -> None:
-        """A choice has ended: `tell` is to be called with its node, once what it left is kept."""
-        tell(None)
-
-    def over(self, asked: Asked) -> None:
-        """The request is over, however it ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """What a choice leaves."""
-
-    index: int
-    reason: Reason
-    tokens: NDArray[np.int32]  # all that are committed
-    end: Entry | None  # None: there was no room for a capsule
-    start: Entry | None  # where the last turn of the prompt starts
-    logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()  # of tokens, by position
-
-
-@dataclass(slots=True, eq=False)
-class Asked:
-    """A request on its way. `lock` of the scheduler is not needed: only its thread writes."""
-
-    ask: Ask
-    owner: str  # its key
-    tokens: NDArray[np.int32]
-    submitted: float
-    deadline: float
-    ticket: Ticket
-    submitted_at: float = 0.0
-    has_begun: bool = False
-    is_over: bool = False
-    is_deaf: bool = False  # its sink raised: nothing more is told
-    n_ended: int = 0
-    n_generated: int = 0
-    prompt: Entry | None = None  # where choices part; held until all have begun
-    start: Entry | None = None
-    made: list[Entry] = field(default_factory=list)  # entries that it made
-    cached: int = 0
-    action: str = ""
-    began: float = 0.0
-    first_token: float | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Choice:
-    """One of the choices of a request."""
-
-    asked: Asked
-    index: int
-    stops: list[int] = field(default_factory=list)  # prompt positions to stop at, ascending
-    generation: Generation | None = None
-    n_tokens: int = 0
-    logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)  # see Left
-    reason: Reason | None = None  # once it has ended, and its last token is not state yet
-    last_token: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class Worker:
-    """A lane and what it does."""
-
-    session: Session
-    owner: str | None = None  # whose state it has; None: nobody may go on from it
-    choice: Choice | None = None
-    used: float = 0.0
-    waiting: deque[Callable[[], object]] = field(default_factory=deque)  # to be done while idle
-
-    @property
-    def state(self) -> State:
-        """What it does."""
-        choice = self.choice
-        if choice is None:
-            return "idle"
-        if choice.reason is not None:
-            return "end"
-        return "decode" if choice.generation is not None and not choice.stops else "prompt"
-
-
-@dataclass(frozen=True, slots=True)
-class LaneStatus:
-    """One lane, as it was."""
-
-    index: int
-    state: State
-    owner: str | None  # its key
-    position: int
-    session: str | None
-    prompt_tokens: int
-    generated_tokens: int
 
 
 class Scheduler:
@@ -181,7 +65,7 @@ class Scheduler:
         """Takes all free lanes of the engine. Raises LaneBusy when there is none."""
         self.engine, self.index, self.limits, self.ends = engine, index, limits, ends
         self.meters = Meters()
-        self._rates = rates
+        self._admission = Admission(engine, index, limits, rates)
         self.workers = [Worker(engine.session()) for _ in range(max(1, len(engine.free_lanes)))]
         self._lock = threading.Condition()
         self._queue: FairQueue[Choice] = FairQueue()
@@ -206,7 +90,7 @@ class Scheduler:
         """Take a request. Raises QueueFull, Closing, and SessionError or TokenError for one that
         cannot be carried out.
         """
-        tokens = self._checked(ask)
+        tokens = self._admission.checked(ask)
         now = time.monotonic()
         deadline = math.inf if ask.timeout_s is None else now + ask.timeout_s
         asked = Asked(
@@ -287,41 +171,6 @@ class Scheduler:
             worker.session.close()
 
     # -- admission ------------------------------------------------------------------------------
-
-    def _checked(self, ask: Ask) -> NDArray[np.int32]:
-        """The prompt. Raises SessionError for what cannot be carried out, whatever comes."""
-        engine = self.engine
-        tokens = as_tokens(ask.tokens, engine.vocab_size)
-        if not len(tokens):
-            raise SessionError("the prompt is empty; give at least one token")
-        if len(tokens) + (ask.max_tokens > 0) > engine.max_positions:
-            raise SessionError(
-                f"the prompt has {len(tokens):,} tokens; a lane holds {engine.max_positions:,}, "
-                "with the reply; shorten it, or serve with a larger --max-positions"
-            )
-        if not 1 <= ask.n <= self.limits.most_choices:
-            raise SessionError(f"n={ask.n} is not in [1, {self.limits.most_choices}]")
-        if ask.max_tokens < 0:
-            raise SessionError(f"max_tokens={ask.max_tokens} is negative")
-        if ask.logprobs is not None and not 0 <= ask.logprobs <= engine.vocab_size:
-            raise SessionError(f"logprobs={ask.logprobs} is not in [0, {engine.vocab_size}]")
-        if any(not 0 <= p <= len(tokens) for p in ask.turn_starts):
-            raise SessionError(f"turn_starts: a position is not in [0, {len(tokens)}]")
-        as_tokens(ask.stop_tokens, engine.vocab_size)
-        if unknown := sorted(set(ask.sampling) - _OPTIONS):
-            raise SessionError(
-                f"sampling: {', '.join(unknown)}: Session.generate has no such option"
-            )
-        for index in range(ask.n):
-            given = {k: v for k, v in self._sampling(ask, index).items() if k in _PARAMS}
-            if (bias := given.get("logit_bias")) is not None:
-                as_tokens(bias.keys(), engine.vocab_size)
-                given["logit_bias"] = tuple(bias.items())
-            SamplerParams(**given)
-        return tokens
-
-    def _sampling(self, ask: Ask, index: int) -> dict[str, Any]:
-        return {**ask.sampling, "seed": (ask.sampling.get("seed", 0) + index) % (1 << 64)}
 
     def _check_room(self, asked: Asked) -> None:
         if self._is_closing:
@@ -466,7 +315,7 @@ class Scheduler:
     def _begin(self, choice: Choice, free: list[Worker]) -> None:
         """A lane goes to the deepest known boundary of the prompt."""
         asked, now = choice.asked, time.monotonic()
-        worker, decision = self._placed(asked, free)
+        worker, decision = self._admission.placed(asked, free)
         worker.choice, worker.owner, worker.used = choice, asked.owner, now
         session, n = worker.session, len(asked.tokens)
         at = session.lane.position
@@ -483,52 +332,6 @@ class Scheduler:
             asked.start = self._known(asked, start)
         if not choice.stops:
             self._prompt_done(worker)
-
-    def _placed(self, asked: Asked, free: list[Worker]) -> tuple[Worker, Decision]:
-        """The free lane from which the prompt is nearest, gone there."""
-        tokens, index = asked.tokens, self.index
-        entries = index.find(asked.owner, tokens)
-        while True:
-            best: tuple[float, float, Worker, Decision] | None = None
-            for worker in sorted(free, key=lambda w: w.used):
-                decision = self._decision(worker, asked, entries)
-                if best is None or decision.estimate_us < best[0]:
-                    best = decision.estimate_us, worker.used, worker, decision
-            assert best is not None
-            _, _, worker, decision = best
-            session = worker.session
-            if decision.action is Action.COLD:
-                session.rollback(0)
-            elif decision.action is Action.ROLLBACK:
-                session.rollback(decision.position)
-            elif decision.action is Action.RESTORE:
-                assert decision.boundary is not None
-                entry = decision.boundary.key
-                assert isinstance(entry, Entry)
-                try:
-                    session.restore(index.need(entry, tokens))
-                except CapsuleError as error:
-                    trace(PLAN, f"passed over a boundary at {entry.position}: {error}")
-                    entries.remove(entry)
-                    continue
-            return worker, decision
-
-    def _decision(self, worker: Worker, asked: Asked, entries: list[Entry]) -> Decision:
-        lane, table = worker.session.lane, self.engine.capsules
-        live = None
-        if worker.owner == asked.owner:
-            boundaries = [w.position for w in lane.waypoints if w.position]
-            live = Live(worker.session.tokens, boundaries)
-        rows = self.engine.arena.plan.lanes[lane.index].rows
-        known = []
-        for entry in entries:
-            if entry.capsule is not None:
-                nbytes, tier = restore_nbytes(lane, entry.capsule), entry.capsule.tier
-            else:
-                nbytes = table.fixed_nbytes + segment_layout(rows, 0, entry.position)[1]
-                tier = "disk"
-            known.append(Boundary(entry.position, nbytes, tier, entry))
-        return decide(asked.tokens, known, live, table.fixed_nbytes, self._rates)
 
     def _known(self, asked: Asked, position: int) -> Entry | None:
         """The entry at exactly a position of the prompt."""
@@ -673,7 +476,7 @@ class Scheduler:
             return worker.session.generate(
                 min(ask.max_tokens, room + 1),
                 stop=ask.stop_tokens,
-                **self._sampling(ask, choice.index),
+                **sampling_of(ask, choice.index),
             )
         except FlashrtError as error:
             self._fail(choice.asked, error)
@@ -866,7 +669,3 @@ def _settle(future: Future[_T], work: Callable[[], _T]) -> None:
 
 
 _NO_TOKENS = np.empty(0, np.int32)
-_OPTIONS = frozenset(inspect.signature(Session.generate).parameters) - {
-    "self", "max_tokens", "stop",
-}  # fmt: skip
-_PARAMS = frozenset(SamplerParams.__dataclass_fields__)

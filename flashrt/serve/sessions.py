@@ -31,7 +31,7 @@ from flashrt.base.tracing import PLAN, trace
 from flashrt.serve.ask import NoSession, SessionBusy, SessionConflict
 from flashrt.serve.prefix import PREFIX, Entry, PrefixIndex, owner_key
 from flashrt.serve.saver import Saver
-from flashrt.serve.scheduler import Asked, Ends, Left
+from flashrt.serve.work import Asked, Ends, Left
 from flashrt.store.folder import REFS
 from flashrt.store.manifest import tokens_digest
 from flashrt.store.notes import Notes, TokenNote

@@ -22,7 +22,8 @@ from flashrt.capsule.capsule import Capsule
 from flashrt.serve.ask import BadSlotFile, NoSlot, NoSlotFile
 from flashrt.serve.prefix import PREFIX, PrefixIndex, owner_key
 from flashrt.serve.saver import Saver
-from flashrt.serve.scheduler import Scheduler, Worker
+from flashrt.serve.scheduler import Scheduler
+from flashrt.serve.work import Worker
 from flashrt.store.store import Store
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]{0,99}")

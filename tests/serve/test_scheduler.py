@@ -20,7 +20,7 @@ from flashrt.core.runs import table_of
 from flashrt.serve.ask import Ask, Closing, QueueFull, TimedOut
 from flashrt.serve.core import Core
 from flashrt.serve.prefix import Kept
-from flashrt.serve.scheduler import Limits
+from flashrt.serve.work import Limits
 from tests.serve.conftest import LANES, LIMIT, load
 from tests.serve.listening import Heard, alone, ask
 

@@ -21,7 +21,7 @@ import flashrt
 from flashrt.serve.ask import NoSession, SessionBusy, SessionConflict
 from flashrt.serve.core import Core
 from flashrt.serve.prefix import Kept
-from flashrt.serve.scheduler import Limits
+from flashrt.serve.work import Limits
 from flashrt.store import upkeep
 from flashrt.store.history import History
 from flashrt.store.store import Store
