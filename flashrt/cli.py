@@ -430,6 +430,8 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
             hosts=tuple(options.allow_host),
             origins=tuple(options.cors),
             queue=options.queue,
+            itl_s=None if options.itl_ms is None else options.itl_ms / 1e3,
+            noted=options.record_logprobs,
             timeout_s=options.timeout,
             grace_s=options.grace,
             body_nbytes=options.max_body,
@@ -493,12 +495,22 @@ def _add_serve_work(parser: argparse.ArgumentParser) -> None:
         "--store", metavar="DIR", help="capsule store: sessions and prefixes outlive the server"
     )
     work.add_argument(
+        "--record-logprobs", type=_whole(0, 1000), metavar="N",
+        help="with --store, note the logprob of each token and of the N likeliest beside it, for "
+        "`flashrt store diff` (default: only those that a request asks for)",
+    )  # fmt: skip
+    work.add_argument(
         "--host-bytes", type=_whole(0), metavar="N", help="memory for states that the pool has no "
         "room for (default: an eighth of the machine's)",
     )  # fmt: skip
     work.add_argument(
         "--queue", type=_whole(1, 1 << 20), default=256, metavar="N",
         help="requests that may wait; more get 429 (default: 256)",
+    )  # fmt: skip
+    work.add_argument(
+        "--itl-ms", type=_number(0, 1e6, above=True), metavar="MS",
+        help="what a step may take that feeds prompts beside requests which generate: the time "
+        "between their tokens (default: 2.5 times what it takes without)",
     )  # fmt: skip
     work.add_argument(
         "--timeout", type=_number(0, 1e6, above=True), metavar="SECONDS",
