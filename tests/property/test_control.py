@@ -298,7 +298,7 @@ def test_lives_of_a_numpy_policy(overlaps: int) -> None:
         engine = None
         overlap = overlaps
 
-    run_state_machine_as_test(NumpyLives, settings=limits(60, 30))
+    run_state_machine_as_test(NumpyLives, settings=limits(30, 30))
 
 
 @pytest.mark.parametrize("overlaps", [0, 1, 2, 4])
@@ -311,7 +311,7 @@ def test_lives_on_cpu(checkpoint: Path, overlaps: int) -> None:
         def load() -> ActionEngine:
             return load_policy(checkpoint, device="cpu", lanes=LANES)
 
-    run_state_machine_as_test(CpuLives, settings=limits(100, 30))
+    run_state_machine_as_test(CpuLives, settings=limits(40, 30))
     CpuLives.engine.close()
 
 
@@ -324,7 +324,7 @@ def test_lives_on_simt(checkpoint: Path, overlaps: int, seed: int) -> None:
         engine = ActionEngine(open_checkpoint(checkpoint), SimtDevice(seed=seed), lanes=LANES)
         overlap = overlaps
 
-    walk(SimtLives, 60, seed)
+    walk(SimtLives, 30, seed)
     SimtLives.engine.close()
 
 
@@ -370,7 +370,7 @@ def test_a_long_life(checkpoint: Path, overlaps: int) -> None:
         engine = load_policy(checkpoint, device="cpu", lanes=LANES)
         overlap = overlaps
 
-    walk(LongLives, 200, seed=overlaps)
+    walk(LongLives, 100, seed=overlaps)
     LongLives.engine.close()
 
 
