@@ -2,8 +2,8 @@
 //
 // Contract: y[t][n] for t < cursor.rows; other rows are neither read nor written.
 // Shapes:   x [T, K] activations, w [N, K] as in weights.cuh, y [T, N] float.
-// Order:    linear.cuh: a slice in one accumulator, the fold of the slices before it in a second
-//           one.
+// Order:    linear.cuh: a slice in one accumulator, the slices of its super-slice before it in a
+//           second one; super-slices are added up in y, by the thread that stores it.
 // Launch:   block = WARPS_N x WARPS_T warps, a warp = ROW_TILES x TOKEN_TILES tiles of mma; grid
 //           over rows of W, then tokens. STAGES chunks of 32 k are in flight by cp.async: weights
 //           as they lie in memory, with the scales of their groups, x row by row. Both are read 16
@@ -211,11 +211,40 @@ DEVICE void multiply_stage(float (&c)[ROW_TILES][TOKEN_TILES][4], const uint4* c
   }
 }
 
+// Adds a super-slice to what y has of those before it, and clears it; with the last one y is whole.
+DEVICE void add_to_y(const linear_args& a, float (&sum)[ROW_TILES][TOKEN_TILES][4], int tile,
+                     int token, int rows, bool is_first, bool is_last) {
+  int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, n_chunks = ceil_div(a.K, K_CHUNK);
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; r++) {
+    int first_row = (tile + r) * 16 + g;
+    float row_scale[2] = {1.0f, 1.0f};
+    if (HAS_ROW_SCALE && first_row < a.N) {
+      const uint8_t* p = reinterpret_cast<const uint8_t*>(a.w) + (tile + r) * tile_bytes(n_chunks) +
+                         row_scale_offset(n_chunks);
+      row_scale[0] = reinterpret_cast<const float*>(p)[2 * g];
+      row_scale[1] = reinterpret_cast<const float*>(p)[2 * g + 1];
+    }
+#pragma unroll
+    for (int j = 0; j < TOKEN_TILES; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        int n = first_row + 8 * (i >> 1), m = token + 8 * j + 2 * t + (i & 1);
+        if (m < rows && n < a.N) {
+          float* y = a.y + (size_t)m * a.y_stride + n;
+          float total = is_first ? sum[r][j][i] : *y + sum[r][j][i];
+          *y = is_last ? with_row_scale(total, row_scale[i >> 1]) : total;
+        }
+        sum[r][j][i] = 0.0f;
+      }
+  }
+}
+
 KERNEL(THREADS, BLOCKS) linear_many(ARGS linear_args launch) {
   OPEN_RUN(linear);
   DYNAMIC_SHARED(uint4, shared);
   begin();
-  int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   int rows = a.cursor[CURSOR_ROWS], first_tile = blockIdx.x * BLOCK_TILES,
       first_token = blockIdx.y * BLOCK_TOKENS, n_chunks = ceil_div(a.K, K_CHUNK);
   if (first_token >= rows) return;
@@ -228,8 +257,8 @@ KERNEL(THREADS, BLOCKS) linear_many(ARGS linear_args launch) {
     if (s < n_chunks) load_stage(feed, shared + s * STAGE);
     copy_async_commit();
   }
-  float sum[ROW_TILES][TOKEN_TILES][4] = {};
-  int taken = 0, freed = STAGES - 1;  // the stage of this chunk, and of the chunk before
+  float sum[ROW_TILES][TOKEN_TILES][4] = {};  // of the super-slice
+  int taken = 0, freed = STAGES - 1;          // the stage of this chunk, and of the chunk before
 #pragma unroll 1
   for (int first = 0; first < n_chunks; first += SLICE_CHUNKS) {
     float c[ROW_TILES][TOKEN_TILES][4] = {};
@@ -250,26 +279,9 @@ KERNEL(THREADS, BLOCKS) linear_many(ARGS linear_args launch) {
     for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
       for (int j = 0; j < TOKEN_TILES; j++) fold(sum[r][j], c[r][j]);
+    if (end % SUPER_CHUNKS == 0 || end == n_chunks)
+      add_to_y(a, sum, first_tile + row_tile, first_token + token, rows, end <= SUPER_CHUNKS,
+               end == n_chunks);
   }
   copy_async_wait<0>();
-#pragma unroll
-  for (int r = 0; r < ROW_TILES; r++) {
-    int first_row = (first_tile + row_tile + r) * 16 + g;
-    float row_scale[2] = {1.0f, 1.0f};
-    if (HAS_ROW_SCALE && first_row < a.N) {
-      const uint8_t* p = reinterpret_cast<const uint8_t*>(a.w) +
-                         (first_tile + row_tile + r) * tile_bytes(n_chunks) +
-                         row_scale_offset(n_chunks);
-      row_scale[0] = reinterpret_cast<const float*>(p)[2 * g];
-      row_scale[1] = reinterpret_cast<const float*>(p)[2 * g + 1];
-    }
-#pragma unroll
-    for (int j = 0; j < TOKEN_TILES; j++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        int n = first_row + 8 * (i >> 1), m = first_token + token + 8 * j + 2 * t + (i & 1);
-        if (m < rows && n < a.N)
-          a.y[(size_t)m * a.y_stride + n] = with_row_scale(sum[r][j][i], row_scale[i >> 1]);
-      }
-  }
 }
