@@ -32,7 +32,7 @@ from flashrt.base.errors import (
 from flashrt.base.tracing import PLAN, trace
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import segment_layout
-from flashrt.models.model import STEP_ROWS
+from flashrt.models.model import STEP_ROWS, USUAL_PREFILL_ROWS
 from flashrt.ops.sample import SamplerParams
 from flashrt.serve.ask import (
     Ask,
@@ -524,7 +524,7 @@ class Scheduler:
         active = active[turn:] + active[:turn]
         feeding = [w for w in active if w.state == "prompt"]
         if len(feeding) == len(active):
-            self._prefill(feeding[0])
+            self._prefill(feeding[0], is_alone=len(active) == 1)
             return
         going = [w for w in active if w.state != "prompt"]
         most = self.engine.most_together
@@ -532,12 +532,17 @@ class Scheduler:
         feeding = feeding[: most - len(going)]
         self._step_together(going, self._pieces(feeding, STEP_ROWS - len(going)))
 
-    def _prefill(self, worker: Worker) -> None:
-        """A whole launch of one prompt: nobody decodes meanwhile."""
+    def _prefill(self, worker: Worker, *, is_alone: bool) -> None:
+        """A whole launch of one prompt: nobody decodes meanwhile. The largest where nobody else has
+        a prompt: another's first token should not wait for it.
+        """
         choice = self._choice(worker)
         session = worker.session
         at = session.position
-        n = min(self.engine.model.buckets[-1], choice.stops[0] - at)
+        rows = self.engine.model.buckets[-1]
+        if not is_alone:
+            rows = min(rows, USUAL_PREFILL_ROWS)
+        n = min(rows, choice.stops[0] - at)
         try:
             session.prefill(choice.asked.tokens[at : at + n])
             self._fed(worker)

@@ -122,6 +122,7 @@ class CudaDevice:
         if precision not in _ACT:
             raise BackendError(f"precision {precision!r} is not one of {sorted(_ACT)}")
         self.name = name
+        self.most_rows = 2048  # by then launches fill the largest device: docs/cuda.md
         self.act = _ACT[precision]
         self.counters = Counters()
         self.driver = driver
@@ -329,8 +330,8 @@ class CudaDevice:
             raise BackendError(
                 f"{self.name}: the {name} of {nbytes:,} bytes would leave {free - nbytes:,} of "
                 f"{free:,} free bytes, and kernels and graphs, which are loaded later, need up to "
-                f"{reserve:,}: use a smaller max_positions, pool_bytes or lanes, or end other GPU "
-                "users"
+                f"{reserve:,}: use a smaller max_positions, pool_bytes, prefill_rows or lanes, or "
+                "end other GPU users"
             )
         try:
             memory = DeviceMemory(name, self.driver.mem_alloc(max(nbytes, 1)), nbytes)
