@@ -10,6 +10,7 @@ give the same bits.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -362,6 +363,23 @@ def many_tiles(s: Shape) -> tuple[ManyTile, ...]:
 
 def many_choice(s: Shape) -> tuple[ManyTile, int]:
     """The tile, and the number of parts of K, that take the least time by the estimate."""
+    sizes = s.dims["T"], s.dims["N"], s.dims["K"]
+    return _many_choice(sizes, s.dtypes.get("w"), s.groups.get("w"), s.act, s.n_sms, s.sm)
+
+
+@functools.cache  # a model has few matrices of different sizes, and many launches
+def _many_choice(
+    sizes: tuple[int, int, int],
+    dtype: DType | None,
+    groups: Groups | None,
+    act: DType,
+    n_sms: int,
+    sm: Multiprocessor,
+) -> tuple[ManyTile, int]:
+    s = Shape(
+        "linear", dict(zip("TNK", sizes, strict=True)), {} if dtype is None else {"w": dtype}, {},
+        act, n_sms, {} if groups is None else {"w": groups}, sm,
+    )  # fmt: skip
     choices = [(tile, parts) for tile in many_tiles(s) for parts in tile.parts(s)]
     return min(choices, key=lambda choice: choice[0].cost(s, choice[1]))
 
