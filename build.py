@@ -39,6 +39,7 @@ from flashrt.load import DRAFT_HEAD_TENSOR, KV_DTYPES, kv_dtype_of, model_in
 from flashrt.models import model_for
 from flashrt.models.flow_policy.config import MODEL_TYPE, config_of, parse_config
 from flashrt.models.flow_policy.model import FlowPolicy
+from flashrt.models.model import PREFILL_ROWS
 from flashrt.ops import OPS
 from flashrt.weights.opening import open_weights
 from flashrt.weights.random_checkpoint import SHAPES, shape_config
@@ -306,6 +307,7 @@ def _shapes_of(arguments: argparse.Namespace) -> list[Recordable]:
             max_positions=arguments.max_positions,
             kv_dtype=kv_dtype_of(arguments.kv_dtype),
             has_draft_head=with_draft_head,
+            prefill_rows=PREFILL_ROWS[-1],
         )
         for fields, with_draft_head in ((config, False), (config, True), (dense, False))
     )

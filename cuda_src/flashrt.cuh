@@ -270,6 +270,17 @@ DEVICE float block_sum(float v) {
   return sum;
 }
 
+// ---- registers
+
+// x, of which the compiler knows nothing: what is computed from it stays where it is written, and
+// is not kept in registers through a loop around that.
+DEVICE int opaque(int x) {
+#ifndef SIMT_HOST
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // ---- memory
 
 // 16 bytes that are read once: past the first-level cache.

@@ -1,8 +1,10 @@
 // linear.cuh - the canonical order of y = x W^T, shared by linear_few and linear_many. The format
 // of W is weights.cuh's.
 //
-// Canonical order of each output: slices of K_SLICE k, each from zero; their sums folded in order,
-// ((0 + s0) + s1) + ... A slice of plain weights is one chain of mma in ascending steps. With scales
+// Canonical order of each output, a fold of two levels. Slices of K_SLICE k, each from zero; the
+// slices of a super-slice of SUPER_SLICES folded in order, S = ((0 + s0) + s1) + ...; super-slices
+// folded in order, ((0 + S0) + S1) + ... So blocks can share K by super-slices. No S is -0, so that
+// 0 + S0 is S0, and one super-slice has the bits of a fold of one level. A slice of plain weights is one chain of mma in ascending steps. With scales
 // it is a chain for every 32 k, or 16 where groups are so small: each from zero, then slice =
 // fma(s, chain, slice), and with a minimum slice = fma(m, sum of x, slice), where the sum of x is a
 // chain of mma too, with a row of ones. Scales of e4m3 on e2m1 are multiplied into the operands, so
@@ -12,6 +14,7 @@
 #include "weights.cuh"
 
 constexpr int K_SLICE = 256, SLICE_CHUNKS = K_SLICE / K_CHUNK;
+constexpr int SUPER_SLICES = 8, SUPER_CHUNKS = SUPER_SLICES * SLICE_CHUNKS;
 constexpr int FOLDS = IS_SCALED_EARLY ? 0 : CHUNK_SCALES;  // per chunk
 
 // x of one token as b operands, from the four k of each step: [part][step][register].

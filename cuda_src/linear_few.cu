@@ -142,9 +142,22 @@ DEVICE void multiply_batch(float (&c)[TOKEN_TILES][4], const Batch& batch, int f
   }
 }
 
+// Of super-slices, by token tile and lane: in shared memory, for registers are short.
+typedef float Totals[TOKEN_TILES][32][4];
+
+DEVICE void fold_super(Totals& totals, float (&sum)[TOKEN_TILES][4], int lane) {
+#pragma unroll
+  for (int j = 0; j < TOKEN_TILES; j++) {
+    fold(totals[j][lane], sum[j]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[j][i] = 0.0f;
+  }
+}
+
 KERNEL(THREADS, MIN_BLOCKS) linear_few(ARGS linear_args launch) {
   OPEN_RUN(linear);
   __shared__ __align__(16) float part[2][WARPS][TOKEN_TILES][32][4];  // by turns
+  __shared__ __align__(16) Totals totals;                             // of warp 0
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   int K = a.K, n_chunks = ceil_div(K, K_CHUNK), n_slices = ceil_div(K, K_SLICE);
   int first_token = blockIdx.y * 8 * TOKEN_TILES;
@@ -165,7 +178,12 @@ KERNEL(THREADS, MIN_BLOCKS) linear_few(ARGS linear_args launch) {
   int rows = a.cursor[CURSOR_ROWS];
   if (first_token >= rows) return;
 
-  float sum[TOKEN_TILES][4] = {};
+  float sum[TOKEN_TILES][4] = {};  // of the super-slice
+  if (warp == 0)
+#pragma unroll
+    for (int j = 0; j < TOKEN_TILES; j++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) totals[j][lane][i] = 0.0f;
   for (int s0 = 0; s0 < n_slices; s0 += WARPS) {
     float c[TOKEN_TILES][4] = {};
     int slice = (s0 + warp) * SLICE_CHUNKS, turn = s0 / WARPS & 1;
@@ -182,6 +200,7 @@ KERNEL(THREADS, MIN_BLOCKS) linear_few(ARGS linear_args launch) {
     if (WARPS == 1) {
 #pragma unroll
       for (int j = 0; j < TOKEN_TILES; j++) fold(sum[j], c[j]);
+      if ((s0 + 1) % SUPER_SLICES == 0) fold_super(totals, sum, lane);
       continue;
     }
 #pragma unroll
@@ -191,17 +210,20 @@ KERNEL(THREADS, MIN_BLOCKS) linear_few(ARGS linear_args launch) {
     // nobody writes this turn's part again before warp 0 has passed the next barrier
     __syncthreads();
     if (warp == 0)
-      for (int w = 0; w < min(WARPS, n_slices - s0); w++)
+      for (int w = 0; w < min(WARPS, n_slices - s0); w++) {
 #pragma unroll
         for (int j = 0; j < TOKEN_TILES; j++) fold(sum[j], part[turn][w][j][lane]);
+        if ((s0 + w + 1) % SUPER_SLICES == 0) fold_super(totals, sum, lane);
+      }
   }
   if (warp != 0) return;
+  fold_super(totals, sum, lane);  // the last one, or +0, which changes nothing
 #pragma unroll
   for (int j = 0; j < TOKEN_TILES; j++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       int n = blockIdx.x * 16 + g + 8 * (i >> 1), token = first_token + 8 * j + 2 * t + (i & 1);
       if (token < rows && n < a.N)
-        a.y[(size_t)token * a.y_stride + n] = with_row_scale(sum[j][i], row_scale[i >> 1]);
+        a.y[(size_t)token * a.y_stride + n] = with_row_scale(totals[j][lane][i], row_scale[i >> 1]);
     }
 }

@@ -2,10 +2,12 @@
 //
 // Contract: y[t][n] for t < cursor.rows; other rows are neither read nor written.
 // Shapes:   x [T, K] activations, w [N, K] as in weights.cuh, y [T, N] float.
-// Order:    linear.cuh: a slice in one accumulator, the fold of the slices before it in a second
-//           one.
+// Order:    linear.cuh: a slice in one accumulator, the slices of its super-slice before it in a
+//           second one; super-slices are added up in y, by the thread that stores it. Where the
+//           tiles do not fill the device, blocks share K: each leaves its super-slices in `sums`,
+//           the last one of a tile adds them up in order.
 // Launch:   block = WARPS_N x WARPS_T warps, a warp = ROW_TILES x TOKEN_TILES tiles of mma; grid
-//           over rows of W, then tokens. STAGES chunks of 32 k are in flight by cp.async: weights
+//           over rows of W, then tokens, then parts of K, those of most k first. STAGES chunks of 32 k are in flight by cp.async: weights
 //           as they lie in memory, with the scales of their groups, x row by row. Both are read 16
 //           bytes per lane; a pair's row takes 128 bytes and is swizzled against bank conflicts,
 //           and so is a row of float32 weights.
@@ -57,6 +59,20 @@ DEVICE void copy_elements(uint4* to, const T* from, int n) {
 #endif
 }
 
+// What the launch has besides the op's arguments: Split in kernels.py. Part p has super-slices
+// [p * supers, (p + 1) * supers). Plane 0 of `sums` is the fold of those of part 0, each of the
+// others one of the super-slices that follow.
+struct split_args {
+  float4* sums;        // [plane][tile][vector][thread]
+  uint32_t* finished;  // [tile]: parts that are done; 0 between launches
+  int parts, supers;
+  int token_blocks, tiles;  // along tokens, and in all
+};
+struct many_args {
+  linear_args linear;
+  split_args split;
+};
+
 // What a thread copies into a stage: the addresses are made once and advance by constants. Rows of
 // W and of x beyond the last one are copies of it: no other sum sees them, and nobody stores theirs.
 struct Feed {
@@ -68,7 +84,8 @@ struct Feed {
   int chunk;
 };
 
-DEVICE Feed feed_of(const linear_args& a, int first_tile, int first_token, int rows) {
+DEVICE Feed feed_of(const linear_args& a, int first_tile, int first_token, int rows,
+                    int first_chunk) {
   Feed feed;
   int n_chunks = ceil_div(a.K, K_CHUNK), last_tile = ceil_div(a.N, 16) - 1;
   auto tile_at = [&](int r) {
@@ -80,9 +97,11 @@ DEVICE Feed feed_of(const linear_args& a, int first_tile, int first_token, int r
     int i = threadIdx.x + j * THREADS;
     if constexpr (IS_C_ORDER) {
       size_t row = min(16 * first_tile + i / 8, a.N - 1);
-      feed.codes[j] = static_cast<const uint8_t*>((const void*)a.w) + (row * a.K + 4 * (i % 8)) * 4;
+      feed.codes[j] = static_cast<const uint8_t*>((const void*)a.w) +
+                      (row * a.K + first_chunk * K_CHUNK + 4 * (i % 8)) * 4;
     } else {
-      feed.codes[j] = tile_at(i / CODE_VECTORS) + 16 * (i % CODE_VECTORS);
+      feed.codes[j] =
+          tile_at(i / CODE_VECTORS) + (size_t)first_chunk * CHUNK_BYTES + 16 * (i % CODE_VECTORS);
     }
   }
 #pragma unroll
@@ -104,11 +123,12 @@ DEVICE Feed feed_of(const linear_args& a, int first_tile, int first_token, int r
   for (int j = 0; j < X_ROUNDS; j++) {
     int i = threadIdx.x + j * THREADS;
     size_t token = min(first_token + i / X_VECTORS, rows - 1);
-    feed.x[j] = (const act_t*)a.x + token * a.K + 16 / sizeof(act_t) * (i % X_VECTORS);
+    feed.x[j] = (const act_t*)a.x + token * a.K + first_chunk * K_CHUNK +
+                16 / sizeof(act_t) * (i % X_VECTORS);
   }
-  feed.codes_left = a.K - 4 * (threadIdx.x % 8);
-  feed.x_left = a.K - 16 / (int)sizeof(act_t) * (threadIdx.x % X_VECTORS);
-  feed.chunk = 0;
+  feed.codes_left = a.K - first_chunk * K_CHUNK - 4 * (threadIdx.x % 8);
+  feed.x_left = a.K - first_chunk * K_CHUNK - 16 / (int)sizeof(act_t) * (threadIdx.x % X_VECTORS);
+  feed.chunk = first_chunk;
   return feed;
 }
 
@@ -211,54 +231,18 @@ DEVICE void multiply_stage(float (&c)[ROW_TILES][TOKEN_TILES][4], const uint4* c
   }
 }
 
-KERNEL(THREADS, BLOCKS) linear_many(ARGS linear_args launch) {
-  OPEN_RUN(linear);
-  DYNAMIC_SHARED(uint4, shared);
-  begin();
-  int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  int rows = a.cursor[CURSOR_ROWS], first_tile = blockIdx.x * BLOCK_TILES,
-      first_token = blockIdx.y * BLOCK_TOKENS, n_chunks = ceil_div(a.K, K_CHUNK);
-  if (first_token >= rows) return;
-  // of the warp, in the block
-  int row_tile = warp % WARPS_N * ROW_TILES, token = warp / WARPS_N * 8 * TOKEN_TILES;
-  Feed feed = feed_of(a, first_tile, first_token, rows);
-
-#pragma unroll
-  for (int s = 0; s < STAGES - 1; s++) {
-    if (s < n_chunks) load_stage(feed, shared + s * STAGE);
-    copy_async_commit();
-  }
-  float sum[ROW_TILES][TOKEN_TILES][4] = {};
-  int taken = 0, freed = STAGES - 1;  // the stage of this chunk, and of the chunk before
-#pragma unroll 1
-  for (int first = 0; first < n_chunks; first += SLICE_CHUNKS) {
-    float c[ROW_TILES][TOKEN_TILES][4] = {};
-    int end = min(first + SLICE_CHUNKS, n_chunks);
-#pragma unroll 1
-    for (int chunk = first; chunk < end; chunk++) {
-      copy_async_wait<STAGES - 2>();
-      __syncthreads();  // this chunk is there, and nobody reads the one before
-      if (feed.chunk < n_chunks) load_stage(feed, shared + freed * STAGE);
-      copy_async_commit();
-      const uint4* stage = shared + taken * STAGE;
-      multiply_stage(c, stage + row_tile * CODE_VECTORS, stage + CODES + row_tile * SCALE_VECTORS,
-                     stage + CODES + SCALES + token * X_VECTORS, lane);
-      freed = taken;
-      taken = taken + 1 == STAGES ? 0 : taken + 1;
-    }
-#pragma unroll
-    for (int r = 0; r < ROW_TILES; r++)
-#pragma unroll
-      for (int j = 0; j < TOKEN_TILES; j++) fold(sum[r][j], c[r][j]);
-  }
-  copy_async_wait<0>();
+// Adds a super-slice to what y has of those before it, and clears it; with the last one y is whole.
+DEVICE void add_to_y(const linear_args& a, float (&sum)[ROW_TILES][TOKEN_TILES][4], int tile,
+                     int token, int rows, bool is_first, bool is_last) {
+  // addresses of y would take the registers of the loop over k
+  int lane = opaque(threadIdx.x) & 31, g = lane >> 2, t = lane & 3;
+  int n_chunks = ceil_div(a.K, K_CHUNK);
 #pragma unroll
   for (int r = 0; r < ROW_TILES; r++) {
-    int first_row = (first_tile + row_tile + r) * 16 + g;
+    int first_row = (tile + r) * 16 + g;
     float row_scale[2] = {1.0f, 1.0f};
     if (HAS_ROW_SCALE && first_row < a.N) {
-      const uint8_t* p = reinterpret_cast<const uint8_t*>(a.w) +
-                         (first_tile + row_tile + r) * tile_bytes(n_chunks) +
+      const uint8_t* p = reinterpret_cast<const uint8_t*>(a.w) + (tile + r) * tile_bytes(n_chunks) +
                          row_scale_offset(n_chunks);
       row_scale[0] = reinterpret_cast<const float*>(p)[2 * g];
       row_scale[1] = reinterpret_cast<const float*>(p)[2 * g + 1];
@@ -267,9 +251,124 @@ KERNEL(THREADS, BLOCKS) linear_many(ARGS linear_args launch) {
     for (int j = 0; j < TOKEN_TILES; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        int n = first_row + 8 * (i >> 1), m = first_token + token + 8 * j + 2 * t + (i & 1);
-        if (m < rows && n < a.N)
-          a.y[(size_t)m * a.y_stride + n] = with_row_scale(sum[r][j][i], row_scale[i >> 1]);
+        int n = first_row + 8 * (i >> 1), m = token + 8 * j + 2 * t + (i & 1);
+        if (m < rows && n < a.N) {
+          float* y = a.y + (size_t)m * a.y_stride + n;
+          float total = is_first ? sum[r][j][i] : *y + sum[r][j][i];
+          *y = is_last ? with_row_scale(total, row_scale[i >> 1]) : total;
+        }
+        sum[r][j][i] = 0.0f;
       }
   }
+}
+
+// This thread's vectors of a plane of this block's tile.
+DEVICE float4* plane_of(const split_args& split, int plane, int tile) {
+  return split.sums + ((size_t)plane * split.tiles + tile) * (ROW_TILES * TOKEN_TILES * THREADS) +
+         threadIdx.x;
+}
+
+// Leaves a super-slice in its plane, and clears it.
+DEVICE void leave(float (&sum)[ROW_TILES][TOKEN_TILES][4], float4* to, bool is_added) {
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+    for (int j = 0; j < TOKEN_TILES; j++, to += THREADS) {
+      float4 v = is_added ? *to : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      float total[4] = {v.x, v.y, v.z, v.w};
+      fold(total, sum[r][j]);
+      *to = make_float4(total[0], total[1], total[2], total[3]);
+#pragma unroll
+      for (int i = 0; i < 4; i++) sum[r][j][i] = 0.0f;
+    }
+}
+
+// Whether all other parts of the tile have left their planes; then they may be read. `verdict` is
+// shared memory that no thread reads after its call.
+DEVICE bool is_last_part(const split_args& split, int tile, int* verdict) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    *verdict = atomicAdd(split.finished + tile, 1u) == split.parts - 1u;
+    // what is read comes after the counter; the barrier passes this on to the block
+    __threadfence();
+    if (*verdict) split.finished[tile] = 0;
+  }
+  __syncthreads();
+  return *verdict;
+}
+
+KERNEL(THREADS, BLOCKS) linear_many(ARGS many_args arguments) {
+  const linear_args& launch = arguments.linear;
+  const split_args& split = arguments.split;
+  OPEN_RUN(linear);
+  DYNAMIC_SHARED(uint4, shared);
+  begin();
+  int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  int part = blockIdx.y / split.token_blocks, token_block = blockIdx.y % split.token_blocks;
+  int rows = a.cursor[CURSOR_ROWS], first_tile = blockIdx.x * BLOCK_TILES,
+      first_token = token_block * BLOCK_TOKENS, n_chunks = ceil_div(a.K, K_CHUNK);
+  if (first_token >= rows) return;
+  // of the warp, in the block
+  int row_tile = warp % WARPS_N * ROW_TILES, token = warp / WARPS_N * 8 * TOKEN_TILES;
+  int begin_chunk = part * split.supers * SUPER_CHUNKS,
+      end_chunk = min(begin_chunk + split.supers * SUPER_CHUNKS, n_chunks);
+  int block_tile = (blockIdx.z * split.token_blocks + token_block) * gridDim.x + blockIdx.x;
+  Feed feed = feed_of(a, first_tile, first_token, rows, begin_chunk);
+
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; s++) {
+    if (feed.chunk < end_chunk) load_stage(feed, shared + s * STAGE);
+    copy_async_commit();
+  }
+  float sum[ROW_TILES][TOKEN_TILES][4] = {};  // of the super-slice
+  int taken = 0, freed = STAGES - 1;          // the stage of this chunk, and of the chunk before
+#pragma unroll 1
+  for (int super = part * split.supers; super * SUPER_CHUNKS < end_chunk; super++) {
+    int super_end = min((super + 1) * SUPER_CHUNKS, end_chunk);
+#pragma unroll 1
+    for (int first = super * SUPER_CHUNKS; first < super_end; first += SLICE_CHUNKS) {
+      float c[ROW_TILES][TOKEN_TILES][4] = {};
+      int end = min(first + SLICE_CHUNKS, super_end);
+#pragma unroll 1
+      for (int chunk = first; chunk < end; chunk++) {
+        copy_async_wait<STAGES - 2>();
+        __syncthreads();  // this chunk is there, and nobody reads the one before
+        if (feed.chunk < end_chunk) load_stage(feed, shared + freed * STAGE);
+        copy_async_commit();
+        const uint4* stage = shared + taken * STAGE;
+        multiply_stage(c, stage + row_tile * CODE_VECTORS, stage + CODES + row_tile * SCALE_VECTORS,
+                       stage + CODES + SCALES + token * X_VECTORS, lane);
+        freed = taken;
+        taken = taken + 1 == STAGES ? 0 : taken + 1;
+      }
+#pragma unroll
+      for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+        for (int j = 0; j < TOKEN_TILES; j++) fold(sum[r][j], c[r][j]);
+    }
+    if (split.parts == 1) {
+      add_to_y(a, sum, first_tile + row_tile, first_token + token, rows, super == 0,
+               super_end == n_chunks);
+    } else {
+      int plane = max(super - split.supers + 1, 0);
+      leave(sum, plane_of(split, plane, block_tile), plane == 0 && super > 0);
+    }
+  }
+  copy_async_wait<0>();
+  int* verdict = reinterpret_cast<int*>(shared);  // the stages are done with, after a barrier
+  if (split.parts == 1 || !is_last_part(split, block_tile, verdict)) return;
+  int n_planes = ceil_div(n_chunks, SUPER_CHUNKS) - split.supers + 1;
+  for (int plane = 0; plane < n_planes; plane++) {
+    const float4* from = plane_of(split, plane, block_tile);
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+      for (int j = 0; j < TOKEN_TILES; j++, from += THREADS) {
+        float4 v = *from;
+        float of_plane[4] = {v.x, v.y, v.z, v.w};
+        fold(sum[r][j], of_plane);
+      }
+  }
+  add_to_y(a, sum, first_tile + row_tile, first_token + token, rows, true, true);
 }

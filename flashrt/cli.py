@@ -43,6 +43,7 @@ from flashrt.commands.serve import ServeOptions, serve
 from flashrt.hub.packaged import PACKAGED
 from flashrt.hub.resolve import resolve
 from flashrt.load import DEVICES, PRECISIONS
+from flashrt.models.model import PREFILL_ROWS
 from flashrt.weights.bundled import bundled_checkpoint
 from flashrt.weights.random_checkpoint import SHAPES
 
@@ -191,6 +192,11 @@ def _add_engine_options(
         "--pool-bytes", type=_whole(0), metavar="N",
         help="room for capsules (default: 2 lanes' worth of rows and 16 fixed bands)",
     )  # fmt: skip
+    group.add_argument(
+        "--prefill-rows", type=int, choices=PREFILL_ROWS,
+        help="tokens of the largest launch of a prompt (default: 256 on the CPU; else as many as "
+        "--max-positions holds and an eighth of the weights' bytes has scratch for)",
+    )  # fmt: skip
     _add_weights(group)
     _add_no_draft(parser)
 
@@ -234,6 +240,7 @@ def _engine_options(options: argparse.Namespace) -> EngineOptions:
         kv_dtype=options.kv_dtype,
         pool_bytes=options.pool_bytes,
         weights=options.weights,
+        prefill_rows=options.prefill_rows,
     )
 
 

@@ -7,6 +7,7 @@ tokenizer and store together. IS NOT: planning or kernels.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import threading
@@ -20,9 +21,11 @@ from flashrt.base.float_mode import DefaultFloatMode
 from flashrt.core.backend import Backend, Progress
 from flashrt.core.region import DType
 from flashrt.engine.actions import CPU_ALONE_NBYTES, ActionEngine
+from flashrt.engine.buckets import prefill_rows as rows_of_prefill
 from flashrt.hub.resolve import resolve
 from flashrt.models import TokenModel, model_for, notes_on
 from flashrt.models.flow_policy.config import config_of
+from flashrt.models.model import USUAL_PREFILL_ROWS
 from flashrt.session.engine import SessionEngine
 from flashrt.store.spill import Spill
 from flashrt.text.checkpoint_text import CheckpointText, text_of_directory
@@ -66,6 +69,7 @@ def load(
     precision: Precision = "bfloat16",
     *,
     weights: Weights | None = None,
+    prefill_rows: int | None = None,
     progress: Progress | None = None,
 ) -> SessionEngine:
     """Load a checkpoint: a Hugging Face directory (config.json + safetensors [+ tokenizer.json]), a
@@ -79,7 +83,10 @@ def load(
     show, "high" is finer, "fast" takes one throughout; on the cpu they differ over quantised
     weights alone, where "fast" is int8. docs/exactness.md has what each costs.
     weights: "int8" or "int4" quantises matrices that are stored as plain numbers; None keeps all as
-    they are stored. progress(what, done, total) is called while loading. Raises CheckpointError,
+    they are stored.
+    prefill_rows: tokens of the largest launch of a prompt, 64, 256, 1024 or 2048; None is 256 on
+    the cpu, and on cuda and simt what max_positions holds and whose scratch is at most an eighth of
+    the weights. progress(what, done, total) is called while loading. Raises CheckpointError,
     BackendError, PlanError. Warns (CheckpointWarning) of what the checkpoint has and is not used,
     and of positions that the model was not trained on.
     """
@@ -92,6 +99,7 @@ def load(
         pool_bytes=pool_bytes,
         draft=draft,
         weights=weights,
+        prefill_rows=prefill_rows,
         progress=progress,
     )
 
@@ -106,6 +114,7 @@ def load_on(
     pool_bytes: int | None = None,
     draft: bool | None = None,
     weights: Weights | None = None,
+    prefill_rows: int | None = None,
     adapt: Callable[[TokenModel], TokenModel] | None = None,
     progress: Progress | None = None,
 ) -> SessionEngine:
@@ -123,7 +132,10 @@ def load_on(
     with DefaultFloatMode(), _without_collections():
         opened = open_weights(resolve(checkpoint) if isinstance(checkpoint, str) else checkpoint)
         source = opened if weights is None else quantising(opened, weights)
-        model = model_in(source, max_positions=max_positions, kv_dtype=kv_dtype, draft=draft)
+        of_rows = functools.partial(
+            model_in, source, max_positions=max_positions, kv_dtype=kv_dtype, draft=draft
+        )
+        model = of_rows(USUAL_PREFILL_ROWS if prefill_rows is None else prefill_rows)
         text = _Meanwhile(lambda: _text_taken(opened, model.vocab_size))
 
         def fill(*arguments: Any) -> LoadReport:
@@ -131,10 +143,14 @@ def load_on(
             return fill_weights(*arguments)
 
         try:
+            device = backend()
+            if prefill_rows is None:
+                rows = rows_of_prefill(model, device, max_positions)
+                model = model if rows == USUAL_PREFILL_ROWS else of_rows(rows)
             engine = SessionEngine(
                 adapt(model) if adapt is not None else model,
                 source,
-                backend(),
+                device,
                 lanes=lanes,
                 pool_bytes=pool_bytes,
                 progress=progress,
@@ -214,7 +230,12 @@ def kv_dtype_of(name: KvDType) -> DType:
 
 
 def model_in(
-    source: Checkpoint, *, max_positions: int, kv_dtype: KvDType, draft: bool | None
+    source: Checkpoint,
+    prefill_rows: int = USUAL_PREFILL_ROWS,
+    *,
+    max_positions: int,
+    kv_dtype: KvDType,
+    draft: bool | None,
 ) -> TokenModel:
     """The model of a checkpoint, its weights in the formats that the checkpoint has them in; by
     headers alone. Raises CheckpointError, PlanError.
@@ -226,6 +247,7 @@ def model_in(
         has_draft_head=DRAFT_HEAD_TENSOR in source.tensors if draft is None else draft,
         is_tied=HEAD_TENSOR not in source.tensors,
         stored=source.stored,
+        prefill_rows=prefill_rows,
     )
 
 

@@ -34,6 +34,7 @@ class EngineOptions:
     pool_bytes: int | None = None
     draft: bool | None = None
     weights: Weights | None = None
+    prefill_rows: int | None = None
 
 
 def cached_random_checkpoint(
@@ -74,6 +75,7 @@ def open_engine(checkpoint: Path, options: EngineOptions) -> SessionEngine:
             pool_bytes=options.pool_bytes,
             draft=options.draft,
             weights=options.weights,
+            prefill_rows=options.prefill_rows,
             progress=progress,
         )
     for warning in caught:

@@ -21,7 +21,7 @@ from flashrt.core.tape import Tape
 from flashrt.engine.tokens import POOL_DEFAULT
 from flashrt.load import kv_dtype_of, model_in
 from flashrt.models import Model, model_for, promises_draft_head
-from flashrt.models.model import tapes_of
+from flashrt.models.model import USUAL_PREFILL_ROWS, tapes_of
 from flashrt.view.arena_map import arena_map, bands, widest
 from flashrt.view.svg import save_svg
 from flashrt.view.units import bytes_text
@@ -52,6 +52,7 @@ def model_of(checkpoint: Checkpoint, options: EngineOptions) -> Model:
     weights = options.weights
     model = model_in(
         checkpoint if weights is None else quantising(checkpoint, weights),
+        options.prefill_rows or USUAL_PREFILL_ROWS,
         max_positions=options.max_positions,
         kv_dtype=options.kv_dtype,
         draft=options.draft,
@@ -97,6 +98,7 @@ def _model(checkpoint: Path | None, shape: str | None, options: EngineOptions) -
         max_positions=options.max_positions,
         kv_dtype=kv_dtype_of(options.kv_dtype),
         has_draft_head=promises_draft_head(config) if options.draft is None else options.draft,
+        prefill_rows=options.prefill_rows or USUAL_PREFILL_ROWS,
     )
 
 

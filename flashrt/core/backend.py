@@ -106,6 +106,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def most_rows(self) -> int:
+        """Rows of a launch beyond which a prompt is not prefilled faster."""
+        ...
+
+    @property
     def kernel_digest(self) -> str:
         """Hash of kernel sources and what else decides bits; part of the fingerprint."""
         ...

@@ -12,7 +12,7 @@ from flashrt.models.dense import config as dense_config
 from flashrt.models.dense import model as dense
 from flashrt.models.flow_policy.config import MODEL_TYPE as POLICY_MODEL_TYPE
 from flashrt.models.lane import Choices, check_choices
-from flashrt.models.model import Model, TokenModel
+from flashrt.models.model import USUAL_PREFILL_ROWS, Model, TokenModel
 from flashrt.models.qwen35 import config as qwen35_config
 from flashrt.models.qwen35 import model as qwen35
 from flashrt.models.rope import reach
@@ -46,13 +46,15 @@ def model_for(
     has_draft_head: bool = False,
     is_tied: bool | None = None,
     stored: Callable[[Source], Stored] = in_bfloat16,
+    prefill_rows: int = USUAL_PREFILL_ROWS,
 ) -> TokenModel:
     """The model that a config.json describes.
 
     `is_tied` says whether the checkpoint lacks lm_head.weight, which a config that ties the head
-    must explain; None believes the config. `stored` says how it has each matrix. Raises
+    must explain; None believes the config. `stored` says how it has each matrix. `prefill_rows`: of
+    the largest launch of a prompt, one of PREFILL_ROWS; see `engine.buckets`. Raises
     CheckpointError for an unknown architecture, or naming all that is wrong with the config;
-    PlanError for a wrong `max_positions` or `kv_dtype`.
+    PlanError for a wrong `max_positions`, `kv_dtype` or `prefill_rows`.
     """
     model_type = config.get("model_type")
     if model_type == POLICY_MODEL_TYPE:
@@ -68,8 +70,9 @@ def model_for(
             f"config.json: models of model_type {shown(model_type)} have no draft head; load "
             "without: draft=False, or --no-draft on the command line"
         )
-    check_choices(max_positions, kv_dtype)
-    return family.build(config, Choices(max_positions, kv_dtype, has_draft_head, is_tied, stored))
+    check_choices(max_positions, kv_dtype, prefill_rows)
+    chosen = Choices(max_positions, kv_dtype, has_draft_head, is_tied, stored, prefill_rows)
+    return family.build(config, chosen)
 
 
 def promises_draft_head(config: Mapping[str, object]) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from flashrt.base.errors import PlanError
 from flashrt.base.messages import shown
 from flashrt.core.region import CODE_DTYPES, DType, Layout, Region, Role
-from flashrt.models.model import BUCKETS
+from flashrt.models.model import PREFILL_ROWS, USUAL_PREFILL_ROWS
 from flashrt.ops import table as ops
 from flashrt.weights.rules import Source, Stored
 
@@ -29,10 +29,15 @@ class Choices:
     has_draft_head: bool
     lacks_head: bool | None  # whether the weight files lack lm_head.weight
     stored: Callable[[Source], Stored]
+    prefill_rows: int = USUAL_PREFILL_ROWS  # of the largest launch of a prompt: a bucket
 
 
-def check_choices(max_positions: int, kv_dtype: DType) -> None:
-    """Raises PlanError unless a lane can be so long, with keys and values of such a dtype."""
+def check_choices(
+    max_positions: int, kv_dtype: DType, prefill_rows: int = USUAL_PREFILL_ROWS
+) -> None:
+    """Raises PlanError unless a lane can be so long, with keys and values of such a dtype, and
+    launches have so many rows at most.
+    """
     is_whole = isinstance(max_positions, int) and not isinstance(max_positions, bool)
     if not is_whole or not 1 <= max_positions <= MOST_POSITIONS:
         raise PlanError(
@@ -41,6 +46,11 @@ def check_choices(max_positions: int, kv_dtype: DType) -> None:
         )
     if kv_dtype not in KV_DTYPES:
         raise PlanError(f"kv_dtype is {kv_dtype}; {', '.join(KV_DTYPES)} are supported")
+    if prefill_rows not in PREFILL_ROWS:
+        raise PlanError(
+            f"prefill_rows is {shown(prefill_rows)}; choose one of "
+            f"{', '.join(map(str, PREFILL_ROWS))}"
+        )
 
 
 def kv_regions(keys: str, values: str, shape: tuple[int, int, int], dtype: DType) -> list[Region]:
@@ -71,9 +81,11 @@ def lane_regions(
     kv_shape: tuple[int, int, int],
     kv_dtype: DType,
     state: Sequence[Region] = (),
+    prefill_rows: int = USUAL_PREFILL_ROWS,
 ) -> tuple[Region, ...]:
     """Regions of a lane, in order; `state` is what the family has besides keys and values.
 
+    `prefill_rows`: tokens that go into a launch at most.
     `kv_shape`: (layers * key/value heads, positions, size of a head); no plane, no keys.
     """
     planes, max_positions, _ = kv_shape
@@ -90,7 +102,7 @@ def lane_regions(
         regions += kv_regions("keys", "values", kv_shape, kv_dtype)
     return (
         *regions,
-        Region("tokens", (max(BUCKETS),), DType.I32, Role.IO),
+        Region("tokens", (prefill_rows,), DType.I32, Role.IO),
         Region("logits", (1, vocab_size), DType.F32, Role.IO),
         Region("logits_before", (1, vocab_size), DType.F32, Role.IO),  # see TokenEngine.following
         Region("stops", (ops.STOP_WORDS,), DType.I32, Role.IO),

@@ -14,8 +14,11 @@ from flashrt.core.runs import MAX_RUNS
 from flashrt.core.tape import Tape
 from flashrt.weights.rules import WeightRule
 
-# Rows of the prefill graphs; a launch of n rows takes the smallest that holds n.
-BUCKETS = (1, 8, 64, 256)
+# Rows of the prefill graphs; a launch of n rows takes the smallest that holds n. An engine has them
+# up to the largest of PREFILL_ROWS that it is loaded with.
+BUCKETS = (1, 8, 64, 256, 1024, 2048)
+PREFILL_ROWS = BUCKETS[2:]
+USUAL_PREFILL_ROWS = 256
 
 # Phases of token models.
 PREFILL, DECODE, SAMPLE = "prefill", "decode", "sample"
@@ -30,6 +33,11 @@ SAMPLE_EACH, DRAFT_EACH, DRAFT_NEXT_EACH = "sample_each", "draft_each", "draft_n
 VERIFY_EACH, COMMIT_EACH = "verify_each", "commit_each"
 VERIFY_EACH_ROWS = 32
 _RUN_ROWS = {TOGETHER: 1, SAMPLE_EACH: 1, DRAFT_EACH: 1, DRAFT_NEXT_EACH: 1}
+
+
+def buckets_up_to(prefill_rows: int) -> tuple[int, ...]:
+    """Rows of the prefill graphs of an engine with launches of up to `prefill_rows` rows."""
+    return tuple(rows for rows in BUCKETS if rows <= prefill_rows)
 
 
 class Model(Protocol):

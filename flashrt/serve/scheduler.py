@@ -28,7 +28,7 @@ from flashrt.base.errors import (
 )
 from flashrt.base.tracing import PLAN, trace
 from flashrt.capsule.capsule import Capsule
-from flashrt.models.model import STEP_ROWS
+from flashrt.models.model import STEP_ROWS, USUAL_PREFILL_ROWS
 from flashrt.serve.admission import Admission, sampling_of
 from flashrt.serve.ask import (
     Ask,
@@ -351,7 +351,7 @@ class Scheduler:
         active = active[turn:] + active[:turn]
         feeding = self._feeding(active)
         if len(feeding) == len(active):
-            self._prefill(feeding[0])
+            self._prefill(feeding[0], is_alone=len(active) == 1)
             return
         going = [w for w in active if w.state != "prompt"]
         most = self.engine.most_together
@@ -378,12 +378,17 @@ class Scheduler:
             found.insert(0, oldest)
         return found
 
-    def _prefill(self, worker: Worker) -> None:
-        """A whole launch of one prompt: nobody decodes meanwhile."""
+    def _prefill(self, worker: Worker, *, is_alone: bool) -> None:
+        """A whole launch of one prompt: nobody decodes meanwhile. The largest where nobody else has
+        a prompt: another's first token should not wait for it.
+        """
         choice = self._choice(worker)
         session = worker.session
         at = session.position
-        n = min(self.engine.model.buckets[-1], choice.stops[0] - at)
+        rows = self.engine.model.buckets[-1]
+        if not is_alone:
+            rows = min(rows, USUAL_PREFILL_ROWS)
+        n = min(rows, choice.stops[0] - at)
         try:
             session.prefill(choice.asked.tokens[at : at + n])
             self._fed(worker)

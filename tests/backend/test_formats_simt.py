@@ -384,7 +384,7 @@ def test_no_race_between_threads(monkeypatch: pytest.MonkeyPatch, form: Format) 
     stored, x = random_matrix(form, 33, 1100), normal(40, 1100)
     for t in (3, 40):
         check(1, form, stored, x[:t], linear(bench, DType.ACT, form, stored, x[:t]))
-    monkeypatch.setattr(kernels, "many_tile", lambda s: kernels.many_tiles(s)[1])
+    monkeypatch.setattr(kernels, "many_choice", lambda s: (kernels.many_tiles(s)[1], 1))
     stored, x = random_matrix(form, 33, 1104), normal(40, 1104)  # aligned: x by cp.async too
     check(1, form, stored, x, linear(bench, DType.ACT, form, stored, x))
     bench.device.close()
@@ -410,7 +410,7 @@ def test_bits_do_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch, form: Form
     monkeypatch.setattr(kernels, "few_cost", lambda s: np.inf)
     for tile in kernels.many_tiles(shape):
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "many_tile", lambda s, tile=tile: tile)
+            patch.setattr(kernels, "many_choice", lambda s, tile=tile: (tile, 1))
             y = linear(bench, DType.ACT, form, stored, x, 139)
         assert y[:139].tobytes() == few.tobytes(), tile
         assert (np.ascontiguousarray(y[139:]).view(np.uint32) == 0xFFFFFFFF).all()

@@ -214,6 +214,12 @@ PLANTS = {
     "many tokens: a stage read before its copies are waited for": Plant(
         "linear_many.cu", "wait<STAGES - 2>", "wait<STAGES - 1>", linear(64, 33, 288, 32)
     ),
+    "many tokens: sums are added up when a part of K is missing": Plant(
+        "linear_many.cu",
+        "1u) == split.parts - 1u",
+        "1u) == split.parts - 2u",
+        linear(64, 33, 4400, 160),
+    ),
     "delta rule: a tile read before its copies are waited for": Plant(
         "delta_rule.cu",
         "copy_async_wait<0>();\n    __syncthreads();",

@@ -13,10 +13,16 @@ from flashrt.weights.bundled import bundled_checkpoint
 LANES, LIMIT = 4, 1024
 
 
-def load(lanes: int = LANES, limit: int = LIMIT, pool_bytes: int = 64 << 20) -> flashrt.Engine:
+def load(
+    lanes: int = LANES,
+    limit: int = LIMIT,
+    pool_bytes: int = 64 << 20,
+    prefill_rows: int | None = None,
+) -> flashrt.Engine:
     return flashrt.load(
-        bundled_checkpoint(), device="cpu", max_positions=limit, lanes=lanes, pool_bytes=pool_bytes
-    )
+        bundled_checkpoint(), device="cpu", max_positions=limit, lanes=lanes, pool_bytes=pool_bytes,
+        prefill_rows=prefill_rows,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

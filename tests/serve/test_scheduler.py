@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import flashrt
 from flashrt.base.errors import BackendError, FlashrtError
+from flashrt.capsule.lineage import Lane
 from flashrt.core.runs import table_of
 from flashrt.serve.ask import Ask, Closing, QueueFull, TimedOut
 from flashrt.serve.core import Core
@@ -245,6 +247,39 @@ def test_short_prompts_go_before_long_ones_and_none_starves(serving: Serving) ->
     before = firsts.index(480)
     assert 480 / 40 < before < 3.5 * 480 / 40
     core.scheduler.close(drain=False)
+
+
+def test_launches_are_large_where_nobody_waits_for_them(
+    other: flashrt.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: another's first token waits for a launch of a long prompt; or a prompt alone goes in
+    small launches.
+    """
+    engine = load(prefill_rows=1024)
+    rows: list[int] = []
+    prefill = engine.prefill
+
+    def counted(lane: Lane, tokens: NDArray[np.int32], bucket: int | None = None) -> None:
+        rows.append(len(tokens))
+        prefill(lane, tokens, bucket)
+
+    monkeypatch.setattr(engine, "prefill", counted)
+    prompts = [tokens_of(other, 700, seed) for seed in range(3)]
+    core = Core(engine)
+    both = [ask(core, prompt, 4) for prompt in prompts[:2]]
+    core.start()
+    for prompt, heard in zip(prompts, both, strict=False):
+        assert heard.wait().tokens[0] == alone(other, prompt, 4)
+    assert sum(rows[:3]) == 700 and max(rows[:3]) <= 256, "while both wait"
+    rows.clear()
+    assert ask(core, prompts[2], 4).wait().tokens[0] == alone(other, prompts[2], 4)
+    assert max(rows) > 256
+    core.close(drain=False)
+    engine.close()
+
+
+def tokens_of(engine: flashrt.Engine, n: int, seed: int) -> list[int]:
+    return list(map(int, np.random.default_rng(seed).integers(0, engine.vocab_size, n)))
 
 
 def test_one_owners_states_are_not_anothers(serving: Serving) -> None:

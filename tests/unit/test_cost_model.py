@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[2]
 
 @functools.cache
 def engine(shape: str, form: str, precision: Precision = "bfloat16") -> PaperEngine:
-    return PaperEngine(model_of(shape, form, POSITIONS), ACTS[precision])
+    return PaperEngine(shape, form, POSITIONS, ACTS[precision])
 
 
 def model(shape: str, form: str, gpu: Gpu, precision: Precision = "bfloat16") -> CostModel:

@@ -6,10 +6,13 @@ kernels: that launch bounds hold, see test_sass.
 
 from __future__ import annotations
 
+import heapq
+from pathlib import Path
+
 import pytest
 
 from flashrt.backends.cuda import kernels
-from flashrt.backends.cuda.kernels import KernelLaunch, ManyTile, Shape
+from flashrt.backends.cuda.kernels import KernelLaunch, ManyTile, Shape, Split
 from flashrt.backends.cuda.occupancy import (
     LEAST,
     MULTIPROCESSORS,
@@ -61,12 +64,13 @@ def test_every_architecture_is_listed_and_another_gets_the_least() -> None:
 
 # ---- tiles of linear
 
+K = 5120
 SIZES = {"sm_90": 132, "sm_120": 170}
 BUCKETS = (64, 128, 256, 512, 1024, 2048)
 
 
-def shape(n: int, t: int, arch: str, act: DType = DType.BF16X2) -> Shape:
-    dims = {"T": t, "N": n, "K": 5120}
+def shape(n: int, t: int, arch: str, act: DType = DType.BF16X2, k: int = K) -> Shape:
+    dims = {"T": t, "N": n, "K": k}
     return Shape("linear", dims, {}, {}, act, SIZES.get(arch, 108), sm=multiprocessor(arch))
 
 
@@ -76,29 +80,80 @@ def launch_of(s: Shape) -> KernelLaunch:
 
 
 def filled(launch: KernelLaunch, n_sms: int) -> float:
-    """Share of multiprocessors that work, until the one with most blocks has done them."""
-    blocks = launch.grid[0] * launch.grid[1]
-    return blocks / (-(-blocks // n_sms) * n_sms)
-
-
-# Of the launch chosen, by (architecture, N): rows of the bucket -> share of the device. 160 blocks
-# on 132 multiprocessors are 0.61: K would have to be divided among blocks, which the order of the
-# sums forbids.
-FILLED = {
-    ("sm_90", 1024): {64: 0.97, 128: 0.97, 256: 0.97, 512: 0.97, 1024: 0.97, 2048: 0.97},
-    ("sm_90", 5120): {64: 0.61, 128: 0.82, 256: 0.82, 512: 0.97, 1024: 0.97, 2048: 0.97},
-    ("sm_120", 1024): {64: 0.75, 128: 0.75, 256: 0.75, 512: 0.75, 1024: 0.75, 2048: 0.75},
-    ("sm_120", 5120): {64: 0.94, 128: 0.94, 256: 0.94, 512: 0.94, 1024: 0.94, 2048: 0.94},
-}
-
-
-@pytest.mark.parametrize(("arch", "n"), FILLED)
-def test_buckets_fill_the_device(arch: str, n: int) -> None:
-    """Red: a cost that counts no idle multiprocessors, or no small tiles for small launches: with
-    tiles of 64 rows alone, 64 tokens of N = 1024 keep 16 of 132 busy.
+    """Share of the multiprocessors' time that is work, until the last block is done: each block
+    goes to whichever is free first. Parts of K last as long as they are.
     """
-    shares = {t: round(filled(launch_of(shape(n, t, arch)), SIZES[arch]), 2) for t in BUCKETS}
-    assert shares == FILLED[arch, n]
+    split = launch.split or Split(1, 1, 0, launch.grid[0] * launch.grid[1], 0)
+    share = split.supers * kernels.SUPER_SLICE / K if split.parts > 1 else 1.0
+    loads = [share] * split.tiles * (split.parts - 1)
+    loads += [1.0 - share * (split.parts - 1)] * split.tiles
+    ends = [0.0] * n_sms
+    for load in loads:
+        heapq.heapreplace(ends, ends[0] + load)
+    return sum(loads) / n_sms / max(ends)
+
+
+def gain(s: Shape) -> float:
+    """How much faster than without divisions of K, by the estimate that chooses."""
+    tile, parts = kernels.many_choice(s)
+    undivided = [kernels.few_cost(s), *(tile.cost(s) for tile in kernels.many_tiles(s))]
+    return min(undivided) / min(kernels.few_cost(s), tile.cost(s, parts))
+
+
+def cell(s: Shape) -> str:
+    """Of the table in docs/cuda.md: busy share, into how many parts K goes, gain."""
+    launch = launch_of(s)
+    share = f"{filled(launch, s.n_sms):.2f}"
+    if launch.split is None:
+        return f"{share}, few"
+    parts = launch.split.parts
+    return f"{share}, {parts} parts, {gain(s):.2f} x" if parts > 1 else f"{share}, 1 part"
+
+
+def test_buckets_fill_the_device() -> None:
+    """Red: a cost that counts no idle multiprocessors, no small tiles for small launches, or no
+    divisions of K; a table of the docs that is not what the code chooses.
+    """
+    places = [(n, arch) for arch in SIZES for n in (1024, 5120)]
+    rows = [(t, [cell(shape(n, t, arch)) for n, arch in places]) for t in BUCKETS]
+    head = ["rows", *(f"N = {n} on {SIZES[arch]}" for n, arch in places)]
+    lines = [f"| {' | '.join(head)} |", "|---:" * len(head) + "|"]
+    lines += [f"| {' | '.join([str(t), *cells])} |" for t, cells in rows]
+    text = (Path(__file__).parents[2] / "docs" / "cuda.md").read_text()
+    assert "\n".join(lines) in text, "\n".join(lines)
+
+
+@pytest.mark.parametrize("arch", SIZES)
+def test_large_buckets_are_full(arch: str) -> None:
+    """Red: a division that leaves more of the device idle than it fills, or is chosen at a loss."""
+    for n in (1024, 5120):
+        for t in BUCKETS:
+            s = shape(n, t, arch)
+            assert gain(s) >= 1
+            if t >= 512:
+                assert filled(launch_of(s), s.n_sms) >= 0.9
+
+
+def test_the_most_loaded_multiprocessor() -> None:
+    """By hand: red where short parts of K count as whole ones, or are put where there is no gap."""
+    assert kernels.most_loaded(4, 5, 1, 1.0) == (2, 2.0)
+    assert kernels.most_loaded(4, 2, 3, 0.4) == (2, pytest.approx(0.6))  # 4 long, then 2 short
+    assert kernels.most_loaded(4, 3, 3, 0.4) == (2, pytest.approx(0.8))  # 6 long, short in gaps
+    assert kernels.most_loaded(4, 4, 2, 0.5) == (2, 1.0)
+
+
+def test_divisions_are_of_whole_super_slices_and_fit_the_workspace() -> None:
+    """Red: parts without work, and planes beyond the workspace."""
+    tile = kernels.many_tiles(shape(5120, 64, "sm_90"))[-1]
+    for k, wanted in ((2048, [1]), (5120, [1, 2, 3]), (6144, [1, 2, 3]), (17408, [1, 2, 3, 5, 9])):
+        s = shape(1024, 64, "sm_90", k=k)
+        assert tile.parts(s) == wanted
+        for parts in wanted:
+            split = tile.split(s, parts)
+            n_supers = -(-k // kernels.SUPER_SLICE)
+            assert (parts - 1) * split.supers < n_supers <= parts * split.supers
+            assert split.planes in (0, 1 + (parts - 1) * split.supers)
+    assert tile.parts(shape(17408, 2048, "sm_90")) == [1]  # 140 MB a plane
 
 
 def test_stages_make_room_for_a_second_block() -> None:

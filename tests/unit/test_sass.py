@@ -128,7 +128,7 @@ def shape(arch: str, act: DType, rows: int, form: tuple[DType, Groups] | None = 
     return Shape("linear", dims, dtypes, {}, act, 132, groups, multiprocessor(arch))
 
 
-# Instructions of a warp per chunk of 32 k, at most; 174 and 160 when this was written, 98 and 87
+# Instructions of a warp per chunk of 32 k, at most; 172 and 159 when this was written, 104 and 87
 # with one part; a compiler may add a few.
 MOST = {TWO_PARTS: 190, DType.BF16: 110}
 TENSOR = {TWO_PARTS: 64, DType.BF16: 32}
@@ -174,7 +174,7 @@ CODES = {
 def test_codes_go_to_tensor_cores_without_moves(form: tuple[DType, Groups]) -> None:
     """Red: operands that are made in other registers than the instruction wants."""
     s = shape("sm_120", TWO_PARTS, 512, form)
-    loop, taken = compiled("sm_120", kernels.linear_many(s, kernels.many_tile(s)))
+    loop, taken = compiled("sm_120", kernels.linear_many(s, *kernels.many_choice(s)))
     assert loop.operand_moves <= CODES[form]
     assert loop.local == taken.spill_bytes == 0
     assert loop.copies == loop.copies_128

@@ -30,7 +30,7 @@ from flashrt.backends.cuda.nvrtc import Nvrtc
 from flashrt.backends.cuda.sources import Sources
 from flashrt.backends.cuda.staging import DownloadRing, Readback, UploadRing, WordRing
 from flashrt.backends.cuda.views import CPU, CUDA, DeviceArray, view
-from flashrt.base.errors import BackendError, SealedError
+from flashrt.base.errors import BackendError, PlanError, SealedError
 from flashrt.base.system import at_fork
 from flashrt.base.tracing import PLAN, trace
 from flashrt.core.backend import BoundLaunch, Bytes, Counters, Graph, Memory, Progress, Storage
@@ -60,7 +60,7 @@ class Capacities:
     staging_bytes: int = 4 << 20  # a section of the upload ring; a readback buffer
     copies: int = 4096  # descriptors of one copy launch
     terms: int = 512  # terms of one digest launch
-    reserve_bytes: int = 192 << 20  # device memory left for kernels and graphs
+    reserve_bytes: int = 224 << 20  # device memory left for kernels, their workspace and graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +114,7 @@ class CudaDevice:
     """See core.backend.Backend for the contract of the verbs."""
 
     is_async = True
+    most_rows = 2048  # by then launches fill the largest device: docs/cuda.md
 
     def __init__(
         self,
@@ -145,6 +146,7 @@ class CudaDevice:
         self._lock = threading.RLock()  # held through a verb
         self._fork_count = _Forks.count  # of the process that opened the driver
         self._memories: list[DeviceMemory] = []
+        self._workspace: DeviceMemory | None = None  # of kernels, once one of them needs it
         self._graphs: list[CudaGraph] = []
         self._runs_at: dict[int, bytes] = {}  # tables of runs, as they lie on the device
         self._stream = driver.stream_create()
@@ -270,11 +272,33 @@ class CudaDevice:
         self._prepare([kernel for _, several in expanded for kernel in several])
         nodes = []
         for bound, several in expanded:
-            block = ArgumentBlock(bound.pack(self.acts))
+            arguments = bound.pack(self.acts)
             for kernel in several:
                 over = self._over_runs(bound, kernel)
+                beside = self._split_arguments(over)
+                block = ArgumentBlock(arguments + beside)
                 nodes.append(self._node(over, block, self._may_overlap(kernel)))
         return nodes
+
+    def _split_arguments(self, kernel: kernels.KernelLaunch) -> bytes:
+        """Of a kernel whose blocks share K, where they meet: in one workspace for all launches, for
+        they run one after the other. Allocated for the first that needs it.
+        """
+        split = kernel.split
+        if split is None:
+            return b""
+        if split.parts == 1:
+            return split.pack(0)
+        if not split.fits:
+            raise PlanError(f"{kernel.kernel}: {split.nbytes:,} bytes of workspace are too many")
+        if self._workspace is None:
+            self._refuse_if_sealed("allocate the workspace of kernels")
+            nbytes = kernels.WORKSPACE_BYTES
+            self._workspace = DeviceMemory("workspace", self.driver.mem_alloc(nbytes), nbytes)
+            self._memories.append(self._workspace)
+            self.counters.allocations += 1
+            self.driver.fill(self._workspace.address, 0, 4 * kernels.WORKSPACE_TILES, self._stream)
+        return split.pack(self._workspace.address)
 
     def _over_runs(self, bound: BoundLaunch, kernel: kernels.KernelLaunch) -> kernels.KernelLaunch:
         """The kernel for every run that a replay may have; as it is where operands stay."""
@@ -314,8 +338,8 @@ class CudaDevice:
             raise BackendError(
                 f"{self.name}: the {name} of {nbytes:,} bytes would leave {free - nbytes:,} of "
                 f"{free:,} free bytes, and kernels and graphs, which are loaded later, need up to "
-                f"{reserve:,}: use a smaller max_positions, pool_bytes or lanes, or end other GPU "
-                "users"
+                f"{reserve:,}: use a smaller max_positions, pool_bytes, prefill_rows or lanes, or "
+                "end other GPU users"
             )
         try:
             memory = DeviceMemory(name, self.driver.mem_alloc(max(nbytes, 1)), nbytes)

@@ -10,6 +10,8 @@ give the same bits.
 
 from __future__ import annotations
 
+import functools
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -32,11 +34,17 @@ Grid = tuple[int, int, int]
 WARP: Final = 32
 ATTENTION_KEYS: Final = 256  # keys per block of the canonical order
 K_SLICE: Final = 256  # k per chain of mma in the canonical order of `linear`
+SUPER_SLICE: Final = 8 * K_SLICE  # k whose slices are added up before they meet others
 FEW_TOKENS: Final = 32  # up to here a launch of `linear` is bound by its weights
 MANY_STAGES: Final = (4, 3)  # tiles of 32 k in flight in `linear_many`
 BUSY_WARPS: Final = 8  # of a multiprocessor: with half of them, nobody covers the waits of a warp
 HALF_BUSY: Final = 0.7  # its rate then, an estimate
 MANY_SHARED_BYTES: Final = 99 << 10  # for them: of sm_86, sm_89 and sm_120, the least of all
+# What blocks that share K leave for each other: counters of tiles, then planes of sums.
+WORKSPACE_BYTES: Final = 32 << 20
+WORKSPACE_TILES: Final = 4096
+SPLIT_ARGS_FORMAT: Final = "@PP4i"  # split_args of linear_many.cu
+FOLD_K: Final = 256  # a plane costs a tile as much as so many k, an estimate
 SAMPLE_CHUNK: Final = 2048  # tokens of a block of `sample_narrow`
 SAMPLE_SHARED_FROM: Final = 16384  # from so many tokens on its blocks share the work
 SAMPLE_PASSES: Final = 5  # launches of it then: three digits for top_k, two more for top_p
@@ -49,6 +57,43 @@ DIGEST_ARGS_FORMAT: Final = (
 
 
 @dataclass(frozen=True, slots=True)
+class Split:
+    """How the blocks of `linear_many` share K, at whole super-slices.
+
+    The canonical order adds super-slices up one after the other, so those of the first part go
+    together, and each of the others needs a plane of its own.
+    """
+
+    parts: int  # blocks of a tile
+    supers: int  # super-slices of a part; the last one may have less
+    token_blocks: int
+    tiles: int  # of all runs
+    plane_bytes: int  # of a super-slice of all tiles
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the workspace that it takes."""
+        return 4 * WORKSPACE_TILES + self.planes * self.plane_bytes if self.parts > 1 else 0
+
+    @property
+    def planes(self) -> int:
+        """Most planes of such a split."""
+        return 1 + (self.parts - 1) * self.supers if self.parts > 1 else 0
+
+    @property
+    def fits(self) -> bool:
+        """Whether the workspace holds it."""
+        return self.parts == 1 or (self.nbytes <= WORKSPACE_BYTES and self.tiles <= WORKSPACE_TILES)
+
+    def pack(self, workspace: int) -> bytes:
+        """What follows the op's arguments; `workspace` is an address, and not read of one part."""
+        return struct.pack(
+            SPLIT_ARGS_FORMAT, workspace + 4 * WORKSPACE_TILES, workspace, self.parts,
+            self.supers, self.token_blocks, self.tiles,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class KernelLaunch:
     """One CUDA launch: what to compile (source, defines) and how to start it."""
 
@@ -58,6 +103,7 @@ class KernelLaunch:
     grid: Grid
     block: Grid
     shared_bytes: int = 0  # dynamic
+    split: Split | None = None  # arguments of `linear_many` beside those of the op
 
     def of_runs(self, n: int) -> KernelLaunch:
         """The launch for `n` runs: run r is the blocks with blockIdx.z = r (OPEN_RUN).
@@ -66,7 +112,10 @@ class KernelLaunch:
         """
         if self.grid[2] != 1:
             raise PlanError(f"{self.kernel}: grid {self.grid} leaves no dimension for runs")
-        return replace(self, grid=(*self.grid[:2], n))
+        split = self.split and replace(
+            self.split, tiles=n * self.split.tiles, plane_bytes=n * self.split.plane_bytes
+        )
+        return replace(self, grid=(*self.grid[:2], n), split=split)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +196,10 @@ def _draft_input(s: Shape) -> tuple[KernelLaunch, ...]:
 def _linear(s: Shape) -> tuple[KernelLaunch, ...]:
     if s.dims["T"] <= FEW_TOKENS:
         return (_linear_few(s),)
-    tile = many_tile(s)
+    tile, parts = many_choice(s)
     # a few more tokens on a narrow matrix: `linear_few` alone divides K among warps
-    return (_linear_few(s) if few_cost(s) < tile.cost(s) else linear_many(s, tile),)
+    is_few = few_cost(s) < tile.cost(s, parts)
+    return (_linear_few(s) if is_few else linear_many(s, tile, parts),)
 
 
 def _few_tiles(t: int) -> int:
@@ -238,14 +288,46 @@ class ManyTile:
         """Work per time of a multiprocessor that holds so many blocks."""
         return self.efficiency * (1.0 if blocks * self.warps >= BUSY_WARPS else HALF_BUSY)
 
-    def cost(self, s: Shape) -> float:
-        """Time in arbitrary units: work of the multiprocessor with most blocks, by what it holds
-        at once.
+    def split(self, s: Shape, parts: int) -> Split:
+        """K divided among at most so many parts of equally many super-slices."""
+        grid, n_supers = self.grid(s), _ceil(s.dims["K"], SUPER_SLICE)
+        supers, tiles = _ceil(n_supers, parts), grid[0] * grid[1]
+        return Split(
+            _ceil(n_supers, supers), supers, grid[1], tiles, 4 * tiles * self.rows * self.tokens
+        )
+
+    def parts(self, s: Shape) -> list[int]:
+        """In how many parts K can be divided."""
+        several = range(1, _ceil(s.dims["K"], SUPER_SLICE) + 1)
+        return [n for n in several if (split := self.split(s, n)).parts == n and split.fits]
+
+    def cost(self, s: Shape, parts: int = 1) -> float:
+        """Time in arbitrary units: work of the multiprocessor with most to do, by what it holds at
+        once; and where K is divided, the planes of sums.
         """
-        grid, at_once = self.grid(s), self.at_once(s)
-        rounds, rest = divmod(_ceil(grid[0] * grid[1], s.n_sms), at_once)
+        split, at_once, k = self.split(s, parts), self.at_once(s), s.dims["K"]
+        share = min(1.0, split.supers * SUPER_SLICE / k)  # of K, in a part; the last has the rest
+        blocks, load = most_loaded(s.n_sms, split.tiles, parts, share)
+        rounds, rest = divmod(blocks, at_once)
         work = self.rows * self.tokens
-        return work * (rounds * at_once / self._rate(at_once) + rest / self._rate(rest))
+        time = rounds * at_once / self._rate(at_once) + rest / self._rate(rest)
+        folds = split.planes * FOLD_K / k * _ceil(split.tiles, s.n_sms)
+        return work * (time * load / blocks + folds)
+
+
+def most_loaded(n_sms: int, tiles: int, parts: int, share: float) -> tuple[int, float]:
+    """(blocks, load) of the multiprocessor with most to do. A block of each part but the last is a
+    load of `share`, of the last what is left of 1. Whole parts go first, the others fill gaps.
+    """
+    rest = 1.0 - (parts - 1) * share
+    if parts == 1 or rest >= share:
+        blocks = _ceil(tiles * parts, n_sms)
+        return blocks, blocks * share
+    rounds, over = divmod(tiles * (parts - 1), n_sms)
+    in_gaps = (n_sms - over) * int(share / rest) if over else 0
+    more = _ceil(max(0, tiles - in_gaps), n_sms)
+    blocks = rounds + (over > 0)
+    return blocks + more, blocks * share + more * rest
 
 
 FEW_EFFICIENCY: Final = 0.3  # of `linear_few` with 4 tiles: it loads x for each 16 rows of W
@@ -279,13 +361,32 @@ def many_tiles(s: Shape) -> tuple[ManyTile, ...]:
     return NARROW_TILES if is_narrow else MANY_TILES
 
 
-def many_tile(s: Shape) -> ManyTile:
-    """The one that takes the least time by the estimate."""
-    return min(many_tiles(s), key=lambda tile: tile.cost(s))
+def many_choice(s: Shape) -> tuple[ManyTile, int]:
+    """The tile, and the number of parts of K, that take the least time by the estimate."""
+    sizes = s.dims["T"], s.dims["N"], s.dims["K"]
+    return _many_choice(sizes, s.dtypes.get("w"), s.groups.get("w"), s.act, s.n_sms, s.sm)
 
 
-def linear_many(s: Shape, tile: ManyTile) -> KernelLaunch:
-    """`linear_many` with a tile; all give the same bits."""
+@functools.cache  # a model has few matrices of different sizes, and many launches
+def _many_choice(
+    sizes: tuple[int, int, int],
+    dtype: DType | None,
+    groups: Groups | None,
+    act: DType,
+    n_sms: int,
+    sm: Multiprocessor,
+) -> tuple[ManyTile, int]:
+    s = Shape(
+        "linear", dict(zip("TNK", sizes, strict=True)), {} if dtype is None else {"w": dtype}, {},
+        act, n_sms, {} if groups is None else {"w": groups}, sm,
+    )  # fmt: skip
+    choices = [(tile, parts) for tile in many_tiles(s) for parts in tile.parts(s)]
+    return min(choices, key=lambda choice: choice[0].cost(s, choice[1]))
+
+
+def linear_many(s: Shape, tile: ManyTile, parts: int = 1) -> KernelLaunch:
+    """`linear_many` with a tile and K in so many parts; all give the same bits."""
+    split, grid = tile.split(s, parts), tile.grid(s)
     stages = tile.stages(s)
     defines = _defines(
         ACT_PARTS=s.act_parts, ALIGNED=int(s.dims["K"] % 8 == 0), WARPS_N=tile.warps_n,
@@ -294,8 +395,8 @@ def linear_many(s: Shape, tile: ManyTile) -> KernelLaunch:
     )  # fmt: skip
     shared_bytes = stages * tile.stage_bytes(s)
     return KernelLaunch(
-        "linear_many.cu", "linear_many", defines + _weights(s, "w"), tile.grid(s),
-        _x(WARP * tile.warps), shared_bytes,
+        "linear_many.cu", "linear_many", defines + _weights(s, "w"),
+        (grid[0], grid[1] * split.parts, 1), _x(WARP * tile.warps), shared_bytes, split,
     )  # fmt: skip
 
 

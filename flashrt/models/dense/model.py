@@ -17,7 +17,15 @@ from flashrt.models.dense.config import DenseConfig, parse_config
 from flashrt.models.dense.tapes import DenseRecorder
 from flashrt.models.dense.weights import weight_rules
 from flashrt.models.lane import Choices, check_choices, lane_regions
-from flashrt.models.model import BUCKETS, DECODE, PREFILL, SAMPLE, shared_tape, token_shared_phases
+from flashrt.models.model import (
+    DECODE,
+    PREFILL,
+    SAMPLE,
+    USUAL_PREFILL_ROWS,
+    buckets_up_to,
+    shared_tape,
+    token_shared_phases,
+)
 from flashrt.weights.rules import Source, Stored, as_stored, in_bfloat16
 
 
@@ -25,12 +33,6 @@ class Dense:
     """One model at one context length. See `models.model.Model`."""
 
     identity: ClassVar[Mapping[str, object]] = {}  # all of it is in tapes, regions and constants
-    buckets = BUCKETS
-    phases: ClassVar[tuple[tuple[str, int], ...]] = (
-        *((PREFILL, rows) for rows in BUCKETS),
-        (DECODE, 1),
-        (SAMPLE, 1),
-    )
 
     def __init__(
         self,
@@ -39,9 +41,16 @@ class Dense:
         max_positions: int,
         kv_dtype: DType,
         stored: Callable[[Source], Stored] = in_bfloat16,
+        prefill_rows: int = USUAL_PREFILL_ROWS,
     ) -> None:
         """`stored` says how the checkpoint has each matrix: regions of weights are as it says."""
-        check_choices(max_positions, kv_dtype)
+        check_choices(max_positions, kv_dtype, prefill_rows)
+        self.buckets = buckets_up_to(prefill_rows)
+        self.phases: tuple[tuple[str, int], ...] = (
+            *((PREFILL, rows) for rows in self.buckets),
+            (DECODE, 1),
+            (SAMPLE, 1),
+        )
         self.config = config
         self.name = config.model_type
         self.vocab_size = config.vocab_size
@@ -49,7 +58,7 @@ class Dense:
         self.weights = as_stored(weight_rules(config), stored)
         rows = (config.n_layers * config.kv_heads, max_positions, config.head_dim)
         self.lane_regions: tuple[Region, ...] = lane_regions(
-            config.vocab_size, config.hidden, rows, kv_dtype
+            config.vocab_size, config.hidden, rows, kv_dtype, prefill_rows=prefill_rows
         )
         self._regions = {
             r.name: r for r in (*self.lane_regions, *(rule.region for rule in self.weights))
@@ -77,4 +86,5 @@ def build(config: Mapping[str, object], chosen: Choices) -> Dense:
         max_positions=chosen.max_positions,
         kv_dtype=chosen.kv_dtype,
         stored=chosen.stored,
+        prefill_rows=chosen.prefill_rows,
     )

@@ -14,7 +14,15 @@ from flashrt.core.region import DType, Layout, Region, Role
 from flashrt.core.runs import MAX_RUNS
 from flashrt.core.tape import Tape
 from flashrt.models.lane import Choices, check_choices, lane_regions
-from flashrt.models.model import BUCKETS, DECODE, PREFILL, SAMPLE, shared_tape, token_shared_phases
+from flashrt.models.model import (
+    DECODE,
+    PREFILL,
+    SAMPLE,
+    USUAL_PREFILL_ROWS,
+    buckets_up_to,
+    shared_tape,
+    token_shared_phases,
+)
 from flashrt.models.qwen35 import draft as drafting
 from flashrt.models.qwen35.config import Qwen35Config, parse_config
 from flashrt.models.qwen35.tapes import Qwen35Recorder
@@ -27,7 +35,6 @@ class Qwen35:
 
     name = "qwen3_5"
     identity: ClassVar[Mapping[str, object]] = {}  # all of it is in tapes, regions and constants
-    buckets = BUCKETS
 
     def __init__(
         self,
@@ -37,17 +44,21 @@ class Qwen35:
         kv_dtype: DType,
         has_draft_head: bool,
         stored: Callable[[Source], Stored] = in_bfloat16,
+        prefill_rows: int = USUAL_PREFILL_ROWS,
     ) -> None:
         """`stored` says how the checkpoint has each matrix: regions of weights are as it says."""
-        check_choices(max_positions, kv_dtype)
+        check_choices(max_positions, kv_dtype, prefill_rows)
+        self.buckets = buckets_up_to(prefill_rows)
         self.config = config
         self.vocab_size = config.vocab_size
         self._has_draft_head = has_draft_head
         self.max_positions = max_positions
         self.weights = as_stored(weight_rules(config, has_draft_head), stored)
-        self.lane_regions: tuple[Region, ...] = _lane_regions(config, max_positions, kv_dtype)
+        self.lane_regions: tuple[Region, ...] = _lane_regions(
+            config, max_positions, kv_dtype, prefill_rows
+        )
         self.phases: tuple[tuple[str, int], ...] = (
-            *((PREFILL, rows) for rows in BUCKETS),
+            *((PREFILL, rows) for rows in self.buckets),
             (DECODE, 1),
             (SAMPLE, 1),
         )
@@ -80,7 +91,9 @@ class Qwen35:
         return tape
 
 
-def _lane_regions(c: Qwen35Config, max_positions: int, kv_dtype: DType) -> tuple[Region, ...]:
+def _lane_regions(
+    c: Qwen35Config, max_positions: int, kv_dtype: DType, prefill_rows: int
+) -> tuple[Region, ...]:
     state = []
     if n := c.n_linear:
         heads, window = (
@@ -92,7 +105,7 @@ def _lane_regions(c: Qwen35Config, max_positions: int, kv_dtype: DType) -> tuple
             Region("window", window, DType.F32, Role.FIXED, is_digested=True),
         ]
     rows = (c.n_full * c.kv_heads, max_positions, c.head_dim)
-    return lane_regions(c.vocab_size, c.hidden, rows, kv_dtype, state)
+    return lane_regions(c.vocab_size, c.hidden, rows, kv_dtype, state, prefill_rows)
 
 
 def build(config: Mapping[str, object], chosen: Choices) -> Qwen35:
@@ -103,4 +116,5 @@ def build(config: Mapping[str, object], chosen: Choices) -> Qwen35:
         kv_dtype=chosen.kv_dtype,
         has_draft_head=chosen.has_draft_head,
         stored=chosen.stored,
+        prefill_rows=chosen.prefill_rows,
     )

@@ -21,6 +21,7 @@ from flashrt.core.backend import BoundLaunch, Graph, Memory, Progress
 from flashrt.core.region import DType
 from flashrt.core.runs import Run
 from flashrt.core.tape import Tape
+from flashrt.engine.buckets import prefill_rows
 from flashrt.models import model_for
 from flashrt.models.model import DECODE, PREFILL
 from flashrt.ops.work import Work, work_of
@@ -83,8 +84,10 @@ def load_synthetic(
 ) -> SyntheticEngine:
     """An engine of a shape with random weights. Raises CheckpointError, BackendError, PlanError."""
     checkpoint = synthetic_checkpoint(shape, seed=seed)
-    model = model_for(checkpoint.config, max_positions=max_positions)
     gpu = open_device()
+    usual = model_for(checkpoint.config, max_positions=max_positions)
+    rows = prefill_rows(usual, gpu, max_positions)
+    model = model_for(checkpoint.config, max_positions=max_positions, prefill_rows=rows)
     add_kernels(gpu)
     probes: list[Probe] = []
     buffers: list[Memory] = []

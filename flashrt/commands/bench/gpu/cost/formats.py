@@ -17,6 +17,7 @@ from flashrt.commands.quantize import WEIGHTS
 from flashrt.core.groups import Groups, Scales
 from flashrt.core.region import DType
 from flashrt.models import TokenModel, model_for
+from flashrt.models.model import USUAL_PREFILL_ROWS
 from flashrt.weights.formats.write import is_chosen
 from flashrt.weights.quantising import quantising
 from flashrt.weights.rules import Source, Stored, in_bfloat16
@@ -29,7 +30,9 @@ _CODES: Final[Mapping[str, tuple[DType, Groups]]] = {
 FORMATS: Final = ("bfloat16", *WEIGHTS, *_CODES)
 
 
-def model_of(shape: str, form: str, max_positions: int) -> TokenModel:
+def model_of(
+    shape: str, form: str, max_positions: int, prefill_rows: int = USUAL_PREFILL_ROWS
+) -> TokenModel:
     """The model of a named shape, without a draft head. Raises CheckpointError for an unknown shape
     or format, naming the known ones.
     """
@@ -41,7 +44,9 @@ def model_of(shape: str, form: str, max_positions: int) -> TokenModel:
         stored = quantising(checkpoint, form).stored
     elif form in _CODES:
         stored = _in_layers(*_CODES[form])
-    return model_for(checkpoint.config, max_positions=max_positions, stored=stored)
+    return model_for(
+        checkpoint.config, max_positions=max_positions, stored=stored, prefill_rows=prefill_rows
+    )
 
 
 def _in_layers(dtype: DType, groups: Groups) -> Callable[[Source], Stored]:

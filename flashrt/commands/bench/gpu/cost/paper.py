@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Final, cast
 
 from flashrt.backends.cuda import layouts
-from flashrt.backends.cuda.device import Capacities
+from flashrt.backends.cuda.device import Capacities, CudaDevice
+from flashrt.commands.bench.gpu.cost.formats import model_of
 from flashrt.core.arena import Arena
 from flashrt.core.backend import Backend, BoundLaunch, Storage
 from flashrt.core.planner import plan_arena, plan_band
 from flashrt.core.region import ActDTypes, Region, Role
+from flashrt.engine.buckets import prefill_rows
 from flashrt.engine.tokens import POOL_DEFAULT
-from flashrt.models import TokenModel
 from flashrt.models.model import tapes_of
 
 _ADDRESS: Final = 1 << 32
@@ -26,9 +27,14 @@ class _Nowhere:
     """What an arena asks of a backend before it has addresses, and the memory that it gets."""
 
     address, nbytes = _ADDRESS, 0
+    most_rows = CudaDevice.most_rows
 
     def __init__(self, acts: ActDTypes) -> None:
         self.acts = acts
+
+    def storage(self, region: Region) -> Storage:
+        """See Backend."""
+        return layouts.storage(region, self.acts)
 
     def allocate(self, name: str, nbytes: int) -> _Nowhere:
         """All allocations have one address: nobody follows it."""
@@ -44,12 +50,14 @@ class PaperEngine:
     (`ACTS` of the device).
     """
 
-    def __init__(self, model: TokenModel, acts: ActDTypes) -> None:
-        """Raises PlanError as loading would."""
-
-        def storage(region: Region) -> Storage:
-            return layouts.storage(region, acts)
-
+    def __init__(self, shape: str, form: str, max_positions: int, acts: ActDTypes) -> None:
+        """Of a named shape with its weights in a format: see `model_of`. Raises CheckpointError for
+        unknown names, PlanError as loading would.
+        """
+        nowhere = cast(Backend, _Nowhere(acts))
+        usual = model_of(shape, form, max_positions)
+        rows = prefill_rows(usual, nowhere, max_positions)
+        model, storage = model_of(shape, form, max_positions, rows), nowhere.storage
         self.model, self.acts = model, acts
         tapes = tapes_of(model, lanes=1)
         fixed, rows = (
@@ -59,7 +67,7 @@ class PaperEngine:
         pool_bytes = POOL_DEFAULT.fixed * fixed + POOL_DEFAULT.lanes * rows
         plan = plan_arena(model.lane_regions, tapes, storage, lanes=1, pool_nbytes=pool_bytes)
         weights = plan_band([rule.region for rule in model.weights], storage)
-        arena = Arena(cast(Backend, _Nowhere(acts)), plan, weights)
+        arena = Arena(nowhere, plan, weights)
         self.weights_bytes = weights.nbytes
         self.arena_bytes = plan.nbytes
         self._bound = {(tape.phase, tape.rows): arena.bind(tape) for tape in tapes}

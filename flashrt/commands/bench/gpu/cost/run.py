@@ -18,7 +18,6 @@ from flashrt.commands.bench.document import check_outputs, deliver, provenance
 from flashrt.commands.bench.gpu.cost import launch
 from flashrt.commands.bench.gpu.cost.code import Codes
 from flashrt.commands.bench.gpu.cost.devices import GPUS, gpu_named
-from flashrt.commands.bench.gpu.cost.formats import model_of
 from flashrt.commands.bench.gpu.cost.graph import REPLAY_US, CostModel, GraphCost
 from flashrt.commands.bench.gpu.cost.measured import Measured, measured
 from flashrt.commands.bench.gpu.cost.paper import PaperEngine
@@ -69,8 +68,8 @@ def document_of(
     lengths = tuple(sorted(options.lengths))
     if not lengths:
         raise FlashrtError("no lengths; give --lengths N,N")
-    model = model_of(options.shape, options.form, lengths[-1] + _ROOM)
-    engine = PaperEngine(model, ACTS[options.precision])
+    max_positions, acts = lengths[-1] + _ROOM, ACTS[options.precision]
+    engine = PaperEngine(options.shape, options.form, max_positions, acts)
     place = options.measured or (MEASURED if MEASURED.is_dir() else None)
     notes: list[str] = []
     found = []
