@@ -62,7 +62,7 @@ class Generation(Iterator[int]):
             is_over = not self.left or self.choice.is_over()
         except GrammarError:
             return None  # its own step raises that
-        return None if is_over else self.session.due(self.draft, self.left)
+        return None if is_over else self.session.due(self.params, self.draft, self.left)
 
     @property
     def reason(self) -> EndReason | None:
@@ -265,7 +265,7 @@ class Session:
         steps = self._generate(max_tokens, choice, stops, length)
         return Generation(self, choice, length, max_tokens, steps)
 
-    def due(self, draft: DraftLength, wanted: int) -> Due | None:
+    def due(self, params: SamplerParams, draft: DraftLength, wanted: int) -> Due | None:
         """What the next step of `generate` will do on the device, if lanes can share it."""
         lane = self._lane
         is_ready = self._closed_with is None and lane.is_trusted
@@ -274,7 +274,7 @@ class Session:
         end = self._tail.end
         if end >= self._engine.max_positions or end < lane.position:
             return None
-        return self._tail.due(draft, wanted)
+        return self._tail.due(params, draft, wanted)
 
     def piece(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
         """What is to be fed for a piece of a prompt: pending tokens, then the piece. Raises what

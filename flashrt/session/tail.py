@@ -118,12 +118,13 @@ class Tail:
         known = self._state
         return known.tokens[end - known.base]
 
-    def due(self, draft: DraftLength, wanted: int) -> Due | None:
+    def due(self, params: SamplerParams, draft: DraftLength, wanted: int) -> Due | None:
         """What `next` will do on the device, if it will do anything that lanes can share."""
         known, position = self._known, self._lane.record.position
         end = max(known.end, position)
-        if known.base <= end < known.base + len(known.tokens):
-            return None  # it knows the token, or knows one that was sampled with other parameters
+        is_known = known.base <= end < known.base + len(known.tokens)
+        if is_known and known.params == params:
+            return None
         kept = self._kept()
         position += len(kept)
         if position == end:

@@ -220,6 +220,20 @@ def test_eight_generations_in_as_many_replays_as_the_longest(name: str, kv_dtype
         engine.arena.check_guards()
 
 
+def test_a_token_that_was_sampled_otherwise_is_no_replay_of_its_own(engine: flashrt.Engine) -> None:
+    """Fault: a lane that knows a token of other parameters stays out of the shared replay."""
+    sessions = opened(engine, PROMPTS[:2])
+    sessions[0].logits()  # it samples a token ahead, with the default parameters
+    streams = [s.generate(2, temperature=1.0, seed=7) for s in sessions]
+    step(streams, [])
+    before = engine.stats()["replays"]
+    got = [next(stream) for stream in streams]
+    assert engine.stats()["replays"] == before
+    assert got == [truth(engine, p, 1, temperature=1.0, seed=7)[0] for p in PROMPTS[:2]]
+    for session in sessions:
+        session.close()
+
+
 def test_swapped_lanes_are_noticed(engine: flashrt.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a table whose first two runs have each other's lane."""
 
