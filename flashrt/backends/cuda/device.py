@@ -24,6 +24,7 @@ from flashrt.backends.cuda import kernels, layouts
 from flashrt.backends.cuda.compiler_api import Compiler
 from flashrt.backends.cuda.driver import CudaDriver
 from flashrt.backends.cuda.driver_api import ArgumentBlock, Driver, LaunchConfig
+from flashrt.backends.cuda.fusion import fuse
 from flashrt.backends.cuda.graph import CudaGraph, Node
 from flashrt.backends.cuda.library import KernelLibrary
 from flashrt.backends.cuda.nvrtc import Nvrtc
@@ -116,9 +117,13 @@ class CudaDevice:
         *,
         name: str = "cuda",
         is_host: bool = False,
+        is_fused: bool = True,
         capacities: Capacities | None = None,
     ) -> None:
-        """`is_host`: device memory is host memory, and may be seen by numpy."""
+        """`is_host`: device memory is host memory, and may be seen by numpy. `is_fused`: captured
+        launches of few rows are fused where they can be (see fusion), with the same bits; `eager`
+        never fuses.
+        """
         if precision not in _ACT:
             raise BackendError(f"precision {precision!r} is not one of {sorted(_ACT)}")
         self.name = name
@@ -126,6 +131,7 @@ class CudaDevice:
         self.counters = Counters()
         self.driver = driver
         self._device_type = CPU if is_host else CUDA
+        self._is_fused = is_fused
         self._compiler = compiler
         self._capacities = capacities or Capacities()
         self._sources = Sources()
@@ -435,7 +441,7 @@ class CudaDevice:
         """See Backend. Raises CompileError, BackendError, SealedError."""
         self._refuse_if_sealed("capture a graph")
         self._require_build()
-        nodes = self._nodes(launches)
+        nodes = self._nodes(fuse(launches, self.act) if self._is_fused else launches)
         graph = CudaGraph(self.driver, self._capture_stream, nodes)
         self.counters.captures += 1
         self._graphs.append(graph)
@@ -523,11 +529,13 @@ class CudaDevice:
             raise BackendError(f"{self.name}: call build() before kernels are used")
 
 
-def open_device(precision: Precision = "bfloat16", ordinal: int = 0) -> CudaDevice:
+def open_device(
+    precision: Precision = "bfloat16", ordinal: int = 0, *, is_fused: bool = True
+) -> CudaDevice:
     """The GPU of that ordinal. Raises BackendError that says what is missing; see `probe`."""
     driver = CudaDriver(ordinal)
     try:
-        return CudaDevice(driver, Nvrtc(driver.info.arch), precision)
+        return CudaDevice(driver, Nvrtc(driver.info.arch), precision, is_fused=is_fused)
     except BaseException:
         driver.close()
         raise
