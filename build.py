@@ -12,33 +12,38 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, cast
 
 from rich.console import Console
 from rich.table import Table
 
 from flashrt.backends.cpu import compile as cpu_compile
-from flashrt.backends.cuda import kernels
+from flashrt.backends.cuda import kernels, layouts
 from flashrt.backends.cuda.compiler_api import Unit
+from flashrt.backends.cuda.fused_ops import FUSED_OPS
+from flashrt.backends.cuda.fusion import fuse
 from flashrt.backends.cuda.nvrtc import Nvrtc, resources
 from flashrt.backends.cuda.occupancy import blocks_at_once, multiprocessor
 from flashrt.backends.cuda.sass import Counts, disassembler, inner_loops
 from flashrt.backends.cuda.sources import Sources
 from flashrt.base.errors import CompileError, FlashrtError
 from flashrt.base.flags import flags, thread_count
+from flashrt.core.arena import Arena
+from flashrt.core.backend import Backend, BoundLaunch, Storage
 from flashrt.core.op import Launch
-from flashrt.core.region import DType
+from flashrt.core.planner import plan_arena, plan_band
+from flashrt.core.region import DType, Region
 from flashrt.core.runs import MAX_RUNS
-from flashrt.core.tape import Tape
 from flashrt.hub.resolve import resolve
 from flashrt.load import DRAFT_HEAD_TENSOR, KV_DTYPES, kv_dtype_of, model_in
-from flashrt.models import model_for
+from flashrt.models import Model, model_for
 from flashrt.models.flow_policy.config import MODEL_TYPE, config_of, parse_config
 from flashrt.models.flow_policy.model import FlowPolicy
+from flashrt.models.model import tapes_of
 from flashrt.ops import OPS
 from flashrt.weights.opening import open_weights
 from flashrt.weights.random_checkpoint import SHAPES, shape_config
@@ -52,18 +57,37 @@ MULTIPROCESSORS: Final = (8, 20, 48, 84, 108, 132, 148, 170, 188)
 PRECISIONS: Final = {"bfloat16": DType.BF16, "high": DType.BF16X2}
 
 
-class Recordable(Protocol):
-    """A model's phases, and the launches of each."""
+class Nowhere:
+    """As much of a backend as an arena asks for addresses: memory that is nowhere."""
 
-    @property
-    def phases(self) -> Sequence[tuple[str, int]]:
-        """Phases by name and rows."""
+    nbytes = 0
+    address = 1 << 32
 
-    def shared_phases(self, lanes: int) -> Sequence[tuple[str, int]]:
-        """Those that up to so many lanes share."""
+    def __init__(self, act: DType) -> None:
+        self.act = act
 
-    def record(self, phase: str, rows: int) -> Tape:
-        """The launches of one."""
+    def allocate(self, name: str, nbytes: int) -> Nowhere:
+        """An address that names of memory share: nobody follows it."""
+        return self
+
+    def fill(self, address: int, nbytes: int, byte: int) -> None:
+        """There is nothing to fill."""
+
+
+Bound = Mapping[tuple[str, int], Sequence[BoundLaunch]]
+
+
+def bound_tapes(model: Model, act: DType) -> Bound:
+    """The launches of a model's tapes, by phase and rows, where the planner would put them."""
+
+    def storage(region: Region) -> Storage:
+        return layouts.storage(region, act)
+
+    tapes = tapes_of(model, MAX_RUNS)
+    plan = plan_arena(model.lane_regions, tapes, storage, lanes=1, pool_nbytes=0)
+    weights = plan_band([rule.region for rule in model.weights], storage)
+    arena = Arena(cast(Backend, Nowhere(act)), plan, weights)
+    return {(tape.phase, tape.rows): arena.bind(tape) for tape in tapes}
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,15 +278,15 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _launches(
-    arguments: argparse.Namespace, recorded: Sequence[Launch], arch: str
+    arguments: argparse.Namespace, recorded: Recorded, arch: str
 ) -> list[kernels.KernelLaunch]:
     """Every distinct kernel variant of a model's tapes, on devices of any size."""
     found: dict[kernels.KernelLaunch, None] = {}
     for n_sms in MULTIPROCESSORS:
         for launch in (kernels.copy_launch(1, n_sms), kernels.digest_launch(1, n_sms)):
             found[launch] = None
-    for act in (PRECISIONS[name] for name in arguments.precision):
-        for one in recorded:
+    for act, launches in recorded.items():
+        for one in launches:
             for n_sms in MULTIPROCESSORS:
                 found.update(dict.fromkeys(kernels.expand(one, act, n_sms, arch)))
     if not arguments.kernels:
@@ -274,13 +298,25 @@ def _launches(
     return wanted
 
 
-def _recorded(arguments: argparse.Namespace) -> list[Launch]:
-    """Of a checkpoint's model; without one, of two language models and a policy."""
+Recorded = Mapping[DType, Sequence[Launch]]
+
+
+def _recorded(arguments: argparse.Namespace) -> Recorded:
+    """By activations, the launches of a checkpoint's model; without one, of two language models and
+    a policy. Each as the tape has it, and fused.
+    """
     models = _models_of(arguments) if arguments.checkpoint is not None else _shapes_of(arguments)
-    return [launch for model in models for launch in _launches_of(model)]
+    found: dict[DType, list[Launch]] = {}
+    for act in (PRECISIONS[name] for name in arguments.precision):
+        launches = found[act] = []
+        for model in models:
+            for plain in bound_tapes(model, act).values():
+                launches += [bound.launch for bound in plain]
+                launches += [b.launch for b in fuse(plain, act) if b.launch.op in FUSED_OPS]
+    return found
 
 
-def _models_of(arguments: argparse.Namespace) -> list[Recordable]:
+def _models_of(arguments: argparse.Namespace) -> list[Model]:
     """A checkpoint's, its weights in the formats that it has them in."""
     source = open_weights(resolve(str(arguments.checkpoint)))
     if source.config.get("model_type") == MODEL_TYPE:
@@ -296,11 +332,11 @@ def _models_of(arguments: argparse.Namespace) -> list[Recordable]:
     ]
 
 
-def _shapes_of(arguments: argparse.Namespace) -> list[Recordable]:
+def _shapes_of(arguments: argparse.Namespace) -> list[Model]:
     """A hybrid of a named shape with and without a draft head, a dense one, and a policy."""
     config = shape_config(arguments.shape, has_draft_head=True)
     dense = {name: config[name] for name in _SHARED_FIELDS} | {"model_type": "qwen2"}
-    models: list[Recordable] = [FlowPolicy(parse_config(policy_config("base")))]
+    models: list[Model] = [FlowPolicy(parse_config(policy_config("base")))]
     models += (
         model_for(
             fields,
@@ -317,11 +353,6 @@ _SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
 )  # fmt: skip
-
-
-def _launches_of(model: Recordable) -> list[Launch]:
-    phases = (*model.phases, *model.shared_phases(MAX_RUNS))
-    return [launch for phase in phases for launch in model.record(*phase).launches]
 
 
 def _parser() -> argparse.ArgumentParser:
