@@ -312,7 +312,9 @@ def _recorded(arguments: argparse.Namespace) -> Recorded:
         for model in models:
             for plain in bound_tapes(model, act).values():
                 launches += [bound.launch for bound in plain]
-                launches += [b.launch for b in fuse(plain, act) if b.launch.op in FUSED_OPS]
+                launches += [
+                    b.launch for b in fuse(plain, act, Nowhere.address) if b.launch.op in FUSED_OPS
+                ]
     return found
 
 

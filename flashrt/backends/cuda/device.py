@@ -24,6 +24,7 @@ from flashrt.backends.cuda import kernels, layouts
 from flashrt.backends.cuda.compiler_api import Compiler
 from flashrt.backends.cuda.driver import CudaDriver
 from flashrt.backends.cuda.driver_api import ArgumentBlock, Driver, LaunchConfig
+from flashrt.backends.cuda.fused_ops import COUNTERS
 from flashrt.backends.cuda.fusion import fuse
 from flashrt.backends.cuda.graph import CudaGraph, Node
 from flashrt.backends.cuda.library import KernelLibrary
@@ -158,6 +159,9 @@ class CudaDevice:
         )
         self._terms_at = self._tables.address + table_bytes
         self._sums_at = self._terms_at + self._capacities.terms * _TERM_BYTES
+        nbytes = self.storage(COUNTERS).nbytes
+        self._counters = DeviceMemory("counters", driver.mem_alloc(nbytes), nbytes)
+        driver.fill(self._counters.address, 0, nbytes, self._stream)
         trace(PLAN, f"{self.description}, act {self.act}")
 
     # ---- identity and storage
@@ -257,6 +261,9 @@ class CudaDevice:
             self._refuse_if_sealed(f"compile {missing[0].title}")
         self._library.prepare(launches)
         self.counters.compilations = self._library.n_compiled
+
+    def _fused(self, launches: Sequence[BoundLaunch]) -> Sequence[BoundLaunch]:
+        return fuse(launches, self.act, self._counters.address) if self._is_fused else launches
 
     def _nodes(self, launches: Sequence[BoundLaunch]) -> list[Node]:
         """Launches as kernels with packed arguments; compiles what is not compiled yet."""
@@ -441,7 +448,7 @@ class CudaDevice:
         """See Backend. Raises CompileError, BackendError, SealedError."""
         self._refuse_if_sealed("capture a graph")
         self._require_build()
-        nodes = self._nodes(fuse(launches, self.act) if self._is_fused else launches)
+        nodes = self._nodes(self._fused(launches))
         graph = CudaGraph(self.driver, self._capture_stream, nodes)
         self.counters.captures += 1
         self._graphs.append(graph)
@@ -506,7 +513,7 @@ class CudaDevice:
         self._ring.close()
         self._readback.close()
         self._downloads.close()
-        for memory in (*self._memories, self._tables):
+        for memory in (*self._memories, self._tables, self._counters):
             self.driver.mem_free(memory.address)
         self._memories, self._graphs = [], []
         self.driver.stream_destroy(self._capture_stream)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Final
 
 from flashrt.core.op import Access, Attr, Op, Param
-from flashrt.core.region import CODE_DTYPES, DType, Layout
-from flashrt.core.runs import RunsWord
+from flashrt.core.region import CODE_DTYPES, DType, Layout, Region, Role
+from flashrt.core.runs import MAX_RUNS, RunsWord
 
 _CURSOR = Param("cursor", "r", (RunsWord.LAST_ROWS - RunsWord.ROWS,), (DType.I32,))
 Dim = int | str
@@ -68,5 +68,29 @@ NORM_SILU: Final = Op(
     ),
     (Attr("eps", "float32"),),
 )
+DELTA_FEW: Final = Op(
+    "delta_few",
+    "conv_window, delta_gates, delta_rule, gated_rmsnorm, one after the other: y from u and z; "
+    "counters are words that are 0 between launches, one per run and key head",
+    (
+        _f32("u", "r", "T", "C", strided=True),
+        _f32("w", "r", "W1", "C"),
+        _f32("window", "rw", "W", "C"),
+        _f32("z", "r", "T", "Hv*dv", strided=True),
+        _f32("b", "r", "T", "Hv", strided=True),
+        _f32("a", "r", "T", "Hv", strided=True),
+        _f32("a_log", "r", "Hv"),
+        _f32("dt_bias", "r", "Hv"),
+        Param("state", "rw", ("Hv", "dk", "dv"), (DType.F32,), Layout.COLUMN_BLOCKS),
+        _f32("norm", "r", "dv"),
+        _CURSOR,
+        Param("counters", "rw", ("n",), (DType.U32,)),
+        _act("y", "w", "T", "Hv*dv"),
+    ),
+    (Attr("key_heads"), Attr("eps", "float32")),
+)
 
-FUSED_OPS: Final = (LINEAR_SILU, LINEAR_ADD, NORM_LINEAR, NORM_SILU)
+MOST_KEY_HEADS: Final = 256  # that counters are for
+COUNTERS: Final = Region("counters", (MAX_RUNS * MOST_KEY_HEADS,), DType.U32, Role.IO)
+
+FUSED_OPS: Final = (DELTA_FEW, LINEAR_SILU, LINEAR_ADD, NORM_LINEAR, NORM_SILU)

@@ -14,22 +14,34 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashrt.backends.cuda import kernels
-from flashrt.backends.cuda.fused_ops import LINEAR_ADD, LINEAR_SILU, NORM_LINEAR, NORM_SILU
+from flashrt.backends.cuda.fused_ops import (
+    COUNTERS,
+    DELTA_FEW,
+    LINEAR_ADD,
+    LINEAR_SILU,
+    MOST_KEY_HEADS,
+    NORM_LINEAR,
+    NORM_SILU,
+)
 from flashrt.backends.cuda.kernels import Shape
 from flashrt.core.backend import BoundLaunch
 from flashrt.core.op import AttrValue, Op, bind
 from flashrt.core.region import DType, Region, Role, View, resolve_dtype
-from flashrt.core.runs import Stride
+from flashrt.core.runs import RUNS, RunsWord, Stride
+
+_DELTA = ("conv_window", "delta_gates", "delta_rule", "gated_rmsnorm")
 
 
-def fuse(launches: Sequence[BoundLaunch], act: DType) -> list[BoundLaunch]:
+def fuse(launches: Sequence[BoundLaunch], act: DType, counters: int) -> list[BoundLaunch]:
     """The launches with groups of them fused; in order, with the same results in all regions but
     scratch. `launches` must be a whole tape: scratch is dead before and after.
+
+    `counters`: address of the region COUNTERS, zeros, which all graphs of a device share.
     """
-    return _Fusion(launches, act).all()
+    return _Fusion(launches, act, counters).all()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +68,10 @@ class _Operand:
 class _Fusion:
     """The pass over one tape."""
 
-    def __init__(self, launches: Sequence[BoundLaunch], act: DType) -> None:
+    def __init__(self, launches: Sequence[BoundLaunch], act: DType, counters: int) -> None:
         self._launches = launches
         self._act = act
+        self._counters = counters
         self._users: dict[Region, set[int]] = defaultdict(set)  # of scratch
         for i, bound in enumerate(launches):
             for view in bound.launch.operands:
@@ -85,7 +98,69 @@ class _Fusion:
                 return [gated], 2
         if self._name(i) == "rmsnorm" and (readers := self._normed(i)):
             return self._normed_group(i, readers)
+        if self._name(i) == "conv_window" and (fused := self._delta(i)):
+            return [fused], len(_DELTA)
         return [self._launches[i]], 1
+
+    # ---- the delta rule
+
+    def _delta(self, i: int) -> BoundLaunch | None:
+        """A convolution, its gates, the delta rule and the gated norm."""
+        if tuple(self._name(i + k) for k in range(len(_DELTA))) != _DELTA:
+            return None
+        conv, gates, rule, norm = range(i, i + len(_DELTA))
+        qkv, o, state = (self._operand(rule, name) for name in ("y", "o", "state"))
+        rows = self._launches[conv].launch.dims["T"]
+        key_heads = self._launches[rule].launch.attr("key_heads")
+        is_one_rule = (
+            self._is_between(qkv, conv, gates, rule)
+            and self._is_between(o, rule, norm)
+            and all(
+                self._is_between(self._operand(gates, name), gates, rule)
+                for name in ("decay", "beta")
+            )
+            and self._launches[gates].launch.attr("key_heads") == key_heads
+            and self._go_together(conv, rule)
+            and all(self._see_all_rows(k, conv) for k in (gates, norm))
+        )
+        if not is_one_rule or not kernels.fits_delta_few(rows, *state.view.shape[1:]):
+            return None
+        u, y = self._operand(conv, "u"), self._operand(norm, "y")
+        windows = {"z": self._operand(norm, "z")}
+        windows |= {name: self._operand(gates, name) for name in ("a", "b")}
+        is_one_region = all(w.region == u.region for w in windows.values())
+        if not is_one_region or key_heads > MOST_KEY_HEADS or not self._are_apart(y, u):
+            return None
+        operands = {name: self._operand(conv, name) for name in ("u", "w", "window")}
+        operands |= {name: self._with_rows_of(w, u, rows) for name, w in windows.items()}
+        operands |= {name: self._operand(gates, name) for name in ("a_log", "dt_bias")}
+        operands |= {
+            "state": state, "norm": self._operand(norm, "w"), "y": self._with_rows_of(y, u, rows),
+            "counters": _Operand(COUNTERS.view(), self._counters, Stride(), 1),
+        }  # fmt: skip
+        eps = self._launches[norm].launch.attr("eps")
+        return self._made(DELTA_FEW, conv, operands, key_heads=key_heads, eps=eps)
+
+    def _see_all_rows(self, i: int, j: int) -> bool:
+        """Whether launch `i` sees the rows that `j` sees, of the same runs or of all at once."""
+        cursor, runs = self._operand(i, "cursor").view, self._launches[i].runs
+        is_of_all = not runs and cursor.region == RUNS and cursor.col == RunsWord.COUNT
+        return self._go_together(i, j) or (is_of_all and self._launches[j].runs > 0)
+
+    def _with_rows_of(self, operand: _Operand, of: _Operand, rows: int) -> _Operand:
+        """An operand that has the rows of all runs, moved to those of a run as `of` is."""
+        if operand.view.shape[0] == rows and operand.stride == of.stride:
+            return operand
+        if not operand.stride.is_still:  # it moves by itself, with launches that do
+            return operand
+        view = operand.view
+        nbytes = view.row_stride * resolve_dtype(view.region.dtype, self._act).bits // 8
+        stride = Stride(
+            row=nbytes if of.stride.row else 0,
+            run=nbytes * of.view.run_lead if of.stride.run else 0,
+        )
+        view = replace(view, shape=(rows, *view.shape[1:]))
+        return _Operand(view, operand.address, stride, of.max_runs)
 
     # ---- products
 

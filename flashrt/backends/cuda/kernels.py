@@ -43,6 +43,7 @@ SAMPLE_CHUNK: Final = 2048  # tokens of a block of `sample_narrow`
 SAMPLE_SHARED_FROM: Final = 16384  # from so many tokens on its blocks share the work
 SAMPLE_PASSES: Final = 5  # launches of it then: three digits for top_k, two more for top_p
 CONV_ROWS: Final = 16  # rows per block of `conv_window`
+DELTA_FEW_ROWS: Final = 8  # of a run in `delta_few`
 COPY_THREADS: Final = 256
 COPY_ARGS_FORMAT: Final = "@Pi0P"  # copy_batch_args: table, n
 DIGEST_ARGS_FORMAT: Final = (
@@ -391,6 +392,18 @@ def _delta_rule(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("delta_rule.cu", s.op, defines, grid, _x(128)),)
 
 
+def _delta_few(s: Shape) -> tuple[KernelLaunch, ...]:
+    dk, dv = s.dims["dk"], s.dims["dv"]
+    defines = _defines(ACT_PARTS=s.act_parts, KEY_DIM=dk, VALUE_DIM=dv, TAPS=s.dims["W1"])
+    return (KernelLaunch("delta_few.cu", "delta_few", defines, _x(s.dims["Hv"]), _x(4 * dv)),)
+
+
+def fits_delta_few(rows: int, key_dim: int, value_dim: int) -> bool:
+    """Whether `delta_few` has room: for rows in shared memory, for columns in registers."""
+    sizes = key_dim <= 128 and value_dim <= 128 and not (key_dim % 4 or value_dim % 8)
+    return rows <= DELTA_FEW_ROWS and sizes
+
+
 def _gated_rmsnorm(s: Shape) -> tuple[KernelLaunch, ...]:
     defines = _defines(ACT_PARTS=s.act_parts, VALUE_DIM=s.dims["dv"])
     grid = (_ceil(s.dims["C"] // s.dims["dv"], 4), s.dims["T"], 1)
@@ -553,6 +566,7 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "flow_begin": _policy,
     "flow_end": _policy,
     "take_action": _policy,
+    "delta_few": _delta_few,
     "linear_silu": _linear_silu,
     "linear_add": _linear_add,
     "norm_linear": _norm_linear,
