@@ -129,7 +129,9 @@ def plan_arena(
     shared = _band([RUNS], cursor, storage_of)
     cursor += shared.nbytes
     per_tape = {
-        (t.phase, t.rows): place_scratch(t.lifetimes(), _scratch_storage(t, storage_of), cursor)
+        (t.phase, t.rows): place_scratch(
+            _early(t.lifetimes()), _scratch_storage(t, storage_of), cursor
+        )
         for t in tapes
     }
     stop = max((s.stop for slots in per_tape.values() for s in slots), default=cursor)
@@ -172,6 +174,13 @@ def place_scratch(
             offset = max(offset, stop)
         placed.append((Slot(region, offset, storage), (first, last)))
     return tuple(slot for slot, _ in placed)
+
+
+def _early(lifetimes: Mapping[Region, tuple[int, int]]) -> Mapping[Region, tuple[int, int]]:
+    """Regions have their place a launch before they are written: a backend may do two launches as
+    one, which then writes while it still reads what the first one has read.
+    """
+    return {region: (first - 1, last) for region, (first, last) in lifetimes.items()}
 
 
 def _scratch_storage(tape: Tape, storage_of: StorageOf) -> StorageOf:
