@@ -15,29 +15,23 @@
 
 // The split of a float cache takes more registers than two blocks at a time leave; so do columns
 // whose rows are no power of two apart, but for pairs of parts: ptxas spills those with this bound.
-#if CACHE_F32 || (ACT_PARTS == 1 && (GROUP & (GROUP - 1)))
+#ifdef BOUNDS
+#elif CACHE_F32 || (ACT_PARTS == 1 && (GROUP & (GROUP - 1)))
 #define BOUNDS 256, 1
 #else
 #define BOUNDS 256
 #endif
 
-KERNEL(BOUNDS) attention_partial(ARGS attention_args launch) {
-  OPEN_RUN(attention);
-  DYNAMIC_SHARED(Shared, pointer);
-  Shared& shared = *pointer;
-  begin();
-  int block = blockIdx.x, key_head = blockIdx.y % a.Nk, first_row = blockIdx.y / a.Nk * BLOCK_ROWS,
-      warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  Queries queries = {first_row, a.cursor[CURSOR_ROWS], a.cursor[CURSOR_POSITION]};
-  int limit = queries.position + queries.rows, first_key = block * BLOCK_KEYS;
-  bool is_seen = first_key < limit && is_key(first_key + BLOCK_KEYS - 1);
-  if (queries.first_row >= queries.rows || !is_seen) return;
+// One block of keys for the columns in shared memory. Not inlined: across the turns of a loop ptxas
+// keeps addresses in registers that a turn needs for itself, and spills.
+__device__ __noinline__ void partial_of_block(const attention_args& launch, Shared& shared,
+                                              Queries queries, int key_head, int block) {
+  int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first_key = block * BLOCK_KEYS;
+  attention_args a = moved(launch);
   size_t plane = (size_t)key_head * a.S * HEAD_DIM;
-  load_queries(shared, a, queries, key_head);
-  __syncthreads();
-
   Accumulator s = {};
-  scores(s, shared, (const cache_t*)a.keys + plane, first_key + 32 * warp, limit);
+  scores(s, shared, (const cache_t*)a.keys + plane, first_key + 32 * warp,
+         queries.position + queries.rows);
   softmax(s, shared, queries, first_key + 32 * warp, Scales(launch, key_head));
   __syncthreads();
   a = moved(launch);
@@ -66,6 +60,24 @@ KERNEL(BOUNDS) attention_partial(ARGS attention_args launch) {
       to[0] = {o[0][j][e], o[0][j][e + 2]};
       to[1] = {o[1][j][e], o[1][j][e + 2]};
     }
+}
+
+KERNEL(BOUNDS) attention_partial(ARGS attention_args launch) {
+  OPEN_RUN(attention);
+  DYNAMIC_SHARED(Shared, pointer);
+  Shared& shared = *pointer;
+  begin();
+  int key_head = blockIdx.y % a.Nk, first_row = blockIdx.y / a.Nk * BLOCK_ROWS;
+  Queries queries = {first_row, a.cursor[CURSOR_ROWS], a.cursor[CURSOR_POSITION]};
+  int limit = queries.position + queries.rows;
+  if (queries.first_row >= queries.rows || (int)blockIdx.x * BLOCK_KEYS >= limit) return;
+  load_queries(shared, a, queries, key_head);
+#pragma unroll 1
+  for (int block = blockIdx.x; block * BLOCK_KEYS < limit; block += gridDim.x) {
+    __syncthreads();  // queries are there, and weights of the block before have been read
+    if (is_key(block * BLOCK_KEYS + BLOCK_KEYS - 1))
+      partial_of_block(launch, shared, queries, key_head, block);
+  }
 }
 
 constexpr int BATCH = 32;  // blocks merged at a time

@@ -51,8 +51,9 @@ KERNEL(THREADS) delta_few(ARGS delta_few_args launch) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       int r = 32 * j + 4 * p + i;
-      float2 both = r < KEY_DIM ? *reinterpret_cast<const float2*>(state + r * VALUE_DIM)
-                                : make_float2(0.0f, 0.0f);
+      float2 both = 32 * j + 4 * p < KEY_DIM
+                        ? *reinterpret_cast<const float2*>(state + r * VALUE_DIM)
+                        : make_float2(0.0f, 0.0f);
       first[j][i] = both.x;
       second[j][i] = both.y;
     }
@@ -72,6 +73,7 @@ KERNEL(THREADS) delta_few(ARGS delta_few_args launch) {
     for (int j = 0; j < TAPS; j++) w[j] = a.w[(size_t)j * a.C + c];
 #pragma unroll
     for (int j = 0; j < W; j++) x[j] = a.window[(size_t)j * a.C + c];
+#pragma unroll 2
     for (int t = 0; t < rows; t++) {
       x[W] = a.u[(size_t)t * a.u_stride + c];
       to[t * pitch] = convolve(w, x);
@@ -107,6 +109,7 @@ KERNEL(THREADS) delta_few(ARGS delta_few_args launch) {
   }
   __syncthreads();
 
+#pragma unroll 1
   for (int t = 0; t < rows; t++) {
     float4 k[STEPS], q[STEPS];
 #pragma unroll
@@ -129,7 +132,7 @@ KERNEL(THREADS) delta_few(ARGS delta_few_args launch) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       int r = 32 * j + 4 * p + i;
-      if (r < KEY_DIM)
+      if (32 * j + 4 * p < KEY_DIM)
         *reinterpret_cast<float2*>(state + r * VALUE_DIM) = make_float2(first[j][i], second[j][i]);
     }
   for (int i = threadIdx.x; i < CHANNELS; i += THREADS)
