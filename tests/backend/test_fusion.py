@@ -159,8 +159,8 @@ class Mlp:
 
 MLPS = (
     Mlp(1, 1, 64, 48),  # a slice, one warp
-    Mlp(1, 0, 64, 48),
-    Mlp(1, 1, 1352, 48),  # six slices, the last one short; two vectors of a norm per thread
+    Mlp(5, 5, 1352, 48),  # six slices, the last one short; a norm of eleven warps
+    Mlp(2, 2, 2568, 32),  # two vectors of a norm per thread
     Mlp(7, 5, 264, 80),
     Mlp(12, 11, 256, 48),  # two tiles of tokens
     Mlp(30, 27, 96, 48),  # four
