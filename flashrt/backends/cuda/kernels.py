@@ -32,6 +32,7 @@ Grid = tuple[int, int, int]
 
 WARP: Final = 32
 ATTENTION_KEYS: Final = 256  # keys per block of the canonical order
+ATTENTION_WAVES: Final = 4  # blocks of `attention_partial` per multiprocessor: two at a time, twice
 K_SLICE: Final = 256  # k per chain of mma in the canonical order of `linear`
 FEW_TOKENS: Final = 32  # up to here a launch of `linear` is bound by its weights
 BUSY_FEW_WARPS: Final = 16  # of a multiprocessor in `linear_few`: enough weights in flight
@@ -456,7 +457,9 @@ def _attention(s: Shape) -> tuple[KernelLaunch, ...]:
     shared = 8 * tiles * column_bytes
     n_groups = _ceil(t, 8 * tiles // group)
     if is_few:
-        few, grid = "attention_few.cu", (s.dims["B"], nk * n_groups, 1)
+        # not as many as max_positions has: those beyond the position cost time each, and do nothing
+        most = max(1, ATTENTION_WAVES * s.n_sms // (nk * n_groups))
+        few, grid = "attention_few.cu", (min(s.dims["B"], most), nk * n_groups, 1)
         merge = KernelLaunch(few, "attention_merge", defines, (nq, t, 1), _x(_ceil(d, WARP) * WARP))
         return KernelLaunch(few, "attention_partial", defines, grid, _x(256), shared), merge
     many, grid = "attention_many.cu", (n_groups, nk, 1)
