@@ -24,6 +24,7 @@ from rich.table import Table
 from flashrt.backends.cpu import compile as cpu_compile
 from flashrt.backends.cuda import kernels, layouts
 from flashrt.backends.cuda.compiler_api import Unit
+from flashrt.backends.cuda.device import ACTS
 from flashrt.backends.cuda.fused_ops import FUSED_OPS
 from flashrt.backends.cuda.fusion import fuse
 from flashrt.backends.cuda.nvrtc import Nvrtc, resources
@@ -36,7 +37,7 @@ from flashrt.core.arena import Arena
 from flashrt.core.backend import Backend, BoundLaunch, Storage
 from flashrt.core.op import Launch
 from flashrt.core.planner import plan_arena, plan_band
-from flashrt.core.region import DType, Region
+from flashrt.core.region import ActDTypes, Region
 from flashrt.core.runs import MAX_RUNS
 from flashrt.hub.resolve import resolve
 from flashrt.load import DRAFT_HEAD_TENSOR, KV_DTYPES, kv_dtype_of, model_in
@@ -54,7 +55,6 @@ ARCHS: Final = (
 )  # fmt: skip
 # Kernel variants depend on the device's size: from Orin to Blackwell.
 MULTIPROCESSORS: Final = (8, 20, 48, 84, 108, 132, 148, 170, 188)
-PRECISIONS: Final = {"bfloat16": DType.BF16, "high": DType.BF16X2}
 
 
 class Nowhere:
@@ -63,8 +63,8 @@ class Nowhere:
     nbytes = 0
     address = 1 << 32
 
-    def __init__(self, act: DType) -> None:
-        self.act = act
+    def __init__(self, acts: ActDTypes) -> None:
+        self.acts = acts
 
     def allocate(self, name: str, nbytes: int) -> Nowhere:
         """An address that names of memory share: nobody follows it."""
@@ -77,16 +77,16 @@ class Nowhere:
 Bound = Mapping[tuple[str, int], Sequence[BoundLaunch]]
 
 
-def bound_tapes(model: Model, act: DType) -> Bound:
+def bound_tapes(model: Model, acts: ActDTypes) -> Bound:
     """The launches of a model's tapes, by phase and rows, where the planner would put them."""
 
     def storage(region: Region) -> Storage:
-        return layouts.storage(region, act)
+        return layouts.storage(region, acts)
 
     tapes = tapes_of(model, MAX_RUNS)
     plan = plan_arena(model.lane_regions, tapes, storage, lanes=1, pool_nbytes=0)
     weights = plan_band([rule.region for rule in model.weights], storage)
-    arena = Arena(cast(Backend, Nowhere(act)), plan, weights)
+    arena = Arena(cast(Backend, Nowhere(acts)), plan, weights)
     return {(tape.phase, tape.rows): arena.bind(tape) for tape in tapes}
 
 
@@ -285,10 +285,10 @@ def _launches(
     for n_sms in MULTIPROCESSORS:
         for launch in (kernels.copy_launch(1, n_sms), kernels.digest_launch(1, n_sms)):
             found[launch] = None
-    for act, launches in recorded.items():
+    for acts, launches in recorded.items():
         for one in launches:
             for n_sms in MULTIPROCESSORS:
-                found.update(dict.fromkeys(kernels.expand(one, act, n_sms, arch)))
+                found.update(dict.fromkeys(kernels.expand(one, acts, n_sms, arch)))
     if not arguments.kernels:
         return list(found)
     wanted = [launch for launch in found if launch.kernel in arguments.kernels]
@@ -298,7 +298,7 @@ def _launches(
     return wanted
 
 
-Recorded = Mapping[DType, Sequence[Launch]]
+Recorded = Mapping[ActDTypes, Sequence[Launch]]
 
 
 def _recorded(arguments: argparse.Namespace) -> Recorded:
@@ -306,14 +306,14 @@ def _recorded(arguments: argparse.Namespace) -> Recorded:
     a policy. Each as the tape has it, and fused.
     """
     models = _models_of(arguments) if arguments.checkpoint is not None else _shapes_of(arguments)
-    found: dict[DType, list[Launch]] = {}
-    for act in (PRECISIONS[name] for name in arguments.precision):
-        launches = found[act] = []
+    found: dict[ActDTypes, list[Launch]] = {}
+    for acts in (ACTS[name] for name in arguments.precision):
+        launches = found[acts] = []
         for model in models:
-            for plain in bound_tapes(model, act).values():
+            for plain in bound_tapes(model, acts).values():
                 launches += [bound.launch for bound in plain]
                 launches += [
-                    b.launch for b in fuse(plain, act, Nowhere.address) if b.launch.op in FUSED_OPS
+                    b.launch for b in fuse(plain, acts, Nowhere.address) if b.launch.op in FUSED_OPS
                 ]
     return found
 
@@ -379,7 +379,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--shape", choices=sorted(SHAPES), default="0.8b", help="default: 0.8b")
     cuda.add_argument(
         "--precision", type=_precisions, default=["bfloat16"], metavar="LIST",
-        help=f"of {','.join(PRECISIONS)} (default: bfloat16)",
+        help=f"of {','.join(ACTS)} (default: bfloat16)",
     )  # fmt: skip
     cuda.add_argument("--kv-dtype", choices=KV_DTYPES, default="bfloat16")
     cuda.add_argument("--max-positions", type=int, default=4096, metavar="N")
@@ -404,8 +404,8 @@ def _archs(text: str) -> list[str]:
 
 def _precisions(text: str) -> list[str]:
     names = text.split(",")
-    if unknown := set(names) - set(PRECISIONS):
-        raise argparse.ArgumentTypeError(f"unknown {sorted(unknown)}; choose of {[*PRECISIONS]}")
+    if unknown := set(names) - set(ACTS):
+        raise argparse.ArgumentTypeError(f"unknown {sorted(unknown)}; choose of {[*ACTS]}")
     return names
 
 

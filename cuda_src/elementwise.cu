@@ -1,4 +1,4 @@
-// elementwise.cu - silu_mul, add_bias, last_*, keep_*, advance: no sums, no order.
+// elementwise.cu - silu_mul, add_bias, last_*, keep_*, advance, hold: no sums, no order.
 //
 // silu_mul: y = silu(u[:, :I]) u[:, I:] for valid rows; u [T, 2I] float, y [T, I] activations. Grid
 //           (I / 1024, T).
@@ -10,6 +10,8 @@
 // last_cursor: last = a cursor of one row, the last of the launch; all 0 if there is none. One
 //              warp.
 // advance:  cursor.position += cursor.rows. One warp.
+// hold:     cursor.rows = 0 where cursor.token is none or one of the stops; stops [16]: how many,
+//           then which. One warp, a lane per word.
 #include "flashrt.cuh"
 
 KERNEL(256) silu_mul(ARGS silu_mul_args launch) {
@@ -83,4 +85,13 @@ KERNEL(32) advance(ARGS advance_args launch) {
   OPEN_RUN(advance);
   begin();
   if (threadIdx.x == 0) a.cursor[CURSOR_POSITION] += a.cursor[CURSOR_ROWS];
+}
+
+KERNEL(32) hold(ARGS hold_args launch) {
+  OPEN_RUN(hold);
+  begin();
+  int word = threadIdx.x, token = a.cursor[CURSOR_TOKEN];
+  bool is_stop = word > 0 && word < STOP_WORDS && word <= a.stops[0] && a.stops[word] == token;
+  is_stop = __any_sync(FULL_WARP, is_stop) != 0 || token < 0;
+  if (word == 0 && is_stop) a.cursor[CURSOR_ROWS] = 0;
 }

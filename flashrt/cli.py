@@ -22,6 +22,9 @@ from flashrt.commands.bench import policy
 from flashrt.commands.bench import serve as serve_bench
 from flashrt.commands.bench.document import BenchOptions
 from flashrt.commands.bench.draft import bench_draft
+from flashrt.commands.bench.gpu.cost import run as gpu_cost
+from flashrt.commands.bench.gpu.cost.devices import GPUS
+from flashrt.commands.bench.gpu.cost.formats import FORMATS
 from flashrt.commands.bench.gpu.run import GpuBenchOptions, gpu_bench
 from flashrt.commands.bench.lanes import bench_lanes
 from flashrt.commands.bench.resume import resume
@@ -208,8 +211,8 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--precision", choices=PRECISIONS, default="bfloat16",
-        help="of activations (default: bfloat16): high is finer on cuda and simt; fast is int8 "
-        "over quantised weights on the cpu",
+        help="of activations (default: bfloat16): high is finer, fast coarser: one "
+        "bfloat16 throughout on cuda and simt, int8 over quantised weights on the cpu",
     )  # fmt: skip
 
 
@@ -427,6 +430,8 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
             hosts=tuple(options.allow_host),
             origins=tuple(options.cors),
             queue=options.queue,
+            itl_s=None if options.itl_ms is None else options.itl_ms / 1e3,
+            noted=options.record_logprobs,
             timeout_s=options.timeout,
             grace_s=options.grace,
             body_nbytes=options.max_body,
@@ -490,12 +495,22 @@ def _add_serve_work(parser: argparse.ArgumentParser) -> None:
         "--store", metavar="DIR", help="capsule store: sessions and prefixes outlive the server"
     )
     work.add_argument(
+        "--record-logprobs", type=_whole(0, 1000), metavar="N",
+        help="with --store, note the logprob of each token and of the N likeliest beside it, for "
+        "`flashrt store diff` (default: only those that a request asks for)",
+    )  # fmt: skip
+    work.add_argument(
         "--host-bytes", type=_whole(0), metavar="N", help="memory for states that the pool has no "
         "room for (default: an eighth of the machine's)",
     )  # fmt: skip
     work.add_argument(
         "--queue", type=_whole(1, 1 << 20), default=256, metavar="N",
         help="requests that may wait; more get 429 (default: 256)",
+    )  # fmt: skip
+    work.add_argument(
+        "--itl-ms", type=_number(0, 1e6, above=True), metavar="MS",
+        help="what a step may take that feeds prompts beside requests which generate: the time "
+        "between their tokens (default: 2.5 times what it takes without)",
     )  # fmt: skip
     work.add_argument(
         "--timeout", type=_number(0, 1e6, above=True), metavar="SECONDS",
@@ -582,6 +597,8 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
     def command(options: argparse.Namespace) -> int:
         if options.policy is not None:
             return _bench_policy(options)
+        if options.gpu_model:
+            return _bench_gpu_model(options)
         is_plain = not (options.resume or options.draft or options.lanes or options.serve)
         if is_plain and options.device in ("cuda", "simt") and options.checkpoint is None:
             return _gpu_bench(options)
@@ -613,7 +630,8 @@ def _add_bench(commands: _Commands[_Parser]) -> None:
         "bench --lanes 1,2,4,8,16 --checkpoint model.gguf --precision fast\n"
         "bench --serve --checkpoint smollm2 --clients 1,4,8 --llama-server ~/llama-server\n"
         "bench --resume --plot resume.png\nbench --draft --shape mini --json draft.json\n"
-        "bench --policy --seconds 60 --hz 100 --plot ticks.svg",
+        "bench --policy --seconds 60 --hz 100 --plot ticks.svg\n"
+        "bench --gpu-model rtx-5090 --shape 27b --format nvfp4 --lengths 2048,16384",
     )  # fmt: skip
     _add_bench_choice(parser)
     parser.add_argument(
@@ -665,6 +683,20 @@ def _add_bench_choice(parser: argparse.ArgumentParser) -> None:
         help="instead: a robot policy's control loop in real time: a checkpoint directory, a "
         f"bundled name (default: {policy.DEFAULT}), or random-base, random-small, random-tiny",
     )  # fmt: skip
+    what.add_argument(
+        "--gpu-model", type=lambda text: tuple(text.split(",")), metavar="GPU,GPU",
+        help="instead, and without a GPU: expected times of a shape, computed from published "
+        f"figures, with what limits each: {', '.join(GPUS)}, or {gpu_cost.ALL}",
+    )  # fmt: skip
+    group = parser.add_argument_group("with --gpu-model")
+    group.add_argument(
+        "--format", choices=FORMATS, default="bfloat16",
+        help="of the shape's weights (default: bfloat16)",
+    )  # fmt: skip
+    group.add_argument(
+        "--measured", type=Path, metavar="PATH", help="a report of `bench --device cuda` to put "
+        "beside, or a folder of such (default: docs/measured, if it is here)",
+    )  # fmt: skip
     group = parser.add_argument_group("with --policy or --serve")
     group.add_argument(
         "--seconds", type=_number(0, above=True), metavar="S",
@@ -707,6 +739,23 @@ def _bench_policy(options: argparse.Namespace) -> int:
     seconds = policy.SECONDS if options.seconds is None else options.seconds
     wanted = policy.PolicyBenchOptions(options.policy, options.device, seconds, options.hz)
     return policy.bench_policy(wanted, options.json, options.plot)
+
+
+def _bench_gpu_model(options: argparse.Namespace) -> int:
+    if options.checkpoint or options.weights or options.plot or options.out:
+        raise FlashrtError(
+            "bench --gpu-model computes figures of a --shape with weights in a --format; leave out "
+            "--checkpoint, --weights, --plot and --out"
+        )
+    wanted = gpu_cost.GpuModelOptions(
+        options.gpu_model,
+        options.shape,
+        options.format,
+        options.precision,
+        tuple(options.lengths or gpu_cost.LENGTHS),
+        options.measured,
+    )
+    return gpu_cost.gpu_model(wanted, options.json)
 
 
 def _bench_serve(wanted: BenchOptions, options: argparse.Namespace) -> int:

@@ -75,12 +75,13 @@ def load(
     tokens per lane. kv_dtype: of keys and values; "int8" and "float8" take a byte per value and a
     scale per row and head. pool_bytes: room for capsules (default: 16 fixed bands and two lanes'
     rows). draft: load the draft head; None = where the checkpoint has one.
-    precision: "high" has finer activations on cuda and simt; "fast" has int8 activations over
-    quantised weights on the cpu, else it is "bfloat16". weights: "int8" or "int4" quantises
-    matrices that are stored as plain numbers; None keeps all as they are stored. progress(what,
-    done, total) is called while loading. Raises CheckpointError, BackendError, PlanError. Warns
-    (CheckpointWarning) of what the checkpoint has and is not used, and of positions that the model
-    was not trained on.
+    precision: of activations. On cuda and simt "bfloat16" takes pairs of bfloat16 where one would
+    show, "high" is finer, "fast" takes one throughout; on the cpu they differ over quantised
+    weights alone, where "fast" is int8. docs/exactness.md has what each costs.
+    weights: "int8" or "int4" quantises matrices that are stored as plain numbers; None keeps all as
+    they are stored. progress(what, done, total) is called while loading. Raises CheckpointError,
+    BackendError, PlanError. Warns (CheckpointWarning) of what the checkpoint has and is not used,
+    and of positions that the model was not trained on.
     """
     return load_on(
         lambda: open_backend(device, precision),

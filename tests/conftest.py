@@ -46,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--stride",
         default=24,
         type=int,
-        help="of the lines of a store's call, one in so many is struck; of others three",
+        help="of the lines of a store's call, one in so many is struck; of others three or eight",
     )
     parser.addoption(
         "--all-formats", action="store_true", help="compile every format of weights for every GPU"

@@ -222,6 +222,13 @@ def advance(o: Operands) -> Results:
     return {"cursor": cursor}
 
 
+def hold(o: Operands) -> Results:
+    cursor, (n, *stops) = o["cursor"].astype(np.float64), o["stops"]
+    if cursor[TOKEN] < 0 or cursor[TOKEN] in stops[: int(n)]:
+        cursor[ROWS] = 0
+    return {"cursor": cursor}
+
+
 # ---- sampling ----
 
 PHILOX_M = (0xD2511F53, 0xCD9E8D57)
@@ -367,7 +374,7 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
     for f in (
         embed, rmsnorm, add_rmsnorm, linear, conv_window, delta_gates, delta_rule, gated_rmsnorm,
         rope_append, attention, silu_mul, add_bias, last_row, last_values, last_cursor,
-        advance, keep_rows, keep_values,
+        advance, hold, keep_rows, keep_values,
         sample,
         conv_verify, delta_verify, draft_input, draft_begin, draft_note, verify_cursors, accept,
         take_token,

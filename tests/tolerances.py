@@ -25,7 +25,7 @@ from flashrt.core.region import DType
 
 FLOAT32: Final = 1e-6
 _COPIES: Final = frozenset({  # exact
-    "embed", "last_row", "last_values", "last_cursor", "advance", "sample", "draft_begin",
+    "embed", "last_row", "last_values", "last_cursor", "advance", "hold", "sample", "draft_begin",
     "draft_note", "verify_cursors", "accept", "take_token",
 })  # fmt: skip
 _INSIDE: Final[dict[str, dict[DType, float]]] = {  # other ops: FLOAT32, whatever ACT is
@@ -41,6 +41,7 @@ _STORED: Final[dict[DType, float]] = {DType.BF16: 2.5e-3, DType.BF16X2: 6e-6}
 SUBLAYER_ABSOLUTE: Final = 1e-3  # float32 and pairs
 SUBLAYER_RELATIVE: Final = 1e-2  # bfloat16, of rms
 LOGITS_RELATIVE: Final = 2e-2  # a whole model in bfloat16, of rms
+FAST_RELATIVE: Final = 0.1  # with one bfloat16 throughout; 8 % is the worst that was seen
 # A whole model at any one position, float32 and precision "high" alike. Rows whose mean square is
 # near eps amplify rounding: float32 reaches 1.1e-4 there, "high" 6.1e-4.
 POSITION_ABSOLUTE: Final = 1e-3

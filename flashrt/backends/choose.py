@@ -7,16 +7,16 @@ devices when they are opened, not by an import of this.
 from __future__ import annotations
 
 import warnings
-from typing import Literal
 
 from flashrt.backends.cpu.device import Activations, CpuDevice
-from flashrt.backends.cuda.device import open_device
+from flashrt.backends.cuda.device import Precision, open_device
 from flashrt.backends.cuda.probe import probe
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.base.errors import BackendError, DeviceWarning
 from flashrt.core.backend import Backend
 
-Precision = Literal["bfloat16", "high", "fast"]
+__all__ = ["CPU_ACTIVATIONS", "DEVICES", "PRECISIONS", "Precision", "open_backend"]
+
 PRECISIONS: tuple[Precision, ...] = ("bfloat16", "high", "fast")
 # What `linear` over quantised weights makes of its activations on the CPU, by precision; that of
 # the default is as docs/exactness.md measures it. Matrices of plain numbers get float32 always.
@@ -34,17 +34,17 @@ def open_backend(
     """The backend by name. Raises BackendError for an unknown name or an unusable device.
 
     CUDA is looked for only where it is asked for: by "cuda", and by "auto", which falls back to the
-    CPU, and warns (DeviceWarning) where there is a GPU that cannot be used. On cuda and simt "fast"
-    is "bfloat16"; for the CPU see CPU_ACTIVATIONS. `cpu_alone_nbytes`: see CpuDevice.
+    CPU, and warns (DeviceWarning) where there is a GPU that cannot be used. What a
+    precision is: `ACTS` of cuda.device, CPU_ACTIVATIONS here. `cpu_alone_nbytes`: see CpuDevice.
     """
     if device not in DEVICES:
         raise BackendError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
     if precision not in PRECISIONS:
         raise BackendError(f"precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     if device == "simt":
-        return SimtDevice(on_cuda(precision))
+        return SimtDevice(precision)
     if device == "cuda" or (device == "auto" and _may_use_gpu()):
-        return open_device(on_cuda(precision))
+        return open_device(precision)
     return CpuDevice(alone_nbytes=cpu_alone_nbytes, activations=CPU_ACTIVATIONS[precision])
 
 
@@ -57,8 +57,3 @@ def _may_use_gpu() -> bool:
             stacklevel=4,
         )
     return status.is_usable
-
-
-def on_cuda(precision: Precision) -> Literal["bfloat16", "high"]:
-    """What a precision means on cuda and simt."""
-    return "high" if precision == "high" else "bfloat16"

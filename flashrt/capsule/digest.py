@@ -52,7 +52,7 @@ def begin_device_digest(arena: Arena, fixed: Extent, segment: Segment | None) ->
 
 
 def _fixed(arena: Arena, slot: Slot, offset: int) -> digests.DigestTerm:
-    item = resolve_dtype(slot.region.dtype, arena.backend.act).nbytes
+    item = resolve_dtype(slot.region.dtype, arena.backend.acts).nbytes
     cols = slot.storage.nbytes // item
     seed = digests.region_seed(slot.region.name)
     return digests.DigestTerm(offset, seed, 1, 0, 1, 0, cols, slot.storage.nbytes, item, 0)
@@ -71,7 +71,7 @@ def _rows(
         origin=origin,
         cols=region.shape[2],
         pitch=pitch,
-        elem_nbytes=resolve_dtype(region.dtype, arena.backend.act).nbytes,
+        elem_nbytes=resolve_dtype(region.dtype, arena.backend.acts).nbytes,
         layout=arena.backend.digest_layout(region),
     )
 

@@ -98,7 +98,7 @@ def _begin(arena: Arena, extent: Extent) -> Callable[[], Bytes]:
 def _clear_dead_rows(backend: Backend, block: RowBlock, stop: int, raw: Bytes) -> None:
     """Zero rows at or beyond `stop`; and padding, which only whole rows through unpack can find."""
     region, storage = block.slot.region, block.slot.storage
-    item = resolve_dtype(region.dtype, backend.act).nbytes
+    item = resolve_dtype(region.dtype, backend.acts).nbytes
     is_padded = storage.row_nbytes != region.shape[2] * item
     first = block.start if is_padded else stop // storage.granule * storage.granule
     n_rows = block.stop - first

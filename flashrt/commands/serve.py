@@ -40,6 +40,8 @@ class ServeOptions:
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     queue: int = 256
+    itl_s: float | None = None  # see Limits
+    noted: int | None = None  # see Limits
     timeout_s: float | None = None
     grace_s: float = 30.0
     body_nbytes: int = 16 << 20
@@ -58,6 +60,8 @@ def serve(options: ServeOptions, started: Callable[[str], None] | None = None) -
     # Optional packages: everybody else imports the command line without them.
     run: Any = importlib.import_module("flashrt.serve.run")
 
+    if options.noted is not None and options.store is None:
+        raise FlashrtError("--record-logprobs notes them in a store: give --store DIR")
     keys = keys_of(options)
     if options.host not in _LOOPBACK and not keys:
         console.complain(
@@ -83,8 +87,10 @@ def serve(options: ServeOptions, started: Callable[[str], None] | None = None) -
             hosts=hosts,
             origins=frozenset(options.origins),
             queue=options.queue,
-            timeout_s=options.timeout_s,
+            itl_s=options.itl_s,
+            noted=options.noted,
             grace_s=options.grace_s,
+            timeout_s=options.timeout_s,
             body_nbytes=options.body_nbytes,
             logs_prompts=options.logs_prompts,
             started=tell,

@@ -141,7 +141,7 @@ class Arena:
             return Stride(self.plan.lane_stride(region.role) // STRIDE_UNIT)
         if tape.is_apart:
             return Stride(run=slots[region].storage.nbytes // tape.max_runs)
-        bits = resolve_dtype(region.dtype, self.backend.act).bits
+        bits = resolve_dtype(region.dtype, self.backend.acts).bits
         if view.run_lead:
             return Stride(run=view.run_lead * slots[region].storage.lead_nbytes)
         has_rows = param.dims[0] in ("T", "TP") and view.shape[0] > 1
@@ -154,7 +154,7 @@ class Arena:
             slot, base = slots[view.region], self.memory.address
         else:
             raise PlanError(f"region {view.region.name!r} is in no band of the plan")
-        bits = resolve_dtype(view.region.dtype, self.backend.act).bits
+        bits = resolve_dtype(view.region.dtype, self.backend.acts).bits
         return base + slot.offset + view.lead * slot.storage.lead_nbytes + view.col * bits // 8
 
 

@@ -22,7 +22,7 @@ from flashrt.core.copylist import CopyList, Upload
 from flashrt.core.digest import DigestTerm
 from flashrt.core.groups import Planes
 from flashrt.core.op import Launch, Op
-from flashrt.core.region import DType, Region
+from flashrt.core.region import ActDTypes, Region
 from flashrt.core.runs import Stride
 
 Bytes = NDArray[np.uint8]
@@ -70,9 +70,9 @@ class BoundLaunch:
     strides: tuple[Stride, ...] = ()
     max_runs: int = 1
 
-    def pack(self, act: DType) -> bytes:
+    def pack(self, acts: ActDTypes) -> bytes:
         """The argument block."""
-        return self.launch.pack(self.addresses, act, self.runs, self.strides)
+        return self.launch.pack(self.addresses, acts, self.runs, self.strides)
 
 
 class Graph(Protocol):
@@ -97,9 +97,14 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def act(self) -> DType: ...
+    def acts(self) -> ActDTypes: ...
     @property
     def counters(self) -> Counters: ...
+    @property
+    def is_async(self) -> bool:
+        """Whether a replay returns before it is done, so that the next may be queued behind it."""
+        ...
+
     @property
     def kernel_digest(self) -> str:
         """Hash of kernel sources and what else decides bits; part of the fingerprint."""
@@ -137,6 +142,12 @@ class Backend(Protocol):
     def begin_read(self, address: int, nbytes: int) -> Callable[[], Bytes]:
         """Start to read; what is returned waits for the bytes. Later writes, fills and copies come
         after it; replays must leave the range alone.
+        """
+        ...
+
+    def begin_read_word(self, address: int) -> Callable[[], int]:
+        """Start to read an int32 as it is at this place; what is returned waits for it. Later
+        replays come after it, too.
         """
         ...
 

@@ -21,7 +21,16 @@ from enum import IntEnum
 from typing import Literal
 
 from flashrt.base.errors import PlanError
-from flashrt.core.region import DType, Layout, Operand, Role, View, as_view, resolve_dtype
+from flashrt.core.region import (
+    ActDTypes,
+    DType,
+    Layout,
+    Operand,
+    Role,
+    View,
+    as_view,
+    resolve_dtype,
+)
 from flashrt.core.runs import Stride
 
 Access = Literal["r", "w", "rw"]
@@ -181,7 +190,11 @@ class Launch:
         return self.attrs[[a.name for a in self.op.attrs].index(name)]
 
     def pack(
-        self, addresses: Sequence[int], act: DType, runs: int = 0, strides: Sequence[Stride] = ()
+        self,
+        addresses: Sequence[int],
+        acts: ActDTypes,
+        runs: int = 0,
+        strides: Sequence[Stride] = (),
     ) -> bytes:
         """The argument block, given the device address of each operand; and of the table of runs,
         where operands move with it.
@@ -190,7 +203,7 @@ class Launch:
         values += [self.dims[s] for s in self.op.symbols]
         pairs = list(zip(self.op.params, self.operands, strict=True))
         values += [v.row_stride for p, v in pairs if p.is_strided]
-        values += [resolve_dtype(v.region.dtype, act).code for p, v in pairs if len(p.dtypes) > 1]
+        values += [resolve_dtype(v.region.dtype, acts).code for p, v in pairs if len(p.dtypes) > 1]
         for p, v in pairs:
             if p.may_be_grouped:
                 groups = v.region.groups

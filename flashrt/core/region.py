@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from flashrt.base.errors import PlanError
 from flashrt.core.groups import Groups
@@ -27,8 +28,8 @@ class Role(enum.StrEnum):
 
 
 class DType(enum.StrEnum):
-    """Element types. `ACT` is whatever the backend feeds its matrix units with (see
-    Backend.act).
+    """Element types. `ACT` and `ACT_WIDE` are whatever the backend feeds its matrix units with (see
+    ActDTypes).
     """
 
     F32 = "float32"
@@ -77,15 +78,25 @@ _DTYPE_CODE = {
 }  # fmt: skip
 
 
-def resolve_dtype(dtype: DType, act: DType) -> DType:
-    """`ACT` and `ACT_WIDE` as what the backend feeds its matrix units with, others as they are.
-
-    `ACT_WIDE` is for activations whose rounding would show: a bfloat16 pair where `ACT` is one
-    bfloat16, all of a float32 where it is a pair.
+class ActDTypes(NamedTuple):
+    """What a backend feeds its matrix units with. `wide` is for activations whose rounding would
+    show: one step finer than `narrow`, unless speed was asked for.
     """
+
+    narrow: DType
+    wide: DType
+
+    def __str__(self) -> str:
+        """Part of fingerprints: `narrow`, and `wide` where it is no finer."""
+        is_usual = self.narrow is not self.wide or self.narrow is DType.F32
+        return str(self.narrow) if is_usual else f"{self.narrow} throughout"
+
+
+def resolve_dtype(dtype: DType, acts: ActDTypes) -> DType:
+    """`ACT` and `ACT_WIDE` as what the backend feeds its matrix units with, others as they are."""
     if dtype is DType.ACT_WIDE:
-        return DType.BF16X2 if act is DType.BF16 else DType.F32
-    return act if dtype is DType.ACT else dtype
+        return acts.wide
+    return acts.narrow if dtype is DType.ACT else dtype
 
 
 class Layout(enum.StrEnum):

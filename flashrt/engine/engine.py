@@ -367,7 +367,7 @@ def _fingerprint(
         },
         "kernels": backend.kernel_digest,
         "device": backend.name,
-        "act": backend.act,
+        "act": str(backend.acts),
         "fixed": [_describe(s.region) for s in plan.lanes[0].fixed.slots],
         "rows": [
             (_describe(s.region)[0::2], s.storage.row_nbytes) for s in plan.lanes[0].rows.slots

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from flashrt.base.errors import SessionError
 from flashrt.capsule.file import CapsuleHeader
 from flashrt.capsule.lineage import Lane
 from flashrt.core.backend import Backend, Bytes
+from flashrt.core.copylist import Copy, CopyList
+from flashrt.core.planner import Band
 from flashrt.core.runs import MAX_RUNS, Run
 from flashrt.engine.admission import check_state
 from flashrt.engine.engine import Engine, PoolDefault
@@ -45,11 +47,13 @@ from flashrt.models.model import (
     TokenModel,
 )
 from flashrt.ops.cursor import CursorWord
+from flashrt.ops.rows import STOP_WORDS
 from flashrt.ops.sample import SamplerParams, mask_words
 from flashrt.text.constraint import Grammars
 from flashrt.weights.checkpoint import Checkpoint
 
 POOL_DEFAULT = PoolDefault(fixed=16, lanes=2)
+_ON_ITS_WAY = np.array([-1], np.int32)  # a token that is committed before it is known here
 
 
 @dataclass(slots=True)
@@ -70,6 +74,7 @@ class _HostView:
     token: int = -1  # the token sampled last; -1: unknown
     sampler: SamplerParams | None = None
     in_flight: NDArray[np.int32] | None = None  # what the replay at hand commits
+    following: Callable[[], int] | None = None  # waits for the token that is sampled last
 
 
 class TokenEngine(Engine):
@@ -87,6 +92,9 @@ class TokenEngine(Engine):
         self._views = [_HostView() for _ in self.lanes]
         self._shared = model.shared_phases(len(self.lanes))
         self._cursors = [lane.fixed.slot("cursor").offset for lane in self.arena.plan.lanes]
+        # Of each lane, as they are on the device; None: unknown.
+        self._stops: list[frozenset[int] | None] = [frozenset() for _ in self.lanes]
+        self._logits_kept = [_logits_kept(lane.io) for lane in self.arena.plan.lanes]
         self._commit_rows = max(
             (rows for phase, rows in model.phases if phase == COMMIT), default=0
         )
@@ -126,6 +134,96 @@ class TokenEngine(Engine):
         self.need_token(lane, token)
         self._replay_commit(DECODE, 1, lane, np.array([token], np.int32))
         return self._read_token(lane)
+
+    # Queued decodes: the device goes on while the host looks at the token before. A decode is
+    # queued before anybody here knows its token; the replay before it leaves no row to it where
+    # that token is a stop or none, so that what is not history is not fed.
+
+    @property
+    def goes_ahead(self) -> bool:
+        """Whether `following` may queue: replays return before they are done."""
+        return self.backend.is_async
+
+    def begin_sample(self, lane: Lane, params: SamplerParams, stops: frozenset[int]) -> None:
+        """`sample`, whose token `following` waits for; `stops`: STOP_WORDS - 1 at most."""
+        self.set_sampler(lane, params)
+        self._set_stops(lane, stops)
+        self._set_rows(lane, 1)
+        self._replay(SAMPLE, 1, lane)
+        self._begin_following(lane)
+
+    def begin_decode(
+        self, lane: Lane, token: int, params: SamplerParams, stops: frozenset[int]
+    ) -> None:
+        """`decode` of a token, which is committed; `following` waits for the one after it."""
+        self.set_sampler(lane, params)
+        self._set_stops(lane, stops)
+        self.need_token(lane, token)
+        self._replay_commit(DECODE, 1, lane, np.array([token], np.int32))
+        self._begin_following(lane)
+
+    def has_following(self, lane: Lane, stops: frozenset[int]) -> bool:
+        """Whether a token is on its way that was sampled with these stops in place."""
+        return self._view(lane).following is not None and self._stops[lane.index] == stops
+
+    def following(self, lane: Lane, *, is_more: bool) -> tuple[int, bool]:
+        """The token that is on its way, -1 for none; and whether it was committed.
+
+        `is_more`: queue its decode before it is known here. It is committed then, unless it is none
+        or a stop, and the next token is on its way.
+        """
+        view = self._view(lane)
+        wait = view.following
+        assert wait is not None
+        if not is_more:
+            token = wait()
+            view.following, view.token = None, token
+            self._note_held(lane, token)
+            return token, False
+        lane.overwrite()
+        moves, base = self._logits_kept[lane.index], self.arena.memory.address
+        self.backend.copy(moves, base, base)
+        view.token, view.in_flight = -1, _ON_ITS_WAY
+        self._replay(DECODE, 1, lane)
+        following = self.backend.begin_read_word(self._token_address(lane))
+        token = wait()
+        is_held = self._note_held(lane, token)
+        if is_held:
+            view.token, view.in_flight = token, None
+        else:
+            view.in_flight = np.array([token], np.int32)
+            self._end_commit(lane)
+            view.following = following
+        self.boundary()
+        return token, not is_held
+
+    def logits_before(self, lane: Lane) -> NDArray[np.float32]:
+        """The logits that chose the token that `following` returned last, and queued behind:
+        [vocab_size].
+        """
+        array = self.arena.read(self.arena.lane(lane.index).io.slot("logits_before"))
+        return np.asarray(array, np.float32).reshape(-1)
+
+    def _begin_following(self, lane: Lane) -> None:
+        view = self._view(lane)
+        view.token = -1
+        view.following = self.backend.begin_read_word(self._token_address(lane))
+
+    def _set_stops(self, lane: Lane, stops: frozenset[int]) -> None:
+        if self._stops[lane.index] != stops:
+            words = np.zeros(STOP_WORDS, np.int32)
+            words[: len(stops) + 1] = len(stops), *sorted(stops)
+            self._stops[lane.index] = None  # until they are written
+            self._write_io(lane, "stops", words)
+            self._stops[lane.index] = stops
+
+    def _note_held(self, lane: Lane, token: int) -> bool:
+        """Whether the device left no row to what follows, as this was sampled; see op `hold`."""
+        stops = self._stops[lane.index]
+        is_held = token < 0 or stops is None or token in stops
+        if is_held:
+            self._view(lane).rows = -1
+        return is_held
 
     @property
     def most_together(self) -> int:
@@ -313,8 +411,9 @@ class TokenEngine(Engine):
             view = self._view(lane)
             tokens, view.rows, view.token = view.in_flight, -1, -1
             assert tokens is not None
+            view.following = None
             if self._read_cursor(lane, CursorWord.POSITION) == lane.position + len(tokens):
-                lane.commit(tokens)
+                lane.commit(self._read_journal(lane) if tokens is _ON_ITS_WAY else tokens)
             view.in_flight = None
 
     def set_sampler(self, lane: Lane, params: SamplerParams) -> None:
@@ -365,6 +464,7 @@ class TokenEngine(Engine):
         """See Engine."""
         super().poison_lane(lane)
         self.forget_host_view(lane)
+        self._stops[lane.index] = None
 
     def stats(self) -> dict[str, Any]:
         """Counters and sizes, in bytes."""
@@ -390,7 +490,7 @@ class TokenEngine(Engine):
         view = self._view(lane)
         if view.rows != len(tokens):
             self._set_rows(lane, len(tokens))
-        view.token = -1
+        view.token, view.following = -1, None
         view.in_flight = tokens
 
     def _end_commit(self, lane: Lane) -> None:
@@ -401,6 +501,7 @@ class TokenEngine(Engine):
         view.in_flight = None
 
     def _replay(self, phase: str, bucket: int, lane: Lane, rows: int = 1) -> None:
+        self._view(lane).following = None
         self.replay(phase, bucket, (Run(lane.index, rows),))
 
     def _check_mask(self, allowed: bytes) -> None:
@@ -450,9 +551,24 @@ class TokenEngine(Engine):
     def _read_token(self, lane: Lane) -> int:
         token = self._read_cursor(lane, CursorWord.TOKEN)
         self._view(lane).token = token
+        self._note_held(lane, token)
         return token
+
+    def _read_journal(self, lane: Lane) -> NDArray[np.int32]:
+        """The token that the device has at the lane's position: int32 [1]."""
+        slot = self.arena.lane(lane.index).rows.slot("journal")
+        out = np.empty(1, np.int32)
+        address = self.arena.memory.address + slot.offset + lane.position * slot.storage.row_nbytes
+        self.backend.read(address, out.view(np.uint8))
+        return out
 
     def _read_cursor(self, lane: Lane, word: int) -> int:
         out: Bytes = np.empty(4, np.uint8)
         self.backend.read(self._cursor_address(lane, word), out)
         return int(out.view(np.int32)[0])
+
+
+def _logits_kept(io: Band) -> CopyList:
+    """Logits to where the next replay leaves them alone."""
+    now, before = io.slot("logits"), io.slot("logits_before")
+    return CopyList((Copy(now.offset, before.offset, now.storage.nbytes),))

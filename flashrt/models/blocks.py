@@ -389,10 +389,13 @@ class TokenRecorder(BlockRecorder):
             self._sample_each(regions["last_hidden"])
 
     def _sample_next(self) -> None:
-        """Logits of the last hidden state, and the next token from them."""
+        """Logits of the last hidden state, and the next token from them; a replay that is queued
+        behind this one finds no row where that token is a stop.
+        """
         logits = self.regions["logits"]
         self.head(self.regions["last_hidden"], self.head_weight, logits)
         self.sample(logits, self.regions["cursor"])
+        self.tape.record(ops.HOLD, stops=self.regions["stops"], cursor=self.regions["cursor"])
 
     def _sample_each(self, hidden: Operand) -> None:
         """The same of lanes that share the tape, from the last row of `hidden` of each: logits are

@@ -92,4 +92,6 @@ def lane_regions(
         *regions,
         Region("tokens", (max(BUCKETS),), DType.I32, Role.IO),
         Region("logits", (1, vocab_size), DType.F32, Role.IO),
+        Region("logits_before", (1, vocab_size), DType.F32, Role.IO),  # see TokenEngine.following
+        Region("stops", (ops.STOP_WORDS,), DType.I32, Role.IO),
     )

@@ -1,4 +1,4 @@
-"""Ops that move or map rows: embedding, the last row of a launch, the cursor's advance.
+"""Ops that move or map rows: embedding, the last row of a launch, when the cursor advances.
 
 IS: signatures. IS NOT: code; see `table`.
 """
@@ -55,3 +55,11 @@ LAST_CURSOR = Op(
     (CURSOR, cursors("last", "w")),
 )
 ADVANCE = Op("advance", "cursor.position += cursor.rows", (cursors("cursor", "rw"),))
+STOP_WORDS = 16
+HOLD = Op(
+    "hold",
+    "cursor.rows = 0 where cursor.token is none, or one of the stops[0] words after stops[0]: what "
+    "is launched for no row changes nothing",
+    (i32("stops", "r", STOP_WORDS), cursors("cursor", "rw")),
+    constants=(("STOP_WORDS", STOP_WORDS),),
+)

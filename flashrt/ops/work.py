@@ -7,12 +7,12 @@ measurement, nor what a kernel really moves: a rate beyond the limit is a cache 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from flashrt.core.backend import Backend
 from flashrt.core.op import Launch, Op, Param
-from flashrt.core.region import DType, Layout, Region, Role, View, resolve_dtype
+from flashrt.core.region import ActDTypes, Layout, Region, Role, View, resolve_dtype
 from flashrt.core.tape import Tape
 from flashrt.ops import table as ops
 
@@ -35,11 +35,18 @@ class Work:
     flop: int
 
 
-def work_of(launch: Launch, act: DType, position: int) -> Work:
+def work_of(launch: Launch, acts: ActDTypes, position: int) -> Work:
     """Work of a launch whose rows are all valid and begin at a position."""
-    pairs = zip(launch.op.params, launch.operands, strict=True)
-    nbytes = sum(_moved_bytes(launch, param, view, act, position) for param, view in pairs)
+    nbytes = sum(n for _, _, n in operand_bytes(launch, acts, position))
     return Work(nbytes, _flop(launch, launch.dims.get("T", 1), position))
+
+
+def operand_bytes(
+    launch: Launch, acts: ActDTypes, position: int
+) -> Iterator[tuple[Param, View, int]]:
+    """Bytes of `work_of`, operand by operand."""
+    for param, view in zip(launch.op.params, launch.operands, strict=True):
+        yield param, view, _moved_bytes(launch, param, view, acts, position)
 
 
 def flop_of(tape: Tape, rows: int) -> int:
@@ -68,27 +75,27 @@ def _flop(launch: Launch, rows: int, position: int) -> int:
     return 0 if count is None else count(launch.dims, rows, pairs)
 
 
-def _moved_bytes(launch: Launch, param: Param, view: View, act: DType, position: int) -> int:
+def _moved_bytes(launch: Launch, param: Param, view: View, acts: ActDTypes, position: int) -> int:
     region, dims, count = view.region, launch.dims, math.prod(view.shape)
     rows = dims.get("T", 1)
     if param.name in ("key_scales", "value_scales") and view.shape[-1] > 1:
         return 0  # keys that are no codes stand in, and are not read
     if region.role is Role.ROWS:  # those that attention sees, or those that are appended
         seen = position + rows if launch.op is ops.ATTENTION else rows
-        return _nbytes_of(region, act, count // view.shape[1] * seen)
+        return _nbytes_of(region, acts, count // view.shape[1] * seen)
     if launch.op is ops.EMBED and region.layout is Layout.MATRIX:
-        return _nbytes_of(region, act, rows * dims["H"])
+        return _nbytes_of(region, acts, rows * dims["H"])
     if param.name == "partials":  # written, then read by the merge; none when rows are many
         blocks = -(-(position + rows) // ops.ATTENTION_BLOCK) if dims["TP"] >= rows else 0
-        return _nbytes_of(region, act, 2 * count // dims["B"] * blocks)
-    return _nbytes_of(region, act, count * (2 if param.access == "rw" else 1))
+        return _nbytes_of(region, acts, 2 * count // dims["B"] * blocks)
+    return _nbytes_of(region, acts, count * (2 if param.access == "rw" else 1))
 
 
-def _nbytes_of(region: Region, act: DType, count: int) -> int:
+def _nbytes_of(region: Region, acts: ActDTypes, count: int) -> int:
     """Bytes of so many elements; of a matrix in groups, of whole rows and their scales. What
     storage is filled up with counts for nothing.
     """
-    nbytes = count * resolve_dtype(region.dtype, act).bits // 8
+    nbytes = count * resolve_dtype(region.dtype, acts).bits // 8
     if region.groups is not None:
         columns = region.shape[-1]
         per_row = sum(

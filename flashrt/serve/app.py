@@ -31,6 +31,7 @@ from flashrt.serve.wire.openapi import OpenApi
 from flashrt.serve.wire.page import page
 from flashrt.serve.wire.responses import Responses
 from flashrt.serve.wire.sessions import SessionRoutes
+from flashrt.serve.wire.slots import SlotRoutes
 from flashrt.serve.wire.status import StatusRoutes
 from flashrt.serve.wire.tokens import ApplyTemplate, Detokenize, Tokenize
 
@@ -44,6 +45,7 @@ def make_app(
     responses = Responses(desk, History())
     chat, completions, messages = ChatCompletions(desk), Completions(desk), Messages(desk)
     sessions, once = SessionRoutes(desk), Idempotency().of
+    slots = SlotRoutes(desk, core)
     handlers: list[tuple[str, str, Handler]] = [
         ("POST", "/v1/chat/completions", chat),
         ("POST", "/chat/completions", chat),
@@ -73,8 +75,8 @@ def make_app(
         ("GET", "/health", status.health),
         ("GET", "/v1/health", status.health),
         ("GET", "/props", status.props),
-        ("GET", "/slots", status.slots),
-        ("POST", "/slots/{id}", status.slot_action),
+        ("GET", "/slots", slots.list),
+        ("POST", "/slots/{id}", slots.act),
         ("GET", "/metrics", status.metrics),
         ("GET", "/openapi.json", OpenApi()),
         ("GET", "/", page),

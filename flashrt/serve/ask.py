@@ -113,3 +113,17 @@ class SessionConflict(SessionError):
     def __init__(self, message: str, etag: str) -> None:
         super().__init__(message)
         self.etag = etag  # of the state it is in
+
+
+class NoSlot(SessionError):
+    """There is no such lane, or it holds no state of the owner's."""
+
+
+class NoSlotFile(SessionError):
+    """The owner has saved no slot under this name."""
+
+
+class BadSlotFile(SessionError):
+    """A name that cannot be one, or a saved slot that does not fit or is damaged; no lane was
+    changed.
+    """

@@ -18,7 +18,7 @@ from flashrt.serve.ask import Ask, Closing, Reason, Ticket, TokenLogprobs
 from flashrt.serve.meters import Meters
 from flashrt.serve.prefix import Kept, PrefixIndex
 from flashrt.serve.saver import Saver
-from flashrt.serve.scheduler import LaneStatus, Limits, Scheduler
+from flashrt.serve.scheduler import Scheduler
 from flashrt.serve.sessions import (
     Files,
     NodeView,
@@ -28,6 +28,8 @@ from flashrt.serve.sessions import (
     Turn,
     write_files,
 )
+from flashrt.serve.slots import Slots
+from flashrt.serve.work import LaneStatus, Limits
 from flashrt.session.engine import SessionEngine
 from flashrt.store.reuse import Rates
 from flashrt.store.store import Store
@@ -71,6 +73,7 @@ class Core:
             self._saver = Saver(self._book.tidy)
             self._book.connect(self._saver, self.scheduler.post)
         self.sessions = Sessions(self._book, self.scheduler, self._saver, store)
+        self.slots = Slots(self.scheduler, self.index, store, self._saver)
 
     def start(self) -> Core:
         """Find what the store has, then begin to serve. Raises StoreError."""

@@ -15,6 +15,7 @@ import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,6 +100,11 @@ class PrefixIndex:
         """Of the engine: what another made does not fit."""
         return self._engine.fingerprint
 
+    @property
+    def checkpoint(self) -> Path:
+        """Of the engine: its tokenizer has the text of tokens."""
+        return self._engine.checkpoint.path
+
     def entries(self) -> Iterator[Entry]:
         """All of them."""
         for queue in (self._loose, self._held, self._loose_stored, self._held_stored):
@@ -124,6 +130,15 @@ class PrefixIndex:
             found += [e for p in positions if (e := stored[p].get(digests[p])) is not None]
         return sorted(found, key=lambda entry: -entry.position)[:MOST_FOUND]
 
+    def same(self, owner: str, tokens: NDArray[np.int32]) -> Entry | None:
+        """The entry of exactly these tokens; of one in the store alone a digest says so."""
+        tree = self._trees.get(owner)
+        path = tree.path(tokens) if tree else []
+        if path and path[0].position == len(tokens):
+            return path[0]
+        stored = self._stored.get(owner, {}).get(len(tokens), {})
+        return stored.get(tokens_digest(tokens)) if stored else None
+
     def need(self, entry: Entry, tokens: NDArray[np.int32]) -> Capsule:
         """Its capsule, read from the store where it is there alone; it was used just now.
 
@@ -145,7 +160,7 @@ class PrefixIndex:
     def add(self, owner: str, capsule: Capsule, holder: str | None = None) -> Entry:
         """A capsule that was taken; equal tokens are the same state, and kept once."""
         tokens = capsule.tokens
-        known = self._same(owner, tokens)
+        known = self.same(owner, tokens)
         if known is not None and known.capsule is not None:
             capsule.drop()
         elif known is not None:
@@ -268,15 +283,6 @@ class PrefixIndex:
         return self._host_nbytes.total() + nbytes <= budget
 
     # -- inside ---------------------------------------------------------------------------------
-
-    def _same(self, owner: str, tokens: NDArray[np.int32]) -> Entry | None:
-        """The entry of exactly these tokens."""
-        tree = self._trees.get(owner)
-        path = tree.path(tokens) if tree else []
-        if path and path[0].position == len(tokens):
-            return path[0]
-        stored = self._stored.get(owner, {}).get(len(tokens), {})
-        return stored.get(tokens_digest(tokens)) if stored else None
 
     def _enter(self, entry: Entry, capsule: Capsule) -> None:
         """It is in memory from now on."""

@@ -12,8 +12,11 @@ from typing import Any, Literal
 
 from flashrt.base.errors import FlashrtError, LaneBusy, PoolFull, SessionError
 from flashrt.serve.ask import (
+    BadSlotFile,
     Closing,
     NoSession,
+    NoSlot,
+    NoSlotFile,
     QueueFull,
     SessionBusy,
     SessionConflict,
@@ -114,6 +117,12 @@ def refusal_of(error: FlashrtError) -> Refusal:
         return Refusal(404, str(error), "session")
     if isinstance(error, SessionBusy | SessionConflict):
         return Refusal(409, str(error), "session", "conflict")
+    if isinstance(error, NoSlot):
+        return Refusal(400, str(error), "id", "invalid_slot")
+    if isinstance(error, NoSlotFile):
+        return Refusal(404, str(error), "filename")
+    if isinstance(error, BadSlotFile):
+        return Refusal(400, str(error), "filename", "invalid_slot_file")
     if isinstance(error, ChatError):
         return Refusal(400, str(error), "messages")
     if isinstance(error, SessionError):

@@ -14,8 +14,8 @@ from flashrt.serve.access import Access
 from flashrt.serve.app import make_app
 from flashrt.serve.core import Core
 from flashrt.serve.listen import Listener
-from flashrt.serve.scheduler import Limits
 from flashrt.serve.served import Served
+from flashrt.serve.work import Limits
 from flashrt.session.engine import SessionEngine
 from flashrt.store.store import Store
 
@@ -83,6 +83,8 @@ def run(
     hosts: frozenset[str],
     origins: frozenset[str],
     queue: int,
+    itl_s: float | None,
+    noted: int | None,
     timeout_s: float | None,
     grace_s: float,
     body_nbytes: int,
@@ -105,7 +107,9 @@ def run(
         host=host,
         port=port,
         store=None if store is None else Store(store),
-        limits=Limits(queue=queue, queue_per_owner=queue, drain_s=grace_s),
+        limits=Limits(
+            queue=queue, queue_per_owner=queue, drain_s=grace_s, itl_s=itl_s, noted=noted
+        ),
     )
     try:
         server.run(started)

@@ -1,7 +1,8 @@
 """The scheduler: one thread that owns the engine, and gives its lanes to requests.
 
-IS: admission, the way of a request from its prompt to its end, and the loop of steps. IS NOT: which
-boundaries are known (prefix), who is next (queue), trees of sessions (sessions).
+IS: the loop of steps, and the way of a request through them from its prompt to its end. IS NOT:
+what can be carried out, and where (admission), which boundaries are known (prefix), who is next
+(queue), trees of sessions (sessions).
 
 A lane is a worker: it takes a request, goes to the deepest known boundary of its prompt, is fed the
 rest, generates, and leaves capsules: where the last turn of the prompt starts, and at the end.
@@ -9,34 +10,30 @@ rest, generates, and leaves capsules: where the last turn of the prompt starts, 
 
 from __future__ import annotations
 
-import inspect
 import math
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flashrt.base.errors import (
     BackendError,
     CapsuleError,
     FlashrtError,
     PoolFull,
-    SessionError,
 )
 from flashrt.base.tracing import PLAN, trace
 from flashrt.capsule.capsule import Capsule
-from flashrt.capsule.lineage import segment_layout
 from flashrt.models.model import STEP_ROWS
-from flashrt.ops.sample import SamplerParams
+from flashrt.serve.admission import Admission, sampling_of
 from flashrt.serve.ask import (
     Ask,
     Closing,
+    NoSlot,
     QueueFull,
     Reason,
     Ticket,
@@ -44,125 +41,19 @@ from flashrt.serve.ask import (
     TokenLogprobs,
 )
 from flashrt.serve.meters import Meters, TurnTiming
+from flashrt.serve.pace import Pace
 from flashrt.serve.prefix import Entry, PrefixIndex, owner_key
-from flashrt.serve.queue import FairQueue
+from flashrt.serve.queue import OLDEST_EVERY, FairQueue
+from flashrt.serve.work import Asked, Choice, Ends, LaneStatus, Left, Limits, Worker
 from flashrt.session.engine import SessionEngine
-from flashrt.session.session import Generation, Session, as_tokens
+from flashrt.session.session import Generation
 from flashrt.session.together import Feed, step
-from flashrt.store.opening import restore_nbytes
-from flashrt.store.reuse import Action, Boundary, Decision, Live, Rates, decide
+from flashrt.store.reuse import Rates
 
 _T = TypeVar("_T")
-State = Literal["idle", "prompt", "decode", "end"]
 FIRST_GUESS_S = 1.0  # of the time that a request has a lane, until some were measured
 NEWEST = 0.1  # weight of the newest such time
 PATIENCE_S = 0.5  # an idle loop looks around this often
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What may wait, and what may run."""
-
-    queue: int = 256  # requests that wait, in all
-    queue_per_owner: int = 64
-    most_choices: int = 16  # n of a request
-    drain_s: float = 30.0  # at close, running requests may go on for so long
-
-
-class Ends:
-    """What becomes of the state that a choice leaves: nodes of sessions, and the store."""
-
-    def begin(self, asked: Asked) -> None:
-        """Called by `submit`, in the caller's thread. Raises SessionError."""
-
-    def leave(self, asked: Asked, left: Left, tell: Callable[[str | None], None]) -> None:
-        """A choice has ended: `tell` is to be called with its node, once what it left is kept."""
-        tell(None)
-
-    def over(self, asked: Asked) -> None:
-        """The request is over, however it ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """What a choice leaves."""
-
-    index: int
-    reason: Reason
-    tokens: NDArray[np.int32]  # all that are committed
-    end: Entry | None  # None: there was no room for a capsule
-    start: Entry | None  # where the last turn of the prompt starts
-
-
-@dataclass(slots=True, eq=False)
-class Asked:
-    """A request on its way. `lock` of the scheduler is not needed: only its thread writes."""
-
-    ask: Ask
-    owner: str  # its key
-    tokens: NDArray[np.int32]
-    submitted: float
-    deadline: float
-    ticket: Ticket
-    submitted_at: float = 0.0
-    has_begun: bool = False
-    is_over: bool = False
-    is_deaf: bool = False  # its sink raised: nothing more is told
-    n_ended: int = 0
-    n_generated: int = 0
-    prompt: Entry | None = None  # where choices part; held until all have begun
-    start: Entry | None = None
-    made: list[Entry] = field(default_factory=list)  # entries that it made
-    cached: int = 0
-    action: str = ""
-    began: float = 0.0
-    first_token: float | None = None
-
-
-@dataclass(slots=True, eq=False)
-class Choice:
-    """One of the choices of a request."""
-
-    asked: Asked
-    index: int
-    stops: list[int] = field(default_factory=list)  # prompt positions to stop at, ascending
-    generation: Generation | None = None
-    n_tokens: int = 0
-    reason: Reason | None = None  # once it has ended, and its last token is not state yet
-    last_token: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
-class Worker:
-    """A lane and what it does."""
-
-    session: Session
-    owner: str | None = None  # whose state it has; None: nobody may go on from it
-    choice: Choice | None = None
-    used: float = 0.0
-
-    @property
-    def state(self) -> State:
-        """What it does."""
-        choice = self.choice
-        if choice is None:
-            return "idle"
-        if choice.reason is not None:
-            return "end"
-        return "decode" if choice.generation is not None and not choice.stops else "prompt"
-
-
-@dataclass(frozen=True, slots=True)
-class LaneStatus:
-    """One lane, as it was."""
-
-    index: int
-    state: State
-    owner: str | None  # its key
-    position: int
-    session: str | None
-    prompt_tokens: int
-    generated_tokens: int
 
 
 class Scheduler:
@@ -174,7 +65,7 @@ class Scheduler:
         """Takes all free lanes of the engine. Raises LaneBusy when there is none."""
         self.engine, self.index, self.limits, self.ends = engine, index, limits, ends
         self.meters = Meters()
-        self._rates = rates
+        self._admission = Admission(engine, index, limits, rates)
         self.workers = [Worker(engine.session()) for _ in range(max(1, len(engine.free_lanes)))]
         self._lock = threading.Condition()
         self._queue: FairQueue[Choice] = FairQueue()
@@ -184,6 +75,8 @@ class Scheduler:
         self._stop_at = math.inf
         self._busy_s = FIRST_GUESS_S
         self._rotation = 0
+        self._pace = Pace(limits.itl_s)
+        self._n_fed = 0  # steps that fed prompts
         self._unended = 0  # choices whose state is being kept
         self._thread = threading.Thread(target=self._loop, name="flashrt-scheduler", daemon=True)
 
@@ -197,7 +90,7 @@ class Scheduler:
         """Take a request. Raises QueueFull, Closing, and SessionError or TokenError for one that
         cannot be carried out.
         """
-        tokens = self._checked(ask)
+        tokens = self._admission.checked(ask)
         now = time.monotonic()
         deadline = math.inf if ask.timeout_s is None else now + ask.timeout_s
         asked = Asked(
@@ -214,18 +107,25 @@ class Scheduler:
     def call(self, work: Callable[[], _T]) -> Future[_T]:
         """`work()` in the scheduler's thread, between two steps."""
         future: Future[_T] = Future()
+        if not self.post(lambda: _settle(future, work)):
+            future.set_exception(Closing("the server has shut down"))
+        return future
 
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                result = work()
-            except BaseException as error:
-                future.set_exception(error)
+    def when_idle(self, lane: int, work: Callable[[Worker], _T]) -> Future[_T]:
+        """`work(worker)` in the scheduler's thread, between two requests of a lane: at once if it
+        is idle, else when its request has ended. Raises, through the future, NoSlot, Closing.
+        """
+        future: Future[_T] = Future()
+
+        def wait() -> None:
+            found = [w for w in self.workers if w.session.lane.index == lane]
+            if found:
+                found[0].waiting.append(lambda: _settle(future, lambda: work(found[0])))
             else:
-                future.set_result(result)
+                there = ", ".join(str(w.session.lane.index) for w in self.workers)
+                future.set_exception(NoSlot(f"there is no slot {lane}; there are {there}"))
 
-        if not self.post(run):
+        if not self.post(wait):
             future.set_exception(Closing("the server has shut down"))
         return future
 
@@ -272,41 +172,6 @@ class Scheduler:
 
     # -- admission ------------------------------------------------------------------------------
 
-    def _checked(self, ask: Ask) -> NDArray[np.int32]:
-        """The prompt. Raises SessionError for what cannot be carried out, whatever comes."""
-        engine = self.engine
-        tokens = as_tokens(ask.tokens, engine.vocab_size)
-        if not len(tokens):
-            raise SessionError("the prompt is empty; give at least one token")
-        if len(tokens) + (ask.max_tokens > 0) > engine.max_positions:
-            raise SessionError(
-                f"the prompt has {len(tokens):,} tokens; a lane holds {engine.max_positions:,}, "
-                "with the reply; shorten it, or serve with a larger --max-positions"
-            )
-        if not 1 <= ask.n <= self.limits.most_choices:
-            raise SessionError(f"n={ask.n} is not in [1, {self.limits.most_choices}]")
-        if ask.max_tokens < 0:
-            raise SessionError(f"max_tokens={ask.max_tokens} is negative")
-        if ask.logprobs is not None and not 0 <= ask.logprobs <= engine.vocab_size:
-            raise SessionError(f"logprobs={ask.logprobs} is not in [0, {engine.vocab_size}]")
-        if any(not 0 <= p <= len(tokens) for p in ask.turn_starts):
-            raise SessionError(f"turn_starts: a position is not in [0, {len(tokens)}]")
-        as_tokens(ask.stop_tokens, engine.vocab_size)
-        if unknown := sorted(set(ask.sampling) - _OPTIONS):
-            raise SessionError(
-                f"sampling: {', '.join(unknown)}: Session.generate has no such option"
-            )
-        for index in range(ask.n):
-            given = {k: v for k, v in self._sampling(ask, index).items() if k in _PARAMS}
-            if (bias := given.get("logit_bias")) is not None:
-                as_tokens(bias.keys(), engine.vocab_size)
-                given["logit_bias"] = tuple(bias.items())
-            SamplerParams(**given)
-        return tokens
-
-    def _sampling(self, ask: Ask, index: int) -> dict[str, Any]:
-        return {**ask.sampling, "seed": (ask.sampling.get("seed", 0) + index) % (1 << 64)}
-
     def _check_room(self, asked: Asked) -> None:
         if self._is_closing:
             raise Closing("the server is shutting down; send the request again later")
@@ -327,6 +192,7 @@ class Scheduler:
         while self._go_on():
             try:
                 self._reap()
+                self._attend()
                 self._admit()
                 self._step()
             except Exception as error:  # ours: whoever runs is told, others are served
@@ -350,6 +216,7 @@ class Scheduler:
         running = self._running()
         for worker in self.workers:
             worker.choice = None
+            calls += worker.waiting
         for asked in dict.fromkeys([*running, *waiting]):
             if not asked.is_over:
                 self._fail(asked, told)
@@ -373,7 +240,7 @@ class Scheduler:
                 return True
 
     def _has_work(self) -> bool:
-        return len(self._queue) > 0 or any(worker.choice for worker in self.workers)
+        return len(self._queue) > 0 or any(w.choice or w.waiting for w in self.workers)
 
     def _running(self) -> list[Asked]:
         found = (worker.choice.asked for worker in self.workers if worker.choice)
@@ -427,6 +294,12 @@ class Scheduler:
         else:
             self._told_end(choice.asked, choice.index, reason, None)
 
+    def _attend(self) -> None:
+        """What waited for lanes that are idle now."""
+        for worker in self.workers:
+            while worker.choice is None and worker.waiting:
+                worker.waiting.popleft()()
+
     def _admit(self) -> None:
         while free := [worker for worker in self.workers if worker.choice is None]:
             lanes_of = Counter(w.choice.asked.owner for w in self.workers if w.choice)
@@ -442,7 +315,7 @@ class Scheduler:
     def _begin(self, choice: Choice, free: list[Worker]) -> None:
         """A lane goes to the deepest known boundary of the prompt."""
         asked, now = choice.asked, time.monotonic()
-        worker, decision = self._placed(asked, free)
+        worker, decision = self._admission.placed(asked, free)
         worker.choice, worker.owner, worker.used = choice, asked.owner, now
         session, n = worker.session, len(asked.tokens)
         at = session.lane.position
@@ -460,52 +333,6 @@ class Scheduler:
         if not choice.stops:
             self._prompt_done(worker)
 
-    def _placed(self, asked: Asked, free: list[Worker]) -> tuple[Worker, Decision]:
-        """The free lane from which the prompt is nearest, gone there."""
-        tokens, index = asked.tokens, self.index
-        entries = index.find(asked.owner, tokens)
-        while True:
-            best: tuple[float, float, Worker, Decision] | None = None
-            for worker in sorted(free, key=lambda w: w.used):
-                decision = self._decision(worker, asked, entries)
-                if best is None or decision.estimate_us < best[0]:
-                    best = decision.estimate_us, worker.used, worker, decision
-            assert best is not None
-            _, _, worker, decision = best
-            session = worker.session
-            if decision.action is Action.COLD:
-                session.rollback(0)
-            elif decision.action is Action.ROLLBACK:
-                session.rollback(decision.position)
-            elif decision.action is Action.RESTORE:
-                assert decision.boundary is not None
-                entry = decision.boundary.key
-                assert isinstance(entry, Entry)
-                try:
-                    session.restore(index.need(entry, tokens))
-                except CapsuleError as error:
-                    trace(PLAN, f"passed over a boundary at {entry.position}: {error}")
-                    entries.remove(entry)
-                    continue
-            return worker, decision
-
-    def _decision(self, worker: Worker, asked: Asked, entries: list[Entry]) -> Decision:
-        lane, table = worker.session.lane, self.engine.capsules
-        live = None
-        if worker.owner == asked.owner:
-            boundaries = [w.position for w in lane.waypoints if w.position]
-            live = Live(worker.session.tokens, boundaries)
-        rows = self.engine.arena.plan.lanes[lane.index].rows
-        known = []
-        for entry in entries:
-            if entry.capsule is not None:
-                nbytes, tier = restore_nbytes(lane, entry.capsule), entry.capsule.tier
-            else:
-                nbytes = table.fixed_nbytes + segment_layout(rows, 0, entry.position)[1]
-                tier = "disk"
-            known.append(Boundary(entry.position, nbytes, tier, entry))
-        return decide(asked.tokens, known, live, table.fixed_nbytes, self._rates)
-
     def _known(self, asked: Asked, position: int) -> Entry | None:
         """The entry at exactly a position of the prompt."""
         found = self.index.find(asked.owner, asked.tokens[:position])
@@ -522,15 +349,34 @@ class Scheduler:
         turn = self._rotation % len(active)
         self._rotation += 1
         active = active[turn:] + active[:turn]
-        feeding = [w for w in active if w.state == "prompt"]
+        feeding = self._feeding(active)
         if len(feeding) == len(active):
             self._prefill(feeding[0])
             return
         going = [w for w in active if w.state != "prompt"]
         most = self.engine.most_together
         going = going[: max(1, most - bool(feeding))]
-        feeding = feeding[: most - len(going)]
-        self._step_together(going, self._pieces(feeding, STEP_ROWS - len(going)))
+        room = STEP_ROWS - len(going)
+        if feeding and any(w.state == "decode" for w in going):
+            room = self._pace.rows(len(going), room)
+        self._step_together(going, self._pieces(feeding[: most - len(going)], room))
+
+    def _feeding(self, active: list[Worker]) -> list[Worker]:
+        """Those that are in their prompts, whose rows come first: who has the least left, so that
+        a short prompt does not wait for long ones; one time in OLDEST_EVERY the oldest, so that
+        none starves.
+        """
+
+        def left(worker: Worker) -> int:
+            return len(self._choice(worker).asked.tokens) - worker.session.position
+
+        found = sorted((w for w in active if w.state == "prompt"), key=left)
+        self._n_fed += bool(found)
+        if found and self._n_fed % OLDEST_EVERY == 0:
+            oldest = min(found, key=lambda w: self._choice(w).asked.began)
+            found.remove(oldest)
+            found.insert(0, oldest)
+        return found
 
     def _prefill(self, worker: Worker) -> None:
         """A whole launch of one prompt: nobody decodes meanwhile."""
@@ -545,26 +391,21 @@ class Scheduler:
             self._fail(choice.asked, error)
 
     def _pieces(self, feeding: list[Worker], room: int) -> list[tuple[Worker, int]]:
-        """How many tokens each is fed: equal shares of the rows, what one does not need goes to
-        the others.
+        """How many tokens each is fed: the first as many as there is room for, what it does not
+        need goes to the next.
         """
-        wanted = []
-        for worker in feeding:
-            session, choice = worker.session, self._choice(worker)
-            pending = session.position - session.lane.position
-            wanted.append((choice.stops[0] - session.position, pending, worker))
-        wanted.sort(key=lambda w: w[0] + w[1])
         pieces = []
-        for i, (left, pending, worker) in enumerate(wanted):
-            share = room // (len(wanted) - i)
-            n = min(left, share - pending)
+        for worker in feeding:
+            session = worker.session
+            pending = session.position - session.lane.position
+            n = min(self._choice(worker).stops[0] - session.position, room - pending)
             if n > 0:
                 pieces.append((worker, n))
                 room -= n + pending
         return pieces
 
     def _step_together(self, going: list[Worker], pieces: list[tuple[Worker, int]]) -> None:
-        feeds = []
+        began, feeds = time.monotonic(), []
         for worker, n in pieces:
             choice, session = self._choice(worker), worker.session
             at, asked = session.position, choice.asked
@@ -582,13 +423,14 @@ class Scheduler:
             elif choice.generation is not None:
                 decoding.append(choice.generation)
         step(decoding, feeds)
-        for worker, _ in pieces:
-            if worker.choice is not None:
-                self._fed(worker)
         for worker in going:
             choice_ = worker.choice
             if choice_ is not None and choice_.reason is None:
                 self._take(worker)
+        self._pace.note(len(going), sum(n for _, n in pieces), time.monotonic() - began)
+        for worker, _ in pieces:
+            if worker.choice is not None:
+                self._fed(worker)
         for worker in going:
             if worker.state == "end":
                 self._maybe_leave(worker)
@@ -634,7 +476,7 @@ class Scheduler:
             return worker.session.generate(
                 min(ask.max_tokens, room + 1),
                 stop=ask.stop_tokens,
-                **self._sampling(ask, choice.index),
+                **sampling_of(ask, choice.index),
             )
         except FlashrtError as error:
             self._fail(choice.asked, error)
@@ -645,12 +487,16 @@ class Scheduler:
         choice = self._choice(worker)
         asked, generation = choice.asked, choice.generation
         assert generation is not None
+        told, noted = asked.ask.logprobs, self.limits.noted
         logprobs = None
         try:
             token = next(generation)
-            if asked.ask.logprobs is not None:
-                logprob, top = worker.session.logprobs(asked.ask.logprobs)
-                logprobs = TokenLogprobs(logprob, tuple(top))
+            if told is not None or noted is not None:
+                session = worker.session
+                logprob, top = session.logprobs(max(told or 0, noted or 0))
+                choice.logprobs.append((session.position - 1, TokenLogprobs(logprob, tuple(top))))
+                if told is not None:
+                    logprobs = TokenLogprobs(logprob, tuple(top[:told]))
         except StopIteration:
             reason = generation.reason
             assert reason is not None, "neither closed nor failed"
@@ -703,7 +549,7 @@ class Scheduler:
         is_prompt = len(tokens) >= len(asked.tokens)
         end = self._capsule(worker)
         self._free(worker)
-        left = Left(choice.index, reason, tokens, end, asked.start)
+        left = Left(choice.index, reason, tokens, end, asked.start, tuple(choice.logprobs))
         if not is_prompt:  # in the midst of its prompt: worth trying again from, but no turn
             self._told_end(asked, choice.index, reason, None)
             for index in range(1, asked.ask.n) if choice.index == 0 else ():
@@ -810,8 +656,16 @@ class Scheduler:
         return worker.choice
 
 
+def _settle(future: Future[_T], work: Callable[[], _T]) -> None:
+    """Give a future what `work` returns or raises, unless nobody waits for it any more."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = work()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
 _NO_TOKENS = np.empty(0, np.int32)
-_OPTIONS = frozenset(inspect.signature(Session.generate).parameters) - {
-    "self", "max_tokens", "stop",
-}  # fmt: skip
-_PARAMS = frozenset(SamplerParams.__dataclass_fields__)

@@ -14,6 +14,7 @@ serve/OWNER/ENTRY. docs/serve-state.md tells what is in them.
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 import threading
@@ -30,9 +31,10 @@ from flashrt.base.tracing import PLAN, trace
 from flashrt.serve.ask import NoSession, SessionBusy, SessionConflict
 from flashrt.serve.prefix import PREFIX, Entry, PrefixIndex, owner_key
 from flashrt.serve.saver import Saver
-from flashrt.serve.scheduler import Asked, Ends, Left
+from flashrt.serve.work import Asked, Ends, Left
 from flashrt.store.folder import REFS
 from flashrt.store.manifest import tokens_digest
+from flashrt.store.notes import Notes, TokenNote
 from flashrt.store.reuse import common_prefix
 from flashrt.store.store import Saving, Store, ref_file
 
@@ -40,6 +42,7 @@ FORMAT = "flashrt-session-1"
 MOST_FILE_NBYTES = 256 << 20
 MOST_NAME = 200  # characters
 MOST_SESSIONS = 10_000  # of an owner
+MOST_NOTED = 100_000  # log probabilities of a turn: some megabytes of JSON
 _ID_NBYTES = 16  # nobody guesses 128 bits
 _NODE_NBYTES = 8
 _FILE = re.compile(rf"{PREFIX}/([0-9a-f]+)/([0-9a-f]+)/session\.json")
@@ -193,7 +196,7 @@ class SessionBook(Ends):
         if store is None or self._saver is None or post is None:
             tell(id_)
             return
-        parts = self._taken(store, (left.start, left.end))
+        parts = self._taken(store, left)
 
         def write() -> None:
             for _, saving in parts.savings:
@@ -521,20 +524,33 @@ class SessionBook(Ends):
             if entry is not None and entry.queue is not None:
                 self._index.hold(entry, _holder(session, node))
 
-    def _taken(self, store: Store, entries: Iterable[Entry | None]) -> _Parts:
+    def _taken(self, store: Store, left: Left) -> _Parts:
         """Of those that are not in the store: what it takes to put them there."""
         parts = _Parts()
-        for entry in dict.fromkeys(entries):
+        for entry in dict.fromkeys((left.start, left.end)):
             if entry is None or entry.capsule is None or entry.place is not None:
                 continue
+            notes = self._notes(left) if entry is left.end and left.logprobs else None
             try:
-                saving = store.begin(entry.capsule, entry.name)
+                saving = store.begin(entry.capsule, entry.name, notes)
             except CapsuleError as error:
                 self._problem(f"a capsule at {entry.position} is not in the store: {error}")
                 continue
             self._index.hold(entry, _SAVING)
             parts.savings.append((entry, saving))
         return parts
+
+    def _notes(self, left: Left) -> Notes:
+        """Its log probabilities, for `flashrt store diff`. What is ruled out has none to note."""
+        noted, n_pairs = [], 0
+        for position, told in left.logprobs:
+            top = [(token, x) for token, x in told.top if math.isfinite(x)]
+            n_pairs += 1 + len(top)
+            if n_pairs > MOST_NOTED:
+                break
+            logprob = told.logprob if math.isfinite(told.logprob) else None
+            noted.append(TokenNote(position, int(left.tokens[position]), logprob, top))
+        return Notes(noted, str(self._index.checkpoint))
 
     def _saved(self, parts: _Parts, error: BaseException | None) -> None:
         if error is not None:

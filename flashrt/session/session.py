@@ -138,7 +138,8 @@ class Session:
         self._catch_up()
         if self._lane.owed is not None:
             return self._lane.tokens
-        return np.append(self._lane.tokens, np.array(self._tail.pending, np.int32))
+        committed = self._lane.tokens[: self._tail.end]
+        return np.append(committed, np.array(self._tail.pending, np.int32))
 
     @property
     def engine(self) -> TokenEngine:
@@ -185,14 +186,15 @@ class Session:
         To be asked between tokens of `generate`: raises SessionError once something else ran.
         """
         self._check_open()
-        logits = self._tail.logits(self.position - 1) if self._tail.pending else None
-        if logits is None:
+        last = self._tail.last
+        logits = None if last is None else self._tail.logits(self.position - 1)
+        if last is None or logits is None:
             raise SessionError("logprobs: ask right after generate has yielded a token")
         wide = logits.astype(np.float64)
         logs = wide - wide.max()
         logs -= np.log(np.exp(logs).sum())
         best = _largest(logs, min(top, len(logs)))
-        return float(logs[self._tail.pending[-1]]), [(int(i), float(logs[i])) for i in best]
+        return float(logs[last]), [(int(i), float(logs[i])) for i in best]
 
     # -- going on -------------------------------------------------------------------------------
 
@@ -269,7 +271,8 @@ class Session:
         is_ready = self._closed_with is None and lane.is_trusted
         if not is_ready or self._engine.is_in_flight(lane):
             return None
-        if self._tail.end >= self._engine.max_positions:
+        end = self._tail.end
+        if end >= self._engine.max_positions or end < lane.position:
             return None
         return self._tail.due(draft, wanted)
 
@@ -309,7 +312,7 @@ class Session:
                 return "stop"
             if self._tail.end >= self._engine.max_positions:
                 return "context"
-            token = self._tail.next(choice.params, draft, wanted)
+            token = self._tail.next(choice.params, draft, wanted, stops)
             if token < 0:
                 raise SessionError(
                     f"generate: the logits at position {self.position} hold NaN, or leave no token"
@@ -419,11 +422,7 @@ class Session:
             self._epoch += 1
             self._tail.cut(target)
             return
-        journal = self._lane.journal[:target].copy()
-        self._return_to_boundary(target)
-        self._parent = _at_or_below(self._parent, self._lane.position)
-        self._epoch += 1
-        self._feed(journal[self._lane.position :])
+        self._go_back(target)
 
     @exclusive
     def keep_waypoint(self) -> None:
@@ -472,6 +471,14 @@ class Session:
             self._engine.prefill(self._lane, tokens[start:stop])
             self._tail.clear()
             self._place_waypoint()
+
+    def _go_back(self, position: int) -> None:
+        """To a position that was committed: the nearest boundary below it, then the journal."""
+        journal = self._lane.journal[:position].copy()
+        self._return_to_boundary(position)
+        self._parent = _at_or_below(self._parent, self._lane.position)
+        self._epoch += 1
+        self._feed(journal[self._lane.position :])
 
     def _return_to_boundary(self, position: int) -> None:
         """The deepest one at or below a position whose bytes can be read."""
@@ -528,6 +535,8 @@ class Session:
             self._make_again()
         elif self._engine.is_in_flight(lane):
             self._engine.recover(lane)
+        if (end := self._tail.end) < lane.position:
+            self._go_back(end)
 
     def _catch_up(self) -> None:
         """What the device did and the host did not note, as an exception fell in between."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from flashrt.capsule.lineage import Lane
 from flashrt.engine.tokens import TokenEngine
+from flashrt.ops.rows import STOP_WORDS
 from flashrt.ops.sample import SamplerParams
 from flashrt.session.speculate import DraftLength
 
@@ -40,6 +41,8 @@ class _Known(NamedTuple):
     params: SamplerParams | None = None  # that tokens ahead were sampled with
     kept: range = _NONE  # positions whose rows the device can commit without another pass
     logits_at: int = -1  # boundary whose logits are in the logits region
+    logits_before_at: int = -1  # boundary of those that were there before
+    is_ahead: bool = False  # the lane may be one token beyond `end`
 
 
 class Due(NamedTuple):
@@ -73,7 +76,7 @@ class Tail:
     def end(self) -> int:
         """One past the last token that is history."""
         known, position = self._known, self._lane.record.position
-        return known.end if known.end > position else position
+        return known.end if known.end > position or known.is_ahead else position
 
     @property
     def pending(self) -> list[int]:
@@ -83,20 +86,31 @@ class Tail:
 
     def cut(self, end: int) -> None:
         """Less history: `end` is in [lane.position, self.end]."""
-        moves, base, _, tokens, params, kept, logits_at = self._known
-        self._state = _Known(moves, base, end, tokens, params, kept, logits_at)
+        self._state = self._known._replace(end=end, is_ahead=False)
+
+    @property
+    def last(self) -> int | None:
+        """The token that became history last, while nothing else ran since."""
+        known = self._known
+        at = self.end - 1 - known.base
+        return known.tokens[at] if 0 <= at < len(known.tokens) else None
 
     def take(self) -> None:
         """The token that `next` returned is history."""
         self.cut(self.end + 1)
 
-    def next(self, params: SamplerParams, draft: DraftLength, wanted: int) -> int:
-        """The token after `end`; -1 if the logits are NaN. `wanted`: how many will be, at most."""
-        known, position = self._known, self._lane.record.position
-        end = max(known.end, position)
+    def next(
+        self, params: SamplerParams, draft: DraftLength, wanted: int, stops: frozenset[int]
+    ) -> int:
+        """The token after `end`; -1 if the logits are NaN. `wanted`: how many will be, at most.
+        One of `stops` will not be history.
+        """
+        known, position, end = self._known, self._lane.record.position, self.end
         if known.base <= end < known.base + len(known.tokens):
             if known.params is not params and known.params != params:
                 self.sample(params)
+        elif self._may_queue(params, draft, stops):
+            return self._queue(params, wanted, stops)
         elif end > position:
             self._step(params, draft, wanted)
         else:
@@ -176,6 +190,8 @@ class Tail:
         known = self._known
         if boundary == known.logits_at:
             return self._engine.logits(self._lane)
+        if boundary == known.logits_before_at:
+            return self._engine.logits_before(self._lane)
         if boundary - 1 in known.kept:
             return self._engine.verify_logits(self._lane, boundary - 1 - known.kept.start)
         return None
@@ -213,6 +229,37 @@ class Tail:
             self._state = known._replace(tokens=known_tokens)
         self._engine.commit(self._lane, tokens)
         self._committed()
+
+    def _may_queue(self, params: SamplerParams, draft: DraftLength, stops: frozenset[int]) -> bool:
+        """Whether what comes next can be queued behind what is under way: it must be a plain
+        decode, and need nothing of the host's, as a grammar does.
+        """
+        is_plain = draft.draft == 0 and params.allowed is None and len(stops) < STOP_WORDS
+        return is_plain and self._engine.goes_ahead
+
+    def _queue(self, params: SamplerParams, wanted: int, stops: frozenset[int]) -> int:
+        """`next`, with the decode of what it returns under way."""
+        engine, lane = self._engine, self._lane
+        self._commit_kept()
+        known = self._known
+        if known.end > lane.record.position:  # one token at most is pending
+            engine.begin_decode(lane, self.pending[0], params, stops)
+            self._restart((), params)
+            self._committed()
+        elif known.params != params or not engine.has_following(lane, stops):
+            engine.begin_sample(lane, params, stops)
+            self._restart((), params)
+        end = self.end
+        is_more = wanted > 1 and end + 1 < engine.max_positions
+        self._state = self._known._replace(is_ahead=is_more)
+        token, is_fed = engine.following(lane, is_more=is_more)
+        logits_at = (end + 1, end) if is_fed else (end, -1)
+        self._state = _Known(
+            lane.record.moves, end, end, (token,), params, _NONE, *logits_at, is_ahead=is_fed
+        )
+        if is_fed:
+            self._committed()
+        return token
 
     def _decode(self, params: SamplerParams, token: int) -> None:
         self._engine.set_sampler(self._lane, params)

@@ -297,12 +297,23 @@ class Store:
         found = ((ref, self._target(ref)) for ref in self.folder.names(REFS))
         return [(ref, target) for ref, target in found if target is not None]
 
+    def named(self, which: str) -> Place | None:
+        """The capsule that a name stands for; None where there is no such name, or no capsule.
+        Raises StoreError for a name that cannot be read.
+        """
+        try:
+            ref = ref_file(which)
+        except StoreError:  # it is no name: perhaps an id
+            return None
+        place = manifests.place_of(self._target(ref) or "")
+        return place if place is not None and self.folder.size(place.name) is not None else None
+
     def resolve(self, which: str) -> Place:
         """The capsule that a name or the beginning of an id (at least 4 digits) stands for.
 
         Raises StoreError when there is none, or more than one.
         """
-        if (named := self._named(which)) is not None:
+        if (named := self.named(which)) is not None:
             return named
         matching = [p for p in self.places() if len(which) >= 4 and p.id.startswith(which)]
         if len(matching) == 1:
@@ -377,7 +388,7 @@ class Store:
         return engine.capsules.change(lambda: self._load(engine, which))
 
     def _load(self, engine: Engine, which: str | Place) -> Capsule:
-        named = self._named(which) if isinstance(which, str) else None
+        named = self.named(which) if isinstance(which, str) else None
         name = which if named is not None and isinstance(which, str) else None
         place = named or (which if isinstance(which, Place) else self.resolve(which))
         found, table = self.manifest(place), engine.capsules
@@ -410,7 +421,7 @@ class Store:
         is gone. So one of the two sees the other, and writes the manifest again.
         """
         with self.folder.removing() as turn:
-            named = self._named(which) if isinstance(which, str) else None
+            named = self.named(which) if isinstance(which, str) else None
             place = named or (which if isinstance(which, Place) else self.resolve(which))
             if named is None and self.folder.size(place.name) is None:
                 raise StoreError(f"{self.folder.url}/{place.name}: there is no such capsule")
@@ -446,15 +457,6 @@ class Store:
                 f"{self.folder.url}: format {shown(found[:64])}, this version reads {FORMAT!r}"
             )
         return found == FORMAT
-
-    def _named(self, which: str) -> Place | None:
-        """The capsule that a name stands for; None where there is no such name, or no capsule."""
-        try:
-            ref = ref_file(which)
-        except StoreError:  # it is no name: perhaps an id
-            return None
-        place = manifests.place_of(self._target(ref) or "")
-        return place if place is not None and self.folder.size(place.name) is not None else None
 
     def _target(self, ref: str) -> str | None:
         """The manifest that a ref stands for, be it there or not. None where there is no such ref,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.core.region import DType
-from flashrt.ops.table import ATTENTION_BLOCK, CURSOR_WORDS
+from flashrt.ops.table import ATTENTION_BLOCK, CURSOR_WORDS, STOP_WORDS
 from tests.backend.runner import Case, bf16_bits, from_bf16, rng_for
 
 Array = NDArray[Any]
@@ -245,6 +245,15 @@ def advance(position: int, n: int) -> Case:
     return Case("advance", {"cursor": cursor(position, n)})
 
 
+def hold(token: int, *stops: int) -> Case:
+    held = cursor(7, 1)
+    held[2] = token
+    words = np.full(STOP_WORDS, token, np.int32)  # beyond those that count, anything
+    words[: len(stops) + 1] = len(stops), *stops
+    return Case("hold", {"stops": words, "cursor": held}, label=f"hold[{token},{stops}]")
+
+
+HOLDS = (hold(5), hold(5, 4, 5), hold(5, 4, 6), hold(-1), hold(3, *[9] * 14, 3), hold(0, 9))
 Shapes = tuple[dict[str, Any], ...]
 Grid = tuple[tuple[Callable[..., Case], Shapes], ...]
 

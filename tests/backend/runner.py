@@ -150,7 +150,7 @@ class Runner:
         )
 
     def _dtype(self, region: Region) -> DType:
-        return resolve_dtype(region.dtype, self.backend.act)
+        return resolve_dtype(region.dtype, self.backend.acts)
 
     def _write(self, view: View, offset: int, array: Array, margin: tuple[int, int]) -> None:
         region = view.region

@@ -68,4 +68,4 @@ def test_precisions_and_devices_widen_the_set_of_variants() -> None:
     both = build._parser().parse_args(["cuda", "--shape", "tiny", "--precision", "bfloat16,high"])
     few, many = (build._launches(a, build._recorded(a), "sm_90") for a in (arguments, both))
     assert set(few) < set(many)
-    assert build.PRECISIONS["high"] is DType.BF16X2
+    assert build.ACTS["high"].narrow is DType.BF16X2

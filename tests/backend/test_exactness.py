@@ -158,7 +158,7 @@ def test_kernels_for_few_and_many_rows_agree(runner: Runner, case: Case) -> None
 @pytest.fixture(scope="session")
 def others(runner: Runner) -> Iterator[list[Runner]]:
     """simt devices whose threads and blocks run in random orders, of several sizes."""
-    precision: Precision = "high" if runner.backend.act is DType.BF16X2 else "bfloat16"
+    precision: Precision = "high" if runner.backend.acts.narrow is DType.BF16X2 else "bfloat16"
     devices = [
         SimtDevice(precision, seed=seed, multiprocessors=size)
         for seed, size in ((1, 16), (2, 108), (3, 1), (4, 1000))

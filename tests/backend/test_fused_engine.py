@@ -16,6 +16,7 @@ import pytest
 import build
 import flashrt
 from flashrt.backends.cuda import kernels
+from flashrt.backends.cuda.device import ACTS
 from flashrt.backends.cuda.fusion import fuse
 from flashrt.backends.cuda.graph import CudaGraph
 from flashrt.backends.simt.device import SimtDevice
@@ -104,14 +105,14 @@ def test_launches_of_a_token(size: str) -> None:
     """Red: a plan of scratch that keeps launches apart; a block that is recorded another way than
     the pass knows.
     """
-    act = DType.BF16
+    acts = ACTS["bfloat16"]
     model = model_for(
         shape_config(size), max_positions=4096, kv_dtype=DType.BF16, has_draft_head=False
     )
-    launches = build.bound_tapes(model, act)["decode", 1]
+    launches = build.bound_tapes(model, acts)["decode", 1]
     counted = tuple(
-        sum(len(kernels.expand(bound.launch, act, 132, "sm_90")) for bound in tape)
-        for tape in (launches, fuse(launches, act, 0))
+        sum(len(kernels.expand(bound.launch, acts, 132, "sm_90")) for bound in tape)
+        for tape in (launches, fuse(launches, acts, 0))
     )
     assert counted == DECODES[size]
     assert counted[1] < 400

@@ -115,11 +115,11 @@ class Board:
 
     def kernels(self) -> list[str]:
         """Ops after the pass."""
-        return [b.launch.op.name for b in fuse(self.launches, self.runner.backend.act, 0)]
+        return [b.launch.op.name for b in fuse(self.launches, self.runner.backend.acts, 0)]
 
     def _address(self, view: View) -> int:
         lead = self.runner.backend.storage(view.region).lead_nbytes
-        bits = resolve_dtype(view.region.dtype, self.runner.backend.act).bits
+        bits = resolve_dtype(view.region.dtype, self.runner.backend.acts).bits
         at = self.addresses[view.region] + view.lead * lead + view.col * bits // 8
         return self.runner.memory.address + at
 
@@ -180,7 +180,7 @@ def mlp(board: Board, s: Mlp, *, has_sum: bool) -> None:
     out = board.region("out", s.T, s.H, dtype=DType.ACT_WIDE, role=Role.IO)
     mixed = board.region(
         "mixed", s.T, 32, value=bf16_bits(randn(rng_for("mixed"), s.T, 32))
-        if board.runner.backend.act is DType.BF16 else randn(rng_for("mixed"), s.T, 32),
+        if board.runner.backend.acts.narrow is DType.BF16 else randn(rng_for("mixed"), s.T, 32),
         dtype=DType.ACT,
     )  # fmt: skip
     first = board.region("first", s.T, s.H)

@@ -102,4 +102,4 @@ def test_attention_over_codes(runner: Runner, dtype: DType, case: Case) -> None:
     error = np.sqrt(off / size)
     backend, stored = runner.backend, runner.dtype(case, "y")
     is_gpu = backend.name == "cuda"
-    assert error <= tolerance("attention", backend.act, stored, is_gpu=is_gpu)
+    assert error <= tolerance("attention", backend.acts.narrow, stored, is_gpu=is_gpu)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from flashrt.base.errors import PlanError
 from flashrt.core.region import DType
 from flashrt.ops.table import OPS
-from tests.backend.cases import ODD, advance, all_cases, attention, cursor, embed, randn
+from tests.backend.cases import HOLDS, ODD, advance, all_cases, attention, cursor, embed, randn
 from tests.backend.draft_cases import drafting_cases
 from tests.backend.policy_cases import policy_cases
 from tests.backend.runner import Case, Runner, rng_for
@@ -20,7 +20,7 @@ from tests.policy_reference import POLICY_REFERENCE
 from tests.reference import REFERENCE, Operands
 from tests.tolerances import tolerance
 
-CASES = [*all_cases(), advance(30, 3)]
+CASES = [*all_cases(), advance(30, 3), *HOLDS]
 ODD_CASES = all_cases(ODD)
 WORKSPACE = {"partials", "work"}  # written at will
 _REFERENCE = REFERENCE | POLICY_REFERENCE
@@ -52,7 +52,9 @@ def relative_error(got: NDArray[Any], want: NDArray[Any]) -> float:
 
 def allowed(runner: Runner, case: Case, name: str) -> float:
     backend = runner.backend
-    return tolerance(case.op, backend.act, runner.dtype(case, name), is_gpu=backend.name == "cuda")
+    return tolerance(
+        case.op, backend.acts.narrow, runner.dtype(case, name), is_gpu=backend.name == "cuda"
+    )
 
 
 def check(runner: Runner, case: Case, after: dict[str, NDArray[Any]]) -> None:

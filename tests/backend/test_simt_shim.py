@@ -26,7 +26,7 @@ from flashrt.backends.simt.device import SimtDevice
 from flashrt.backends.simt.driver import SimtDriver
 from flashrt.base.errors import BackendError, CompileError
 from flashrt.ops import OPS
-from tests.backend.cases import all_cases, attention, delta_rule, linear, randn
+from tests.backend.cases import HOLDS, all_cases, attention, delta_rule, linear, randn
 from tests.backend.draft_cases import SHIFTED, drafting_cases
 from tests.backend.policy_cases import policy_cases
 from tests.backend.runner import Case, Runner, rng_for
@@ -293,7 +293,7 @@ def few_and_many(op: str) -> list[Case]:
     """A case of few rows and the one of most; those of policies as they come."""
     if of_policies := [case for case in policy_cases() if case.op == op]:
         return of_policies
-    every = [*all_cases(), *all_cases(SHIFTED), *drafting_cases()]
+    every = [*all_cases(), *all_cases(SHIFTED), *drafting_cases(), *HOLDS]
     cases = [case for case in every if case.op == op]
     cases.sort(key=lambda c: np.asarray(c.operands["cursor"])[1])
     return [cases[len(cases) // 3], cases[-1]]

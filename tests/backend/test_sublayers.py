@@ -76,7 +76,7 @@ def linear(runner: Runner, x: F32, w: F32) -> F32:
 def assert_near(runner: Runner, got: NDArray[Any], want: F32) -> None:
     """Element by element, or where activations are bfloat16 by the rms of the difference."""
     difference = got - want.reshape(got.shape)
-    if runner.backend.act is DType.BF16:
+    if runner.backend.acts.narrow is DType.BF16:
         assert np.mean(difference**2) <= SUBLAYER_RELATIVE**2 * np.mean(want**2)
     else:
         assert np.max(np.abs(difference)) <= SUBLAYER_ABSOLUTE

@@ -1,8 +1,8 @@
 """An exception before any line of a call of a control loop: the call has happened, or it has not.
 
 Red when the lane, the record and the history of a loop disagree afterwards, when a block or a lane
-is lost, or when a capsule saved afterwards does not load. Every line is struck in the slow suite,
-one in some in the quick one.
+is lost, or when a capsule saved afterwards does not load. The quick suite strikes one line
+in some, the slow one more of them, and with --stride 1 every line.
 """
 
 from __future__ import annotations
@@ -255,9 +255,13 @@ def test_some_lines(
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 def test_every_line(
-    engines: dict[type[Scene], ActionEngine], tmp_path: Path, case: tuple[type[Scene], str]
+    engines: dict[type[Scene], ActionEngine],
+    tmp_path: Path,
+    case: tuple[type[Scene], str],
+    request: pytest.FixtureRequest,
 ) -> None:
-    strike_all(engines, tmp_path, case, 1)
+    """--stride 1 strikes every line."""
+    strike_all(engines, tmp_path, case, max(1, request.config.getoption("--stride") // 8))
 
 
 # -- an environment beside it ---------------------------------------------------------------------

@@ -18,7 +18,7 @@ import flashrt
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.load import load_on
 from tests.golden.expected import Expected, assert_close, assert_states, read_expected
-from tests.tolerances import LOGITS_RELATIVE
+from tests.tolerances import FAST_RELATIVE, LOGITS_RELATIVE
 
 PROMPTS = (0, 1, 2, 3, *(pytest.param(i, marks=pytest.mark.slow) for i in (4, 5)))  # 200, 777
 
@@ -65,6 +65,18 @@ def test_high_gives_the_states_of_float32(high: flashrt.Engine, expected: Expect
         session.prefill(expected.prompts[expected.cache_prompt])
         names = ("state", "window", "keys", "values")
         assert_states({n: high.lane_array(session.lane, n) for n in names}, expected)
+
+
+def test_fast_rounds_what_the_default_keeps(golden_set: Path, expected: Expected) -> None:
+    """As near as one bfloat16 throughout comes, and no nearer: a precision of its own."""
+    engine, errors = load(golden_set, SimtDevice("fast")), []
+    for prompt in range(3):
+        with engine.session() as session:
+            session.prefill(expected.prompts[prompt])
+            errors.append(relative(session.logits(), expected.arrays["logits_last"][prompt]))
+    engine.close()
+    assert max(errors) <= FAST_RELATIVE, errors
+    assert max(errors) > LOGITS_RELATIVE, f"{errors}: were these pairs?"
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -15,7 +15,7 @@ from flashrt.load import load_on
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SEEDS = (0, 1, 2)  # 0: threads in order
-PRECISIONS = ("bfloat16", pytest.param("high", marks=pytest.mark.slow))
+PRECISIONS = ("bfloat16", *(pytest.param(p, marks=pytest.mark.slow) for p in ("high", "fast")))
 Found = tuple[bytes, str]
 
 

@@ -9,6 +9,7 @@ import mmap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from flashrt.core.runs import table_of
 from flashrt.serve.ask import Ask, Closing, QueueFull, TimedOut
 from flashrt.serve.core import Core
 from flashrt.serve.prefix import Kept
-from flashrt.serve.scheduler import Limits
+from flashrt.serve.work import Limits
 from tests.serve.conftest import LANES, LIMIT, load
 from tests.serve.listening import Heard, alone, ask
 
@@ -205,6 +206,45 @@ def test_none_starves(serving: Serving) -> None:
     first, second = (i for i, (who, _) in enumerate(ended) if who == "victim")
     assert first <= 4, "another owner is next but for what runs"
     assert second <= 120, "one in four is the oldest"
+
+
+def test_short_prompts_go_before_long_ones_and_none_starves(serving: Serving) -> None:
+    """Fault: rows are shared equally, so that a short prompt is as late as a long one; or short
+    ones, that come again and again, keep all rows from a long one.
+    """
+    core = serving(load(lanes=6), limits=Limits(itl_s=1e-6))  # as few rows a step as can be
+    firsts: list[int] = []
+
+    class Timed(Heard):
+        prompt: list[int]
+
+        def token(self, index: int, *more: Any) -> bool:
+            if index not in self.tokens:
+                firsts.append(len(self.prompt))
+            return super().token(index, *more)
+
+        def ended(self, index: int, reason: str, node: str | None) -> None:
+            if len(self.prompt) == 40 and len(firsts) < 200 and not long.done.is_set():
+                submit(40, len(firsts))
+            super().ended(index, reason, node)
+
+    def submit(n: int, first: int) -> Timed:
+        heard = Timed()
+        heard.prompt = [(first * 7 + i) % 200 for i in range(n)]
+        core.submit(Ask("ann", tuple(heard.prompt), heard, 1))
+        return heard
+
+    beside = ask(core, [1], 1000)  # somebody decodes all the time
+    assert beside.has_token.wait(30)
+    long = submit(480, 0)
+    for i in range(4):
+        submit(40, 100 + i)
+    long.wait()
+    assert not beside.done.is_set(), "prompts were fed beside it"
+    # It has one step in four at least: the shorts' rows are three times its own, at most.
+    before = firsts.index(480)
+    assert 480 / 40 < before < 3.5 * 480 / 40
+    core.scheduler.close(drain=False)
 
 
 def test_one_owners_states_are_not_anothers(serving: Serving) -> None:

@@ -21,7 +21,9 @@ import flashrt
 from flashrt.serve.ask import NoSession, SessionBusy, SessionConflict
 from flashrt.serve.core import Core
 from flashrt.serve.prefix import Kept
+from flashrt.serve.work import Limits
 from flashrt.store import upkeep
+from flashrt.store.history import History
 from flashrt.store.store import Store
 from tests.serve.conftest import load
 from tests.serve.listening import Heard, alone, ask
@@ -259,6 +261,52 @@ def test_choices_of_a_turn_are_siblings(serving: Serving) -> None:
     for index, node in heard.nodes.items():
         tokens = core.sessions.tokens("ann", id_, node).result()
         assert tokens == (1, 2, 3, *heard.tokens[index])
+
+
+def test_branches_have_each_others_logprobs(
+    serving: Serving, other: flashrt.Engine, tmp_path: Path
+) -> None:
+    """Fault: what `store diff` shows of a server's turns is nothing, or another position's."""
+    url = tmp_path / "store"
+    core = serving(load(), store=Store(url), limits=Limits(noted=other.vocab_size))
+    sampling = {"temperature": 1.5, "seed": 3}
+    ask(core, SYSTEM, 0).wait()
+    heard = ask(core, SYSTEM, 12, n=2, sampling=sampling, logprobs=1).wait()
+    assert all(said is not None and len(said.top) == 1 for said in heard.logprobs[0])
+    core.close()
+    history = History(Store(url))
+    a, b = (e for e in history.entries.values() if e.place.position == len(SYSTEM) + 12)
+    parting = history.part(a, b, 2)
+    assert parting.relation == "differ" and history.problems == []
+    for side, beside in ((parting.a, parting.b), (parting.b, parting.a)):
+        tokens = history.store.tokens(side.entry.manifest)
+        with other.session() as session:
+            session.prefill(tokens[: parting.position])
+            (chosen,) = session.generate(1, logit_bias={int(tokens[parting.position]): 1000.0})
+            _, top = session.logprobs(other.vocab_size)
+        assert chosen == side.token and beside.token is not None
+        assert side.logprob_of(chosen) == dict(top)[chosen]
+        assert side.logprob_of(beside.token) == dict(top)[beside.token]
+    notes = history.notes(a)
+    assert notes is not None and notes.checkpoint == str(other.checkpoint.path)
+    assert [t.position for t in notes.tokens] == list(range(len(SYSTEM), len(SYSTEM) + 12))
+
+
+def test_logprobs_are_noted_where_they_were_asked_for(serving: Serving, tmp_path: Path) -> None:
+    """Fault: all turns pay for what nobody wanted, or what was computed is thrown away."""
+    core = serving(store=Store(tmp_path / "store"))
+    ask(core, [1, 2], 3).wait()
+    heard = ask(core, [3, 4], 3, logprobs=2).wait()
+    core.close()
+    history = History(Store(tmp_path / "store"))
+    (entry,) = (e for e in history.entries.values() if e.has_notes)
+    notes = history.notes(entry)
+    assert notes is not None
+    assert [(t.token, t.logprob, tuple(t.alternatives)) for t in notes.tokens] == [
+        (token, said.logprob, said.top)
+        for token, said in zip(heard.tokens[0], heard.logprobs[0], strict=True)
+        if said is not None
+    ]
 
 
 def test_held_states_are_spilled_and_others_dropped(serving: Serving, tmp_path: Path) -> None:

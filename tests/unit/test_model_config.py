@@ -248,7 +248,8 @@ def test_any_mix_of_layers_records(
 def test_every_region_and_weight_is_used(config: dict[str, object], has_draft_head: bool) -> None:
     model = model_for(config, max_positions=300, has_draft_head=has_draft_head)
     used = {v.region for p in model.phases for n in model.record(*p).launches for v in n.operands}
-    assert {*model.lane_regions, *(rule.region for rule in model.weights)} <= used
+    known = {r for r in model.lane_regions if r.name != "logits_before"}  # the engine copies there
+    assert {*known, *(rule.region for rule in model.weights)} <= used
 
 
 def test_tied_head_shares_the_embedding(config: dict[str, object]) -> None:

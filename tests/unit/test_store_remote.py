@@ -149,10 +149,10 @@ def test_a_save_that_meets_a_sweep(far: Far, url: str, capsule: flashrt.Capsule)
 
 @pytest.mark.slow
 def test_a_save_that_meets_a_sweep_at_every_step(
-    far: Far, url: str, capsule: flashrt.Capsule
+    far: Far, url: str, capsule: flashrt.Capsule, request: pytest.FixtureRequest
 ) -> None:
-    """The same, at each operation of the one and of the other."""
-    check_every_meeting(far, url, capsule, stride=1)
+    """The same, with --stride 1 at each operation of the one and of the other."""
+    check_every_meeting(far, url, capsule, max(1, request.config.getoption("--stride") // 8))
 
 
 def test_a_save_that_was_taken_for_dead(far: Far, url: str, capsule: flashrt.Capsule) -> None:
@@ -174,15 +174,16 @@ def test_a_save_that_was_taken_for_dead(far: Far, url: str, capsule: flashrt.Cap
     assert swept > 5  # or nothing was at stake
 
 
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("is_dense", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_save_that_goes_on_in_the_middle_of_a_sweep(
-    far: Far, url: str, capsule: flashrt.Capsule, stride: int
+    far: Far, url: str, capsule: flashrt.Capsule, is_dense: bool, request: pytest.FixtureRequest
 ) -> None:
     """Stopped at any operation until it is taken for dead; it goes on at any operation of the sweep
     that did so. Red when it reports without a look at its own announcement: that sweep looked for
     manifests before this one was there, and deletes what it shares.
     """
     n_save, n_sweep = operations(far, url, capsule)
+    stride = max(1, request.config.getoption("--stride") // 8) if is_dense else 7
     met = 0
     for i in range(1, n_save + 1, stride):
         for j in range(1 + (i // stride) % stride, n_sweep + 12, stride):

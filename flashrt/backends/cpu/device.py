@@ -31,7 +31,7 @@ from flashrt.core.digest import LAYOUT_CODE, DigestTerm
 from flashrt.core.direct import FileHash, FilePart
 from flashrt.core.groups import Planes
 from flashrt.core.op import Launch, Op
-from flashrt.core.region import DType, Layout, Region, resolve_dtype
+from flashrt.core.region import ActDTypes, DType, Layout, Region, resolve_dtype
 
 Activations = Literal["float32", "int16", "int8"]
 INTEGER_CODES = (DType.U4, DType.U5, DType.U6, DType.I8, DType.E2M1)  # of kernels/linear_int8.c
@@ -40,7 +40,8 @@ _HUGE = 2 << 20
 # Ops whose kernels have neither barriers nor claims: threads need not wait between two runs.
 _APART = frozenset((
     "embed", "conv_window", "delta_rule", "delta_gates", "rope_append", "last_row", "last_values",
-    "last_cursor", "advance", "rmsnorm", "add_rmsnorm", "gated_rmsnorm", "silu_mul", "add_bias",
+    "last_cursor", "advance", "hold", "rmsnorm", "add_rmsnorm", "gated_rmsnorm", "silu_mul",
+    "add_bias",
     "keep_rows", "keep_values", "dense", "dense_add", "gru_cell",
 ))  # fmt: skip
 _MOST_ARGUMENTS = 1024  # of kernels/runtime.c
@@ -106,7 +107,8 @@ class CpuDevice:
     """See core.backend.Backend for the contract of the verbs."""
 
     name = "cpu"
-    act = DType.F32
+    acts = ActDTypes(DType.F32, DType.F32)
+    is_async = False
 
     def __init__(
         self,
@@ -152,7 +154,7 @@ class CpuDevice:
 
     def storage(self, region: Region) -> Storage:
         """See Backend."""
-        return layouts.storage(region, self.act)
+        return layouts.storage(region, self.acts)
 
     def pack(self, region: Region, array: NDArray[np.generic] | Planes, out: Bytes) -> None:
         """See Backend; matrices go through C, all threads."""
@@ -183,7 +185,7 @@ class CpuDevice:
 
     def unpack(self, region: Region, raw: Bytes) -> NDArray[np.generic]:
         """See Backend."""
-        return layouts.unpack(region, raw, self.act)
+        return layouts.unpack(region, raw, self.acts)
 
     def digest_layout(self, region: Region) -> int:
         """See Backend."""
@@ -282,6 +284,11 @@ class CpuDevice:
         self.read(address, out)
         return lambda: out
 
+    def begin_read_word(self, address: int) -> Callable[[], int]:
+        """See Backend."""
+        word = int(self.begin_read(address, 4)().view(np.int32)[0])
+        return lambda: word
+
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """See Backend."""
         _arrays = self._memory_in_use()
@@ -372,7 +379,7 @@ class CpuDevice:
             raise SealedError(f"cpu: cannot {what} after seal; load another engine")
 
     def _record(self, launches: Sequence[BoundLaunch]) -> CpuGraph:
-        blocks = [b.pack(self.act) for b in launches]
+        blocks = [b.pack(self.acts) for b in launches]
         offsets = [0]
         for block in (*blocks, *blocks):  # as they are, and as moved to a lane
             offsets.append(offsets[-1] + -(-len(block) // _ALIGN) * _ALIGN)
@@ -454,7 +461,7 @@ def _part_words(part: FilePart, before: Bytes) -> list[int]:
 def _touched_nbytes(launches: Sequence[BoundLaunch]) -> int:
     """Bytes of all operands, of each launch anew."""
     return sum(
-        math.prod(view.shape) * resolve_dtype(view.region.dtype, DType.F32).bits // 8
+        math.prod(view.shape) * resolve_dtype(view.region.dtype, CpuDevice.acts).bits // 8
         for bound in launches
         for view in bound.launch.operands
     )

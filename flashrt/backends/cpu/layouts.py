@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from flashrt.base.errors import PlanError
 from flashrt.core.backend import Bytes, Storage
 from flashrt.core.groups import Groups, Plane, Planes
-from flashrt.core.region import CODE_DTYPES, DType, Layout, Region, Role, resolve_dtype
+from flashrt.core.region import CODE_DTYPES, ActDTypes, DType, Layout, Region, Role, resolve_dtype
 
 LANES = 32  # rows of a panel, positions of a granule, columns of a state block
 SLICE = 256  # columns of codes that lie together with their scales
@@ -26,13 +26,13 @@ def _ceil(n: int) -> int:
     return -(-n // LANES) * LANES
 
 
-def storage(region: Region, act: DType) -> Storage:
+def storage(region: Region, acts: ActDTypes) -> Storage:
     """Bytes of a region, per leading entry, and per row for rows."""
     if region.dtype in CODE_DTYPES and region.layout is Layout.MATRIX:
         n, k = region.shape
         panel = sum(_slice_nbytes(region, columns) for columns in _slices(k))
         return Storage(_ceil(n) // LANES * panel, panel // LANES)
-    item = resolve_dtype(region.dtype, act).nbytes
+    item = resolve_dtype(region.dtype, acts).nbytes
     if region.role is Role.ROWS:
         cols = region.shape[2]
         width = _ceil(cols) if region.layout is Layout.COLS_IN_LANES else cols
@@ -173,13 +173,13 @@ def _words(codes: Bytes, dtype: DType) -> NDArray[np.uint32]:
     return np.concatenate(words, axis=-1).reshape(len(codes), -1)
 
 
-def unpack(region: Region, raw: Bytes, act: DType) -> NDArray[np.generic]:
+def unpack(region: Region, raw: Bytes, acts: ActDTypes) -> NDArray[np.generic]:
     """Storage bytes -> logical array, bfloat16 as uint16 bits. Raises PlanError for a matrix in
     groups, which nobody reads back.
     """
     if region.groups is not None:
         raise PlanError(f"region {region.name!r}: a quantised matrix is not unpacked")
-    dtype = resolve_dtype(region.dtype, act)
+    dtype = resolve_dtype(region.dtype, acts)
     a: NDArray[np.generic] = raw.view(_BITS[dtype.nbytes])
     shape = region.shape
     if region.layout is Layout.MATRIX:

@@ -30,7 +30,7 @@ from flashrt.backends.cuda.graph import CudaGraph, Node
 from flashrt.backends.cuda.library import KernelLibrary
 from flashrt.backends.cuda.nvrtc import Nvrtc
 from flashrt.backends.cuda.sources import Sources
-from flashrt.backends.cuda.staging import DownloadRing, Readback, UploadRing
+from flashrt.backends.cuda.staging import DownloadRing, Readback, UploadRing, WordRing
 from flashrt.backends.cuda.views import CPU, CUDA, DeviceArray, view
 from flashrt.base.errors import BackendError, SealedError
 from flashrt.base.system import at_fork
@@ -40,10 +40,15 @@ from flashrt.core.copylist import COPY_FORMAT, CopyList, Upload
 from flashrt.core.digest import DigestTerm
 from flashrt.core.groups import Planes
 from flashrt.core.op import Op
-from flashrt.core.region import DType, Region
+from flashrt.core.region import ActDTypes, DType, Region
 
-Precision = Literal["bfloat16", "high"]
-_ACT: Mapping[str, DType] = {"bfloat16": DType.BF16, "high": DType.BF16X2}
+Precision = Literal["bfloat16", "high", "fast"]
+# "fast" is what others compute: one bfloat16, also where that shows; see docs/kernels.md.
+ACTS: Mapping[Precision, ActDTypes] = {
+    "bfloat16": ActDTypes(DType.BF16, DType.BF16X2),
+    "high": ActDTypes(DType.BF16X2, DType.F32),
+    "fast": ActDTypes(DType.BF16, DType.BF16),
+}
 _COPY_BYTES = struct.calcsize(COPY_FORMAT)
 _TERM_BYTES = struct.calcsize(DigestTerm.FORMAT)
 _SUM_BYTES = 16  # (lo, hi)
@@ -110,6 +115,8 @@ def _verb(method: _Method[_P, _R]) -> _Method[_P, _R]:
 class CudaDevice:
     """See core.backend.Backend for the contract of the verbs."""
 
+    is_async = True
+
     def __init__(
         self,
         driver: Driver,
@@ -125,10 +132,10 @@ class CudaDevice:
         launches of few rows are fused where they can be (see fusion), with the same bits; `eager`
         never fuses.
         """
-        if precision not in _ACT:
-            raise BackendError(f"precision {precision!r} is not one of {sorted(_ACT)}")
+        if precision not in ACTS:
+            raise BackendError(f"precision {precision!r} is not one of {sorted(ACTS)}")
         self.name = name
-        self.act = _ACT[precision]
+        self.acts = ACTS[precision]
         self.counters = Counters()
         self.driver = driver
         self._device_type = CPU if is_host else CUDA
@@ -152,6 +159,7 @@ class CudaDevice:
         self._ring = UploadRing(driver, self._stream, self._capacities.staging_bytes)
         self._readback = Readback(driver, self._stream, self._capacities.staging_bytes)
         self._downloads = DownloadRing(driver, self._stream, self._capacities.staging_bytes)
+        self._words = WordRing(driver, self._stream)
         table_bytes = self._capacities.copies * _COPY_BYTES
         terms_bytes = self._capacities.terms * (_TERM_BYTES + _SUM_BYTES)
         self._tables = DeviceMemory(
@@ -162,14 +170,14 @@ class CudaDevice:
         nbytes = self.storage(COUNTERS).nbytes
         self._counters = DeviceMemory("counters", driver.mem_alloc(nbytes), nbytes)
         driver.fill(self._counters.address, 0, nbytes, self._stream)
-        trace(PLAN, f"{self.description}, act {self.act}")
+        trace(PLAN, f"{self.description}, act {self.acts}")
 
     # ---- identity and storage
 
     @property
     def kernel_digest(self) -> str:
         """Hash of sources, argument structs, compiler, architecture and activation dtype."""
-        parts = (self._sources.digest(), self._compiler.identity, str(self.act))
+        parts = (self._sources.digest(), self._compiler.identity, str(self.acts))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property
@@ -187,15 +195,15 @@ class CudaDevice:
 
     def storage(self, region: Region) -> Storage:
         """See Backend."""
-        return layouts.storage(region, self.act)
+        return layouts.storage(region, self.acts)
 
     def pack(self, region: Region, array: NDArray[np.generic] | Planes, out: Bytes) -> None:
         """See Backend."""
-        layouts.pack(region, array, out, self.act)
+        layouts.pack(region, array, out, self.acts)
 
     def unpack(self, region: Region, raw: Bytes) -> NDArray[np.generic]:
         """See Backend."""
-        return layouts.unpack(region, raw, self.act)
+        return layouts.unpack(region, raw, self.acts)
 
     def digest_layout(self, region: Region) -> int:
         """See Backend."""
@@ -207,7 +215,7 @@ class CudaDevice:
         Raises BackendError for a matrix, which is stored as tensor cores read it.
         """
         device = self._device_type, self.driver.info.ordinal
-        return view(region, address, self.act, device, self._stream, self)
+        return view(region, address, self.acts, device, self._stream, self)
 
     # ---- kernels
 
@@ -263,19 +271,19 @@ class CudaDevice:
         self.counters.compilations = self._library.n_compiled
 
     def _fused(self, launches: Sequence[BoundLaunch]) -> Sequence[BoundLaunch]:
-        return fuse(launches, self.act, self._counters.address) if self._is_fused else launches
+        return fuse(launches, self.acts, self._counters.address) if self._is_fused else launches
 
     def _nodes(self, launches: Sequence[BoundLaunch]) -> list[Node]:
         """Launches as kernels with packed arguments; compiles what is not compiled yet."""
         arch = self.driver.info.arch
         expanded = [
-            (bound, kernels.expand(bound.launch, self.act, self._n_sms, arch, self._expansions))
+            (bound, kernels.expand(bound.launch, self.acts, self._n_sms, arch, self._expansions))
             for bound in launches
         ]
         self._prepare([kernel for _, several in expanded for kernel in several])
         nodes = []
         for bound, several in expanded:
-            block = ArgumentBlock(bound.pack(self.act))
+            block = ArgumentBlock(bound.pack(self.acts))
             for kernel in several:
                 over = self._over_runs(bound, kernel)
                 nodes.append(self._node(over, block, self._may_overlap(kernel)))
@@ -355,6 +363,18 @@ class CudaDevice:
         return wait
 
     @_verb
+    def begin_read_word(self, address: int) -> Callable[[], int]:
+        """See Backend."""
+        arrive = self._words.begin(address)
+
+        def wait() -> int:
+            self._refuse_after_fork()
+            with self._lock:
+                return arrive()
+
+        return wait
+
+    @_verb
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """See Backend."""
         self._downloads.fence()
@@ -370,13 +390,14 @@ class CudaDevice:
         if not len(moves):
             return
         self._downloads.fence()
-        self._runs_at.clear()  # cheaper than asking each copy where it goes
         first = moves.copies[0]
         if len(moves) == 1 and first.height == 1:
+            self._forget_runs(dst_base + first.dst, first.width)
             self.driver.copy_on_device(
                 dst_base + first.dst, src_base + first.src, first.width, self._stream
             )
         else:
+            self._runs_at.clear()  # cheaper than asking each copy where it goes
             self._require_build()
             for i in range(0, len(moves), self._capacities.copies):
                 part = CopyList(moves.copies[i : i + self._capacities.copies])
@@ -513,6 +534,7 @@ class CudaDevice:
         self._ring.close()
         self._readback.close()
         self._downloads.close()
+        self._words.close()
         for memory in (*self._memories, self._tables, self._counters):
             self.driver.mem_free(memory.address)
         self._memories, self._graphs = [], []

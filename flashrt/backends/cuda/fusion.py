@@ -29,19 +29,19 @@ from flashrt.backends.cuda.fused_ops import (
 from flashrt.backends.cuda.kernels import Shape
 from flashrt.core.backend import BoundLaunch
 from flashrt.core.op import AttrValue, Op, bind
-from flashrt.core.region import DType, Region, Role, View, resolve_dtype
+from flashrt.core.region import ActDTypes, DType, Region, Role, View, resolve_dtype
 from flashrt.core.runs import RUNS, RunsWord, Stride
 
 _DELTA = ("conv_window", "delta_gates", "delta_rule", "gated_rmsnorm")
 
 
-def fuse(launches: Sequence[BoundLaunch], act: DType, counters: int) -> list[BoundLaunch]:
+def fuse(launches: Sequence[BoundLaunch], acts: ActDTypes, counters: int) -> list[BoundLaunch]:
     """The launches with groups of them fused; in order, with the same results in all regions but
     scratch. `launches` must be a whole tape: scratch is dead before and after.
 
     `counters`: address of the region COUNTERS, zeros, which all graphs of a device share.
     """
-    return _Fusion(launches, act, counters).all()
+    return _Fusion(launches, acts, counters).all()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,9 @@ class _Operand:
     def region(self) -> Region:
         return self.view.region
 
-    def extent(self, act: DType) -> tuple[int, int]:
+    def extent(self, acts: ActDTypes) -> tuple[int, int]:
         """[start, stop) of what the region of a plain operand has of memory."""
-        bits = resolve_dtype(self.region.dtype, act).bits
+        bits = resolve_dtype(self.region.dtype, acts).bits
         lead = math.prod(self.region.shape[1:]) * bits // 8
         start = self.address - self.view.lead * lead - self.view.col * bits // 8
         return start, start + max(self.region.shape[0] * lead, self.stride.run * self.max_runs)
@@ -68,9 +68,9 @@ class _Operand:
 class _Fusion:
     """The pass over one tape."""
 
-    def __init__(self, launches: Sequence[BoundLaunch], act: DType, counters: int) -> None:
+    def __init__(self, launches: Sequence[BoundLaunch], acts: ActDTypes, counters: int) -> None:
         self._launches = launches
-        self._act = act
+        self._acts = acts
         self._counters = counters
         self._users: dict[Region, set[int]] = defaultdict(set)  # of scratch
         for i, bound in enumerate(launches):
@@ -154,7 +154,7 @@ class _Fusion:
         if not operand.stride.is_still:  # it moves by itself, with launches that do
             return operand
         view = operand.view
-        nbytes = view.row_stride * resolve_dtype(view.region.dtype, self._act).bits // 8
+        nbytes = view.row_stride * resolve_dtype(view.region.dtype, self._acts).bits // 8
         stride = Stride(
             row=nbytes if of.stride.row else 0,
             run=nbytes * of.view.run_lead if of.stride.run else 0,
@@ -264,7 +264,7 @@ class _Fusion:
         return _Operand(bound.launch.operands[k], bound.addresses[k], stride, bound.max_runs)
 
     def _dtype(self, operand: _Operand) -> DType:
-        return resolve_dtype(operand.region.dtype, self._act)
+        return resolve_dtype(operand.region.dtype, self._acts)
 
     def _is_between(self, operand: _Operand, *launches: int) -> bool:
         """Whether these launches are all that knows of a region."""
@@ -280,7 +280,7 @@ class _Fusion:
         """Whether what one launch writes is beside what another one reads."""
         if Role.SCRATCH not in (written.region.role, read.region.role):
             return True
-        (a, a_stop), (b, b_stop) = written.extent(self._act), read.extent(self._act)
+        (a, a_stop), (b, b_stop) = written.extent(self._acts), read.extent(self._acts)
         return a_stop <= b or b_stop <= a
 
     def _made(

@@ -25,7 +25,7 @@ from flashrt.backends.cuda.occupancy import (
 from flashrt.base.errors import PlanError
 from flashrt.core.groups import Groups, Scales
 from flashrt.core.op import Launch
-from flashrt.core.region import DType, resolve_dtype
+from flashrt.core.region import ActDTypes, DType, resolve_dtype
 
 Defines = tuple[tuple[str, str], ...]
 Grid = tuple[int, int, int]
@@ -552,6 +552,7 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "keep_values": _keep,
     "last_cursor": _one_warp,
     "advance": _one_warp,
+    "hold": _one_warp,
     "sample": _sample,
     "conv_verify": _conv_window,
     "delta_verify": _delta_rule,
@@ -579,7 +580,7 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
 
 def expand(
     launch: Launch,
-    act: DType,
+    acts: ActDTypes,
     n_sms: int,
     arch: str,
     expansions: Mapping[str, Expansion] = EXPANSIONS,
@@ -591,12 +592,12 @@ def expand(
     if op.name not in expansions:
         raise PlanError(f"op {op.name!r} has no CUDA expansion; known are {sorted(expansions)}")
     dtypes = {
-        p.name: resolve_dtype(v.region.dtype, act)
+        p.name: resolve_dtype(v.region.dtype, acts)
         for p, v in zip(op.params, launch.operands, strict=True)
     }
     attrs = {a.name: v for a, v in zip(op.attrs, launch.attrs, strict=True)}
     own = [dtypes[p.name] for p in op.params if p.dtypes == (DType.ACT,)]  # ACT, or ACT_WIDE
-    act = own[0] if own else act
+    act = own[0] if own else acts.narrow
     groups = {
         p.name: v.region.groups
         for p, v in zip(op.params, launch.operands, strict=True)

@@ -20,7 +20,7 @@ from flashrt.base.errors import BackendError
 from flashrt.core.backend import Bytes, Storage
 from flashrt.core.digest import LAYOUT_CODE
 from flashrt.core.groups import Groups, Plane, Planes, Scales
-from flashrt.core.region import CODE_DTYPES, DType, Layout, Region, Role, resolve_dtype
+from flashrt.core.region import CODE_DTYPES, ActDTypes, DType, Layout, Region, Role, resolve_dtype
 
 ROW_TILE, K_CHUNK = 16, 32
 _CACHED_ELEMENTS: Final = 1 << 20  # packed at a time
@@ -62,13 +62,13 @@ def _tile_bytes(region: Region) -> int:
     return _code_bytes(region) + ROW_TILE * sum(groups)
 
 
-def storage(region: Region, act: DType) -> Storage:
+def storage(region: Region, acts: ActDTypes) -> Storage:
     """Bytes of a region, per leading entry, and per row for rows."""
     if _is_tiled(region):
         tile_bytes = _tile_bytes(region)
         n_tiles = -(-region.shape[0] // ROW_TILE)
         return Storage(n_tiles * tile_bytes, tile_bytes // ROW_TILE)
-    item = resolve_dtype(region.dtype, act).nbytes
+    item = resolve_dtype(region.dtype, acts).nbytes
     if region.role is Role.ROWS:
         planes, positions, cols = region.shape
         return Storage(
@@ -83,7 +83,7 @@ def digest_layout(region: Region) -> int:
     return LAYOUT_CODE["plain"]
 
 
-def pack(region: Region, array: NDArray[np.generic] | Planes, out: Bytes, act: DType) -> None:
+def pack(region: Region, array: NDArray[np.generic] | Planes, out: Bytes, acts: ActDTypes) -> None:
     """Logical array -> storage bytes. float32 for an activation region is rounded, or split.
 
     A NaN among float8 codes becomes a NaN scale of its group, or of its row where scales of groups
@@ -97,7 +97,7 @@ def pack(region: Region, array: NDArray[np.generic] | Planes, out: Bytes, act: D
         raise BackendError(
             f"region {region.name!r} is a matrix of codes: it is packed from Planes, in groups"
         )
-    dtype = resolve_dtype(region.dtype, act)
+    dtype = resolve_dtype(region.dtype, acts)
     a = _to_dtype(array, dtype) if region.dtype in (DType.ACT, DType.ACT_WIDE) else array
     bits = np.ascontiguousarray(a).view(_BITS[dtype.nbytes])
     if not _is_tiled(region):
@@ -225,14 +225,14 @@ _PACKERS: Final[dict[DType, _Packer]] = {
 }  # fmt: skip
 
 
-def unpack(region: Region, raw: Bytes, act: DType) -> NDArray[np.generic]:
+def unpack(region: Region, raw: Bytes, acts: ActDTypes) -> NDArray[np.generic]:
     """Storage bytes -> logical array; bfloat16 as uint16 bits, pairs hi + lo as their sum.
 
     Raises BackendError for a matrix of codes.
     """
     if _is_coded_matrix(region):
         raise BackendError(f"region {region.name!r} is a matrix of codes: it has no way back")
-    dtype = resolve_dtype(region.dtype, act)
+    dtype = resolve_dtype(region.dtype, acts)
     stored: NDArray[np.generic] = raw.view(_BITS[dtype.nbytes])
     if _is_tiled(region):
         n, k = region.shape

@@ -28,6 +28,7 @@ _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?\w+)\s+)?([A-Z][\w.]*
 _TARGET = re.compile(r"`\((\.L\w+)\)")
 _REGISTER = re.compile(r"\bR(\d+)\b")
 _MMA = re.compile(r"\w*MMA")
+Loop = tuple[int, int]  # first and last instruction
 # Registers of d, a, b and c of a tensor instruction of a warp.
 _MMA_OPERANDS: Final = (4, 4, 2, 4)
 
@@ -69,29 +70,41 @@ class Function:
 
     name: str
     instructions: tuple[Instruction, ...]
-    loops: tuple[tuple[int, int], ...]
+    loops: tuple[Loop, ...]
 
     def inner_loop(self) -> tuple[Instruction, ...]:
         """The innermost loop with most tensor instructions; without any, the longest innermost;
         without a loop, all instructions.
         """
-        tensor = [loop for loop in self.loops if any(i.is_tensor for i in self._of(loop))]
-        loops = tensor or list(self.loops)
-        inner = [a for a in loops if not any(b != a and _is_within(b, a) for b in loops)]
+        inner = innermost(self.tensor_loops() or self.loops)
         if not inner:
             return self.instructions
-        chosen = max(inner, key=lambda loop: (sum(i.is_tensor for i in self._of(loop)), _len(loop)))
-        return self._of(chosen)
+        return self.of(max(inner, key=lambda loop: (self.tensors(loop), loop[1] - loop[0])))
 
-    def _of(self, loop: tuple[int, int]) -> tuple[Instruction, ...]:
+    def of(self, loop: Loop) -> tuple[Instruction, ...]:
+        """What a loop executes once per turn, inner loops counted once."""
         return self.instructions[loop[0] : loop[1] + 1]
 
+    def tensors(self, loop: Loop) -> int:
+        """Tensor instructions of a loop."""
+        return sum(i.is_tensor for i in self.of(loop))
 
-def _len(loop: tuple[int, int]) -> int:
-    return loop[1] - loop[0] + 1
+    def tensor_loops(self) -> tuple[Loop, ...]:
+        """Loops with tensor instructions, in them or in loops within."""
+        return tuple(loop for loop in self.loops if self.tensors(loop))
 
 
-def _is_within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+def innermost(loops: Sequence[Loop]) -> tuple[Loop, ...]:
+    """Those of some loops that hold no other of them."""
+    return tuple(a for a in loops if not any(b != a and _is_within(b, a) for b in loops))
+
+
+def outermost(loops: Sequence[Loop]) -> tuple[Loop, ...]:
+    """Those of some loops that no other of them holds."""
+    return tuple(a for a in loops if not any(b != a and _is_within(a, b) for b in loops))
+
+
+def _is_within(inner: Loop, outer: Loop) -> bool:
     return outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
@@ -197,9 +210,7 @@ def functions(text: str) -> tuple[Function, ...]:
     return tuple(found)
 
 
-def _loops(
-    instructions: Sequence[Instruction], labels: dict[str, int]
-) -> tuple[tuple[int, int], ...]:
+def _loops(instructions: Sequence[Instruction], labels: dict[str, int]) -> tuple[Loop, ...]:
     """Ranges from the target of a branch that goes back to the last branch to it. A branch to
     itself, which ends every kernel, is none.
     """

@@ -196,3 +196,53 @@ class DownloadRing:
             self._driver.event_destroy(event)
         self._driver.stream_destroy(self._stream)
         self._driver.host_free(self._buffer)
+
+
+class WordRing:
+    """Words from device to host, each as it is at its place in the compute stream; work queued
+    after it may change the word.
+    """
+
+    _NBYTES = 64  # of a slot
+
+    def __init__(self, driver: Driver, stream: int, n_slots: int = 8) -> None:
+        self._driver = driver
+        self._stream = stream
+        self._buffer = driver.host_alloc(self._NBYTES * n_slots)
+        self._events = [driver.event_create() for _ in range(n_slots)]
+        self._found: list[list[int] | None] = [None] * n_slots  # by slot: where its word is to go
+        self._n_reads = 0
+
+    def begin(self, address: int) -> Callable[[], int]:
+        """Queue a read of an int32; what is returned waits for it."""
+        slot = self._n_reads % len(self._events)
+        self._land(slot)
+        at = self._buffer.address + slot * self._NBYTES
+        self._driver.copy_to_host(at, address, 4, self._stream)
+        self._driver.event_record(self._events[slot], self._stream)
+        found: list[int] = []
+        self._found[slot] = found
+        self._n_reads += 1
+
+        def arrive() -> int:
+            if not found:
+                self._land(slot)
+            return found[0]
+
+        return arrive
+
+    def _land(self, slot: int) -> None:
+        found = self._found[slot]
+        if found is None:
+            return
+        self._driver.event_sync(self._events[slot])
+        start = slot * self._NBYTES
+        found.append(int(self._buffer.array[start : start + 4].view(np.int32)[0]))
+        self._found[slot] = None
+
+    def close(self) -> None:
+        """Land what is under way, and release everything."""
+        for slot, event in enumerate(self._events):
+            self._land(slot)
+            self._driver.event_destroy(event)
+        self._driver.host_free(self._buffer)

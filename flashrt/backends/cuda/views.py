@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import BackendError
-from flashrt.core.region import DType, Layout, Region, resolve_dtype
+from flashrt.core.region import ActDTypes, DType, Layout, Region, resolve_dtype
 
 CPU, CUDA = 1, 2  # DLDeviceType
 _INT, _UINT, _FLOAT, _BFLOAT = 0, 1, 2, 4  # DLDataTypeCode
@@ -95,7 +95,7 @@ class DeviceArray:
 
 
 def view(
-    region: Region, address: int, act: DType, device: tuple[int, int], stream: int,
+    region: Region, address: int, acts: ActDTypes, device: tuple[int, int], stream: int,
     owner: Synchronised,
 ) -> DeviceArray:  # fmt: skip
     """The array of a region at an address. Raises BackendError for a layout that is not C order."""
@@ -103,7 +103,7 @@ def view(
         raise BackendError(
             f"region {region.name!r} is stored as tensor-core operands: read and unpack it instead"
         )
-    dtype = resolve_dtype(region.dtype, act)
+    dtype = resolve_dtype(region.dtype, acts)
     return DeviceArray(address, region.shape, dtype, device, stream, owner)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from starlette.responses import Response
 
 from flashrt.serve.http import Call, Json
+from flashrt.serve.wire.slots import ACTIONS
 
 _JSON, _SSE = "application/json", "text/event-stream"
 _PLAIN = {"string", "integer", "number", "boolean", "object"}
@@ -90,6 +91,11 @@ _SCHEMAS: dict[str, tuple[str, ...]] = {
         "max_positions!: integer", "lanes!: [object]", "queue!: object", "turns!: [object]",
         "capsules!: object", "pool!: object",
     ),
+    "SlotRequest": ("filename: string",),
+    "SlotDone": (
+        "id_slot!: integer", "filename: string", "n_saved: integer", "n_written: integer",
+        "n_restored: integer", "n_read: integer", "n_erased: integer", "timings: object",
+    ),
     "TokenizeRequest": (
         "content!: string", "add_special: boolean", "with_pieces: boolean", "model: string",
     ),
@@ -102,7 +108,7 @@ _SCHEMAS["Turn"] = (*_SCHEMAS["Node"], *_SCHEMAS["Turn"])
 @dataclass(frozen=True, slots=True)
 class _Route:
     """takes, gives: names of schemas; gives may be a media type. notes: "stream", "match", "once",
-    "open" (no key is asked for).
+    "action" (of the query), "open" (no key is asked for).
     """
 
     method: str
@@ -159,7 +165,8 @@ _ROUTES = (
     _Route("GET", "/v1/health", "The same", "", "Any", "open"),
     _Route("GET", "/props", "The model, as llama.cpp has it"),
     _Route("GET", "/slots", "The lanes, as llama.cpp lists slots", "", "[object]"),
-    _Route("POST", "/slots/{id}", "501: sessions do what slots are saved for", "Any"),
+    _Route("POST", "/slots/{id}", "Save a lane's state to the store, restore or erase it, as "
+           "llama.cpp has it", "SlotRequest", "SlotDone", "action"),
     _Route("GET", "/metrics", "For Prometheus", "", "text/plain"),
     _Route("GET", "/openapi.json", "This document", "", "Any", "open"),
     _Route("GET", "/", "The page", "", "text/html", "open"),
@@ -235,6 +242,10 @@ def _operation(route: _Route) -> dict[str, Any]:
             parameters.append(
                 {"name": name, "in": "header", "schema": schema} | {"description": words}
             )
+    if "action" in notes:
+        parameters.append(
+            {"name": "action", "in": "query", "required": True, "schema": {"enum": [*ACTIONS]}}
+        )
     if parameters:
         made["parameters"] = parameters
     if route.takes:

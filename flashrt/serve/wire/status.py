@@ -1,4 +1,4 @@
-"""What the server is and does: /health, /v1/models, /v1/status, /props, /slots, /metrics.
+"""What the server is and does: /health, /v1/models, /v1/status, /props, /metrics.
 
 IS: routes that only read. IS NOT: the counters (meters).
 """
@@ -16,11 +16,15 @@ from flashrt.serve.desk import Desk
 from flashrt.serve.http import Call, Json
 from flashrt.serve.metrics import metrics_text
 from flashrt.serve.prefix import owner_key
-from flashrt.serve.refusal import Refusal
 from flashrt.view.arena_map import arena_map, widest
 
 _SVG_HEADERS = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'"}
 _PATIENCE_S = 30.0  # the scheduler answers between two steps
+
+
+async def status_of(core: Core) -> Status:
+    """How things are, between two steps."""
+    return await asyncio.wait_for(asyncio.wrap_future(core.status()), _PATIENCE_S)
 
 
 class StatusRoutes:
@@ -46,7 +50,7 @@ class StatusRoutes:
         return Json(self._model())
 
     async def _status(self) -> Status:
-        return await asyncio.wait_for(asyncio.wrap_future(self._core.status()), _PATIENCE_S)
+        return await status_of(self._core)
 
     def _model(self) -> dict[str, Any]:
         served = self._desk.served
@@ -81,34 +85,6 @@ class StatusRoutes:
             "device": engine.device,
             "fingerprint": engine.fingerprint,
         })  # fmt: skip
-
-    async def slots(self, call: Call) -> Response:
-        """GET /slots: a lane is a slot. What others are asking is not told."""
-        status = await self._status()
-        size = self._desk.served.engine.max_positions
-        slots = [
-            {
-                "id": lane.index,
-                "n_ctx": size,
-                "is_processing": lane.state != "idle",
-                "state": lane.state,
-                "n_past": lane.position,
-                "n_prompt_tokens": lane.prompt_tokens,
-                "n_decoded": lane.generated_tokens,
-            }
-            for lane in status.lanes
-        ]
-        return Json(slots)
-
-    async def slot_action(self, call: Call) -> Response:
-        """POST /slots/{id}?action=...: lanes are no place to keep a state in."""
-        raise Refusal(
-            501,
-            "a lane is only a worker here: any request may be next on it. What slots are saved and "
-            "restored for happens by itself (prefixes are found again, also after a restart with "
-            "--store); by hand it is done with sessions: /v1/sessions/{id}/snapshot and /restore",
-            "action",
-        )
 
     async def overview(self, call: Call) -> Response:
         """GET /v1/status: lanes, queue, memory, and the caller's own last turns. Of other keys'

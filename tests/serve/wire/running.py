@@ -13,7 +13,7 @@ import openai
 import flashrt
 from flashrt.serve.access import Access
 from flashrt.serve.run import Server
-from flashrt.serve.scheduler import Limits
+from flashrt.serve.work import Limits
 from flashrt.store.store import Store
 from flashrt.weights.bundled import bundled_checkpoint
 

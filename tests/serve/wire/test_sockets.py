@@ -99,8 +99,11 @@ def test_a_client_that_does_not_read_is_let_go(started: Callable[..., Running]) 
     with socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         deaf.connect(("127.0.0.1", running.port))
-        deaf.settimeout(5)
+        deaf.settimeout(0.2)
+        asked = memoryview(b"GET /props HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 500)
+        at, begun = 0, time.perf_counter()
         with pytest.raises(ConnectionError):  # of answers that nobody reads, one begins to wait
-            for _ in range(200):
-                deaf.sendall(b"GET /props HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 500)
+            while time.perf_counter() - begun < 30:  # the system's buffers take what they can
+                with contextlib.suppress(TimeoutError):
+                    at = (at + deaf.send(asked[at:])) % len(asked)
     assert is_answered(running)

@@ -62,3 +62,11 @@ void op_last_cursor(const last_cursor_args *a, int tid, int nt) {
 void op_advance(const advance_args *a, int tid, int nt) {
   if (tid == 0) a->cursor[CURSOR_POSITION] += a->cursor[CURSOR_ROWS];
 }
+
+void op_hold(const hold_args *a, int tid, int nt) {
+  if (tid > 0) return;
+  int32_t token = a->cursor[CURSOR_TOKEN];
+  int is_stop = token < 0;
+  for (int i = 1; i < STOP_WORDS && i <= a->stops[0]; i++) is_stop |= a->stops[i] == token;
+  if (is_stop) a->cursor[CURSOR_ROWS] = 0;
+}

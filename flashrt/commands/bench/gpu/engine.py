@@ -67,7 +67,7 @@ class SyntheticEngine:
 
     def work(self, probe: Probe, position: int) -> Work:
         """What one launch of a probe asks for."""
-        return work_of(probe.launch.launch, self.gpu.act, position)
+        return work_of(probe.launch.launch, self.gpu.acts, position)
 
 
 def load_synthetic(

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashrt.backends.choose import on_cuda
 from flashrt.backends.cuda.clock import DeviceClock
 from flashrt.backends.cuda.device import CudaDevice, open_device
 from flashrt.backends.cuda.limits import DeviceLimits, LimitSizes, measure_limits
@@ -110,9 +109,9 @@ class _Run:
     def open(self) -> CudaDevice:
         """The device, again and again the same."""
         if self.options.device == "simt":
-            return SimtDevice(on_cuda(self.options.precision))
+            return SimtDevice(self.options.precision)
         if self.options.device == "cuda":
-            return open_device(on_cuda(self.options.precision))
+            return open_device(self.options.precision)
         raise BackendError(f"device {self.options.device!r}: this bench knows cuda and simt")
 
     # -- stages ---------------------------------------------------------------------------------

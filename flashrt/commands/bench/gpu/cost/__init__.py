@@ -1,0 +1,1 @@
+"""`flashrt bench --gpu-model`: expected times of a shape, from published figures."""
