@@ -14,11 +14,11 @@
 #include "flashrt.cuh"
 #include "attention.cuh"
 
-// Two blocks at a time. The split of a float cache takes more registers than that leaves; codes, and
-// queries in pairs, take them or not, as ptxas sees fit: held to two blocks, some spill 8 bytes.
+// Two blocks at a time for few columns. The split of a float cache takes more registers than that
+// leaves; others take them or not, as ptxas sees fit: held to two blocks, some spill a few bytes.
 #if CACHE_F32
 #define BOUNDS 256, 1
-#elif CACHE_CODES || ACT_PARTS > 1
+#elif CACHE_CODES || ACT_PARTS > 1 || COLUMN_TILES > 2
 #define BOUNDS 256
 #else
 #define BOUNDS 256, 2
