@@ -162,14 +162,14 @@ class CudaDevice:
         self._words = WordRing(driver, self._stream)
         table_bytes = self._capacities.copies * _COPY_BYTES
         terms_bytes = self._capacities.terms * (_TERM_BYTES + _SUM_BYTES)
-        self._tables = DeviceMemory(
-            "tables", driver.mem_alloc(table_bytes + terms_bytes), table_bytes + terms_bytes
-        )
-        self._terms_at = self._tables.address + table_bytes
+        counters_bytes = self.storage(COUNTERS).nbytes
+        nbytes = counters_bytes + table_bytes + terms_bytes
+        self._tables = DeviceMemory("tables", driver.mem_alloc(nbytes), nbytes)
+        self._counters_at = self._tables.address
+        driver.fill(self._counters_at, 0, counters_bytes, self._stream)
+        self._copies_at = self._counters_at + counters_bytes
+        self._terms_at = self._copies_at + table_bytes
         self._sums_at = self._terms_at + self._capacities.terms * _TERM_BYTES
-        nbytes = self.storage(COUNTERS).nbytes
-        self._counters = DeviceMemory("counters", driver.mem_alloc(nbytes), nbytes)
-        driver.fill(self._counters.address, 0, nbytes, self._stream)
         trace(PLAN, f"{self.description}, act {self.acts}")
 
     # ---- identity and storage
@@ -271,7 +271,7 @@ class CudaDevice:
         self.counters.compilations = self._library.n_compiled
 
     def _fused(self, launches: Sequence[BoundLaunch]) -> Sequence[BoundLaunch]:
-        return fuse(launches, self.acts, self._counters.address) if self._is_fused else launches
+        return fuse(launches, self.acts, self._counters_at) if self._is_fused else launches
 
     def _nodes(self, launches: Sequence[BoundLaunch]) -> list[Node]:
         """Launches as kernels with packed arguments; compiles what is not compiled yet."""
@@ -418,8 +418,8 @@ class CudaDevice:
     def _copy_table(self, moves: CopyList, src_base: int, dst_base: int) -> None:
         """In stream order, so that the one table may be overwritten for the next launch."""
         table = np.frombuffer(moves.pack(src_base, dst_base), np.uint8)
-        self._ring.upload(self._tables.address, table)
-        arguments = struct.pack(kernels.COPY_ARGS_FORMAT, self._tables.address, len(moves))
+        self._ring.upload(self._copies_at, table)
+        arguments = struct.pack(kernels.COPY_ARGS_FORMAT, self._copies_at, len(moves))
         launch = kernels.copy_launch(moves.nbytes, self._n_sms)
         self._node(launch, ArgumentBlock(arguments)).launch(self.driver, self._stream)
 
@@ -535,7 +535,7 @@ class CudaDevice:
         self._readback.close()
         self._downloads.close()
         self._words.close()
-        for memory in (*self._memories, self._tables, self._counters):
+        for memory in (*self._memories, self._tables):
             self.driver.mem_free(memory.address)
         self._memories, self._graphs = [], []
         self.driver.stream_destroy(self._capture_stream)
