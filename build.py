@@ -12,11 +12,11 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
@@ -25,21 +25,24 @@ from flashrt.backends.cpu import compile as cpu_compile
 from flashrt.backends.cuda import kernels
 from flashrt.backends.cuda.compiler_api import Unit
 from flashrt.backends.cuda.device import ACTS
+from flashrt.backends.cuda.fused_ops import FUSED_OPS
+from flashrt.backends.cuda.fusion import fuse
 from flashrt.backends.cuda.nvrtc import Nvrtc, resources
 from flashrt.backends.cuda.occupancy import blocks_at_once, multiprocessor
 from flashrt.backends.cuda.sass import Counts, disassembler, inner_loops
 from flashrt.backends.cuda.sources import Sources
 from flashrt.base.errors import CompileError, FlashrtError
 from flashrt.base.flags import flags, thread_count
+from flashrt.commands.bench.gpu.cost.paper import ADDRESS, lay_out
 from flashrt.core.op import Launch
+from flashrt.core.region import ActDTypes
 from flashrt.core.runs import MAX_RUNS
-from flashrt.core.tape import Tape
 from flashrt.hub.resolve import resolve
 from flashrt.load import DRAFT_HEAD_TENSOR, KV_DTYPES, kv_dtype_of, model_in
-from flashrt.models import model_for
+from flashrt.models import Model, model_for
 from flashrt.models.flow_policy.config import MODEL_TYPE, config_of, parse_config
 from flashrt.models.flow_policy.model import FlowPolicy
-from flashrt.models.model import PREFILL_ROWS
+from flashrt.models.model import PREFILL_ROWS, tapes_of
 from flashrt.ops import OPS
 from flashrt.weights.opening import open_weights
 from flashrt.weights.random_checkpoint import SHAPES, shape_config
@@ -50,20 +53,6 @@ ARCHS: Final = (
 )  # fmt: skip
 # Kernel variants depend on the device's size: from Orin to Blackwell.
 MULTIPROCESSORS: Final = (8, 20, 48, 84, 108, 132, 148, 170, 188)
-
-
-class Recordable(Protocol):
-    """A model's phases, and the launches of each."""
-
-    @property
-    def phases(self) -> Sequence[tuple[str, int]]:
-        """Phases by name and rows."""
-
-    def shared_phases(self, lanes: int) -> Sequence[tuple[str, int]]:
-        """Those that up to so many lanes share."""
-
-    def record(self, phase: str, rows: int) -> Tape:
-        """The launches of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,17 +243,17 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _launches(
-    arguments: argparse.Namespace, recorded: Sequence[Launch], arch: str
+    arguments: argparse.Namespace, recorded: Recorded, arch: str
 ) -> list[kernels.KernelLaunch]:
     """Every distinct kernel variant of a model's tapes, on devices of any size."""
     found: dict[kernels.KernelLaunch, None] = {}
     for n_sms in MULTIPROCESSORS:
         for launch in (kernels.copy_launch(1, n_sms), kernels.digest_launch(1, n_sms)):
             found[launch] = None
-    for act in (ACTS[name] for name in arguments.precision):
-        for one in recorded:
+    for acts, launches in recorded.items():
+        for one in launches:
             for n_sms in MULTIPROCESSORS:
-                found.update(dict.fromkeys(kernels.expand(one, act, n_sms, arch)))
+                found.update(dict.fromkeys(kernels.expand(one, acts, n_sms, arch)))
     if not arguments.kernels:
         return list(found)
     wanted = [launch for launch in found if launch.kernel in arguments.kernels]
@@ -274,13 +263,26 @@ def _launches(
     return wanted
 
 
-def _recorded(arguments: argparse.Namespace) -> list[Launch]:
-    """Of a checkpoint's model; without one, of two language models and a policy."""
+Recorded = Mapping[ActDTypes, Sequence[Launch]]
+
+
+def _recorded(arguments: argparse.Namespace) -> Recorded:
+    """By activations, the launches of a checkpoint's model; without one, of two language models and
+    a policy. Each as the tape has it, and fused.
+    """
     models = _models_of(arguments) if arguments.checkpoint is not None else _shapes_of(arguments)
-    return [launch for model in models for launch in _launches_of(model)]
+    found: dict[ActDTypes, list[Launch]] = {}
+    for acts in (ACTS[name] for name in arguments.precision):
+        launches = found[acts] = []
+        for model in models:
+            for plain in lay_out(model, acts, tapes_of(model, MAX_RUNS)).bound.values():
+                launches += [bound.launch for bound in plain]
+                fused = [bound.launch for bound in fuse(plain, acts, ADDRESS)]
+                launches += [launch for launch in fused if launch.op in FUSED_OPS]
+    return found
 
 
-def _models_of(arguments: argparse.Namespace) -> list[Recordable]:
+def _models_of(arguments: argparse.Namespace) -> list[Model]:
     """A checkpoint's, its weights in the formats that it has them in."""
     source = open_weights(resolve(str(arguments.checkpoint)))
     if source.config.get("model_type") == MODEL_TYPE:
@@ -296,11 +298,11 @@ def _models_of(arguments: argparse.Namespace) -> list[Recordable]:
     ]
 
 
-def _shapes_of(arguments: argparse.Namespace) -> list[Recordable]:
+def _shapes_of(arguments: argparse.Namespace) -> list[Model]:
     """A hybrid of a named shape with and without a draft head, a dense one, and a policy."""
     config = shape_config(arguments.shape, has_draft_head=True)
     dense = {name: config[name] for name in _SHARED_FIELDS} | {"model_type": "qwen2"}
-    models: list[Recordable] = [FlowPolicy(parse_config(policy_config("base")))]
+    models: list[Model] = [FlowPolicy(parse_config(policy_config("base")))]
     models += (
         model_for(
             fields,
@@ -318,11 +320,6 @@ _SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
 )  # fmt: skip
-
-
-def _launches_of(model: Recordable) -> list[Launch]:
-    phases = (*model.phases, *model.shared_phases(MAX_RUNS))
-    return [launch for phase in phases for launch in model.record(*phase).launches]
 
 
 def _parser() -> argparse.ArgumentParser:

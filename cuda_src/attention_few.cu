@@ -6,38 +6,43 @@
 // Shapes:   q [T, Nq, D], u [T, U] (GATED: gates beside queries), keys and values [Nk, S, D],
 //           partials [TP, Nq, B, D + 2] = (maximum, sum, o[D]) per block of 256 keys, y [T, Nq * D]
 //           activations; key_scales and value_scales [Nk, S] of codes.
-// Order:    attention.cuh. One graph serves every position: the grid covers the whole cache, blocks
-//           beyond it return.
-// Launch:   attention_partial: grid (B, Nk * T / BLOCK_ROWS), 256 threads. attention_merge: grid
+// Order:    attention.cuh. One graph serves every position: a block takes every gridDim.x-th block
+//           of keys, up to the position's. Each partial is computed alone, so the grid changes no
+//           bits.
+// Launch:   attention_partial: grid (up to B, Nk * T / BLOCK_ROWS), 256 threads. attention_merge: grid
 //           (Nq, T), a thread per dim.
 #include "flashrt.cuh"
 #include "attention.cuh"
 
-// The split of a float cache takes more registers than two blocks at a time leave; so do columns
-// whose rows are no power of two apart, but for pairs of parts: ptxas spills those with this bound.
-#if CACHE_F32 || (ACT_PARTS == 1 && (GROUP & (GROUP - 1)))
+// Two blocks at a time for few columns. The split of a float cache takes more registers than that
+// leaves; others take them or not, as ptxas sees fit: held to two blocks, some spill a few bytes.
+#if CACHE_F32
 #define BOUNDS 256, 1
-#else
+#elif CACHE_CODES || ACT_PARTS > 1 || COLUMN_TILES > 2
 #define BOUNDS 256
+#else
+#define BOUNDS 256, 2
 #endif
 
-KERNEL(BOUNDS) attention_partial(ARGS attention_args launch) {
-  OPEN_RUN(attention);
+struct Turn {
+  Queries queries;
+  int block;  // of keys
+};
+
+// A turn of the loop. Not inlined, and with its state in shared memory: else what does not change
+// from turn to turn stays in registers, and one block at a time is all that is left of two.
+__device__ __noinline__ void partial_of_block(const attention_args& launch, const Turn& turn) {
   DYNAMIC_SHARED(Shared, pointer);
   Shared& shared = *pointer;
-  begin();
-  int block = blockIdx.x, key_head = blockIdx.y % a.Nk, first_row = blockIdx.y / a.Nk * BLOCK_ROWS,
-      warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  Queries queries = {first_row, a.cursor[CURSOR_ROWS], a.cursor[CURSOR_POSITION]};
-  int limit = queries.position + queries.rows, first_key = block * BLOCK_KEYS;
-  bool is_seen = first_key < limit && is_key(first_key + BLOCK_KEYS - 1);
-  if (queries.first_row >= queries.rows || !is_seen) return;
+  Queries queries = turn.queries;
+  int block = turn.block;
+  int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, first_key = block * BLOCK_KEYS;
+  attention_args a = moved(launch);
+  int key_head = blockIdx.y % a.Nk;
   size_t plane = (size_t)key_head * a.S * HEAD_DIM;
-  load_queries(shared, a, queries, key_head);
-  __syncthreads();
-
   Accumulator s = {};
-  scores(s, shared, (const cache_t*)a.keys + plane, first_key + 32 * warp, limit);
+  scores(s, shared, (const cache_t*)a.keys + plane, first_key + 32 * warp,
+         queries.position + queries.rows);
   softmax(s, shared, queries, first_key + 32 * warp, Scales(launch, key_head));
   __syncthreads();
   a = moved(launch);
@@ -66,6 +71,28 @@ KERNEL(BOUNDS) attention_partial(ARGS attention_args launch) {
       to[0] = {o[0][j][e], o[0][j][e + 2]};
       to[1] = {o[1][j][e], o[1][j][e + 2]};
     }
+}
+
+KERNEL(BOUNDS) attention_partial(ARGS attention_args launch) {
+  OPEN_RUN(attention);
+  DYNAMIC_SHARED(Shared, pointer);
+  Shared& shared = *pointer;
+  begin();
+  int key_head = blockIdx.y % a.Nk, first_row = blockIdx.y / a.Nk * BLOCK_ROWS;
+  Queries queries = {first_row, a.cursor[CURSOR_ROWS], a.cursor[CURSOR_POSITION]};
+  int limit = queries.position + queries.rows;
+  if (queries.first_row >= queries.rows || (int)blockIdx.x * BLOCK_KEYS >= limit) return;
+  __shared__ Turn turn;
+  if (threadIdx.x == 0) turn = {queries, (int)blockIdx.x};
+  load_queries(shared, a, queries, key_head);
+  for (;;) {
+    __syncthreads();  // queries are there, and weights of the block before have been read
+    int first_key = turn.block * BLOCK_KEYS;
+    if (first_key >= turn.queries.position + turn.queries.rows) break;
+    if (is_key(first_key + BLOCK_KEYS - 1)) partial_of_block(launch, turn);
+    __syncthreads();
+    if (threadIdx.x == 0) turn.block += gridDim.x;
+  }
 }
 
 constexpr int BATCH = 32;  // blocks merged at a time

@@ -8,13 +8,14 @@
 // Launch:   grid (C / 128, T / ROWS_PER_BLOCK), a thread per channel. Blocks of the first rows are
 //           the only ones that read the window, so they also write it.
 #include "flashrt.cuh"
+#include "delta.cuh"
 
 constexpr int W = TAPS - 1;
 
 // The block's rows of y; KEEPS: and the window after the last valid row. Args: of either kernel,
 // fields by the same names.
 template <bool KEEPS, class Args>
-DEVICE void convolve(const Args& a) {
+DEVICE void convolve_rows(const Args& a) {
   int c = blockIdx.x * 128 + threadIdx.x, first = blockIdx.y * ROWS_PER_BLOCK,
       rows = a.cursor[CURSOR_ROWS];
   if (c >= a.C || first >= rows) return;
@@ -28,25 +29,13 @@ DEVICE void convolve(const Args& a) {
     x[j] = t < 0 ? a.window[(size_t)(W + t) * a.C + c] : u[(size_t)t * a.u_stride];
   }
   if constexpr (KEEPS) {
-    if (first == 0) {  // rows [rows - W, rows) of u; negative ones are rows of the old window
-      float kept[W];
-#pragma unroll
-      for (int j = 0; j < W; j++) {
-        int t = rows - W + j;
-        kept[j] = t < 0 ? a.window[(size_t)(W + t) * a.C + c] : u[(size_t)t * a.u_stride];
-      }
-#pragma unroll
-      for (int j = 0; j < W; j++) a.window[(size_t)j * a.C + c] = kept[j];
-    }
+    if (first == 0) keep_window<W>(a, c, rows);
   }
   int last = min(first + ROWS_PER_BLOCK, rows);
 #pragma unroll 4
   for (int t = first; t < last; t++) {
     x[W] = u[(size_t)t * a.u_stride];
-    float sum = w[0] * x[0];
-#pragma unroll
-    for (int j = 1; j < TAPS; j++) sum = fmaf(w[j], x[j], sum);
-    a.y[(size_t)t * a.C + c] = silu(sum);
+    a.y[(size_t)t * a.C + c] = convolve(w, x);
 #pragma unroll
     for (int j = 0; j < W; j++) x[j] = x[j + 1];
   }
@@ -55,11 +44,11 @@ DEVICE void convolve(const Args& a) {
 KERNEL(128) conv_window(ARGS conv_window_args launch) {
   OPEN_RUN(conv_window);
   begin();
-  convolve<true>(a);
+  convolve_rows<true>(a);
 }
 
 KERNEL(128) conv_verify(ARGS conv_verify_args launch) {
   OPEN_RUN(conv_verify);
   begin();
-  convolve<false>(a);
+  convolve_rows<false>(a);
 }

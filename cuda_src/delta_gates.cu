@@ -10,24 +10,7 @@
 // Launch:   grid (units / 4, T), a warp per unit: first 2 * key_heads vectors, then value heads by
 //           32.
 #include "flashrt.cuh"
-
-constexpr int PER_LANE = ceil_div(KEY_DIM, 32);
-
-DEVICE void normalize(float* x, int lane, float factor) {
-  float v[PER_LANE], sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < PER_LANE; i++) {
-    int c = lane + 32 * i;
-    v[i] = c < KEY_DIM ? x[c] : 0.0f;
-    sum = fmaf(v[i], v[i], sum);
-  }
-  float scale = rsqrt_f32(warp_sum(sum) + 1e-6f) * factor;
-#pragma unroll
-  for (int i = 0; i < PER_LANE; i++) {
-    int c = lane + 32 * i;
-    if (c < KEY_DIM) x[c] = v[i] * scale;
-  }
-}
+#include "delta.cuh"
 
 KERNEL(128) delta_gates(ARGS delta_gates_args launch) {
   OPEN_RUN(delta_gates);
@@ -37,12 +20,12 @@ KERNEL(128) delta_gates(ARGS delta_gates_args launch) {
   int n_vectors = 2 * a.key_heads;
   if (unit < n_vectors) {
     float factor = unit < a.key_heads ? rsqrt_f32((float)KEY_DIM) : 1.0f;
-    normalize(a.y + (size_t)t * a.C + unit * KEY_DIM, lane, factor);
+    normalize<KEY_DIM>(a.y + (size_t)t * a.C + unit * KEY_DIM, lane, factor);
     return;
   }
   int h = (unit - n_vectors) * 32 + lane;
   if (h >= a.Hv) return;
-  float rate = exp_f32(a.a_log[h]) * softplus(a.a[(size_t)t * a.a_stride + h] + a.dt_bias[h]);
-  a.decay[(size_t)t * a.Hv + h] = exp_f32(-rate);
+  a.decay[(size_t)t * a.Hv + h] =
+      decay_of(a.a_log[h], a.a[(size_t)t * a.a_stride + h], a.dt_bias[h]);
   a.beta[(size_t)t * a.Hv + h] = sigmoid(a.b[(size_t)t * a.b_stride + h]);
 }

@@ -6,14 +6,13 @@
 //           state as it is.
 // Shapes:   y [T, C], decay and beta [T, Hv], state [Hv, KEY_DIM, VALUE_DIM], o [T, Hv *
 //           VALUE_DIM], all float.
-// Order:    a column's sum over KEY_DIM: lane p of 8 takes rows 32 j + 4 p + i, a chain over j for
-//           each i, then (c0 + c1) + (c2 + c3), then over p by pairs: 1, 2, 4 apart. The same for
-//           one row and for many.
+// Order:    delta.cuh; a column has 8 lanes. The same for one row and for many.
 // Launch:   grid (VALUE_DIM / 16, Hv), 4 warps of 4 columns x 8 lanes. Rows come through shared
 //           memory, TILE_ROWS at a time by cp.async, the next ones while these are worked on. The
 //           chain from row to row is what takes time: few lanes per column keep it short, few
 //           columns per block keep all multiprocessors busy.
 #include "flashrt.cuh"
+#include "delta.cuh"
 
 constexpr int COLUMNS = 16, TILE_ROWS = 8, THREADS = 128;
 constexpr int STEPS = ceil_div(KEY_DIM, 32), PADDED = 32 * STEPS;     // rows per lane: 4 * STEPS
@@ -54,22 +53,6 @@ DEVICE void load_tile(Tile& tile, const Args& a, int head, int column, int first
   }
 }
 
-// x . s over KEY_DIM, the same bits in the 8 lanes of a column
-DEVICE float dot(const float4 (&x)[STEPS], const float (&s)[STEPS][4]) {
-  float c[4] = {};
-#pragma unroll
-  for (int j = 0; j < STEPS; j++) {
-    c[0] = fmaf(x[j].x, s[j][0], c[0]);
-    c[1] = fmaf(x[j].y, s[j][1], c[1]);
-    c[2] = fmaf(x[j].z, s[j][2], c[2]);
-    c[3] = fmaf(x[j].w, s[j][3], c[3]);
-  }
-  float sum = (c[0] + c[1]) + (c[2] + c[3]);
-#pragma unroll
-  for (int o = 4; o < 32; o <<= 1) sum = sum + __shfl_xor_sync(FULL_WARP, sum, o);
-  return sum;
-}
-
 // All valid rows of the block's columns; KEEPS: and the state after them. Args: of either kernel,
 // fields by the same names.
 template <bool KEEPS, class Args>
@@ -105,20 +88,7 @@ DEVICE void run_rows(const Args& a) {
         k[j] = *reinterpret_cast<const float4*>(&tile.k[t][32 * j + 4 * p]);
         q[j] = *reinterpret_cast<const float4*>(&tile.q[t][32 * j + 4 * p]);
       }
-      float decay = tile.decay[t];
-#pragma unroll
-      for (int j = 0; j < STEPS; j++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) s[j][i] = s[j][i] * decay;
-      float delta = tile.beta[t] * (tile.v[t][c] - dot(k, s));
-#pragma unroll
-      for (int j = 0; j < STEPS; j++) {
-        s[j][0] = fmaf(k[j].x, delta, s[j][0]);
-        s[j][1] = fmaf(k[j].y, delta, s[j][1]);
-        s[j][2] = fmaf(k[j].z, delta, s[j][2]);
-        s[j][3] = fmaf(k[j].w, delta, s[j][3]);
-      }
-      float o = dot(q, s);
+      float o = step(s, k, q, tile.v[t][c], tile.decay[t], tile.beta[t]);
       if (p == 0 && column < VALUE_DIM)
         a.o[((size_t)(first + t) * a.Hv + head) * VALUE_DIM + column] = o;
     }

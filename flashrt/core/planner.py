@@ -22,6 +22,7 @@ from flashrt.core.tape import Tape
 
 ALIGN = 256
 GUARD_NBYTES = 256
+FEW_ROWS = 32  # tapes of up to so many rows have launches that a backend may fuse
 StorageOf = Callable[[Region], Storage]
 TapeKey = tuple[str, int]  # (phase, rows)
 
@@ -129,7 +130,7 @@ def plan_arena(
     shared = _band([RUNS], cursor, storage_of)
     cursor += shared.nbytes
     per_tape = {
-        (t.phase, t.rows): place_scratch(t.lifetimes(), _scratch_storage(t, storage_of), cursor)
+        (t.phase, t.rows): place_scratch(_lifetimes(t), _scratch_storage(t, storage_of), cursor)
         for t in tapes
     }
     stop = max((s.stop for slots in per_tape.values() for s in slots), default=cursor)
@@ -172,6 +173,15 @@ def place_scratch(
             offset = max(offset, stop)
         placed.append((Slot(region, offset, storage), (first, last)))
     return tuple(slot for slot, _ in placed)
+
+
+def _lifetimes(tape: Tape) -> Mapping[Region, tuple[int, int]]:
+    """Of scratch. On a tape of few rows, regions have their place a launch before they are written:
+    a backend may do two launches as one, which then writes while it still reads what the first one
+    has read.
+    """
+    early = int(tape.rows <= FEW_ROWS)
+    return {region: (first - early, last) for region, (first, last) in tape.lifetimes().items()}
 
 
 def _scratch_storage(tape: Tape, storage_of: StorageOf) -> StorageOf:

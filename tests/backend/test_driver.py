@@ -484,7 +484,7 @@ def test_a_model_loads_and_captures_over_the_bindings(fake_libcuda: Path) -> Non
     assert isinstance(counts, dict)
     assert counts["cuGraphInstantiate"] == counts["cuGraphUpload"] == found["graphs"]
     assert counts["cuMemAlloc"] == 3, "arena, weights, and the tables of the device"
-    assert counts["cuLaunchKernelEx"] > 200, "captured launches may start early on sm_90"
+    assert counts["cuLaunchKernelEx"] > 150, "captured launches may start early on sm_90"
     assert counts["cuLaunchKernel"] <= 2, "the copy kernel, for snapshot and restore"
 
 

@@ -192,21 +192,25 @@ class PlantingCompiler:
         return self.inner.compile(self.changed(unit))
 
     def changed(self, unit: Unit) -> Unit:
-        if unit.name != self.plant.source:
+        name, old, new = self.plant.source, self.plant.old, self.plant.new
+        texts = dict(unit.headers) | {unit.name: unit.text}
+        if name not in texts:
             return unit
-        assert unit.text.count(self.plant.old) == 1, f"{self.plant.old!r} is not in the source"
-        return replace(unit, text=unit.text.replace(self.plant.old, self.plant.new))
+        assert texts[name].count(old) == 1, f"{old!r} is not in the source"
+        headers = tuple((n, t.replace(old, new) if n == name else t) for n, t in unit.headers)
+        text = unit.text.replace(old, new) if name == unit.name else unit.text
+        return replace(unit, text=text, headers=headers)
 
 
 PLANTS = {
     "few tokens: no barrier before the fold": Plant(
-        "linear_few.cu",
+        "linear_few.cuh",
         "next barrier\n    __syncthreads();",
         "next barrier",
         linear(3, 3, 1024, 16),
     ),
     "few tokens: no barrier between folds, for parts take no turns": Plant(
-        "linear_few.cu", "turn = s0 / WARPS & 1", "turn = 0", linear(3, 3, 4352, 16)
+        "linear_few.cuh", "turn = s0 / WARPS & 1", "turn = 0", linear(3, 3, 4352, 16)
     ),
     "many tokens: no barrier before a stage is filled again": Plant(
         "linear_many.cu", "__syncthreads();  // this", "// this", linear(64, 33, 288, 32)

@@ -8,7 +8,7 @@ two sides of the sources' only question about the architecture.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import pytest
 
 from flashrt.backends.cuda import kernels
 from flashrt.backends.cuda.compiler_api import Unit
+from flashrt.backends.cuda.fused_ops import FUSED_OPS
 from flashrt.backends.cuda.kernels import KernelLaunch, Shape
 from flashrt.backends.cuda.nvrtc import Nvrtc, resources
 from flashrt.backends.cuda.occupancy import multiprocessor
@@ -32,6 +33,7 @@ MAIN_ARCHS = ("sm_80", "sm_90", "sm_120")  # all variants; the others take minut
 QUICK_ARCHS = ("sm_80", "sm_120")  # the sources ask for sm_90 or later in one place
 MAX_SHARED_BYTES = 99 << 10  # of sm_86, sm_89 and sm_120, the least of all
 
+FUSED = tuple(op.name for op in FUSED_OPS)
 BESIDE_THE_OPS = ("limits.cu", "random_fill.cu")  # for benchmarks: no expansion, no defines
 
 # hidden, heads and state of the model sizes from 0.8B to 27B
@@ -41,7 +43,7 @@ SIZES = {
 }  # fmt: skip
 ATTRS = {
     "key_heads": 16, "key_dim": 128, "eps": 1e-6, "shift": 0, "gated": 1, "normed": 1,
-    "magnitude": 1.0,
+    "magnitude": 1.0, "parts": 2,
 }  # fmt: skip
 DENSE_ATTRS = {"gated": 0, "normed": 0}  # a llama's, in place of those
 
@@ -60,6 +62,22 @@ def many_linears(s: Shape) -> Iterator[KernelLaunch]:
             yield kernels.linear_many(replace(s, sm=multiprocessor(arch)), tile)
 
 
+def fused(rows: Sequence[int]) -> Iterator[KernelLaunch]:
+    """Launches that stand for several, of the rows that they are for; x and y of an MLP in pairs or
+    three parts, others in one part too.
+    """
+    for op in FUSED:
+        for parts, act in ((1, DType.BF16), (2, DType.BF16X2), (3, DType.F32)):
+            for n in rows if len(rows) > 1 or parts == 2 else ():
+                for k in (2560, 256):
+                    s = shape(op, n, act, DType.BF16, 132, K=k)
+                    s = replace(s, attrs=ATTRS | {"parts": parts})
+                    if op.startswith("norm_") and not kernels.holds_normed_rows(s):
+                        continue
+                    if n <= (kernels.DELTA_FEW_ROWS if op == "delta_few" else kernels.FEW_TOKENS):
+                        yield from kernels.EXPANSIONS[op](s)
+
+
 def variants(*, is_full: bool) -> Iterator[KernelLaunch]:
     """Launches of all ops: one variant of each kernel, or all that these sizes lead to."""
     yield kernels.copy_launch(1 << 20, 132)
@@ -71,10 +89,13 @@ def variants(*, is_full: bool) -> Iterator[KernelLaunch]:
     caches = (DType.BF16, DType.F32, DType.I8, DType.E4M3) if is_full else (DType.BF16, DType.E4M3)
     rows = (1, 4, 8, 16, 32, 512) if is_full else (1, 512)
     for op, expansion in kernels.EXPANSIONS.items():
+        if op in FUSED:
+            continue
         for act in acts:
             for cache in caches:
                 for n in rows:
                     yield from expansion(shape(op, n, act, cache, 132))
+    yield from fused(rows if is_full else rows[:1])
     for act in acts:
         for cache in caches:  # a draft's: one row, its keys shifted against positions
             draft = shape("attention", 1, act, cache, 132)

@@ -24,6 +24,8 @@ from flashrt.backends.cuda import kernels, layouts
 from flashrt.backends.cuda.compiler_api import Compiler
 from flashrt.backends.cuda.driver import CudaDriver
 from flashrt.backends.cuda.driver_api import ArgumentBlock, Driver, LaunchConfig
+from flashrt.backends.cuda.fused_ops import COUNTERS
+from flashrt.backends.cuda.fusion import fuse
 from flashrt.backends.cuda.graph import CudaGraph, Node
 from flashrt.backends.cuda.library import KernelLibrary
 from flashrt.backends.cuda.nvrtc import Nvrtc
@@ -124,9 +126,13 @@ class CudaDevice:
         *,
         name: str = "cuda",
         is_host: bool = False,
+        is_fused: bool = True,
         capacities: Capacities | None = None,
     ) -> None:
-        """`is_host`: device memory is host memory, and may be seen by numpy."""
+        """`is_host`: device memory is host memory, and may be seen by numpy. `is_fused`: captured
+        launches of few rows are fused where they can be (see fusion), with the same bits; `eager`
+        never fuses.
+        """
         if precision not in ACTS:
             raise BackendError(f"precision {precision!r} is not one of {sorted(ACTS)}")
         self.name = name
@@ -134,6 +140,7 @@ class CudaDevice:
         self.counters = Counters()
         self.driver = driver
         self._device_type = CPU if is_host else CUDA
+        self._is_fused = is_fused
         self._compiler = compiler
         self._capacities = capacities or Capacities()
         self._sources = Sources()
@@ -157,10 +164,13 @@ class CudaDevice:
         self._words = WordRing(driver, self._stream)
         table_bytes = self._capacities.copies * _COPY_BYTES
         terms_bytes = self._capacities.terms * (_TERM_BYTES + _SUM_BYTES)
-        self._tables = DeviceMemory(
-            "tables", driver.mem_alloc(table_bytes + terms_bytes), table_bytes + terms_bytes
-        )
-        self._terms_at = self._tables.address + table_bytes
+        counters_bytes = self.storage(COUNTERS).nbytes
+        nbytes = counters_bytes + table_bytes + terms_bytes
+        self._tables = DeviceMemory("tables", driver.mem_alloc(nbytes), nbytes)
+        self._counters_at = self._tables.address
+        driver.fill(self._counters_at, 0, counters_bytes, self._stream)
+        self._copies_at = self._counters_at + counters_bytes
+        self._terms_at = self._copies_at + table_bytes
         self._sums_at = self._terms_at + self._capacities.terms * _TERM_BYTES
         trace(PLAN, f"{self.description}, act {self.acts}")
 
@@ -261,6 +271,9 @@ class CudaDevice:
             self._refuse_if_sealed(f"compile {missing[0].title}")
         self._library.prepare(launches)
         self.counters.compilations = self._library.n_compiled
+
+    def _fused(self, launches: Sequence[BoundLaunch]) -> Sequence[BoundLaunch]:
+        return fuse(launches, self.acts, self._counters_at) if self._is_fused else launches
 
     def _nodes(self, launches: Sequence[BoundLaunch]) -> list[Node]:
         """Launches as kernels with packed arguments; compiles what is not compiled yet."""
@@ -429,8 +442,8 @@ class CudaDevice:
     def _copy_table(self, moves: CopyList, src_base: int, dst_base: int) -> None:
         """In stream order, so that the one table may be overwritten for the next launch."""
         table = np.frombuffer(moves.pack(src_base, dst_base), np.uint8)
-        self._ring.upload(self._tables.address, table)
-        arguments = struct.pack(kernels.COPY_ARGS_FORMAT, self._tables.address, len(moves))
+        self._ring.upload(self._copies_at, table)
+        arguments = struct.pack(kernels.COPY_ARGS_FORMAT, self._copies_at, len(moves))
         launch = kernels.copy_launch(moves.nbytes, self._n_sms)
         self._node(launch, ArgumentBlock(arguments)).launch(self.driver, self._stream)
 
@@ -480,7 +493,7 @@ class CudaDevice:
         """See Backend. Raises CompileError, BackendError, SealedError."""
         self._refuse_if_sealed("capture a graph")
         self._require_build()
-        nodes = self._nodes(launches)
+        nodes = self._nodes(self._fused(launches))
         graph = CudaGraph(self.driver, self._capture_stream, nodes)
         self.counters.captures += 1
         self._graphs.append(graph)
@@ -569,11 +582,13 @@ class CudaDevice:
             raise BackendError(f"{self.name}: call build() before kernels are used")
 
 
-def open_device(precision: Precision = "bfloat16", ordinal: int = 0) -> CudaDevice:
+def open_device(
+    precision: Precision = "bfloat16", ordinal: int = 0, *, is_fused: bool = True
+) -> CudaDevice:
     """The GPU of that ordinal. Raises BackendError that says what is missing; see `probe`."""
     driver = CudaDriver(ordinal)
     try:
-        return CudaDevice(driver, Nvrtc(driver.info.arch), precision)
+        return CudaDevice(driver, Nvrtc(driver.info.arch), precision, is_fused=is_fused)
     except BaseException:
         driver.close()
         raise

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from flashrt.backends.cuda.driver_api import DEFAULT_SHARED_BYTES
 from flashrt.backends.cuda.occupancy import (
     LEAST,
     Multiprocessor,
@@ -33,9 +34,11 @@ Grid = tuple[int, int, int]
 
 WARP: Final = 32
 ATTENTION_KEYS: Final = 256  # keys per block of the canonical order
+ATTENTION_WAVES: Final = 4  # blocks of `attention_partial` per multiprocessor: two at a time, twice
 K_SLICE: Final = 256  # k per chain of mma in the canonical order of `linear`
 SUPER_SLICE: Final = 8 * K_SLICE  # k whose slices are added up before they meet others
 FEW_TOKENS: Final = 32  # up to here a launch of `linear` is bound by its weights
+BUSY_FEW_WARPS: Final = 16  # of a multiprocessor in `linear_few`: enough weights in flight
 MANY_STAGES: Final = (4, 3)  # tiles of 32 k in flight in `linear_many`
 BUSY_WARPS: Final = 8  # of a multiprocessor: with half of them, nobody covers the waits of a warp
 HALF_BUSY: Final = 0.7  # its rate then, an estimate
@@ -49,6 +52,7 @@ SAMPLE_CHUNK: Final = 2048  # tokens of a block of `sample_narrow`
 SAMPLE_SHARED_FROM: Final = 16384  # from so many tokens on its blocks share the work
 SAMPLE_PASSES: Final = 5  # launches of it then: three digits for top_k, two more for top_p
 CONV_ROWS: Final = 16  # rows per block of `conv_window`
+DELTA_FEW_ROWS: Final = 8  # of a run in `delta_few`
 COPY_THREADS: Final = 256
 COPY_ARGS_FORMAT: Final = "@Pi0P"  # copy_batch_args: table, n
 DIGEST_ARGS_FORMAT: Final = (
@@ -136,10 +140,11 @@ class Shape:
     @property
     def act_parts(self) -> int:
         """bfloat16 parts that an activation goes into the tensor cores as: 1, 2 or 3."""
-        return _ACT_PARTS[self.act]
+        return ACT_PARTS[self.act]
 
 
-_ACT_PARTS = {DType.BF16: 1, DType.BF16X2: 2, DType.F32: 3}
+ACT_PARTS: Final = {DType.BF16: 1, DType.BF16X2: 2, DType.F32: 3}
+_ACT_BYTES = {1: 2, 2: 4, 3: 4}  # by parts
 
 
 Expansion = Callable[[Shape], tuple[KernelLaunch, ...]]
@@ -207,23 +212,85 @@ def _few_tiles(t: int) -> int:
     return 1 if t <= 8 else 2 if t <= 16 else 4
 
 
-def _linear_few(s: Shape) -> KernelLaunch:
-    t, n, k = s.dims["T"], s.dims["N"], s.dims["K"]
+def _most_few_warps(s: Shape) -> int:
+    """Warps of a block of `linear_few` that registers leave room for: 8 of 4 tiles, or 2 with
+    scales.
+    """
+    tiles = _few_tiles(s.dims["T"])
+    return 8 if tiles == 4 or (tiles == 2 and _is_folded(s, "w")) else 16
+
+
+def _few(
+    s: Shape, kernel: str, n: int, *, halves: int = 1, is_normed: bool = False
+) -> KernelLaunch:
+    """A kernel of linear_few.cuh with outputs for `n` rows of W, of which a block takes 16, or the
+    16 of each half.
+    """
+    t, k = s.dims["T"], s.dims["K"]
     tiles = _few_tiles(t)
     slices, row_tiles = _ceil(k, K_SLICE), _ceil(n, 16)
+    dynamic = t * k * _ACT_BYTES[s.act_parts] if is_normed else 0
     # 16 warps per multiprocessor keep enough weights in flight: several small blocks if there are
-    # row tiles for them, larger ones if not; registers allow 8 warps of 4 tiles, or 2 with scales
-    is_wide = tiles == 4 or (tiles == 2 and _is_folded(s, "w"))
-    most = min(8 if is_wide else 16, 1 << (slices - 1).bit_length())
+    # row tiles for them, larger ones if not, or if rows take too much shared memory of each
+    most_warps = _most_few_warps(s)
+    most = min(most_warps // halves, 1 << (slices - 1).bit_length())
     warps = min(4, most)
-    while warps < most and warps * row_tiles < 16 * s.n_sms:
+
+    def is_small() -> bool:
+        block = warps * halves
+        if block * row_tiles < BUSY_FEW_WARPS * s.n_sms:
+            return True
+        registers = registers_for(WARP * block, most_warps // block)
+        shared = dynamic + _few_static_bytes(block, tiles)
+        at_once = blocks_at_once(s.sm, WARP * block, registers, shared)
+        return is_normed and at_once * block < most_warps
+
+    while warps < most and is_small():
         warps *= 2
     defines = _defines(
         ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WARPS=warps, TOKEN_TILES=tiles
     )
-    grid = (_ceil(n, 16), _ceil(t, 8 * tiles), 1)
+    if is_normed:
+        _, vectors, threads = row_geometry(k)
+        defines += _defines(NORM_VECTORS=vectors, NORM_THREADS=threads)
+    grid = (row_tiles, _ceil(t, 8 * tiles), 1)
     defines += _weights(s, "w")
-    return KernelLaunch("linear_few.cu", "linear_few", defines, grid, _x(WARP * warps))
+    return KernelLaunch(f"{kernel}.cu", kernel, defines, grid, _x(WARP * warps * halves), dynamic)
+
+
+def _few_static_bytes(warps: int, tiles: int) -> int:
+    """Shared memory of a block of linear_few.cuh, less the rows that it norms."""
+    return 2 * warps * tiles * WARP * 16
+
+
+def holds_normed_rows(s: Shape) -> bool:
+    """Whether a block of `norm_linear` has room for all rows of x."""
+    t, k = s.dims["T"], s.dims["K"]
+    if t > FEW_TOKENS or k % 8:
+        return False
+    static = _few_static_bytes(_most_few_warps(s), _few_tiles(t))
+    return t * k * _ACT_BYTES[s.act_parts] + static <= DEFAULT_SHARED_BYTES
+
+
+def _linear_few(s: Shape) -> KernelLaunch:
+    return _few(s, "linear_few", s.dims["N"])
+
+
+def _linear_silu(s: Shape) -> tuple[KernelLaunch, ...]:
+    return (_few(s, "linear_silu", s.dims["I"], halves=2),)
+
+
+def _linear_add(s: Shape) -> tuple[KernelLaunch, ...]:
+    return (_few(s, "linear_add", s.dims["N"]),)
+
+
+def _norm_linear(s: Shape) -> tuple[KernelLaunch, ...]:
+    (act,) = (dtype for dtype, n in ACT_PARTS.items() if n == s.attrs["parts"])
+    return (_few(replace(s, act=act), "norm_linear", s.dims["N"], is_normed=True),)
+
+
+def _norm_silu(s: Shape) -> tuple[KernelLaunch, ...]:
+    return (_few(s, "norm_silu", s.dims["I"], halves=2, is_normed=True),)
 
 
 def few_cost(s: Shape) -> float:
@@ -427,6 +494,18 @@ def _delta_rule(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("delta_rule.cu", s.op, defines, grid, _x(128)),)
 
 
+def _delta_few(s: Shape) -> tuple[KernelLaunch, ...]:
+    dk, dv = s.dims["dk"], s.dims["dv"]
+    defines = _defines(ACT_PARTS=s.act_parts, KEY_DIM=dk, VALUE_DIM=dv, TAPS=s.dims["W1"])
+    return (KernelLaunch("delta_few.cu", "delta_few", defines, _x(s.dims["Hv"]), _x(4 * dv)),)
+
+
+def fits_delta_few(rows: int, key_dim: int, value_dim: int) -> bool:
+    """Whether `delta_few` has room: for rows in shared memory, for columns in registers."""
+    sizes = key_dim <= 128 and value_dim <= 128 and not (key_dim % 4 or value_dim % 8)
+    return rows <= DELTA_FEW_ROWS and sizes
+
+
 def _gated_rmsnorm(s: Shape) -> tuple[KernelLaunch, ...]:
     defines = _defines(ACT_PARTS=s.act_parts, VALUE_DIM=s.dims["dv"])
     grid = (_ceil(s.dims["C"] // s.dims["dv"], 4), s.dims["T"], 1)
@@ -479,7 +558,9 @@ def _attention(s: Shape) -> tuple[KernelLaunch, ...]:
     shared = 8 * tiles * column_bytes
     n_groups = _ceil(t, 8 * tiles // group)
     if is_few:
-        few, grid = "attention_few.cu", (s.dims["B"], nk * n_groups, 1)
+        # not as many as max_positions has: those beyond the position cost time each, and do nothing
+        most = max(1, ATTENTION_WAVES * s.n_sms // (nk * n_groups))
+        few, grid = "attention_few.cu", (min(s.dims["B"], most), nk * n_groups, 1)
         merge = KernelLaunch(few, "attention_merge", defines, (nq, t, 1), _x(_ceil(d, WARP) * WARP))
         return KernelLaunch(few, "attention_partial", defines, grid, _x(256), shared), merge
     many, grid = "attention_many.cu", (n_groups, nk, 1)
@@ -590,6 +671,11 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "flow_begin": _policy,
     "flow_end": _policy,
     "take_action": _policy,
+    "delta_few": _delta_few,
+    "linear_silu": _linear_silu,
+    "linear_add": _linear_add,
+    "norm_linear": _norm_linear,
+    "norm_silu": _norm_silu,
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flashrt.backends.code import digest_of
 from flashrt.backends.cuda.compiler_api import Unit
+from flashrt.backends.cuda.fused_ops import FUSED_OPS
 from flashrt.backends.cuda.kernels import KernelLaunch
 from flashrt.base.errors import BackendError, CompileError
 from flashrt.core.header import c_header
@@ -52,8 +53,8 @@ class Sources:
             )
 
     def set_ops(self, ops: Sequence[Op]) -> None:
-        """The ops whose argument structs the sources may use."""
-        self._ops = tuple(ops)
+        """The ops whose argument structs the sources may use, beside those of fused launches."""
+        self._ops = (*ops, *FUSED_OPS)
 
     def unit(self, launch: KernelLaunch) -> Unit:
         """What to compile for a launch. Raises CompileError for a source that is not there."""

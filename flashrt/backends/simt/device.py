@@ -22,6 +22,7 @@ class SimtDevice(CudaDevice):
     `seed` other than 0 runs threads and blocks of each launch in a random order, another one at
     each launch, the same ones for the same seed. `is_watched` builds the race detector into the
     kernels: a race between threads of a block raises BackendError with file and line.
+    `is_fused`: see CudaDevice.
     `multiprocessors` steers the choice of kernel variants, as on a GPU of that size.
     """
 
@@ -31,6 +32,7 @@ class SimtDevice(CudaDevice):
         *,
         seed: int = 0,
         is_watched: bool = False,
+        is_fused: bool = True,
         multiprocessors: int = 16,
         memory_bytes: int = 16 << 30,
         capacities: Capacities = _CAPACITIES,
@@ -42,5 +44,6 @@ class SimtDevice(CudaDevice):
             precision,
             name="simt",
             is_host=True,
+            is_fused=is_fused,
             capacities=capacities,
         )

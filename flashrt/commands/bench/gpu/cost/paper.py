@@ -7,26 +7,28 @@ capture. IS NOT: a backend: nothing can be read, written or run.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 from flashrt.backends.cuda import layouts
 from flashrt.backends.cuda.device import Capacities, CudaDevice
+from flashrt.backends.cuda.fusion import fuse
 from flashrt.commands.bench.gpu.cost.formats import model_of
 from flashrt.core.arena import Arena
 from flashrt.core.backend import Backend, BoundLaunch, Storage
-from flashrt.core.planner import plan_arena, plan_band
+from flashrt.core.planner import ArenaPlan, Band, plan_arena, plan_band
 from flashrt.core.region import ActDTypes, Region, Role
+from flashrt.core.tape import Tape
 from flashrt.engine.buckets import prefill_rows
 from flashrt.engine.tokens import POOL_DEFAULT
-from flashrt.models.model import tapes_of
+from flashrt.models.model import Model, tapes_of
 
-_ADDRESS: Final = 1 << 32
+ADDRESS: Final = 1 << 32
 
 
 class _Nowhere:
     """What an arena asks of a backend before it has addresses, and the memory that it gets."""
 
-    address, nbytes = _ADDRESS, 0
+    address, nbytes = ADDRESS, 0
     most_rows = CudaDevice.most_rows
 
     def __init__(self, acts: ActDTypes) -> None:
@@ -45,9 +47,26 @@ class _Nowhere:
         """There is nothing to fill."""
 
 
+class Paper(NamedTuple):
+    """A model's memory on a GPU, and its launches by phase and rows, in order."""
+
+    plan: ArenaPlan
+    weights: Band
+    bound: Mapping[tuple[str, int], Sequence[BoundLaunch]]
+
+
+def lay_out(model: Model, acts: ActDTypes, tapes: Sequence[Tape], pool_nbytes: int = 0) -> Paper:
+    """One lane, and the tapes as `Arena.bind` gives them. Raises PlanError as loading would."""
+    nowhere = cast(Backend, _Nowhere(acts))
+    plan = plan_arena(model.lane_regions, tapes, nowhere.storage, lanes=1, pool_nbytes=pool_nbytes)
+    weights = plan_band([rule.region for rule in model.weights], nowhere.storage)
+    arena = Arena(nowhere, plan, weights)
+    return Paper(plan, weights, {(tape.phase, tape.rows): arena.bind(tape) for tape in tapes})
+
+
 class PaperEngine:
     """One lane of a model, with the default room for capsules, and the activations of a precision
-    (`ACTS` of the device).
+    (`ACTS` of the device). Its graphs are as a device captures them: launches are fused.
     """
 
     def __init__(self, shape: str, form: str, max_positions: int, acts: ActDTypes) -> None:
@@ -57,20 +76,17 @@ class PaperEngine:
         nowhere = cast(Backend, _Nowhere(acts))
         usual = model_of(shape, form, max_positions)
         rows = prefill_rows(usual, nowhere, max_positions)
-        model, storage = model_of(shape, form, max_positions, rows), nowhere.storage
-        self.model, self.acts = model, acts
-        tapes = tapes_of(model, lanes=1)
-        fixed, rows = (
-            plan_band([r for r in model.lane_regions if r.role is role], storage).nbytes
+        model = model_of(shape, form, max_positions, rows)
+        fixed, per_position = (
+            plan_band([r for r in model.lane_regions if r.role is role], nowhere.storage).nbytes
             for role in (Role.FIXED, Role.ROWS)
         )
-        pool_bytes = POOL_DEFAULT.fixed * fixed + POOL_DEFAULT.lanes * rows
-        plan = plan_arena(model.lane_regions, tapes, storage, lanes=1, pool_nbytes=pool_bytes)
-        weights = plan_band([rule.region for rule in model.weights], storage)
-        arena = Arena(nowhere, plan, weights)
-        self.weights_bytes = weights.nbytes
-        self.arena_bytes = plan.nbytes
-        self._bound = {(tape.phase, tape.rows): arena.bind(tape) for tape in tapes}
+        pool_bytes = POOL_DEFAULT.fixed * fixed + POOL_DEFAULT.lanes * per_position
+        paper = lay_out(model, acts, tapes_of(model, lanes=1), pool_bytes)
+        self.model, self.acts = model, acts
+        self.weights_bytes = paper.weights.nbytes
+        self.arena_bytes = paper.plan.nbytes
+        self._graphs = {key: fuse(bound, acts, ADDRESS) for key, bound in paper.bound.items()}
 
     @property
     def nbytes(self) -> int:
@@ -80,4 +96,4 @@ class PaperEngine:
     @property
     def graphs(self) -> Mapping[tuple[str, int], Sequence[BoundLaunch]]:
         """The launches of every tape, by phase and rows, in order."""
-        return self._bound
+        return self._graphs

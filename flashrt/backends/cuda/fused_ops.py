@@ -1,0 +1,96 @@
+"""Fused ops: signatures of launches that stand for several launches of a tape.
+
+IS: ops like those of a tape, which the CUDA backend alone knows: each has the bits of the launches
+that it stands for. IS NOT: what may be fused (fusion), geometry (kernels), or code (cuda_src).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from flashrt.core.op import Access, Attr, Op, Param
+from flashrt.core.region import CODE_DTYPES, DType, Layout, Region, Role
+from flashrt.core.runs import MAX_RUNS, RunsWord
+
+_CURSOR = Param("cursor", "r", (RunsWord.LAST_ROWS - RunsWord.ROWS,), (DType.I32,))
+Dim = int | str
+
+
+def _f32(name: str, access: Access, *dims: Dim, strided: bool = False) -> Param:
+    return Param(name, access, dims, is_strided=strided)
+
+
+def _act(name: str, access: Access, *dims: Dim) -> Param:
+    return Param(name, access, dims, (DType.ACT,))
+
+
+def _matrix(*dims: Dim) -> Param:
+    dtypes = (DType.BF16, DType.F16, DType.F32, *CODE_DTYPES)
+    return Param("w", "r", dims, dtypes, Layout.MATRIX, may_be_grouped=True)
+
+
+LINEAR_SILU: Final = Op(
+    "linear_silu",
+    "linear, silu_mul: y = silu(x g^T) (x u^T), w = [g; u]",
+    (_act("x", "r", "T", "K"), _matrix("2*I", "K"), _CURSOR, _act("y", "w", "T", "I")),
+)
+LINEAR_ADD: Final = Op(
+    "linear_add",
+    "linear and the sum of add_rmsnorm: y += x w^T",
+    (
+        _act("x", "r", "T", "K"),
+        _matrix("N", "K"),
+        _CURSOR,
+        _f32("y", "rw", "T", "N", strided=True),
+    ),
+)
+NORM_LINEAR: Final = Op(
+    "norm_linear",
+    "rmsnorm, linear: y = h w^T, where h is the norm of x in bfloat16 parts, so many",
+    (
+        _f32("x", "r", "T", "K"),
+        _f32("norm", "r", "K"),
+        _matrix("N", "K"),
+        _CURSOR,
+        _f32("y", "w", "T", "N", strided=True),
+    ),
+    (Attr("eps", "float32"), Attr("parts")),
+)
+NORM_SILU: Final = Op(
+    "norm_silu",
+    "rmsnorm, linear, silu_mul: y = silu(h g^T) (h u^T), where h is the norm of x, w = [g; u]",
+    (
+        _f32("x", "r", "T", "K"),
+        _f32("norm", "r", "K"),
+        _matrix("2*I", "K"),
+        _CURSOR,
+        _act("y", "w", "T", "I"),
+    ),
+    (Attr("eps", "float32"),),
+)
+DELTA_FEW: Final = Op(
+    "delta_few",
+    "conv_window, delta_gates, delta_rule, gated_rmsnorm, one after the other: y from u and z; "
+    "counters are words that are 0 between launches, one per run and key head",
+    (
+        _f32("u", "r", "T", "C", strided=True),
+        _f32("w", "r", "W1", "C"),
+        _f32("window", "rw", "W", "C"),
+        _f32("z", "r", "T", "Hv*dv", strided=True),
+        _f32("b", "r", "T", "Hv", strided=True),
+        _f32("a", "r", "T", "Hv", strided=True),
+        _f32("a_log", "r", "Hv"),
+        _f32("dt_bias", "r", "Hv"),
+        Param("state", "rw", ("Hv", "dk", "dv"), (DType.F32,), Layout.COLUMN_BLOCKS),
+        _f32("norm", "r", "dv"),
+        _CURSOR,
+        Param("counters", "rw", ("n",), (DType.U32,)),
+        _act("y", "w", "T", "Hv*dv"),
+    ),
+    (Attr("key_heads"), Attr("eps", "float32")),
+)
+
+MOST_KEY_HEADS: Final = 256  # that counters are for
+COUNTERS: Final = Region("counters", (MAX_RUNS * MOST_KEY_HEADS,), DType.U32, Role.IO)
+
+FUSED_OPS: Final = (DELTA_FEW, LINEAR_SILU, LINEAR_ADD, NORM_LINEAR, NORM_SILU)
