@@ -7,10 +7,11 @@
 //           tiles do not fill the device, blocks share K: each leaves its super-slices in `sums`,
 //           the last one of a tile adds them up in order.
 // Launch:   block = WARPS_N x WARPS_T warps, a warp = ROW_TILES x TOKEN_TILES tiles of mma; grid
-//           over rows of W, then tokens, then parts of K, those of most k first. STAGES chunks of 32 k are in flight by cp.async: weights
-//           as they lie in memory, with the scales of their groups, x row by row. Both are read 16
-//           bytes per lane; a pair's row takes 128 bytes and is swizzled against bank conflicts,
-//           and so is a row of float32 weights.
+//           over tokens, whose blocks share rows of W while these are in the L2 cache, then rows
+//           of W, then parts of K, those of most k first. STAGES chunks of 32 k are in flight by
+//           cp.async: weights as they lie in memory, with the scales of their groups, x row by
+//           row. Both are read 16 bytes per lane; a pair's row takes 128 bytes and is swizzled
+//           against bank conflicts, and so is a row of float32 weights.
 #include "flashrt.cuh"
 #include "linear.cuh"
 
@@ -66,7 +67,7 @@ struct split_args {
   float4* sums;        // [plane][tile][vector][thread]
   uint32_t* finished;  // [tile]: parts that are done; 0 between launches
   int parts, supers;
-  int token_blocks, tiles;  // along tokens, and in all
+  int row_blocks, tiles;  // along rows of W, and in all
 };
 struct many_args {
   linear_args linear;
@@ -305,15 +306,15 @@ KERNEL(THREADS, BLOCKS) linear_many(ARGS many_args arguments) {
   DYNAMIC_SHARED(uint4, shared);
   begin();
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  int part = blockIdx.y / split.token_blocks, token_block = blockIdx.y % split.token_blocks;
-  int rows = a.cursor[CURSOR_ROWS], first_tile = blockIdx.x * BLOCK_TILES,
-      first_token = token_block * BLOCK_TOKENS, n_chunks = ceil_div(a.K, K_CHUNK);
+  int part = blockIdx.y / split.row_blocks, row_block = blockIdx.y % split.row_blocks;
+  int rows = a.cursor[CURSOR_ROWS], first_tile = row_block * BLOCK_TILES,
+      first_token = blockIdx.x * BLOCK_TOKENS, n_chunks = ceil_div(a.K, K_CHUNK);
   if (first_token >= rows) return;
   // of the warp, in the block
   int row_tile = warp % WARPS_N * ROW_TILES, token = warp / WARPS_N * 8 * TOKEN_TILES;
   int begin_chunk = part * split.supers * SUPER_CHUNKS,
       end_chunk = min(begin_chunk + split.supers * SUPER_CHUNKS, n_chunks);
-  int block_tile = (blockIdx.z * split.token_blocks + token_block) * gridDim.x + blockIdx.x;
+  int block_tile = (blockIdx.z * split.row_blocks + row_block) * gridDim.x + blockIdx.x;
   Feed feed = feed_of(a, first_tile, first_token, rows, begin_chunk);
 
 #pragma unroll

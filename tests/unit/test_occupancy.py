@@ -178,3 +178,11 @@ def test_shared_memory_stays_within_every_architecture() -> None:
                 launch = kernels.linear_many(s, tile)
                 assert tile.at_once(s) > 0
                 assert launch.shared_bytes + 1024 <= 100 << 10
+
+
+def test_blocks_of_the_same_rows_of_w_are_next_to_each_other() -> None:
+    """Red when a launch of many tokens reads a matrix that no cache holds once per block of them."""
+    launch = launch_of(shape(34816, 2048, "sm_120"))
+    defines = {name: int(value) for name, value in launch.defines if value.isdigit()}
+    assert launch.kernel == "linear_many"
+    assert launch.grid[0] * 8 * defines["WARPS_T"] * defines["TOKEN_TILES"] == 2048

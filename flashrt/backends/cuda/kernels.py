@@ -70,7 +70,7 @@ class Split:
 
     parts: int  # blocks of a tile
     supers: int  # super-slices of a part; the last one may have less
-    token_blocks: int
+    row_blocks: int  # blocks along rows of W
     tiles: int  # of all runs
     plane_bytes: int  # of a super-slice of all tiles
 
@@ -93,7 +93,7 @@ class Split:
         """What follows the op's arguments; `workspace` is an address, and not read of one part."""
         return struct.pack(
             SPLIT_ARGS_FORMAT, workspace + 4 * WORKSPACE_TILES, workspace, self.parts,
-            self.supers, self.token_blocks, self.tiles,
+            self.supers, self.row_blocks, self.tiles,
         )  # fmt: skip
 
 
@@ -330,8 +330,10 @@ class ManyTile:
         return self.warps_n * self.warps_t
 
     def grid(self, s: Shape) -> Grid:
-        """Blocks along rows of W, and along tokens."""
-        return (_ceil(s.dims["N"], self.rows), _ceil(s.dims["T"], self.tokens), 1)
+        """Blocks along tokens, next to each other: they read the same rows of W, which then come
+        from memory once. And along rows of W.
+        """
+        return (_ceil(s.dims["T"], self.tokens), _ceil(s.dims["N"], self.rows), 1)
 
     def stage_bytes(self, s: Shape) -> int:
         """Shared memory of a chunk: weights with their scales, and x."""

@@ -59,6 +59,8 @@ class Effort:
     tensor: float = 0.0  # mma.m16n8k16 of all warps
     loaded: int = 0  # bytes that blocks read and write, each by itself: mostly from the L2 cache
     passes: int = 1  # of the grid over the lasting bytes, one after another
+    reread: int = 0  # bytes of the passing operand that rounds of blocks read again and again
+    rereads: int = 0  # how often, after the first time
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +145,16 @@ def _linear(task: Task, tile_rows: int, tile_tokens: int, warps_k: int, held: in
     products = row_tiles * tile_rows * token_tiles * tile_tokens * k * 2
     weights, x = moved.by_name["w"], moved.by_name["x"]
     loaded = weights * token_tiles + x * row_tiles + moved.by_name["y"]
-    passes = _ceil(blocks, max(held, row_tiles * splits)) if token_tiles > 1 else 1
+    is_by_tokens = task.kernel.kernel == "linear_many"  # blocks next to each other share rows of W
+    rounds = _ceil(blocks, max(held, (token_tiles if is_by_tokens else row_tiles) * splits))
     return Effort(
         blocks,
         turns=_ceil(dims["K"], K_SLICE * splits * warps_k),
         tensor=products * _parts(task) / MMA_FLOP,
         loaded=loaded,
-        passes=min(passes, token_tiles),
+        passes=1 if is_by_tokens else min(rounds, token_tiles),
+        reread=x if is_by_tokens else 0,
+        rereads=min(rounds, row_tiles) - 1,
     )
 
 

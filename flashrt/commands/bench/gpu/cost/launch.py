@@ -93,6 +93,8 @@ def cost_of(task: Task, gpu: Gpu, code: Code | None, is_resident: bool) -> Launc
         dram += moved.lasting * again
     if moved.widest_passing > gpu.l2_bytes:
         dram += moved.passing
+    if effort.reread > gpu.l2_bytes:
+        dram += effort.reread * effort.rereads
     near = min(effort.blocks, gpu.multiprocessors) * SM_BYTES_PER_CYCLE * gpu.clock_hz
     cache = effort.loaded / min(gpu.l2_bytes_per_s, max(near, 1.0)) if effort.blocks else 0.0
     tensor = per_sm * of_block * MMA_FLOP / (gpu.tensor_flops * gpu.mma_reach)
