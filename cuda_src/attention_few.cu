@@ -48,7 +48,7 @@ KERNEL(BOUNDS) attention_partial(ARGS attention_args launch) {
            (((size_t)queries.row(column) * a.Nq + head) * a.B + block) * (HEAD_DIM + 2);
   };
   if (threadIdx.x < COLUMNS && queries.sees(threadIdx.x, first_key)) {
-    float2 statistics = {shared.columns.block_max[threadIdx.x],
+    float2 statistics = {shared.columns.block_max(threadIdx.x),
                          block_sum_of(shared.columns, threadIdx.x)};
     *reinterpret_cast<float2*>(partial(threadIdx.x)) = statistics;
   }
