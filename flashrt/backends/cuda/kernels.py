@@ -347,10 +347,7 @@ def _rope_append(s: Shape) -> tuple[KernelLaunch, ...]:
 
 
 WARPS_OF_ATTENTION: Final = 8
-# Tiles of 8 columns of a block of `attention_rows`: of all warps, and at most where each warp has
-# dims of its own.
-COLUMN_TILES: Final = (16, 12, 10, 8, 6, 4)
-MOST_OWN_TILES: Final = 12
+COLUMN_TILES: Final = (16, 12, 10, 8, 6, 4)  # of 8 columns, of a block of `attention_rows`
 # Of a thread: tiles of the scores and of the outputs that are in registers, 8 for each. With more,
 # some architecture spills; further outputs are parked in shared memory.
 HELD_TILES: Final = 22
@@ -422,11 +419,13 @@ def attention_widths(s: Shape) -> tuple[int, ...]:
     architecture's shared memory leave room for, and all warps have work for. Widest first.
     """
     threads, sharers, group = WARP * WARPS_OF_ATTENTION, _sharers(s), s.dims["Nq"] // s.dims["Nk"]
+    # beyond, the registers of scores, of outputs, or of a second part are too many
+    most = 8 if s.act_parts > 1 else 12 if sharers == 1 or s.dtypes["keys"] is DType.F32 else 16
     return tuple(
         tiles
         for tiles in COLUMN_TILES
         if tiles % (2 * sharers) == 0
-        and tiles // sharers <= MOST_OWN_TILES
+        and tiles <= most
         and 8 * tiles >= group
         and blocks_at_once(s.sm, threads, MOST_REGISTERS, _attention_bytes(s, tiles))
     )
