@@ -5,9 +5,9 @@
 // after the other), so that a query's bits are the same in both, alone or in company.
 //
 // Columns of mma are queries: column c is row first_row + c / GROUP, query head c % GROUP of the
-// key head. Keys are the 16-row operand of the scores, value columns that of the weighted sum, and
-// both come from memory straight into registers: which key or column a row of mma stands for is
-// free, so lanes take what lies together.
+// key head. Keys are the 16-row operand of the scores, value columns that of the weighted sum.
+// Which key or column a row of mma stands for is free, so lanes take what lies together, from
+// memory straight into registers or by way of shared memory (attention_many):
 //   scores:  warp w has keys 32 w .. 32 w + 31; lane 4g + t loads 8 consecutive dims of keys 4g ..
 //            4g + 3.
 //   values:  warp w has dims 32 w .. 32 w + 31; lane 4g + t loads 4 consecutive dims of keys 8t ..
@@ -278,10 +278,9 @@ struct Scales {
 // Accumulators -> weights in shared memory, block maxima and the warps' sums. All threads call it;
 // after it, and a barrier, `p` and the sums are there. first_key: of this warp.
 DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int first_key,
-                    const Scales& scales) {
+                    const Scales& scales, int lane = threadIdx.x & 31) {
   Columns& columns = shared.columns;
-  int warp = threadIdx.x >> 5, lane = made_here(threadIdx.x & 31), g = lane >> 2, t = lane & 3,
-      key = first_key + 4 * g;
+  int warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, key = first_key + 4 * g;
   const float scale = 1.0f / sqrtf((float)HEAD_DIM);
   const float* key_scales = CACHE_CODES ? scales.keys() : nullptr;
 #pragma unroll
@@ -355,8 +354,8 @@ DEVICE uint32_t odd_mask(uint32_t pair) { return (odd_halves(pair) >> 15 & 0x000
 // from `first_tile` on. Rarely called.
 template <int TILES>
 DEVICE void mark_odd(float (&o)[2][TILES][4], const Queries& queries, const cache_t* values,
-                     int first_key, int dim, int first_tile = 0) {
-  int t = made_here(threadIdx.x & 3), first[4];  // odd key of each dim
+                     int first_key, int dim, int lane = threadIdx.x & 31, int first_tile = 0) {
+  int t = lane & 3, first[4];  // odd key of each dim
   int end = min(first_key + BLOCK_KEYS, queries.end());
 #pragma unroll
   for (int d = 0; d < 4; d++) first[d] = queries.end();  // none: no column sees that key

@@ -411,10 +411,11 @@ KERNEL(256, 1) attention_rows(ARGS attention_args launch) {
   Running running(*work);
 #pragma unroll 1
   for (; first_key < feed.end; first_key += BLOCK_KEYS) {
+    lane = made_here(lane);  // what columns see is not kept for all of them
     {
       Accumulator s = {};
       staged_scores(s, *work, feed, stage);
-      softmax(s, shared, queries, first_key + 32 * warp, Scales(launch, key_head));
+      softmax(s, shared, queries, first_key + 32 * warp, Scales(launch, key_head), lane);
     }
     __syncthreads();
     if (threadIdx.x < COLUMNS) {
@@ -443,7 +444,7 @@ KERNEL(256, 1) attention_rows(ARGS attention_args launch) {
       const cache_t* values =
           (const cache_t*)moved(launch).values + (size_t)key_head * a.S * HEAD_DIM;
       weigh_finite(block, shared, values, first_key, feed.end, dims, first_tile);
-      mark_odd(block, queries, values, first_key, 32 * dims + 4 * g, first_tile);
+      mark_odd(block, queries, values, first_key, 32 * dims + 4 * g, lane, first_tile);
     }
     __syncthreads();  // factors are there, weights are no longer needed
 #pragma unroll
