@@ -348,10 +348,11 @@ def _rope_append(s: Shape) -> tuple[KernelLaunch, ...]:
 
 WARPS_OF_ATTENTION: Final = 8
 COLUMN_TILES: Final = (16, 12, 10, 8, 6, 4)  # of 8 columns, of a block of `attention_rows`
-# Of a thread: tiles of the scores and of the outputs that are in registers, 8 for each. With more,
-# some architecture spills; further outputs are parked in shared memory.
-HELD_TILES: Final = 22
-HELD_CONVERTED_TILES: Final = 20  # where keys and values are converted
+# Of a thread: tiles of the scores and of the outputs that are in registers, 8 for each; further
+# outputs are parked in shared memory. The fewest that it has room for: with more, ptxas spills on
+# some architecture; the most only without keys and values to convert.
+HELD_TILES: Final = (16, 20, 22)
+LEAST_KEPT: Final = 4  # tiles of outputs
 # Time of a block of keys beside that for its columns (copies, operands of keys and values,
 # barriers), in tiles of columns: an estimate.
 ATTENTION_FIXED: Final = 4
@@ -401,24 +402,30 @@ def _sharers(s: Shape) -> int:
 
 def _kept_tiles(s: Shape, tiles: int) -> int:
     """Tiles of a warp whose running outputs are in registers."""
-    held = HELD_TILES if s.dtypes["keys"] is DType.BF16 else HELD_CONVERTED_TILES
-    return min(tiles // _sharers(s), held - tiles)
+    held = HELD_TILES if s.dtypes["keys"] is DType.BF16 else HELD_TILES[:-1]
+    kept = [min(tiles // _sharers(s), max(LEAST_KEPT, n - tiles)) for n in held]
+    return next((n for n in kept if _fits(s, _attention_bytes(s, tiles, n))), kept[-1])
 
 
-def _attention_bytes(s: Shape, tiles: int) -> int:
+def _attention_bytes(s: Shape, tiles: int, kept: int) -> int:
     """Shared memory of a block: its columns; of each thread two chunks by cp.async, and 32 bytes
     of outputs for each tile that is parked.
     """
     chunk = 32 if s.dtypes["keys"] in _CACHE_CODES else 64
-    of_thread = 2 * chunk + 32 * (tiles // _sharers(s) - _kept_tiles(s, tiles))
-    return 8 * tiles * _column_bytes(s) + WARPS_OF_ATTENTION * WARP * of_thread
+    of_thread = 2 * chunk + 32 * (tiles // _sharers(s) - kept)
+    return 8 * tiles * _column_bytes(s) + WARP * WARPS_OF_ATTENTION * of_thread
+
+
+def _fits(s: Shape, shared_bytes: int) -> bool:
+    """Whether a multiprocessor holds a block of `attention_rows`."""
+    return blocks_at_once(s.sm, WARP * WARPS_OF_ATTENTION, MOST_REGISTERS, shared_bytes) > 0
 
 
 def attention_widths(s: Shape) -> tuple[int, ...]:
     """Tiles of 8 columns that a block of `attention_rows` may have: what registers and the
     architecture's shared memory leave room for, and all warps have work for. Widest first.
     """
-    threads, sharers, group = WARP * WARPS_OF_ATTENTION, _sharers(s), s.dims["Nq"] // s.dims["Nk"]
+    sharers, group = _sharers(s), s.dims["Nq"] // s.dims["Nk"]
     # beyond, the registers of scores, of outputs, or of a second part are too many
     most = 8 if s.act_parts > 1 else 12 if sharers == 1 or s.dtypes["keys"] is DType.F32 else 16
     return tuple(
@@ -427,7 +434,7 @@ def attention_widths(s: Shape) -> tuple[int, ...]:
         if tiles % (2 * sharers) == 0
         and tiles <= most
         and 8 * tiles >= group
-        and blocks_at_once(s.sm, threads, MOST_REGISTERS, _attention_bytes(s, tiles))
+        and _fits(s, _attention_bytes(s, tiles, _kept_tiles(s, tiles)))
     )
 
 
@@ -444,10 +451,11 @@ def attention_many(s: Shape, tiles: int) -> KernelLaunch:
     """
     rows = 8 * tiles // (s.dims["Nq"] // s.dims["Nk"])
     grid = (_ceil(s.dims["T"], rows), s.dims["Nk"], 1)
-    defines = _attention_defines(s, tiles) + _defines(KEPT_TILES=_kept_tiles(s, tiles))
+    kept = _kept_tiles(s, tiles)
     return KernelLaunch(
-        "attention_many.cu", "attention_rows", defines, grid,
-        _x(WARP * WARPS_OF_ATTENTION), _attention_bytes(s, tiles),
+        "attention_many.cu", "attention_rows",
+        _attention_defines(s, tiles) + _defines(KEPT_TILES=kept), grid,
+        _x(WARP * WARPS_OF_ATTENTION), _attention_bytes(s, tiles, kept),
     )  # fmt: skip
 
 
