@@ -1,7 +1,7 @@
 // attention_many.cu - attention for many rows: a block of queries walks over the keys.
 //
 // Contract, shapes and order: as attention_few.cu; `partials` is not used.
-// Launch:   grid (T / BLOCK_ROWS, Nk), 256 threads; COLUMNS queries per block, 32 to 160. Running
+// Launch:   grid (T / BLOCK_ROWS, Nk), 256 threads; COLUMNS queries per block, 32 to 128. Running
 //           maxima and sums are in shared memory, running outputs in registers.
 //
 // A block reads each byte of the keys and values that it sees once. They come by cp.async, in
