@@ -5,9 +5,9 @@
 // after the other), so that a query's bits are the same in both, alone or in company.
 //
 // Columns of mma are queries: column c is row first_row + c / GROUP, query head c % GROUP of the
-// key head. Keys are the 16-row operand of the scores, value columns that of the weighted sum, and
-// both come from memory straight into registers: which key or column a row of mma stands for is
-// free, so lanes take what lies together.
+// key head. Keys are the 16-row operand of the scores, value columns that of the weighted sum.
+// Which key or column a row of mma stands for is free, so lanes take what lies together, from
+// memory straight into registers or by way of shared memory (attention_many):
 //   scores:  warp w has keys 32 w .. 32 w + 31; lane 4g + t loads 8 consecutive dims of keys 4g ..
 //            4g + 3.
 //   values:  warp w has dims 32 w .. 32 w + 31; lane 4g + t loads 4 consecutive dims of keys 8t ..
@@ -44,10 +44,13 @@ typedef uint16_t cache_t;
 #endif
 
 struct Columns {
-  float block_max[COLUMNS], max[COLUMNS], sum[COLUMNS];
-  // of what was merged before, and of the block; x < 0: the block is hidden
+  // x: the maximum of the block; once that is merged, what multiplies the sums before it and the
+  // block's; x < 0: the block is hidden
   float2 factor[COLUMNS];
-  float warp_max[WARPS][COLUMNS], warp_sum[WARPS][COLUMNS];
+  float max[COLUMNS], sum[COLUMNS];
+  float of_warp[WARPS][COLUMNS];  // maxima, then sums
+
+  DEVICE float& block_max(int column) { return factor[column].x; }
 };
 
 struct Shared {
@@ -273,12 +276,11 @@ struct Scales {
 };
 
 // Accumulators -> weights in shared memory, block maxima and the warps' sums. All threads call it;
-// after it, and a barrier, `p` and `warp_sum` are there. first_key: of this warp.
+// after it, and a barrier, `p` and the sums are there. first_key: of this warp.
 DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int first_key,
-                    const Scales& scales) {
+                    const Scales& scales, int lane = threadIdx.x & 31) {
   Columns& columns = shared.columns;
-  int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3,
-      key = first_key + 4 * g;
+  int warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, key = first_key + 4 * g;
   const float scale = 1.0f / sqrtf((float)HEAD_DIM);
   const float* key_scales = CACHE_CODES ? scales.keys() : nullptr;
 #pragma unroll
@@ -298,14 +300,14 @@ DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int 
 #pragma unroll
       for (int o = 4; o < 32; o <<= 1)
         largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, o));
-      if (g == 0) columns.warp_max[warp][column] = largest;
+      if (g == 0) columns.of_warp[warp][column] = largest;
     }
   __syncthreads();
   if (threadIdx.x < COLUMNS) {
-    float largest = columns.warp_max[0][threadIdx.x];
+    float largest = columns.of_warp[0][threadIdx.x];
 #pragma unroll
-    for (int w = 1; w < WARPS; w++) largest = fmaxf(largest, columns.warp_max[w][threadIdx.x]);
-    columns.block_max[threadIdx.x] = largest;
+    for (int w = 1; w < WARPS; w++) largest = fmaxf(largest, columns.of_warp[w][threadIdx.x]);
+    columns.block_max(threadIdx.x) = largest;
   }
   __syncthreads();
   const float* value_scales = CACHE_CODES ? scales.values() : nullptr;
@@ -314,7 +316,7 @@ DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int 
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       int column = 8 * j + 2 * t + e;
-      float largest = columns.block_max[column], p[4], weight[4];
+      float largest = columns.block_max(column), p[4], weight[4];
 #pragma unroll
       for (int m = 0; m < 4; m++) {
         float x = s[m >> 1][j][e + 2 * (m & 1)];
@@ -324,7 +326,7 @@ DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int 
       float sum = (p[0] + p[1]) + (p[2] + p[3]);
 #pragma unroll
       for (int o = 4; o < 32; o <<= 1) sum = sum + __shfl_xor_sync(FULL_WARP, sum, o);
-      if (g == 0) columns.warp_sum[warp][column] = sum;
+      if (g == 0) columns.of_warp[warp][column] = sum;
       uint2 hi, lo;
       bf16_split(weight[0], weight[1], hi.x, lo.x);
       bf16_split(weight[2], weight[3], hi.y, lo.y);
@@ -335,9 +337,9 @@ DEVICE void softmax(Accumulator& s, Shared& shared, const Queries& queries, int 
 }
 
 DEVICE float block_sum_of(const Columns& columns, int column) {
-  float sum = columns.warp_sum[0][column];
+  float sum = columns.of_warp[0][column];
 #pragma unroll
-  for (int w = 1; w < WARPS; w++) sum = sum + columns.warp_sum[w][column];
+  for (int w = 1; w < WARPS; w++) sum = sum + columns.of_warp[w][column];
   return sum;
 }
 
@@ -348,10 +350,12 @@ DEVICE uint32_t odd_halves(uint32_t pair) { return (pair & 0x7f807f80u) + 0x0080
 // All bits of those halves.
 DEVICE uint32_t odd_mask(uint32_t pair) { return (odd_halves(pair) >> 15 & 0x00010001u) * 0xffffu; }
 
-// NaN in the dims of the columns that see a value that is not finite. Rarely called.
-DEVICE void mark_odd(Accumulator& o, const Queries& queries, const cache_t* values, int first_key,
-                     int dim) {
-  int t = threadIdx.x & 3, first[4];  // odd key of each dim
+// NaN in the dims of the columns that see a value that is not finite; o: of the tiles of columns
+// from `first_tile` on. Rarely called.
+template <int TILES>
+DEVICE void mark_odd(float (&o)[2][TILES][4], const Queries& queries, const cache_t* values,
+                     int first_key, int dim, int lane = threadIdx.x & 31, int first_tile = 0) {
+  int t = lane & 3, first[4];  // odd key of each dim
   int end = min(first_key + BLOCK_KEYS, queries.end());
 #pragma unroll
   for (int d = 0; d < 4; d++) first[d] = queries.end();  // none: no column sees that key
@@ -366,10 +370,10 @@ DEVICE void mark_odd(Accumulator& o, const Queries& queries, const cache_t* valu
     if (y >> 31) first[3] = key;
   }
 #pragma unroll
-  for (int j = 0; j < COLUMN_TILES; j++)
+  for (int j = 0; j < TILES; j++)
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      int last = queries.last_key(8 * j + 2 * t + e);
+      int last = queries.last_key(8 * (first_tile + j) + 2 * t + e);
 #pragma unroll
       for (int d = 0; d < 4; d++)
         if (first[d] <= last) o[d >> 1][j][e + 2 * (d & 1)] = __int_as_float(0x7fffffff);

@@ -53,7 +53,7 @@ __device__ __noinline__ void partial_of_block(const attention_args& launch, cons
            (((size_t)queries.row(column) * a.Nq + head) * a.B + block) * (HEAD_DIM + 2);
   };
   if (threadIdx.x < COLUMNS && queries.sees(threadIdx.x, first_key)) {
-    float2 statistics = {shared.columns.block_max[threadIdx.x],
+    float2 statistics = {shared.columns.block_max(threadIdx.x),
                          block_sum_of(shared.columns, threadIdx.x)};
     *reinterpret_cast<float2*>(partial(threadIdx.x)) = statistics;
   }

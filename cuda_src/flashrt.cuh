@@ -44,6 +44,14 @@ constexpr unsigned FULL_WARP = 0xffffffffu;
 DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 DEVICE constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
+// x; what follows from it is computed where it is used: out of a loop, it would wait in registers.
+DEVICE int made_here(int x) {
+#ifndef SIMT_HOST
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // ---- programmatic dependent launch
 
 // Wait until the previous kernel of the stream is complete. Every thread calls it before it touches
@@ -317,6 +325,16 @@ DEVICE void copy_async16(void* shared, const void* global, bool is_read = true C
                : "memory");
 #else
   simt::issue_copy(shared, global, 16, is_read ? 16 : 0 PASS_CALLER);
+#endif
+}
+DEVICE void copy_async8(void* shared, const void* global, bool is_read = true CALLER) {
+#ifndef SIMT_HOST
+  uint32_t address = (uint32_t)__cvta_generic_to_shared(shared);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(global),
+               "r"(is_read ? 8 : 0)
+               : "memory");
+#else
+  simt::issue_copy(shared, global, 8, is_read ? 8 : 0 PASS_CALLER);
 #endif
 }
 DEVICE void copy_async4(void* shared, const void* global, bool is_read = true CALLER) {

@@ -129,7 +129,7 @@ def test_dead_values_do_not_matter(runner: Runner, case: Case) -> None:
 def few_and_many() -> list[Case]:
     """Launches of which backends have a kernel for few rows and one for many."""
     linears = [linear(70, 20, K, N) for K, N in ((96, 40), (520, 33), (1030, 16))]
-    caches = (((4, 2), 32, 245, "bf16"), ((6, 2), 80, 250, "f32"), ((2, 1), 256, 509, "bf16"))
+    caches = (((4, 2), 32, 245, "bf16"), ((6, 2), 80, 250, "f32"), ((6, 1), 256, 509, "bf16"))
     attentions = [
         attention(70, 20, heads, D, position, 600, kv) for heads, D, position, kv in caches
     ]

@@ -233,6 +233,18 @@ PLANTS = {
     "delta rule: sums over the wrong lanes": Plant(
         "delta_rule.cu", "o = 4; o < 32", "o = 2; o < 16", delta_rule(7, 7, (1, 2), (32, 16))
     ),
+    "attention: no barrier before the values that other warps have copied": Plant(
+        "attention_many.cu",
+        "    if (SHARERS > 1) __syncthreads();\n    else __syncwarp();\n#pragma",
+        "#pragma",
+        attention(64, 33, (4, 2), 64, 500, 600, "bf16"),
+    ),
+    "attention: keys read before their copies are waited for": Plant(
+        "attention_many.cu",
+        "copy_async_wait<STAGES - 1>();\n    __syncwarp();",
+        "copy_async_wait<STAGES>();\n    __syncwarp();",
+        attention(64, 33, (4, 2), 64, 240, 600, "bf16"),
+    ),
     "attention: no barrier before the weights are read": Plant(
         "attention_few.cu",
         "Scales(launch, key_head));\n  __syncthreads();",

@@ -1,5 +1,7 @@
 """Occupancy, and the tiles of `linear` that follow from it: stages, blocks at once, filled devices.
 
+And the columns of `attention`: what is read of the cache.
+
 IS: numbers against those of NVIDIA's tables and against a count of the grid. IS NOT: compiled
 kernels: that launch bounds hold, see test_sass.
 """
@@ -75,7 +77,7 @@ def shape(n: int, t: int, arch: str, act: DType = DType.BF16X2, k: int = K) -> S
 
 
 def launch_of(s: Shape) -> KernelLaunch:
-    (launch,) = kernels.EXPANSIONS["linear"](s)
+    (launch,) = kernels.EXPANSIONS[s.op](s)
     return launch
 
 
@@ -181,8 +183,97 @@ def test_shared_memory_stays_within_every_architecture() -> None:
 
 
 def test_blocks_of_the_same_rows_of_w_are_next_to_each_other() -> None:
-    """Red when a launch of many tokens reads a matrix that no cache holds once per block of them."""
+    """Red when a launch of many tokens reads a matrix once per block of them."""
     launch = launch_of(shape(34816, 2048, "sm_120"))
     defines = {name: int(value) for name, value in launch.defines if value.isdigit()}
     assert launch.kernel == "linear_many"
     assert launch.grid[0] * 8 * defines["WARPS_T"] * defines["TOKEN_TILES"] == 2048
+
+
+# ---- columns of attention
+
+BF16, PAIRS = DType.BF16, DType.BF16X2
+
+
+def attention(
+    rows: int, arch: str, act: DType = BF16, cache: DType = BF16, d: int = 256, group: int = 6
+) -> Shape:
+    """That of 27B, if nothing else is asked for."""
+    dims = {"T": rows, "TP": 1, "D": d, "Nq": 4 * group, "Nk": 4, "S": 16384, "B": 64}
+    dtypes = {"keys": cache, "values": cache}
+    attrs = {"shift": 0, "gated": 1}
+    n_sms = SIZES.get(arch, 108)
+    return Shape("attention", dims, dtypes, attrs, act, n_sms, sm=multiprocessor(arch))
+
+
+def cache_bytes(launch: KernelLaunch, s: Shape, positions: int) -> int:
+    """Bytes of keys and values that a layer's launches read for a prompt of so many positions: a
+    block reads those that its last row sees, once.
+    """
+    rows = 8 * int(dict(launch.defines)["COLUMN_TILES"]) // (s.dims["Nq"] // s.dims["Nk"])
+    seen = 0
+    for position in range(0, positions, s.dims["T"]):
+        for first in range(0, s.dims["T"], rows):
+            seen += position + min(first + rows, s.dims["T"])
+    return seen * s.dims["Nk"] * 2 * s.dims["D"] * 2
+
+
+# Rows of a replay -> columns of a block; reads of keys and values per head and replay; GB that a
+# layer reads for prompts of 2,048 and of 16,384. Before there was a choice beyond 64 columns: 52
+# reads of 256 rows (1.75 and 111.7 GB) and of 512 (0.88 and 55.9 GB), 205 of 2,048.
+READS = {
+    "sm_90": {
+        256: (48, 32, 1.08, 68.75),
+        512: (96, 32, 0.54, 34.39),
+        2048: (96, 128, 0.54, 34.39),
+    },
+    "sm_120": {
+        256: (48, 32, 1.08, 68.75),
+        512: (48, 64, 1.08, 68.75),
+        2048: (64, 205, 0.86, 55.07),
+    },
+}
+
+
+@pytest.mark.parametrize("arch", READS)
+def test_keys_and_values_are_read_as_seldom_as_the_device_allows(arch: str) -> None:
+    """Red: 64 columns at most, as many as registers hold without a pipeline; the most columns where
+    they leave multiprocessors idle (256 rows; 512 on 170 of them).
+    """
+    found = {}
+    for rows in READS[arch]:
+        s = attention(rows, arch)
+        launch = launch_of(s)
+        columns = 8 * int(dict(launch.defines)["COLUMN_TILES"])
+        gb = [round(cache_bytes(launch, s, n) / 1e9, 2) for n in (2048, 16384)]
+        found[rows] = (columns, launch.grid[0], *gb)
+    assert found == READS[arch]
+
+
+# Widths by what takes registers or shared memory: (activations, cache, head size) -> columns.
+WIDEST = {
+    (BF16, BF16, 256): {"sm_80": 96, "sm_90": 96, "sm_120": 64},
+    (PAIRS, BF16, 256): {"sm_80": 64, "sm_90": 64, "sm_120": 32},
+    (BF16, DType.E4M3, 256): {"sm_80": 96, "sm_90": 96, "sm_120": 64},
+    (BF16, DType.F32, 256): {"sm_80": 80, "sm_90": 96, "sm_120": 64},
+    (BF16, BF16, 128): {"sm_80": 128, "sm_90": 128, "sm_120": 64},
+    (BF16, BF16, 64): {"sm_80": 128, "sm_90": 128, "sm_120": 64},
+}
+
+
+def test_columns_of_attention_fit_in_every_architecture() -> None:
+    """Red: a width that leaves no room for the chunks by cp.async; one that only some have."""
+    found = {
+        (act, cache, d): {
+            arch: 8 * kernels.attention_widths(attention(512, arch, act, cache, d))[0]
+            for arch in ("sm_80", "sm_90", "sm_120")
+        }
+        for act, cache, d in WIDEST
+    }
+    assert found == WIDEST
+    for arch in ARCHS:
+        for act, cache in ((BF16, BF16), (PAIRS, DType.F32), (PAIRS, DType.I8)):
+            for group in (1, 6, 24, 32):
+                s = attention(512, arch, act, cache, group=group)
+                widths = kernels.attention_widths(s)
+                assert widths and all(8 * tiles >= group for tiles in widths), (arch, act, cache)

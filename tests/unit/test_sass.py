@@ -1,4 +1,4 @@
-"""What kernels execute: the reader of disassemblies, and the counts that `linear` is held to.
+"""What kernels execute: the reader of disassemblies, and counts that `linear` and `attention` keep.
 
 IS: a small disassembly with counts made by hand, and the inner loops of compiled kernels. A count
 that grows is time on every GPU; no GPU is needed to see it. IS NOT: results of kernels.
@@ -189,3 +189,32 @@ def test_inner_loop_of_linear_few(arch: str) -> None:
     assert loop.operand_moves == loop.local == taken.spill_bytes == 0
     assert loop.tensor == 32  # a slice of one tile: 16 steps of two parts
     assert loop.global_loads == loop.global_loads_128 == 32
+
+
+# Instructions of a warp for 32 keys of 32 dims (values), at most; copies of both the kinds that may
+# come next are among them. 245 and 231 when this was written.
+MOST_OF_ATTENTION = 265
+
+
+@pytest.mark.parametrize(("arch", "columns"), [("sm_90", 96), ("sm_120", 64)])
+def test_inner_loop_of_attention_rows(arch: str, columns: int) -> None:
+    """Red: keys or values that are loaded from memory between tensor instructions; operands that
+    are put together again for each of them (191 moves in place of 16 of the keys).
+    """
+    dims = {"T": 512, "TP": 1, "D": 256, "Nq": 24, "Nk": 4, "S": 4096, "B": 16}
+    caches = {"keys": DType.BF16, "values": DType.BF16}
+    attrs = {"shift": 0, "gated": 1}
+    s = Shape("attention", dims, caches, attrs, DType.BF16, 132, sm=multiprocessor(arch))
+    launch = kernels.attention_many(s, columns // 8)
+    sources = Sources()
+    sources.set_ops(OPS)
+    binary = Nvrtc(arch).compile(sources.unit(launch))
+    (taken,) = resources(binary.log)
+    (function,) = sass.functions(sass.disassemble(binary.content))
+    loop, all_of_it = sass.count(function.inner_loop()), sass.count(function.instructions)
+    assert loop.tensor == columns // 2  # two tiles of dims, two steps of 16 keys
+    assert loop.instructions <= MOST_OF_ATTENTION
+    assert loop.global_loads == loop.local == taken.spill_bytes == 0
+    assert loop.copies == 12 and loop.copies_128 == 4  # values: 8 bytes, or the next keys: 16
+    assert loop.shared_loads == columns // 8 + 8
+    assert all_of_it.operand_moves <= 16

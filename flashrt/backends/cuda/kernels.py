@@ -19,6 +19,7 @@ from typing import Final
 from flashrt.backends.cuda.driver_api import DEFAULT_SHARED_BYTES
 from flashrt.backends.cuda.occupancy import (
     LEAST,
+    MOST_REGISTERS,
     Multiprocessor,
     blocks_at_once,
     multiprocessor,
@@ -527,46 +528,119 @@ def _rope_append(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("rope.cu", "rope_append", defines, grid, _x(128)),)
 
 
-# Tiles of columns for many rows over caches of codes: with others, some architecture spills a few
-# bytes.
-_CODE_TILES: Mapping[DType, int] = {DType.I8: 6, DType.E4M3: 8}
+WARPS_OF_ATTENTION: Final = 8
+COLUMN_TILES: Final = (16, 12, 10, 8, 6, 4)  # of 8 columns, of a block of `attention_rows`
+# Of a thread: tiles of the scores and of the outputs that are in registers, 8 for each; further
+# outputs are parked in shared memory. The fewest that it has room for: with more, ptxas spills on
+# some architecture; the most only without keys and values to convert.
+HELD_TILES: Final = (16, 20, 22)
+LEAST_KEPT: Final = 4  # tiles of outputs
+# Time of a block of keys beside that for its columns (copies, operands of keys and values,
+# barriers), in tiles of columns: an estimate.
+ATTENTION_FIXED: Final = 4
 
 
 def _attention(s: Shape) -> tuple[KernelLaunch, ...]:
     t, d, nq, nk = s.dims["T"], s.dims["D"], s.dims["Nq"], s.dims["Nk"]
-    group, is_f32 = nq // nk, s.dtypes["keys"] is DType.F32
+    group = nq // nk
     if d % 8 or d > 256 or group > 32:
         raise PlanError(
             f"attention: head size {d} must be a multiple of 8 up to 256, and {group} query heads "
             "per key head at most 32"
         )
-    is_few = s.dims["TP"] >= t  # blocks of keys side by side, then a merge
-    if is_few:
-        # with 4, pairs of parts and codes spill a few bytes; a tile must hold a whole group
-        is_narrow = group <= 24 and (s.act_parts == 2 or s.dtypes["keys"] in _CODE_TILES)
-        tiles = min(3 if is_narrow else 4, _ceil(t * group, 8))
-    else:
-        is_small = _ceil(t, 64 // group) * nk < s.n_sms
-        tiles = 4 if s.act_parts > 1 or is_f32 or is_small else 8
-        if s.dtypes["keys"] in _CODE_TILES and s.act_parts == 1:
-            tiles = _CODE_TILES[s.dtypes["keys"]]
-    defines = _defines(
-        ACT_PARTS=s.act_parts, CACHE_F32=int(is_f32),
-        CACHE_CODES=_CACHE_CODES.get(s.dtypes["keys"], 0), HEAD_DIM=d, GROUP=group,
-        COLUMN_TILES=tiles, SHIFT=int(s.attrs["shift"]), GATED=int(s.attrs["gated"]),
+    if s.dims["TP"] < t:
+        return (attention_many(s, min(attention_widths(s), key=lambda n: _columns_cost(s, n))),)
+    # blocks of keys side by side, then a merge
+    # with 4, pairs of parts and codes spill a few bytes; a tile must hold a whole group
+    is_narrow = group <= 24 and (s.act_parts == 2 or s.dtypes["keys"] in _CACHE_CODES)
+    tiles = min(3 if is_narrow else 4, _ceil(t * group, 8))
+    defines, source = _attention_defines(s, tiles), "attention_few.cu"
+    groups = nk * _ceil(t, 8 * tiles // group)
+    # not as many as max_positions has: those beyond the position cost time each, and do nothing
+    grid = (min(s.dims["B"], max(1, ATTENTION_WAVES * s.n_sms // groups)), groups, 1)
+    shared = 8 * tiles * _column_bytes(s)
+    merge = KernelLaunch(source, "attention_merge", defines, (nq, t, 1), _x(_ceil(d, WARP) * WARP))
+    return KernelLaunch(source, "attention_partial", defines, grid, _x(256), shared), merge
+
+
+def _attention_defines(s: Shape, tiles: int) -> Defines:
+    return _defines(
+        ACT_PARTS=s.act_parts, CACHE_F32=int(s.dtypes["keys"] is DType.F32),
+        CACHE_CODES=_CACHE_CODES.get(s.dtypes["keys"], 0), HEAD_DIM=s.dims["D"],
+        GROUP=s.dims["Nq"] // s.dims["Nk"], COLUMN_TILES=tiles, SHIFT=int(s.attrs["shift"]),
+        GATED=int(s.attrs["gated"]),
     )  # fmt: skip
-    # per column: q and p; five running values; and of each of 8 warps a maximum and a sum
-    column_bytes = 2 * (_ceil(d, 64) * 64 + ATTENTION_KEYS) * s.act_parts + 4 * (5 + 8 * 2)
-    shared = 8 * tiles * column_bytes
-    n_groups = _ceil(t, 8 * tiles // group)
-    if is_few:
-        # not as many as max_positions has: those beyond the position cost time each, and do nothing
-        most = max(1, ATTENTION_WAVES * s.n_sms // (nk * n_groups))
-        few, grid = "attention_few.cu", (min(s.dims["B"], most), nk * n_groups, 1)
-        merge = KernelLaunch(few, "attention_merge", defines, (nq, t, 1), _x(_ceil(d, WARP) * WARP))
-        return KernelLaunch(few, "attention_partial", defines, grid, _x(256), shared), merge
-    many, grid = "attention_many.cu", (n_groups, nk, 1)
-    return (KernelLaunch(many, "attention_rows", defines, grid, _x(256), shared),)
+
+
+def _column_bytes(s: Shape) -> int:
+    """Shared memory of a column of attention: q and p, four running values, one of each warp."""
+    parts = _ceil(s.dims["D"], 64) * 64 + ATTENTION_KEYS
+    return 2 * parts * s.act_parts + 4 * (4 + WARPS_OF_ATTENTION)
+
+
+def _sharers(s: Shape) -> int:
+    """Warps of `attention_rows` that divide the columns of 32 dims of the values."""
+    dim_groups = _ceil(s.dims["D"], WARP)
+    return 1 if dim_groups > 4 else 2 if dim_groups > 2 else 4
+
+
+def _kept_tiles(s: Shape, tiles: int) -> int:
+    """Tiles of a warp whose running outputs are in registers."""
+    held = HELD_TILES if s.dtypes["keys"] is DType.BF16 else HELD_TILES[:-1]
+    kept = [min(tiles // _sharers(s), max(LEAST_KEPT, n - tiles)) for n in held]
+    return next((n for n in kept if _fits(s, _attention_bytes(s, tiles, n))), kept[-1])
+
+
+def _attention_bytes(s: Shape, tiles: int, kept: int) -> int:
+    """Shared memory of a block: its columns; of each thread two chunks by cp.async, and 32 bytes
+    of outputs for each tile that is parked.
+    """
+    chunk = 32 if s.dtypes["keys"] in _CACHE_CODES else 64
+    of_thread = 2 * chunk + 32 * (tiles // _sharers(s) - kept)
+    return 8 * tiles * _column_bytes(s) + WARP * WARPS_OF_ATTENTION * of_thread
+
+
+def _fits(s: Shape, shared_bytes: int) -> bool:
+    """Whether a multiprocessor holds a block of `attention_rows`."""
+    return blocks_at_once(s.sm, WARP * WARPS_OF_ATTENTION, MOST_REGISTERS, shared_bytes) > 0
+
+
+def attention_widths(s: Shape) -> tuple[int, ...]:
+    """Tiles of 8 columns that a block of `attention_rows` may have: what registers and the
+    architecture's shared memory leave room for, and all warps have work for. Widest first.
+    """
+    sharers, group = _sharers(s), s.dims["Nq"] // s.dims["Nk"]
+    # beyond, the registers of scores, of outputs, or of a second part are too many
+    most = 8 if s.act_parts > 1 else 12 if sharers == 1 or s.dtypes["keys"] is DType.F32 else 16
+    return tuple(
+        tiles
+        for tiles in COLUMN_TILES
+        if tiles % (2 * sharers) == 0
+        and tiles <= most
+        and 8 * tiles >= group
+        and _fits(s, _attention_bytes(s, tiles, _kept_tiles(s, tiles)))
+    )
+
+
+def _columns_cost(s: Shape, tiles: int) -> int:
+    """Time in arbitrary units: blocks of the multiprocessor that has most."""
+    grid = attention_many(s, tiles).grid
+    return _ceil(grid[0] * grid[1], s.n_sms) * (tiles + ATTENTION_FIXED)
+
+
+def attention_many(s: Shape, tiles: int) -> KernelLaunch:
+    """`attention_rows` with blocks of so many tiles of columns; all give the same bits.
+
+    A block reads the keys and values that it sees once, so a head reads them grid[0] times.
+    """
+    rows = 8 * tiles // (s.dims["Nq"] // s.dims["Nk"])
+    grid = (_ceil(s.dims["T"], rows), s.dims["Nk"], 1)
+    kept = _kept_tiles(s, tiles)
+    return KernelLaunch(
+        "attention_many.cu", "attention_rows",
+        _attention_defines(s, tiles) + _defines(KEPT_TILES=kept), grid,
+        _x(WARP * WARPS_OF_ATTENTION), _attention_bytes(s, tiles, kept),
+    )  # fmt: skip
 
 
 def _silu_mul(s: Shape) -> tuple[KernelLaunch, ...]:

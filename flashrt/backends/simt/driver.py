@@ -258,7 +258,7 @@ class SimtDriver:
         if nbytes > MAX_SHARED_BYTES:
             raise BackendError(
                 f"cuFuncSetAttribute: {nbytes} bytes of shared memory wanted, {MAX_SHARED_BYTES} "
-                "is the most that every supported GPU has"
+                "is the most that a block has on sm_80"
             )
         self._functions[function].shared_limit_bytes = nbytes
 
