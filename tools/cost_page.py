@@ -23,7 +23,6 @@ from flashrt.commands.bench.document import Document
 from flashrt.commands.bench.gpu.cost import report
 from flashrt.commands.bench.gpu.cost.code import Codes
 from flashrt.commands.bench.gpu.cost.devices import GPUS
-from flashrt.commands.bench.gpu.cost.formats import model_of
 from flashrt.commands.bench.gpu.cost.graph import CostModel
 from flashrt.commands.bench.gpu.cost.paper import PaperEngine
 from flashrt.commands.bench.gpu.cost.run import ALL, GpuModelOptions, document_of
@@ -144,7 +143,6 @@ def largest_ops() -> str:
 def against_upstream() -> str:
     """Upstream, us, and us with one figure changed, which says what the difference rests on."""
     gpu = GPUS["rtx-5090"]
-    model = model_of("27b", "nvfp4", LONG + 512)
     codes = _codes.get(gpu.arch)
     cases: tuple[tuple[str, Precision, int], ...] = (
         ("flashrt by this model", "bfloat16", 1),
@@ -154,7 +152,7 @@ def against_upstream() -> str:
     rows = [["FlashRT upstream, its own figures", *(significant(n) for _, n in UPSTREAM), ""]]
     for what, precision, times in cases:
         faster = replace(gpu, tensor_flops=times * gpu.tensor_flops)
-        cost = CostModel(PaperEngine(model, ACTS[precision]), faster, codes)
+        cost = CostModel(PaperEngine("27b", "nvfp4", LONG + 512, ACTS[precision]), faster, codes)
         first_us, decode = cost.first_token().us, cost.decode(SHORT)
         prompts = [cost.prefill(n) for n in (SHORT, LONG)]
         by_limit = {str(limit): us for limit, us in prompts[0].by_limit.items()}
