@@ -12,7 +12,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -22,7 +22,7 @@ from flashrt.base.flags import thread_count
 from flashrt.commands.bench.document import Document
 from flashrt.commands.bench.gpu.cost import report
 from flashrt.commands.bench.gpu.cost.code import Codes
-from flashrt.commands.bench.gpu.cost.devices import GPUS
+from flashrt.commands.bench.gpu.cost.devices import GPUS, Gpu
 from flashrt.commands.bench.gpu.cost.graph import CostModel
 from flashrt.commands.bench.gpu.cost.paper import PaperEngine
 from flashrt.commands.bench.gpu.cost.run import ALL, GpuModelOptions, document_of
@@ -31,6 +31,9 @@ from flashrt.view.units import percent_text, seconds_text, significant
 
 PAGE: Final = Path(__file__).resolve().parents[1] / "docs/cuda-cost.md"
 SHORT, LONG = 2048, 16384
+CHUNK: Final = 64  # rows of the delta rule in chunks
+SOLVE_CYCLES: Final = 30  # of a row of its triangle, after the row before
+DELTA_GPUS, DELTA_SHAPES = ("rtx-5090", "h200", "orin"), ("0.8b", "27b")
 CASES: Final = (
     ("27b", "nvfp4", ("rtx-5090", "h200")),
     ("27b", "int4", ("rtx-5090", "h200")),
@@ -163,11 +166,47 @@ def against_upstream() -> str:
     return report.markdown(header, rows)
 
 
+def delta_rules() -> str:
+    """The delta rule row by row, as it is, and an estimate of it in chunks."""
+    header = ("GPU", "model", ">row by row", ">in chunks", ">TTFT at 2k", ">with chunks")
+    rows = []
+    for name in DELTA_GPUS:
+        for shape in DELTA_SHAPES:
+            gpu = GPUS[name]
+            engine = PaperEngine(shape, "bfloat16", SHORT + 512, ACTS["bfloat16"])
+            cost = CostModel(engine, gpu, _codes.get(gpu.arch))
+            prompt, first_us = cost.prefill(SHORT), cost.first_token().us
+            rule = next(op for op in prompt.ops if op.op == "delta_rule")
+            chunked = _chunked_us(gpu, rule.dims, SHORT)
+            gained = rule.us - rule.launches * chunked
+            rows.append([
+                gpu.title, shape.upper(), f"{rule.us / rule.launches:.0f} us", f"{chunked:.0f} us",
+                seconds_text((prompt.us + first_us) / 1e6),
+                seconds_text((prompt.us + first_us - gained) / 1e6),
+            ])  # fmt: skip
+    return report.markdown(header, rows)
+
+
+def _chunked_us(gpu: Gpu, dims: Mapping[str, int], rows: int) -> float:
+    """Of one layer. A block has 16 columns of a head's state, as now. Per chunk it multiplies q k^T
+    and k k^T, k S, q S and k^T u, and applies the solved triangle twice, each in three products of
+    bfloat16 parts, since operands are float32; the triangle is solved row after row.
+    """
+    dk, columns = dims["dk"], 16
+    macs = CHUNK * (2 * CHUNK * dk + 3 * dk * columns + 2 * CHUNK * columns)
+    blocks = dims["Hv"] * -(-dims["dv"] // columns)
+    per_sm = -(-blocks // gpu.multiprocessors)
+    rate = gpu.tensor_flops * gpu.mma_reach / gpu.multiprocessors
+    chunk_s = per_sm * 3 * 2 * macs / rate + CHUNK * SOLVE_CYCLES / gpu.clock_hz
+    return 1e6 * chunk_s * rows / CHUNK
+
+
 SECTIONS: Final[dict[str, Callable[[], str]]] = {
     "figures": figures,
     "tables": tables,
     "ops": largest_ops,
     "upstream": against_upstream,
+    "delta": delta_rules,
 }
 
 
