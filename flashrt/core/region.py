@@ -10,7 +10,6 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from flashrt.base.errors import PlanError
 from flashrt.core.groups import Groups
@@ -78,7 +77,8 @@ _DTYPE_CODE = {
 }  # fmt: skip
 
 
-class ActDTypes(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ActDTypes:
     """What a backend feeds its matrix units with. `wide` is for activations whose rounding would
     show: one step finer than `narrow`, unless speed was asked for.
     """
