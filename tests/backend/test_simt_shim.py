@@ -231,7 +231,7 @@ PLANTS = {
         delta_rule(7, 7, (1, 2), (32, 16)),
     ),
     "delta rule: sums over the wrong lanes": Plant(
-        "delta_rule.cu", "o = 4; o < 32", "o = 2; o < 16", delta_rule(7, 7, (1, 2), (32, 16))
+        "delta.cuh", "o = 4; o < 32", "o = 2; o < 16", delta_rule(7, 7, (1, 2), (32, 16))
     ),
     "attention: no barrier before the values that other warps have copied": Plant(
         "attention_many.cu",

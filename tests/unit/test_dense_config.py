@@ -186,7 +186,8 @@ def test_no_model_of_the_family_has_a_draft_head() -> None:
 def test_every_region_and_weight_is_used(name: str) -> None:
     model = build(CONFIGS[name])
     used = {v.region for p in model.phases for n in model.record(*p).launches for v in n.operands}
-    assert {*model.lane_regions, *(rule.region for rule in model.weights)} <= used
+    known = {r for r in model.lane_regions if r.name != "logits_before"}  # the engine copies there
+    assert {*known, *(rule.region for rule in model.weights)} <= used
 
 
 def test_a_silent_smollm3_is_tied_and_a_silent_llama_is_not() -> None:

@@ -611,7 +611,7 @@ def attention_widths(s: Shape) -> tuple[int, ...]:
     """
     sharers, group = _sharers(s), s.dims["Nq"] // s.dims["Nk"]
     # beyond, the registers of scores, of outputs, or of a second part are too many
-    most = 8 if s.act_parts > 1 else 12 if sharers == 1 or s.dtypes["keys"] is DType.F32 else 16
+    most = 8 if s.act_parts > 1 else 12 if sharers <= 2 or s.dtypes["keys"] is DType.F32 else 16
     return tuple(
         tiles
         for tiles in COLUMN_TILES
