@@ -92,6 +92,16 @@ def conv_verify(o: Operands) -> Results:
     return {"y": conv_window(o)["y"]}
 
 
+def gated_conv(o: Operands) -> Results:
+    w, window = o["w"], o["window"]
+    b, c, x = np.split(o.valid("u"), 3, axis=1)
+    rows = np.concatenate([window, b * x])
+    y = sum((rows[tap : tap + len(x)] * w[tap] for tap in range(len(w))), np.zeros(x.shape))
+    if o.attrs["biased"]:
+        y = y + o["bias"]
+    return {"y": o.padded("y", c * y), "window": rows[len(rows) - len(window) :]}
+
+
 def delta_gates(o: Operands) -> Results:
     heads, size = int(o.attrs["key_heads"]), int(o.attrs["key_dim"])
     y = o.valid("y").copy()
@@ -377,6 +387,6 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
         advance, hold, keep_rows, keep_values,
         sample,
         conv_verify, delta_verify, draft_input, draft_begin, draft_note, verify_cursors, accept,
-        take_token,
+        take_token, gated_conv,
     )
 }  # fmt: skip

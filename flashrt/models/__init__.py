@@ -12,6 +12,8 @@ from flashrt.models.dense import config as dense_config
 from flashrt.models.dense import model as dense
 from flashrt.models.flow_policy.config import MODEL_TYPE as POLICY_MODEL_TYPE
 from flashrt.models.lane import Choices, check_choices
+from flashrt.models.lfm2 import config as lfm2_config
+from flashrt.models.lfm2 import model as lfm2
 from flashrt.models.model import USUAL_PREFILL_ROWS, Model, TokenModel
 from flashrt.models.qwen35 import config as qwen35_config
 from flashrt.models.qwen35 import model as qwen35
@@ -32,9 +34,11 @@ class _Family:
 
 _QWEN35 = _Family(qwen35.build, qwen35_config.text_fields, has_draft_head=True)
 _DENSE = _Family(dense.build, dense_config.text_fields, has_draft_head=False)
+_LFM2 = _Family(lfm2.build, lfm2_config.text_fields, has_draft_head=False)
 _FAMILIES: Mapping[object, _Family] = {
     **dict.fromkeys(qwen35_config.MODEL_TYPES, _QWEN35),
     **dict.fromkeys(dense_config.MODEL_TYPES, _DENSE),
+    **dict.fromkeys(lfm2_config.MODEL_TYPES, _LFM2),
 }
 
 

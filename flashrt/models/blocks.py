@@ -199,6 +199,28 @@ class BlockRecorder:
         self.launch(ops.GATED_RMSNORM, o=o, z=z, w=norm, y=mixed, eps=self.eps)
         return self.linear(f"{at}.r", mixed, f"{at}.out_proj")
 
+    def gated_conv(
+        self, at: str, h: Operand, window: View, *, last_row_only: bool = False
+    ) -> Region:
+        """A short convolution between two gates; weights in_proj, conv and out_proj, and where the
+        model has them the biases of all three.
+
+        `last_row_only`: all rows change the window, then only the last valid row goes on.
+        """
+        u, channels = self.biased(f"{at}.u", h, f"{at}.in_proj"), window.shape[-1]
+        taps, bias = self.regions[f"{at}.conv"], self.regions.get(bias_name(f"{at}.conv"))
+        mixed = self.activation(f"{at}.mixed", channels)
+        self.launch(
+            ops.GATED_CONV, u=u, w=taps, bias=taps.at(0) if bias is None else bias, window=window,
+            y=mixed, biased=int(bias is not None),
+        )  # fmt: skip
+        if last_row_only:
+            last = self.tape.scratch(f"{at}.mixed.last", 1, channels, dtype=DType.ACT)
+            self.launch(ops.LAST_ROW, x=mixed, y=last)
+            self.narrow()
+            mixed = last
+        return self.biased(f"{at}.r", mixed, f"{at}.out_proj")
+
     def update_state(
         self, at: str, kept: DeltaInputs, state: View, window: View, key_heads: int
     ) -> None:

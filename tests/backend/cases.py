@@ -99,6 +99,16 @@ def conv_window(T: int, n: int, C: int, W: int, margin: tuple[int, int]) -> Case
     return Case("conv_window", operands, margin=margin)
 
 
+def gated_conv(T: int, n: int, C: int, W: int, biased: int = 0, is_wide: bool = False) -> Case:
+    rng = rng_for("gated_conv", T, n, C, W)
+    operands = {
+        "u": valid(randn(rng, T, 3 * C), n), "w": randn(rng, W + 1, C),
+        "bias": read_if(biased, randn(rng, C)), "window": randn(rng, W, C), "cursor": cursor(5, n),
+        "y": (T, C),
+    }  # fmt: skip
+    return Case("gated_conv", operands, {"biased": biased}, wide("y", is_wide))
+
+
 def delta_gates(
     T: int, n: int, heads: tuple[int, int], size: tuple[int, int], margin: tuple[int, int]
 ) -> Case:
@@ -311,6 +321,9 @@ GRID: Grid = (
     (last_cursor, ({"position": 0}, {"position": 40})),
     (keep_rows, ({"H": 96}, {"H": 200})),
     (keep_values, ({"C": 96, "margin": (0, 0)}, {"C": 200, "margin": (4, 8)})),
+    (gated_conv, (
+        {"C": 200, "W": 2}, {"C": 64, "W": 3, "biased": 1}, {"C": 136, "W": 2, "is_wide": True},
+    )),
 )  # fmt: skip
 
 # Sizes that are no multiple of anything, for scalar tails.
@@ -344,6 +357,7 @@ ODD: Grid = (
     (last_values, ({"C": 37, "margin": (1, 3)},)),
     (keep_rows, ({"H": 33},)),
     (keep_values, ({"C": 37, "margin": (1, 3)},)),
+    (gated_conv, ({"C": 37, "W": 2}, {"C": 33, "W": 7, "biased": 1})),
 )
 
 

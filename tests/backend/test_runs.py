@@ -26,6 +26,7 @@ from tests.backend.cases import (
     conv_window,
     delta_rule,
     embed,
+    gated_conv,
     hold,
     randn,
     rope_append,
@@ -94,6 +95,10 @@ SHARED = {
             "logits": "run", "work": "run", "sampler": "lane", "bias": "lane", "mask": "lane",
             "journal": "lane", "cursor": "lane",
         },
+    ),
+    "gated_conv": Shared(
+        lambda i, n: gated_conv(n, n, C=240, W=2),
+        {"u": "row", "window": "lane", "cursor": "lane", "y": "row"},
     ),
     "hold": Shared(lambda i, n: hold(5, 4, 5 + i), {"cursor": "lane", "stops": "lane"}),
     "advance": Shared(lambda i, n: advance(5 + i, n), {"cursor": "lane"}),

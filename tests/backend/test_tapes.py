@@ -17,6 +17,7 @@ from flashrt.models import Model, model_for
 from flashrt.weights.checkpoint import Checkpoint, open_checkpoint
 from tests.backend.runner import Case, Runner
 from tests.backend.test_ops import check
+from tests.families import SETS
 from tests.golden.tape_interpreter import TapeInterpreter
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "tiny"
@@ -53,6 +54,18 @@ def test_each_launch_of_prefill_and_decode(runner: Runner, kv_dtype: DType) -> N
     lane.prefill(range(1, 40))
     lane.greedy(3)
     assert lane.checked >= {"embed", "linear", "attention", "delta_rule", "last_row", "sample"}
+
+
+@pytest.mark.parametrize("name", ["lfm2-odd"])
+def test_each_launch_of_another_family(runner: Runner, name: str) -> None:
+    """Of one set of each family whose ops the tiny model has not."""
+    checkpoint = open_checkpoint(SETS / name)
+    model = model_for(checkpoint.config, max_positions=128, kv_dtype=DType.F32, is_tied=False)
+    lane = Lockstep(model, checkpoint, runner)
+    lane.prefill(range(1, 40))
+    lane.greedy(3)
+    ops = {launch.op.name for phase in model.phases for launch in model.record(*phase).launches}
+    assert lane.checked == ops
 
 
 def test_each_launch_of_drafting(runner: Runner) -> None:

@@ -42,7 +42,7 @@ SIZES = {
 }  # fmt: skip
 ATTRS = {
     "key_heads": 16, "key_dim": 128, "eps": 1e-6, "shift": 0, "gated": 1, "normed": 1,
-    "magnitude": 1.0, "parts": 2,
+    "magnitude": 1.0, "parts": 2, "biased": 1,
 }  # fmt: skip
 DENSE_ATTRS = {"gated": 0, "normed": 0}  # a llama's, in place of those
 

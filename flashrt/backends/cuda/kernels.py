@@ -52,7 +52,7 @@ FOLD_K: Final = 256  # a plane costs a tile as much as so many k, an estimate
 SAMPLE_CHUNK: Final = 2048  # tokens of a block of `sample_narrow`
 SAMPLE_SHARED_FROM: Final = 16384  # from so many tokens on its blocks share the work
 SAMPLE_PASSES: Final = 5  # launches of it then: three digits for top_k, two more for top_p
-CONV_ROWS: Final = 16  # rows per block of `conv_window`
+CONV_ROWS: Final = 16  # rows per block of `conv_window` and `gated_conv`
 DELTA_FEW_ROWS: Final = 8  # of a run in `delta_few`
 COPY_THREADS: Final = 256
 COPY_ARGS_FORMAT: Final = "@Pi0P"  # copy_batch_args: table, n
@@ -484,6 +484,15 @@ def _conv_window(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("conv.cu", s.op, defines, grid, _x(128)),)
 
 
+def _gated_conv(s: Shape) -> tuple[KernelLaunch, ...]:
+    grid = (_ceil(s.dims["C"], 128), _ceil(s.dims["T"], CONV_ROWS), 1)
+    defines = _defines(
+        ACT_PARTS=s.act_parts, TAPS=s.dims["W1"], ROWS_PER_BLOCK=CONV_ROWS,
+        BIASED=int(s.attrs["biased"]),
+    )  # fmt: skip
+    return (KernelLaunch("gated_conv.cu", "gated_conv", defines, grid, _x(128)),)
+
+
 def _delta_gates(s: Shape) -> tuple[KernelLaunch, ...]:
     units = 2 * int(s.attrs["key_heads"]) + _ceil(s.dims["Hv"], WARP)  # one warp each
     defines = _defines(KEY_DIM=int(s.attrs["key_dim"]))
@@ -752,6 +761,7 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "linear_add": _linear_add,
     "norm_linear": _norm_linear,
     "norm_silu": _norm_silu,
+    "gated_conv": _gated_conv,
 }
 
 

@@ -8,15 +8,9 @@ from __future__ import annotations
 
 from flashrt.core.region import DType, Region, Role
 from flashrt.models.blocks import INV_FREQ, NO_NORM, NO_ROPE, bias_name
+from flashrt.models.decoder import EMBED, FINAL_NORM, HEAD, layer_name
 from flashrt.models.dense.config import DenseConfig
 from flashrt.weights.rules import Source, WeightRule, constant, matrix, vector
-
-EMBED, HEAD, FINAL_NORM = "embed", "head", "final_norm"
-
-
-def layer_name(index: int) -> str:
-    """Prefix of the weight and scratch regions of a layer."""
-    return f"layers.{index}"
 
 
 def weight_rules(config: DenseConfig) -> tuple[WeightRule, ...]:

@@ -255,6 +255,7 @@ _KERNELS: Final[Mapping[str, Callable[[Task, Callable[[KernelLaunch], int]], Eff
     "delta_verify": _over_rows,
     "conv_window": _over_rows,
     "conv_verify": _over_rows,
+    "gated_conv": _over_rows,
     "sample_scan": _sample,
     "sample_narrow": _idle,
     "sample_pick": _sample,
