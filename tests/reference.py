@@ -122,7 +122,7 @@ def silu_rmsnorm(o: Operands) -> Results:
     return {"y": o.padded("y", normed(parts, o.attrs["eps"]).reshape(v.shape) * o["w"])}
 
 
-def scale(o: Operands) -> Results:
+def scale_rows(o: Operands) -> Results:
     return {"x": o.padded("x", o.valid("x") * o.attrs["factor"])}
 
 
@@ -412,6 +412,6 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
         sample,
         conv_verify, delta_verify, draft_input, draft_begin, draft_note, verify_cursors, accept,
         take_token,
-        conv_biased, ssm, silu_rmsnorm, scale,
+        conv_biased, ssm, silu_rmsnorm, scale_rows,
     )
 }  # fmt: skip

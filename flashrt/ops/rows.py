@@ -55,8 +55,8 @@ LAST_CURSOR = Op(
     (CURSOR, cursors("last", "w")),
 )
 ADVANCE = Op("advance", "cursor.position += cursor.rows", (cursors("cursor", "rw"),))
-SCALE = Op(
-    "scale",
+SCALE_ROWS = Op(
+    "scale_rows",
     "x *= factor, per row",
     (f32("x", "rw", "T", "N"), CURSOR),
     (Attr("factor", "float32"),),

@@ -166,9 +166,9 @@ def silu_rmsnorm(
     return Case("silu_rmsnorm", operands, attrs, wide("y", is_wide), margin=margin)
 
 
-def scale(T: int, n: int, N: int, factor: float) -> Case:
-    x = valid(randn(rng_for("scale", T, n, N), T, N), n)
-    return Case("scale", {"x": x, "cursor": cursor(5, n)}, {"factor": factor})
+def scale_rows(T: int, n: int, N: int, factor: float) -> Case:
+    x = valid(randn(rng_for("scale_rows", T, n, N), T, N), n)
+    return Case("scale_rows", {"x": x, "cursor": cursor(5, n)}, {"factor": factor})
 
 
 def gated_rmsnorm(
@@ -365,7 +365,7 @@ GRID: Grid = (
         {"C": 64, "groups": 1, "margin": (0, 0)}, {"C": 1100, "groups": 1, "margin": (0, 5)},
         {"C": 180, "groups": 3, "margin": (0, 4), "is_wide": True},
     )),
-    (scale, ({"N": 96, "factor": 12.0}, {"N": 1000, "factor": 0.3})),
+    (scale_rows, ({"N": 96, "factor": 12.0}, {"N": 1000, "factor": 0.3})),
 )  # fmt: skip
 
 # Sizes that are no multiple of anything, for scalar tails.
@@ -402,7 +402,7 @@ ODD: Grid = (
     (conv_biased, ({"C": 37, "W": 3, "margin": (5, 3)},)),
     (ssm, ({"heads": (3, 6), "size": (9, 5), "margin": (1, 0)},)),
     (silu_rmsnorm, ({"C": 111, "groups": 3, "margin": (1, 1)},)),
-    (scale, ({"N": 37, "factor": -0.7},)),
+    (scale_rows, ({"N": 37, "factor": -0.7},)),
 )
 
 

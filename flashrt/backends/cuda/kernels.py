@@ -668,9 +668,9 @@ def _add_bias(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("elementwise.cu", "add_bias", _act(s), grid, _x(256)),)
 
 
-def _scale(s: Shape) -> tuple[KernelLaunch, ...]:
+def _scale_rows(s: Shape) -> tuple[KernelLaunch, ...]:
     grid = (_ceil(s.dims["N"], 256), s.dims["T"], 1)
-    return (KernelLaunch("elementwise.cu", "scale", _act(s), grid, _x(256)),)
+    return (KernelLaunch("elementwise.cu", "scale_rows", _act(s), grid, _x(256)),)
 
 
 def _last_row(s: Shape) -> tuple[KernelLaunch, ...]:
@@ -770,7 +770,7 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "conv_biased": _conv_window,
     "ssm": _ssm,
     "silu_rmsnorm": _silu_rmsnorm,
-    "scale": _scale,
+    "scale_rows": _scale_rows,
     "delta_few": _delta_few,
     "linear_silu": _linear_silu,
     "linear_add": _linear_add,

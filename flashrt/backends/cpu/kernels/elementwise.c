@@ -1,4 +1,4 @@
-/* silu_mul, add_bias, scale, last_*, keep_*, advance: small steps between the larger kernels.
+/* silu_mul, add_bias, scale_rows, last_*, keep_*, advance: small steps between the larger kernels.
  *
  * IS: columns split over threads. IS NOT: anything with a sum.
  */
@@ -27,7 +27,7 @@ void op_add_bias(const add_bias_args *a, int tid, int nt) {
   }
 }
 
-void op_scale(const scale_args *a, int tid, int nt) {
+void op_scale_rows(const scale_rows_args *a, int tid, int nt) {
   int rows = rows_of(a->cursor, a->T);
   span columns = share(a->N, tid, nt);
   for (int64_t t = 0; t < rows; t++) {
