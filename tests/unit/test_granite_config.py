@@ -34,6 +34,18 @@ def test_sizes_and_multipliers() -> None:
     assert nope.rotation.magnitude**2 / math.sqrt(16) == pytest.approx(0.11)
 
 
+def test_norms_of_the_divided_stream_have_its_eps() -> None:
+    """Too small to show in logits: red when the norm of a Mamba layer has the stream's, or the
+    stream's norms the config's.
+    """
+    seen: dict[str, set[object]] = {}
+    for launch in build(ODD).record("decode", 1).launches:
+        if launch.op.name.endswith("rmsnorm"):
+            seen.setdefault(launch.op.name, set()).add(launch.attr("eps"))
+    stream = {parse_config(ODD).stream_eps}
+    assert seen == {"rmsnorm": stream, "add_rmsnorm": stream, "silu_rmsnorm": {1e-6}}
+
+
 def test_what_stands_in_for_missing_fields() -> None:
     """As transformers' GraniteMoeHybridConfig has it; `layers_block_type` in older files."""
     c = parse_config(without("time_step_limit", "mamba_d_head", "num_key_value_heads"))
