@@ -5,13 +5,17 @@
 // IS NOT: loads of whole tiles, or what a block does. Pointers may be to global or shared memory.
 #pragma once
 
-// A channel's convolution under its taps, oldest first, then silu: one fma each.
+// A channel's convolution under its taps, oldest first, then silu: one fma each. `sum`: the first
+// product, to which a bias may have been added.
 template <int N_TAPS>
-DEVICE float convolve(const float (&w)[N_TAPS], const float (&x)[N_TAPS]) {
-  float sum = w[0] * x[0];
+DEVICE float convolve_from(float sum, const float (&w)[N_TAPS], const float (&x)[N_TAPS]) {
 #pragma unroll
   for (int j = 1; j < N_TAPS; j++) sum = fmaf(w[j], x[j], sum);
   return silu(sum);
+}
+template <int N_TAPS>
+DEVICE float convolve(const float (&w)[N_TAPS], const float (&x)[N_TAPS]) {
+  return convolve_from(w[0] * x[0], w, x);
 }
 
 // Channel c's window becomes the last rows of window ++ u; negative ones are rows of the old window.

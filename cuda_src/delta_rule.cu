@@ -13,6 +13,7 @@
 //           columns per block keep all multiprocessors busy.
 #include "flashrt.cuh"
 #include "delta.cuh"
+#include "row_tiles.cuh"
 
 constexpr int COLUMNS = 16, TILE_ROWS = 8, THREADS = 128;
 constexpr int STEPS = ceil_div(KEY_DIM, 32), PADDED = 32 * STEPS;     // rows per lane: 4 * STEPS
@@ -23,29 +24,15 @@ struct Tile {
   float decay[TILE_ROWS], beta[TILE_ROWS];
 };
 
-DEVICE void copy_unit(float* to, const float* from, bool is_read) {
-  if constexpr (UNIT == 4) copy_async16(to, from, is_read);
-  else copy_async4(to, from, is_read);
-}
-
-// `to` [rows][width] = columns [0, width) of `from`, zeros at and beyond `limit`
-template <int WIDTH>
-DEVICE void load_rows(float (*to)[WIDTH], const float* from, int stride, int rows, int limit) {
-  for (int i = threadIdx.x; i < rows * (WIDTH / UNIT); i += THREADS) {
-    int t = i / (WIDTH / UNIT), c = i % (WIDTH / UNIT) * UNIT;
-    bool is_in = c < limit;
-    copy_unit(&to[t][c], from + (size_t)t * stride + (is_in ? c : 0), is_in);
-  }
-}
-
 template <class Args>
 DEVICE void load_tile(Tile& tile, const Args& a, int head, int column, int first, int rows) {
   int n = min(TILE_ROWS, rows - first), key_head = head / (a.Hv / a.key_heads),
       keys = a.key_heads * KEY_DIM;
   const float* y = a.y + (size_t)first * a.C;
-  load_rows(tile.q, y + key_head * KEY_DIM, a.C, n, KEY_DIM);
-  load_rows(tile.k, y + keys + key_head * KEY_DIM, a.C, n, KEY_DIM);
-  load_rows(tile.v, y + 2 * keys + head * VALUE_DIM + column, a.C, n, VALUE_DIM - column);
+  load_rows<UNIT, THREADS>(tile.q, y + key_head * KEY_DIM, a.C, n, KEY_DIM);
+  load_rows<UNIT, THREADS>(tile.k, y + keys + key_head * KEY_DIM, a.C, n, KEY_DIM);
+  load_rows<UNIT, THREADS>(tile.v, y + 2 * keys + head * VALUE_DIM + column, a.C, n,
+                           VALUE_DIM - column);
   int t = threadIdx.x;
   if (t < n) {
     copy_async4(&tile.decay[t], a.decay + (size_t)(first + t) * a.Hv + head);

@@ -1,8 +1,9 @@
-// elementwise.cu - silu_mul, add_bias, last_*, keep_*, advance, hold: no sums, no order.
+// elementwise.cu - silu_mul, add_bias, scale_rows, last_*, keep_*, advance, hold: no sums, no order.
 //
 // silu_mul: y = silu(u[:, :I]) u[:, I:] for valid rows; u [T, 2I] float, y [T, I] activations. Grid
 //           (I / 1024, T).
 // add_bias: x += b for valid rows; x [T, N], b [N] float. Grid (N / 256, T).
+// scale_rows: x *= factor for valid rows; x [T, N] float. Grid (N / 256, T).
 // last_row: y = x[rows - 1]; x [T, H], y [1, H] activations. Grid (H / 256).
 // last_values: y = x[rows - 1]; x [T, C] strided, y [1, C] float. Grid (C / 256).
 // keep_rows: y = x for valid rows; x, y [T, H] activations. Grid (H / 256, T).
@@ -36,6 +37,15 @@ KERNEL(256) add_bias(ARGS add_bias_args launch) {
   if (t >= a.cursor[CURSOR_ROWS] || c >= a.N) return;
   float* x = a.x + (size_t)t * a.N + c;
   *x = *x + a.b[c];
+}
+
+KERNEL(256) scale_rows(ARGS scale_rows_args launch) {
+  OPEN_RUN(scale_rows);
+  begin();
+  int t = blockIdx.y, c = blockIdx.x * 256 + threadIdx.x;
+  if (t >= a.cursor[CURSOR_ROWS] || c >= a.N) return;
+  float* x = a.x + (size_t)t * a.N + c;
+  *x = *x * a.factor;
 }
 
 KERNEL(256) last_row(ARGS last_row_args launch) {

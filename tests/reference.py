@@ -102,6 +102,40 @@ def gated_conv(o: Operands) -> Results:
     return {"y": o.padded("y", c * y), "window": rows[len(rows) - len(window) :]}
 
 
+def conv_biased(o: Operands) -> Results:
+    u, w, window = o.valid("u"), o["w"], o["window"]
+    raw = np.concatenate([window, u])
+    y = sum((raw[tap : tap + len(u)] * w[tap] for tap in range(len(w))), np.zeros(u.shape))
+    return {"y": o.padded("y", silu(y + o["b"])), "window": raw[len(raw) - len(window) :]}
+
+
+def ssm(o: Operands) -> Results:
+    groups = int(o.attrs["groups"])
+    S, y = o["state"].copy(), o.valid("y")
+    Hv, dk, dv = S.shape
+    out = np.empty((len(y), Hv, dv))
+    for t, row in enumerate(y):
+        x = row[: Hv * dv].reshape(Hv, dv)
+        B, C = row[Hv * dv :].reshape(2, groups, dk)
+        time = np.logaddexp(0, o["dt"][t] + o["dt_bias"])
+        time = np.minimum(np.maximum(time, o.attrs["dt_min"]), o.attrs["dt_max"])
+        for h in range(Hv):
+            g = h // (Hv // groups)
+            S[h] = np.exp(-np.exp(o["a_log"][h]) * time[h]) * S[h] + np.outer(B[g], time[h] * x[h])
+            out[t, h] = S[h].T @ C[g] + o["d"][h] * x[h]
+    return {"o": o.padded("o", out), "state": S}
+
+
+def silu_rmsnorm(o: Operands) -> Results:
+    v = o.valid("o") * silu(o.valid("z"))
+    parts = v.reshape(len(v), int(o.attrs["groups"]), -1)
+    return {"y": o.padded("y", normed(parts, o.attrs["eps"]).reshape(v.shape) * o["w"])}
+
+
+def scale_rows(o: Operands) -> Results:
+    return {"x": o.padded("x", o.valid("x") * o.attrs["factor"])}
+
+
 def delta_gates(o: Operands) -> Results:
     heads, size = int(o.attrs["key_heads"]), int(o.attrs["key_dim"])
     y = o.valid("y").copy()
@@ -388,5 +422,6 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
         sample,
         conv_verify, delta_verify, draft_input, draft_begin, draft_note, verify_cursors, accept,
         take_token, gated_conv,
+        conv_biased, ssm, silu_rmsnorm, scale_rows,
     )
 }  # fmt: skip

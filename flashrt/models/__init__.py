@@ -11,6 +11,8 @@ from flashrt.core.region import DType
 from flashrt.models.dense import config as dense_config
 from flashrt.models.dense import model as dense
 from flashrt.models.flow_policy.config import MODEL_TYPE as POLICY_MODEL_TYPE
+from flashrt.models.granite import config as granite_config
+from flashrt.models.granite import model as granite
 from flashrt.models.lane import Choices, check_choices
 from flashrt.models.lfm2 import config as lfm2_config
 from flashrt.models.lfm2 import model as lfm2
@@ -35,9 +37,11 @@ class _Family:
 _QWEN35 = _Family(qwen35.build, qwen35_config.text_fields, has_draft_head=True)
 _DENSE = _Family(dense.build, dense_config.text_fields, has_draft_head=False)
 _LFM2 = _Family(lfm2.build, lfm2_config.text_fields, has_draft_head=False)
+_GRANITE = _Family(granite.build, granite_config.text_fields, has_draft_head=False)
 _FAMILIES: Mapping[object, _Family] = {
     **dict.fromkeys(qwen35_config.MODEL_TYPES, _QWEN35),
     **dict.fromkeys(dense_config.MODEL_TYPES, _DENSE),
+    **dict.fromkeys(granite_config.MODEL_TYPES, _GRANITE),
     **dict.fromkeys(lfm2_config.MODEL_TYPES, _LFM2),
 }
 

@@ -32,7 +32,7 @@ _SPREAD_ROWS = 9
 # Ops that see rows and know no lane: where lanes share a launch, these take the rows of all.
 _ROW_OPS = frozenset((
     ops.LINEAR, ops.RMSNORM, ops.ADD_RMSNORM, ops.GATED_RMSNORM, ops.DELTA_GATES, ops.SILU_MUL,
-    ops.ADD_BIAS,
+    ops.ADD_BIAS, ops.SILU_RMSNORM, ops.SCALE_ROWS,
 ))  # fmt: skip
 _OF_NO_LANE = (Role.SCRATCH, Role.WEIGHT)
 # Constants of a model: frequencies of rotary pairs; the one frequency 0, for layers that turn
@@ -66,7 +66,7 @@ class BlockRecorder:
     ) -> None:
         self.regions = regions  # of the lane and of the weights, by name
         self.tape = tape
-        self.eps = eps  # of every norm
+        self.eps = eps  # of every norm, where a block is not told another
         self.magnitude = magnitude
         self.rows = tape.rows
         self.cursor = regions["cursor"]
@@ -237,6 +237,48 @@ class BlockRecorder:
             ops.DELTA_RULE, y=kept.qkv, decay=kept.decay, beta=kept.beta, state=state,
             o=self.scratch(f"{at}.o", value_heads * value_dim), key_heads=key_heads,
         )  # fmt: skip
+
+    def ssm(
+        self,
+        at: str,
+        h: Operand,
+        state: View,
+        window: View,
+        groups: int,
+        time_limits: tuple[float, float],
+        eps: float,
+        *,
+        last_row_only: bool = False,
+    ) -> Region:
+        """Mamba-2; weights in_proj, rows [z | x | B | C | dt], conv, a_log, dt_bias, d, ssm_norm,
+        out_proj, and biases where the model has them. `groups`: of B and C, and of the norm, whose
+        eps is `eps`.
+
+        `last_row_only`: all rows change the state, then only the last valid row goes on.
+        """
+        heads, _, head_dim = state.shape
+        weights, inner, channels = self.regions, heads * head_dim, window.shape[-1]
+        z: Operand
+        z, u, dt = columns(self.biased(f"{at}.u", h, f"{at}.in_proj"), inner, channels, heads)
+        y = self.scratch(f"{at}.xbc", channels)
+        conv: dict[str, Operand] = {"u": u, "w": weights[f"{at}.conv"], "window": window, "y": y}
+        if bias := weights.get(bias_name(f"{at}.conv")):
+            self.launch(ops.CONV_BIASED, b=bias, **conv)
+        else:
+            self.launch(ops.CONV_WINDOW, **conv)
+        o = self.scratch(f"{at}.o", inner)
+        self.launch(
+            ops.SSM, y=y, dt=dt, a_log=weights[f"{at}.a_log"], dt_bias=weights[f"{at}.dt_bias"],
+            d=weights[f"{at}.d"], state=state, o=o, groups=groups, dt_min=time_limits[0],
+            dt_max=time_limits[1],
+        )  # fmt: skip
+        if last_row_only:
+            o, z = self.last_of(o), self.last_of(z, f"{at}.z")
+            self.narrow()
+        mixed = self.activation(f"{at}.mixed", inner)
+        norm = weights[f"{at}.ssm_norm"]
+        self.launch(ops.SILU_RMSNORM, o=o, z=z, w=norm, y=mixed, groups=groups, eps=eps)
+        return self.biased(f"{at}.r", mixed, f"{at}.out_proj")
 
     def mlp(self, at: str, x: Region, r: Region) -> Region:
         """x += r, and the MLP of that; weights mlp_norm, gate_up, down."""

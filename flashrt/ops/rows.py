@@ -5,7 +5,7 @@ IS: signatures. IS NOT: code; see `table`.
 
 from __future__ import annotations
 
-from flashrt.core.op import Op
+from flashrt.core.op import Attr, Op
 from flashrt.ops.params import CURSOR, act, cursors, f32, i32, matrix
 
 EMBED = Op(
@@ -55,6 +55,12 @@ LAST_CURSOR = Op(
     (CURSOR, cursors("last", "w")),
 )
 ADVANCE = Op("advance", "cursor.position += cursor.rows", (cursors("cursor", "rw"),))
+SCALE_ROWS = Op(
+    "scale_rows",
+    "x *= factor, per row",
+    (f32("x", "rw", "T", "N"), CURSOR),
+    (Attr("factor", "float32"),),
+)
 STOP_WORDS = 16
 HOLD = Op(
     "hold",

@@ -22,6 +22,8 @@ _FLOP: Mapping[Op, Callable[[Mapping[str, int], int, int], int]] = {
     ops.LINEAR: lambda dims, rows, pairs: 2 * rows * dims["N"] * dims["K"],
     # per state element: k.S, the update, q.S
     ops.DELTA_RULE: lambda dims, rows, pairs: 6 * rows * dims["Hv"] * dims["dk"] * dims["dv"],
+    # per state element: the update, C.S
+    ops.SSM: lambda dims, rows, pairs: 4 * rows * dims["Hv"] * dims["dk"] * dims["dv"],
     # per key and query element: q.k, p.v
     ops.ATTENTION: lambda dims, rows, pairs: 4 * pairs * dims["Nq"] * dims["D"],
 }

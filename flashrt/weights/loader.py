@@ -457,7 +457,8 @@ def _float_array(rule: WeightRule, reader: _Reader) -> NDArray[np.float32]:
         assert array is not None  # check_sources saw it
         values = array.read(reader.read)
         parts.append(_transformed(values, Transform.NONE if array.is_final else rule.transform))
-    return np.ascontiguousarray(np.concatenate(parts), np.float32).reshape(rule.region.shape)
+    whole = np.ascontiguousarray(np.concatenate(parts), np.float32).reshape(rule.region.shape)
+    return whole if rule.factor == 1.0 else whole * np.float32(rule.factor)
 
 
 def _transformed(values: NDArray[np.float32], transform: Transform) -> NDArray[np.float32]:

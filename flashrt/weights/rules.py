@@ -51,6 +51,7 @@ class WeightRule:
     transform: Transform = Transform.NONE
     constant: tuple[float, ...] = ()
     keeps_stored: bool = False  # a matrix of `linear`: the region is as its sources are stored
+    factor: float = 1.0  # of a float32 region from sources: multiplied after the transform
 
     def __post_init__(self) -> None:
         region = self.region
@@ -66,7 +67,7 @@ class WeightRule:
                 columns == {region.shape[1:]}
                 and sum(s.shape[0] for s in self.sources) == region.shape[0]
             )
-            if not fits or self.transform is not Transform.NONE:
+            if not fits or self.transform is not Transform.NONE or self.factor != 1.0:
                 raise PlanError(
                     f"weight rule {region.name!r}: {self.sources} cannot fill {region.dtype} "
                     f"{region.shape}"

@@ -137,6 +137,50 @@ def delta_rule(T: int, n: int, heads: tuple[int, int], size: tuple[int, int]) ->
     return Case("delta_rule", operands, {"key_heads": Hk})
 
 
+def conv_biased(T: int, n: int, C: int, W: int, margin: tuple[int, int]) -> Case:
+    plain = conv_window(T, n, C, W, margin)
+    bias = {"b": randn(rng_for("conv_biased", C), C)}
+    return replace(plain, op="conv_biased", operands=dict(plain.operands) | bias)
+
+
+def ssm(
+    T: int,
+    n: int,
+    heads: tuple[int, int],
+    size: tuple[int, int],
+    margin: tuple[int, int],
+    limits: tuple[float, float] = (0.0, np.inf),
+) -> Case:
+    (groups, Hv), (dk, dv) = heads, size
+    rng = rng_for("ssm", T, n, heads, size)
+    operands = {
+        "y": valid(randn(rng, T, Hv * dv + 2 * groups * dk), n),
+        "dt": valid(randn(rng, T, Hv, scale=3), n), "a_log": randn(rng, Hv),
+        "dt_bias": randn(rng, Hv), "d": randn(rng, Hv), "state": randn(rng, Hv, dk, dv),
+        "cursor": cursor(5, n), "o": (T, Hv * dv),
+    }  # fmt: skip
+    attrs = {"groups": groups, "dt_min": limits[0], "dt_max": limits[1]}
+    return Case("ssm", operands, attrs, margin=margin)
+
+
+def silu_rmsnorm(
+    T: int, n: int, C: int, groups: int, margin: tuple[int, int], is_wide: bool = False
+) -> Case:
+    rng = rng_for("silu_rmsnorm", T, n, C, groups)
+    o = randn(rng, T, C) * np.logspace(-4, 0, T, dtype=np.float32)[:, None]
+    operands = {
+        "o": valid(o, n), "z": valid(randn(rng, T, C, scale=4), n), "w": 1 + randn(rng, C),
+        "cursor": cursor(5, n), "y": (T, C),
+    }  # fmt: skip
+    attrs = {"groups": groups, "eps": EPS}
+    return Case("silu_rmsnorm", operands, attrs, wide("y", is_wide), margin=margin)
+
+
+def scale_rows(T: int, n: int, N: int, factor: float) -> Case:
+    x = valid(randn(rng_for("scale_rows", T, n, N), T, N), n)
+    return Case("scale_rows", {"x": x, "cursor": cursor(5, n)}, {"factor": factor})
+
+
 def gated_rmsnorm(
     T: int, n: int, heads: int, dv: int, margin: tuple[int, int], is_wide: bool = False
 ) -> Case:
@@ -324,6 +368,17 @@ GRID: Grid = (
     (gated_conv, (
         {"C": 200, "W": 2}, {"C": 64, "W": 3, "biased": 1}, {"C": 136, "W": 2, "is_wide": True},
     )),
+    (conv_biased, ({"C": 240, "W": 3, "margin": (0, 0)}, {"C": 64, "W": 1, "margin": (8, 16)})),
+    (ssm, (
+        {"heads": (1, 3), "size": (16, 16), "margin": (3, 2)},
+        {"heads": (2, 4), "size": (32, 64), "margin": (0, 0), "limits": (0.1, 0.5)},
+        {"heads": (1, 2), "size": (256, 64), "margin": (0, 4)},
+    )),
+    (silu_rmsnorm, (
+        {"C": 64, "groups": 1, "margin": (0, 0)}, {"C": 1100, "groups": 1, "margin": (0, 5)},
+        {"C": 180, "groups": 3, "margin": (0, 4), "is_wide": True},
+    )),
+    (scale_rows, ({"N": 96, "factor": 12.0}, {"N": 1000, "factor": 0.3})),
 )  # fmt: skip
 
 # Sizes that are no multiple of anything, for scalar tails.
@@ -358,6 +413,10 @@ ODD: Grid = (
     (keep_rows, ({"H": 33},)),
     (keep_values, ({"C": 37, "margin": (1, 3)},)),
     (gated_conv, ({"C": 37, "W": 2}, {"C": 33, "W": 7, "biased": 1})),
+    (conv_biased, ({"C": 37, "W": 3, "margin": (5, 3)},)),
+    (ssm, ({"heads": (3, 6), "size": (9, 5), "margin": (1, 0)},)),
+    (silu_rmsnorm, ({"C": 111, "groups": 3, "margin": (1, 1)},)),
+    (scale_rows, ({"N": 37, "factor": -0.7},)),
 )
 
 

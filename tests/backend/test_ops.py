@@ -166,6 +166,15 @@ def test_replay_equals_eager(runner: Runner) -> None:
             assert np.array_equal(bits(eager[name]), bits(replayed[name])), f"{case} {name}"
 
 
+def test_a_launch_for_no_row_writes_nothing(runner: Runner) -> None:
+    """What `hold` relies on: red where a kernel keeps a window or a state that no row changed."""
+    for case in {c.op: c for c in reversed(CASES) if c.op not in ("last_cursor", "hold")}.values():
+        idle = case.but(cursor=cursor(5, 0))
+        before, after = runner.poison(idle) | runner.stored(idle), runner.run(idle)
+        for name in after.keys() - WORKSPACE:
+            assert np.array_equal(bits(after[name]), bits(before[name])), f"{case} {name}"
+
+
 @pytest.mark.only_on("cpu")
 def test_unknown_token_gives_nan(runner: Runner) -> None:
     """The host refuses unknown ids on every device; the cpu kernel guards its table besides."""

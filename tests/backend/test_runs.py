@@ -23,6 +23,7 @@ from flashrt.ops.table import OPS
 from tests.backend.cases import (
     advance,
     attention,
+    conv_biased,
     conv_window,
     delta_rule,
     embed,
@@ -30,6 +31,7 @@ from tests.backend.cases import (
     hold,
     randn,
     rope_append,
+    ssm,
 )
 from tests.backend.runner import ALIGNMENT, POISON, Array, Case, Runner, rng_for
 from tests.backend.test_sample import sample_case, sampler
@@ -74,6 +76,14 @@ SHARED = {
     "delta_rule": Shared(
         lambda i, n: delta_rule(n, n, (1, 2), (32, 16)),
         {"y": "row", "decay": "row", "beta": "row", "state": "lane", "cursor": "lane", "o": "row"},
+    ),
+    "conv_biased": Shared(
+        lambda i, n: conv_biased(n, n, C=240, W=3, margin=(0, 0)),
+        {"u": "row", "window": "lane", "cursor": "lane", "y": "row"},
+    ),
+    "ssm": Shared(
+        lambda i, n: ssm(n, n, (1, 2), (32, 16), margin=(0, 0)),
+        {"y": "row", "dt": "row", "state": "lane", "cursor": "lane", "o": "row"},
     ),
     "rope_append": Shared(
         lambda i, n: rope_append(n, n, (4, 2), D=32, R2=4, position=9 * i, S=77, kv="bf16"),

@@ -26,7 +26,7 @@ from flashrt.backends.simt.device import SimtDevice
 from flashrt.backends.simt.driver import SimtDriver
 from flashrt.base.errors import BackendError, CompileError
 from flashrt.ops import OPS
-from tests.backend.cases import HOLDS, all_cases, attention, delta_rule, linear, randn
+from tests.backend.cases import HOLDS, all_cases, attention, delta_rule, linear, randn, ssm
 from tests.backend.draft_cases import SHIFTED, drafting_cases
 from tests.backend.policy_cases import policy_cases
 from tests.backend.runner import Case, Runner, rng_for
@@ -232,6 +232,12 @@ PLANTS = {
     ),
     "delta rule: sums over the wrong lanes": Plant(
         "delta.cuh", "o = 4; o < 32", "o = 2; o < 16", delta_rule(7, 7, (1, 2), (32, 16))
+    ),
+    "ssm: a tile read before its copies are waited for": Plant(
+        "ssm.cu",
+        "copy_async_wait<0>();\n    __syncthreads();",
+        "__syncthreads();",
+        ssm(7, 7, (1, 2), (32, 16), (0, 0)),
     ),
     "attention: no barrier before the values that other warps have copied": Plant(
         "attention_many.cu",

@@ -42,7 +42,7 @@ SIZES = {
 }  # fmt: skip
 ATTRS = {
     "key_heads": 16, "key_dim": 128, "eps": 1e-6, "shift": 0, "gated": 1, "normed": 1,
-    "magnitude": 1.0, "parts": 2, "biased": 1,
+    "magnitude": 1.0, "parts": 2, "biased": 1, "groups": 1,
 }  # fmt: skip
 DENSE_ATTRS = {"gated": 0, "normed": 0}  # a llama's, in place of those
 
@@ -135,7 +135,13 @@ def variants(arch: str, *, is_full: bool) -> Iterator[KernelLaunch]:
                     )
             for k in (9216, 9217):
                 yield from many_linears(shape("linear", rows[-1], act, DType.BF16, 132, K=k))
-        for op in ("rmsnorm", "add_rmsnorm", "gated_rmsnorm", "silu_mul"):  # what gives them
+        for op in (
+            "rmsnorm",
+            "add_rmsnorm",
+            "gated_rmsnorm",
+            "silu_mul",
+            "silu_rmsnorm",
+        ):  # what gives them
             yield from kernels.EXPANSIONS[op](shape(op, 1, DType.F32, DType.BF16, 132))
         for act in acts:
             for group in (3, 6):

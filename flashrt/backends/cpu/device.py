@@ -42,6 +42,7 @@ _APART = frozenset((
     "embed", "conv_window", "delta_rule", "delta_gates", "rope_append", "last_row", "last_values",
     "last_cursor", "advance", "hold", "rmsnorm", "add_rmsnorm", "gated_rmsnorm", "silu_mul",
     "add_bias",
+    "conv_biased", "ssm", "silu_rmsnorm", "scale_rows",
     "keep_rows", "keep_values", "dense", "dense_add", "gru_cell", "gated_conv",
 ))  # fmt: skip
 _MOST_ARGUMENTS = 1024  # of kernels/runtime.c

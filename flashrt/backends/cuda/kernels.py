@@ -524,6 +524,21 @@ def _gated_rmsnorm(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("gated_norm.cu", "gated_rmsnorm", defines, grid, _x(128)),)
 
 
+def _ssm(s: Shape) -> tuple[KernelLaunch, ...]:
+    defines = _defines(STATE_DIM=s.dims["dk"], HEAD_DIM=s.dims["dv"])
+    grid = (_ceil(s.dims["dv"], 16), s.dims["Hv"], 1)
+    return (KernelLaunch("ssm.cu", "ssm", defines, grid, _x(128)),)
+
+
+def _silu_rmsnorm(s: Shape) -> tuple[KernelLaunch, ...]:
+    columns, groups = s.dims["C"], int(s.attrs["groups"])
+    per_thread = _ceil(columns // groups, 512)
+    threads = _ceil(_ceil(columns // groups, per_thread), WARP) * WARP
+    defines = _defines(ACT_PARTS=s.act_parts, VALUES=per_thread, THREADS=threads)
+    grid = (groups, s.dims["T"], 1)
+    return (KernelLaunch("silu_norm.cu", "silu_rmsnorm", defines, grid, _x(threads)),)
+
+
 _CACHE_CODES: Final = {DType.I8: 1, DType.E4M3: 2}  # codes of keys and values: see codes.cuh
 
 
@@ -662,6 +677,11 @@ def _add_bias(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("elementwise.cu", "add_bias", _act(s), grid, _x(256)),)
 
 
+def _scale_rows(s: Shape) -> tuple[KernelLaunch, ...]:
+    grid = (_ceil(s.dims["N"], 256), s.dims["T"], 1)
+    return (KernelLaunch("elementwise.cu", "scale_rows", _act(s), grid, _x(256)),)
+
+
 def _last_row(s: Shape) -> tuple[KernelLaunch, ...]:
     grid = _x(_ceil(s.dims["H"], 256))
     return (KernelLaunch("elementwise.cu", "last_row", _act(s), grid, _x(256)),)
@@ -756,6 +776,10 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "flow_begin": _policy,
     "flow_end": _policy,
     "take_action": _policy,
+    "conv_biased": _conv_window,
+    "ssm": _ssm,
+    "silu_rmsnorm": _silu_rmsnorm,
+    "scale_rows": _scale_rows,
     "delta_few": _delta_few,
     "linear_silu": _linear_silu,
     "linear_add": _linear_add,

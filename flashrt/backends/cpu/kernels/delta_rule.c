@@ -11,16 +11,7 @@
  * A unit of work is (value head, 32 columns): [dk][32] floats, 16 KB at dk = 128, in L1 through
  * all rows.
  */
-#include "common.h"
-
-enum {
-  STRIP = VL < 8 ? 16 : 32,
-  STRIP_VECTORS = STRIP / VL
-}; /* columns whose chains fill the registers */
-
-typedef struct {
-  vf v[STRIP_VECTORS];
-} strip;
+#include "strip.h"
 
 /* What one row brings to a head. */
 typedef struct {
@@ -34,21 +25,6 @@ static head_row head_row_at(const delta_rule_args *a, int64_t row, int64_t head)
   const float *q = y + key_head * a->dk;
   const float *v = y + 2 * key_cols + head * a->dv;
   return (head_row){q, q + key_cols, v, a->decay[row * a->Hv + head], a->beta[row * a->Hv + head]};
-}
-
-/* Columns beyond n_cols load as zero and are not stored. */
-static strip load_columns(const float *p, int n_cols) {
-  strip s;
-  float padded[STRIP] = {0};
-  if (n_cols < STRIP) p = memcpy(padded, p, sizeof *p * (size_t)n_cols);
-  for (int j = 0; j < STRIP_VECTORS; j++) s.v[j] = v_load(p + j * VL);
-  return s;
-}
-static void store_columns(float *p, int n_cols, strip s) {
-  float padded[STRIP];
-  float *out = n_cols < STRIP ? padded : p;
-  for (int j = 0; j < STRIP_VECTORS; j++) v_store(out + j * VL, s.v[j]);
-  if (n_cols < STRIP) memcpy(p, padded, sizeof *p * (size_t)n_cols);
 }
 
 static strip dot_state(const float *S, const float *k, int dk) {

@@ -1,4 +1,4 @@
-/* silu_mul, add_bias, last_*, keep_*, advance: small steps between the larger kernels.
+/* silu_mul, add_bias, scale_rows, last_*, keep_*, advance: small steps between the larger kernels.
  *
  * IS: columns split over threads. IS NOT: anything with a sum.
  */
@@ -24,6 +24,15 @@ void op_add_bias(const add_bias_args *a, int tid, int nt) {
   for (int64_t t = 0; t < rows; t++) {
     float *x = a->x + t * a->N;
     for (int64_t n = columns.begin; n < columns.end; n++) x[n] = x[n] + a->b[n];
+  }
+}
+
+void op_scale_rows(const scale_rows_args *a, int tid, int nt) {
+  int rows = rows_of(a->cursor, a->T);
+  span columns = share(a->N, tid, nt);
+  for (int64_t t = 0; t < rows; t++) {
+    float *x = a->x + t * a->N;
+    for (int64_t n = columns.begin; n < columns.end; n++) x[n] = x[n] * a->factor;
   }
 }
 

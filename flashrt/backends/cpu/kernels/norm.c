@@ -1,4 +1,5 @@
-/* rmsnorm, add_rmsnorm, gated_rmsnorm: root-mean-square norms over a row or over one head of a row.
+/* rmsnorm, add_rmsnorm, gated_rmsnorm, silu_rmsnorm: root-mean-square norms over a row or over one
+ * part of a row.
  *
  * IS: one thread per row (or head): a row's sum has one order, see sum_of_squares. IS NOT: the
  * norms inside rope_append and delta_gates, which are over heads that those kernels hold already.
@@ -44,5 +45,19 @@ void op_gated_rmsnorm(const gated_rmsnorm_args *a, int tid, int nt) {
       v_store(y + i, v_load(a->w + i) * (v_load(o + i) * scale) * v_silu(v_load(z + i)));
     }
     for (; i < a->dv; i++) y[i] = a->w[i] * (o[i] * scale) * s_silu(z[i]);
+  }
+}
+
+void op_silu_rmsnorm(const silu_rmsnorm_args *a, int tid, int nt) {
+  int64_t size = a->C / a->groups;
+  span units = share((int64_t)rows_of(a->cursor, a->T) * a->groups, tid, nt);
+  for (int64_t unit = units.begin; unit < units.end; unit++) {
+    int64_t t = unit / a->groups, column = unit % a->groups * size;
+    const float *o = a->o + t * a->C + column, *z = a->z + t * a->z_stride + column;
+    float *y = (float *)a->y + t * a->C + column;
+    int64_t i = 0; /* y holds o silu(z) until its scale is known */
+    for (; i + VL <= size; i += VL) v_store(y + i, v_load(o + i) * v_silu(v_load(z + i)));
+    for (; i < size; i++) y[i] = o[i] * s_silu(z[i]);
+    scale_row(y, y, a->w + column, inverse_rms(y, (int)size, a->eps), (int)size);
   }
 }

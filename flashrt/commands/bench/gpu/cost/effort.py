@@ -256,6 +256,8 @@ _KERNELS: Final[Mapping[str, Callable[[Task, Callable[[KernelLaunch], int]], Eff
     "conv_window": _over_rows,
     "conv_verify": _over_rows,
     "gated_conv": _over_rows,
+    "conv_biased": _over_rows,
+    "ssm": _over_rows,
     "sample_scan": _sample,
     "sample_narrow": _idle,
     "sample_pick": _sample,
