@@ -18,7 +18,7 @@
 // leaves; others take them or not, as ptxas sees fit: held to two blocks, some spill a few bytes.
 #if CACHE_F32
 #define BOUNDS 256, 1
-#elif CACHE_CODES || ACT_PARTS > 1 || COLUMN_TILES > 2
+#elif CACHE_CODES || ACT_PARTS > 1 || COLUMN_TILES > 2 || (SHIFT && GROUP > 4)
 #define BOUNDS 256
 #else
 #define BOUNDS 256, 2

@@ -120,8 +120,10 @@ def variants(arch: str, *, is_full: bool) -> Iterator[KernelLaunch]:
     yield from fused(rows if is_full else rows[:1])
     for act in acts:
         for cache in caches:  # a draft's: one row, its keys shifted against positions
-            draft = shape("attention", 1, act, cache, 132)
-            yield from kernels.EXPANSIONS["attention"](replace(draft, attrs=ATTRS | {"shift": 1}))
+            for heads in (16, 24):  # 24: of 27B, in groups of 6
+                draft = shape("attention", 1, act, cache, 132, Nq=heads)
+                shifted = replace(draft, attrs=ATTRS | {"shift": 1})
+                yield from kernels.EXPANSIONS["attention"](shifted)
             for op in ("attention", "rope_append"):
                 for n in rows:
                     plain = shape(op, n, act, cache, 132, D=128)
