@@ -410,10 +410,15 @@ def test_memory_is_flat(serving: Serving) -> None:
         return len(gc.get_objects()), resident * mmap.PAGESIZE
 
     burst(500)
-    objects, nbytes = measured()
-    burst(1500)
-    more_objects, more_nbytes = measured()
-    assert more_objects - objects < 300, f"{more_objects - objects} objects for 1,500 requests"
-    assert more_nbytes - nbytes < 4 << 20, f"{more_nbytes - nbytes:,} bytes for 1,500 requests"
+    grown = []
+    for _ in range(3):  # what a heap of other tests takes, it takes once; a leak comes every time
+        objects, nbytes = measured()
+        burst(1500)
+        more_objects, more_nbytes = measured()
+        assert more_objects - objects < 300, f"{more_objects - objects} objects for 1,500 requests"
+        grown.append(more_nbytes - nbytes)
+        if grown[-1] < 4 << 20:
+            break
+    assert min(grown) < 4 << 20, f"{grown} bytes for 1,500 requests each"
     assert len(list(core.index.entries())) <= 32
     core.call(core.engine.capsules.check_integrity).result(30)

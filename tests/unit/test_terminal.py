@@ -116,8 +116,9 @@ def test_nobody_reads_the_output() -> None:
 
 
 def test_an_interrupt_ends_quietly() -> None:
-    command = [sys.executable, "-m", "flashrt", "run", str(TINY), "--max-tokens", "4000",
-               "--tokens", "1,2"]  # fmt: skip
+    # So many tokens that none of the machines that this runs on is through before the interrupt.
+    command = [sys.executable, "-m", "flashrt", "run", str(TINY), "--max-tokens", "30000",
+               "--max-positions", "32768", "--tokens", "1,2"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.read(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -192,16 +193,21 @@ def test_files_of_the_page(server: Running) -> None:
 
 
 @pytest.mark.browser
-def test_who_is_where(browser: webdriver.Chrome, started: Callable[..., Running]) -> None:
+def test_who_is_where(
+    browser: webdriver.Chrome, started: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fault: a running turn, or one that waits, is not seen; Stop leaves it in the queue."""
     running = started(lanes=1)
+    device = running.engine.backend
+    replay = device.replay
+    monkeypatch.setattr(device, "replay", lambda *a: (time.sleep(0.005), replay(*a))[1])
     stops = {str(token): -100 for token in running.engine.checkpoint.stop_tokens}
     with Client(running.url) as client:
         session = client.session("waiter")
         page = Page(browser, running.url)
         page.click(f'[data-session="{session.id}"]')
         walker = client.session("walker")
-        # Fast as the model is, it is not through all positions before the page has looked.
+        # Slowed as it is, the model is not through all positions before the page has looked.
         walk = walker.stream(WALK, max_tokens=1000, temperature=1.5, logit_bias=stops)
         next(walk)
         page.wait(lambda: "walker" in page.find(".lane.yours").text)
