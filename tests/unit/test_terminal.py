@@ -119,12 +119,14 @@ def test_an_interrupt_ends_quietly() -> None:
     command = [sys.executable, "-m", "flashrt", "run", str(TINY), "--max-tokens", "4000",
                "--tokens", "1,2"]  # fmt: skip
 
-    def heed() -> None:  # a shell's background job, as a suite may be one, ignores interrupts
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed
-    ) as process:
+    # A background job of a shell, as a suite may be, ignores interrupts, and so would its children:
+    # what a process handles is back at the default in a program that it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
