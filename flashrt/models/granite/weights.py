@@ -32,6 +32,10 @@ def weight_rules(config: GraniteConfig) -> tuple[WeightRule, ...]:
 
 def _layer(c: GraniteConfig, region: str, source: str, kind: LayerKind) -> list[WeightRule]:
     own = f"{source}.shared_mlp"
+    first = [(f"{own}.input_linear.weight", 2 * c.intermediate)]  # rows [gate | up]
+    if c.has_split_mlp:
+        names = ("gate_linear", "up_linear")
+        first = [(f"{own}.{name}.weight", c.intermediate) for name in names]
     mixer = (
         c.ssm.weights(region, f"{source}.mamba", c.hidden)
         if kind is LayerKind.MAMBA
@@ -41,8 +45,7 @@ def _layer(c: GraniteConfig, region: str, source: str, kind: LayerKind) -> list[
         vector(f"{region}.input_norm", f"{source}.input_layernorm.weight", c.hidden),
         *mixer,
         vector(f"{region}.mlp_norm", f"{source}.post_attention_layernorm.weight", c.hidden),
-        # rows [gate | up]
-        matrix(f"{region}.gate_up", c.hidden, (f"{own}.input_linear.weight", 2 * c.intermediate)),
+        matrix(f"{region}.gate_up", c.hidden, *first),
         matrix(f"{region}.down", c.intermediate, (f"{own}.output_linear.weight", c.hidden)),
     ]
 
