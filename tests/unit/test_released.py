@@ -1,8 +1,8 @@
 """Released sizes: the sum of all weights is the number of parameters that is published.
 
 Figures of LFM2 and Granite are those of their config.json; of LFM2.5-230M the layers are, and its
-MLP's size follows from the sum. Those of Nemotron are NVIDIA's Megatron-Bridge's. Parameters are the
-model cards', or what the hub counts; of three models the cards say no more than 4B, 47B and 56B.
+MLP's size follows from the sum. Those of Nemotron are NVIDIA's Megatron-Bridge's. Parameters are
+the model cards', or what the hub counts; of three models the cards say no more than 4B, 47B, 56B.
 """
 
 from __future__ import annotations
