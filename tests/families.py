@@ -11,17 +11,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from tests import dense_models, granite_models
+from tests import dense_models
 
 SETS = Path(__file__).parent / "golden" / "families"  # with what transformers makes of them
 
 
 def _dense(name: str, folder: Path) -> Path:
     return dense_models.write(folder / name, dense_models.CONFIGS[name])
-
-
-def _granite(name: str, folder: Path) -> Path:
-    return granite_models.write(folder / name, granite_models.CONFIGS[name])
 
 
 def _golden(name: str, folder: Path) -> Path:
@@ -34,5 +30,7 @@ FAMILIES: Mapping[str, Callable[[Path], Path]] = {
     "llama-biased": partial(_dense, "llama-biased"),
     "lfm2": partial(_golden, "lfm2"),
     "lfm2-odd": partial(_golden, "lfm2-odd"),
-    "granite-odd": partial(_granite, "granite-odd"),
+    "granite-odd": partial(_golden, "granite-odd"),
+    "nemotron": partial(_golden, "nemotron"),
+    "nemotron-odd": partial(_golden, "nemotron-odd"),
 }

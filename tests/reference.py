@@ -233,6 +233,10 @@ def silu_mul(o: Operands) -> Results:
     return {"y": o.padded("y", silu(gate) * up)}
 
 
+def relu_squared(o: Operands) -> Results:
+    return {"y": o.padded("y", np.maximum(o.valid("u"), 0) ** 2)}
+
+
 def add_bias(o: Operands) -> Results:
     return {"x": o.padded("x", o.valid("x") + o["b"])}
 
@@ -423,5 +427,6 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
         conv_verify, delta_verify, draft_input, draft_begin, draft_note, verify_cursors, accept,
         take_token, gated_conv,
         conv_biased, ssm, silu_rmsnorm, scale_rows,
+        relu_squared,
     )
 }  # fmt: skip

@@ -263,6 +263,12 @@ def silu_mul(T: int, n: int, I: int, is_wide: bool = False) -> Case:  # noqa: E7
     return Case("silu_mul", operands, dtypes=wide("y", is_wide))
 
 
+def relu_squared(T: int, n: int, I: int, is_wide: bool = False) -> Case:  # noqa: E741
+    rng = rng_for("relu_squared", T, n, I)
+    operands = {"u": valid(randn(rng, T, I, scale=4), n), "cursor": cursor(5, n), "y": (T, I)}
+    return Case("relu_squared", operands, dtypes=wide("y", is_wide))
+
+
 def add_bias(T: int, n: int, N: int) -> Case:
     rng = rng_for("add_bias", T, n, N)
     operands = {"x": valid(randn(rng, T, N), n), "b": randn(rng, N), "cursor": cursor(5, n)}
@@ -379,6 +385,7 @@ GRID: Grid = (
         {"C": 180, "groups": 3, "margin": (0, 4), "is_wide": True},
     )),
     (scale_rows, ({"N": 96, "factor": 12.0}, {"N": 1000, "factor": 0.3})),
+    (relu_squared, ({"I": 200}, {"I": 1028, "is_wide": True})),
 )  # fmt: skip
 
 # Sizes that are no multiple of anything, for scalar tails.
@@ -417,6 +424,7 @@ ODD: Grid = (
     (ssm, ({"heads": (3, 6), "size": (9, 5), "margin": (1, 0)},)),
     (silu_rmsnorm, ({"C": 111, "groups": 3, "margin": (1, 1)},)),
     (scale_rows, ({"N": 37, "factor": -0.7},)),
+    (relu_squared, ({"I": 37}, {"I": 45, "is_wide": True})),
 )
 
 
