@@ -154,7 +154,6 @@ class Front:
                 "serving; drain it again"
             ) from error
         n = await self._link.leave(id_)
-        self._directory.forget(id_)
         self.tally.drained += n
         return n
 
@@ -173,6 +172,9 @@ class Front:
                 flown = self._flown(wish, home, scope, body, arrival)
                 async with contextlib.aclosing(flown) as messages:
                     async for message in messages:
+                        if not has_begun:
+                            named = (b"x-flashrt-replica", home.encode())
+                            message["headers"] = [*message["headers"], named]
                         has_begun = True
                         yield sums.shifted(message, shift)
                 return

@@ -151,7 +151,7 @@ def _shelved(owner: str, name: str) -> str:
 
 def _text_of(store: Store, name: str) -> bytes | None:
     """A file as it is now; None where there is none. Raises StoreError."""
-    if not store.is_there or store.folder.size(name) is None:
+    if store.folder.size(name) is None:
         return None
     return store.folder.read_text(name, MOST_FILE_NBYTES)
 

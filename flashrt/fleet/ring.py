@@ -22,7 +22,7 @@ LOAD_BOUND = 1.25  # times the mean: the first replica of a root takes no more t
 MOST_KNOWN = 200_000  # keys of a directory; about 40 MB
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
     """A replica, as it told of itself. rank: its number among the replicas, from 0, for slots."""
 
@@ -30,6 +30,8 @@ class Member:
     rank: int
     lanes: int
     fingerprint: str
+    pid: int = 0
+    host: str = ""
     sessions: int = 0
     adopted: int = 0  # sessions that were taken over from other replicas
     foreign: int = 0  # capsules of these that another model made: computed again
@@ -85,10 +87,3 @@ class Directory:
             self._homes.move_to_end(key)
         while len(self._homes) > self._most:
             self._homes.popitem(last=False)
-
-    def forget(self, home: str) -> int:
-        """Nobody lives there any more; how many keys that were."""
-        gone = [key for key, at in self._homes.items() if at == home]
-        for key in gone:
-            del self._homes[key]
-        return len(gone)

@@ -50,7 +50,11 @@ class HandleLink:
         """See Link. Those that do not answer are not there."""
         told = self._handle.broadcast("about", with_roster=with_roster)
         found = await told.results_async(timeout_s=30.0, return_exceptions=True)
-        return [one for one in found if isinstance(one, Member)]
+        there = [one for one in found if isinstance(one, Member)]
+        faults = [e for e in found if isinstance(e, Exception) and not isinstance(e, RayActorError)]
+        if faults and not there:
+            raise faults[0]
+        return there
 
     async def send(
         self, to: str, scope: Mapping[str, Any], body: bytes, arrival: Arrival

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
+import socket
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flashrt.base.errors import FlashrtError, StoreError
 from flashrt.fleet.migration import Homing, StoreShelf
 from flashrt.fleet.ring import Member
-from flashrt.load import load
+from flashrt.load import KvDType, Precision, Weights, load
 from flashrt.serve.access import Access
 from flashrt.serve.app import make_app
 from flashrt.serve.core import Core
@@ -54,19 +56,22 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class StationOptions:
-    """What a replica is. checkpoint, device, precision, max_positions, lanes, pool_bytes: as of
-    `flashrt.load`; store: a folder or an fsspec URL that all replicas reach; access, limits: as of
-    a server.
+    """What a replica is. store: a folder or an fsspec URL that all replicas reach; name: of the
+    model, for clients; access, limits: as of a server; all else: as of `flashrt.load`.
     """
 
     checkpoint: str
     store: str
     name: str
     device: str = "auto"
-    precision: str = "bfloat16"
+    precision: Precision = "bfloat16"
     max_positions: int = 4096
     lanes: int = 4
+    kv_dtype: KvDType = "bfloat16"
     pool_bytes: int | None = None
+    draft: bool | None = None
+    weights: Weights | None = None
+    prefill_rows: int | None = None
     access: Access = field(default_factory=Access)
     limits: Limits = field(default_factory=Limits)
 
@@ -97,9 +102,17 @@ class Station:
     def opened(cls, id_: str, options: StationOptions) -> Station:
         """With an engine and a store of its own. Raises whatever `flashrt.load` raises."""
         engine = load(
-            options.checkpoint, options.device, options.max_positions, options.lanes,
-            pool_bytes=options.pool_bytes, precision=options.precision,  # type: ignore[arg-type]
-        )  # fmt: skip
+            options.checkpoint,
+            device=options.device,
+            max_positions=options.max_positions,
+            lanes=options.lanes,
+            kv_dtype=options.kv_dtype,
+            pool_bytes=options.pool_bytes,
+            draft=options.draft,
+            precision=options.precision,
+            weights=options.weights,
+            prefill_rows=options.prefill_rows,
+        )
         try:
             return cls(id_, engine, Store(options.store, is_shared=True), options)
         except BaseException:
@@ -160,10 +173,18 @@ class Station:
         """What it is, and has."""
         views = await asyncio.wrap_future(self.core.call(self.core.book.ids))
         return Member(
-            self.id, rank, len(self.core.scheduler.workers), self.engine.fingerprint, len(views),
-            self.homing.n_adopted, self.core.book.n_foreign, self.homing.n_lent,
-            tuple(views) if with_roster else (),
-        )  # fmt: skip
+            id=self.id,
+            rank=rank,
+            lanes=len(self.core.scheduler.workers),
+            fingerprint=self.engine.fingerprint,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            sessions=len(views),
+            adopted=self.homing.n_adopted,
+            foreign=self.core.book.n_foreign,
+            lent=self.homing.n_lent,
+            roster=views if with_roster else (),
+        )
 
     async def leave(self) -> int:
         """Take nothing more, and forget all sessions: they are in the store. Call it when nothing
