@@ -118,8 +118,9 @@ class Front:
         except Refusal as refusal:
             await refuse(refusal, shape_of(scope))(scope, receive, send)
 
-    def status(self) -> dict[str, Any]:
+    async def status(self) -> dict[str, Any]:
         """Replicas, what they do, and what happened."""
+        await self._look()
         members = [
             {
                 **asdict(member),

@@ -91,7 +91,7 @@ class Entrance:
 
     async def status(self) -> dict[str, Any]:
         """See Front.status."""
-        return self._front.status()
+        return await self._front.status()
 
     async def drain(self, id_: str, most_s: float) -> int:
         """See Front.drain."""
