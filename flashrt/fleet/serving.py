@@ -35,7 +35,7 @@ class ServingOptions:
 
     station: StationOptions
     replicas: int = 1
-    num_gpus: float = 0.0
+    num_gpus: float | None = None  # None: 1 for cuda, and for "auto" where the cluster has some
     num_cpus: float = 1.0
     environment: dict[str, str] = field(default_factory=dict)
     grace_s: float = 60.0
@@ -98,6 +98,24 @@ class Entrance:
         return await self._front.drain(id_, most_s)
 
 
+def join() -> None:
+    """The Ray cluster that is there (RAY_ADDRESS, or one on this machine), else one of this
+    process, for as long as it lives.
+    """
+    if ray.is_initialized():
+        return
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        ray.init(address="auto", **quiet)
+    except ConnectionError:
+        ray.init(include_dashboard=False, **quiet)
+
+
+def end() -> None:
+    """All that was deployed ends; what runs may finish."""
+    serve.shutdown()
+
+
 def deploy(
     options: ServingOptions, *, host: str = "127.0.0.1", port: int = 8080, app: str = APP
 ) -> None:
@@ -105,7 +123,10 @@ def deploy(
     take the places of the old ones, a few at a time. Ray must have been initialised; an address
     that Serve has is kept. Returns once all replicas are ready. Raises FleetError.
     """
-    station = options.station
+    station, num_gpus = options.station, options.num_gpus
+    if num_gpus is None:
+        has_gpus = station.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
+        num_gpus = float(station.device == "cuda" or has_gpus)
     replica = serve.deployment(
         name="replica",
         num_replicas=options.replicas,
@@ -117,7 +138,7 @@ def deploy(
         request_router_config=RequestRouterConfig(request_router_class=AddressedRouter),
         ray_actor_options={
             "num_cpus": options.num_cpus,
-            "num_gpus": options.num_gpus,
+            "num_gpus": num_gpus,
             "runtime_env": {"env_vars": options.environment},
         },
     )(Replica)

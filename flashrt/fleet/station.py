@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashrt.base.errors import FlashrtError, StoreError
+from flashrt.capsule.eviction import Budgets
 from flashrt.fleet.migration import Homing, StoreShelf
 from flashrt.fleet.ring import Member
 from flashrt.load import KvDType, Precision, Weights, load
@@ -72,6 +73,7 @@ class StationOptions:
     draft: bool | None = None
     weights: Weights | None = None
     prefill_rows: int | None = None
+    host_nbytes: int = 0  # memory for states that the pool has no room for
     access: Access = field(default_factory=Access)
     limits: Limits = field(default_factory=Limits)
 
@@ -113,6 +115,7 @@ class Station:
             weights=options.weights,
             prefill_rows=options.prefill_rows,
         )
+        engine.budgets = Budgets(options.host_nbytes)
         try:
             return cls(id_, engine, Store(options.store, is_shared=True), options)
         except BaseException:

@@ -1,4 +1,4 @@
-"""A small fleet on Ray: sessions go on, to the same tokens and counts, whoever is drained or killed.
+"""A small fleet on Ray: sessions go on, to the same tokens and counts, whoever dies or is drained.
 
 The full size, and its figures: docs/fleet-serve.md. Red when a turn is lost, twice there, or of
 other tokens than one server's, or when less of a prompt is known than there.
