@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
@@ -29,6 +30,8 @@ from flashrt.fleet.ring import Directory, Member, choose
 from flashrt.fleet.station import Arrival
 from flashrt.serve.gate import refuse, shape_of
 from flashrt.serve.refusal import Refusal
+
+log = logging.getLogger("flashrt.serve")
 
 POLL_S = 1.0  # between two looks at who is there
 TRIES = 4  # of a request that replicas send back, or die of
@@ -97,6 +100,7 @@ class Front:
         self._flights = _Flights()
         self._looked = -1e9
         self._looking = asyncio.Lock()
+        self._watch: asyncio.Task[None] | None = None
         self.tally = Tally()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -273,8 +277,14 @@ class Front:
     # -- who is there ---------------------------------------------------------------------------
 
     async def _look(self, *, at_once: bool = False) -> None:
+        """Ask who is there: before this returns, or, where somebody is known, meanwhile. A replica
+        that hangs keeps nobody waiting.
+        """
         clock = asyncio.get_running_loop().time
-        if not at_once and self._members and clock() - self._looked < POLL_S:
+        if self._members and not at_once:
+            if clock() - self._looked > POLL_S and (self._watch is None or self._watch.done()):
+                self._watch = asyncio.create_task(self._look(at_once=True))
+                self._watch.add_done_callback(_noted)
             return
         began = clock()
         async with self._looking:
@@ -377,6 +387,12 @@ async def _body_of(scope: Scope, receive: Receive, most: int, seconds: float) ->
                     return b"".join(pieces)
     except TimeoutError as error:
         raise Refusal(408, f"the body did not arrive within {seconds:g} s") from error
+
+
+def _noted(watch: asyncio.Task[None]) -> None:
+    """Who is there was not told: the next look may be."""
+    if not watch.cancelled() and (error := watch.exception()) is not None:
+        log.warning("replicas did not tell of themselves: %s", type(error).__name__)
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

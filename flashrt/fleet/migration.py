@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -38,7 +39,8 @@ class Homing:
 
     def __init__(self, core: Core, store: Store) -> None:
         self._core, self._store = core, store
-        self._turns: dict[tuple[str, str], asyncio.Lock] = {}
+        # One taking over at a time, of each session.
+        self._turns = WeakValueDictionary[tuple[str, str], asyncio.Lock]()
         self.n_adopted = self.n_lent = 0
 
     async def session(self, owner: str, id_: str) -> None:
@@ -49,13 +51,8 @@ class Homing:
         key = owner_key(owner)
         if _ID.fullmatch(id_) is None:
             return
-        lock = self._turns.setdefault((key, id_), asyncio.Lock())
-        try:
-            async with lock:
-                await self._session(key, id_)
-        finally:
-            if not lock.locked():
-                self._turns.pop((key, id_), None)
+        async with self._turns.setdefault((key, id_), asyncio.Lock()):
+            await self._session(key, id_)
 
     async def _session(self, key: str, id_: str) -> None:
         book, name = self._core.book, f"{PREFIX}/{key}/{id_}/session.json"

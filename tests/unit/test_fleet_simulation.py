@@ -96,7 +96,9 @@ def test_the_same_seed_gives_the_same_and_places_differ() -> None:
         fleet.simulate(MACHINES[0], fleet.LINE, load, 1, "best")
 
 
-def test_the_page_has_the_crossovers_of_the_tool() -> None:
+def test_the_page_has_the_crossovers_of_the_tool(tmp_path: Path) -> None:
+    drawn = fleet.draw(MACHINES, tmp_path / "crossover.svg").read_text()
+    assert all(machine.name.split(",")[0] in drawn for machine in MACHINES)
     page = (ROOT / "docs/fleet-serve.md").read_text()
     for row in fleet.crossover_rows(MACHINES):
         assert f"| {' | '.join(row)} |" in page
