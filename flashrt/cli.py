@@ -448,7 +448,7 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
             engine=dataclasses.replace(_engine_options(options), **device),
         )
         if options.replicas is not None:
-            return fleet.serve_replicas(wanted, options.replicas)
+            return fleet.serve_replicas(wanted, options.replicas, options.ray)
         return serve(wanted)
 
     parser = _add(
@@ -507,7 +507,11 @@ def _add_serve_work(parser: argparse.ArgumentParser) -> None:
     )
     work.add_argument(
         "--replicas", type=_whole(1, 10_000), metavar="N", help="so many servers on a Ray cluster, "
-        "the one that is there or one of this machine, which share --store (flashrt[ray])",
+        "which share --store (flashrt[ray])",
+    )  # fmt: skip
+    work.add_argument(
+        "--ray", metavar="ADDRESS", help="with --replicas: of the cluster (default: RAY_ADDRESS, "
+        "else one of this machine's own)",
     )  # fmt: skip
     work.add_argument(
         "--record-logprobs", type=_whole(0, 1000), metavar="N",

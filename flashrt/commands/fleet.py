@@ -22,7 +22,7 @@ Subparsers = argparse._SubParsersAction  # its public name is missing in argpars
 _HOST_PART = 8  # of the machine's memory, one part is for states; the replicas there share it
 
 
-def serve_replicas(options: ServeOptions, replicas: int) -> int:
+def serve_replicas(options: ServeOptions, replicas: int, address: str | None) -> int:
     """Serve until a signal comes; then all replicas end, with what they have in the store."""
     if options.store is None:
         raise FlashrtError("replicas share their sessions through a store: give --store DIR or URL")
@@ -39,7 +39,8 @@ def serve_replicas(options: ServeOptions, replicas: int) -> int:
     engine, host_nbytes = options.engine, options.host_nbytes
     if host_nbytes is None:
         host_nbytes = memory_nbytes() // _HOST_PART // replicas
-    serving.join()
+    address = address or os.environ.get("RAY_ADDRESS")
+    serving.join(address)
     wanted = station.StationOptions(
         checkpoint=str(options.checkpoint.resolve()),
         store=options.store if "://" in options.store else str(Path(options.store).resolve()),
@@ -83,6 +84,8 @@ def serve_replicas(options: ServeOptions, replicas: int) -> int:
     )
     screen = console.screen(is_error=True)
     screen.print(f"listening on http://{options.host}:{options.port}, {replicas} replicas")
+    if address is not None:
+        screen.print(f"look and drain: flashrt fleet status --ray {address}")
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
@@ -103,7 +106,7 @@ def register(commands: Subparsers[Any]) -> None:
     actions = parser.add_subparsers(title="actions", metavar="ACTION")
     status_parser = actions.add_parser("status", help="replicas, and what happened so far")
     status_parser.add_argument("--json", action="store_true", help="as JSON")
-    status_parser.set_defaults(command=lambda o: status(as_json=o.json))
+    status_parser.set_defaults(command=lambda o: status(o.ray, as_json=o.json))
     drain_parser = actions.add_parser(
         "drain", help="let a replica end what runs; its sessions go on at others, and a new one "
         "takes its place",
@@ -112,13 +115,18 @@ def register(commands: Subparsers[Any]) -> None:
     drain_parser.add_argument(
         "--timeout", type=float, default=60.0, metavar="SECONDS", help="for what runs (default: 60)"
     )
-    drain_parser.set_defaults(command=lambda o: drain(o.replica, o.timeout))
+    drain_parser.set_defaults(command=lambda o: drain(o.ray, o.replica, o.timeout))
+    for one in (status_parser, drain_parser):
+        one.add_argument(
+            "--ray", metavar="ADDRESS", default=os.environ.get("RAY_ADDRESS", "auto"),
+            help="of the Ray cluster (default: RAY_ADDRESS, else the newest of this machine)",
+        )  # fmt: skip
 
 
-def status(*, as_json: bool) -> int:
+def status(address: str, *, as_json: bool) -> int:
     """The command."""
     serving = _fleet("flashrt.fleet.serving")
-    serving.join()
+    serving.join(address)
     found = serving.status()
     if as_json:
         console.print_json(found)
@@ -139,10 +147,10 @@ def status(*, as_json: bool) -> int:
     return 0
 
 
-def drain(replica: str, timeout_s: float) -> int:
+def drain(address: str, replica: str, timeout_s: float) -> int:
     """The command."""
     serving = _fleet("flashrt.fleet.serving")
-    serving.join()
+    serving.join(address)
     n = serving.drain(replica, timeout_s)
     console.screen().print(f"{replica} has ended; its {n:,} sessions are in the store")
     return 0

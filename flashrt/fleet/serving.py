@@ -6,6 +6,7 @@ IS: the two deployments, and the verbs of whoever runs them: deploy, status, dra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,17 +99,23 @@ class Entrance:
         return await self._front.drain(id_, most_s)
 
 
-def join() -> None:
-    """The Ray cluster that is there (RAY_ADDRESS, or one on this machine), else one of this
-    process, for as long as it lives.
+def join(address: str | None = None) -> None:
+    """Be part of the Ray cluster at an address, "auto" being the newest of this machine; without
+    one, begin a cluster that lives as long as this process, and that no other can join.
+
+    Raises FleetError where no cluster answers.
     """
     if ray.is_initialized():
         return
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        ray.init(address="auto", **quiet)
-    except ConnectionError:
+    if address is None:
         ray.init(include_dashboard=False, **quiet)
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise FleetError(f"no Ray cluster answers at {address}: {error}") from error
 
 
 def end() -> None:

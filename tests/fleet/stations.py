@@ -17,7 +17,7 @@ from flashrt.fleet.station import Arrival, NotHere, Station, StationOptions
 from flashrt.weights.bundled import bundled_checkpoint
 
 
-def options_of(store: Path, **changed: Any) -> StationOptions:
+def options_of(store: Path | str, **changed: Any) -> StationOptions:
     given: dict[str, Any] = {
         "checkpoint": str(bundled_checkpoint()), "store": str(store), "name": "tiny",
         "device": "cpu", "max_positions": 512, "lanes": 2, "pool_bytes": 16 << 20,

@@ -183,6 +183,7 @@ def test_another_precision_computes_again_and_another_tokenizer_refuses(tmp_path
 
 
 def test_prompts_are_warm_at_a_new_home_and_only_for_their_owner(tmp_path: Path) -> None:
+    """Through a store that is no folder: it has no locks, and each read is a request."""
     access = Access(keys=("ann", "bob"))
 
     async def work(front: Front, link: LocalLink, client: httpx.AsyncClient) -> None:
@@ -207,7 +208,7 @@ def test_prompts_are_warm_at_a_new_home_and_only_for_their_owner(tmp_path: Path)
         _, _, cached = await ask("bob")
         assert cached == 0
 
-    run(work, *[options_of(tmp_path, access=access)] * 2)
+    run(work, *[options_of(f"memory://{tmp_path.name}", access=access)] * 2)
 
 
 def test_responses_slots_lists_and_metrics_know_all_replicas(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import asyncio
 import contextlib
 import json
 import os
+import platform
 import random
+import shlex
 import signal
 import socket
 import sys
@@ -29,6 +31,8 @@ import httpx
 import ray
 
 import flashrt
+from flashrt.commands.bench.document import provenance
+from flashrt.commands.doctor import cpu_name
 from flashrt.fleet import serving
 from flashrt.fleet.serving import ServingOptions
 from flashrt.fleet.station import StationOptions
@@ -69,6 +73,7 @@ class Trial:
     moved: int = 0  # turns that another replica answered than the turn before
     moved_with_other_counts: int = 0
     sent_again: int = 0
+    kept_unseen: int = 0  # of these: turns that had ended, and whose answer was lost on the way
     seconds_start: float = 0.0  # of Ray, Serve and the replicas
     seconds_one: float = 0.0
     seconds_fleet: float = 0.0
@@ -77,11 +82,25 @@ class Trial:
     status: dict[str, Any] = field(default_factory=dict)
 
 
+class Trap:
+    """Once it has pids, the replica that the next stream comes from is killed within it."""
+
+    def __init__(self) -> None:
+        self.pids: dict[str, int] = {}
+        self.killed = ""
+
+    def spring(self, replica: str) -> None:
+        if not self.killed and (pid := self.pids.get(replica)) is not None:
+            assert pid not in (1, os.getpid())
+            os.kill(pid, signal.SIGKILL)
+            self.killed = replica
+
+
 class Talk:
     """One session's client."""
 
-    def __init__(self, client: httpx.AsyncClient, number: int, kind: str) -> None:
-        self._client, self._kind = client, kind
+    def __init__(self, client: httpx.AsyncClient, number: int, kind: str, trap: Trap) -> None:
+        self._client, self._kind, self._trap = client, kind, trap
         draw = random.Random(number)
         self._system = " ".join(["be", "brief", *draw.choices(WORDS, k=12), "."])
         self._draw, self._number = draw, number
@@ -131,6 +150,7 @@ class Talk:
             async for line in reply.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
+                self._trap.spring(reply.headers.get("x-flashrt-replica", ""))
                 chunk = json.loads(line[6:])
                 if "error" in chunk:
                     raise _Again
@@ -205,13 +225,13 @@ Event = Callable[[asyncio.Event], Awaitable[None]]  # of an event that no turn b
 
 
 async def talk(
-    url: str, sessions: int, turns: int, clients: int, events: dict[int, Event]
+    url: str, sessions: int, turns: int, clients: int, events: dict[int, Event], trap: Trap
 ) -> list[Talk]:
     """All sessions, turn by turn, so many at once; `events`: by turns that have begun."""
     kinds = ("named", "whole", "responses")
     n = 0
     async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:
-        talks = [Talk(client, i, kinds[i % 3]) for i in range(sessions)]
+        talks = [Talk(client, i, kinds[i % 3], trap) for i in range(sessions)]
         free, going = asyncio.Semaphore(clients), asyncio.Event()
         going.set()
         happening: list[asyncio.Task[None]] = []
@@ -281,10 +301,10 @@ def trial(store: Path, replicas: int, sessions: int, turns: int, clients: int, p
     """The same sessions to one server and to a fleet; a drain after a third of the turns, a kill
     after two thirds.
     """
-    made, n = Trial(sessions, turns, replicas), sessions * turns
+    made, n, trap = Trial(sessions, turns, replicas), sessions * turns, Trap()
     began = time.monotonic()
     with single(store / "one") as url:
-        one = asyncio.run(talk(url, sessions, turns, clients, {}))
+        one = asyncio.run(talk(url, sessions, turns, clients, {}, Trap()))
     made.seconds_one = round(time.monotonic() - began, 2)
 
     async def drain(going: asyncio.Event) -> None:
@@ -299,22 +319,17 @@ def trial(store: Path, replicas: int, sessions: int, turns: int, clients: int, p
             await asyncio.sleep(0.2)
             members = (await asyncio.to_thread(serving.status))["members"]
             there = [m for m in members if not m["is_draining"]]
+        assert {m["host"] for m in there} == {socket.gethostname()}
+        trap.pids = {m["id"]: m["pid"] for m in there}
         going.set()
-        until = time.monotonic() + 5.0
-        while not any(m["running"] for m in there) and time.monotonic() < until:  # amidst a turn
-            await asyncio.sleep(0.01)
-            there = (await asyncio.to_thread(serving.status))["members"]
-        victim = max(there, key=lambda m: (m["running"], m["sessions"]))
-        made.killed = victim["id"]
-        assert victim["host"] == socket.gethostname() and victim["pid"] not in (1, os.getpid())
-        os.kill(victim["pid"], signal.SIGKILL)
 
     began = time.monotonic()
     with fleet(store / "fleet", replicas, port) as url:
         made.seconds_start = round(time.monotonic() - began, 2)
         began = time.monotonic()
         events: dict[int, Event] = {n // 3: drain, 2 * n // 3: kill}
-        many = asyncio.run(talk(url, sessions, turns, clients, events))
+        many = asyncio.run(talk(url, sessions, turns, clients, events, trap))
+        made.killed = trap.killed
         made.seconds_fleet = round(time.monotonic() - began, 2)
         made.status = serving.status()
     for i, (a, b) in enumerate(zip(one, many, strict=True)):
@@ -326,7 +341,9 @@ def trial(store: Path, replicas: int, sessions: int, turns: int, clients: int, p
             made.sent_again += y.tries > 1
             if x.text != y.text:
                 made.other_text.append((i, t))
-            if (x.prompt_tokens, x.cached_tokens) != (y.prompt_tokens, y.cached_tokens):
+            if y.prompt_tokens < 0:
+                made.kept_unseen += 1
+            elif (x.prompt_tokens, x.cached_tokens) != (y.prompt_tokens, y.cached_tokens):
                 made.moved_with_other_counts += is_moved
                 made.other_counts.append({
                     "session": i, "turn": t, "one": asdict(x), "fleet": asdict(y),
@@ -345,11 +362,19 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8217)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    document: dict[str, Any] = {
+        **provenance("ray"), "command": shlex.join(["python", "-m", "tests.fleet.trial", *sys.argv[1:]]),
+        "machine": {"processor": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
+        "load_average": os.getloadavg()[0],
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         made = trial(
             Path(folder), given.replicas, given.sessions, given.turns, given.clients, given.port
         )
-    text = json.dumps(asdict(made), indent=1)
+    document |= asdict(made)
+    for member in document["status"]["members"]:
+        del member["host"], member["pid"]
+    text = json.dumps(document, indent=1)
     if given.json:
         given.json.write_text(text + "\n")
     print(text)
