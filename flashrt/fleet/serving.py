@@ -110,7 +110,7 @@ def join(address: str | None = None) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        ray.init(include_dashboard=False, **quiet)
+        ray.init(address="local", include_dashboard=False, **quiet)
         return
     try:
         ray.init(address=address, **quiet)

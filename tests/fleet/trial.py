@@ -280,7 +280,7 @@ def fleet(store: Path, replicas: int, port: int) -> Iterator[str]:
     """A fleet on a Ray of its own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
-        num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False,
+        address="local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False,
         logging_level="ERROR", object_store_memory=100 << 20,
     )  # fmt: skip
     station = StationOptions(
@@ -363,8 +363,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     document: dict[str, Any] = {
-        **provenance("ray"), "command": shlex.join(["python", "-m", "tests.fleet.trial", *sys.argv[1:]]),
-        "machine": {"processor": cpu_name(), "cores": os.cpu_count(), "system": platform.platform()},
+        **provenance("ray"),
+        "command": shlex.join(["python", "-m", "tests.fleet.trial", *sys.argv[1:]]),
+        "machine": {
+            "processor": cpu_name(), "cores": os.cpu_count(), "system": platform.platform(),
+        },
         "load_average": os.getloadavg()[0],
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
