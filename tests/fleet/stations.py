@@ -33,6 +33,7 @@ class LocalLink:
         self.stations = {station.id: station for station in stations}
         self.killed: set[str] = set()
         self.hidden: set[str] = set()  # not started yet, as far as anybody knows
+        self.strayed: list[str] = []  # where the next calls arrive, whomever they are for
         self.sent: list[tuple[str, str, Arrival]] = []  # to, path, arrival
         self.kill_at: tuple[str, int] | None = None  # a replica, after so many messages
 
@@ -51,7 +52,8 @@ class LocalLink:
             raise Gone(f"{to} is dead")
         n = 0
         try:
-            answer = self.stations[to].answer(to, dict(scope), body, arrival)
+            at = self.strayed.pop() if self.strayed else to
+            answer = self.stations[at].answer(to, dict(scope), body, arrival)
             async with contextlib.aclosing(answer) as messages:
                 async for message in messages:
                     if self.kill_at == (to, n):

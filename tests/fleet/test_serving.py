@@ -20,6 +20,7 @@ import pytest
 
 from flashrt.base.errors import FleetError
 from flashrt.fleet.front import Front
+from flashrt.fleet.station import Arrival, NotHere
 from flashrt.serve.access import Access
 from flashrt.weights.bundled import bundled_checkpoint
 from tests.fleet.stations import LocalLink, fleet, options_of
@@ -242,6 +243,22 @@ def test_responses_slots_lists_and_metrics_know_all_replicas(tmp_path: Path) -> 
         assert third.json()["usage"]["input_tokens_details"]["cached_tokens"] > 0
         listed = (await client.get("/v1/sessions")).json()["data"]
         assert {s["id"] for s in listed} == set(sessions)
+
+    run(work, *[options_of(tmp_path)] * 2)
+
+
+def test_a_call_that_strays_is_sent_back_and_placed_anew(tmp_path: Path) -> None:
+    async def work(front: Front, link: LocalLink, client: httpx.AsyncClient) -> None:
+        id_, _ = await talk(client)
+        home = home_of(link)
+        (other,) = set(link.stations) - {home}
+        link.strayed = [other]
+        reply = await client.get(f"/v1/sessions/{id_}")
+        assert reply.headers["x-flashrt-replica"] == home and front.tally.repeated == 1
+        assert link.stations[other].homing.n_adopted == 0
+        await front.drain(home)
+        with pytest.raises(NotHere):  # it has left: nothing begins there, whoever sends it
+            await anext(link.stations[home].answer(home, {}, b"", Arrival()))
 
     run(work, *[options_of(tmp_path)] * 2)
 
