@@ -124,7 +124,7 @@ class Front:
 
     async def status(self) -> dict[str, Any]:
         """Replicas, what they do, and what happened."""
-        await self._look()
+        await self._look(at_once=True)
         members = [
             {
                 **asdict(member),

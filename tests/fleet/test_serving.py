@@ -271,3 +271,21 @@ def test_the_last_replica_is_not_drained(tmp_path: Path) -> None:
             await front.drain("x")
 
     run(work, options_of(tmp_path))
+
+
+def test_a_store_that_cannot_be_read_changes_nothing(tmp_path: Path) -> None:
+    async def work(front: Front, link: LocalLink, client: httpx.AsyncClient) -> None:
+        id_, _ = await talk(client)
+        (folder,) = (tmp_path / "serve").iterdir()
+        file = folder / id_ / "session.json"
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        body = {"session": id_, "messages": [{"role": "user", "content": MORE}], "max_tokens": 6}
+        refused = await client.post("/v1/chat/completions", json=body)
+        assert refused.status_code == 500
+        file.write_bytes(whole)
+        view = (await client.get(f"/v1/sessions/{id_}")).json()
+        assert view["n_nodes"] == 3 and not view["is_busy"]
+        await say(client, id_, MORE)
+
+    run(work, options_of(tmp_path))
