@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flashrt.base.errors import FlashrtError
-from flashrt.commands import console, replay, store
+from flashrt.commands import console, fleet, replay, store
 from flashrt.commands.bench import policy
 from flashrt.commands.bench import serve as serve_bench
 from flashrt.commands.bench.document import BenchOptions
@@ -139,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_quantize(commands)
     _add_bench(commands)
     store.register(commands)
+    fleet.register(commands)
     replay.register(commands)
     _add_doctor(commands)
     return parser
@@ -447,6 +448,8 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
             host_nbytes=options.host_bytes,
             engine=dataclasses.replace(_engine_options(options), **device),
         )
+        if options.replicas is not None:
+            return fleet.serve_replicas(wanted, options.replicas, options.ray)
         return serve(wanted)
 
     parser = _add(
@@ -455,7 +458,8 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
         "Every turn starts from the deepest state that is known. Ctrl-C ends it, sessions saved.",
         "serve                                       the small model that comes along\n"
         "serve smollm2 --lanes 8 --store ~/capsules  warm also after a restart\n"
-        "serve ~/models/Qwen3.5-0.8B --api-key-file keys.txt --host 0.0.0.0",
+        "serve ~/models/Qwen3.5-0.8B --api-key-file keys.txt --host 0.0.0.0\n"
+        "serve smollm2 --replicas 3 --store s3://bucket/capsules  on a Ray cluster",
     )  # fmt: skip
     parser.add_argument(
         "checkpoint", nargs="?", metavar="CHECKPOINT",
@@ -502,6 +506,14 @@ def _add_serve_work(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--store", metavar="DIR", help="capsule store: sessions and prefixes outlive the server"
     )
+    work.add_argument(
+        "--replicas", type=_whole(1, 10_000), metavar="N", help="so many servers on a Ray cluster, "
+        "which share --store (flashrt[ray])",
+    )  # fmt: skip
+    work.add_argument(
+        "--ray", metavar="ADDRESS", help="with --replicas: of the cluster (default: RAY_ADDRESS, "
+        "else one of this machine's own)",
+    )  # fmt: skip
     work.add_argument(
         "--record-logprobs", type=_whole(0, 1000), metavar="N",
         help="with --store, note the logprob of each token and of the N likeliest beside it, for "

@@ -22,7 +22,7 @@ from flashrt.commands.checkpoints import EngineOptions, open_engine
 
 _MOST_KEY_NBYTES = 1 << 20
 _HOST_PART = 8  # of the machine's memory, one part is for states that the pool has no room for
-_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _PARTS = ("starlette", "uvicorn", "h11", "prometheus_client")
 
 
@@ -63,7 +63,7 @@ def serve(options: ServeOptions, started: Callable[[str], None] | None = None) -
     if options.noted is not None and options.store is None:
         raise FlashrtError("--record-logprobs notes them in a store: give --store DIR")
     keys = keys_of(options)
-    if options.host not in _LOOPBACK and not keys:
+    if options.host not in LOOPBACK and not keys:
         console.complain(
             f"note: others can reach {options.host}, and no API key is asked for (--api-key)"
         )
@@ -73,8 +73,8 @@ def serve(options: ServeOptions, started: Callable[[str], None] | None = None) -
     host_nbytes = options.host_nbytes
     engine.budgets = Budgets(memory_nbytes() // _HOST_PART if host_nbytes is None else host_nbytes)
     hosts = frozenset(name.lower() for name in options.hosts)
-    if options.host in _LOOPBACK:
-        hosts |= _LOOPBACK
+    if options.host in LOOPBACK:
+        hosts |= LOOPBACK
     tell = started or (lambda url: console.screen(is_error=True).print(f"listening on {url}"))
     try:
         run.run(

@@ -37,12 +37,19 @@ from flashrt.serve.wire.tokens import ApplyTemplate, Detokenize, Tokenize
 
 
 def make_app(
-    core: Core, served: Served, access: Access, is_draining: Callable[[], bool] = lambda: False
+    core: Core,
+    served: Served,
+    access: Access,
+    is_draining: Callable[[], bool] = lambda: False,
+    history: History | None = None,
+    inner: Callable[[ASGIApp], ASGIApp] = lambda app: app,
 ) -> ASGIApp:
-    """The ASGI app of a running core."""
+    """The ASGI app of a running core. history: where responses are kept (default: in memory).
+    inner: a layer between the gate and the routes: it knows the owner, in the scope's state.
+    """
     desk = Desk(core, served, access)
     status = StatusRoutes(desk, core)
-    responses = Responses(desk, History())
+    responses = Responses(desk, history or History())
     chat, completions, messages = ChatCompletions(desk), Completions(desk), Messages(desk)
     sessions, once = SessionRoutes(desk), Idempotency().of
     slots = SlotRoutes(desk, core)
@@ -102,4 +109,4 @@ def make_app(
         return refuse(hidden(error, access), shape_of(request.scope))
 
     app = Starlette(routes=routes, exception_handlers={HTTPException: refused, Exception: failed})
-    return Gate(app, access, is_draining)
+    return Gate(inner(app), access, is_draining)

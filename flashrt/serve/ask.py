@@ -115,6 +115,10 @@ class SessionConflict(SessionError):
         self.etag = etag  # of the state it is in
 
 
+class ForeignSession(SessionError):
+    """A session that a model with another tokenizer made: its tokens mean nothing here."""
+
+
 class NoSlot(SessionError):
     """There is no such lane, or it holds no state of the owner's."""
 

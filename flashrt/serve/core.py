@@ -26,8 +26,8 @@ from flashrt.serve.sessions import (
     SessionView,
     TreeView,
     Turn,
-    write_files,
 )
+from flashrt.serve.sharing import Sharing
 from flashrt.serve.slots import Slots
 from flashrt.serve.work import LaneStatus, Limits
 from flashrt.session.engine import SessionEngine
@@ -61,23 +61,26 @@ class Core:
         *,
         limits: Limits | None = None,
         kept: Kept | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
-        """The engine stays the caller's: close it after `close`. Nobody else may use its lanes."""
+        """The engine stays the caller's: close it after `close`. Nobody else may use its lanes.
+        sharing: other servers use the store too; sessions come by `SessionBook.adopt` then.
+        """
         self.engine, self.store = engine, store
         self.index = PrefixIndex(engine, store, kept)
-        self._book = SessionBook(self.index, store)
+        self.book = SessionBook(self.index, store, sharing)
         rates = store.rates if store is not None else Rates()
-        self.scheduler = Scheduler(engine, self.index, limits or Limits(), self._book, rates)
+        self.scheduler = Scheduler(engine, self.index, limits or Limits(), self.book, rates)
         self._saver: Saver | None = None
         if store is not None:
-            self._saver = Saver(self._book.tidy)
-            self._book.connect(self._saver, self.scheduler.post)
-        self.sessions = Sessions(self._book, self.scheduler, self._saver, store)
+            self._saver = Saver(self.book.tidy)
+            self.book.connect(self._saver, self.scheduler.post)
+        self.sessions = Sessions(self.book, self.scheduler, self._saver, store)
         self.slots = Slots(self.scheduler, self.index, store, self._saver)
 
     def start(self) -> Core:
         """Find what the store has, then begin to serve. Raises StoreError."""
-        self._book.load()
+        self.book.load()
         if self._saver is not None:
             self._saver.start()
         self.scheduler.start()
@@ -110,7 +113,7 @@ class Core:
         return Status(
             tuple(scheduler.lanes()), scheduler.queue_lengths(), scheduler.meters.copy(),
             self.index.tiers(), dict(self.index.evictions), pool.nbytes, pool.used_nbytes,
-            tuple(self._book.problems),
+            tuple(self.book.problems),
         )  # fmt: skip
 
 
@@ -231,7 +234,7 @@ class Sessions:
         if saver is None or store is None:
             done(None)
         else:
-            saver.do(lambda: write_files(store, files), done)
+            saver.do(lambda: self._book.write(files), done)
 
     def _to_position(
         self, owner: str, session: str, position: int, etag: str | None

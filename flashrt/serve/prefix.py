@@ -51,6 +51,7 @@ class Entry:
     capsule: Capsule | None = None  # None: in the store alone
     place: Place | None = None  # None: not in the store
     holders: set[str] = field(default_factory=set)  # nodes of sessions that need it
+    is_lent: bool = False  # found in a store that others serve from: its name there is theirs
     node: Node[Entry] | None = None  # in the tree, while it is in memory
     queue: OrderedDict[Entry, None] | None = None  # where its turn to give way is kept
 
@@ -151,6 +152,7 @@ class PrefixIndex:
                 capsule.drop()
                 raise CapsuleError(f"{entry.place.name}: its tokens only look like the prompt's")
             self._enter(entry, capsule)
+            entry.is_lent = False  # whoever used it last answers for its name
         self._queue(entry)
         assert entry.capsule is not None
         return entry.capsule
@@ -175,9 +177,11 @@ class PrefixIndex:
             self._leave(next(iter(self._loose)))
         return entry
 
-    def add_stored(self, owner: str, id_: str, place: Place, holders: set[str]) -> Entry:
+    def add_stored(
+        self, owner: str, id_: str, place: Place, holders: set[str], *, is_lent: bool = False
+    ) -> Entry:
         """An entry of another process, found in the store; oldest first."""
-        entry = Entry(owner, id_, place.position, place=place, holders=holders)
+        entry = Entry(owner, id_, place.position, place=place, holders=holders, is_lent=is_lent)
         self._stored_of(entry)[place.tokens_digest] = entry
         self._queue(entry)
         return entry
@@ -203,7 +207,8 @@ class PrefixIndex:
         if capsule is not None:
             capsule.drop()
         if entry.place is not None:
-            self.removals.append(entry.name)
+            if not entry.is_lent:
+                self.removals.append(entry.name)
             entry.place = None
         entry.holders.clear()
 

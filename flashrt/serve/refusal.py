@@ -14,6 +14,7 @@ from flashrt.base.errors import FlashrtError, LaneBusy, PoolFull, SessionError
 from flashrt.serve.ask import (
     BadSlotFile,
     Closing,
+    ForeignSession,
     NoSession,
     NoSlot,
     NoSlotFile,
@@ -117,6 +118,8 @@ def refusal_of(error: FlashrtError) -> Refusal:
         return Refusal(404, str(error), "session")
     if isinstance(error, SessionBusy | SessionConflict):
         return Refusal(409, str(error), "session", "conflict")
+    if isinstance(error, ForeignSession):
+        return Refusal(409, str(error), "session", "foreign_session")
     if isinstance(error, NoSlot):
         return Refusal(400, str(error), "id", "invalid_slot")
     if isinstance(error, NoSlotFile):

@@ -28,12 +28,13 @@ from numpy.typing import NDArray
 
 from flashrt.base.errors import CapsuleError, SessionError, StoreError
 from flashrt.base.tracing import PLAN, trace
-from flashrt.serve.ask import NoSession, SessionBusy, SessionConflict
+from flashrt.serve.ask import ForeignSession, NoSession, SessionBusy, SessionConflict
 from flashrt.serve.prefix import PREFIX, Entry, PrefixIndex, owner_key
 from flashrt.serve.saver import Saver
+from flashrt.serve.sharing import Sharing, Stamp, stamp_of
 from flashrt.serve.work import Asked, Ends, Left
 from flashrt.store.folder import REFS
-from flashrt.store.manifest import tokens_digest
+from flashrt.store.manifest import Place, tokens_digest
 from flashrt.store.notes import Notes, TokenNote
 from flashrt.store.reuse import common_prefix
 from flashrt.store.store import Saving, Store, ref_file
@@ -43,7 +44,8 @@ MOST_FILE_NBYTES = 256 << 20
 MOST_NAME = 200  # characters
 MOST_SESSIONS = 10_000  # of an owner
 MOST_NOTED = 100_000  # log probabilities of a turn: some megabytes of JSON
-_ID_NBYTES = 16  # nobody guesses 128 bits
+_ID_NBYTES = 16  # nobody guesses 128 bits, nor the 96 that forks do not have in common
+FAMILY_DIGITS = 8  # of an id: a session and its forks have them in common
 _NODE_NBYTES = 8
 _FILE = re.compile(rf"{PREFIX}/([0-9a-f]+)/([0-9a-f]+)/session\.json")
 _REF = re.compile(rf"{PREFIX}/([0-9a-f]+)/([0-9a-f]+)")
@@ -134,6 +136,8 @@ class _Session:
     is_busy: bool = False
     is_deleted: bool = False
     turn_parent: str = ""  # the tip when the present turn began
+    stamp: Stamp | None = None  # in the store's file when it was taken over from another server
+    version: int = 0  # of the newest file
 
 
 @dataclass(slots=True)
@@ -146,13 +150,16 @@ class _Parts:
 class SessionBook(Ends):
     """All sessions of a server."""
 
-    def __init__(self, index: PrefixIndex, store: Store | None) -> None:
-        """See `connect`."""
-        self._index, self._store = index, store
+    def __init__(
+        self, index: PrefixIndex, store: Store | None, sharing: Sharing | None = None
+    ) -> None:
+        """See `connect`. sharing: other servers use the store too, see `adopt`."""
+        self._index, self._store, self._sharing = index, store, sharing
         self._saver: Saver | None = None
         self._post: Callable[[Callable[[], object]], bool] | None = None
         self._sessions: dict[tuple[str, str], _Session] = {}
         self._gate = threading.Lock()  # of `is_busy`: held for a few instructions
+        self.n_foreign = 0  # capsules of sessions that were taken over, made by another model
         self.problems: list[str] = []  # what could not be read or saved, the last ones
 
     def connect(self, saver: Saver, post: Callable[[Callable[[], object]], bool]) -> None:
@@ -201,11 +208,11 @@ class SessionBook(Ends):
         def write() -> None:
             for _, saving in parts.savings:
                 saving.publish()
-            write_files(store, files)
+            self.write(files)
 
         def told(error: BaseException | None) -> None:
             self._saved(parts, error)
-            tell(id_)
+            tell(None if isinstance(error, SessionConflict) else id_)
 
         self._saver.do(write, lambda error: post(lambda: told(error)))
 
@@ -309,6 +316,7 @@ class SessionBook(Ends):
         made = _Session(
             _fresh(_ID_NBYTES), source.owner, name, time.time(), {}, at.id, (source.id, at.id)
         )
+        made.id = source.id[:FAMILY_DIGITS] + made.id[FAMILY_DIGITS:]
         files: Files = {}
         for old in self._path(source, at):
             tokens, messages = self._loaded(source, old)
@@ -405,9 +413,11 @@ class SessionBook(Ends):
     # -- the store ------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """What another process left in the store. What cannot be read is among `problems`."""
+        """What another process left in the store, unless others still serve from it. What cannot
+        be read is among `problems`.
+        """
         store = self._store
-        if store is None or not store.is_there:
+        if store is None or self._sharing is not None or not store.is_there:
             return
         documents: list[tuple[str, str, dict[str, Any]]] = []
         holders: dict[tuple[str, str], set[str]] = {}
@@ -445,6 +455,99 @@ class SessionBook(Ends):
                 continue
             self._sessions[owner, id_] = session
 
+    def knows(self, owner: str, id_: str, stamp: Stamp | None) -> bool:
+        """Whether a session, whose file in the store has this stamp (None: it has no file), is here
+        as it is there, or newer. One that another server deleted is forgotten.
+        """
+        session = self._sessions.get((owner, id_))
+        if session is None:
+            return False
+        if stamp is None:
+            self._let_go(session)
+            return False
+        return self._is_ours(session, stamp)
+
+    def adopt(
+        self, owner: str, id_: str, document: Mapping[str, Any], places: Mapping[str, Place]
+    ) -> None:
+        """Take a session over from the server that wrote its file; `places`: where its entries are
+        stored. Those that another model made do not fit: such a node is computed again from its
+        tokens, and counted in `n_foreign`.
+
+        Raises ForeignSession for tokens of another tokenizer, SessionBusy, and ValueError, KeyError
+        or TypeError for a file that is damaged; the book is as it was then.
+        """
+        sharing = self._sharing
+        assert sharing is not None, "whoever is alone loads everything at the start"
+        if document["format"] != FORMAT:
+            raise ValueError(f"format {document['format']!r}, this version reads {FORMAT}")
+        if document.get("tokenizer") not in (None, sharing.tokenizer):
+            raise ForeignSession(
+                f"session {id_} was made by a model with another tokenizer, in which its tokens "
+                "mean other text; begin a new session with its messages"
+            )
+        old = self._sessions.get((owner, id_))
+        if old is not None and old.is_busy:
+            raise SessionBusy(f"session {id_}: a turn is running; wait for its end")
+        known = {entry.id: entry for entry in self._index.entries() if entry.owner == owner}
+        fitting = {e: p for e, p in places.items() if p.fingerprint == self._index.fingerprint}
+        entries: dict[tuple[str, str], Entry] = {}
+        for entry_id, place in sorted(fitting.items(), key=lambda found: found[1].position):
+            entry = known.get(entry_id)
+            if entry is None:
+                entry = self._index.add_stored(owner, entry_id, place, set())
+            entry.is_lent = False
+            entries[owner, entry_id] = entry
+        session = _session(owner, id_, document, entries)
+        session.stamp = stamp_of(document)
+        session.version = session.stamp[1]
+        self.n_foreign += len(places) - len(fitting)
+        if old is not None:
+            self._let_go(old)
+        self._sessions[owner, id_] = session
+        for node in session.nodes.values():
+            self._hold(session, node)
+
+    def let_go(self) -> int:
+        """Forget all sessions that are not busy; what is in the store stays there, for whoever
+        serves them next. How many they were.
+        """
+        idle = [s for s in self._sessions.values() if not s.is_busy]
+        for session in idle:
+            self._let_go(session)
+        return len(idle)
+
+    def lend(self, owner: str, found: Mapping[str, Place]) -> int:
+        """Entries of other servers, found in the store, that prompts may begin with: by id. How
+        many of them are new here and fit.
+        """
+        known = {entry.id for entry in self._index.entries() if entry.owner == owner}
+        n = 0
+        for entry_id, place in found.items():
+            if entry_id not in known and place.fingerprint == self._index.fingerprint:
+                self._index.add_stored(owner, entry_id, place, set(), is_lent=True)
+                n += 1
+        return n
+
+    def ids(self) -> tuple[str, ...]:
+        """Of all sessions that are here."""
+        return tuple(id_ for _, id_ in self._sessions)
+
+    def known_entries(self, owner: str) -> set[str]:
+        """Ids of an owner's entries."""
+        return {entry.id for entry in self._index.entries() if entry.owner == owner}
+
+    def write(self, files: Files) -> None:
+        """Write or remove files, in order; in the saver's thread. Where others serve from the store
+        too: nothing of a session that went on elsewhere. Raises SessionConflict, StoreError.
+        """
+        assert self._store is not None, "asked where there is one"
+        if self._sharing is not None:
+            for name in files:
+                if (match := _FILE.fullmatch(name)) is not None:
+                    self._check_ours(name, *match.groups())
+        write_files(self._store, files)
+
     def tidy(self) -> bool:
         """One name that the store should forget, in the saver's thread; whether there may be
         more.
@@ -467,6 +570,39 @@ class SessionBook(Ends):
         if session is None:
             raise NoSession(f"there is no session {id_!r}")
         return session
+
+    def _is_ours(self, session: _Session, stamp: Stamp) -> bool:
+        """Whether a file with this stamp is not newer than what is known here."""
+        assert self._sharing is not None, "only then files have stamps"
+        return stamp[0] == self._sharing.writer or stamp == session.stamp
+
+    def _check_ours(self, name: str, owner: str, id_: str) -> None:
+        session, store = self._sessions.get((owner, id_)), self._store
+        if session is None or store is None:  # it was deleted here just now
+            return
+        if store.folder.size(name) is None:
+            is_ours = session.stamp is None  # else it was there, and another deleted it
+            stamp: Stamp = ("nobody", 0)
+        else:
+            try:
+                stamp = stamp_of(json.loads(store.folder.read_text(name, MOST_FILE_NBYTES)))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise StoreError(f"{name} is damaged: {error!r}") from error
+            is_ours = self._is_ours(session, stamp)
+        if not is_ours:
+            raise SessionConflict(
+                f"session {id_} went on at another server, {stamp[0] or 'one without a name'}; "
+                "this was not kept: look at the session, and send it again",
+                "",
+            )
+
+    def _let_go(self, session: _Session) -> None:
+        del self._sessions[session.owner, session.id]
+        for node in session.nodes.values():
+            for entry in (node.end, node.start):
+                if entry is not None and entry.queue is not None:
+                    self._index.release(entry, _holder(session, node))
+                    entry.is_lent = entry.is_lent or entry.place is not None
 
     def _free(self, owner: str, id_: str, etag: str | None) -> _Session:
         """A session that may be changed, in the state that the caller expects."""
@@ -620,10 +756,16 @@ class SessionBook(Ends):
             }
             for n in session.nodes.values()
         ]  # fmt: skip
-        document = {
+        document: dict[str, Any] = {
             "format": FORMAT, "name": session.name, "created": session.created, "tip": session.tip,
             "forked_from": session.forked_from, "nodes": nodes,
         }  # fmt: skip
+        if self._sharing is not None:
+            session.version += 1
+            document |= {
+                "writer": self._sharing.writer, "version": session.version,
+                "tokenizer": self._sharing.tokenizer,
+            }  # fmt: skip
         return {_file(session, "session"): _text(document)}
 
 

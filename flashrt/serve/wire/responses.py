@@ -51,7 +51,7 @@ class Responses:
         """POST /v1/responses. See http.Handler."""
         fields, served = call.fields, self._desk.served
         fields.only(_KNOWN)
-        before = self._before(fields, call.owner)
+        before = await self._before(fields, call.owner)
         told = _conversation_of(fields, served, before)
         told = await resumed(call, self._desk.sessions, told)
         streams, with_tokens = fields.flag("stream", False), _with_tokens(fields)
@@ -61,13 +61,13 @@ class Responses:
         answer = await self._desk.ask(wanted, call.owner)
         made = _Made(fields, served, answer, told, wanted)
 
-        def keep(response: dict[str, Any]) -> None:
+        async def keep(response: dict[str, Any]) -> None:
             if fields.flag("store", True):
                 said = answer.heard[0].message()
                 first = told.messages
                 if fields.has("instructions") and told.session is None:
                     first = first[1:]  # they are this request's alone
-                self._history.keep(call.owner, response, [*first, said])
+                await self._history.keep(call.owner, response, [*first, said])
 
         if not streams:
             return await unless_gone(call.request, answer, _whole(made, keep))
@@ -81,7 +81,7 @@ class Responses:
 
     async def get(self, call: Call) -> Response:
         """GET /v1/responses/{id}."""
-        found = self._history.find(call.owner, call.request.path_params["id"])
+        found = await self._history.find(call.owner, call.request.path_params["id"])
         if found is None:
             raise _unknown(call.request.path_params["id"], None)
         return Json(found.response)
@@ -89,16 +89,16 @@ class Responses:
     async def delete(self, call: Call) -> Response:
         """DELETE /v1/responses/{id}."""
         name = call.request.path_params["id"]
-        if not self._history.forget(call.owner, name):
+        if not await self._history.forget(call.owner, name):
             raise _unknown(name, None)
         return Json({"id": name, "object": "response", "deleted": True})
 
-    def _before(self, fields: Fields, owner: str) -> list[dict[str, Any]]:
+    async def _before(self, fields: Fields, owner: str) -> list[dict[str, Any]]:
         name = fields.text("previous_response_id")
         if name is None:
             return []
         fields.refused("session", "give one of session and previous_response_id")
-        found = self._history.find(owner, name)
+        found = await self._history.find(owner, name)
         if found is None:
             raise _unknown(name, "previous_response_id")
         return found.messages
@@ -321,7 +321,7 @@ async def _whole(made: _Made, keep: Any) -> Response:
     for call in heard.calls:
         output.append(_call_item(call, new_id("fc_"), "completed", call.arguments))
     response = made.ended(output)
-    keep(response)
+    await keep(response)
     return Json(response)
 
 
@@ -350,7 +350,7 @@ class _Stream:
         for text in self._close("completed" if made.answer.heard[0].reason == "stop" else None):
             yield text
         response = made.ended(self._output)
-        self._keep(response)
+        await self._keep(response)
         yield self._event(f"response.{response['status']}", response=response)
 
     def failed(self, refusal: Refusal) -> str:
