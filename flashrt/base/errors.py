@@ -75,6 +75,10 @@ class StoreError(CapsuleError):
     """A capsule store, or something in it, cannot be read or written; nothing was changed."""
 
 
+class FleetError(FlashrtError):
+    """A fleet cannot start or go on, or gave a branch up; see flashrt.fleet."""
+
+
 class StoreWarning(UserWarning):
     """A call on a store waits for another process, and says for which."""
 

@@ -129,7 +129,8 @@ def _unpack(parcel: Parcel, table: CapsuleTable, base: Capsule | None, admit: Ad
     segment = None if base is None else base.segment
     for part in parcel.parts:
         rows = Extent(part.rows.nbytes, HostBytes.holding(part.rows))
-        segment = Segment(segment, part.start, part.stop, part.tokens, rows)
+        own_tokens = part.tokens.copy()  # or they would keep the whole parcel alive
+        segment = Segment(segment, part.start, part.stop, own_tokens, rows)
     fixed = Extent(parcel.fixed.nbytes, HostBytes.holding(parcel.fixed))
     own = sum(part.rows.nbytes for part in parcel.parts)
     made = Capsule(table, segment, fixed, fixed.nbytes + own, None, parcel.digest)
