@@ -134,7 +134,9 @@ class Member:
         what `wait` raises.
         """
         with self._lock:
-            if self.present is not lost or self._is_closed:
+            if self._is_closed:
+                raise FleetError("the fleet was closed")
+            if self.present is not lost:
                 return
             lost.kill()
             coming, state = self._loaded(self._begin())

@@ -303,6 +303,7 @@ class Run:
 
     def _take_back(self, place: _Place, pending: _Pending) -> None:
         """To be placed again; nobody is to blame."""
+        place.is_alone = False
         del place.pending[pending.index]
         self._again.appendleft(pending)
 

@@ -14,7 +14,7 @@ import platform
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -232,9 +232,9 @@ class Worker:
 
     def _start(self) -> None:
         """Branches that wait, on idle lanes: one that holds the same rows, if there is one."""
-        while self._idle and not any(each.needs_lane for each in list(self._asked)):
+        while self._idle:
             with self._changed:
-                if not self._waiting:
+                if not self._waiting or any(each.needs_lane for each in self._asked):
                     return
                 run, wanted, assignment = self._waiting.popleft()
             capsule = self._capsules.get(assignment.address)
@@ -265,24 +265,29 @@ class Worker:
             step([live.generation for live in self._live])
         for live in list(self._live):
             try:
-                self._take(live)
-            except StopIteration:
-                self._finish(live)
+                if self._take(live):
+                    self._finish(live)
             except BackendError:
                 raise
             except FlashrtError as error:
                 self._end(live, _failed(live.assignment.index, error, live.began, live))
 
-    def _take(self, live: _Live) -> None:
-        live.tokens.append(next(live.generation))
+    def _take(self, live: _Live) -> bool:
+        """Its next token; whether it is over."""
+        token = next(live.generation, None)
+        if token is None:
+            return True
+        live.tokens.append(token)
         self._n_tokens += 1
         if live.wanted.logprobs:
             live.logprobs.append(live.session.logprobs()[0])
         if not live.generation.left:
-            next(live.generation)  # it says why it ended
+            next(live.generation, None)  # it says why it ended
+            return True
         every = live.wanted.boundary_every
         if every and len(live.tokens) % every == 0:
             self._pass(live)
+        return False
 
     def _pass(self, live: _Live) -> None:
         """A boundary that outlives the worker, once its parcel is fetched."""
@@ -370,7 +375,7 @@ class Worker:
                 return Installed(came, parcel.base)
             capsule = self._unpacked(parcel)
             try:
-                self._with_room(lambda capsule=capsule: capsule.to("device"))  # type: ignore[misc]
+                self._to_device(capsule, {p.digest for p in parcels})
             except PoolFull:
                 pass  # restores read it where it came: slower, where a device has memory of its own
             else:
@@ -380,6 +385,9 @@ class Worker:
             self._hold(parcel.digest, capsule)
             came[parcel.digest] = parcel.nbytes
         return Installed(came)
+
+    def _to_device(self, capsule: Capsule, kept: set[str]) -> None:
+        self._with_room(lambda: capsule.to("device"), kept)
 
     def _unpacked(self, parcel: Parcel | StoredParcel) -> Capsule:
         if isinstance(parcel, StoredParcel):
@@ -428,13 +436,15 @@ class Worker:
             waiting = {assignment.address for _, _, assignment in self._waiting}
         return waiting | {live.assignment.address for live in self._live}
 
-    def _with_room(self, take: Callable[[], _R]) -> _R:
-        """`take()`, capsules that no branch needs giving way, least recently used first."""
+    def _with_room(self, take: Callable[[], _R], kept: Collection[str] = ()) -> _R:
+        """`take()`, capsules that no branch needs giving way, least recently used first, but for
+        those that are `kept`.
+        """
         while True:
             try:
                 return take()
             except PoolFull:
-                used = self._used()
+                used = self._used() | set(kept)
                 spare = next((a for a in self._capsules if a not in used), None)
                 if spare is None:
                     raise

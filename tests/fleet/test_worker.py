@@ -196,6 +196,26 @@ def test_a_full_pool_takes_capsules_that_nobody_needs() -> None:
         worker.close()
 
 
+def test_no_room_for_an_end_is_an_error_of_its_branch(single: flashrt.Engine) -> None:
+    """Red when it ends the worker, or the next branch finds no lane."""
+    with single.session() as session:
+        session.prefill(PROMPT)
+        room = session.snapshot().nbytes
+    worker = Worker(opened(lanes=1, pool_bytes=room + room // 4))
+    try:
+        address = worker.prefill(PROMPT)
+        submit(worker, address, sampled(2), keep=True)
+        for event in collected(worker, Finished, 2):
+            assert isinstance(event, Finished)
+            assert isinstance(event.error, flashrt.PoolFull)
+        submit(worker, address, sampled(1), boundary_every=4)
+        (event,) = collected(worker, Finished, 1)
+        assert isinstance(event, Finished)
+        assert event.digest == alone(single, sampled(1)[0])[2]
+    finally:
+        worker.close()
+
+
 def test_an_engine_that_fails_is_the_end_of_its_worker(
     workers: list[Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
