@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 
 import flashrt
-from flashrt.fleet import Branch, Fleet, Rollout, Trunk
+from flashrt.fleet import Branch, Fleet, Rollout
 from flashrt.session.chat import open_chat
 from flashrt.weights.bundled import bundled_checkpoint
 from flashrt.worlds.names import PLACES
@@ -46,9 +46,10 @@ class Node:
         return sum(COINS[word] for word in said if word in COINS)
 
 
-async def search(fleet: Fleet, engine: flashrt.Engine, root: Trunk) -> tuple[list[Node], int]:
-    """All nodes of the last level, best first, and how many branches ran where their node was."""
+async def search(fleet: Fleet, engine: flashrt.Engine, prompt) -> tuple[list[Node], int]:
+    # The best nodes of the last level, best first, and how many branches ran where their node was.
     (full_stop,) = engine.tokenizer.encode(" .")
+    root = await fleet.trunk(prompt)
     beam, at_home = [Node()], 0
     for level in range(SENTENCES):
         parents = [beam[i % len(beam)] for i in range(BRANCHED)]
@@ -80,23 +81,16 @@ def main() -> None:
         chat.add("user", "tell me a story about a fox .")
         prompt = chat.tokens(is_asked=True)
 
-    async def searched(fleet: Fleet) -> tuple[list[Node], int, Trunk]:
-        root = await fleet.trunk(prompt)
-        return *await search(fleet, engine, root), root
-
     with Fleet(checkpoint, workers=2, device="cpu", max_positions=512) as fleet:
         began = time.perf_counter()
-        beam, at_home, root = asyncio.run(searched(fleet))
+        beam, at_home = asyncio.run(search(fleet, engine, prompt))
         seconds = time.perf_counter() - began
         moved = sum(sum(m.values()) for w in fleet.stats().workers for m in w.moved)
     path = beam[0].path[1:]
     print("\n".join(f"{n.score:4} {n.sentence}" for n in path))
     print(f"coins of the best tale: {path[-1].score}")
-    print(
-        f"{BRANCHED * SENTENCES} branches in {seconds:.1f} s; {at_home} of "
-        f"{BRANCHED * (SENTENCES - 1)} ran where their node was; {moved / 1e6:.1f} MB moved, "
-        f"of which the trunk {root.nbytes / 1e6:.1f} MB"
-    )
+    print(f"{BRANCHED * SENTENCES} branches in {seconds:.1f} s; {moved / 1e6:.1f} MB moved")
+    print(f"{at_home} of {BRANCHED * (SENTENCES - 1)} branches ran where their node was")
     (full_stop,) = engine.tokenizer.encode(" .")
     with engine.session() as cold:
         cold.prefill(prompt)

@@ -32,7 +32,7 @@ LOOPS = {  # what a line of the output must look like: the comparison that it ex
     "robot_replay": r"a policy loaded afresh answers the same: \d+ digests, every action",
     "langchain_tools": r"18 calls, all .*\n[\d,]+ tokens of prompts, of which 1,\d{3} were fed",
     "rl_rollouts": r"sampled again, one worker killed: the same 128 digests",
-    "fleet_tree_search": r"192 branches in .*; \d+ of 160 ran where their node was",
+    "fleet_tree_search": r"\d+ of 160 branches ran where their node was",
     "warm_start": r"restore +[\d,]+ tokens ready in +[\d.]+ ms",
 }
 SLOW = {"robot_rollout", "rl_rollouts", "fleet_tree_search"}
