@@ -21,6 +21,7 @@ from flashrt.base.errors import FleetError
 from flashrt.fleet import Branch, Fleet, Rollout, Trunk
 from flashrt.fleet.branch import Progress
 from flashrt.fleet.runtime import SETTINGS, ray, start
+from flashrt.store.remote import Remote
 from flashrt.store.store import Store
 from flashrt.weights.bundled import bundled_checkpoint
 from flashrt.weights.random_checkpoint import write_random_checkpoint
@@ -142,19 +143,20 @@ def test_workers_die_and_no_bit_changes(
     anew though it had a boundary, or a new worker is sent the trunk more than once.
     """
 
+    seen: list[Progress] = []
+    # Of different lengths: whoever dies has branches in the midst of their way.
+    given = [Branch(seed=i, temperature=0.9, max_tokens=20 + 37 * i % 60) for i in range(40)]
+
     async def with_deaths() -> list[Rollout]:
         found: list[Rollout] = []
-        before = fleet.stats().restarts
-        results = fleet.rollouts(trunk, branches(40, 100), boundary_every=4, in_flight=8)
+        results = fleet.rollouts(trunk, given, boundary_every=6, in_flight=8, progress=seen.append)
         async for rollout in results:
             found.append(rollout)
             if len(found) == 3:
                 os.kill(pid_of(fleet, 0), signal.SIGKILL)
             if len(found) == 20:
                 fleet._members[1].present.kill()
-        stats = fleet.stats()
-        assert stats.restarts == before + 2
-        moved = [m.get(trunk.address, 0) for w in stats.workers for m in w.moved]
+        moved = [m.get(trunk.address, 0) for w in fleet.stats().workers for m in w.moved]
         assert set(moved) <= {0, trunk.nbytes}
         return found
 
@@ -162,6 +164,7 @@ def test_workers_die_and_no_bit_changes(
     assert sorted(r.index for r in found) == list(range(40))
     assert [told(r) for r in found] == [expected(r.branch) for r in found]
     assert any(r.losses and r.resumed for r in found), "none went on from a boundary"
+    assert seen[-1].losses == 2
     assert is_idle(fleet)
 
 
@@ -206,6 +209,12 @@ async def _broken_out_of(fleet: Fleet) -> None:
         await asyncio.sleep(0.02)
 
 
+async def _closed(fleet: Fleet) -> None:
+    async with contextlib.aclosing(fleet.rollouts(PROMPT, branches(60, 100))) as results:
+        async for _ in results:
+            break
+
+
 async def _cancelled(fleet: Fleet) -> None:
     task = asyncio.create_task(all_of(fleet.rollouts(PROMPT, branches(60, 100))))
     await asyncio.sleep(0.3)
@@ -223,7 +232,7 @@ async def _failing(fleet: Fleet) -> None:
         await all_of(fleet.rollouts(PROMPT, bad(), in_flight=4))
 
 
-@pytest.mark.parametrize("way", [_broken_out_of, _cancelled, _failing])
+@pytest.mark.parametrize("way", [_broken_out_of, _closed, _cancelled, _failing])
 def test_a_run_that_ends_early_leaves_workers_clean(
     fleet: Fleet, expected: Callable[[Branch], Told], way: Callable[[Fleet], Awaitable[None]]
 ) -> None:
@@ -327,7 +336,9 @@ def test_trunks_travel_through_a_store(
 
         async def both() -> tuple[list[Rollout], str]:
             trunk = await fleet.trunk(PROMPT)
-            place = Store(url).places()[0]
+            store = Store(url)
+            assert isinstance(store.folder, Remote)
+            (place,) = store.places()
             assert await fleet.trunk(place.id) is trunk
             found = await all_of(fleet.rollouts(trunk, branches(16), ordered=True, keep=True))
             return found, trunk.address
