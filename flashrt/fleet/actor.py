@@ -1,7 +1,7 @@
 """The actor: a worker in a process of its own, as Ray starts it.
 
 IS: loading the engine there, and the calls that a member makes, passed on to the worker. IS NOT:
-Ray: it is a plain class, whose methods Ray calls from several threads.
+an actor by itself: it is a plain class, whose methods Ray calls from several threads (member).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from flashrt.base.errors import FleetError
 from flashrt.capsule.parcel import Parcel
 from flashrt.fleet.message import WorkerState
+from flashrt.fleet.runtime import ray
 from flashrt.fleet.worker import Worker
 from flashrt.load import load
 from flashrt.store.store import Store
@@ -41,7 +42,7 @@ class EngineActor:
             os.environ["FLASHRT_THREADS"] = str(spec.threads)  # before the flags are read
         store = None if spec.store is None else Store(spec.store)
         engine = load(spec.checkpoint, **spec.options)
-        self._worker = Worker(engine, store)
+        self._worker = Worker(engine, store, ray.get_runtime_context().get_node_id())
         return self._worker.state()
 
     def call(self, verb: str, *arguments: Any) -> Any:

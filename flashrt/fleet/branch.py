@@ -87,3 +87,4 @@ class Progress:
     in_flight: int  # branches that were sent, and results that were not handed out
     n_tokens: int  # sampled for those that are done
     losses: int  # workers that died meanwhile
+    workers: int  # that are up

@@ -6,12 +6,10 @@ IS: the public face: starting workers, making trunks, runs, what was moved. IS N
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import inspect
 import itertools
 import os
-import platform
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
@@ -190,12 +188,12 @@ class Fleet:
     async def _prefilled(self, tokens: NDArray[Any]) -> Trunk:
         """By the worker with the fewest capsules."""
         while True:
-            member = min(self._members, key=lambda m: (len(m.present.holds), m.index))
+            member = min(self._members, key=lambda m: (m.is_lost, len(m.present.holds), m.index))
             actor = member.present
             try:
                 return await self._prefilled_by(actor, tokens)
             except (WorkerLost, BytesLost):
-                await asyncio.to_thread(member.revive, actor)
+                await member.revive(actor)
 
     async def _prefilled_by(self, actor: Incarnation, tokens: NDArray[Any]) -> Trunk:
         address = await actor.call("prefill", tokens)
@@ -207,7 +205,7 @@ class Fleet:
             return self._noted(Trunk(address, parcel.position, parcel.nbytes, ray.put(parcel)))
         reference, nbytes = await actor.fetch(address)
         node = (await actor.call("state")).node
-        if node != platform.node():  # or it would go with that machine
+        if node != ray.get_runtime_context().get_node_id():  # it would go with that machine
             reference = ray.put(await reference)
         return self._noted(Trunk(address, len(tokens), nbytes, reference))
 

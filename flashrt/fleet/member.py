@@ -6,8 +6,10 @@ one in its place. IS NOT: what becomes of its branches (run).
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flashrt.base.errors import FlashrtError, FleetError
@@ -116,6 +118,8 @@ class Member:
         self._spec, self._resources, self._timeout_s = spec, resources, timeout_s
         self._fingerprint = ""
         self._is_closed = False
+        self._lost: Incarnation | None = None
+        self._coming: Incarnation | None = None  # the one that was started last
         self._lock = threading.Lock()
         self.present = self._begin()
 
@@ -129,15 +133,22 @@ class Member:
         self._check(state)
         return state
 
-    def revive(self, lost: Incarnation) -> None:
+    @property
+    def is_lost(self) -> bool:
+        """Whether the present actor is known to be gone, and the next one is not there yet."""
+        return self._lost is self.present
+
+    async def revive(self, lost: Incarnation) -> None:
         """Another actor in the place of a lost one, unless somebody has been here already. Raises
-        what `wait` raises.
+        what `wait` raises. Nobody who stops waiting is kept by it.
         """
+        await _in_thread(lambda: self._revive(lost))
+
+    def _revive(self, lost: Incarnation) -> None:
         with self._lock:
-            if self._is_closed:
-                raise FleetError("the fleet was closed")
             if self.present is not lost:
                 return
+            self._lost = lost
             lost.kill()
             coming, state = self._loaded(self._begin())
             try:
@@ -149,24 +160,31 @@ class Member:
             self.present = coming
 
     def close(self) -> None:
-        """No actor any more."""
-        with self._lock:
-            self._is_closed = True
-            self.present.kill()
+        """No actor any more, and none to come."""
+        self._is_closed = True
+        self.present.kill()
+        if self._coming is not None:
+            self._coming.kill()
 
     def _begin(self) -> Incarnation:
-        return Incarnation(f"worker {self.index}", self._spec, self._resources)
+        if self._is_closed:
+            raise FleetError("the fleet was closed")
+        coming = Incarnation(f"worker {self.index}", self._spec, self._resources)
+        self._coming = coming
+        if self._is_closed:
+            coming.kill()
+        return coming
 
     def _loaded(self, coming: Incarnation) -> tuple[Incarnation, WorkerState]:
         """This one, or another in its place where it dies while it loads."""
-        for n_failed in range(_MOST_FAILED_STARTS):
+        for n_failed in range(1, _MOST_FAILED_STARTS + 1):
             try:
                 return coming, coming.wait(self._timeout_s)
             except WorkerLost as error:
                 coming.kill()
-                if n_failed + 1 == _MOST_FAILED_STARTS:
+                if n_failed == _MOST_FAILED_STARTS:
                     raise FleetError(
-                        f"{coming.name} died {n_failed + 1} times while it was started: {error}"
+                        f"{coming.name} died {n_failed} times while it was started: {error}"
                     ) from error
                 coming = self._begin()
             except FlashrtError:
@@ -178,10 +196,38 @@ class Member:
         """Raises FleetError for a worker whose capsules would be foreign to the others."""
         if state.fingerprint != self._fingerprint:
             raise FleetError(
-                f"worker {self.index} on {state.node} ({state.device}) is foreign: its fingerprint "
+                f"worker {self.index} on {state.host} ({state.device}) is foreign: its fingerprint "
                 f"is {state.fingerprint}, the fleet's {self._fingerprint}; checkpoint, options of "
                 "load, device and flashrt itself must be the same on all machines"
             )
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    """`work()` in a thread of its own. Unlike those of asyncio.to_thread, it is not waited for when
+    the loop ends: to start an engine takes long.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: Exception | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        error: Exception | None = None
+        try:
+            work()
+        except Exception as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=run, name="flashrt-revive", daemon=True).start()
+    await done
 
 
 def _cause(error: Any, what: str) -> FlashrtError:

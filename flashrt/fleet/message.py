@@ -98,7 +98,8 @@ class WorkerState:
 
     fingerprint: str
     pid: int
-    node: str  # name of its machine
+    host: str  # name of its machine
+    node: str  # Ray's id of it
     device: str
     n_lanes: int
     n_busy: int  # lanes with a branch

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import FlashrtError, FleetError
+from flashrt.base.tracing import PLAN, trace
 from flashrt.fleet.branch import Branch, Progress, Rollout, Trunk
 from flashrt.fleet.member import BytesLost, Incarnation, Member, WorkerLost
 from flashrt.fleet.message import Absent, Assignment, Finished, Passed, Wanted
@@ -84,6 +85,7 @@ class _Place:
     pending: dict[int, _Pending] = field(default_factory=dict)  # placed and not over
     outgoing: list[_Pending] = field(default_factory=list)  # of those: not sent yet
     is_up: bool = True
+    is_out: bool = False  # it cannot be started again
     is_alone: bool = False
     sender: asyncio.Task[None] | None = None
 
@@ -116,7 +118,7 @@ class Run:
     ) -> None:
         """`made`: is told of every trunk that comes to be, and returns the one to be used."""
         self._name, self._trunk, self._wanted = name, trunk, wanted
-        self._places = [_Place(m, m.present, n_lanes) for m in members]
+        self._places = [_Place(m, m.present, n_lanes, is_up=not m.is_lost) for m in members]
         self._branches: Iterator[tuple[int, Branch]] = enumerate(branches)
         self._total = len(branches) if isinstance(branches, Sized) else None
         self._is_ordered, self._in_flight, self._retries = is_ordered, in_flight, retries
@@ -219,8 +221,11 @@ class Run:
     # -- listening --------------------------------------------------------------------------------
 
     async def _listen(self, place: _Place) -> None:
-        while True:
+        while not place.is_out:
             actor = place.actor
+            if not place.is_up:
+                await self._recover(place, actor)
+                continue
             try:
                 events = await actor.call("collect", self._name, _POLL_S)
             except WorkerLost:
@@ -276,7 +281,9 @@ class Run:
     # -- losses -----------------------------------------------------------------------------------
 
     async def _recover(self, place: _Place, actor: Incarnation) -> None:
-        """A worker is lost: its branches go elsewhere, or wait for the actor in its place."""
+        """A worker is lost: its branches go elsewhere, or wait for the actor in its place. If none
+        can be started, the others go on without; the last one raises why.
+        """
         if place.actor is actor and place.is_up:
             place.is_up, place.is_alone = False, False
             self._losses += 1
@@ -288,7 +295,14 @@ class Run:
                 else:
                     self._again.appendleft(pending)
             self._dispatch()
-        await asyncio.to_thread(place.member.revive, actor)
+        try:
+            await place.member.revive(actor)
+        except FlashrtError as error:
+            place.is_out = True
+            if all(p.is_out for p in self._places):
+                raise
+            trace(PLAN, f"worker {place.member.index} is left out: {error}")
+            return
         if place.actor is actor:
             place.actor, place.is_up = place.member.present, True
             self._dispatch()
@@ -364,7 +378,8 @@ class Run:
         self._n_tokens += len(rollout.tokens)
         if self._tell is not None:
             self._tell(Progress(
-                self._done, self._failed, self._total, self._n_open, self._n_tokens, self._losses
+                self._done, self._failed, self._total, self._n_open, self._n_tokens,
+                self._losses, sum(place.is_up for place in self._places),
             ))  # fmt: skip
 
     # -- tasks ------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def start(address: str | None, n_cpus: int) -> bool:
         if address is not None:
             ray.init(address=address, **quiet)
         else:
-            ray.init(num_cpus=n_cpus, include_dashboard=False, **quiet)
+            ray.init("local", num_cpus=n_cpus, include_dashboard=False, **quiet)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         where = "on this machine" if address is None else f"at {address}"
         raise FleetError(f"no Ray {where}: {error}") from error

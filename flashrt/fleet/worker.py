@@ -80,9 +80,9 @@ class _Asked:
 class Worker:
     """See the module. Its methods may be called from several threads."""
 
-    def __init__(self, engine: SessionEngine, store: Store | None = None) -> None:
+    def __init__(self, engine: SessionEngine, store: Store | None = None, node: str = "") -> None:
         """All lanes of the engine are the worker's from here on."""
-        self._engine, self._store = engine, store
+        self._engine, self._store, self._node = engine, store, node
         self._idle = [engine.session() for _ in engine.lanes]
         self._at: dict[Session, str] = {}  # where the last branch of an idle session began
         self._live: list[_Live] = []
@@ -349,8 +349,8 @@ class Worker:
     def _state(self) -> WorkerState:
         engine = self._engine
         return WorkerState(
-            engine.fingerprint, os.getpid(), platform.node(), engine.device, len(engine.lanes),
-            len(self._live), len(self._waiting), tuple(self._capsules),
+            engine.fingerprint, os.getpid(), platform.node(), self._node, engine.device,
+            len(engine.lanes), len(self._live), len(self._waiting), tuple(self._capsules),
             sum(map(len, self._parcels.values())),
             self._n_branches, self._n_tokens,
         )  # fmt: skip
