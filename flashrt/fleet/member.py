@@ -73,8 +73,14 @@ class Incarnation:
         return parcel, await self._answer(nbytes)
 
     async def install(self, parcels: list[Any]) -> Installed:
-        """Of references to parcels, bases first; what came is counted."""
-        done: Installed = await self.call("install", *parcels)
+        """Of references to parcels, bases first; what came is counted. Raises as `call`: BytesLost
+        also where Ray names the death of the actor that had packed a parcel.
+        """
+        try:
+            done: Installed = await self.call("install", *parcels)
+        except WorkerLost as error:
+            await self.call("state")  # or it is this one that is lost
+            raise BytesLost(str(error)) from error
         for address, nbytes in done.nbytes.items():
             self.holds.add(address)
             self.moved[address] = self.moved.get(address, 0) + nbytes

@@ -20,6 +20,7 @@ import flashrt
 from flashrt.base.errors import FleetError
 from flashrt.fleet import Branch, Fleet, Rollout, Trunk
 from flashrt.fleet.branch import Progress
+from flashrt.fleet.member import BytesLost, Incarnation, WorkerLost
 from flashrt.fleet.runtime import SETTINGS, ray, start
 from flashrt.store.remote import Remote
 from flashrt.store.store import Store
@@ -204,6 +205,24 @@ def test_an_error_of_a_branch_comes_back_as_its_own(fleet: Fleet) -> None:
     assert isinstance(found[0].error, flashrt.SessionError)
     assert "max_positions" in str(found[1].error)
     assert len(told(found[2])[0]) == 3
+
+
+@pytest.mark.parametrize(("is_up", "expected_error"), [(True, BytesLost), (False, WorkerLost)])
+def test_bytes_that_are_gone_are_no_death_of_a_worker(
+    monkeypatch: pytest.MonkeyPatch, is_up: bool, expected_error: type[Exception]
+) -> None:
+    """Ray raises the death of the actor that had packed a parcel from a call on another one. Red
+    when the other one is taken for dead, and killed.
+    """
+
+    async def call(actor: Incarnation, verb: str, *arguments: object) -> None:
+        if verb == "install" or not is_up:
+            raise WorkerLost("the actor died")
+
+    monkeypatch.setattr(Incarnation, "call", call)
+    actor = Incarnation.__new__(Incarnation)
+    with pytest.raises(expected_error):
+        asyncio.run(actor.install(["reference"]))
 
 
 async def _broken_out_of(fleet: Fleet) -> None:
