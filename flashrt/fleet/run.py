@@ -198,6 +198,7 @@ class Run:
                     await actor.call("submit", self._name, self._wanted, assignments)
                 except WorkerLost:
                     await self._recover(place, actor)
+                    break  # the rest of the batch was taken back too
                 except BytesLost as error:
                     self._without_start(place, several, error)
                 except FlashrtError as error:
@@ -266,10 +267,14 @@ class Run:
         except (WorkerLost, BytesLost):
             await self._recover(place, actor)
             return
-        if place.pending.get(pending.index) is pending:
+        if place.pending.get(pending.index) is not pending:
+            return
+        if trunk is None:  # gone before it was fetched: the same bits once more
+            self._take_back(place, pending)
+        else:
             actor.holds.add(event.digest)
             self._finish(place, pending, event, trunk)
-            self._dispatch()
+        self._dispatch()
 
     async def _fetched(
         self, actor: Incarnation, pending: _Pending, address: str, position: int

@@ -215,20 +215,22 @@ class Worker:
 
     def _answer(self) -> None:
         """What was asked. Who needs a lane waits for one; no branch starts before that."""
-        with self._changed:
-            asked, self._asked = self._asked, deque()
-        for each in asked:
-            if each.needs_lane and not self._idle:
-                with self._changed:
-                    self._asked.append(each)
-                continue
+        while (asked := self._next_asked()) is not None:
             try:
-                each.answer.set_result(each.work())
+                asked.answer.set_result(asked.work())
             except BackendError as error:
-                each.answer.set_exception(error)
+                asked.answer.set_exception(error)
                 raise
             except Exception as error:  # it is the caller's
-                each.answer.set_exception(error)
+                asked.answer.set_exception(error)
+
+    def _next_asked(self) -> _Asked | None:
+        with self._changed:
+            for asked in self._asked:
+                if self._idle or not asked.needs_lane:
+                    self._asked.remove(asked)
+                    return asked
+        return None
 
     def _start(self) -> None:
         """Branches that wait, on idle lanes: one that holds the same rows, if there is one."""
