@@ -6,32 +6,33 @@ with usage statistics off. IS NOT: actors (member). A Ray that runs already is t
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flashrt.base.errors import FleetError
 
-# Ray reads the second one when it is imported: a node that is not to be part of a cluster listens
-# on 127.0.0.1; else it listens on every interface, whatever address it is told.
-SETTINGS: Mapping[str, str] = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-}
-for _name, _value in SETTINGS.items():
-    os.environ.setdefault(_name, _value)
-
 try:
     import ray
+    from ray._private import ray_constants
 except ImportError as error:
     raise FleetError("flashrt.fleet needs Ray: pip install 'flashrt[ray]'") from error
+
+LOOPBACK = "127.0.0.1"
+SETTINGS: Mapping[str, str] = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A node that is to be no part of a cluster listens on 127.0.0.1; else on every interface,
+    # whatever address it is told.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
 
 
 def start(address: str | None, n_cpus: int) -> bool:
     """Connect to the Ray at `address`, or start one on this machine with room for `n_cpus`, unless
     this process has one. Returns whether it is ours to shut down.
 
-    Raises FleetError when it does not start.
+    Raises FleetError when it does not start, or not on the loopback interface.
     """
     if ray.is_initialized():
         return False
@@ -39,12 +40,36 @@ def start(address: str | None, n_cpus: int) -> bool:
     try:
         if address is not None:
             ray.init(address=address, **quiet)
-        else:
+            return True
+        with _settings():
             ray.init("local", num_cpus=n_cpus, include_dashboard=False, **quiet)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         where = "on this machine" if address is None else f"at {address}"
         raise FleetError(f"no Ray {where}: {error}") from error
+    if (found := [node["NodeManagerAddress"] for node in ray.nodes()]) != [LOOPBACK]:
+        ray.shutdown()
+        raise FleetError(
+            f"Ray {ray.__version__} listens on {', '.join(found)}, not on {LOOPBACK} alone; start "
+            "one yourself, behind a firewall, and give its address"
+        )
     return True
 
 
-__all__ = ["SETTINGS", "ray", "start"]
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """SETTINGS for the processes that Ray starts meanwhile, and for this one, where it read the
+    second one when it was imported. What the user has set stays.
+    """
+    added = {name: value for name, value in SETTINGS.items() if name not in os.environ}
+    was_cluster = ray_constants.ENABLE_RAY_CLUSTER
+    os.environ.update(added)
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = was_cluster
+        for name in added:
+            os.environ.pop(name, None)
+
+
+__all__ = ["LOOPBACK", "SETTINGS", "ray", "start"]
