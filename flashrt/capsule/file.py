@@ -208,6 +208,24 @@ def place(
     return Loaded(Extent(fixed.size, fixed_block), segment, fixed.size + rows_nbytes)
 
 
+def admit_image(
+    arena: Arena,
+    header: CapsuleHeader,
+    fixed: Bytes,
+    tokens: NDArray[np.int32],
+    admit: Admission,
+) -> None:
+    """`admit` of a fixed band's image, uint8 [nbytes of the band], and of all tokens below the
+    position. Raises what it raises.
+    """
+    band = arena.lane(0).fixed
+    tensors = {
+        f"fixed/{s.region.name}": fixed[s.offset - band.offset : s.stop - band.offset]
+        for s in band.slots
+    }
+    admit(header, tensors, tokens)
+
+
 def expected_table(arena: Arena, position: int) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes of a capsule at a position."""
     plan = arena.lane(0)

@@ -31,7 +31,7 @@ from flashrt.base.errors import CapsuleError, StoreError
 from flashrt.base.messages import listed, shown
 from flashrt.capsule.capsule import Capsule, CapsuleOwner
 from flashrt.capsule.extent import Extent, Tier
-from flashrt.capsule.file import CapsuleHeader
+from flashrt.capsule.file import CapsuleHeader, admit_image
 from flashrt.capsule.image import begin_fixed_image, begin_rows_image, rows_image
 from flashrt.capsule.lineage import Segment, chain_of, segment_layout
 from flashrt.core.arena import Arena
@@ -512,11 +512,6 @@ class Store:
         tokens: NDArray[np.int32],
     ) -> None:
         """The engine's own checks, as of a file. Raises CapsuleError."""
-        band = engine.arena.lane(0).fixed
-        tensors = {
-            f"fixed/{s.region.name}": fixed[s.offset - band.offset : s.stop - band.offset]
-            for s in band.slots
-        }
         header = CapsuleHeader(
             path=Path(where),
             fingerprint=found.fingerprint,
@@ -527,7 +522,7 @@ class Store:
             table={},
             sums={},
         )
-        engine.admit(header, tensors, tokens)
+        admit_image(engine.arena, header, fixed, tokens, engine.admit)
 
     def _tokens(self, record: SegmentRecord) -> NDArray[np.int32]:
         raw = self._source(record.tokens).read()

@@ -43,7 +43,7 @@ def name_of(page: Path) -> str:
 
 def cases(pages: list[Path]) -> list[object]:
     """Pages to run; those that play the demo or start many processes are slow."""
-    slow = {"docs/quickstart.md", "docs/store.md"}
+    slow = {"docs/quickstart.md", "docs/store.md", "docs/fleet.md"}
     return [
         pytest.param(p, id=name_of(p), marks=[pytest.mark.slow] * (name_of(p) in slow))
         for p in pages

@@ -31,8 +31,11 @@ LOOPS = {  # what a line of the output must look like: the comparison that it ex
     "robot_barge_in": r"interrupted +turns after +\d+ ms",
     "robot_replay": r"a policy loaded afresh answers the same: \d+ digests, every action",
     "langchain_tools": r"18 calls, all .*\n[\d,]+ tokens of prompts, of which 1,\d{3} were fed",
+    "rl_rollouts": r"sampled again, one worker killed: the same 128 digests",
+    "fleet_tree_search": r"\d+ of 160 branches ran where their node was",
     "warm_start": r"restore +[\d,]+ tokens ready in +[\d.]+ ms",
 }
+SLOW = {"robot_rollout", "rl_rollouts", "fleet_tree_search"}
 MAX_LINES = 80  # of code: without blank lines, comments and docstrings
 
 
@@ -73,7 +76,7 @@ def test_an_example_without_langchain_says_what_to_install(monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n == "robot_rollout")) for n in LOOPS],
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in LOOPS],
 )
 def test_a_loop_prints_its_comparison(name: str) -> None:
     said = run(EXAMPLES[name])
