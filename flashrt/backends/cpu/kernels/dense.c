@@ -7,8 +7,8 @@
  * Weights: panels of 32 outputs, [ceil(N / 32)][K][32], read once in order. Threads share the
  * panels. IS NOT: for many rows; each row reads the panel again, from cache.
  */
+#include "activation.h"
 #include "common.h"
-#include "fmath.h"
 
 enum { PARTS = LANES / VL }; /* vectors of a panel */
 
@@ -58,7 +58,7 @@ void op_dense(const dense_args *a, int tid, int nt) {
         int64_t n = at * LANES + i * VL, count = a->N - n;
         if (count <= 0) break;
         vf y = sums.part[i] + load_some(a->b + n, count);
-        store_some(a->y + t * a->N + n, a->activation == ACTIVATION_SILU ? v_silu(y) : y, count);
+        store_some(a->y + t * a->N + n, v_activated(y, a->activation), count);
       }
     }
   }
