@@ -649,7 +649,9 @@ class ActionEngine(Engine):
 
     def _last_seen(self, lane: Lane) -> Action | None:
         seen, record = self._seen[lane.index], lane.record
-        return seen[1] if seen is not None and seen[0] == record.moves else None
+        if seen is None or seen[0] != record.moves or not seen[1].size:
+            return None  # of no numbers: a tick that is run again
+        return seen[1]
 
     def _need_action(self, lane: Lane, hold: bool) -> None:
         words = self._cursors.words(lane)

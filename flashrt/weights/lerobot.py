@@ -135,7 +135,8 @@ def _modes(path: Path, given: object) -> dict[str, Mode]:
     for kind, mode in given.items():
         if not isinstance(mode, str) or mode not in Mode.__members__:
             raise CheckpointError(
-                f"{path}: {shown(kind)} is normalised by {shown(mode)}; known are {listed(list(Mode))}"
+                f"{path}: {shown(kind)} is normalised by {shown(mode)}; known are "
+                f"{listed(list(Mode))}"
             )
         modes[kind] = Mode[mode]
     return modes

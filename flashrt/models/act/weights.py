@@ -318,8 +318,8 @@ def pixel_positions(height: int, width: int, dim: int) -> Values:
         steps = np.arange(1, n + 1, dtype=np.float32)
         angles = steps / (np.float32(n) + np.float32(1e-6)) * np.float32(2 * np.pi)
         angles = angles[:, None] / frequencies
-        waves = np.where(np.arange(dim // 2) % 2, np.cos(angles), np.sin(angles))
-        return waves.astype(np.float32)
+        waves: Values = np.where(np.arange(dim // 2) % 2, np.cos(angles), np.sin(angles))
+        return waves
 
     rows, columns = sinusoids(height), sinusoids(width)
     whole = np.empty((height, width, dim), np.float32)
