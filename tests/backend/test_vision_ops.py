@@ -21,6 +21,7 @@ from tests.backend.vision_cases import (
 )
 
 CASES = vision_cases()
+pytestmark = pytest.mark.only_on("cpu", "simt", "cuda")  # precision is of matrix units
 __all__ = ["others"]  # a fixture
 
 
@@ -77,6 +78,6 @@ def test_nan_is_not_pooled_or_rectified_away(runner: Runner) -> None:
         assert np.isnan(runner.run(case.but(x=x))["y"]).any()
 
 
-@pytest.mark.only_on("cpu", "simt", "simt-high")
+@pytest.mark.only_on("cpu", "simt")
 def test_threads_and_schedules_change_no_bit(runner: Runner, others: list[Runner]) -> None:
     assert_no_bit_changes(runner, others, CASES)

@@ -36,7 +36,8 @@ def test_chunks_are_lerobots(name: str, device: str, tmp_path: Path) -> None:
     config, _ = SETS[name]
     lane = engine.lanes[0]
     with engine:
-        for seed, chunk in zip(recorded["observations"], recorded["chunks"], strict=True):
+        pairs = zip(recorded["observations"], recorded["chunks"], strict=True)
+        for seed, chunk in list(pairs)[: 1 if device == "simt" else None]:
             engine.reset(lane)
             engine.observe(lane, observation_of(config, seed))
             engine.plan(lane)
