@@ -16,9 +16,24 @@ constexpr int THREADS = 256, STEP = 16, EACH = TILE / 16, ROWS = THREADS / STEP;
 constexpr int PITCH = TILE + 4;  // columns of shared memory: rows begin in other banks
 
 // Pixels and weights of a step, [k][pixel] and [k][output].
-struct Step {
+struct __align__(16) Step {
   float x[STEP][PITCH], w[STEP][PITCH];
 };
+
+// EACH neighbours at p, a multiple of EACH from the beginning of a row: one load.
+DEVICE void load_each(float (&v)[EACH], const float* p) {
+  if constexpr (EACH == 4) {
+    float4 q = *reinterpret_cast<const float4*>(p);
+    v[0] = q.x;
+    v[1] = q.y;
+    v[EACH - 2] = q.z;
+    v[EACH - 1] = q.w;
+  } else {
+    float2 q = *reinterpret_cast<const float2*>(p);
+    v[0] = q.x;
+    v[1] = q.y;
+  }
+}
 
 // What a thread brings in of a step: its k is that of its column, pixels and outputs are ROWS apart.
 struct Mine {
@@ -117,11 +132,8 @@ DEVICE void convolve(const Args& a) {
 #pragma unroll
     for (int k = 0; k < STEP; k++) {
       float x[EACH], w[EACH];
-#pragma unroll
-      for (int i = 0; i < EACH; i++) {
-        x[i] = shared.x[k][my_pixel + i];
-        w[i] = shared.w[k][my_n + i];
-      }
+      load_each(x, &shared.x[k][my_pixel]);
+      load_each(w, &shared.w[k][my_n]);
 #pragma unroll
       for (int p = 0; p < EACH; p++)
 #pragma unroll
