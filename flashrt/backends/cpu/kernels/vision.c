@@ -1,8 +1,8 @@
-/* max_pool, layer_norm, add_rows, normalize, attend: what images and rows of features need between
- * their convolutions.
+/* max_pool, layer_norm, add_rows, normalize: what images and rows of features need between their
+ * convolutions.
  *
- * IS: one thread per pixel or row (of a head), so that a row's bits depend on the row alone. IS
- * NOT: for keys of a cache; see attention.c.
+ * IS: one thread per pixel or row, so that a row's bits depend on the row alone. IS NOT: attention;
+ * see attend.c.
  */
 #include "common.h"
 #include "fmath.h"
@@ -83,70 +83,5 @@ void op_normalize(const normalize_args *a, int tid, int nt) {
     for (int c = 0; c < a->C; c++) {
       a->y[t * a->C + c] = (a->x[t * a->C + c] - a->mean[c]) / a->std[c] - a->shift;
     }
-  }
-}
-
-/* ---- attention ---- */
-
-enum { KEYS = 128 }; /* of a partial softmax */
-
-/* q k over n columns, in the order of sum_of_squares. */
-INLINE float dot(const float *q, const float *k, int n) {
-  vf acc[SUM_LANES / VL] = {};
-  float lanes[SUM_LANES] = {0};
-  int i = 0;
-  for (; i + SUM_LANES <= n; i += SUM_LANES) {
-    UNROLL for (int v = 0; v < SUM_LANES / VL; v++) {
-      acc[v] = v_fma(v_load(q + i + v * VL), v_load(k + i + v * VL), acc[v]);
-    }
-  }
-  UNROLL for (int v = 0; v < SUM_LANES / VL; v++) v_store(lanes + v * VL, acc[v]);
-  for (int lane = 0; i + lane < n; lane++)
-    lanes[lane] = s_fma(q[i + lane], k[i + lane], lanes[lane]);
-  UNROLL for (int half = SUM_LANES / 2; half > 0; half /= 2) {
-    UNROLL for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
-}
-
-/* y = y by + x weight, n columns */
-INLINE void add_scaled(float *y, const float *x, float weight, float by, int n) {
-  int i = 0;
-  for (; i + VL <= n; i += VL) {
-    v_store(y + i, v_fma(v_load(x + i), v_set(weight), v_load(y + i) * by));
-  }
-  for (; i < n; i++) y[i] = s_fma(x[i], weight, y[i] * by);
-}
-
-/* Blocks of KEYS keys in ascending order: weights are relative to the largest score so far, and
- * what was summed up before is scaled to a new one. Rows of a head are neighbours, so that its keys
- * stay in the cache. */
-void op_attend(const attend_args *a, int tid, int nt) {
-  int D = a->C / a->heads;
-  float scale = s_rsqrt((float)D);
-  span units = share((int64_t)a->heads * a->T, tid, nt);
-  for (int64_t unit = units.begin; unit < units.end; unit++) {
-    int64_t t = unit % a->T, column = unit / a->T * D;
-    const float *q = a->q + t * a->q_stride + column;
-    float *y = a->y + t * a->C + column;
-    float largest = -INFINITY, total = 0.0f;
-    memset(y, 0, (size_t)D * sizeof(float));
-    for (int first = 0; first < a->S; first += KEYS) {
-      float scores[KEYS];
-      int n = (int)min_of(KEYS, a->S - first);
-      float before = largest;
-      for (int j = 0; j < n; j++) {
-        scores[j] = dot(q, a->k + (int64_t)(first + j) * a->k_stride + column, D) * scale;
-        largest = s_max(scores[j], largest);
-      }
-      float by = s_exp(before - largest);
-      total *= by;
-      for (int j = 0; j < n; j++) {
-        float weight = s_exp(scores[j] - largest);
-        total += weight;
-        add_scaled(y, a->v + (int64_t)(first + j) * a->v_stride + column, weight, j ? 1.0f : by, D);
-      }
-    }
-    for (int i = 0; i < D; i++) y[i] /= total;
   }
 }
