@@ -10,8 +10,8 @@
  * panel comes from the second-level cache for every TILE of them, the sums stay in registers.
  * IS NOT: an unfolding into columns; pixels are read where they lie.
  */
-#include "activation.h"
 #include "common.h"
+#include "dense.h"
 
 enum {
   PARTS = LANES / VL,       /* vectors of a panel */
@@ -38,10 +38,19 @@ typedef struct {
   int y, x;
 } corner;
 
-INLINE corner corner_of(const convolution *a, int64_t pixel) {
-  int64_t row = pixel / a->X, image = row / a->Y;
-  return (corner){a->x + image * a->H * a->W * a->C, (int)(row % a->Y) * a->stride - a->padding,
-                  (int)(pixel % a->X) * a->stride - a->padding};
+/* Those of n pixels from `pixel` on. */
+INLINE void find_corners(const convolution *a, int64_t pixel, corner *found, const int n) {
+  int64_t row = pixel / a->X;
+  int x = (int)(pixel % a->X), y = (int)(row % a->Y);
+  const float *image = a->x + row / a->Y * a->H * a->W * a->C;
+  for (int p = 0; p < n; p++) {
+    found[p] = (corner){image, y * a->stride - a->padding, x * a->stride - a->padding};
+    if (++x < a->X) continue;
+    x = 0;
+    if (++y < a->Y) continue;
+    y = 0;
+    image += (int64_t)a->H * a->W * a->C;
+  }
 }
 
 /* Sums of n pixels over `count` channels from `from` on, 0 for NULL. */
@@ -68,8 +77,8 @@ INLINE void tile(const convolution *a, int64_t panel, int64_t first, const int n
   corner corners[TILE];
   int64_t row_run = (int64_t)a->taps_x * a->C;
   int is_inside = a->dilation == 1; /* whether the taps of a row lie one after another, all there */
+  find_corners(a, first, corners, n);
   for (int p = 0; p < n; p++) {
-    corners[p] = corner_of(a, first + p);
     is_inside &= corners[p].x >= 0 && corners[p].x + a->taps_x <= a->W;
   }
   const float *w = a->w + panel * a->K * LANES;
@@ -95,19 +104,15 @@ INLINE void tile(const convolution *a, int64_t panel, int64_t first, const int n
       add_run(sums, from, w, a->C, n);
     }
   }
-  for (int p = 0; p < n; p++) {
-    for (int i = 0; i < PARTS; i++) {
-      int64_t channel = panel * LANES + i * VL, count = min_of(VL, a->N - channel);
-      if (count <= 0) break;
-      float *y = a->y + (first + p) * a->N + channel, bias[VL] = {0}, before[VL] = {0};
-      memcpy(bias, a->b + channel, (size_t)count * sizeof(float));
-      vf sum = sums[p][i] + v_load(bias);
-      if (a->is_added) {
-        memcpy(before, y, (size_t)count * sizeof(float));
-        sum = v_load(before) + sum;
-      }
-      v_store(before, v_activated(sum, a->activation));
-      memcpy(y, before, (size_t)count * sizeof(float));
+  for (int i = 0; i < PARTS; i++) {
+    int64_t channel = panel * LANES + i * VL, count = min_of(VL, a->N - channel);
+    if (count <= 0) break;
+    vf bias = load_some(a->b + channel, count);
+    for (int p = 0; p < n; p++) {
+      float *y = a->y + (first + p) * a->N + channel;
+      vf sum = sums[p][i] + bias;
+      if (a->is_added) sum = load_some(y, count) + sum;
+      store_some(y, v_activated(sum, a->activation), count);
     }
   }
 }

@@ -7,8 +7,8 @@
  * Weights: panels of 32 outputs, [ceil(N / 32)][K][32], read once in order. Threads share the
  * panels. IS NOT: for many rows; each row reads the panel again, from cache.
  */
-#include "activation.h"
 #include "common.h"
+#include "dense.h"
 
 enum { PARTS = LANES / VL }; /* vectors of a panel */
 
@@ -34,19 +34,6 @@ INLINE panel panel_of(const float *x, const float *w, int K) {
   }
   UNROLL for (int i = 0; i < PARTS; i++) even.part[i] += odd.part[i];
   return even;
-}
-
-/* The first `count` floats at p, at most VL; the other lanes 0. */
-INLINE vf load_some(const float *p, int64_t count) {
-  if (count >= VL) return v_load(p);
-  float padded[VL] = {0};
-  for (int64_t i = 0; i < count; i++) padded[i] = p[i];
-  return v_load(padded);
-}
-INLINE void store_some(float *p, vf x, int64_t count) {
-  if (count >= VL) v_store(p, x);
-  else
-    for (int64_t i = 0; i < count; i++) p[i] = x[i];
 }
 
 void op_dense(const dense_args *a, int tid, int nt) {
