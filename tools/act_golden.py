@@ -34,6 +34,7 @@ from lerobot.processor.converters import (  # noqa: E402
     policy_action_to_transition,
     transition_to_policy_action,
 )
+
 from tests.act_policies import SETS, observation_of, write_random_act  # noqa: E402
 
 OBSERVATIONS = (11, 12, 13)  # their seeds
