@@ -166,11 +166,13 @@ def test_promised_actions_stay_to_the_bit(engine: ActionEngine) -> None:
     assert engine.cursor(lane).stop == 7
 
 
-def test_lanes_together_are_lanes_alone(small: Path) -> None:
+@pytest.mark.parametrize("overlap", [0, 1, 3])
+def test_lanes_together_are_lanes_alone(small: Path, overlap: int) -> None:
     """Fault: what lanes share, in ticks or in plans, changes a bit of one."""
     engine, stream = flashrt.load_policy(small, device="cpu", lanes=6), seen(30).reshape(10, 3, 9)
-    together = [flashrt.ControlLoop(engine) for _ in range(3)]
-    alone = [flashrt.ControlLoop(engine) for _ in range(3)]
+    together, alone = (
+        [flashrt.ControlLoop(engine, overlap=overlap) for _ in range(3)] for _ in range(2)
+    )
     for row in stream:
         shared = tick_together(together, list(row))
         each = [loop.tick(seen) for loop, seen in zip(alone, row, strict=True)]
