@@ -213,6 +213,10 @@ class ActionEngine(Engine):
 
     # -- verbs, a replay each --------------------------------------------------------------------
 
+    def observation_names(self) -> tuple[str, ...]:
+        """Of the parts of an observation; none where it is a vector alone."""
+        return tuple(part.name for part in self.policy.parts)
+
     def pack(self, observation: Mapping[str, ArrayLike]) -> Action:
         """An observation that is given by names, as the vector float32 [observation_dim] that every
         verb takes. Raises ObservationError: for a policy that takes vectors alone, too.

@@ -11,7 +11,7 @@ environment's units. The loop checks observations at its own door, hence the `_t
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -208,6 +208,10 @@ class SharedVerbs(Protocol):
 class NamedVerbs(Protocol):
     """Verbs of a policy that knows the parts of its observations: it may have them, or not."""
 
+    def observation_names(self) -> tuple[str, ...]:
+        """Of the parts; none where an observation is a vector alone."""
+        ...
+
     def pack(self, observation: Mapping[str, ArrayLike]) -> Array:
         """Parts by name as the vector [observation_dim]. Raises ObservationError."""
         ...
@@ -240,6 +244,12 @@ def sharing(policy: Policy) -> SharingPolicy | None:
 @functools.cache
 def _has_shared_verbs(kind: type) -> bool:
     return issubclass(kind, SharedVerbs)
+
+
+def packing(policy: Policy) -> Callable[[Mapping[str, Any]], Array] | None:
+    """What makes a vector of an observation by names, if the policy's observations have names."""
+    named = naming(policy)
+    return named.pack if named is not None and named.observation_names() else None
 
 
 def naming(policy: Policy) -> NamedVerbs | None:

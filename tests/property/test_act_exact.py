@@ -23,7 +23,7 @@ from flashrt.core.region import Region, Role
 from flashrt.engine.actions import ActionEngine
 from flashrt.models.act import model as act_model
 from flashrt.models.act.config import ActConfig
-from flashrt.robot import PolicyAgent, record, replay, tick_together
+from flashrt.robot import PolicyAgent, Rollout, record, replay, run, tick_together
 from flashrt.weights.checkpoint import open_checkpoint
 from tests.act_policies import SETS, observation_of, write_random_act
 from tests.property.test_control import LANES, Lives, walk
@@ -226,6 +226,49 @@ def test_a_loop_with_a_camera_comes_back_to_the_bit(seeing: Path, tmp_path: Path
             again.restore(capsule)
         loop.close()
         assert replay(engine, tmp_path / "run.recording").mismatch is None
+
+
+class Follower:
+    """An environment of arrays by name; its image is what the last action painted."""
+
+    def __init__(self) -> None:
+        self.image = np.zeros((32, 32, 3), np.uint8)
+
+    def reset(self, *, seed: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        self.image[:] = np.random.default_rng(seed).integers(0, 256, self.image.shape, np.uint8)
+        return self._seen(), {}
+
+    def step(self, action: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        self.image += np.uint8(1 + 50 * abs(float(action[0])))
+        return self._seen(), float(action.sum()), False, False, {}
+
+    def close(self) -> None:
+        pass
+
+    def _seen(self) -> dict[str, Any]:
+        """Not in the policy's order, and in a buffer that changes with the next step."""
+        numbers = self.image[:4, 0, 0] / 255
+        return {"observation.images.top": self.image, "observation.environment_state": numbers}
+
+
+def test_a_rollout_goes_by_names(seeing: Path) -> None:
+    """Fault: parts are taken in the environment's order, or images from 0 to 255."""
+    with flashrt.load_policy(seeing, device="cpu", lanes=3) as engine:
+        robot = Rollout(Follower, flashrt.ControlLoop(engine))
+        robot.reset(seed=3)
+        steps = [robot.step() for _ in range(6)]
+        alone, world = flashrt.ControlLoop(engine), Follower()
+        alone.reset(3)
+        observation, _ = world.reset(seed=3)
+        for step in steps:
+            action = alone.tick(observation)
+            assert action.tobytes() == step.action.tobytes()
+            alone.slack()
+            observation, *_ = world.step(action)
+        (future,) = robot.fork()
+        assert future.step().action.tobytes() == alone.tick(observation).tobytes()
+        report = run(alone, Follower(), seconds=6 / 50, rate=0, seed=3)
+        assert report.partial == sum(step.reward for step in steps)
 
 
 def test_the_interface_of_lerobots_policies(seeing: Path) -> None:
