@@ -1,4 +1,4 @@
-// policy.cu - observe, see, gru_cell, flow_begin, flow_end, chunk_begin, chunk_end, take_action: a
+// policy.cu - observe, see, gru_cell, flow_begin, flow_end, chunk_begin, chunk_end, ensemble, take_action: a
 // policy's steps between its layers.
 //
 // Contract: observe:     x = [clip((observation - mean) / std, -10, 10) | previous];
@@ -13,10 +13,11 @@
 //           see:         cursor.observed = cursor.tick.
 //           chunk_begin: kept = [x | mask] as flow_begin's flow, with 0 in place of noise.
 //           chunk_end:   queue = x where mask is 1, chunk elsewhere; the words as flow_end.
+//           ensemble:    average = chunk and the rows of average before it, weighed: see ops/policy.
 //           take_action: previous = the queue's row for cursor.tick, or as it is; action = previous
 //                        scale + offset; cursor.tick += 1.
 // Shapes:   observation, mean, std [O], previous, scale, offset, action [A], u, v [3 M], memory
-//           [M], encoded [E], queue, chunk [H, A], context [M + E], flow, kept [H A + H], float;
+//           [M], encoded [E], queue, chunk, average [H, A], weights, sums, counts [H], context [M + E], flow, kept [H A + H], float;
 //           cursor, request [16] int, see ops/cursor.py.
 // Order:    no sums. Noise: Box and Muller on Philox, key = seed, counter (i / 4, tick, 0, 0):
 //           number i of a plan depends on (seed, tick, i) alone.
@@ -144,6 +145,32 @@ KERNEL(THREADS, 1) chunk_end(ARGS chunk_end_args launch) {
   for (int i = threadIdx.x; i < size; i += THREADS)
     a.queue[i] = a.kept[size + i / a.A] != 0.0f ? a.kept[i] : a.chunk[i];
   end_plan(a.cursor);
+}
+
+KERNEL(THREADS, 1) ensemble(ARGS ensemble_args launch) {
+  OPEN_RUN(ensemble);
+  begin();
+  bool is_next = a.cursor[POLICY_CHUNK] == a.cursor[POLICY_PLAN_TICK] - 1;
+  // Chunks that row j + 1 is of so far, 0 where there are none to go on from.
+  auto known = [&](int j) {
+    float count = is_next && j + 1 < a.H ? a.counts[j + 1] : 0.0f;
+    return count >= 1.0f && count < (float)a.H ? (int)count : 0;
+  };
+  for (int i = threadIdx.x; i < a.A;
+       i += THREADS) {  // a thread has a column: row j is read after j - 1
+    for (int j = 0; j < a.H; j++) {
+      int c = known(j);
+      float x = a.chunk[(size_t)j * a.A + i];
+      if (c) {
+        float before = a.average[(size_t)(j + 1) * a.A + i] * a.sums[c - 1];
+        x = fmaf(x, a.weights[c], before) / a.sums[c];
+      }
+      a.average[(size_t)j * a.A + i] = x;
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int j = 0; j < a.H; j++) a.counts[j] = (float)(known(j) + 1);
 }
 
 KERNEL(THREADS, 1) take_action(ARGS take_action_args launch) {

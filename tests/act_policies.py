@@ -71,6 +71,12 @@ SETS: dict[str, tuple[dict[str, Any], int]] = {
                    n_decoder_layers=2),
         3,
     ),
+    "ensemble": (
+        act_config({}, state=3, environment=5, action=2, chunk_size=6, n_action_steps=1,
+                   temporal_ensemble_coeff=0.3, dim_model=16, n_heads=2, dim_feedforward=20,
+                   n_encoder_layers=1),
+        5,
+    ),
     "no-camera": (  # small enough for everything else that is tested
         act_config({}, state=6, environment=3, action=2, chunk_size=8, n_action_steps=4,
                    dim_model=16, n_heads=2, dim_feedforward=20, n_encoder_layers=1),

@@ -114,6 +114,20 @@ def chunk_end(o: Operands) -> Results:
     return {"queue": np.where(mask[:, None] != 0, x, o["chunk"]), "cursor": plan}
 
 
+def ensemble(o: Operands) -> Results:
+    """LeRobot's update: rows shift by one, counts with them."""
+    chunk, average, counts = o["chunk"], o["average"].copy(), o["counts"].copy()
+    cursor, H = o["cursor"].astype(int), len(o["chunk"])
+    is_next = cursor[PolicyWord.CHUNK] == cursor[PolicyWord.PLAN_TICK] - 1
+    new, new_counts = chunk.copy(), np.ones(H)
+    for j in range(H - 1):
+        c = int(counts[j + 1]) if is_next and 1 <= counts[j + 1] < H else 0
+        if c:
+            summed = average[j + 1] * o["sums"][c - 1] + chunk[j] * o["weights"][c]
+            new[j], new_counts[j] = summed / o["sums"][c], c + 1
+    return {"average": new, "counts": new_counts}
+
+
 def take_action(o: Operands) -> Results:
     cursor = o["cursor"].astype(int)
     tick, stop = int(cursor[PolicyWord.TICK]), int(cursor[PolicyWord.STOP])
@@ -131,6 +145,7 @@ POLICY_REFERENCE: dict[str, Callable[[Operands], Results]] = {
     "observe": observe, "dense": dense, "dense_add": dense_add, "gru_cell": gru_cell,
     "flow_begin": flow_begin, "flow_step": flow_step, "flow_end": flow_end,
     "take_action": take_action, "chunk_begin": chunk_begin, "chunk_end": chunk_end,
+    "ensemble": ensemble,
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ per set:
     python tools/act_golden.py
 
 A set is a JSON file: names and shapes of the tensors, so that tests can draw the same weights, and
-the chunk of actions after the postprocessor, for each of three observations. Images go in as
+after the postprocessor the chunk for each of three observations, and the actions of an episode. Images go in as
 LeRobot has them from a camera: uint8, then divided by 255, then channels first.
 """
 
@@ -38,6 +38,7 @@ from lerobot.processor.converters import (  # noqa: E402
 from tests.act_policies import SETS, observation_of, write_random_act  # noqa: E402
 
 OBSERVATIONS = (11, 12, 13)  # their seeds
+TICKS = tuple(range(20, 34))  # those of an episode, action by action
 
 
 def loaded(folder: Path) -> tuple[ACTPolicy, Any, Any]:
@@ -85,7 +86,16 @@ def golden(name: str) -> dict[str, Any]:
             # LeRobot asks for the state's device where a policy has no state, too.
             batch.setdefault("observation.state", torch.zeros(1, 1))
             chunks.append(after(policy.predict_action_chunk(batch))[0].double().tolist())
-    return {"tensors": tensors, "observations": OBSERVATIONS, "chunks": chunks}
+        policy.reset()
+        actions = []
+        for number in TICKS:
+            batch = before(as_lerobot(observation_of(config, number)))
+            batch.setdefault("observation.state", torch.zeros(1, 1))
+            actions.append(after(policy.select_action(batch))[0].double().tolist())
+    return {
+        "tensors": tensors, "observations": OBSERVATIONS, "chunks": chunks, "ticks": TICKS,
+        "actions": actions,
+    }  # fmt: skip
 
 
 def main() -> None:

@@ -203,6 +203,7 @@ class ActionEngine(Engine):
             for band in (plan.lanes[lane.index].fixed, plan.lanes[lane.index].io)
             for slot in band.slots
         }
+        self._sizes = {slot.region.name: slot.region.size for slot in plan.lanes[0].fixed.slots}
         self._kept: list[tuple[Capsule, ...]] = [() for _ in self.lanes]  # see keep_boundary
         self._cursors = KnownCursors(len(self.lanes), self._read_words)
         # Of a policy without memory: the last observation of each lane, with the number of the move
@@ -431,6 +432,8 @@ class ActionEngine(Engine):
         for word, value in changes.items():
             self._write_word(lane, word, value)
             words[word] = value
+        for name in self.policy.cut_off:
+            self._write(lane, name, np.zeros(self._sizes[name], np.float32))
         self._cursors.keep(lane, words)
 
     def action(self, lane: Lane) -> Action:

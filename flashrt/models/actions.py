@@ -96,6 +96,13 @@ class ActionModel(Model, Protocol):
         ...
 
     @property
+    def cut_off(self) -> tuple[str, ...]:
+        """Regions of a lane, float32, that an interrupt sets to 0: what later chunks would take
+        over from earlier ones.
+        """
+        ...
+
+    @property
     def positive(self) -> tuple[str, ...]:
         """Statistics that must be, as they are divided by."""
         ...

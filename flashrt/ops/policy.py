@@ -97,6 +97,21 @@ CHUNK_END = Op(
         POLICY_CURSOR,
     ),
 )
+ENSEMBLE = Op(
+    "ensemble",
+    "a chunk from tick t, averaged with those before it. Is the queue of tick t - 1, row j + 1 of "
+    "average is for the tick of row j, of c = counts[j + 1] chunks: with c in [1, H), average[j] = "
+    "(average[j + 1] sums[c - 1] + chunk[j] weights[c]) / sums[c] and counts[j] = c + 1. Else "
+    "average[j] = chunk[j] and counts[j] = 1",
+    (
+        f32("chunk", "r", "H", "A"),
+        f32("weights", "r", "H"),
+        f32("sums", "r", "H"),  # of the first weights, that one included
+        POLICY_CURSOR,
+        f32("average", "rw", "H", "A"),
+        f32("counts", "rw", "H"),
+    ),
+)
 TAKE_ACTION = Op(
     "take_action",
     "previous = the queue's row for cursor.tick, or stays where there is none; action = previous * "

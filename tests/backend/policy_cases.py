@@ -102,6 +102,18 @@ def chunk_end(H: int, A: int, committed: int) -> Case:
     return Case("chunk_end", operands)
 
 
+def ensemble(H: int, A: int, before: int, **cursor: int) -> Case:
+    """After `before` chunks from as many ticks."""
+    rng = rng_for("ensemble", H, A, before)
+    weights = np.exp(-0.1 * np.arange(H)).astype(np.float32)
+    counts = np.minimum(before, np.arange(H, 0, -1)).astype(np.float32)
+    operands = {
+        "chunk": randn(rng, H, A), "weights": weights, "sums": np.cumsum(weights),
+        "cursor": words(**cursor, **SEED), "average": randn(rng, H, A), "counts": counts,
+    }  # fmt: skip
+    return Case("ensemble", operands, label=f"ensemble-{before}-{cursor}")
+
+
 def take_action(H: int, A: int, **cursor: int) -> Case:
     rng = rng_for("take_action", H, A)
     operands = {
@@ -130,6 +142,8 @@ def policy_cases() -> list[Case]:
         chunk_begin(8, 2, 3, tick=7, observed=6, chunk=4, stop=9),
         chunk_begin(50, 14, 49, tick=1, observed=1, chunk=0, stop=50),
         chunk_end(1, 1, 0), chunk_end(16, 7, 5),
+        ensemble(1, 1, 0, plan_tick=0), ensemble(7, 130, 3, plan_tick=3, chunk=2),
+        ensemble(7, 3, 9, plan_tick=9, chunk=8), ensemble(7, 3, 2, plan_tick=9, chunk=7),
         take_action(8, 3, tick=9, chunk=6, stop=10, held=2),
         take_action(8, 3, tick=10, chunk=6, stop=10, held=2),
         take_action(4, 1, tick=20, chunk=6, stop=30),

@@ -46,6 +46,19 @@ def test_chunks_are_lerobots(name: str, device: str, tmp_path: Path) -> None:
             assert np.abs(action - np.array(chunk[0])).max() < ABSOLUTE
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_an_episode_is_lerobots(name: str, tmp_path: Path) -> None:
+    """Action by action, by queue or by temporal ensemble. Fault: a chunk that is made at another
+    tick, or averaged otherwise.
+    """
+    engine, recorded = loaded(name, tmp_path, "cpu")
+    config, _ = SETS[name]
+    with engine, flashrt.ControlLoop(engine, overlap=0) as loop:
+        for seed, action in zip(recorded["ticks"], recorded["actions"], strict=True):
+            got = loop.tick(observation_of(config, seed))
+            assert np.abs(got - np.array(action)).max() < ABSOLUTE
+
+
 def test_an_image_may_come_as_lerobot_has_it(tmp_path: Path) -> None:
     """Fault: other bits for float images, or for channels that come first."""
     engine, _ = loaded("two-cameras", tmp_path, "cpu")

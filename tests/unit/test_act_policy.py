@@ -57,7 +57,8 @@ def test_every_problem_of_a_config_is_named() -> None:
         parse_config(config)
     for said in (
         "chunk_size is 0, expected an integer from 1", "no multiple of n_heads 4",
-        "temporal ensembling is not supported", "feedforward_activation is 'gelu'",
+        "n_action_steps is 9: with temporal_ensemble_coeff it is 1",
+        "feedforward_activation is 'gelu'",
         "n_obs_steps is 2", "replace_final_stride_with_dilation is True",
         "vision_backbone is 'resnet50'; supported: resnet18, resnet34",
     ):  # fmt: skip

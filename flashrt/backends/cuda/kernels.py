@@ -830,6 +830,7 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "see": _policy,
     "chunk_begin": _policy,
     "chunk_end": _policy,
+    "ensemble": _policy,
     "conv2d": _conv2d,
     "conv2d_add": _conv2d,
     "max_pool": _max_pool,

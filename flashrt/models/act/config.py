@@ -67,6 +67,7 @@ class ActConfig:
     latent_dim: int
     pre_norm: bool
     backbone: str
+    ensemble: float | None  # temporal_ensemble_coeff: of the weights of chunks, the oldest first
 
     @property
     def num_inference_steps(self) -> int:
@@ -112,10 +113,17 @@ def parse_config(config: Mapping[str, object]) -> ActConfig:
         problems.append(
             f"dim_model {sizes['dim_model']} is no multiple of n_heads {sizes['n_heads']}"
         )
-    if fields.get("temporal_ensemble_coeff") is not None:
+    coefficient, ensemble = fields.get("temporal_ensemble_coeff"), None
+    if isinstance(coefficient, int | float) and not isinstance(coefficient, bool):
+        ensemble = float(coefficient) if -1 <= coefficient <= 1 else None
+    if coefficient is not None and ensemble is None:
         problems.append(
-            f"temporal_ensemble_coeff is {shown(fields['temporal_ensemble_coeff'])}: temporal "
-            "ensembling is not supported; null executes n_action_steps of each chunk"
+            f"temporal_ensemble_coeff is {shown(coefficient)}, expected null or a number in [-1, 1]"
+        )
+    if coefficient is not None and sizes["n_action_steps"] != 1:
+        problems.append(
+            f"n_action_steps is {sizes['n_action_steps']}: with temporal_ensemble_coeff it is 1, "
+            "as every tick makes a chunk"
         )
     for name, supported in (
         ("feedforward_activation", ("relu",)),
@@ -139,6 +147,7 @@ def parse_config(config: Mapping[str, object]) -> ActConfig:
     return ActConfig(
         state, environment, cameras, action, **sizes, pre_norm=bool(pre_norm),
         backbone=str(backbone),
+        ensemble=ensemble,
     )  # fmt: skip
 
 

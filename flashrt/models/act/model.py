@@ -64,11 +64,13 @@ class Act:
     name = "act"
     has_memory = False
     action_limit = float("inf")
-    finite = ("previous", "action", "queue", "kept", "chunk")
 
     def __init__(self, config: ActConfig, scaling: Scaling) -> None:
         self.config = config
         self.parts = config.parts
+        ensembles = () if config.ensemble is None else ("average", "counts")
+        self.finite = ("previous", "action", "queue", "kept", "chunk", *ensembles)
+        self.cut_off = ensembles
         self.modes: Mapping[str, Mode] = scaling.modes
         self.filled = Weights(config, scaling)
         self.weights = tuple(self.filled.rules)
@@ -125,6 +127,8 @@ def _lane_regions(c: ActConfig) -> tuple[Region, ...]:
     def fixed(name: str, *shape: int) -> Region:
         return Region(name, shape, DType.F32, Role.FIXED, is_digested=True)
 
+    # The chunk in force, averaged with those before it, and of how many each row is.
+    ensembled = (fixed("average", c.chunk_size, c.action_dim), fixed("counts", c.chunk_size))
     vectors = ((STATE, c.state_dim), (ENVIRONMENT, c.environment_dim))
     images = [
         Region(f"images.{i}", (len(group), group[0].height, group[0].width, 3), DType.F32, Role.IO)
@@ -137,6 +141,7 @@ def _lane_regions(c: ActConfig) -> tuple[Region, ...]:
         fixed("queue", c.chunk_size, c.action_dim),  # normalised
         fixed("kept", c.chunk_size * (c.action_dim + 1)),  # of the plan in the making: see ops
         fixed("chunk", c.chunk_size, c.action_dim),  # likewise
+        *(ensembled if c.ensemble is not None else ()),
         *(Region(name, (1, size), DType.F32, Role.IO) for name, size in vectors if size),
         *images,
         Region("request", (ops.REQUEST_WORDS,), DType.I32, Role.IO),
@@ -182,9 +187,17 @@ class ActRecorder:
         self._decode(self._encoded(self._tokens()))
 
     def end(self) -> None:
-        """The chunk is in force."""
-        names = ("kept", "chunk", "queue")
-        self._launch(ops.CHUNK_END, **{name: self.regions[name] for name in names})
+        """The chunk, or what it is averaged to with those before it, is in force."""
+        regions, made = self.regions, "chunk"
+        if self.config.ensemble is not None:
+            made = "average"
+            self._launch(
+                ops.ENSEMBLE, weights=regions["ensemble.weights"], sums=regions["ensemble.sums"],
+                **{name: regions[name] for name in ("chunk", "average", "counts")},
+            )  # fmt: skip
+        self._launch(
+            ops.CHUNK_END, kept=regions["kept"], chunk=regions[made], queue=regions["queue"]
+        )
 
     # -- tokens of the encoder ---------------------------------------------------------------------
 

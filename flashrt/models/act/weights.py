@@ -175,6 +175,10 @@ class Weights:
             self._rest(f"decoder.layers.{i}", 3)
         self._norm("decoder.norm")
         self._layer("action_head", c.action_dim, c.dim_model)
+        if c.ensemble is not None:
+            weights = np.exp(np.float32(-c.ensemble) * np.arange(c.chunk_size, dtype=np.float32))
+            for name, values in (("weights", weights), ("sums", np.cumsum(weights))):
+                self.rules.append(constant(f"ensemble.{name}", tuple(values.tolist())))
         for part in c.parts:
             is_image = len(part.shape) == 3
             shape = (3, 1, 1) if is_image else part.shape

@@ -46,6 +46,7 @@ class FlowPolicy:
     has_memory = True
     action_limit = 1.0
     finite = ("memory", "encoded", "previous", "action", "queue")
+    cut_off = ()
     positive = ("stats.observation.std", "stats.action.scale")
 
     def __init__(self, config: PolicyConfig) -> None:

@@ -1,4 +1,4 @@
-/* observe, see, gru_cell, flow_begin, flow_end, chunk_begin, chunk_end, take_action: a policy's steps
+/* observe, see, gru_cell, flow_begin, flow_end, chunk_begin, chunk_end, ensemble, take_action: a policy's steps
  * between its layers.
  *
  * IS: elementwise work of a few hundred numbers, and the cursor's words. What writes the cursor
@@ -153,6 +153,22 @@ void op_chunk_end(const chunk_end_args *a, int tid, int nt) {
     memcpy(a->queue + j * a->A, row, (size_t)a->A * sizeof(float));
   }
   end_plan(a->cursor);
+}
+
+void op_ensemble(const ensemble_args *a, int tid, int nt) {
+  if (tid > 0) return;
+  int is_next = a->cursor[POLICY_CHUNK] == a->cursor[POLICY_PLAN_TICK] - 1;
+  for (int j = 0; j < a->H; j++) {
+    float *y = a->average + j * a->A;
+    const float *x = a->chunk + j * a->A;
+    float known = is_next && j + 1 < a->H ? a->counts[j + 1] : 0.0f;
+    int is_known = known >= 1.0f && known < (float)a->H, c = is_known ? (int)known : 0;
+    for (int i = 0; i < a->A; i++) {
+      float before = is_known ? y[a->A + i] * a->sums[c - 1] : 0.0f;
+      y[i] = is_known ? s_fma(x[i], a->weights[c], before) / a->sums[c] : x[i];
+    }
+    a->counts[j] = (float)(c + 1);
+  }
 }
 
 /* ---- actions ---- */
