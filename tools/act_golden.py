@@ -6,8 +6,8 @@ per set:
     python tools/act_golden.py
 
 A set is a JSON file: names and shapes of the tensors, so that tests can draw the same weights, and
-after the postprocessor the chunk for each of three observations, and the actions of an episode. Images go in as
-LeRobot has them from a camera: uint8, then divided by 255, then channels first.
+after the postprocessor the chunk for each of three observations, and the actions of an episode.
+Images go in as LeRobot has them from a camera: uint8, then divided by 255, then channels first.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ class ActionEngine(Engine):
             for band in (plan.lanes[lane.index].fixed, plan.lanes[lane.index].io)
             for slot in band.slots
         }
-        self._sizes = {slot.region.name: slot.region.size for slot in plan.lanes[0].fixed.slots}
+        self._sizes = {region.name: region.size for region in self.policy.lane_regions}
         self._kept: list[tuple[Capsule, ...]] = [() for _ in self.lanes]  # see keep_boundary
         self._cursors = KnownCursors(len(self.lanes), self._read_words)
         # Of a policy without memory: the last observation of each lane, with the number of the move

@@ -37,6 +37,19 @@ def written(name: str, folder: Path) -> Path:
     return write_random_act(folder / name, config, tensors, seed)
 
 
+def forget(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A region is no state of the engines that are made from here on."""
+    declared = act_model._lane_regions
+
+    def without(config: ActConfig) -> tuple[Region, ...]:
+        return tuple(
+            Region(r.name, r.shape, r.dtype, Role.IO) if r.name == forgotten else r
+            for r in declared(config)
+        )
+
+    monkeypatch.setattr(act_model, "_lane_regions", without)
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written("no-camera", tmp_path_factory.mktemp("act"))
@@ -65,6 +78,42 @@ def test_a_long_life(small: Path, overlaps: int) -> None:
 
     walk(LongLives, 100, seed=overlaps)
     LongLives.engine.close()
+
+
+@pytest.mark.parametrize("overlaps", [0, 1])
+def test_a_life_of_averages(overlaps: int, tmp_path: Path) -> None:
+    """Every tick makes a chunk. Fault: an average, or what it is of, that is no state or outlives
+    an interrupt.
+    """
+
+    class Averaging(Lives):
+        engine = flashrt.load_policy(written("ensemble", tmp_path), device="cpu", lanes=LANES)
+        overlap = overlaps
+
+    walk(Averaging, 40, seed=overlaps)
+    Averaging.engine.close()
+
+
+@pytest.mark.parametrize("forgotten", ["average", "counts"])
+def test_a_forgotten_average_is_noticed(
+    forgotten: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control of the test above."""
+    forget(forgotten, monkeypatch)
+    with pytest.raises((AssertionError, flashrt.FlashrtError)):
+        test_a_life_of_averages(0, tmp_path)
+
+
+def test_an_interrupt_begins_the_average_anew(tmp_path: Path) -> None:
+    policy, stream = written("ensemble", tmp_path), np.tile(seen(12), (1, 1))[:, :8]
+    with flashrt.load_policy(policy, device="cpu", lanes=2) as engine:
+        loop, fresh = (flashrt.ControlLoop(engine, overlap=0) for _ in range(2))
+        for observation in stream[:5]:
+            loop.tick(observation)
+        going_on = loop.predict_chunk(stream[5])
+        loop.interrupt()
+        assert np.array_equal(loop.predict_chunk(stream[5]), fresh.predict_chunk(stream[5]))
+        assert not np.allclose(going_on, fresh.predict_chunk(stream[5]))
 
 
 @pytest.mark.slow
@@ -121,15 +170,7 @@ def test_a_forgotten_region_is_noticed(
     small: Path, forgotten: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control: with one region outside the fixed band the test above must fail."""
-    declared = act_model._lane_regions
-
-    def without(config: ActConfig) -> tuple[Region, ...]:
-        return tuple(
-            Region(r.name, r.shape, r.dtype, Role.IO) if r.name == forgotten else r
-            for r in declared(config)
-        )
-
-    monkeypatch.setattr(act_model, "_lane_regions", without)
+    forget(forgotten, monkeypatch)
     engine = ActionEngine(open_checkpoint(small), CpuDevice(alone_nbytes=1 << 30), lanes=1)
     with pytest.raises((AssertionError, flashrt.FlashrtError)):
         whole_state(engine)
