@@ -39,12 +39,12 @@ INTEGER_CODES = (DType.U4, DType.U5, DType.U6, DType.I8, DType.E2M1)  # of kerne
 _HUGE = 2 << 20
 # Ops whose kernels have neither barriers nor claims: threads need not wait between two runs.
 _APART = frozenset((
+    "max_pool", "layer_norm", "add_rows", "normalize", "attend",
     "embed", "conv_window", "delta_rule", "delta_gates", "rope_append", "last_row", "last_values",
     "last_cursor", "advance", "hold", "rmsnorm", "add_rmsnorm", "gated_rmsnorm", "silu_mul",
     "add_bias",
     "conv_biased", "ssm", "silu_rmsnorm", "scale_rows",
     "keep_rows", "keep_values", "dense", "dense_add", "gru_cell", "gated_conv",
-    "max_pool", "layer_norm", "add_rows", "normalize", "attend",
 ))  # fmt: skip
 _MOST_ARGUMENTS = 1024  # of kernels/runtime.c
 _ALIGN = 64  # of argument blocks: one cache line each
