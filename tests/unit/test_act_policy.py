@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import flashrt
 from flashrt.base.errors import CheckpointError
@@ -160,3 +163,28 @@ def test_flashrt_load_says_where_to_go(folder: Path) -> None:
     config, _ = SETS["no-camera"]
     (folder / "config.json").write_text(json.dumps(config | {"type": "diffusion"}))
     assert "a policy of type 'diffusion', as LeRobot stores them" in refused(folder)
+
+
+_NUMBERS = st.integers(-2, 70) | st.sampled_from([2**31, -(2**70), 10**400]) | st.floats()
+_SCALARS = st.none() | st.booleans() | _NUMBERS | st.text(max_size=6)
+_VALUES = st.recursive(
+    _SCALARS,
+    lambda v: st.lists(v, max_size=4) | st.dictionaries(st.text(max_size=6), v, max_size=3),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_config_is_read_or_refused(data: st.DataObject) -> None:
+    """Only CheckpointErrors come out, whatever a field, a feature or a shape is."""
+    config = json.loads(json.dumps(SETS["plain"][0]))
+    name = data.draw(st.sampled_from([*config, "temporal_ensemble_coeff"]))
+    value = data.draw(_VALUES)
+    if name in ("input_features", "output_features") and data.draw(st.booleans()):
+        feature = data.draw(st.sampled_from(list(config[name])))
+        key = data.draw(st.sampled_from(["type", "shape"]))
+        config[name][feature][key] = value
+    else:
+        config[name] = value
+    with contextlib.suppress(CheckpointError):
+        parse_config(config)
