@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import flashrt
 from flashrt.engine.actions import ActionEngine
@@ -71,3 +72,18 @@ def test_an_image_may_come_as_lerobot_has_it(tmp_path: Path) -> None:
         for image in (pixels, pixels.transpose(2, 0, 1), seen[key].transpose(2, 0, 1)):
             assert engine.pack({**seen, key: image}).tobytes() == whole.tobytes()
     engine.close()
+
+
+def test_statistics_of_images_may_be_vectors(tmp_path: Path) -> None:
+    """As LeRobot 0.6 takes them."""
+    engine, recorded = loaded("pre-norm", tmp_path, "cpu")
+    engine.close()
+    file = tmp_path / "policy_preprocessor_step_3_normalizer_processor.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    flat = {n: v.reshape(-1) if "images" in n else v for n, v in tensors.items()}
+    safetensors.numpy.save_file(flat, file)
+    with flashrt.load_policy(tmp_path, device="cpu") as engine:
+        engine.observe(engine.lanes[0], observation_of(SETS["pre-norm"][0], 11))
+        engine.plan(engine.lanes[0])
+        chunk = engine.chunk(engine.lanes[0])
+        assert np.abs(chunk - np.array(recorded["chunks"][0])).max() < ABSOLUTE

@@ -281,14 +281,19 @@ class Weights:
     ) -> None:
         mode, size = self._scaling.modes[feature], shape[0]
         found = self._scaling.inputs if side == "in" else self._scaling.outputs
-        sources = tuple((f"{side}/{feature}.{name}", shape) for name in mode.statistics or ())
+        sources = []
+        for name in mode.statistics or ():
+            given = found.tensors[f"{feature}.{name}"].shape
+            # LeRobot takes a vector for an image, too.
+            sources.append((f"{side}/{feature}.{name}", given if given == (size,) else shape))
         for what, of in wanted:
             name = f"stats.{feature}.{what}"
             if sources:
                 scale = Affine(mode, np.float32(found.eps))
                 self._computed_vector(
-                    name, size, sources, lambda a, b, of=of, scale=scale: of(scale, a, b)
-                )
+                    name, size, tuple(sources),
+                    lambda a, b, of=of, scale=scale: of(scale, a.reshape(-1), b.reshape(-1)),
+                )  # fmt: skip
             else:
                 self.rules.append(constant(name, (float(what in ("std", "scale")),) * size))
 
