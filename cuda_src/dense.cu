@@ -1,6 +1,6 @@
 // dense.cu - dense, dense_add, flow_step: float32 layers of few rows.
 //
-// Contract: dense:     y = f(x w^T + b), f the identity or silu.
+// Contract: dense:     y = f(x w^T + b), f the identity, silu or relu.
 //           dense_add: y += x w^T + b.
 //           flow_step: x += (z w^T + b) / steps in rows of the chunk whose mask is 0;
 //                      cursor.plan_steps_left -= 1.
@@ -76,6 +76,11 @@ DEVICE float dot(const Early& early, const float* w, const float* x, int n, int 
 DEVICE int output() { return blockIdx.x * WARPS + (threadIdx.x >> 5); }
 DEVICE bool is_writer(int n, int N) { return (threadIdx.x & 31) == 0 && n < N; }
 
+DEVICE float activated(float y, int activation) {
+  if (activation == ACTIVATION_SILU) return silu(y);
+  return activation == ACTIVATION_RELU && y < 0.0f ? 0.0f : y;
+}
+
 KERNEL(32 * WARPS) dense(ARGS dense_args launch) {
   OPEN_RUN(dense);
   int n = output(), t = blockIdx.y;
@@ -83,8 +88,7 @@ KERNEL(32 * WARPS) dense(ARGS dense_args launch) {
   begin();
   float sum = dot(early, a.w, a.x + (size_t)t * a.K, n, a.N, a.K);
   if (!is_writer(n, a.N)) return;
-  float y = sum + a.b[n];
-  a.y[(size_t)t * a.N + n] = a.activation == ACTIVATION_SILU ? silu(y) : y;
+  a.y[(size_t)t * a.N + n] = activated(sum + a.b[n], a.activation);
 }
 
 KERNEL(32 * WARPS) dense_add(ARGS dense_add_args launch) {

@@ -1,5 +1,5 @@
-// policy.cu - observe, gru_cell, flow_begin, flow_end, take_action: a policy's steps between its
-// dense layers.
+// policy.cu - observe, see, gru_cell, flow_begin, flow_end, chunk_begin, chunk_end, ensemble, take_action: a
+// policy's steps between its layers.
 //
 // Contract: observe:     x = [clip((observation - mean) / std, -10, 10) | previous];
 //                        cursor.observed = cursor.tick.
@@ -10,11 +10,15 @@
 //                        others mask 0 and x noise; the plan's words.
 //           flow_end:    queue = clip(x, -1, 1), NaN stays NaN; cursor.chunk, .stop = those of the
 //                        plan.
+//           see:         cursor.observed = cursor.tick.
+//           chunk_begin: kept = [x | mask] as flow_begin's flow, with 0 in place of noise.
+//           chunk_end:   queue = x where mask is 1, chunk elsewhere; the words as flow_end.
+//           ensemble:    average = chunk and the rows of average before it, weighed: see ops/policy.
 //           take_action: previous = the queue's row for cursor.tick, or as it is; action = previous
 //                        scale + offset; cursor.tick += 1.
 // Shapes:   observation, mean, std [O], previous, scale, offset, action [A], u, v [3 M], memory
-//           [M], encoded [E], queue [H, A], context [M + E], flow [H A + H], float; cursor, request
-//           [16] int, see ops/cursor.py.
+//           [M], encoded [E], queue, chunk, average [H, A], weights, sums, counts [H], context [M + E], flow, kept [H A + H], float;
+//           cursor, request [16] int, see ops/cursor.py.
 // Order:    no sums. Noise: Box and Muller on Philox, key = seed, counter (i / 4, tick, 0, 0):
 //           number i of a plan depends on (seed, tick, i) alone.
 // Launch:   one block, but for gru_cell: what writes the cursor does so after a barrier.
@@ -50,7 +54,8 @@ KERNEL(THREADS) gru_cell(ARGS gru_cell_args launch) {
 }
 
 // The action that tick t was promised, or null.
-DEVICE const float* promised(const flow_begin_args& a, int t) {
+template <typename Args>
+DEVICE const float* promised(const Args& a, int t) {
   int tick = a.cursor[POLICY_TICK], row = t - a.cursor[POLICY_CHUNK];
   if (t < tick) return t == tick - 1 ? a.previous : nullptr;
   return t < a.cursor[POLICY_STOP] && row >= 0 && row < a.H ? a.queue + (size_t)row * a.A : nullptr;
@@ -67,6 +72,31 @@ DEVICE float normal(const int32_t* cursor, int t, int i) {
   return radius * (i & 1 ? sine : cosine);
 }
 
+// The mask over the rows of a chunk from tick t on that keep their promise, and the words of its
+// plan. All threads of the block call it; each writes the mask of its own rows.
+template <typename Args>
+DEVICE void begin_plan(const Args& a, int t, float* mask) {
+  int wanted = a.request[REQUEST_COMMITTED];
+  for (int j = threadIdx.x; j < a.H; j += THREADS)
+    mask[j] = j < wanted && promised(a, t + j) ? 1.0f : 0.0f;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  int committed = 0;
+  for (int j = 0; j < a.H; j++)
+    if (mask[j] != 0.0f) committed = j + 1;
+  a.cursor[POLICY_PLAN_TICK] = t;
+  a.cursor[POLICY_PLAN_STOP] = t + min(committed + a.execute, a.H);
+  a.cursor[POLICY_PLAN_STEPS_LEFT] = a.steps;
+}
+
+// The chunk of a plan is in the queue: it is in force.
+DEVICE void end_plan(int32_t* cursor) {
+  if (threadIdx.x > 0) return;
+  cursor[POLICY_CHUNK] = cursor[POLICY_PLAN_TICK];
+  cursor[POLICY_STOP] = cursor[POLICY_PLAN_STOP];
+  cursor[POLICY_PLAN_STEPS_LEFT] = 0;
+}
+
 KERNEL(THREADS, 1) flow_begin(ARGS flow_begin_args launch) {
   OPEN_RUN(flow_begin);
   begin();
@@ -79,26 +109,68 @@ KERNEL(THREADS, 1) flow_begin(ARGS flow_begin_args launch) {
     const float* action = j < wanted ? promised(a, t + j) : nullptr;
     a.flow[i] = action ? action[i % a.A] : normal(a.cursor, t, i);
   }
-  for (int j = threadIdx.x; j < a.H; j += THREADS)
-    a.flow[size + j] = j < wanted && promised(a, t + j) ? 1.0f : 0.0f;
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  int committed = 0;
-  for (int j = 0; j < a.H; j++)
-    if (a.flow[size + j] != 0.0f) committed = j + 1;
-  a.cursor[POLICY_PLAN_TICK] = t;
-  a.cursor[POLICY_PLAN_STOP] = t + min(committed + a.execute, a.H);
-  a.cursor[POLICY_PLAN_STEPS_LEFT] = a.steps;
+  begin_plan(a, t, a.flow + size);
 }
 
 KERNEL(THREADS, 1) flow_end(ARGS flow_end_args launch) {
   OPEN_RUN(flow_end);
   begin();
   for (int i = threadIdx.x; i < a.H * a.A; i += THREADS) a.queue[i] = clip(a.x[i], 1.0f);
+  end_plan(a.cursor);
+}
+
+KERNEL(THREADS, 1) see(ARGS see_args launch) {
+  OPEN_RUN(see);
+  begin();
+  if (threadIdx.x == 0) a.cursor[POLICY_OBSERVED] = a.cursor[POLICY_TICK];
+}
+
+KERNEL(THREADS, 1) chunk_begin(ARGS chunk_begin_args launch) {
+  OPEN_RUN(chunk_begin);
+  begin();
+  int t = max(a.cursor[POLICY_OBSERVED], 0), wanted = a.request[REQUEST_COMMITTED],
+      size = a.H * a.A;
+  for (int i = threadIdx.x; i < size; i += THREADS) {
+    int j = i / a.A;
+    const float* action = j < wanted ? promised(a, t + j) : nullptr;
+    a.kept[i] = action ? action[i % a.A] : 0.0f;
+  }
+  begin_plan(a, t, a.kept + size);
+}
+
+KERNEL(THREADS, 1) chunk_end(ARGS chunk_end_args launch) {
+  OPEN_RUN(chunk_end);
+  begin();
+  int size = a.H * a.A;
+  for (int i = threadIdx.x; i < size; i += THREADS)
+    a.queue[i] = a.kept[size + i / a.A] != 0.0f ? a.kept[i] : a.chunk[i];
+  end_plan(a.cursor);
+}
+
+KERNEL(THREADS, 1) ensemble(ARGS ensemble_args launch) {
+  OPEN_RUN(ensemble);
+  begin();
+  bool is_next = a.cursor[POLICY_CHUNK] == a.cursor[POLICY_PLAN_TICK] - 1;
+  // Chunks that row j + 1 is of so far, 0 where there are none to go on from.
+  auto known = [&](int j) {
+    float count = is_next && j + 1 < a.H ? a.counts[j + 1] : 0.0f;
+    return count >= 1.0f && count < (float)a.H ? (int)count : 0;
+  };
+  for (int i = threadIdx.x; i < a.A;
+       i += THREADS) {  // a thread has a column: row j is read after j - 1
+    for (int j = 0; j < a.H; j++) {
+      int c = known(j);
+      float x = a.chunk[(size_t)j * a.A + i];
+      if (c) {
+        float before = a.average[(size_t)(j + 1) * a.A + i] * a.sums[c - 1];
+        x = fmaf(x, a.weights[c], before) / a.sums[c];
+      }
+      a.average[(size_t)j * a.A + i] = x;
+    }
+  }
+  __syncthreads();
   if (threadIdx.x > 0) return;
-  a.cursor[POLICY_CHUNK] = a.cursor[POLICY_PLAN_TICK];
-  a.cursor[POLICY_STOP] = a.cursor[POLICY_PLAN_STOP];
-  a.cursor[POLICY_PLAN_STEPS_LEFT] = 0;
+  for (int j = 0; j < a.H; j++) a.counts[j] = (float)(known(j) + 1);
 }
 
 KERNEL(THREADS, 1) take_action(ARGS take_action_args launch) {

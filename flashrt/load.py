@@ -24,8 +24,8 @@ from flashrt.engine.actions import CPU_ALONE_NBYTES, ActionEngine
 from flashrt.engine.buckets import prefill_rows as rows_of_prefill
 from flashrt.hub.resolve import resolve
 from flashrt.models import TokenModel, model_for, notes_on
-from flashrt.models.flow_policy.config import config_of
 from flashrt.models.model import USUAL_PREFILL_ROWS
+from flashrt.models.policies import policy_for
 from flashrt.session.engine import SessionEngine
 from flashrt.store.spill import Spill
 from flashrt.text.checkpoint_text import CheckpointText, text_of_directory
@@ -273,6 +273,7 @@ def load_policy(
     progress: Progress | None = None,
 ) -> ActionEngine:
     """Load a policy: a directory with config.json and model.safetensors, or a bundled one by name.
+    LeRobot's ACT policies load as LeRobot stores them, processor files included.
 
     device: "cpu", "cuda", "simt", or "auto": cuda where it is usable, else cpu. lanes: states that
     live at once. pool_bytes: room for capsules (default: 256 of them). progress(what, done, total)
@@ -280,7 +281,7 @@ def load_policy(
     """
     with DefaultFloatMode():
         source = open_checkpoint(policy_path(checkpoint))
-        config_of(source)
+        policy_for(source)
         backend = open_backend(device, cpu_alone_nbytes=CPU_ALONE_NBYTES)
         return ActionEngine(
             source, backend, lanes=lanes, pool_bytes=pool_bytes, shelf=Spill(), progress=progress

@@ -47,7 +47,7 @@ def observe(o: Operands) -> Results:
 
 def dense(o: Operands) -> Results:
     y = o["x"] @ o["w"].T + o["b"]
-    return {"y": silu(y) if o.attrs["activation"] else y}
+    return {"y": (y, silu(y), np.maximum(y, 0))[int(o.attrs["activation"])]}
 
 
 def dense_add(o: Operands) -> Results:
@@ -60,13 +60,24 @@ def gru_cell(o: Operands) -> Results:
 
 def flow_begin(o: Operands) -> Results:
     cursor = o["cursor"].astype(int)
-    t, done = max(int(cursor[PolicyWord.OBSERVED]), 0), int(cursor[PolicyWord.TICK])
+    t = max(int(cursor[PolicyWord.OBSERVED]), 0)
     seed = (
         int(cursor[PolicyWord.SEED_LOW]) & 0xFFFFFFFF,
         int(cursor[PolicyWord.SEED_HIGH]) & 0xFFFFFFFF,
     )
-    queue = o["queue"]
-    x, mask = normal(queue.size, seed, t).reshape(queue.shape), np.zeros(len(queue))
+    x = normal(o["queue"].size, seed, t).reshape(o["queue"].shape)
+    return {"context": np.concatenate([o["memory"], o["encoded"]]), **begun(o, x, "flow")}
+
+
+def chunk_begin(o: Operands) -> Results:
+    return begun(o, np.zeros(o["queue"].shape), "kept")
+
+
+def begun(o: Operands, x: Array, name: str) -> Results:
+    """A plan: x in rows that are not promised."""
+    cursor, queue = o["cursor"].astype(int), o["queue"]
+    t, done = max(int(cursor[PolicyWord.OBSERVED]), 0), int(cursor[PolicyWord.TICK])
+    mask = np.zeros(len(queue))
     for j in range(int(o["request"][0])):
         row = t + j - int(cursor[PolicyWord.CHUNK])
         x[j] = o["previous"] if t + j < done else queue[row]
@@ -74,8 +85,7 @@ def flow_begin(o: Operands) -> Results:
     steps, execute = int(o.attrs["steps"]), int(o.attrs["execute"])
     stop = t + min(int(mask.sum()) + execute, len(queue))
     return {
-        "context": np.concatenate([o["memory"], o["encoded"]]),
-        "flow": np.concatenate([x.reshape(-1), mask]),
+        name: np.concatenate([x.reshape(-1), mask]),
         "cursor": words(plan_tick=t, plan_stop=stop, plan_steps_left=steps),
     }
 
@@ -91,8 +101,31 @@ def flow_step(o: Operands) -> Results:
 def flow_end(o: Operands) -> Results:
     cursor = o["cursor"]
     chunk, stop = int(cursor[PolicyWord.PLAN_TICK]), int(cursor[PolicyWord.PLAN_STOP])
-    queue = np.clip(o["x"], -1, 1).reshape(o["queue"].shape)
-    return {"queue": queue, "cursor": words(chunk=chunk, stop=stop, plan_steps_left=0)}
+    results = {"cursor": words(chunk=chunk, stop=stop, plan_steps_left=0)}
+    if "x" in o.arrays:
+        results["queue"] = np.clip(o["x"], -1, 1).reshape(o["queue"].shape)
+    return results
+
+
+def chunk_end(o: Operands) -> Results:
+    H, A = o["queue"].shape
+    x, mask = o["kept"][: H * A].reshape(H, A), o["kept"][H * A :]
+    plan = flow_end(o)["cursor"]
+    return {"queue": np.where(mask[:, None] != 0, x, o["chunk"]), "cursor": plan}
+
+
+def ensemble(o: Operands) -> Results:
+    """LeRobot's update: rows shift by one, counts with them."""
+    chunk, average, counts = o["chunk"], o["average"].copy(), o["counts"].copy()
+    cursor, H = o["cursor"].astype(int), len(o["chunk"])
+    is_next = cursor[PolicyWord.CHUNK] == cursor[PolicyWord.PLAN_TICK] - 1
+    new, new_counts = chunk.copy(), np.ones(H)
+    for j in range(H - 1):
+        c = int(counts[j + 1]) if is_next and 1 <= counts[j + 1] < H else 0
+        if c:
+            summed = average[j + 1] * o["sums"][c - 1] + chunk[j] * o["weights"][c]
+            new[j], new_counts[j] = summed / o["sums"][c], c + 1
+    return {"average": new, "counts": new_counts}
 
 
 def take_action(o: Operands) -> Results:
@@ -111,7 +144,8 @@ def take_action(o: Operands) -> Results:
 POLICY_REFERENCE: dict[str, Callable[[Operands], Results]] = {
     "observe": observe, "dense": dense, "dense_add": dense_add, "gru_cell": gru_cell,
     "flow_begin": flow_begin, "flow_step": flow_step, "flow_end": flow_end,
-    "take_action": take_action,
+    "take_action": take_action, "chunk_begin": chunk_begin, "chunk_end": chunk_end,
+    "ensemble": ensemble,
 }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ _COPIES: Final = frozenset({  # exact
 _INSIDE: Final[dict[str, dict[DType, float]]] = {  # other ops: FLOAT32, whatever ACT is
     "delta_rule": {DType.F32: 2e-6, DType.BF16: 2e-6, DType.BF16X2: 2e-6},
     "delta_verify": {DType.F32: 2e-6, DType.BF16: 2e-6, DType.BF16X2: 2e-6},
+    "conv2d": dict.fromkeys((DType.F32, DType.BF16, DType.BF16X2), 2e-6),  # one chain of fma
     "ssm": {DType.F32: 2e-6, DType.BF16: 2e-6, DType.BF16X2: 2e-6},
     "attention": {DType.F32: 2e-6, DType.BF16: 6e-3, DType.BF16X2: 1.5e-5},
 }

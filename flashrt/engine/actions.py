@@ -24,6 +24,7 @@ from flashrt.base.errors import (
     SessionError,
 )
 from flashrt.base.float_mode import DefaultFloatMode
+from flashrt.base.messages import listed
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.file import CapsuleHeader
 from flashrt.capsule.lineage import Lane
@@ -35,8 +36,7 @@ from flashrt.engine import cursors
 from flashrt.engine.admission import check_action_state
 from flashrt.engine.cursors import KnownCursors
 from flashrt.engine.engine import Engine, PoolDefault
-from flashrt.models.flow_policy.config import PolicyConfig, config_of
-from flashrt.models.flow_policy.model import (
+from flashrt.models.actions import (
     ACT_EACH,
     ACT_PHASE,
     OBSERVE,
@@ -50,8 +50,9 @@ from flashrt.models.flow_policy.model import (
     SHARED,
     TICK,
     TICK_EACH,
-    FlowPolicy,
+    Part,
 )
+from flashrt.models.policies import policy_for
 from flashrt.ops.cursor import (
     CURSOR_WORDS,
     NO_OBSERVATION,
@@ -68,6 +69,7 @@ POOL_DEFAULT = PoolDefault(fixed=256)
 # faster when both were awake, and ten times slower when one was not.
 CPU_ALONE_NBYTES = 32 << 20
 Action = NDArray[np.float32]
+_LEVELS = np.arange(256, dtype=np.float32) / np.float32(255)  # of a pixel
 _T = TypeVar("_T")
 
 
@@ -120,6 +122,55 @@ def checked_vectors(
     return checked
 
 
+def packed(parts: Sequence[Part], observation: Mapping[str, ArrayLike]) -> Action:
+    """The vector of an observation by names: numbers as `checked_vector` takes them, images [H, W,
+    3] or [3, H, W], in uint8 from 0 to 255 or in float from 0 to 1.
+
+    Raises ObservationError for a part that is missing or unknown, and for another shape or dtype.
+    """
+    wanted = {part.name for part in parts}
+    if not parts:
+        raise ObservationError(
+            f"observations {listed(observation)}: the policy takes a vector, float32, without names"
+        )
+    if set(observation) != wanted:
+        lost, more = sorted(wanted - set(observation)), sorted(map(str, set(observation) - wanted))
+        what = [f"lacks {listed(lost)}"] if lost else []
+        what += [f"has {listed(more)}, which the policy does not take"] if more else []
+        raise ObservationError(f"the observation {' and '.join(what)}")
+    whole = np.empty(parts[-1].stop, np.float32)
+    for part in parts:
+        place = whole[part.start : part.stop]
+        if len(part.shape) == 1:
+            checked_vector(part.name, observation[part.name], place.size, out=place)
+        else:
+            _put_image(part, observation[part.name], place.reshape(part.shape))
+    return whole
+
+
+def _put_image(part: Part, image: ArrayLike, place: Action) -> None:
+    """An image into its place, [H, W, 3] from 0 to 1."""
+    given, (height, width, channels) = as_array(part.name, image), part.shape
+    is_first = given.shape == (channels, height, width)  # the channels
+    if not is_first and given.shape != part.shape:
+        raise ObservationError(
+            f"{part.name}: {given.dtype} {given.shape}, expected an image {part.shape} or "
+            f"{(channels, height, width)}"
+        )
+    pixels = given.transpose(1, 2, 0) if is_first else given
+    if given.dtype == np.uint8:
+        np.take(_LEVELS, pixels, out=place, mode="clip")  # faster than to divide
+    elif given.dtype.kind == "f":
+        with DefaultFloatMode(), np.errstate(over="ignore"):
+            np.copyto(place, pixels, casting="unsafe")
+        if not np.isfinite(place).all():
+            raise ObservationError(f"{part.name}: some pixels are not finite in float32")
+    else:
+        raise ObservationError(
+            f"{part.name}: {given.dtype}; uint8 from 0 to 255 or float from 0 to 1 is needed"
+        )
+
+
 def checked_action(action: Action) -> Action:
     """What a policy answered. Raises CheckpointError for NaN and infinity."""
     if not np.isfinite(action).all():
@@ -142,9 +193,9 @@ class ActionEngine(Engine):
 
     def __init__(self, checkpoint: Checkpoint, backend: Backend, **options: Any) -> None:
         """See Engine for the options. Raises CheckpointError for statistics that divide by 0."""
-        self.config: PolicyConfig = config_of(checkpoint)
-        model = FlowPolicy(self.config)
-        super().__init__(model, checkpoint, backend, pool_default=POOL_DEFAULT, **options)
+        self.policy, source = policy_for(checkpoint)
+        self.config = self.policy.config
+        super().__init__(self.policy, source, backend, pool_default=POOL_DEFAULT, **options)
         plan = self.arena.plan
         self._addresses = {
             (lane.index, slot.region.name): self.arena.memory.address + slot.offset
@@ -152,14 +203,30 @@ class ActionEngine(Engine):
             for band in (plan.lanes[lane.index].fixed, plan.lanes[lane.index].io)
             for slot in band.slots
         }
+        self._sizes = {region.name: region.size for region in self.policy.lane_regions}
         self._kept: list[tuple[Capsule, ...]] = [() for _ in self.lanes]  # see keep_boundary
         self._cursors = KnownCursors(len(self.lanes), self._read_words)
+        # Of a policy without memory: the last observation of each lane, with the number of the move
+        # that it was seen after. No capsule has it: a plan from elsewhere observes first.
+        self._seen: list[tuple[int, Action] | None] = [None] * len(self.lanes)
+        self._shared = frozenset(self.policy.shared_phases(len(self.lanes)))
         self._scale, self._offset = self._statistics()
 
     # -- verbs, a replay each --------------------------------------------------------------------
 
-    def observe(self, lane: Lane, observation: ArrayLike) -> None:
-        """An observation, float32 [observation_dim], into the memory; no action is taken.
+    def observation_names(self) -> tuple[str, ...]:
+        """Of the parts of an observation; none where it is a vector alone."""
+        return tuple(part.name for part in self.policy.parts)
+
+    def pack(self, observation: Mapping[str, ArrayLike]) -> Action:
+        """An observation that is given by names, as the vector float32 [observation_dim] that every
+        verb takes. Raises ObservationError: for a policy that takes vectors alone, too.
+        """
+        return packed(self.policy.parts, observation)
+
+    def observe(self, lane: Lane, observation: ArrayLike | Mapping[str, ArrayLike]) -> None:
+        """An observation, float32 [observation_dim] or by names (see `pack`), into the memory; no
+        action is taken.
 
         Raises ObservationError for another shape or dtype, or a value that is not finite, and
         changes nothing.
@@ -167,9 +234,11 @@ class ActionEngine(Engine):
         self.observe_trusted(lane, self._checked(observation))
 
     def observe_trusted(self, lane: Lane, observation: Action) -> None:
-        """`observe` of a float32 array that the caller has checked: see `checked_vector`."""
+        """`observe` of a float32 array that the caller has checked: see `checked_vector`. It must
+        not change before the next plan.
+        """
         words = self._cursors.take(lane)
-        self._write(lane, "observation", observation)
+        self._bring(lane, observation)
         self._run(OBSERVE, lane)
         cursors.observed(words)
         self._cursors.keep(lane, words)
@@ -187,7 +256,9 @@ class ActionEngine(Engine):
         self._cursors.keep(lane, words)
         return self._acted(lane)
 
-    def tick(self, lane: Lane, observation: ArrayLike, *, hold: bool = False) -> Action:
+    def tick(
+        self, lane: Lane, observation: ArrayLike | Mapping[str, ArrayLike], *, hold: bool = False
+    ) -> Action:
         """`observe` and `act` in one replay."""
         return self.tick_trusted(lane, self._checked(observation), hold=hold)
 
@@ -195,7 +266,7 @@ class ActionEngine(Engine):
         """`tick` with a float32 array that the caller has checked: see `checked_vector`."""
         self._need_action(lane, hold)
         words = self._cursors.take(lane)
-        self._write(lane, "observation", observation)
+        self._bring(lane, observation)
         self._run(TICK, lane)
         cursors.observed(words)
         cursors.acted(words, self.config)
@@ -258,7 +329,7 @@ class ActionEngine(Engine):
             self._need_action(lane, hold)
         taken = [self._cursors.take(lane) for lane in lanes]
         for lane, observation in zip(lanes, observations, strict=True):
-            self._write(lane, "observation", observation)
+            self._bring(lane, observation)
         self._run_each(TICK_EACH, lanes)
         for lane, words in zip(lanes, taken, strict=True):
             cursors.observed(words)
@@ -273,7 +344,7 @@ class ActionEngine(Engine):
         self._check_together(lanes, observations)
         taken = [self._cursors.take(lane) for lane in lanes]
         for lane, observation in zip(lanes, observations, strict=True):
-            self._write(lane, "observation", observation)
+            self._bring(lane, observation)
         self._run_each(OBSERVE_EACH, lanes)
         for lane, words in zip(lanes, taken, strict=True):
             cursors.observed(words)
@@ -361,6 +432,8 @@ class ActionEngine(Engine):
         for word, value in changes.items():
             self._write_word(lane, word, value)
             words[word] = value
+        for name in self.policy.cut_off:
+            self._write(lane, name, np.zeros(self._sizes[name], np.float32))
         self._cursors.keep(lane, words)
 
     def action(self, lane: Lane) -> Action:
@@ -369,13 +442,36 @@ class ActionEngine(Engine):
         self.backend.read(self._addresses[lane.index, "action"], out.view(np.uint8))
         return out
 
+    def chunk(self, lane: Lane) -> Action:
+        """All rows of the queue, [chunk_size, action_dim] in the environment's units, to within a
+        rounding of what `act` will give.
+        """
+        queue = self.lane_array(lane, "queue").astype(np.float64)
+        with DefaultFloatMode():
+            return (queue * self._scale + self._offset).astype(np.float32)
+
+    def is_last_observation_used(self, lane: Lane) -> bool:
+        """Whether the lane's state depends on what it observed last: else a tick that is run again
+        needs no observation.
+        """
+        words = self._cursors.words(lane)
+        tick, is_planning = words[PolicyWord.OBSERVED], words[PolicyWord.PLAN_STEPS_LEFT]
+        return (
+            self.policy.has_memory
+            or words[PolicyWord.CHUNK] == tick
+            or bool(is_planning and words[PolicyWord.PLAN_TICK] == tick)
+        )
+
     def override(self, lane: Lane, action: ArrayLike) -> None:
         """Something else than the last action was executed: this, [action_dim], in the
         environment's units. Raises ObservationError, as `observe` does.
         """
         executed = checked_vector("action", action, self.config.action_dim)
-        with DefaultFloatMode():
-            previous = np.clip((executed - self._offset) / self._scale, -1, 1).astype(np.float32)
+        limit, is_scaled = self.policy.action_limit, self._scale != 0
+        with DefaultFloatMode(), np.errstate(over="ignore"):
+            previous = np.zeros_like(executed)
+            np.divide(executed - self._offset, self._scale, out=previous, where=is_scaled)
+            np.clip(previous, -limit, limit, out=previous)
         self._write(lane, "previous", previous)
         self._write(lane, "action", executed)
 
@@ -465,7 +561,7 @@ class ActionEngine(Engine):
         self, header: CapsuleHeader, tensors: Mapping[str, Bytes], tokens: NDArray[np.int32]
     ) -> None:
         """See Engine."""
-        check_action_state(str(header.path), tensors, self.config)
+        check_action_state(str(header.path), tensors, self.config, self.policy.finite)
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -481,8 +577,9 @@ class ActionEngine(Engine):
         self.boundary()
 
     def _run_each(self, phase: str, lanes: Sequence[Lane], rows: int = 1) -> None:
-        if len(lanes) == 1:  # an engine of one lane has no graphs to share
-            self._run(SHARED[phase], lanes[0], rows)
+        if len(lanes) == 1 or (phase, rows) not in self._shared:
+            for lane in lanes:  # an engine of one lane has no graphs to share, others not all
+                self._run(SHARED[phase], lane, rows)
         else:
             self.replay(phase, rows, tuple(Run(lane.index, rows) for lane in lanes))
             self.boundary()
@@ -506,6 +603,7 @@ class ActionEngine(Engine):
         rows = [self._committed(lane, n) for lane, n in zip(lanes, each, strict=True)]
         taken = [self._cursors.take(lane) for lane in lanes]
         for lane, n in zip(lanes, rows, strict=True):
+            self._bring_last(lane)
             request = np.zeros(REQUEST_WORDS, np.int32)
             request[RequestWord.COMMITTED] = n
             self._write(lane, "request", request)
@@ -522,6 +620,7 @@ class ActionEngine(Engine):
         request = np.zeros(REQUEST_WORDS, np.int32)
         request[RequestWord.COMMITTED] = rows
         words = self._cursors.take(lane)
+        self._bring_last(lane)
         self._write(lane, "request", request)
         self._run(phase, lane)
         cursors.began(words, rows, self.config)
@@ -534,8 +633,32 @@ class ActionEngine(Engine):
         self.backend.read(self._addresses[lane.index, "cursor"], words.view(np.uint8))
         return words.tolist()
 
-    def _checked(self, observation: ArrayLike) -> Action:
+    def _checked(self, observation: ArrayLike | Mapping[str, ArrayLike]) -> Action:
+        if isinstance(observation, Mapping):
+            return self.pack(observation)
         return checked_vector("observation", observation, self.config.observation_dim)
+
+    def _bring(self, lane: Lane, observation: Action) -> None:
+        """To the device, where every observation counts; else to where a plan finds it."""
+        if self.policy.has_memory:
+            self._bring_now(lane, observation)
+        else:
+            self._seen[lane.index] = (lane.record.moves, observation)
+
+    def _bring_last(self, lane: Lane) -> None:
+        """To the device, if `_bring` did not."""
+        if not self.policy.has_memory and (observation := self._last_seen(lane)) is not None:
+            self._bring_now(lane, observation)
+
+    def _bring_now(self, lane: Lane, observation: Action) -> None:
+        for part in self.policy.inputs:
+            self._write(lane, part.region, observation[part.start : part.stop])
+
+    def _last_seen(self, lane: Lane) -> Action | None:
+        seen, record = self._seen[lane.index], lane.record
+        if seen is None or seen[0] != record.moves or not seen[1].size:
+            return None  # of no numbers: a tick that is run again
+        return seen[1]
 
     def _need_action(self, lane: Lane, hold: bool) -> None:
         words = self._cursors.words(lane)
@@ -553,6 +676,11 @@ class ActionEngine(Engine):
             raise SessionError(
                 f"lane {lane.index}: a chunk wants the observation of tick {c.tick} or the one "
                 f"before, the last is {seen}; observe first"
+            )
+        if not self.policy.has_memory and self._last_seen(lane) is None:
+            raise SessionError(
+                f"lane {lane.index}: the observation of tick {c.observed} is not here: no capsule "
+                "holds it, and the lane was put elsewhere since; observe first"
             )
         promised = max(c.stop, c.tick) - c.observed  # ticks done have their action
         most = min(promised, self.config.chunk_size - 1)
@@ -588,7 +716,7 @@ class ActionEngine(Engine):
             if slot.region.name.startswith("stats.")
         }
         for name, values in found.items():
-            is_divisor = name.endswith(("std", "scale"))
+            is_divisor = name in self.policy.positive
             if not np.isfinite(values).all() or (is_divisor and (values <= 0).any()):
                 wanted = "positive" if is_divisor else "finite"
                 raise CheckpointError(f"{name} is {values}; {wanted} numbers are needed")

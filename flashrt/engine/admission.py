@@ -7,14 +7,14 @@ store's manifest).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CapsuleError
 from flashrt.core.backend import Bytes
-from flashrt.models.flow_policy.config import PolicyConfig
+from flashrt.models.actions import ActionConfig
 from flashrt.ops.cursor import NO_OBSERVATION, CursorWord, PolicyCursor, read_cursor
 
 _MAX_TICK = 1 << 30
@@ -36,18 +36,22 @@ def check_state(
         raise CapsuleError(f"{where}: a token is not in [0, {vocab_size})")
 
 
-def check_action_state(where: str, tensors: Mapping[str, Bytes], config: PolicyConfig) -> None:
-    """Raises CapsuleError unless a control loop can have left this state."""
+def check_action_state(
+    where: str, tensors: Mapping[str, Bytes], config: ActionConfig, finite: Collection[str]
+) -> None:
+    """Raises CapsuleError unless a control loop can have left this state, `finite` the regions that
+    it leaves finite.
+    """
     words = np.ascontiguousarray(tensors["fixed/cursor"]).view(np.int32)
     if wrong := what_is_wrong(read_cursor(words.tolist()), config):
         raise CapsuleError(f"{where}: no loop leaves a cursor with {wrong}")
-    for name in ("memory", "encoded", "previous", "action", "queue"):
+    for name in finite:
         numbers = np.ascontiguousarray(tensors[f"fixed/{name}"]).view(np.float32)
         if not np.isfinite(numbers).all():
             raise CapsuleError(f"{where}: {name} is not finite")
 
 
-def what_is_wrong(cursor: PolicyCursor, config: PolicyConfig) -> str | None:
+def what_is_wrong(cursor: PolicyCursor, config: ActionConfig) -> str | None:
     """The first relation between words that does not hold; None when all do."""
     c, rows = cursor, config.chunk_size
     relations = {

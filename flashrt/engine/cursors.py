@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane
-from flashrt.models.flow_policy.config import PolicyConfig
+from flashrt.models.actions import ActionConfig
 from flashrt.ops.cursor import CURSOR_WORDS, NO_OBSERVATION, PolicyCursor, PolicyWord, read_cursor
 
 Words = list[int]
@@ -101,7 +101,7 @@ def observed(words: Words) -> None:
     words[PolicyWord.OBSERVED] = words[PolicyWord.TICK]
 
 
-def acted(words: Words, config: PolicyConfig) -> None:
+def acted(words: Words, config: ActionConfig) -> None:
     """After op `take_action`."""
     tick, stop = words[PolicyWord.TICK], words[PolicyWord.STOP]
     row = tick - words[PolicyWord.CHUNK]
@@ -110,7 +110,7 @@ def acted(words: Words, config: PolicyConfig) -> None:
     words[PolicyWord.TICK] = tick + 1
 
 
-def began(words: Words, committed: int, config: PolicyConfig) -> None:
+def began(words: Words, committed: int, config: ActionConfig) -> None:
     """After op `flow_begin`; all of the `committed` rows were promised."""
     tick = words[PolicyWord.OBSERVED]
     words[PolicyWord.PLAN_TICK] = tick

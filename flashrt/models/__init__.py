@@ -69,7 +69,8 @@ def model_for(
     PlanError for a wrong `max_positions`, `kv_dtype` or `prefill_rows`.
     """
     model_type = config.get("model_type")
-    if model_type == POLICY_MODEL_TYPE:
+    is_lerobots = "model_type" not in config and isinstance(config.get("type"), str)
+    if model_type == POLICY_MODEL_TYPE or is_lerobots:
         raise CheckpointError("config.json is a robot policy's: load it with flashrt.load_policy")
     family = _family(config)
     if family is None:

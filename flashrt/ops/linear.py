@@ -12,13 +12,14 @@ from flashrt.ops.params import CURSOR, act, f32, f32_matrix, matrix
 
 
 class Activation(IntEnum):
-    """What `dense` applies to its sums."""
+    """What `dense` and `conv2d` apply to their sums."""
 
     IDENTITY = 0
     SILU = 1
+    RELU = 2
 
 
-IDENTITY, SILU = Activation
+IDENTITY, SILU, RELU = Activation
 
 LINEAR = Op(
     "linear",
@@ -27,7 +28,8 @@ LINEAR = Op(
 )
 DENSE = Op(
     "dense",
-    "y = f(x w^T + b) per row, f the identity or silu; the order of each sum depends on K alone",
+    "y = f(x w^T + b) per row, f the identity, silu or relu; the order of each sum depends on K "
+    "alone",
     (
         f32("x", "r", "T", "K"),
         f32_matrix("w", "N", "K"),

@@ -1,4 +1,4 @@
-"""A robot policy between its dense layers: observe, remember, plan by Euler steps, take an action.
+"""A robot policy between its layers: observe, remember, plan by Euler steps or at once, act.
 
 IS: signatures. IS NOT: code; see `table`. O observation, A action, E encoder, M memory, H rows of a
 chunk of actions; everything is float32. The cursor's words are those of cursor.PolicyWord.
@@ -65,6 +65,51 @@ FLOW_END = Op(
         f32("x", "r", "H*A"),
         f32("queue", "w", "H", "A"),
         POLICY_CURSOR,
+    ),
+)
+SEE = Op(
+    "see",
+    "an observation is there: cursor.observed = cursor.tick",
+    (POLICY_CURSOR,),
+)
+CHUNK_BEGIN = Op(
+    "chunk_begin",
+    "a plan for the observed tick t: kept = [x | mask]. In the first `committed` rows j, mask is 1 "
+    "and x the promised action of tick t + j (the previous one for a tick that is done); in the "
+    "others both are 0. Sets the cursor's words of the plan",
+    (
+        f32("previous", "r", "A"),
+        f32("queue", "r", "H", "A"),
+        i32("request", "r", REQUEST_WORDS, words=RequestWord),
+        POLICY_CURSOR,
+        f32("kept", "w", "H*A+H"),
+    ),
+    (Attr("steps"), Attr("execute")),  # of the plan; rows to execute after the committed ones
+)
+CHUNK_END = Op(
+    "chunk_end",
+    "queue = x in rows whose mask is 1, chunk in the others; cursor.chunk, .stop = those of the "
+    "plan",
+    (
+        f32("kept", "r", "H*A+H"),
+        f32("chunk", "r", "H", "A"),
+        f32("queue", "w", "H", "A"),
+        POLICY_CURSOR,
+    ),
+)
+ENSEMBLE = Op(
+    "ensemble",
+    "a chunk from tick t, averaged with those before it. Is the queue of tick t - 1, row j + 1 of "
+    "average is for the tick of row j, of c = counts[j + 1] chunks: with c in [1, H), average[j] = "
+    "(average[j + 1] sums[c - 1] + chunk[j] weights[c]) / sums[c] and counts[j] = c + 1. Else "
+    "average[j] = chunk[j] and counts[j] = 1",
+    (
+        f32("chunk", "r", "H", "A"),
+        f32("weights", "r", "H"),
+        f32("sums", "r", "H"),  # of the first weights, that one included
+        POLICY_CURSOR,
+        f32("average", "rw", "H", "A"),
+        f32("counts", "rw", "H"),
     ),
 )
 TAKE_ACTION = Op(

@@ -26,7 +26,14 @@ _FLOP: Mapping[Op, Callable[[Mapping[str, int], int, int], int]] = {
     ops.SSM: lambda dims, rows, pairs: 4 * rows * dims["Hv"] * dims["dk"] * dims["dv"],
     # per key and query element: q.k, p.v
     ops.ATTENTION: lambda dims, rows, pairs: 4 * pairs * dims["Nq"] * dims["D"],
+    ops.CONV2D: lambda dims, rows, pairs: _convolution_flop(dims),
+    ops.CONV2D_ADD: lambda dims, rows, pairs: _convolution_flop(dims),
+    ops.ATTEND: lambda dims, rows, pairs: 4 * dims["T"] * dims["S"] * dims["C"],
 }
+
+
+def _convolution_flop(dims: Mapping[str, int]) -> int:
+    return 2 * math.prod(dims[name] for name in ("B", "Y", "X", "N", "K"))
 
 
 @dataclass(frozen=True, slots=True)

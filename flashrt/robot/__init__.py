@@ -3,7 +3,7 @@
 from flashrt.robot.environment import Environment, EnvironmentState, PlainState
 from flashrt.robot.lerobot import PolicyAgent
 from flashrt.robot.loop import ControlLoop
-from flashrt.robot.policy import Policy, SharedVerbs
+from flashrt.robot.policy import NamedVerbs, Policy, SharedVerbs
 from flashrt.robot.recording import record, replay
 from flashrt.robot.rollout import Moment, Rollout, Transition, step_together
 from flashrt.robot.run import RunReport, run
@@ -14,6 +14,7 @@ __all__ = [
     "Environment",
     "EnvironmentState",
     "Moment",
+    "NamedVerbs",
     "PlainState",
     "Policy",
     "PolicyAgent",

@@ -50,8 +50,11 @@ class StepResult:
     info: Mapping[str, Any]
 
 
-def reset_environment(environment: Environment, seed: int) -> Array:
-    """The first observation of an episode, float32 [n].
+Pack = Callable[[Mapping[str, Any]], Array]  # arrays by name, as a policy has them, to a vector
+
+
+def reset_environment(environment: Environment, seed: int, pack: Pack | None = None) -> Array:
+    """The first observation of an episode, float32 [n]; `pack` makes it of arrays by name.
 
     Raises EnvironmentFailed when the environment raises, or returns no pair (observation, info).
     """
@@ -63,11 +66,14 @@ def reset_environment(environment: Environment, seed: int) -> Array:
                 f"the environment's reset returned {_form(result)}; a pair (observation, info) is "
                 "needed, as gymnasium's environments return it"
             )
-        return observation_of(result[0])
+        return observation_of(result[0], pack)
 
 
 def step_environment(
-    environment: Environment, to_command: Callable[[Array], Any], action: Array
+    environment: Environment,
+    to_command: Callable[[Array], Any],
+    action: Array,
+    pack: Pack | None = None,
 ) -> StepResult:
     """One step with what `to_command` makes of an action.
 
@@ -86,16 +92,19 @@ def step_environment(
             )
         seen, reward, is_terminated, is_truncated, info = result
         return StepResult(
-            observation_of(seen), _reward(reward), bool(is_terminated or is_truncated), info
+            observation_of(seen, pack), _reward(reward), bool(is_terminated or is_truncated), info
         )
 
 
-def observation_of(given: Any) -> Array:
-    """An environment's observation as float32 [n]: a vector, or arrays by name, in their order.
+def observation_of(given: Any, pack: Pack | None = None) -> Array:
+    """An environment's observation as float32 [n]: a vector, or arrays by name: as `pack` has them,
+    or else in their order.
 
     Raises ObservationError for what holds anything but numbers.
     """
     if isinstance(given, Mapping):
+        if pack is not None:
+            return pack(given)
         parts = [_numbers(f"observation[{name!r}]", part) for name, part in given.items()]
         return np.concatenate(parts) if parts else np.zeros(0, np.float32)
     return _numbers("observation", given)

@@ -11,16 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from flashrt.capsule.capsule import Capsule
 from flashrt.robot.policy import Array
 
 NO_CUT = -1
+NOTHING: Array = np.empty(0, np.float32)  # an observation that nothing was made of
 
 
 class PastTick(NamedTuple):
     """One tick, with all that is needed to run it again."""
 
-    observation: Array  # [observation_dim]
+    observation: Array  # [observation_dim], or NOTHING
     cut: int  # what the interrupt before it left promised up to; NO_CUT without one
     executed: Array | None  # [action_dim]: executed in place of the policy's own action
 

@@ -1,4 +1,4 @@
-"""The interface that LeRobot's policies have: `select_action(observation)` and `reset()`.
+"""The interface that LeRobot's policies have: `select_action`, `predict_action_chunk`, `reset`.
 
 IS: batches of one, names of observations, seeds by episode. IS NOT: torch; arrays in and out, and
 anything that numpy can view. It lets code that was written for LeRobot's policies drive a loop.
@@ -6,7 +6,7 @@ anything that numpy can view. It lets code that was written for LeRobot's polici
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flashrt.base.errors import ObservationError
@@ -14,9 +14,9 @@ from flashrt.base.messages import listed
 from flashrt.engine.actions import as_array
 from flashrt.robot.loop import ControlLoop
 from flashrt.robot.options import checked_seed
-from flashrt.robot.policy import Array
+from flashrt.robot.policy import Array, naming
 
-STATE = "observation.state"
+STATE, IMAGE_PREFIX = "observation.state", "observation.image"
 
 
 class PolicyAgent:
@@ -35,18 +35,43 @@ class PolicyAgent:
         self._episodes += 1
 
     def select_action(self, observation: Mapping[str, Any] | Any) -> Array:
-        """The action for an observation [n], or for {"observation.state": observation}.
+        """The action for an observation [n], or for one by names: {"observation.state": [n]}, and
+        images [H, W, 3] or [3, H, W] where the policy has cameras.
 
         A batch of one, [1, n], gives a batch of one. Raises ObservationError.
         """
-        if isinstance(observation, Mapping):
-            if set(observation) != {STATE}:
+        return self._answered(observation, self.loop.tick)
+
+    def predict_action_chunk(self, observation: Mapping[str, Any] | Any) -> Array:
+        """The chunk of actions, [chunk_size, action_dim], that an observation leads to; what is
+        promised stays. Raises ObservationError. Unlike LeRobot's, in the environment's units.
+        """
+        return self._answered(observation, self.loop.predict_chunk)
+
+    def _answered(self, observation: Any, ask: Callable[[Any], Array]) -> Array:
+        if isinstance(observation, Mapping) and set(observation) != {STATE}:
+            if naming(self.loop.engine) is None:
                 names = listed(sorted(map(str, observation)))
                 raise ObservationError(f"observations {names}: the policy takes {STATE!r} alone")
-            observation = observation[STATE]
-        given = as_array("observation", observation)
+            parts = {str(n): as_array(str(n), values) for n, values in observation.items()}
+            batch = {len(values) for n, values in parts.items() if values.ndim == _ndim(n) + 1}
+            if len(batch) == 1 and all(v.ndim == _ndim(n) + 1 for n, v in parts.items()):
+                _check_batch(batch.pop())
+                return ask({name: values[0] for name, values in parts.items()})[None]
+            return ask(parts)
+        values = observation[STATE] if isinstance(observation, Mapping) else observation
+        given = as_array("observation", values)
         if given.ndim != 2:
-            return self.loop.tick(given)
-        if len(given) != 1:
-            raise ObservationError(f"a batch of {len(given)}; a loop drives one robot")
-        return self.loop.tick(given[0])[None]
+            return ask(given)
+        _check_batch(len(given))
+        return ask(given[0])[None]
+
+
+def _ndim(name: str) -> int:
+    """Of a part that is no batch."""
+    return 3 if name.startswith(IMAGE_PREFIX) else 1
+
+
+def _check_batch(size: int) -> None:
+    if size != 1:
+        raise ObservationError(f"a batch of {size}; a loop drives one robot")

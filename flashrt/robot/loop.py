@@ -13,27 +13,33 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 from numpy.typing import ArrayLike
 
 from flashrt.base.checks import shown
-from flashrt.base.errors import CapsuleError, DeadlineMissed, PoolFull, SessionError
+from flashrt.base.errors import (
+    CapsuleError,
+    DeadlineMissed,
+    PoolFull,
+    SessionError,
+)
 from flashrt.base.locks import reentrant_lock
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane
 from flashrt.capsule.turn import Turn, exclusive
 from flashrt.engine.actions import checked_vector
-from flashrt.robot.history import NO_CUT, Boundary, History, LoopState, PastTick
+from flashrt.robot.history import NO_CUT, NOTHING, Boundary, History, LoopState, PastTick
 from flashrt.robot.options import (
     ControlOptions,
     OnMiss,
     checked_count,
     checked_seconds,
     checked_seed,
+    longest_overlap,
 )
-from flashrt.robot.policy import Array, Policy
+from flashrt.robot.policy import Array, Observation, Policy, naming
 from flashrt.robot.schedule import run_slack, run_tick
 from flashrt.robot.timing import LoopTiming
 
@@ -72,7 +78,7 @@ class ControlLoop:
         deadline_ms: float | None = None,
         on_miss: OnMiss = "hold",
         *,
-        overlap: int = 1,
+        overlap: int | None = None,
         hold_action: ArrayLike | None = None,
         seed: int = 0,
         keep_seconds: float = 5.0,
@@ -86,10 +92,13 @@ class ControlLoop:
         action) is executed; "last" hands it out, late; "raise" raises DeadlineMissed. In each case
         the observation was taken in and the loop goes on. overlap: ticks over which a chunk is
         made, in [0, min(N, H - N)] of a policy that executes N actions of a chunk of H; 0 plans
-        within the tick. keep_seconds: how far `rewind` reaches. boundary_seconds: between the
-        boundaries it starts from. Raises SessionError for bad options, LaneBusy, and PoolFull when
-        there is no room for one boundary, which the loop keeps until it is closed.
+        within the tick; None: 1, or 0 where the policy has no room for it. keep_seconds: how far
+        `rewind` reaches. boundary_seconds: between the boundaries it starts from. Raises
+        SessionError for bad options, LaneBusy, and PoolFull when there is no room for one boundary,
+        which the loop keeps until it is closed.
         """
+        if overlap is None:
+            overlap = min(1, longest_overlap(engine.config))
         options = ControlOptions(
             hz, deadline_ms, on_miss, overlap, hold_action, keep_seconds, boundary_seconds
         )
@@ -105,6 +114,7 @@ class ControlLoop:
         self.options = options
         self.timing = LoopTiming(engine.stats)
         self.lock = reentrant_lock()  # whoever has it is in a call; see `exclusive`
+        self._named = naming(engine)
         self._hold = options.hold(engine.config)
         is_holding = options.on_miss == "hold" and options.deadline_ms is not None
         self._is_sent_needed = is_holding and self._hold is None  # else nobody asks for it
@@ -129,16 +139,18 @@ class ControlLoop:
 
     # -- ticking --------------------------------------------------------------------------------
 
-    def tick(self, observation: ArrayLike) -> Array:
+    def tick(self, observation: Observation) -> Array:
         """The action for an observation: float32 [action_dim], in the environment's units.
 
-        Raises ObservationError for a wrong shape or dtype or a value that is not finite: nothing
-        has happened then. Raises DeadlineMissed under on_miss="raise": the tick has happened.
+        A policy of cameras takes it by names, {"observation.state": ..., "observation.images.top":
+        ...}; see ActionEngine.pack. Raises ObservationError for a wrong shape or dtype or a value
+        that is not finite: nothing has happened then. Raises DeadlineMissed under on_miss="raise":
+        the tick has happened.
         """
         return self.tick_due(observation, time.perf_counter_ns())
 
     @exclusive
-    def tick_due(self, observation: ArrayLike, due_ns: int) -> Array:
+    def tick_due(self, observation: Observation, due_ns: int) -> Array:
         """The same for an instant of time.perf_counter_ns from which the deadline counts."""
         started_ns = time.perf_counter_ns()
         checked = self._checked(observation)
@@ -179,6 +191,31 @@ class ControlLoop:
         action = run_tick(self.engine, self._lane, checked)
         self._ticked(state, checked, action, instead)
         return action
+
+    @exclusive
+    def predict_chunk(self, observation: Observation) -> Array:
+        """The chunk that the policy would plan from an observation for the coming tick, float32
+        [chunk_size, action_dim] in the environment's units. The loop stays where it is.
+
+        Raises ObservationError, PoolFull where there is no room to come back, and SessionError for
+        a policy of your own without the verbs of NamedVerbs.
+        """
+        named = naming(self.engine)
+        if named is None:
+            raise SessionError("predict_chunk: this policy does not show its chunks")
+        checked = self._checked(observation)
+        self.ready()
+        capsule = self._frozen(None)
+        try:
+            self._is_in_doubt = True
+            self.engine.observe_trusted(self._lane, checked)
+            self.engine.plan(self._lane, 0)
+            chunk = named.chunk(self._lane)
+            self.engine.restore(self._lane, capsule)
+            self._is_in_doubt = False
+        finally:
+            capsule.drop()
+        return chunk
 
     @exclusive
     def slack(self) -> None:
@@ -274,13 +311,7 @@ class ControlLoop:
     def snapshot(self, name: str | None = None) -> Capsule:
         """Freeze the whole control state. Raises PoolFull, changing nothing, without room."""
         self._finished()
-        while True:
-            try:
-                capsule = self.engine.snapshot(self._lane, name)
-                break
-            except PoolFull:
-                if not self._give_way():
-                    raise
+        capsule = self._frozen(name)
         if self._listener is not None:
             self._listener.event("snapshot", digest=capsule.digest)
         return capsule
@@ -518,6 +549,15 @@ class ControlLoop:
         self._state = state._replace(boundaries=(*state.boundaries, boundary))
         self._drop_spares()
 
+    def _frozen(self, name: str | None) -> Capsule:
+        """A snapshot, boundaries giving way. Raises PoolFull."""
+        while True:
+            try:
+                return self.engine.snapshot(self._lane, name)
+            except PoolFull:
+                if not self._give_way():
+                    raise
+
     def _spares(self) -> list[Capsule]:
         """Capsules that the loop kept and that lead nowhere any more."""
         used = [b.capsule for b in self._state.boundaries]
@@ -584,6 +624,10 @@ class ControlLoop:
         if planning_ns is not None:
             self.timing.planning.add(planning_ns)
         self._commit(state.slack_done())
+        if self._named is not None and not self._named.is_last_observation_used(self._lane):
+            last = state.end - 1
+            past = self._history.past_tick(last)
+            self._history.put(last, past._replace(observation=NOTHING))
         is_boundary = state.end % self._boundary_ticks == 0
         if is_boundary:
             with contextlib.suppress(PoolFull):  # only reach is lost
@@ -593,10 +637,10 @@ class ControlLoop:
 
     # -- inside ---------------------------------------------------------------------------------
 
-    def _checked(self, observation: ArrayLike) -> Array:
+    def _checked(self, observation: Observation) -> Array:
         """The loop's own copy; what comes after this door trusts it. Raises ObservationError."""
-        size = self.engine.config.observation_dim
-        return checked_vector("observation", observation, size, OBSERVED_KINDS)
+        size, vector = self.engine.config.observation_dim, as_vector(self.engine, observation)
+        return checked_vector("observation", vector, size, OBSERVED_KINDS)
 
     def _late(self, state: LoopState) -> Array | None:
         """The deadline policy; what is executed in place of the action, if anything."""
@@ -686,3 +730,13 @@ class ControlLoop:
         if (listener := self._listening()) is not None:
             listener.event(what, value, digest)
             self._n_told = self._state.changes
+
+
+def as_vector(engine: Policy, observation: Observation) -> ArrayLike:
+    """An observation by names as a vector, if the policy knows names; else as it is. Raises
+    ObservationError.
+    """
+    named = naming(engine) if isinstance(observation, Mapping) else None
+    if named is None or not isinstance(observation, Mapping):
+        return cast(ArrayLike, observation)
+    return named.pack(observation)

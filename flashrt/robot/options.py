@@ -62,7 +62,7 @@ class ControlOptions:
 
     def check(self, policy: PolicyShape) -> None:
         """Raises SessionError for what makes no sense with this policy."""
-        longest = min(policy.n_action_steps, policy.chunk_size - policy.n_action_steps)
+        longest = longest_overlap(policy)
         if self.overlap > longest:
             raise SessionError(
                 f"overlap={self.overlap} is not in [0, {longest}]: the policy executes "
@@ -101,6 +101,11 @@ class ControlOptions:
     def _set(self, name: str, value: object) -> None:
         """Of this frozen record, while it is made: numpy's scalars become Python's."""
         object.__setattr__(self, name, value)
+
+
+def longest_overlap(policy: PolicyShape) -> int:
+    """Ticks over which a chunk can be made while the one before is executed."""
+    return min(policy.n_action_steps, policy.chunk_size - policy.n_action_steps)
 
 
 def checked_hz(what: str, value: object) -> float:

@@ -11,7 +11,7 @@ environment's units. The loop checks observations at its own door, hence the `_t
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
@@ -22,6 +22,8 @@ from flashrt.capsule.lineage import Lane
 from flashrt.capsule.turn import Turn
 
 Array = NDArray[np.float32]
+# As a loop is given it: a vector, or its parts by name.
+Observation = ArrayLike | Mapping[str, ArrayLike]
 
 
 class PolicyShape(Protocol):
@@ -202,6 +204,29 @@ class SharedVerbs(Protocol):
         ...
 
 
+@runtime_checkable
+class NamedVerbs(Protocol):
+    """Verbs of a policy that knows the parts of its observations: it may have them, or not."""
+
+    def observation_names(self) -> tuple[str, ...]:
+        """Of the parts; none where an observation is a vector alone."""
+        ...
+
+    def pack(self, observation: Mapping[str, ArrayLike]) -> Array:
+        """Parts by name as the vector [observation_dim]. Raises ObservationError."""
+        ...
+
+    def chunk(self, lane: Lane) -> Array:
+        """All actions of the chunk in force, [chunk_size, action_dim]."""
+        ...
+
+    def is_last_observation_used(self, lane: Lane) -> bool:
+        """Whether the lane's state depends on what it observed last. Where it does not, a loop does
+        not keep the observation, and runs the tick again with one of no numbers.
+        """
+        ...
+
+
 class SharingPolicy(SharedVerbs, Policy, Protocol):
     """A policy that has them."""
 
@@ -219,3 +244,19 @@ def sharing(policy: Policy) -> SharingPolicy | None:
 @functools.cache
 def _has_shared_verbs(kind: type) -> bool:
     return issubclass(kind, SharedVerbs)
+
+
+def packing(policy: Policy) -> Callable[[Mapping[str, Any]], Array] | None:
+    """What makes a vector of an observation by names, if the policy's observations have names."""
+    named = naming(policy)
+    return named.pack if named is not None and named.observation_names() else None
+
+
+def naming(policy: Policy) -> NamedVerbs | None:
+    """The policy, if its class has the verbs on parts of observations."""
+    return cast(NamedVerbs, policy) if _has_named_verbs(type(policy)) else None
+
+
+@functools.cache
+def _has_named_verbs(kind: type) -> bool:
+    return issubclass(kind, NamedVerbs)

@@ -28,7 +28,7 @@ from flashrt.robot.environment import (
 )
 from flashrt.robot.loop import ControlLoop
 from flashrt.robot.options import checked_seed
-from flashrt.robot.policy import Array
+from flashrt.robot.policy import Array, packing
 from flashrt.robot.together import slack_together, tick_together
 
 
@@ -84,6 +84,7 @@ class Rollout:
         self._make, self._save = make, save
         self._state = save(self.environment)
         self._to_command = command_for(self.environment)
+        self._pack = packing(loop.engine)
         self._seen = _Seen(None, False)
         self._acting_from: int | None = None  # a tick that the loop may be ahead by
         self._is_apart = False  # the environment may be elsewhere than the loop
@@ -128,7 +129,7 @@ class Rollout:
         self._check_open()
         seed = checked_seed(seed)
         self._is_apart = True
-        observation = reset_environment(self.environment, seed)
+        observation = reset_environment(self.environment, seed, self._pack)
         self.loop.reset(seed)
         self._together(observation, is_over=False)
         return observation
@@ -189,7 +190,7 @@ class Rollout:
             for loop in loops:
                 other = Rollout(self._make, loop, self._save)
                 rollouts.append(other)
-                reset_environment(other.environment, 0)
+                reset_environment(other.environment, 0, other._pack)
                 other._state.load_state(state)
                 other._together(observation, is_over=self._seen.is_over)
         except BaseException:
@@ -238,7 +239,7 @@ class Rollout:
         """The environment's part of a step. Raises what is wrong with it, the loop taken back."""
         try:
             self._is_apart = True
-            result = step_environment(self.environment, self._to_command, action)
+            result = step_environment(self.environment, self._to_command, action, self._pack)
         except Exception:
             self._is_apart = False  # the environment did not take the action
             self._take_back()

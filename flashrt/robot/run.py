@@ -23,7 +23,7 @@ from flashrt.robot.environment import (
 )
 from flashrt.robot.loop import ControlLoop
 from flashrt.robot.options import checked_hz, checked_seconds, checked_seed
-from flashrt.robot.policy import Array
+from flashrt.robot.policy import Array, packing
 from flashrt.robot.timing import Pace
 
 
@@ -57,14 +57,14 @@ def run(
     n_ticks = round(checked_seconds("run: seconds", seconds) * loop.options.hz)
     seed = checked_seed(seed)
     pace = _pace(loop.options.hz if rate is None else rate)
-    to_command = command_for(environment)
+    to_command, pack = command_for(environment), packing(loop.engine)
     returns: list[float] = []
     total: float | None = None
     with collector_waits():
         for _ in range(n_ticks):
             if total is None:
                 episode_seed = checked_seed(seed + len(returns))
-                observation = reset_environment(environment, episode_seed)
+                observation = reset_environment(environment, episode_seed, pack)
                 loop.reset(episode_seed)
                 total = 0.0
                 gc.collect(0)
@@ -72,7 +72,7 @@ def run(
             position = loop.position
             try:
                 action = _tick(loop, observation, pace)
-                result = step_environment(environment, to_command, action)
+                result = step_environment(environment, to_command, action, pack)
             except BaseException:
                 if loop.position > position:
                     loop.rewind_ticks(1)  # the environment did not take the action

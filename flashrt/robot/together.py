@@ -11,22 +11,20 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from numpy.typing import ArrayLike
-
 from flashrt.base.checks import shown
 from flashrt.base.errors import SessionError
 from flashrt.base.locks import while_holding
 from flashrt.capsule.turn import Turn, exclusive
 from flashrt.engine.actions import checked_action, checked_vectors
 from flashrt.robot.history import LoopState
-from flashrt.robot.loop import OBSERVED_KINDS, ControlLoop, Took
-from flashrt.robot.policy import Array, sharing
+from flashrt.robot.loop import OBSERVED_KINDS, ControlLoop, Took, as_vector
+from flashrt.robot.policy import Array, Observation, sharing
 from flashrt.robot.schedule import run_slack_together, run_tick_together
 
 _R = TypeVar("_R")
 
 
-def tick_together(loops: Sequence[ControlLoop], observations: Sequence[ArrayLike]) -> list[Array]:
+def tick_together(loops: Sequence[ControlLoop], observations: Sequence[Observation]) -> list[Array]:
     """`tick` of several loops of one engine, each with its own observation; the action of each,
     float32 [action_dim]. Deadlines count from this call.
 
@@ -49,7 +47,8 @@ def tick_together(loops: Sequence[ControlLoop], observations: Sequence[ArrayLike
     if not loops:
         return []
     size = loops[0].engine.config.observation_dim
-    seen = checked_vectors("observation", observations, size, OBSERVED_KINDS)
+    vectors = [as_vector(loops[0].engine, observation) for observation in observations]
+    seen = checked_vectors("observation", vectors, size, OBSERVED_KINDS)
     if len(groups) > 1:
         for group in groups:  # what is wrong with a loop shows before any ticks
             group.prepare()

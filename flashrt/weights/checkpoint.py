@@ -135,7 +135,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     generation = read_json(root / GENERATION_FILE) if (root / GENERATION_FILE).is_file() else {}
     stored: dict[str, Tensor] = {}
     for file, wanted in _weight_files(root).items():
-        tensors = _read_header(file)
+        tensors = read_header(file)
         if wanted is not None and (lost := sorted(wanted - tensors.keys())):
             raise CheckpointError(
                 f"{file}: {INDEX_FILE} promises {listed(lost)}, which the file does not hold; "
@@ -223,7 +223,7 @@ def _weight_files(root: Path) -> dict[Path, Collection[str] | None]:
     return dict(files)
 
 
-def _read_header(path: Path) -> dict[str, Tensor]:
+def read_header(path: Path) -> dict[str, Tensor]:
     """The tensor table of one file: offsets, shapes and the file's size agree."""
     try:
         with opened(path) as (handle, nbytes):

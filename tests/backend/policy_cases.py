@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.ops.cursor import PolicyWord
-from flashrt.ops.table import IDENTITY, REQUEST_WORDS, SILU
+from flashrt.ops.table import IDENTITY, RELU, REQUEST_WORDS, SILU
 from tests.backend.cases import randn
 from tests.backend.runner import Case, rng_for
 
@@ -87,6 +87,33 @@ def flow_end(H: int, A: int) -> Case:
     return Case("flow_end", {"x": x, "queue": (H, A), "cursor": cursor})
 
 
+def chunk_begin(H: int, A: int, committed: int, **cursor: int) -> Case:
+    whole = flow_begin(H, A, committed, **cursor)
+    kept = {n: whole.operands[n] for n in ("previous", "queue", "request", "cursor")}
+    attrs = {"steps": 1, "execute": 4}
+    return Case("chunk_begin", {**kept, "kept": (H * A + H,)}, attrs, label=f"chunk_begin-{cursor}")
+
+
+def chunk_end(H: int, A: int, committed: int) -> Case:
+    rng = rng_for("chunk_end", H, A)
+    kept = np.concatenate([randn(rng, H * A), (np.arange(H) < committed).astype(np.float32)])
+    cursor = words(plan_tick=40, plan_stop=46, plan_steps_left=1, chunk=30, stop=42, **SEED)
+    operands = {"kept": kept, "chunk": 9 * randn(rng, H, A), "queue": (H, A), "cursor": cursor}
+    return Case("chunk_end", operands)
+
+
+def ensemble(H: int, A: int, before: int, **cursor: int) -> Case:
+    """After `before` chunks from as many ticks."""
+    rng = rng_for("ensemble", H, A, before)
+    weights = np.exp(-0.1 * np.arange(H)).astype(np.float32)
+    counts = np.minimum(before, np.arange(H, 0, -1)).astype(np.float32)
+    operands = {
+        "chunk": randn(rng, H, A), "weights": weights, "sums": np.cumsum(weights),
+        "cursor": words(**cursor, **SEED), "average": randn(rng, H, A), "counts": counts,
+    }  # fmt: skip
+    return Case("ensemble", operands, label=f"ensemble-{before}-{cursor}")
+
+
 def take_action(H: int, A: int, **cursor: int) -> Case:
     rng = rng_for("take_action", H, A)
     operands = {
@@ -101,6 +128,7 @@ def policy_cases() -> list[Case]:
     return [
         observe(1, 1, 0), observe(5, 2, 7), observe(33, 9, 1 << 20), observe(300, 40, 3),
         *(dense(*size, activation) for size in DENSE_SIZES for activation in (IDENTITY, SILU)),
+        dense(3, 9, 33, RELU),
         *(dense_add(*size) for size in DENSE_SIZES),
         *(gru_cell(M) for M in (1, 5, 8, 64, 251)),
         flow_begin(1, 1, 0, tick=0, observed=-1),
@@ -110,6 +138,12 @@ def policy_cases() -> list[Case]:
         flow_begin(50, 14, 1, tick=5, observed=4, chunk=0, stop=5),
         flow_step(1, 1, 1, 0), flow_step(8, 2, 32, 3), flow_step(5, 7, 65, 0),
         flow_step(16, 8, 256, 15), flow_end(1, 1), flow_end(16, 7),
+        chunk_begin(8, 2, 0, tick=6, observed=6, chunk=4, stop=8),
+        chunk_begin(8, 2, 3, tick=7, observed=6, chunk=4, stop=9),
+        chunk_begin(50, 14, 49, tick=1, observed=1, chunk=0, stop=50),
+        chunk_end(1, 1, 0), chunk_end(16, 7, 5),
+        ensemble(1, 1, 0, plan_tick=0), ensemble(7, 130, 3, plan_tick=3, chunk=2),
+        ensemble(7, 3, 9, plan_tick=9, chunk=8), ensemble(7, 3, 2, plan_tick=9, chunk=7),
         take_action(8, 3, tick=9, chunk=6, stop=10, held=2),
         take_action(8, 3, tick=10, chunk=6, stop=10, held=2),
         take_action(4, 1, tick=20, chunk=6, stop=30),

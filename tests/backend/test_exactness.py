@@ -23,6 +23,7 @@ from tests.backend.conftest import make_backend
 from tests.backend.policy_cases import policy_cases
 from tests.backend.runner import Case, Runner, rng_for
 from tests.backend.test_sample import sample_cases
+from tests.backend.vision_cases import vision_cases
 
 BUCKETS = (1, 8, 64)
 SPREAD_ROWS = 8  # launches of attention with more rows get one row of partials
@@ -205,7 +206,7 @@ def test_any_vector_width_gives_the_same_bits(
     narrow = tuple(f.replace("native", "x86-64") for f in toolchain.CFLAGS)
     monkeypatch.setattr(toolchain, "CFLAGS", narrow)
     other = Runner(make_backend("cpu", 2))
-    for case in [*CASES, *all_cases(ODD), *sample_cases(), *policy_cases()]:
+    for case in [*CASES, *all_cases(ODD), *sample_cases(), *policy_cases(), *vision_cases()]:
         wide, slim = runner.run(case), other.run(case)
         for name in wide.keys() - {"partials", "work"}:
             assert_same_bits(wide[name], slim[name], f"{case} {name}")

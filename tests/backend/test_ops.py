@@ -16,14 +16,16 @@ from tests.backend.draft_cases import drafting_cases
 from tests.backend.policy_cases import policy_cases
 from tests.backend.runner import Case, Runner, rng_for
 from tests.backend.test_sample import sample_case, sampler
+from tests.backend.vision_cases import vision_cases
 from tests.policy_reference import POLICY_REFERENCE
 from tests.reference import REFERENCE, Operands
 from tests.tolerances import tolerance
+from tests.vision_reference import VISION_REFERENCE
 
 CASES = [*all_cases(), advance(30, 3), *HOLDS]
 ODD_CASES = all_cases(ODD)
 WORKSPACE = {"partials", "work"}  # written at will
-_REFERENCE = REFERENCE | POLICY_REFERENCE
+_REFERENCE = REFERENCE | POLICY_REFERENCE | VISION_REFERENCE
 _PARAMS = {op.name: {p.name: p for p in op.params} for op in OPS}
 
 
@@ -154,7 +156,7 @@ def test_sizes_without_a_kernel_are_refused(runner: Runner, case: Case, what: st
 def test_every_op_has_a_reference_and_cases() -> None:
     names = {op.name for op in OPS}
     assert set(_REFERENCE) == names
-    cases = (*CASES, *drafting_cases(), *policy_cases())
+    cases = (*CASES, *drafting_cases(), *policy_cases(), *vision_cases())
     assert {c.op for c in cases} | {"sample"} == names  # sample: see test_sample
 
 

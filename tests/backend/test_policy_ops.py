@@ -93,7 +93,12 @@ def others(runner: Runner) -> Iterator[list[Runner]]:
 
 @pytest.mark.only_on("cpu", "simt", "simt-high")
 def test_threads_and_schedules_change_no_bit(runner: Runner, others: list[Runner]) -> None:
-    for case in CASES:
+    assert_no_bit_changes(runner, others, CASES)
+
+
+def assert_no_bit_changes(runner: Runner, others: list[Runner], cases: list[Case]) -> None:
+    """On other numbers of threads, or in other orders of them."""
+    for case in cases:
         first = runner.run(case)
         for threads, other in zip((1, 3, 2), others, strict=False):
             if runner.backend.name == "cpu":  # the pool is the process's

@@ -31,6 +31,7 @@ from tests.backend.draft_cases import SHIFTED, drafting_cases
 from tests.backend.policy_cases import policy_cases
 from tests.backend.runner import Case, Runner, rng_for
 from tests.backend.test_sample import PENALTIES, params_case, sample_case, sampler
+from tests.backend.vision_cases import vision_cases
 
 SEEDS = range(1, 7)  # random schedules; 0 is in order
 
@@ -319,7 +320,7 @@ def watched(request: pytest.FixtureRequest) -> Runner:
 
 def few_and_many(op: str) -> list[Case]:
     """A case of few rows and the one of most; those of policies as they come."""
-    if of_policies := [case for case in policy_cases() if case.op == op]:
+    if of_policies := [case for case in (*policy_cases(), *vision_cases()) if case.op == op]:
         return of_policies
     every = [*all_cases(), *all_cases(SHIFTED), *drafting_cases(), *HOLDS]
     cases = [case for case in every if case.op == op]

@@ -177,9 +177,9 @@ def test_a_policy_and_a_language_model_are_told_apart(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(CheckpointError, match=words):
             flashrt.load_policy(path, device="cpu")
-    (tmp_path / "config.json").write_text('{"type": "act", "chunk_size": 100}')
+    (tmp_path / "config.json").write_text('{"type": "diffusion", "chunk_size": 100}')
     safetensors.numpy.save_file({"a": np.zeros(2, np.float32)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="policy of type 'act', as LeRobot"):
+    with pytest.raises(CheckpointError, match="policy of type 'diffusion', as LeRobot"):
         flashrt.load_policy(tmp_path, device="cpu")
 
 

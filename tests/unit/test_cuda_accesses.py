@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -75,3 +76,16 @@ def test_sampling_is_spread_over_blocks() -> None:
     assert min(launch.grid[0] for launch in launches) >= 64
     small = shape("sample", 1, DType.BF16, DType.BF16, 132, V=kernels.SAMPLE_SHARED_FROM - 1)
     assert len(kernels.EXPANSIONS["sample"](small)) == 3
+
+
+@pytest.mark.parametrize(("n_sms", "vector", "each"), [(1, "v4", 4), (1 << 20, "v2", 2)])
+def test_a_convolution_multiplies_more_than_it_loads(n_sms: int, vector: str, each: int) -> None:
+    """Of a step of 16 k two loads from shared memory and EACH x EACH products. Red where a load is
+    of single numbers, which then are what bounds the kernel.
+    """
+    whole = replace(shape("conv2d", 1, DType.BF16, DType.BF16, n_sms, B=1), n_sms=n_sms)
+    text = ptx(kernels.EXPANSIONS["conv2d"](whole)[0])
+    (body,) = (part for part in text.split(".entry ") if part.startswith("conv2d("))
+    assert len(re.findall(rf"ld\.shared\.{vector}\.[bf]32", body)) == 2 * 16
+    assert not re.findall(r"ld\.shared\.[bf]32", body)
+    assert len(re.findall(r"fma\.rn\.f32", body)) >= 16 * each * each

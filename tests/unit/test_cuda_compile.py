@@ -39,10 +39,12 @@ BESIDE_THE_OPS = ("limits.cu", "random_fill.cu")  # for benchmarks: no expansion
 SIZES = {
     "H": 2560, "V": 248_320, "S": 4096, "B": 16, "I": 9216, "D": 256, "Nq": 16, "Nk": 4, "R2": 32,
     "Hv": 32, "dk": 128, "dv": 128, "C": 8192, "W": 3, "W1": 4, "K": 2560, "N": 9216, "M": 256,
+    "Y": 60, "X": 80,
 }  # fmt: skip
 ATTRS = {
     "key_heads": 16, "key_dim": 128, "eps": 1e-6, "shift": 0, "gated": 1, "normed": 1,
-    "magnitude": 1.0, "parts": 2, "biased": 1, "groups": 1,
+    "magnitude": 1.0, "parts": 2, "biased": 1, "groups": 1, "taps_y": 3, "taps_x": 3, "stride": 1,
+    "padding": 1, "heads": 64,
 }  # fmt: skip
 DENSE_ATTRS = {"gated": 0, "normed": 0}  # a llama's, in place of those
 
@@ -118,6 +120,11 @@ def variants(arch: str, *, is_full: bool) -> Iterator[KernelLaunch]:
                 for n in rows:
                     yield from expansion(shape(op, n, act, cache, 132))
     yield from fused(rows if is_full else rows[:1])
+    whole = shape("conv2d", 1, acts[0], caches[0], 132, B=1)
+    pointwise = replace(whole, attrs=ATTRS | {"taps_y": 1, "taps_x": 1, "padding": 0})
+    for s in (whole, pointwise):
+        for n_sms in (1, 1 << 20):  # both tiles
+            yield from kernels.EXPANSIONS["conv2d"](replace(s, n_sms=n_sms))
     for act in acts:
         for cache in caches:  # a draft's: one row, its keys shifted against positions
             for heads in (16, 24):  # 24: of 27B, in groups of 6

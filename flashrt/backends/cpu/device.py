@@ -39,6 +39,7 @@ INTEGER_CODES = (DType.U4, DType.U5, DType.U6, DType.I8, DType.E2M1)  # of kerne
 _HUGE = 2 << 20
 # Ops whose kernels have neither barriers nor claims: threads need not wait between two runs.
 _APART = frozenset((
+    "max_pool", "layer_norm", "add_rows", "normalize", "attend",
     "embed", "conv_window", "delta_rule", "delta_gates", "rope_append", "last_row", "last_values",
     "last_cursor", "advance", "hold", "rmsnorm", "add_rmsnorm", "gated_rmsnorm", "silu_mul",
     "add_bias",

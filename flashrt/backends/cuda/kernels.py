@@ -11,6 +11,7 @@ give the same bits.
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,7 @@ SAMPLE_CHUNK: Final = 2048  # tokens of a block of `sample_narrow`
 SAMPLE_SHARED_FROM: Final = 16384  # from so many tokens on its blocks share the work
 SAMPLE_PASSES: Final = 5  # launches of it then: three digits for top_k, two more for top_p
 CONV_ROWS: Final = 16  # rows per block of `conv_window` and `gated_conv`
+ATTEND_COLUMNS: Final = 5  # of a lane in `attend`: what shared memory holds of keys and values
 DELTA_FEW_ROWS: Final = 8  # of a run in `delta_few`
 COPY_THREADS: Final = 256
 COPY_ARGS_FORMAT: Final = "@Pi0P"  # copy_batch_args: table, n
@@ -744,6 +746,45 @@ def _policy(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("policy.cu", s.op, (), _x(blocks), _x(128)),)
 
 
+def _conv2d(s: Shape) -> tuple[KernelLaunch, ...]:
+    """Tiles of 64 where they keep all multiprocessors busy, else of 32: the bits are the same."""
+    pixels, n = s.dims["B"] * s.dims["Y"] * s.dims["X"], s.dims["N"]
+    tile = 64 if _ceil(pixels, 64) * _ceil(n, 64) >= s.n_sms else 32
+    is_whole = s.attrs["taps_y"] == s.attrs["taps_x"] == s.attrs["stride"] == 1
+    is_pointwise = is_whole and s.attrs["padding"] == 0
+    defines = _defines(TILE=tile, POINTWISE=int(is_pointwise))
+    grid = (_ceil(pixels, tile), _ceil(n, tile), 1)
+    return (KernelLaunch("conv2d.cu", s.op, defines, grid, _x(256)),)
+
+
+def _max_pool(s: Shape) -> tuple[KernelLaunch, ...]:
+    size = math.prod(s.dims[d] for d in ("B", "Y", "X", "C"))
+    return (KernelLaunch("vision.cu", s.op, (), _x(_ceil(size, 256)), _x(256)),)
+
+
+def _each_element(s: Shape) -> tuple[KernelLaunch, ...]:
+    blocks = _ceil(s.dims["T"] * s.dims["C"], 256)
+    return (KernelLaunch("vision.cu", s.op, (), _x(blocks), _x(256)),)
+
+
+def _layer_norm(s: Shape) -> tuple[KernelLaunch, ...]:
+    c = s.dims["C"]
+    each = _ceil(c, 512)
+    threads = _ceil(_ceil(c, each), WARP) * WARP
+    defines = _defines(EACH=each, THREADS=threads)
+    return (KernelLaunch("layer_norm.cu", s.op, defines, _x(s.dims["T"]), _x(threads)),)
+
+
+def _attend(s: Shape) -> tuple[KernelLaunch, ...]:
+    heads = int(s.attrs["heads"])
+    columns = _ceil(s.dims["C"] // heads, WARP)
+    if columns > ATTEND_COLUMNS:
+        most = ATTEND_COLUMNS * WARP
+        raise PlanError(f"attend: heads of {s.dims['C'] // heads} columns, at most {most}")
+    grid = (_ceil(s.dims["T"], 8), heads, 1)
+    return (KernelLaunch("attend.cu", s.op, _defines(COLUMNS=columns), grid, _x(8 * WARP)),)
+
+
 EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "embed": _embed,
     "rmsnorm": _norm,
@@ -792,6 +833,17 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "norm_linear": _norm_linear,
     "norm_silu": _norm_silu,
     "gated_conv": _gated_conv,
+    "see": _policy,
+    "chunk_begin": _policy,
+    "chunk_end": _policy,
+    "ensemble": _policy,
+    "conv2d": _conv2d,
+    "conv2d_add": _conv2d,
+    "max_pool": _max_pool,
+    "layer_norm": _layer_norm,
+    "add_rows": _each_element,
+    "normalize": _each_element,
+    "attend": _attend,
 }
 
 

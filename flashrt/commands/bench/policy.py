@@ -97,6 +97,9 @@ def bench_policy(
     facts = opening(BenchOptions(checkpoint=path)) | {"model": f"policy {options.policy}"}
     del facts["precision"]
     engine = load_policy(path, device=options.device, lanes=2)
+    if engine.observation_names():
+        engine.close()
+        raise FlashrtError("bench --policy makes up vectors; this policy's observations have names")
     with console.progress_bars() as progress:
         document = {**facts, **of_engine(engine), **measure(engine, options, progress)}
     engine.close()

@@ -55,7 +55,7 @@ def config_of(checkpoint: Checkpoint) -> PolicyConfig:
         return parse_config(config)
     if "model_type" not in config and isinstance(config.get("type"), str):
         what = f"a policy of type {shown(config['type'])}, as LeRobot stores them"
-        way_out = f"flashrt.load_policy runs those of model_type {MODEL_TYPE!r}"
+        way_out = f"flashrt.load_policy runs those of type 'act', or model_type {MODEL_TYPE!r}"
     else:
         what = f"model_type is {shown(config.get('model_type'))}, a policy's is {MODEL_TYPE!r}"
         way_out = "language models load with flashrt.load"

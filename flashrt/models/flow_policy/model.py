@@ -19,20 +19,19 @@ from flashrt.core.op import AttrValue, Op
 from flashrt.core.region import DType, Operand, Region, Role, View
 from flashrt.core.runs import MAX_RUNS
 from flashrt.core.tape import Tape
+from flashrt.models.actions import (
+    ACT_PHASE,
+    OBSERVE,
+    PLAN,
+    PLAN_BEGIN,
+    PLAN_STEP,
+    SHARED,
+    TICK,
+    Input,
+)
 from flashrt.models.flow_policy.config import FREQUENCIES, TIME_FEATURES, PolicyConfig
 from flashrt.ops import table as ops
 from flashrt.weights.rules import WeightRule, dense, vector
-
-OBSERVE, ACT_PHASE, TICK, PLAN = "observe", "act", "tick", "plan"
-PLAN_BEGIN, PLAN_STEP = "plan_begin", "plan_step"  # a plan in slices; PLAN_STEP has a tape per step
-
-# The same of several lanes, in one replay.
-OBSERVE_EACH, ACT_EACH, TICK_EACH, PLAN_EACH = "observe_each", "act_each", "tick_each", "plan_each"
-PLAN_BEGIN_EACH, PLAN_STEP_EACH = "plan_begin_each", "plan_step_each"
-SHARED = {
-    OBSERVE_EACH: OBSERVE, ACT_EACH: ACT_PHASE, TICK_EACH: TICK, PLAN_EACH: PLAN,
-    PLAN_BEGIN_EACH: PLAN_BEGIN, PLAN_STEP_EACH: PLAN_STEP,
-}  # fmt: skip
 
 
 class FlowPolicy:
@@ -43,9 +42,16 @@ class FlowPolicy:
     """
 
     name = "policy"
+    parts = ()
+    has_memory = True
+    action_limit = 1.0
+    finite = ("memory", "encoded", "previous", "action", "queue")
+    cut_off = ()
+    positive = ("stats.observation.std", "stats.action.scale")
 
     def __init__(self, config: PolicyConfig) -> None:
         self.config = config
+        self.inputs = (Input("observation", 0, config.observation_dim),)
         self.identity = dataclasses.asdict(dataclasses.replace(config, card={}))
         self.weights = weight_rules(config)
         self.lane_regions = _lane_regions(config)

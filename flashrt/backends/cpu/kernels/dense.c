@@ -8,7 +8,7 @@
  * panels. IS NOT: for many rows; each row reads the panel again, from cache.
  */
 #include "common.h"
-#include "fmath.h"
+#include "dense.h"
 
 enum { PARTS = LANES / VL }; /* vectors of a panel */
 
@@ -36,19 +36,6 @@ INLINE panel panel_of(const float *x, const float *w, int K) {
   return even;
 }
 
-/* The first `count` floats at p, at most VL; the other lanes 0. */
-INLINE vf load_some(const float *p, int64_t count) {
-  if (count >= VL) return v_load(p);
-  float padded[VL] = {0};
-  for (int64_t i = 0; i < count; i++) padded[i] = p[i];
-  return v_load(padded);
-}
-INLINE void store_some(float *p, vf x, int64_t count) {
-  if (count >= VL) v_store(p, x);
-  else
-    for (int64_t i = 0; i < count; i++) p[i] = x[i];
-}
-
 void op_dense(const dense_args *a, int tid, int nt) {
   span panels = share(ceil_div(a->N, LANES), tid, nt);
   for (int64_t at = panels.begin; at < panels.end; at++) {
@@ -58,7 +45,7 @@ void op_dense(const dense_args *a, int tid, int nt) {
         int64_t n = at * LANES + i * VL, count = a->N - n;
         if (count <= 0) break;
         vf y = sums.part[i] + load_some(a->b + n, count);
-        store_some(a->y + t * a->N + n, a->activation == ACTIVATION_SILU ? v_silu(y) : y, count);
+        store_some(a->y + t * a->N + n, v_activated(y, a->activation), count);
       }
     }
   }

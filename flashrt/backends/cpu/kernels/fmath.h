@@ -46,6 +46,11 @@ INLINE float inverse_rms(const float *x, int n, float eps) {
 INLINE float s_silu(float x) { return x / (1.0f + s_exp(-x)); }
 INLINE vf v_silu(vf x) { return x / (1.0f + v_exp(-x)); }
 
+/* ---- relu ---- */
+
+/* NaN stays NaN. */
+INLINE vf v_relu(vf x) { return v_select(x < 0.0f, v_set(0.0f), x); }
+
 /* ---- log and softplus ---- */
 
 /* log of a positive normal number, about 1 ulp: x = 2^e m with m in [sqrt(1/2), sqrt(2)), and the

@@ -1,4 +1,5 @@
-/* observe, gru_cell, flow_begin, flow_end, take_action: a policy's steps between its dense layers.
+/* observe, see, gru_cell, flow_begin, flow_end, chunk_begin, chunk_end, ensemble, take_action: a policy's steps
+ * between its layers.
  *
  * IS: elementwise work of a few hundred numbers, and the cursor's words. What writes the cursor
  * runs on thread 0 alone. IS NOT: the schedule of plans (the host's), or dense layers (dense.c).
@@ -19,6 +20,10 @@ void op_observe(const observe_args *a, int tid, int nt) {
   }
   memcpy(a->x + a->O, a->previous, (size_t)a->A * sizeof(float));
   a->cursor[POLICY_OBSERVED] = a->cursor[POLICY_TICK];
+}
+
+void op_see(const see_args *a, int tid, int nt) {
+  if (tid == 0) a->cursor[POLICY_OBSERVED] = a->cursor[POLICY_TICK];
 }
 
 /* ---- memory ---- */
@@ -70,24 +75,28 @@ static void normal_noise(float *x, int n, const int32_t *cursor, int32_t tick) {
   }
 }
 
+typedef struct {
+  const float *previous, *queue;
+  int32_t *cursor;
+  int H, A;
+} promises;
+
 /* The action that tick t was promised, or NULL. */
-static const float *promised(const flow_begin_args *a, int32_t t) {
+static const float *promised(const promises *a, int32_t t) {
   const int32_t *c = a->cursor;
   if (t < c[POLICY_TICK]) return t == c[POLICY_TICK] - 1 ? a->previous : NULL;
   int64_t row = (int64_t)t - c[POLICY_CHUNK];
   return t < c[POLICY_STOP] && row >= 0 && row < a->H ? a->queue + row * a->A : NULL;
 }
 
-void op_flow_begin(const flow_begin_args *a, int tid, int nt) {
-  if (tid > 0) return;
-  int32_t *c = a->cursor, t = c[POLICY_OBSERVED] < 0 ? 0 : c[POLICY_OBSERVED];
-  memcpy(a->context, a->memory, (size_t)a->M * sizeof(float));
-  memcpy(a->context + a->M, a->encoded, (size_t)a->E * sizeof(float));
-  float *x = a->flow, *mask = a->flow + a->H * a->A;
-  normal_noise(x, a->H * a->A, c, t);
+/* The first `wanted` rows of x as they are promised from tick t on, and a mask over them; the words
+ * of the plan. */
+static void begin_plan(const promises *a, int32_t t, int wanted, float *x, float *mask, int execute,
+                       int steps) {
+  int32_t *c = a->cursor;
   int committed = 0;
   for (int j = 0; j < a->H; j++) {
-    const float *action = j < a->request[REQUEST_COMMITTED] ? promised(a, t + j) : NULL;
+    const float *action = j < wanted ? promised(a, t + j) : NULL;
     if (action) {
       memcpy(x + j * a->A, action, (size_t)a->A * sizeof(float));
       committed = j + 1;
@@ -95,16 +104,71 @@ void op_flow_begin(const flow_begin_args *a, int tid, int nt) {
     mask[j] = action ? 1.0f : 0.0f;
   }
   c[POLICY_PLAN_TICK] = t;
-  c[POLICY_PLAN_STOP] = t + (int32_t)min_of(committed + a->execute, a->H);
-  c[POLICY_PLAN_STEPS_LEFT] = a->steps;
+  c[POLICY_PLAN_STOP] = t + (int32_t)min_of(committed + execute, a->H);
+  c[POLICY_PLAN_STEPS_LEFT] = steps;
+}
+
+/* The chunk of a plan is in the queue: it is in force. */
+static void end_plan(int32_t *c) {
+  c[POLICY_CHUNK] = c[POLICY_PLAN_TICK];
+  c[POLICY_STOP] = c[POLICY_PLAN_STOP];
+  c[POLICY_PLAN_STEPS_LEFT] = 0;
+}
+
+static int32_t observed_tick(const int32_t *c) {
+  return c[POLICY_OBSERVED] < 0 ? 0 : c[POLICY_OBSERVED];
+}
+
+void op_flow_begin(const flow_begin_args *a, int tid, int nt) {
+  if (tid > 0) return;
+  int32_t t = observed_tick(a->cursor);
+  promises known = {a->previous, a->queue, a->cursor, a->H, a->A};
+  memcpy(a->context, a->memory, (size_t)a->M * sizeof(float));
+  memcpy(a->context + a->M, a->encoded, (size_t)a->E * sizeof(float));
+  float *x = a->flow, *mask = a->flow + a->H * a->A;
+  normal_noise(x, a->H * a->A, a->cursor, t);
+  begin_plan(&known, t, a->request[REQUEST_COMMITTED], x, mask, a->execute, a->steps);
 }
 
 void op_flow_end(const flow_end_args *a, int tid, int nt) {
   if (tid > 0) return;
   for (int i = 0; i < a->H * a->A; i++) a->queue[i] = clip(a->x[i], 1.0f);
-  a->cursor[POLICY_CHUNK] = a->cursor[POLICY_PLAN_TICK];
-  a->cursor[POLICY_STOP] = a->cursor[POLICY_PLAN_STOP];
-  a->cursor[POLICY_PLAN_STEPS_LEFT] = 0;
+  end_plan(a->cursor);
+}
+
+void op_chunk_begin(const chunk_begin_args *a, int tid, int nt) {
+  if (tid > 0) return;
+  promises known = {a->previous, a->queue, a->cursor, a->H, a->A};
+  float *x = a->kept, *mask = a->kept + a->H * a->A;
+  memset(x, 0, (size_t)a->H * (size_t)a->A * sizeof(float));
+  begin_plan(&known, observed_tick(a->cursor), a->request[REQUEST_COMMITTED], x, mask, a->execute,
+             a->steps);
+}
+
+void op_chunk_end(const chunk_end_args *a, int tid, int nt) {
+  if (tid > 0) return;
+  const float *mask = a->kept + a->H * a->A;
+  for (int j = 0; j < a->H; j++) {
+    const float *row = (mask[j] != 0.0f ? a->kept : a->chunk) + j * a->A;
+    memcpy(a->queue + j * a->A, row, (size_t)a->A * sizeof(float));
+  }
+  end_plan(a->cursor);
+}
+
+void op_ensemble(const ensemble_args *a, int tid, int nt) {
+  if (tid > 0) return;
+  int is_next = a->cursor[POLICY_CHUNK] == a->cursor[POLICY_PLAN_TICK] - 1;
+  for (int j = 0; j < a->H; j++) {
+    float *y = a->average + j * a->A;
+    const float *x = a->chunk + j * a->A;
+    float known = is_next && j + 1 < a->H ? a->counts[j + 1] : 0.0f;
+    int is_known = known >= 1.0f && known < (float)a->H, c = is_known ? (int)known : 0;
+    for (int i = 0; i < a->A; i++) {
+      float before = is_known ? y[a->A + i] * a->sums[c - 1] : 0.0f;
+      y[i] = is_known ? s_fma(x[i], a->weights[c], before) / a->sums[c] : x[i];
+    }
+    a->counts[j] = (float)(c + 1);
+  }
 }
 
 /* ---- actions ---- */

@@ -1,0 +1,1 @@
+"""Rank 3: ACT, the Action Chunking Transformer, as LeRobot stores it."""

@@ -1,0 +1,31 @@
+"""The choice of a policy's family, by its config.json.
+
+IS: `policy_for`. IS NOT: a family, or a backend.
+"""
+
+from __future__ import annotations
+
+from flashrt.base.errors import CheckpointError
+from flashrt.models.act import config as act_config
+from flashrt.models.act.model import Act
+from flashrt.models.act.weights import scaling_of
+from flashrt.models.actions import ActionModel
+from flashrt.models.flow_policy.config import config_of
+from flashrt.models.flow_policy.model import FlowPolicy
+from flashrt.weights.checkpoint import Checkpoint
+
+
+def policy_for(checkpoint: Checkpoint) -> tuple[ActionModel, Checkpoint]:
+    """The model of a policy's checkpoint, and the checkpoint as its weight rules name it.
+
+    Raises CheckpointError for another model, or naming all that is wrong with the config.
+    """
+    config = checkpoint.config
+    if "model_type" in config or config.get("type") != act_config.TYPE:
+        return FlowPolicy(config_of(checkpoint)), checkpoint
+    try:
+        sizes = act_config.parse_config(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    model = Act(sizes, scaling_of(checkpoint, sizes))
+    return model, model.filled.read_from(checkpoint)

@@ -1,0 +1,89 @@
+"""Images and rows of features in float32: convolution, pooling, layer norm, attention to all keys.
+
+IS: signatures. IS NOT: code; see `table`. Images are [B, H, W, C]: B of them, channels last. A row
+of features is a pixel of one column: a dense layer over T rows is the convolution of 1 x 1 taps
+over an image of T x 1.
+"""
+
+from __future__ import annotations
+
+from flashrt.core.op import Attr, Op
+from flashrt.ops.linear import Activation
+from flashrt.ops.params import f32, f32_matrix
+
+_GEOMETRY = (
+    Attr("taps_y"),
+    Attr("taps_x"),
+    Attr("stride"),
+    Attr("padding"),
+    Attr("dilation"),
+    Attr("activation", names=Activation),
+)
+CONV2D = Op(
+    "conv2d",
+    "y = f(b + sum over taps and channels of w x), f the identity, silu or relu; beyond its border "
+    "an image is 0; w holds [N, taps_y, taps_x, C]; the order of each sum depends on K alone",
+    (
+        f32("x", "r", "B", "H", "W", "C"),
+        f32_matrix("w", "N", "K"),
+        f32("b", "r", "N"),
+        f32("y", "w", "B", "Y", "X", "N"),
+    ),
+    _GEOMETRY,
+)
+CONV2D_ADD = Op(
+    "conv2d_add",
+    "y = f(y + (b + sum over taps and channels of w x)), else as conv2d",
+    (
+        f32("x", "r", "B", "H", "W", "C"),
+        f32_matrix("w", "N", "K"),
+        f32("b", "r", "N"),
+        f32("y", "rw", "B", "Y", "X", "N"),
+    ),
+    _GEOMETRY,
+)
+MAX_POOL = Op(
+    "max_pool",
+    "y = the largest x of a window of taps x taps pixels, those beyond the border left out",
+    (f32("x", "r", "B", "H", "W", "C"), f32("y", "w", "B", "Y", "X", "C")),
+    (Attr("taps"), Attr("stride"), Attr("padding")),
+)
+LAYER_NORM = Op(
+    "layer_norm",
+    "y = (x - mean) / sqrt(variance + eps) * w + b, mean and variance of each row",
+    (
+        f32("x", "r", "T", "C"),
+        f32("w", "r", "C"),
+        f32("b", "r", "C"),
+        f32("y", "w", "T", "C"),
+    ),
+    (Attr("eps", "float32"),),
+)
+ADD_ROWS = Op(
+    "add_rows",
+    "y = x + r",
+    (f32("x", "r", "T", "C"), f32("r", "r", "T", "C"), f32("y", "w", "T", "C")),
+)
+NORMALIZE = Op(
+    "normalize",
+    "y = (x - mean) / std - shift, per column",
+    (
+        f32("x", "r", "T", "C"),
+        f32("mean", "r", "C"),
+        f32("std", "r", "C"),
+        f32("y", "w", "T", "C"),
+    ),
+    (Attr("shift", "float32"),),
+)
+ATTEND = Op(
+    "attend",
+    "y = softmax(q k^T / sqrt(D)) v per head of D = C / heads columns: each row sees all S keys, in"
+    " their order, which fixes the order of each sum",
+    (
+        f32("q", "r", "T", "C", strided=True),
+        f32("k", "r", "S", "C", strided=True),
+        f32("v", "r", "S", "C", strided=True),
+        f32("y", "w", "T", "C"),
+    ),
+    (Attr("heads"),),
+)
