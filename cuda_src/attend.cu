@@ -1,7 +1,8 @@
-// attend.cu - attend: attention of rows over all keys, in float32; no cache, no order.
+// attend.cu - attend, attend_patches: attention of rows over all keys, in float32; no cache, no order.
 //
-// Contract: y = softmax(q k^T / sqrt(D)) v per head of D = C / heads columns.
-// Shapes:   q [T, C], k, v [S, C] with strides of their own, y [T, C].
+// Contract: y = softmax(q k^T / sqrt(D)) v per head of D = C / heads columns; attend_patches: of the
+//           cursor's rows among themselves.
+// Shapes:   q [T, C], k, v [S, C] with strides of their own, y [T, C], of attend_patches activations.
 // Order:    keys in blocks of 32, ascending: lane j has the score of key j of a block, one chain of fma
 //           over the head's columns. Weights are relative to the largest score so far, what was summed
 //           before is scaled to a new one; lane i adds up column i, i + 32, ... over ascending keys, and
@@ -11,27 +12,27 @@
 
 constexpr int WARPS = 8, KEYS = 32, PITCH = 32 * COLUMNS + 1;
 
-KERNEL(32 * WARPS) attend(ARGS attend_args launch) {
-  OPEN_RUN(attend);
-  begin();
+// `put(i, value)` of each column of row blockIdx.x * WARPS + warp; T rows, S keys.
+template <typename Args, typename Put>
+DEVICE void attend_row(const Args& a, int T, int S, Put put) {
   __shared__ float keys[KEYS][PITCH], values[KEYS][PITCH], queries[WARPS][PITCH];
   int D = a.C / a.heads, head = blockIdx.y * D, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   int t = blockIdx.x * WARPS + warp;
   for (int c = lane; c < D; c += 32)
-    queries[warp][c] = t < a.T ? a.q[(size_t)t * a.q_stride + head + c] : 0.0f;
+    queries[warp][c] = t < T ? a.q[(size_t)t * a.q_stride + head + c] : 0.0f;
   float scale = rsqrt_f32((float)D), largest = -INF, total = 0.0f, y[COLUMNS];
 #pragma unroll
   for (int i = 0; i < COLUMNS; i++) y[i] = 0.0f;
-  for (int first = 0; first < a.S; first += KEYS) {
+  for (int first = 0; first < S; first += KEYS) {
     __syncthreads();  // the block before is used up
-    for (int j = warp; j < KEYS && first + j < a.S; j += WARPS) {
+    for (int j = warp; j < KEYS && first + j < S; j += WARPS) {
       for (int c = lane; c < D; c += 32) {
         keys[j][c] = a.k[(size_t)(first + j) * a.k_stride + head + c];
         values[j][c] = a.v[(size_t)(first + j) * a.v_stride + head + c];
       }
     }
     __syncthreads();
-    int n = min(KEYS, a.S - first);
+    int n = min(KEYS, S - first);
     float score = -INF;
     if (lane < n) {
       float sum = 0.0f;
@@ -58,8 +59,22 @@ KERNEL(32 * WARPS) attend(ARGS attend_args launch) {
     }
   }
   total = warp_sum(total);
-  if (t >= a.T) return;
+  if (t >= T) return;
 #pragma unroll
   for (int i = 0; i < COLUMNS; i++)
-    if (lane + 32 * i < D) a.y[(size_t)t * a.C + head + lane + 32 * i] = y[i] / total;
+    if (lane + 32 * i < D) put((size_t)t * a.C + head + lane + 32 * i, y[i] / total);
+}
+
+KERNEL(32 * WARPS) attend(ARGS attend_args launch) {
+  OPEN_RUN(attend);
+  begin();
+  attend_row(a, a.T, a.S, [&](size_t at, float y) { a.y[at] = y; });
+}
+
+KERNEL(32 * WARPS) attend_patches(ARGS attend_patches_args launch) {
+  OPEN_RUN(attend_patches);
+  begin();
+  int rows = a.cursor[CURSOR_ROWS];
+  if (blockIdx.x * WARPS >= rows) return;
+  attend_row(a, rows, rows, [&](size_t at, float y) { ((act_t*)a.y)[at] = to_act(y); });
 }

@@ -10,6 +10,7 @@ op leaves the element as it was: rows at or beyond the valid ones come back as t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -237,6 +238,52 @@ def relu_squared(o: Operands) -> Results:
     return {"y": o.padded("y", np.maximum(o.valid("u"), 0) ** 2)}
 
 
+def activations(o: Operands) -> Results:
+    return {"y": o.padded("y", o.valid("x"))}
+
+
+def mix_rows(o: Operands) -> Results:
+    mixed = (o["table"][o.valid("rows").astype(int)] * o.valid("weights")[:, :, None]).sum(1)
+    return {"y": o.padded("y", mixed)}
+
+
+def add_layer_norm(o: Operands) -> Results:
+    x = o.valid("x") + o.valid("r")
+    centred = x - x.mean(1, keepdims=True)
+    scale = 1 / np.sqrt((centred**2).mean(1, keepdims=True) + o.attrs["eps"])
+    return {"x": o.padded("x", x), "y": o.padded("y", centred * scale * o["w"] + o["b"])}
+
+
+def gelu(o: Operands) -> Results:
+    u = o.valid("u")
+    if o.attrs["tanh"]:
+        share = (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3))) / 2
+    else:
+        share = (1 + np.vectorize(math.erf, [float])(u / np.sqrt(2))) / 2
+    return {"y": o.padded("y", u * share)}
+
+
+def turn_patches(o: Operands) -> Results:
+    x, inv_freq = o.valid("x"), o["inv_freq"]
+    heads = x.reshape(len(x), -1, 4 * len(inv_freq))
+    angles = (o.valid("places")[:, :, None] * inv_freq).reshape(len(x), 1, -1)
+    low, high = np.split(heads, 2, axis=2)
+    cosine, sine = np.cos(angles), np.sin(angles)
+    turned = np.concatenate([low * cosine - high * sine, high * cosine + low * sine], axis=2)
+    return {"x": o.padded("x", turned.reshape(x.shape))}
+
+
+def attend_patches(o: Operands) -> Results:
+    heads = int(o.attrs["heads"])
+    (_, columns), n = o["q"].shape, o.rows("q")
+    size = columns // heads
+    q, k, v = (o.valid(name).reshape(n, heads, size).swapaxes(0, 1) for name in "qkv")
+    scores = q @ k.swapaxes(1, 2) / np.sqrt(size)
+    p = np.exp(scores - scores.max(2, keepdims=True, initial=-np.inf))
+    y = (p / p.sum(2, keepdims=True)) @ v
+    return {"y": o.padded("y", y.swapaxes(0, 1).reshape(n, columns))}
+
+
 def add_bias(o: Operands) -> Results:
     return {"x": o.padded("x", o.valid("x") + o["b"])}
 
@@ -428,5 +475,6 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
         take_token, gated_conv,
         conv_biased, ssm, silu_rmsnorm, scale_rows,
         relu_squared,
+        activations, mix_rows, add_layer_norm, gelu, turn_patches, attend_patches,
     )
 }  # fmt: skip

@@ -1,15 +1,16 @@
-"""Images and rows of features in float32: convolution, pooling, layer norm, attention to all keys.
+"""Images and rows of features: convolution, pooling, layer norm, attention to all keys.
 
 IS: signatures. IS NOT: code; see `table`. Images are [B, H, W, C]: B of them, channels last. A row
 of features is a pixel of one column: a dense layer over T rows is the convolution of 1 x 1 taps
-over an image of T x 1.
+over an image of T x 1. Ops with a cursor are of a tower, whose images have any number of patches: a
+row of T is a patch, and `cursor.rows` of them are the image's.
 """
 
 from __future__ import annotations
 
 from flashrt.core.op import Attr, Op
 from flashrt.ops.linear import Activation
-from flashrt.ops.params import f32, f32_matrix
+from flashrt.ops.params import CURSOR, act, f32, f32_matrix, i32
 
 _GEOMETRY = (
     Attr("taps_y"),
@@ -84,6 +85,68 @@ ATTEND = Op(
         f32("k", "r", "S", "C", strided=True),
         f32("v", "r", "S", "C", strided=True),
         f32("y", "w", "T", "C"),
+    ),
+    (Attr("heads"),),
+)
+
+# -- of a tower --------------------------------------------------------------------------------
+
+ACTIVATIONS = Op(
+    "activations",
+    "y = x, as `linear` reads it",
+    (f32("x", "r", "T", "C"), CURSOR, act("y", "w", "T", "C")),
+)
+MIX_ROWS = Op(
+    "mix_rows",
+    "y[t] = the sum over four rows of the table, ascending i, of weights[t, i] table[rows[t, i]]",
+    (
+        f32("table", "r", "N", "C"),
+        i32("rows", "r", "T", 4),
+        f32("weights", "r", "T", 4),
+        CURSOR,
+        f32("y", "w", "T", "C"),
+    ),
+)
+ADD_LAYER_NORM = Op(
+    "add_layer_norm",
+    "x += r; y as of layer_norm",
+    (
+        f32("x", "rw", "T", "C"),
+        f32("r", "r", "T", "C"),
+        f32("w", "r", "C"),
+        f32("b", "r", "C"),
+        CURSOR,
+        act("y", "w", "T", "C"),
+    ),
+    (Attr("eps", "float32"),),
+)
+GELU = Op(
+    "gelu",
+    "y = u Phi(u), Phi the normal distribution function; where `tanh`, its approximation "
+    "(1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3))) / 2",
+    (f32("u", "r", "T", "I"), CURSOR, act("y", "w", "T", "I")),
+    (Attr("tanh"),),
+)
+TURN_PATCHES = Op(
+    "turn_patches",
+    "rope in place over heads of D = 4 R dims: dims j and j + 2 R, j < 2 R, turn by the angle "
+    "places[t, 0] inv_freq[j] where j < R, else places[t, 1] inv_freq[j - R]",
+    (
+        f32("x", "rw", "T", "C", strided=True),
+        i32("places", "r", "T", 2),
+        f32("inv_freq", "r", "R"),
+        CURSOR,
+    ),
+)
+ATTEND_PATCHES = Op(
+    "attend_patches",
+    "as attend, of the valid rows among themselves",
+    (
+        f32("q", "r", "T", "C", strided=True),
+        f32("k", "r", "T", "C", strided=True),
+        f32("v", "r", "T", "C", strided=True),
+        CURSOR,
+        act("y", "w", "T", "C"),
     ),
     (Attr("heads"),),
 )

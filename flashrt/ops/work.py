@@ -29,6 +29,7 @@ _FLOP: Mapping[Op, Callable[[Mapping[str, int], int, int], int]] = {
     ops.CONV2D: lambda dims, rows, pairs: _convolution_flop(dims),
     ops.CONV2D_ADD: lambda dims, rows, pairs: _convolution_flop(dims),
     ops.ATTEND: lambda dims, rows, pairs: 4 * dims["T"] * dims["S"] * dims["C"],
+    ops.ATTEND_PATCHES: lambda dims, rows, pairs: 4 * rows * rows * dims["C"],
 }
 
 

@@ -269,6 +269,51 @@ def relu_squared(T: int, n: int, I: int, is_wide: bool = False) -> Case:  # noqa
     return Case("relu_squared", operands, dtypes=wide("y", is_wide))
 
 
+def activations(T: int, n: int, C: int) -> Case:
+    operands = {
+        "x": valid(randn(rng_for("activations", T, n, C), T, C), n), "cursor": cursor(5, n),
+        "y": (T, C),
+    }  # fmt: skip
+    return Case("activations", operands)
+
+
+def mix_rows(T: int, n: int, N: int, C: int) -> Case:
+    rng = rng_for("mix_rows", T, n, N, C)
+    rows = rng.integers(0, N, (T, 4)).astype(np.int32)
+    rows[n:] = -(2**31)
+    operands = {
+        "table": randn(rng, N, C), "rows": rows, "weights": valid(randn(rng, T, 4), n),
+        "cursor": cursor(5, n), "y": (T, C),
+    }  # fmt: skip
+    return Case("mix_rows", operands)
+
+
+def add_layer_norm(T: int, n: int, C: int, is_wide: bool = False) -> Case:
+    rng = rng_for("add_layer_norm", T, n, C)
+    operands = {
+        "x": valid(randn(rng, T, C), n), "r": valid(1 + randn(rng, T, C), n),
+        "w": 1 + randn(rng, C), "b": randn(rng, C), "cursor": cursor(5, n), "y": (T, C),
+    }  # fmt: skip
+    return Case("add_layer_norm", operands, {"eps": EPS}, wide("y", is_wide))
+
+
+def gelu(T: int, n: int, I: int, tanh: int) -> Case:  # noqa: E741
+    rng = rng_for("gelu", T, n, I)
+    operands = {"u": valid(randn(rng, T, I, scale=3), n), "cursor": cursor(5, n), "y": (T, I)}
+    return Case("gelu", operands, {"tanh": tanh})
+
+
+def turn_patches(T: int, n: int, heads: int, R: int, margin: tuple[int, int]) -> Case:
+    rng = rng_for("turn_patches", T, n, heads, R)
+    places = rng.integers(0, 99, (T, 2)).astype(np.int32)
+    places[n:] = -(2**31)
+    operands = {
+        "x": valid(randn(rng, T, 4 * R * heads), n), "places": places,
+        "inv_freq": 10.0 ** -np.linspace(0, 4, R, dtype=np.float32), "cursor": cursor(5, n),
+    }  # fmt: skip
+    return Case("turn_patches", operands, margin=margin)
+
+
 def add_bias(T: int, n: int, N: int) -> Case:
     rng = rng_for("add_bias", T, n, N)
     operands = {"x": valid(randn(rng, T, N), n), "b": randn(rng, N), "cursor": cursor(5, n)}
@@ -386,6 +431,13 @@ GRID: Grid = (
     )),
     (scale_rows, ({"N": 96, "factor": 12.0}, {"N": 1000, "factor": 0.3})),
     (relu_squared, ({"I": 200}, {"I": 1028, "is_wide": True})),
+    (activations, ({"C": 96},)),
+    (mix_rows, ({"N": 36, "C": 96},)),
+    (add_layer_norm, ({"C": 96}, {"C": 1152, "is_wide": True})),
+    (gelu, ({"I": 200, "tanh": 0}, {"I": 304, "tanh": 1})),
+    (turn_patches, (
+        {"heads": 2, "R": 16, "margin": (0, 0)}, {"heads": 3, "R": 18, "margin": (4, 8)},
+    )),
 )  # fmt: skip
 
 # Sizes that are no multiple of anything, for scalar tails.
@@ -425,6 +477,11 @@ ODD: Grid = (
     (silu_rmsnorm, ({"C": 111, "groups": 3, "margin": (1, 1)},)),
     (scale_rows, ({"N": 37, "factor": -0.7},)),
     (relu_squared, ({"I": 37}, {"I": 45, "is_wide": True})),
+    (activations, ({"C": 37},)),
+    (mix_rows, ({"N": 5, "C": 37},)),
+    (add_layer_norm, ({"C": 37},)),
+    (gelu, ({"I": 37, "tanh": 0}, {"I": 45, "tanh": 1})),
+    (turn_patches, ({"heads": 3, "R": 5, "margin": (1, 3)},)),
 )
 
 

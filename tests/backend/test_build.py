@@ -37,7 +37,8 @@ def test_every_kernel_is_compiled_and_reported(
     missing = [op for op in EXPANSIONS if not any(kernel.startswith(op) for kernel in kernels)]
     # rows of this shape are so short that norm_silu has room; others are of other families
     of_families = {
-        "conv_biased", "gated_conv", "relu_squared", "scale_rows", "silu_rmsnorm", "ssm",
+        "activations", "add_layer_norm", "attend_patches", "conv_biased", "gated_conv", "gelu",
+        "mix_rows", "relu_squared", "scale_rows", "silu_rmsnorm", "ssm", "turn_patches",
     }  # fmt: skip
     assert set(missing) == {"linear_silu", *of_families}
     assert {"copy_batch", "digest_terms"} <= kernels

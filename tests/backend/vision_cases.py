@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from flashrt.ops.table import IDENTITY, RELU, SILU
-from tests.backend.cases import randn
+from tests.backend.cases import cursor, randn, valid
 from tests.backend.policy_cases import SEED, words
 from tests.backend.runner import Case, rng_for
 
@@ -104,6 +104,17 @@ def attend(T: int, S: int, heads: int, D: int, margin: tuple[int, int] = (0, 0))
     return Case("attend", operands, {"heads": heads}, margin=margin)
 
 
+def attend_patches(T: int, n: int, heads: int, D: int, margin: tuple[int, int] = (0, 0)) -> Case:
+    """Rows from n on are NaN: neither asked nor seen."""
+    rng = rng_for("attend_patches", n, heads, D)
+    rows = (valid(randn(rng, T, heads * D, scale=2), n) for _ in "qkv")
+    operands = dict(zip("qkv", rows, strict=True)) | {"cursor": cursor(0, n), "y": (T, heads * D)}
+    return Case(
+        "attend_patches", operands, {"heads": heads}, margin=margin,
+        label=f"attend_patches-{n}/{T}-{heads}x{D}",
+    )  # fmt: skip
+
+
 def vision_cases() -> list[Case]:
     """All of them."""
     convolutions = [conv2d(*c, activation=RELU * (i % 2)) for i, c in enumerate(CONVOLUTIONS)]
@@ -115,5 +126,7 @@ def vision_cases() -> list[Case]:
         add_rows(1, 1), add_rows(7, 300), normalize(1, 1, 0.0), normalize(9, 33, 1.0),
         attend(1, 1, 1, 1), attend(9, 33, 2, 5), attend(17, 300, 3, 40, (3, 5)),
         attend(4, 128, 1, 64), attend(3, 70, 2, 160),
+        attend_patches(1, 1, 1, 4), attend_patches(64, 33, 2, 8), attend_patches(16, 0, 1, 8),
+        attend_patches(96, 70, 1, 72, (4, 8)),
         Case("see", {"cursor": words(tick=9, observed=3, **SEED)}),
     ]  # fmt: skip

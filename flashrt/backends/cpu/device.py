@@ -46,6 +46,7 @@ _APART = frozenset((
     "conv_biased", "ssm", "silu_rmsnorm", "scale_rows",
     "keep_rows", "keep_values", "dense", "dense_add", "gru_cell", "gated_conv",
     "relu_squared",
+    "activations", "mix_rows", "add_layer_norm", "gelu", "turn_patches", "attend_patches",
 ))  # fmt: skip
 _MOST_ARGUMENTS = 1024  # of kernels/runtime.c
 _ALIGN = 64  # of argument blocks: one cache line each

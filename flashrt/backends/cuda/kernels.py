@@ -771,7 +771,7 @@ def _layer_norm(s: Shape) -> tuple[KernelLaunch, ...]:
     c = s.dims["C"]
     each = _ceil(c, 512)
     threads = _ceil(_ceil(c, each), WARP) * WARP
-    defines = _defines(EACH=each, THREADS=threads)
+    defines = _act(s) + _defines(EACH=each, THREADS=threads)
     return (KernelLaunch("layer_norm.cu", s.op, defines, _x(s.dims["T"]), _x(threads)),)
 
 
@@ -782,7 +782,16 @@ def _attend(s: Shape) -> tuple[KernelLaunch, ...]:
         most = ATTEND_COLUMNS * WARP
         raise PlanError(f"attend: heads of {s.dims['C'] // heads} columns, at most {most}")
     grid = (_ceil(s.dims["T"], 8), heads, 1)
-    return (KernelLaunch("attend.cu", s.op, _defines(COLUMNS=columns), grid, _x(8 * WARP)),)
+    defines = _act(s) + _defines(COLUMNS=columns)
+    return (KernelLaunch("attend.cu", s.op, defines, grid, _x(8 * WARP)),)
+
+
+def _of_patches(s: Shape) -> tuple[KernelLaunch, ...]:
+    columns = s.dims["I"] if s.op == "gelu" else s.dims["C"]
+    if s.op == "turn_patches":
+        columns //= 2
+    grid = (_ceil(columns, 256), s.dims["T"], 1)
+    return (KernelLaunch("tower.cu", s.op, _act(s), grid, _x(256)),)
 
 
 EXPANSIONS: Final[Mapping[str, Expansion]] = {
@@ -844,6 +853,12 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "add_rows": _each_element,
     "normalize": _each_element,
     "attend": _attend,
+    "activations": _of_patches,
+    "mix_rows": _of_patches,
+    "add_layer_norm": _layer_norm,
+    "gelu": _of_patches,
+    "turn_patches": _of_patches,
+    "attend_patches": _attend,
 }
 
 

@@ -1,5 +1,5 @@
-/* attend: attention of rows over all keys, in float32; no cache, no order. See attention.c for keys of
- * a cache.
+/* attend, attend_patches: attention of rows over all keys, in float32; no cache, no order. See
+ * attention.c for keys of a cache.
  *
  * Order: keys in blocks of KEYS, ascending. A score is one chain of fma over a head's columns. Weights
  * are relative to the largest score so far, and what was summed up before is scaled to a new one. A
@@ -168,4 +168,20 @@ void op_attend(const attend_args *a, int tid, int nt) {
       for (int c = 0; c < D; c++) y[(int64_t)r * a->C + c] /= u.total[r];
     }
   }
+}
+
+void op_attend_patches(const attend_patches_args *a, int tid, int nt) {
+  int rows = rows_of(a->cursor, a->T);
+  attend_args valid = {.q = a->q,
+                       .k = a->k,
+                       .v = a->v,
+                       .y = a->y,
+                       .T = rows,
+                       .S = rows,
+                       .C = a->C,
+                       .q_stride = a->q_stride,
+                       .k_stride = a->k_stride,
+                       .v_stride = a->v_stride,
+                       .heads = a->heads};
+  op_attend(&valid, tid, nt);
 }

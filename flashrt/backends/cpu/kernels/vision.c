@@ -1,5 +1,5 @@
-/* max_pool, layer_norm, add_rows, normalize: what images and rows of features need between their
- * convolutions.
+/* max_pool, layer_norm, add_rows, normalize, and of a tower activations, mix_rows, add_layer_norm,
+ * gelu, turn_patches: what images and rows of features need between their convolutions and products.
  *
  * IS: one thread per pixel or row, so that a row's bits depend on the row alone. IS NOT: attention;
  * see attend.c.
@@ -57,18 +57,20 @@ INLINE float row_sum(const float *x, int n, const float *mean) {
   return lanes[0];
 }
 
+INLINE void norm_row(float *y, const float *x, const float *w, const float *b, int C, float eps) {
+  float mean = row_sum(x, C, NULL) / (float)C;
+  float scale = s_rsqrt(row_sum(x, C, &mean) / (float)C + eps);
+  int i = 0;
+  for (; i + VL <= C; i += VL) {
+    v_store(y + i, v_fma((v_load(x + i) - mean) * scale, v_load(w + i), v_load(b + i)));
+  }
+  for (; i < C; i++) y[i] = s_fma((x[i] - mean) * scale, w[i], b[i]);
+}
+
 void op_layer_norm(const layer_norm_args *a, int tid, int nt) {
   span rows = share(a->T, tid, nt);
-  int C = a->C;
   for (int64_t t = rows.begin; t < rows.end; t++) {
-    const float *x = a->x + t * C;
-    float *y = a->y + t * C, mean = row_sum(x, C, NULL) / (float)C;
-    float scale = s_rsqrt(row_sum(x, C, &mean) / (float)C + a->eps);
-    int i = 0;
-    for (; i + VL <= C; i += VL) {
-      v_store(y + i, v_fma((v_load(x + i) - mean) * scale, v_load(a->w + i), v_load(a->b + i)));
-    }
-    for (; i < C; i++) y[i] = s_fma((x[i] - mean) * scale, a->w[i], a->b[i]);
+    norm_row(a->y + t * a->C, a->x + t * a->C, a->w, a->b, a->C, a->eps);
   }
 }
 
@@ -82,6 +84,84 @@ void op_normalize(const normalize_args *a, int tid, int nt) {
   for (int64_t t = rows.begin; t < rows.end; t++) {
     for (int c = 0; c < a->C; c++) {
       a->y[t * a->C + c] = (a->x[t * a->C + c] - a->mean[c]) / a->std[c] - a->shift;
+    }
+  }
+}
+
+/* ---- of a tower ---- */
+
+void op_activations(const activations_args *a, int tid, int nt) {
+  span all = share((int64_t)rows_of(a->cursor, a->T) * a->C, tid, nt);
+  for (int64_t i = all.begin; i < all.end; i++) ((float *)a->y)[i] = a->x[i];
+}
+
+void op_mix_rows(const mix_rows_args *a, int tid, int nt) {
+  span rows = share(rows_of(a->cursor, a->T), tid, nt);
+  for (int64_t t = rows.begin; t < rows.end; t++) {
+    for (int c = 0; c < a->C; c++) {
+      float sum = 0.0f;
+      UNROLL for (int i = 0; i < 4; i++) {
+        sum = s_fma(a->weights[4 * t + i], a->table[(int64_t)a->rows[4 * t + i] * a->C + c], sum);
+      }
+      a->y[t * a->C + c] = sum;
+    }
+  }
+}
+
+void op_add_layer_norm(const add_layer_norm_args *a, int tid, int nt) {
+  span rows = share(rows_of(a->cursor, a->T), tid, nt);
+  for (int64_t t = rows.begin; t < rows.end; t++) {
+    float *x = a->x + t * a->C;
+    const float *r = a->r + t * a->C;
+    for (int i = 0; i < a->C; i++) x[i] += r[i];
+    norm_row((float *)a->y + t * a->C, x, a->w, a->b, a->C, a->eps);
+  }
+}
+
+/* 2 Phi(-z), z >= 0: 7.1.26 of Abramowitz and Stegun, within 1.5e-7. */
+INLINE vf v_tails(vf z) {
+  vf at = z * 0.70710678f, t = 1.0f / v_fma(at, v_set(0.3275911f), v_set(1.0f));
+  vf p = v_fma(v_set(1.061405429f), t, v_set(-1.453152027f));
+  p = v_fma(p, t, v_set(1.421413741f));
+  p = v_fma(p, t, v_set(-0.284496736f));
+  p = v_fma(p, t, v_set(0.254829592f));
+  return p * t * v_exp(-at * at);
+}
+
+INLINE vf v_gelu(vf u, const int is_tanh) {
+  if (is_tanh) { /* (1 + tanh(s / 2)) / 2 is the sigmoid of s */
+    return u * v_sigmoid(1.5957691216f * v_fma(u * u * u, v_set(0.044715f), u));
+  }
+  vf half = 0.5f * v_tails(v_select(u < 0.0f, -u, u));
+  return u * v_select(u < 0.0f, half, 1.0f - half);
+}
+
+void op_gelu(const gelu_args *a, int tid, int nt) {
+  span all = share((int64_t)rows_of(a->cursor, a->T) * a->I, tid, nt);
+  float *y = a->y;
+  int64_t i = all.begin;
+  for (; i + VL <= all.end; i += VL) v_store(y + i, v_gelu(v_load(a->u + i), a->tanh));
+  if (i < all.end) { /* a lane's bits do not depend on the others */
+    float rest[VL] = {0};
+    memcpy(rest, a->u + i, (size_t)(all.end - i) * sizeof(float));
+    v_store(rest, v_gelu(v_load(rest), a->tanh));
+    memcpy(y + i, rest, (size_t)(all.end - i) * sizeof(float));
+  }
+}
+
+void op_turn_patches(const turn_patches_args *a, int tid, int nt) {
+  span rows = share(rows_of(a->cursor, a->T), tid, nt);
+  int half = 2 * a->R;
+  for (int64_t t = rows.begin; t < rows.end; t++) {
+    for (int j = 0; j < half; j++) {
+      int axis = j >= a->R;
+      sine_cosine by = s_sincos((float)a->places[2 * t + axis] * a->inv_freq[j - axis * a->R]);
+      for (float *x = a->x + t * a->x_stride + j; x < a->x + t * a->x_stride + a->C;
+           x += 2 * half) {
+        float low = x[0], high = x[half];
+        x[0] = s_fma(low, by.cosine, -(high * by.sine));
+        x[half] = s_fma(high, by.cosine, low * by.sine);
+      }
     }
   }
 }
