@@ -1,4 +1,5 @@
-// elementwise.cu - silu_mul, add_bias, scale_rows, last_*, keep_*, advance, hold: no sums, no order.
+// elementwise.cu - silu_mul, add_bias, scale_rows, last_*, keep_*, advance, hold, place_rows: no sums,
+// no order.
 //
 // silu_mul: y = silu(u[:, :I]) u[:, I:] for valid rows; u [T, 2I] float, y [T, I] activations. Grid
 //           (I / 1024, T).
@@ -13,6 +14,8 @@
 // advance:  cursor.position += cursor.rows. One warp.
 // hold:     cursor.rows = 0 where cursor.token is none or one of the stops; stops [16]: how many,
 //           then which. One warp, a lane per word.
+// place_rows: places[t] = position + t + delta, where given plus offsets[t], and then delta +=
+//           growth; places and offsets [T, 3]. One warp.
 #include "flashrt.cuh"
 
 KERNEL(256) silu_mul(ARGS silu_mul_args launch) {
@@ -104,4 +107,15 @@ KERNEL(32) hold(ARGS hold_args launch) {
   bool is_stop = word > 0 && word < STOP_WORDS && word <= a.stops[0] && a.stops[word] == token;
   is_stop = __any_sync(FULL_WARP, is_stop) != 0 || token < 0;
   if (word == 0 && is_stop) a.cursor[CURSOR_ROWS] = 0;
+}
+
+KERNEL(32) place_rows(ARGS place_rows_args launch) {
+  OPEN_RUN(place_rows);
+  begin();
+  int rows = a.cursor[CURSOR_ROWS], first = a.cursor[CURSOR_POSITION] + a.delta[0];
+  if (rows < 1) return;
+  for (int i = threadIdx.x; i < 3 * rows; i += 32)
+    a.places[i] = first + i / 3 + (a.given ? a.offsets[i] : 0);
+  __syncwarp();  // all have read delta
+  if (a.given && threadIdx.x == 0) a.delta[0] += a.growth[0];
 }

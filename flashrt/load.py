@@ -7,8 +7,10 @@ tokenizer and store together. IS NOT: planning or kernels.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
+import math
 import os
 import threading
 import warnings
@@ -22,16 +24,20 @@ from flashrt.core.backend import Backend, Progress
 from flashrt.core.region import DType
 from flashrt.engine.actions import CPU_ALONE_NBYTES, ActionEngine
 from flashrt.engine.buckets import prefill_rows as rows_of_prefill
+from flashrt.engine.images import ImageEngine
+from flashrt.engine.sight import Sight
 from flashrt.hub.resolve import resolve
 from flashrt.models import TokenModel, model_for, notes_on
 from flashrt.models.model import USUAL_PREFILL_ROWS
 from flashrt.models.policies import policy_for
+from flashrt.models.qwen35.tower import Tower
+from flashrt.models.qwen35.vision_config import vision_of
 from flashrt.session.engine import SessionEngine
 from flashrt.store.spill import Spill
 from flashrt.text.checkpoint_text import CheckpointText, text_of_directory
 from flashrt.text.gguf_tokenizer import TABLES, text_of_gguf
 from flashrt.weights.bundled_policies import policy_path
-from flashrt.weights.checkpoint import Checkpoint, open_checkpoint
+from flashrt.weights.checkpoint import Checkpoint, open_checkpoint, read_json
 from flashrt.weights.gguf.checkpoint import GgufCheckpoint
 from flashrt.weights.loader import LoadReport, fill_weights
 from flashrt.weights.opening import open_weights
@@ -54,6 +60,7 @@ __all__ = [
     "open_backend",
 ]
 
+PREPROCESSOR_FILE = "preprocessor_config.json"
 DRAFT_HEAD_TENSOR, HEAD_TENSOR = "mtp.fc.weight", "lm_head.weight"
 KV_DTYPES: tuple[KvDType, ...] = ("bfloat16", "float32", "int8", "float8")
 
@@ -70,6 +77,7 @@ def load(
     *,
     weights: Weights | None = None,
     prefill_rows: int | None = None,
+    images: bool = False,
     progress: Progress | None = None,
 ) -> SessionEngine:
     """Load a checkpoint: a Hugging Face directory (config.json + safetensors [+ tokenizer.json]), a
@@ -86,7 +94,9 @@ def load(
     they are stored.
     prefill_rows: tokens of the largest launch of a prompt, 64, 256, 1024 or 2048; None is 256 on
     the cpu, and on cuda and simt what max_positions holds and whose scratch is at most an eighth of
-    the weights. progress(what, done, total) is called while loading. Raises CheckpointError,
+    the weights.
+    images: load the vision tower, so that prompts may hold images (`engine.image`); without a draft
+    head. progress(what, done, total) is called while loading. Raises CheckpointError,
     BackendError, PlanError. Warns (CheckpointWarning) of what the checkpoint has and is not used,
     and of positions that the model was not trained on.
     """
@@ -100,6 +110,7 @@ def load(
         draft=draft,
         weights=weights,
         prefill_rows=prefill_rows,
+        images=images,
         progress=progress,
     )
 
@@ -115,6 +126,7 @@ def load_on(
     draft: bool | None = None,
     weights: Weights | None = None,
     prefill_rows: int | None = None,
+    images: bool = False,
     adapt: Callable[[TokenModel], TokenModel] | None = None,
     progress: Progress | None = None,
 ) -> SessionEngine:
@@ -129,12 +141,15 @@ def load_on(
         )
     if kv_dtype not in KV_DTYPES:
         raise PlanError(f"kv_dtype={kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
+    draft = False if images and draft is None else draft
     with DefaultFloatMode(), _without_collections():
         opened = open_weights(resolve(checkpoint) if isinstance(checkpoint, str) else checkpoint)
         source = opened if weights is None else quantising(opened, weights)
         of_rows = functools.partial(
-            model_in, source, max_positions=max_positions, kv_dtype=kv_dtype, draft=draft
-        )
+            model_in, source, max_positions=max_positions, kv_dtype=kv_dtype, draft=draft,
+            images=images,
+        )  # fmt: skip
+        tower = tower_in(opened, max_positions) if images else None
         model = of_rows(USUAL_PREFILL_ROWS if prefill_rows is None else prefill_rows)
         text = _Meanwhile(lambda: _text_taken(opened, model.vocab_size))
 
@@ -162,6 +177,8 @@ def load_on(
             raise
         try:
             engine.text = text.result()
+            if tower is not None:
+                engine.sight = Sight(ImageEngine(*tower, backend(), progress=progress))
         except FlashrtError:
             engine.close()
             raise
@@ -236,6 +253,7 @@ def model_in(
     max_positions: int,
     kv_dtype: KvDType,
     draft: bool | None,
+    images: bool = False,
 ) -> TokenModel:
     """The model of a checkpoint, its weights in the formats that the checkpoint has them in; by
     headers alone. Raises CheckpointError, PlanError.
@@ -248,7 +266,25 @@ def model_in(
         is_tied=HEAD_TENSOR not in source.tensors,
         stored=source.stored,
         prefill_rows=prefill_rows,
+        has_images=images,
     )
+
+
+def tower_in(source: Checkpoint, max_positions: int) -> tuple[Tower, Checkpoint]:
+    """The vision tower of a checkpoint, for images that a lane has room for, and its tensors as its
+    rules name them: what is a convolution over a patch is a matrix. Raises CheckpointError.
+    """
+    file = source.path / PREPROCESSOR_FILE
+    processor = read_json(file) if file.is_file() else {}
+    config = vision_of(source.config, processor)
+    tensors = {
+        name: dataclasses.replace(t, shape=(t.shape[0], math.prod(t.shape[1:])))
+        if len(t.shape) > 2
+        else t
+        for name, t in source.tower.items()
+    }
+    model = Tower(config, max_positions * config.merge**2)
+    return model, dataclasses.replace(source, tensors=tensors, tower={})
 
 
 def text_of(source: Checkpoint, vocab_size: int | None = None) -> CheckpointText:

@@ -69,6 +69,23 @@ def embed(o: Operands) -> Results:
     return {"x": o.padded("x", o["table"][tokens]), "journal": journal}
 
 
+def embed_seen(o: Operands) -> Results:
+    tokens, journal = o.valid("tokens").astype(int), np.full(o["journal"].shape, np.nan)
+    journal[0, o.position : o.position + len(tokens), 0] = tokens
+    is_token = ((tokens >= 0) & (tokens < len(o["table"])))[:, None]
+    rows = o["table"][np.where(is_token[:, 0], tokens, 0)]
+    return {"x": o.padded("x", np.where(is_token, rows, o.valid("seen"))), "journal": journal}
+
+
+def place_rows(o: Operands) -> Results:
+    n = o.rows("places")
+    places = np.repeat(o.position + np.arange(n)[:, None] + o["delta"][0], 3, axis=1)
+    if o.attrs["given"]:
+        places = places + o.valid("offsets")
+    grown = o["delta"] + (o["growth"] if o.attrs["given"] and n else 0)
+    return {"places": o.padded("places", places), "delta": grown.astype(np.float64)}
+
+
 def rmsnorm(o: Operands) -> Results:
     return {"y": o.padded("y", normed(o.valid("x"), o.attrs["eps"]) * o["w"])}
 
@@ -207,6 +224,27 @@ def rope_append(o: Operands) -> Results:
         q, k = (normed(x, o.attrs["eps"]) * o[w] for x, w in ((q, "q_norm"), (k, "k_norm")))
     first = o.position - int(o.attrs["shift"])
     q, k = (rope(x, first, o["inv_freq"], o.attrs["magnitude"]) for x in (q, k))
+    keys, values = (np.full(o[name].shape, np.nan) for name in ("keys", "values"))
+    at = slice(o.position, o.position + len(k))
+    keys[:, at], values[:, at] = k.swapaxes(0, 1), v.swapaxes(0, 1)
+    return {"q": o.padded("q", q), "keys": keys, "values": values}
+
+
+def rope_placed(o: Operands) -> Results:
+    """Pair by pair by the place of its axis: a head is turned by each, and each gives its pairs."""
+    inv_freq, places = o["inv_freq"], o.valid("places")
+    pair = np.arange(len(inv_freq))
+    axis = np.where((pair % 3 == 1) & (pair < 3 * o.attrs["by_rows"]), 1, 0)
+    axis = np.where((pair % 3 == 2) & (pair < 3 * o.attrs["by_columns"]), 2, axis)
+    (_, Nq, D), (Nk, _, _) = o["q"].shape, o["keys"].shape
+    q, _, k, v = split(o, Nq, Nk, D)
+    q, k = (normed(x, o.attrs["eps"]) * o[w] for x, w in ((q, "q_norm"), (k, "k_norm")))
+    half, angles = len(inv_freq), (places[:, axis] - o.attrs["shift"]) * inv_freq
+    cosine, sine = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    for x in (q, k):
+        low, high = x[:, :, :half].copy(), x[:, :, half : 2 * half].copy()
+        x[:, :, :half] = low * cosine - high * sine
+        x[:, :, half : 2 * half] = high * cosine + low * sine
     keys, values = (np.full(o[name].shape, np.nan) for name in ("keys", "values"))
     at = slice(o.position, o.position + len(k))
     keys[:, at], values[:, at] = k.swapaxes(0, 1), v.swapaxes(0, 1)
@@ -476,5 +514,6 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
         conv_biased, ssm, silu_rmsnorm, scale_rows,
         relu_squared,
         activations, mix_rows, add_layer_norm, gelu, turn_patches, attend_patches,
+        place_rows, embed_seen, rope_placed,
     )
 }  # fmt: skip

@@ -26,7 +26,7 @@ from flashrt.core.region import DType
 FLOAT32: Final = 1e-6
 _COPIES: Final = frozenset({  # exact
     "embed", "last_row", "last_values", "last_cursor", "advance", "hold", "sample", "draft_begin",
-    "draft_note", "verify_cursors", "accept", "take_token",
+    "draft_note", "verify_cursors", "accept", "take_token", "embed_seen", "place_rows",
 })  # fmt: skip
 _INSIDE: Final[dict[str, dict[DType, float]]] = {  # other ops: FLOAT32, whatever ACT is
     "delta_rule": {DType.F32: 2e-6, DType.BF16: 2e-6, DType.BF16X2: 2e-6},

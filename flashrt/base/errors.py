@@ -67,6 +67,10 @@ class TokenError(SessionError):
     """Token ids are not integers in [0, vocab_size)."""
 
 
+class ImageError(SessionError):
+    """An image cannot be read, or not be seen by the model; or it is not in memory any more."""
+
+
 class GrammarError(SessionError):
     """A grammar cannot be compiled or followed, or tokens are not what it allows."""
 

@@ -15,15 +15,23 @@ from numpy.typing import NDArray
 from flashrt.base.errors import CapsuleError
 from flashrt.core.backend import Bytes
 from flashrt.models.actions import ActionConfig
+from flashrt.models.sight import FIRST_WORD
 from flashrt.ops.cursor import NO_OBSERVATION, CursorWord, PolicyCursor, read_cursor
 
 _MAX_TICK = 1 << 30
 
 
 def check_state(
-    where: str, cursor: Bytes, tokens: NDArray[np.int32], position: int, vocab_size: int
+    where: str,
+    cursor: Bytes,
+    tokens: NDArray[np.int32],
+    position: int,
+    vocab_size: int,
+    delta: Bytes | None = None,
 ) -> None:
-    """Raises CapsuleError unless the cursor stands at `position` and all tokens exist."""
+    """Raises CapsuleError unless the cursor stands at `position` and all tokens exist; `delta`: of
+    a model that sees, whose tokens may be words of images: see models.sight.
+    """
     words = np.ascontiguousarray(cursor).view(np.int32)
     if int(words[CursorWord.POSITION]) != position:
         raise CapsuleError(
@@ -32,6 +40,11 @@ def check_state(
     if len(tokens) != position:
         raise CapsuleError(f"{where}: {len(tokens)} tokens for position {position}")
     seen = np.append(tokens, max(int(words[CursorWord.TOKEN]), 0))
+    if delta is not None:
+        moved = int(np.ascontiguousarray(delta).view(np.int32)[0])
+        if not -position <= moved <= 0:
+            raise CapsuleError(f"{where}: places {-moved} before position {position}")
+        seen[:-1] = np.where(tokens >= FIRST_WORD, 0, tokens)
     if seen.min() < 0 or seen.max() >= vocab_size:
         raise CapsuleError(f"{where}: a token is not in [0, {vocab_size})")
 

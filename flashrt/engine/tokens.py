@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt.base.errors import SessionError
+from flashrt.base.errors import SessionError, TokenError
 from flashrt.capsule.file import CapsuleHeader
 from flashrt.capsule.lineage import Lane
 from flashrt.core.backend import Backend, Bytes
@@ -27,6 +27,7 @@ from flashrt.core.planner import Band
 from flashrt.core.runs import MAX_RUNS, Run
 from flashrt.engine.admission import check_state
 from flashrt.engine.engine import Engine, PoolDefault
+from flashrt.engine.sight import Sight
 from flashrt.models.model import (
     COMMIT,
     COMMIT_EACH,
@@ -46,6 +47,7 @@ from flashrt.models.model import (
     VERIFY_EACH_ROWS,
     TokenModel,
 )
+from flashrt.models.sight import DELTA, FIRST_WORD, GROWTH, OFFSETS, SEEN
 from flashrt.ops.cursor import CursorWord
 from flashrt.ops.rows import STOP_WORDS
 from flashrt.ops.sample import SamplerParams, mask_words
@@ -75,6 +77,7 @@ class _HostView:
     sampler: SamplerParams | None = None
     in_flight: NDArray[np.int32] | None = None  # what the replay at hand commits
     following: Callable[[], int] | None = None  # waits for the token that is sampled last
+    is_plain: bool = False  # whether nothing of an image is left in the lane's io
 
 
 class TokenEngine(Engine):
@@ -88,6 +91,7 @@ class TokenEngine(Engine):
         """See Engine for the options."""
         self.draft_counters = DraftCounters()
         self.grammars = Grammars(None, model.vocab_size)  # text is known to who has a tokenizer
+        self.sight: Sight | None = None  # of a model that was loaded with images
         super().__init__(model, checkpoint, backend, pool_default=POOL_DEFAULT, **options)
         self._views = [_HostView() for _ in self.lanes]
         self._shared = model.shared_phases(len(self.lanes))
@@ -124,7 +128,7 @@ class TokenEngine(Engine):
         """
         n = len(tokens)
         rows = bucket or next(b for b in self.model.buckets if b >= n)
-        self._write_io(lane, "tokens", tokens)
+        self._write_prompt(lane, tokens)
         self._replay_commit(PREFILL, rows, lane, tokens)
 
     def decode(self, lane: Lane, token: int) -> int:
@@ -280,7 +284,7 @@ class TokenEngine(Engine):
             self._replay(SAMPLE, 1, lane)
             return [self._read_token(lane)]
         for lane, tokens in runs:
-            self._write_io(lane, "tokens", tokens)
+            self._write_prompt(lane, tokens)
         return self._replay_runs(STEP, STEP_ROWS, runs)
 
     def sample_each(self, lanes: Sequence[Lane]) -> list[int]:
@@ -344,6 +348,25 @@ class TokenEngine(Engine):
         for lane, token in zip(lanes, found, strict=True):
             self._view(lane).token = token
         return found
+
+    def checked_tokens(
+        self, tokens: Iterable[int] | NDArray[np.integer], before: NDArray[np.int32]
+    ) -> NDArray[np.int32]:
+        """Token ids and words of images, to follow others: int32 [n].
+
+        Raises TokenError unless all are integers in [0, vocab_size), or words of an image where the
+        model sees; ImageError for one that is not in memory.
+        """
+        if self.sight is None:
+            return as_tokens(tokens, self.vocab_size)
+        array = as_tokens(tokens, self.vocab_size, may_see=True)
+        self.sight.check(before, array)
+        return array
+
+    def check_seen(self, before: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
+        """Raises ImageError unless all images of committed tokens can be fed again."""
+        if self.sight is not None:
+            self.sight.check(before, tokens)
 
     def need_token(self, lane: Lane, token: int) -> None:
         """The token to go on from is this one: written where another was sampled meanwhile."""
@@ -458,7 +481,8 @@ class TokenEngine(Engine):
     ) -> None:
         """See Engine."""
         cursor = tensors["fixed/cursor"]
-        check_state(str(header.path), cursor, tokens, header.position, self.vocab_size)
+        delta = tensors.get(f"fixed/{DELTA}")
+        check_state(str(header.path), cursor, tokens, header.position, self.vocab_size, delta)
 
     def poison_lane(self, lane: Lane) -> None:
         """See Engine."""
@@ -525,9 +549,26 @@ class TokenEngine(Engine):
         self.backend.read(address, out.view(np.uint8))
         return out
 
-    def _write_io(self, lane: Lane, name: str, array: NDArray[np.int32]) -> None:
+    def _write_prompt(self, lane: Lane, tokens: NDArray[np.int32]) -> None:
+        """Tokens of the next launch, and what goes with them where there may be images."""
+        sight, view = self.sight, self._view(lane)
+        if sight is not None:
+            given = sight.given(lane.journal[: lane.position], tokens)
+            if given is None and not view.is_plain:
+                n = self.model.buckets[-1]
+                self._write_io(lane, OFFSETS, np.zeros((n, 3), np.int32))
+                self._write_io(lane, GROWTH, np.zeros(1, np.int32))
+                view.is_plain = True
+            elif given is not None:
+                view.is_plain = False
+                self._write_io(lane, SEEN, given.seen)
+                self._write_io(lane, OFFSETS, given.offsets)
+                self._write_io(lane, GROWTH, np.array([given.growth], np.int32))
+        self._write_io(lane, "tokens", tokens)
+
+    def _write_io(self, lane: Lane, name: str, array: NDArray[np.int32 | np.float32]) -> None:
         slot = self.arena.lane(lane.index).io.slot(name)
-        data = np.ascontiguousarray(array).view(np.uint8)
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         self.backend.write(self.arena.memory.address + slot.offset, data)
 
     def _cursor_address(self, lane: Lane, word: int) -> int:
@@ -572,3 +613,24 @@ def _logits_kept(io: Band) -> CopyList:
     """Logits to where the next replay leaves them alone."""
     now, before = io.slot("logits"), io.slot("logits_before")
     return CopyList((Copy(now.offset, before.offset, now.storage.nbytes),))
+
+
+def as_tokens(
+    tokens: Iterable[int] | NDArray[np.integer], vocab_size: int, *, may_see: bool = False
+) -> NDArray[np.int32]:
+    """Token ids as int32 [n]; `may_see`: words of images may be among them. Raises TokenError
+    unless all are integers in [0, vocab_size), or such words.
+    """
+    array = tokens if isinstance(tokens, np.ndarray) else np.asarray(list(tokens))
+    if array.size == 0:
+        return np.empty(0, np.int32)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise TokenError(f"tokens must be a flat run of integers, got {array.dtype} {array.shape}")
+    is_token = (array >= 0) & (array < vocab_size)
+    if may_see:
+        is_token |= (array >= FIRST_WORD) & (array < 2 * FIRST_WORD)
+    wrong = np.flatnonzero(~is_token)
+    if wrong.size:
+        at = int(wrong[0])
+        raise TokenError(f"token {array[at]} at index {at} is not in [0, {vocab_size})")
+    return array.astype(np.int32)

@@ -34,9 +34,10 @@ class _Family:
     build: Callable[[Mapping[str, object], Choices], TokenModel]
     text_fields: Callable[[Mapping[str, object]], Mapping[str, object]]
     has_draft_head: bool  # whether models of the family may have one
+    has_images: bool = False  # whether they may see
 
 
-_QWEN35 = _Family(qwen35.build, qwen35_config.text_fields, has_draft_head=True)
+_QWEN35 = _Family(qwen35.build, qwen35_config.text_fields, has_draft_head=True, has_images=True)
 _DENSE = _Family(dense.build, dense_config.text_fields, has_draft_head=False)
 _LFM2 = _Family(lfm2.build, lfm2_config.text_fields, has_draft_head=False)
 _GRANITE = _Family(granite.build, granite_config.text_fields, has_draft_head=False)
@@ -59,12 +60,14 @@ def model_for(
     is_tied: bool | None = None,
     stored: Callable[[Source], Stored] = in_bfloat16,
     prefill_rows: int = USUAL_PREFILL_ROWS,
+    has_images: bool = False,
 ) -> TokenModel:
     """The model that a config.json describes.
 
     `is_tied` says whether the checkpoint lacks lm_head.weight, which a config that ties the head
     must explain; None believes the config. `stored` says how it has each matrix. `prefill_rows`: of
-    the largest launch of a prompt, one of PREFILL_ROWS; see `engine.buckets`. Raises
+    the largest launch of a prompt, one of PREFILL_ROWS; see `engine.buckets`. `has_images`: rows of
+    a prompt may be those of images. Raises
     CheckpointError for an unknown architecture, or naming all that is wrong with the config;
     PlanError for a wrong `max_positions`, `kv_dtype` or `prefill_rows`.
     """
@@ -83,8 +86,15 @@ def model_for(
             f"config.json: models of model_type {shown(model_type)} have no draft head; load "
             "without: draft=False, or --no-draft on the command line"
         )
+    if has_images and not family.has_images:
+        raise CheckpointError(
+            f"config.json: models of model_type {shown(model_type)} see no images; load without "
+            "images=True"
+        )
     check_choices(max_positions, kv_dtype, prefill_rows)
-    chosen = Choices(max_positions, kv_dtype, has_draft_head, is_tied, stored, prefill_rows)
+    chosen = Choices(
+        max_positions, kv_dtype, has_draft_head, is_tied, stored, prefill_rows, has_images
+    )
     return family.build(config, chosen)
 
 

@@ -70,6 +70,10 @@ class BlockRecorder:
         self.magnitude = magnitude
         self.rows = tape.rows
         self.cursor = regions["cursor"]
+        # Three places of each row, and the pairs that turn by the second and the third; None where
+        # a row's place is its position.
+        self.places: Region | None = None
+        self.sections = (0, 0)
         self._all_rows = RUNS.view().cols(0, ops.CURSOR_WORDS)  # the cursor of those of all lanes
 
     def attention(
@@ -120,11 +124,16 @@ class BlockRecorder:
         is_normed = f"{at}.q_norm" in weights
         norms = {n: weights[f"{at}.{n}" if is_normed else NO_NORM] for n in ("q_norm", "k_norm")}
         q = self.scratch(f"{at}.q", query_heads, head_dim)
+        placed: dict[str, Operand | AttrValue] = {}
+        if self.places is not None:
+            by_rows, by_columns = self.sections
+            placed = {"places": self.places, "by_rows": by_rows, "by_columns": by_columns}
         self.launch(
-            ops.ROPE_APPEND, u=u, inv_freq=weights[INV_FREQ if is_turned else NO_ROPE], q=q,
-            keys=keys, values=values, eps=self.eps, shift=shift, gated=int(gates > 0),
-            normed=int(is_normed), magnitude=self.magnitude if is_turned else 1.0, **norms,
-            **self._scales(keys, values),
+            ops.ROPE_PLACED if placed else ops.ROPE_APPEND, u=u,
+            inv_freq=weights[INV_FREQ if is_turned else NO_ROPE], q=q, keys=keys, values=values,
+            eps=self.eps, shift=shift, gated=int(gates > 0), normed=int(is_normed),
+            magnitude=self.magnitude if is_turned else 1.0, **norms, **self._scales(keys, values),
+            **placed,
         )  # fmt: skip
         return u if gates else None, q
 

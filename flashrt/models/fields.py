@@ -28,6 +28,9 @@ _MOST = {
     "mamba_expand": 64, "ssm_state_size": 1024, "mamba_num_heads": 1024, "mamba_head_dim": 1024,
     "n_groups": 1024, "conv_kernel": 16, "conv_L_cache": 16, "block_ff_dim": 1 << 18,
     "block_multiple_of": 1 << 16,
+    "depth": 512, "num_heads": 1024, "in_channels": 16, "patch_size": 256,
+    "spatial_merge_size": 16, "temporal_patch_size": 16, "out_hidden_size": 1 << 16,
+    "num_position_embeddings": 1 << 20, "image_token_id": 1 << 20,
 }  # fmt: skip
 # The sampling kernels pass words between threads in a row of V numbers, for which V >= 8.
 _LEAST = {

@@ -30,6 +30,7 @@ class Choices:
     lacks_head: bool | None  # whether the weight files lack lm_head.weight
     stored: Callable[[Source], Stored]
     prefill_rows: int = USUAL_PREFILL_ROWS  # of the largest launch of a prompt: a bucket
+    has_images: bool = False  # rows may be those of images
 
 
 def check_choices(

@@ -3,14 +3,18 @@
 IS: signatures. IS NOT: code; see `table`. Images are [B, H, W, C]: B of them, channels last. A row
 of features is a pixel of one column: a dense layer over T rows is the convolution of 1 x 1 taps
 over an image of T x 1. Ops with a cursor are of a tower, whose images have any number of patches: a
-row of T is a patch, and `cursor.rows` of them are the image's.
+row of T is a patch, and `cursor.rows` of them are the image's. The last ones are of a text model
+that sees: its rows have three places each, in time, by rows and by columns of an image.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flashrt.core.op import Attr, Op
+from flashrt.ops.attention import ROPE_APPEND
 from flashrt.ops.linear import Activation
-from flashrt.ops.params import CURSOR, act, f32, f32_matrix, i32
+from flashrt.ops.params import CURSOR, act, f32, f32_matrix, i32, matrix
 
 _GEOMETRY = (
     Attr("taps_y"),
@@ -149,4 +153,40 @@ ATTEND_PATCHES = Op(
         act("y", "w", "T", "C"),
     ),
     (Attr("heads"),),
+)
+
+# -- of a text model that sees -----------------------------------------------------------------
+
+PLACE_ROWS = Op(
+    "place_rows",
+    "places[t] = position + t + delta[0], where `given` plus offsets[t]; then, where `given`, "
+    "delta[0] += growth[0]",
+    (
+        i32("offsets", "r", "T", 3),  # both are read only where `given`
+        i32("growth", "r", 1),
+        CURSOR,
+        i32("delta", "rw", 1),
+        i32("places", "w", "T", 3),
+    ),
+    (Attr("given"),),
+)
+EMBED_SEEN = Op(
+    "embed_seen",
+    "as embed; x[t] = seen[t] where tokens[t] is not in [0, V)",
+    (
+        i32("tokens", "r", "T"),
+        matrix("table", "V", "H"),
+        f32("seen", "r", "T", "H"),
+        CURSOR,
+        i32("journal", "w", 1, "S", 1),
+        f32("x", "w", "T", "H"),
+    ),
+)
+ROPE_PLACED = replace(
+    ROPE_APPEND,
+    name="rope_placed",
+    doc="as rope_append, by the angle of places[t, axis] - shift: pair j has axis 1 where j % 3 = 1"
+    " and j < 3 by_rows, axis 2 where j % 3 = 2 and j < 3 by_columns, else 0",
+    params=(*ROPE_APPEND.params, i32("places", "r", "T", 3)),
+    attrs=(*ROPE_APPEND.attrs, Attr("by_rows"), Attr("by_columns")),
 )

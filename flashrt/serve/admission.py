@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from flashrt.base.errors import CapsuleError, SessionError
 from flashrt.base.tracing import PLAN, trace
 from flashrt.capsule.lineage import segment_layout
+from flashrt.engine.tokens import as_tokens
 from flashrt.ops.sample import SamplerParams
 from flashrt.serve.ask import Ask
 from flashrt.serve.prefix import Entry, PrefixIndex
 from flashrt.serve.work import Asked, Limits, Worker
 from flashrt.session.engine import SessionEngine
-from flashrt.session.session import Session, as_tokens
+from flashrt.session.session import Session
 from flashrt.store.opening import restore_nbytes
 from flashrt.store.reuse import Action, Boundary, Decision, Live, Rates, decide
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from flashrt.base.errors import ImageError
 from flashrt.capsule.turn import in_turn
+from flashrt.engine.sight import Image
 from flashrt.engine.tokens import TokenEngine
 from flashrt.session.session import Session
 from flashrt.text.checkpoint_text import CheckpointText
 from flashrt.text.constraint import Grammars
 from flashrt.text.tokenizer import Tokenizer
+from flashrt.vision.pixels import Picture
 
 
 class SessionEngine(TokenEngine):
@@ -38,6 +41,25 @@ class SessionEngine(TokenEngine):
     def tokenizer(self) -> Tokenizer | None:
         """The checkpoint's, if it has one."""
         return self.text.tokenizer
+
+    @in_turn
+    def image(self, picture: Picture) -> Image:
+        """An image: its `tokens` go into a prompt among others, where the chat template has its one
+        image token. picture: a path, bytes of a file, or an array [height, width, 3] of uint8.
+
+        Its rows are made once per content and kept in host memory, see `sight`. Raises ImageError
+        for a model that was loaded without images=True, and for what is no image.
+        """
+        if self.sight is None:
+            raise ImageError("the model was loaded without its vision tower: load(images=True)")
+        return self.sight.image(picture)
+
+    @in_turn
+    def close(self) -> None:
+        """See Engine; the tower's memory is given back too."""
+        super().close()
+        if self.sight is not None:
+            self.sight.tower.close()
 
     @in_turn
     def session(self) -> Session:

@@ -27,8 +27,9 @@ from flashrt.base.messages import listed, shown
 from flashrt.base.system import NO_FOLLOW
 from flashrt.base.tensor_file import parse_json
 from flashrt.capsule.capsule import Capsule
+from flashrt.engine.tokens import as_tokens
 from flashrt.session.engine import SessionEngine
-from flashrt.session.session import EndReason, Generation, Session, as_tokens
+from flashrt.session.session import EndReason, Generation, Session
 from flashrt.text.grammar import grammar_of
 
 FORMAT = "flashrt-journal-1"

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.base.checks import shown
-from flashrt.base.errors import CapsuleError, GrammarError, PoolFull, SessionError, TokenError
+from flashrt.base.errors import CapsuleError, GrammarError, PoolFull, SessionError
 from flashrt.base.locks import reentrant_lock
 from flashrt.base.tracing import PLAN, trace
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane, Waypoint
 from flashrt.capsule.turn import exclusive
-from flashrt.engine.tokens import TokenEngine
+from flashrt.engine.tokens import TokenEngine, as_tokens
 from flashrt.ops.sample import SamplerParams
 from flashrt.session import waypoints
 from flashrt.session.choice import Choice
@@ -33,6 +33,7 @@ from flashrt.text.grammar import Grammar
 
 WHOLE = ("fixed", "rows")
 RESTORE_BANDS = (WHOLE, ("rows",))
+_NO_TOKENS = np.empty(0, np.int32)
 
 
 EndReason = Literal["stop", "length", "context"]
@@ -203,9 +204,10 @@ class Session:
         """Append tokens and commit them.
 
         Raises TokenError for ids outside [0, vocab_size), SessionError when they do not fit; the
-        state is unchanged then.
+        state is unchanged then. Where the model sees, tokens of `engine.image(...)` may be among
+        them, as long as the image is in memory: ImageError is raised otherwise.
         """
-        array = as_tokens(tokens, self._engine.vocab_size)
+        array = self._checked(tokens)
         self._check_room(len(array), "prefill")
         if len(array):
             pending = self._tail.take_pending()
@@ -280,7 +282,7 @@ class Session:
         """What is to be fed for a piece of a prompt: pending tokens, then the piece. Raises what
         `prefill` raises.
         """
-        array = as_tokens(tokens, self._engine.vocab_size)
+        array = self._checked(tokens)
         self._check_room(len(array), "step")
         return np.append(self._tail.take_pending(), array)
 
@@ -475,16 +477,20 @@ class Session:
     def _go_back(self, position: int) -> None:
         """To a position that was committed: the nearest boundary below it, then the journal."""
         journal = self._lane.journal[:position].copy()
-        self._return_to_boundary(position)
+        self._return_to_boundary(position, journal)
         self._parent = _at_or_below(self._parent, self._lane.position)
         self._epoch += 1
         self._feed(journal[self._lane.position :])
 
-    def _return_to_boundary(self, position: int) -> None:
-        """The deepest one at or below a position whose bytes can be read."""
+    def _return_to_boundary(self, position: int, journal: NDArray[np.int32]) -> None:
+        """The deepest one at or below a position whose bytes can be read; what follows it in the
+        journal can be fed again, or ImageError is raised.
+        """
         unreadable: set[Capsule] = set()
         while True:
             boundary = self._table.boundaries(self._lane, position, unreadable)
+            at = 0 if boundary is None else boundary.position
+            self._engine.check_seen(journal[:at], journal[at:])
             if boundary is None:
                 self._table.reset(self._lane)
             elif isinstance(boundary, Waypoint):
@@ -574,6 +580,11 @@ class Session:
         self._feed(owed[lane.position :])
         lane.owed = None
 
+    def _checked(self, tokens: Iterable[int] | NDArray[np.integer]) -> NDArray[np.int32]:
+        """Tokens to follow those that are history: int32 [n]. Raises TokenError, ImageError."""
+        before = _NO_TOKENS if self._engine.sight is None else self.tokens
+        return self._engine.checked_tokens(tokens, before)
+
     def _check_room(self, n_tokens: int, what: str) -> None:
         self._check_open()
         limit = self._engine.max_positions
@@ -582,20 +593,6 @@ class Session:
                 f"{what}: position {self.position} + {n_tokens} tokens > max_positions {limit}; "
                 "load with a larger max_positions, or roll back"
             )
-
-
-def as_tokens(tokens: Iterable[int] | NDArray[np.integer], vocab_size: int) -> NDArray[np.int32]:
-    """Token ids as int32 [n]. Raises TokenError unless all are integers in [0, vocab_size)."""
-    array = tokens if isinstance(tokens, np.ndarray) else np.asarray(list(tokens))
-    if array.size == 0:
-        return np.empty(0, np.int32)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise TokenError(f"tokens must be a flat run of integers, got {array.dtype} {array.shape}")
-    wrong = np.flatnonzero((array < 0) | (array >= vocab_size))
-    if wrong.size:
-        at = int(wrong[0])
-        raise TokenError(f"token {array[at]} at index {at} is not in [0, {vocab_size})")
-    return array.astype(np.int32)
 
 
 def _largest(x: NDArray[np.float64], n: int) -> NDArray[np.intp]:

@@ -18,7 +18,7 @@ from flashrt.base.errors import CapsuleError, PoolFull, SessionError, StoreError
 from flashrt.capsule.capsule import Capsule, extents_of
 from flashrt.capsule.lineage import Lane, Segment, path_to, segment_layout, shared_rows
 from flashrt.session.engine import SessionEngine
-from flashrt.session.session import Session, as_tokens
+from flashrt.session.session import Session
 from flashrt.store.manifest import Place
 from flashrt.store.reuse import Action, Boundary, Decision, Live, Rates, boundaries_due, decide
 from flashrt.store.store import Store
@@ -52,7 +52,7 @@ def open_session(
     capsule is published at each of them that is passed. Raises LaneBusy, SessionError, TokenError.
     A stored capsule that cannot be read is passed over, and `decision.reason` says so.
     """
-    wanted = as_tokens(tokens, engine.vocab_size)
+    wanted = engine.checked_tokens(tokens, np.empty(0, np.int32))
     if every is not None and every < 1:
         raise SessionError(f"open_session: every={every}; give a number of tokens, or None")
     if session is not None and session.lane not in engine.lanes:

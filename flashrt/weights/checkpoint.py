@@ -49,7 +49,7 @@ from flashrt.weights.stop_tokens import stop_tokens_of
 GENERATION_FILE = "generation_config.json"
 PREFIX, NESTED_PREFIX = "model.", "model.language_model."  # text only; the same when multimodal
 BACKBONE_PREFIX = "backbone."  # for `model.`, in files of Nemotron-H
-IGNORED_PREFIX = "model.visual."  # the vision tower of a multimodal checkpoint
+TOWER_PREFIX = "model.visual."  # the vision tower of a multimodal checkpoint
 IGNORED_SUFFIX = ".rotary_emb.inv_freq"  # of old exports: what the config says anyway
 _MOST_CONFIG_NBYTES = 8 << 20
 _MOST_INDEX_NBYTES = 64 << 20  # some 500,000 tensors
@@ -61,7 +61,7 @@ class Checkpoint:
     """An open checkpoint. `tensors` go by canonical names: `model.language_model.x`, `backbone.x`
     and `model.x` are all `model.x`. `stop_tokens` end what the model writes; `load` adds the
     tokenizer's. `notes`: what a user should know of it. `quantisation`: what its configuration says
-    of weights that are stored as codes.
+    of weights that are stored as codes. `tower`: tensors of the vision tower, by their names in it.
     """
 
     path: Path
@@ -71,6 +71,7 @@ class Checkpoint:
     stop_tokens: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     quantisation: Quantisation | None = None
+    tower: Mapping[str, Tensor] = field(default_factory=dict)
     _handles: dict[Path, int] = field(default_factory=dict, repr=False)
     _files: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
 
@@ -153,7 +154,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     )
     tensors = _canonical(root, stored)
     notes = (*(quantisation.notes if quantisation else ()), *_note_on_activations(tensors))
-    return Checkpoint(root, config, generation, tensors, stop, notes, quantisation)
+    return Checkpoint(
+        root, config, generation, tensors, stop, notes, quantisation, _tower_of(stored)
+    )
 
 
 def read_json(path: Path, most_nbytes: int = _MOST_CONFIG_NBYTES) -> Mapping[str, object]:
@@ -253,7 +256,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
 def _canonical(root: Path, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
-        if name.startswith(IGNORED_PREFIX) or name.endswith(IGNORED_SUFFIX):
+        if name.startswith(TOWER_PREFIX) or name.endswith(IGNORED_SUFFIX):
             continue
         short = name
         for prefix in (NESTED_PREFIX, BACKBONE_PREFIX):
@@ -266,3 +269,12 @@ def _canonical(root: Path, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
             )
         tensors[short] = tensor
     return tensors
+
+
+def _tower_of(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the vision tower, by their names in it."""
+    return {
+        name.removeprefix(TOWER_PREFIX): tensor
+        for name, tensor in stored.items()
+        if name.startswith(TOWER_PREFIX)
+    }

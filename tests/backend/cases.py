@@ -60,6 +60,26 @@ def embed(T: int, n: int, V: int, H: int, position: int, S: int) -> Case:
     return Case("embed", operands)
 
 
+def embed_seen(T: int, n: int, V: int, H: int, position: int, S: int) -> Case:
+    """Every third row is no token."""
+    case = embed(T, n, V, H, position, S)
+    tokens = np.array(case.operands["tokens"])
+    tokens[::3] += np.int32(1 << 30)
+    seen = valid(randn(rng_for("embed_seen", T, n, H), T, H), n)
+    return Case("embed_seen", {**case.operands, "tokens": tokens, "seen": seen})
+
+
+def place_rows(T: int, n: int, given: int) -> Case:
+    rng = rng_for("place_rows", T, n)
+    offsets = rng.integers(-9, 9, (T, 3)).astype(np.int32)
+    offsets[n:] = -(2**31)
+    operands = {
+        "offsets": offsets, "growth": np.array([-7], np.int32), "cursor": cursor(40, n),
+        "delta": np.array([-12], np.int32), "places": np.full((T, 3), -1, np.int32),
+    }  # fmt: skip
+    return Case("place_rows", operands, {"given": given}, label=f"place_rows-{n}/{T}-{given}")
+
+
 def wide(name: str, is_wide: bool) -> dict[str, DType]:
     """An activation operand as a pair, where the backend has bfloat16 for the others."""
     return {name: DType.ACT_WIDE} if is_wide else {}
@@ -225,6 +245,24 @@ def rope_append(
         "eps": EPS, "shift": shift, "gated": gated, "normed": normed, "magnitude": magnitude,
     }  # fmt: skip
     return Case("rope_append", operands, attrs, dtypes)
+
+
+def rope_placed(
+    T: int,
+    n: int,
+    heads: tuple[int, int],
+    D: int,
+    R2: int,
+    sections: tuple[int, int],
+    S: int,
+    kv: str,
+) -> Case:
+    """At position 3; `sections`: pairs by rows and by columns."""
+    case = rope_append(T, n, heads, D, R2, 3, S, kv)
+    places = rng_for("rope_placed", T, n).integers(0, 90, (T, 3)).astype(np.int32)
+    places[n:] = -(2**31)
+    attrs = {**case.attrs, "by_rows": sections[0], "by_columns": sections[1]}
+    return Case("rope_placed", {**case.operands, "places": places}, attrs, case.dtypes)
 
 
 def attention(
@@ -438,6 +476,11 @@ GRID: Grid = (
     (turn_patches, (
         {"heads": 2, "R": 16, "margin": (0, 0)}, {"heads": 3, "R": 18, "margin": (4, 8)},
     )),
+    (embed_seen, ({"V": 300, "H": 96, "position": 5, "S": 75},)),
+    (rope_placed, (
+        {"heads": (4, 2), "D": 64, "R2": 16, "sections": (5, 5), "S": 75, "kv": "bf16"},
+        {"heads": (3, 1), "D": 24, "R2": 6, "sections": (2, 1), "S": 70, "kv": "f32"},
+    )),
 )  # fmt: skip
 
 # Sizes that are no multiple of anything, for scalar tails.
@@ -482,6 +525,7 @@ ODD: Grid = (
     (add_layer_norm, ({"C": 37},)),
     (gelu, ({"I": 37, "tanh": 0}, {"I": 45, "tanh": 1})),
     (turn_patches, ({"heads": 3, "R": 5, "margin": (1, 3)},)),
+    (embed_seen, ({"V": 33, "H": 7, "position": 5, "S": 75},)),
 )
 
 

@@ -38,7 +38,8 @@ def test_every_kernel_is_compiled_and_reported(
     # rows of this shape are so short that norm_silu has room; others are of other families
     of_families = {
         "activations", "add_layer_norm", "attend_patches", "conv_biased", "gated_conv", "gelu",
-        "mix_rows", "relu_squared", "scale_rows", "silu_rmsnorm", "ssm", "turn_patches",
+        "embed_seen", "mix_rows", "place_rows", "relu_squared", "rope_placed", "scale_rows",
+        "silu_rmsnorm", "ssm", "turn_patches",
     }  # fmt: skip
     assert set(missing) == {"linear_silu", *of_families}
     assert {"copy_batch", "digest_terms"} <= kernels

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from flashrt.ops.table import IDENTITY, RELU, SILU
-from tests.backend.cases import cursor, randn, valid
+from tests.backend.cases import cursor, place_rows, randn, valid
 from tests.backend.policy_cases import SEED, words
 from tests.backend.runner import Case, rng_for
 
@@ -128,5 +128,6 @@ def vision_cases() -> list[Case]:
         attend(4, 128, 1, 64), attend(3, 70, 2, 160),
         attend_patches(1, 1, 1, 4), attend_patches(64, 33, 2, 8), attend_patches(16, 0, 1, 8),
         attend_patches(96, 70, 1, 72, (4, 8)),
+        *(place_rows(T, n, given) for T, n in ((1, 1), (64, 33), (8, 0)) for given in (0, 1)),
         Case("see", {"cursor": words(tick=9, observed=3, **SEED)}),
     ]  # fmt: skip

@@ -44,7 +44,8 @@ SIZES = {
 ATTRS = {
     "key_heads": 16, "key_dim": 128, "eps": 1e-6, "shift": 0, "gated": 1, "normed": 1,
     "magnitude": 1.0, "parts": 2, "biased": 1, "groups": 1, "taps_y": 3, "taps_x": 3, "stride": 1,
-    "padding": 1, "heads": 64, "tanh": 1,
+    "padding": 1, "heads": 64, "tanh": 1, "given": 1,
+    "by_rows": 11, "by_columns": 10,
 }  # fmt: skip
 DENSE_ATTRS = {"gated": 0, "normed": 0}  # a llama's, in place of those
 

@@ -47,6 +47,7 @@ _APART = frozenset((
     "keep_rows", "keep_values", "dense", "dense_add", "gru_cell", "gated_conv",
     "relu_squared",
     "activations", "mix_rows", "add_layer_norm", "gelu", "turn_patches", "attend_patches",
+    "place_rows", "embed_seen", "rope_placed",
 ))  # fmt: skip
 _MOST_ARGUMENTS = 1024  # of kernels/runtime.c
 _ALIGN = 64  # of argument blocks: one cache line each

@@ -179,7 +179,7 @@ def _weights(s: Shape, name: str) -> Defines:
 
 
 def _embed(s: Shape) -> tuple[KernelLaunch, ...]:
-    return (KernelLaunch("embed.cu", "embed", _weights(s, "table"), _x(s.dims["T"]), _x(256)),)
+    return (KernelLaunch("embed.cu", s.op, _weights(s, "table"), _x(s.dims["T"]), _x(256)),)
 
 
 def row_geometry(cols: int) -> tuple[int, int, int]:
@@ -551,7 +551,7 @@ def _rope_append(s: Shape) -> tuple[KernelLaunch, ...]:
         GATED=int(s.attrs["gated"]), NORMED=int(s.attrs["normed"]),
     )  # fmt: skip
     grid = (_ceil(s.dims["Nq"] + 2 * s.dims["Nk"], 4), s.dims["T"], 1)
-    return (KernelLaunch("rope.cu", "rope_append", defines, grid, _x(128)),)
+    return (KernelLaunch("rope.cu", s.op, defines, grid, _x(128)),)
 
 
 WARPS_OF_ATTENTION: Final = 8
@@ -859,6 +859,9 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "gelu": _of_patches,
     "turn_patches": _of_patches,
     "attend_patches": _attend,
+    "place_rows": _one_warp,
+    "embed_seen": _embed,
+    "rope_placed": _rope_append,
 }
 
 

@@ -55,6 +55,7 @@ class Qwen35Config:
     conv_taps: int  # W + 1
     eps: float
     is_tied: bool  # the head is the embedding table
+    sections: tuple[int, int] = (0, 0)  # pairs that turn by rows and by columns of an image
 
     @property
     def conv_channels(self) -> int:
@@ -77,12 +78,15 @@ def parse_config(
     lacks_head: bool | None = None,
     has_draft_head: bool = False,
     max_positions: int = 0,
+    *,
+    has_images: bool = False,
 ) -> Qwen35Config:
     """Read a config.json object, flat or nested.
 
     `lacks_head` says whether the checkpoint lacks lm_head.weight (see `fields.is_tied`);
     `has_draft_head` whether its draft head will be run; `max_positions` how many there will be, as
-    far as that is known. Raises CheckpointError listing every problem.
+    far as that is known; `has_images` whether rows may be those of images. Raises CheckpointError
+    listing every problem.
     """
     text = text_fields(config)
     fields, outer = Fields(text), [] if text is config else [config]
@@ -106,6 +110,7 @@ def parse_config(
         conv_taps=fields.size("linear_conv_kernel_dim"),
         eps=fields.number("rms_norm_eps", default=1e-6, most=1.0),
         is_tied=is_tied(fields, [text, *outer], lacks_head),
+        sections=_sections(fields) if has_images else (0, 0),
     )
     _check(fields, parsed)
     if has_draft_head:
@@ -129,6 +134,25 @@ def text_fields(config: Mapping[str, object]) -> Mapping[str, object]:
             f"{TEXT_MODEL_TYPE} is supported"
         )
     return text
+
+
+def _sections(fields: Fields) -> tuple[int, int]:
+    """Pairs of a head that turn by rows and by columns of an image, interleaved with others."""
+    given = fields.fields.get("rope_parameters") or fields.fields.get("rope_scaling") or {}
+    rope = given if isinstance(given, Mapping) else {}
+    sections = rope.get("mrope_section", [11, 11, 10])
+    is_list = isinstance(sections, list) and len(sections) == 3
+    if not is_list or any(not isinstance(n, int) or not 0 <= n <= 512 for n in sections):
+        fields.problems.append(
+            f"rope_parameters.mrope_section is {shown(sections)}, expected three counts of pairs"
+        )
+        return 0, 0
+    if rope.get("mrope_interleaved", True) is not True:
+        fields.problems.append(
+            "rope_parameters.mrope_interleaved is not true, which images need; load without "
+            "images=True"
+        )
+    return sections[1], sections[2]
 
 
 def _layers(fields: Fields) -> tuple[LayerKind, ...]:

@@ -27,6 +27,7 @@ from flashrt.models.qwen35 import draft as drafting
 from flashrt.models.qwen35.config import Qwen35Config, parse_config
 from flashrt.models.qwen35.tapes import Qwen35Recorder
 from flashrt.models.qwen35.weights import weight_rules
+from flashrt.models.sight import sight_regions
 from flashrt.weights.rules import Source, Stored, as_stored, in_bfloat16
 
 
@@ -45,9 +46,12 @@ class Qwen35:
         has_draft_head: bool,
         stored: Callable[[Source], Stored] = in_bfloat16,
         prefill_rows: int = USUAL_PREFILL_ROWS,
+        has_images: bool = False,
     ) -> None:
         """`stored` says how the checkpoint has each matrix: regions of weights are as it says."""
         check_choices(max_positions, kv_dtype, prefill_rows)
+        if has_images and has_draft_head:
+            raise PlanError("drafts know no images: load with images=True and draft=False")
         self.buckets = buckets_up_to(prefill_rows)
         self.config = config
         self.vocab_size = config.vocab_size
@@ -57,6 +61,8 @@ class Qwen35:
         self.lane_regions: tuple[Region, ...] = _lane_regions(
             config, max_positions, kv_dtype, prefill_rows
         )
+        if has_images:
+            self.lane_regions += sight_regions(config.hidden, prefill_rows)
         self.phases: tuple[tuple[str, int], ...] = (
             *((PREFILL, rows) for rows in self.buckets),
             (DECODE, 1),
@@ -111,10 +117,17 @@ def _lane_regions(
 def build(config: Mapping[str, object], chosen: Choices) -> Qwen35:
     """See `models.model_for`."""
     return Qwen35(
-        parse_config(config, chosen.lacks_head, chosen.has_draft_head, chosen.max_positions),
+        parse_config(
+            config,
+            chosen.lacks_head,
+            chosen.has_draft_head,
+            chosen.max_positions,
+            has_images=chosen.has_images,
+        ),
         max_positions=chosen.max_positions,
         kv_dtype=chosen.kv_dtype,
         has_draft_head=chosen.has_draft_head,
         stored=chosen.stored,
         prefill_rows=chosen.prefill_rows,
+        has_images=chosen.has_images,
     )

@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 from flashrt.core.region import DType, Operand, Region, as_view
 from flashrt.core.tape import Tape
 from flashrt.models.blocks import DeltaInputs, TokenRecorder
+from flashrt.models.model import PREFILL, STEP
 from flashrt.models.qwen35.config import LayerKind, Qwen35Config
 from flashrt.models.qwen35.weights import DRAFT_HEAD, EMBED, FINAL_NORM, HEAD, layer_name
+from flashrt.models.sight import DELTA, GROWTH, OFFSETS, SEEN
 from flashrt.ops import table as ops
 
 DRAFT_SHIFT = 1  # a row of the draft head belongs to the position before it
@@ -36,6 +38,7 @@ class Qwen35Recorder(TokenRecorder):
         super().__init__(regions, tape, config.eps, config.rotation.magnitude)
         self.config = config
         self.has_draft_head = f"{DRAFT_HEAD}.fc" in regions
+        self.sections = config.sections
         self.head_weight = EMBED if config.is_tied else HEAD
         self._kept = kept
 
@@ -63,7 +66,7 @@ class Qwen35Recorder(TokenRecorder):
         """
         c, regions = self.config, self.regions
         x = self.scratch("x", c.hidden)
-        self.launch(ops.EMBED, tokens=tokens, table=regions[EMBED], journal=regions["journal"], x=x)
+        self._embed(tokens, x)
         h: Operand = self.activation(f"{layer_name(0)}.h", c.hidden, input_dtype(c, 0))
         self.rmsnorm(x, f"{layer_name(0)}.input_norm", h)
         for i in range(len(c.layers)):
@@ -81,6 +84,26 @@ class Qwen35Recorder(TokenRecorder):
                 self.add_rmsnorm(x, r, f"{following}.input_norm", h)
         if self.has_draft_head:
             self.draft_keys(tokens, hidden=h, last=regions["last_hidden"])
+
+    def _embed(self, tokens: Operand, x: Region) -> None:
+        """Rows of the table, and where there may be images, theirs among them, and the places of
+        all. A row that was sampled is no image's.
+        """
+        regions = self.regions
+        into = {"tokens": tokens, "table": regions[EMBED], "journal": regions["journal"], "x": x}
+        if SEEN not in regions:
+            self.launch(ops.EMBED, **into)
+            return
+        rows, is_prompt = self.tape.run_rows, self.tape.phase in (PREFILL, STEP)
+        self.places = self.tape.scratch("places", self.rows, 3, dtype=DType.I32)
+        self.launch(
+            ops.PLACE_ROWS, offsets=regions[OFFSETS].span(0, rows), growth=regions[GROWTH],
+            delta=regions[DELTA], places=self.places, given=int(is_prompt),
+        )  # fmt: skip
+        if is_prompt:
+            self.launch(ops.EMBED_SEEN, seen=regions[SEEN].span(0, rows), **into)
+        else:
+            self.launch(ops.EMBED, **into)
 
     def draft_keys(
         self, tokens: Operand, hidden: Operand, last: Operand

@@ -1,4 +1,4 @@
-/* silu_mul, add_bias, scale_rows, last_*, keep_*, advance: small steps between the larger kernels.
+/* silu_mul, add_bias, scale_rows, last_*, keep_*, advance, hold, place_rows: small steps between the larger kernels.
  *
  * IS: columns split over threads. IS NOT: anything with a sum.
  */
@@ -78,4 +78,14 @@ void op_hold(const hold_args *a, int tid, int nt) {
   int is_stop = token < 0;
   for (int i = 1; i < STOP_WORDS && i <= a->stops[0]; i++) is_stop |= a->stops[i] == token;
   if (is_stop) a->cursor[CURSOR_ROWS] = 0;
+}
+
+void op_place_rows(const place_rows_args *a, int tid, int nt) {
+  int rows = rows_of(a->cursor, a->T);
+  if (tid > 0 || rows < 1) return;
+  int32_t first = position_of(a->cursor) + a->delta[0];
+  for (int i = 0; i < 3 * rows; i++) {
+    a->places[i] = first + i / 3 + (a->given ? a->offsets[i] : 0);
+  }
+  if (a->given) a->delta[0] += a->growth[0];
 }

@@ -1,4 +1,5 @@
-/* rope_append: norm and rotation of queries and keys, and the new rows of the key and value store.
+/* rope_append, rope_placed: norm and rotation of queries and keys, and the new rows of the key and
+ * value store.
  *
  * IS: one unit of work per head and row, units of one head next to each other, so that threads
  * share few cache lines of the store. IS NOT: attention.
@@ -13,7 +14,18 @@ typedef struct {
   const rope_append_args *a;
   int64_t t, head, position;
   float *row; /* [MAX_HEAD], of keys that become codes */
+  const int32_t
+      *axes; /* three places, and how many pairs turn by the latter two; NULL: one place */
+  int by_rows, by_columns;
 } place;
+
+/* What pair j turns by. */
+INLINE int64_t place_of(const place *at, int j) {
+  if (!at->axes) return at->position;
+  if (j % 3 == 1 && j < 3 * at->by_rows) return at->axes[1];
+  if (j % 3 == 2 && j < 3 * at->by_columns) return at->axes[2];
+  return at->axes[0];
+}
 
 static void put_query(const place *at, int d, float x) {
   at->a->q[(at->t * at->a->Nq + at->head) * at->a->D + d] = x;
@@ -47,7 +59,7 @@ INLINE void turn(const place *at, const float *x, const float *w, const int norm
   int D = at->a->D, R2 = at->a->R2;
   float scale = normed ? inverse_rms(x, D, at->a->eps) : 1.0f;
   for (int j = 0; j < R2; j++) {
-    sine_cosine by = s_sincos((float)(at->position - at->a->shift) * at->a->inv_freq[j]);
+    sine_cosine by = s_sincos((float)(place_of(at, j) - at->a->shift) * at->a->inv_freq[j]);
     float cosine = by.cosine * at->a->magnitude, sine = by.sine * at->a->magnitude;
     float low = x[j], high = x[j + R2];
     if (normed) low = low * scale * w[j], high = high * scale * w[j + R2];
@@ -71,7 +83,7 @@ static void put_values(const place *at, const float *v) {
   }
 }
 
-void op_rope_append(const rope_append_args *a, int tid, int nt) {
+static void append(const rope_append_args *a, const rope_placed_args *placed, int tid, int nt) {
   int rows = rows_of(a->cursor, a->T);
   if (rows <= 0) return;
   int64_t Nq = a->Nq, Nk = a->Nk, D = a->D;
@@ -82,7 +94,11 @@ void op_rope_append(const rope_append_args *a, int tid, int nt) {
   for (int64_t unit = units.begin; unit < units.end; unit++) {
     int64_t head = unit / rows, t = unit % rows;
     const float *u = a->u + t * a->U;
-    place at = {a, t, head, position_of(a->cursor) + t, row};
+    place at = {a, t, head, position_of(a->cursor) + t, row, NULL, 0, 0};
+    if (placed) {
+      at.axes = placed->places + 3 * t;
+      at.by_rows = placed->by_rows, at.by_columns = placed->by_columns;
+    }
     if (head < Nq) {
       turn(&at, u + head * pitch, a->q_norm, a->normed, put_query);
     } else if ((at.head = head - Nq) < Nk) {
@@ -94,4 +110,37 @@ void op_rope_append(const rope_append_args *a, int tid, int nt) {
       put_values(&at, u + Nq * pitch + (Nk + at.head) * D);
     }
   }
+}
+
+void op_rope_append(const rope_append_args *a, int tid, int nt) { append(a, NULL, tid, nt); }
+
+void op_rope_placed(const rope_placed_args *a, int tid, int nt) {
+  rope_append_args same = {.u = a->u,
+                           .q_norm = a->q_norm,
+                           .k_norm = a->k_norm,
+                           .inv_freq = a->inv_freq,
+                           .cursor = a->cursor,
+                           .q = a->q,
+                           .keys = a->keys,
+                           .values = a->values,
+                           .key_scales = a->key_scales,
+                           .value_scales = a->value_scales,
+                           .T = a->T,
+                           .U = a->U,
+                           .D = a->D,
+                           .R2 = a->R2,
+                           .Nq = a->Nq,
+                           .Nk = a->Nk,
+                           .S = a->S,
+                           .C = a->C,
+                           .keys_dtype = a->keys_dtype,
+                           .values_dtype = a->values_dtype,
+                           .key_scales_dtype = a->key_scales_dtype,
+                           .value_scales_dtype = a->value_scales_dtype,
+                           .eps = a->eps,
+                           .shift = a->shift,
+                           .gated = a->gated,
+                           .normed = a->normed,
+                           .magnitude = a->magnitude};
+  append(&same, a, tid, nt);
 }
