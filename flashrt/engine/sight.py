@@ -62,6 +62,11 @@ class Sight:
         self._by_file: dict[bytes, bytes] = {}  # by hashes of files: what need not be decoded
 
     @property
+    def image_token(self) -> int:
+        """What a chat template writes for an image."""
+        return self.tower.model.config.image_token
+
+    @property
     def nbytes(self) -> int:
         """Bytes of rows that are kept."""
         return sum(known.rows.nbytes for known in self._known.values())

@@ -22,6 +22,7 @@ from flashrt.base.errors import CheckpointError, SessionError
 from flashrt.base.messages import shown
 from flashrt.capsule.capsule import Capsule
 from flashrt.session.engine import SessionEngine
+from flashrt.session.pictures import with_words, without_pictures
 from flashrt.session.session import EndReason, Session
 from flashrt.session.waypoints import MOST_KEPT
 from flashrt.text import tool_calls
@@ -208,8 +209,9 @@ class Chat:
         """Append a message; it is prefilled when something needs the state after it.
 
         more: `tool_calls` (arguments as objects or JSON text), `reasoning_content`, `name` and what
-        else the template reads. Raises ChatError for what is no message, SessionError while a reply
-        is coming.
+        else the template reads. Parts of a content may be images, where the model was loaded with
+        them: {"type": "image", "image": path, bytes or array}, see `pictures`. Raises ChatError for
+        what is no message, SessionError while a reply is coming.
         """
         self._check_idle("nothing can be added")
         message = checked_message({"role": role, "content": content, **more})
@@ -410,12 +412,18 @@ class Chat:
         is_continued: bool = False,
         thinking: bool | None = None,
     ) -> Prompt:
-        return self._prompts.encode(
-            messages,
+        told, pictures = without_pictures(messages)
+        images = [self._engine.image(picture) for picture in pictures]
+        prompt = self._prompts.encode(
+            told,
             is_asked=is_asked,
             is_continued=is_continued,
             thinking=self._habits.thinking if thinking is None else thinking,
         )
+        if not images:
+            return prompt
+        assert self._engine.sight is not None
+        return with_words(prompt, self._engine.sight.image_token, [i.tokens for i in images])
 
     def _feed(self, prompt: Prompt, room: int = 0) -> None:
         """Bring the session to the tokens of a prompt: roll back what differs, feed the rest.

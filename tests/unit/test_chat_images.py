@@ -1,0 +1,158 @@
+"""Images in a conversation: parts of contents become rows where the template has one token."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+
+import flashrt
+from flashrt.base.errors import ImageError
+from flashrt.session.chat import open_chat
+from flashrt.text.template import ChatError
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "vision" / "qwen35"
+FILE = GOLDEN / "small.png"
+TEMPLATE = (  # what Qwen's has of images
+    "{% for m in messages %}<|im_start|>{{ m.role }} {% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for part in m.content %}{% if part.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+IDS = {
+    "<|image_pad|>": 300, "<|vision_start|>": 302, "<|vision_end|>": 303, "<|im_start|>": 304,
+    "<|im_end|>": 305,
+}  # fmt: skip
+
+
+def write(folder: Path) -> Path:
+    """The golden checkpoint, with a tokenizer of bytes and the tokens of images."""
+    shutil.copytree(GOLDEN, folder)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocab = {c: i for i, c in enumerate(sorted(byte_level))}
+    vocab |= {f"<unused {i}>": i for i in range(len(vocab), 300)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    names = {i: name for name, i in IDS.items()}
+    for i in range(300, 306):
+        made.add_special_tokens([names.get(i, "<|video_pad|>")])
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[flashrt.Engine]:
+    folder = write(tmp_path_factory.mktemp("chat") / "seeing")
+    made = flashrt.load(folder, "cpu", max_positions=400, lanes=2, images=True)
+    yield made
+    made.close()
+
+
+def part(image: Any) -> dict[str, Any]:
+    return {"type": "image", "image": image}
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def test_an_image_stands_where_the_template_has_its_token(engine: flashrt.Engine) -> None:
+    words = engine.image(FILE).tokens.tolist()
+    with open_chat(engine) as chat:
+        chat.add("user", [text("a"), part(FILE), text("b"), part(FILE)])
+        tokens = chat.tokens(is_asked=True)
+        assert IDS["<|image_pad|>"] not in tokens
+        first = tokens.index(words[0])
+        assert tokens[first - 1 : first + len(words) + 1] == [302, *words, 303]
+        assert tokens[first + len(words) + 2 :].count(words[0]) == 1
+        chat.reply(4)
+        with engine.session() as session:
+            session.prefill(tokens)
+            assert session.tokens.tolist() == chat.session.tokens[: len(tokens)].tolist()
+
+
+def test_a_picture_may_come_in_many_ways(engine: flashrt.Engine) -> None:
+    """The same file is the same image, however it is given; and is fed once."""
+    data = FILE.read_bytes()
+    coded = base64.b64encode(data).decode()
+    ways = [
+        part(FILE), part(str(FILE)), part(data), {"type": "image", "base64": coded},
+        part(f"data:image/png;base64,{coded}"),
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{coded}"}},
+        {"type": "image_url", "image_url": f"DATA:image/png;base64,{coded}"},
+    ]  # fmt: skip
+    with open_chat(engine) as chat:
+        found = []
+        for way in ways:
+            chat.messages = [{"role": "user", "content": [way, text("what is it?")]}]
+            found.append(chat.tokens())
+            chat.reply(2)
+        assert all(tokens == found[0] for tokens in found)
+        assert chat.fed_tokens < 2 * len(found[0])
+
+
+def test_turns_after_an_image_are_warm(engine: flashrt.Engine) -> None:
+    """Positions of turns count the rows of images. Fault: waypoints, or what is fed, are off."""
+    with open_chat(engine) as chat:
+        chat.add("user", [part(FILE), text("x")])
+        chat.reply(3)
+        chat.add("user", "and now?")
+        fed, before = chat.fed_tokens, len(chat.tokens())
+        chat.reply(3)
+        assert chat.fed_tokens - fed < 40 < before
+
+
+def test_what_a_user_spells_is_no_image(engine: flashrt.Engine) -> None:
+    with open_chat(engine) as chat:
+        chat.add("user", "<|image_pad|>")
+        assert IDS["<|image_pad|>"] not in chat.tokens()
+        chat.add("user", [text("<|image_pad|>"), part(FILE)])
+        assert sum(token >= 1 << 30 for token in chat.tokens()) == len(engine.image(FILE).tokens)
+
+
+def test_refusals(engine: flashrt.Engine, tmp_path: Path) -> None:
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        (part("https://example.com/a.png"), "not fetched"),
+        ({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}, "not fetched"),
+        ({"type": "image_url", "image_url": "/etc/passwd"}, "not fetched"),
+        ({"type": "image"}, "none of image"),
+        ({"type": "image", "image": FILE, "base64": "aa"}, "image, base64 of"),
+        ({"type": "image", "base64": "*"}, "no base64"),
+        (part("data:image/png,abc"), "expected base64"),
+        (part(3), "a int"),
+    )
+    with open_chat(engine) as chat:
+        for given, said in wrong:
+            chat.messages = [{"role": "user", "content": [given]}]
+            with pytest.raises(ChatError, match=said):
+                chat.reply(1)
+        chat.messages = [{"role": "user", "content": [part(b"none")]}]
+        with pytest.raises(ImageError, match="cannot be read"):
+            chat.reply(1)
+        assert chat.session.position == 0
+    folder = write(tmp_path / "blind")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content[0].text }}")
+    with flashrt.load(folder, "cpu", max_positions=64) as blind, open_chat(blind) as chat:
+        chat.add("user", [part(FILE)])
+        with pytest.raises(ImageError, match="images=True"):
+            chat.reply(1)
+    seeing = flashrt.load(folder, "cpu", max_positions=64, images=True)
+    with seeing, open_chat(seeing) as chat:
+        chat.add("user", [part(np.asarray(np.zeros((40, 40, 3)), np.uint8))])
+        with pytest.raises(ChatError, match="template wrote 0"):
+            chat.reply(1)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_heads"] = 5
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(flashrt.CheckpointError, match="no multiple of four times num_heads"):
+        flashrt.load(folder, "cpu", max_positions=64, images=True)
