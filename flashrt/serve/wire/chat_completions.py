@@ -135,7 +135,8 @@ def content_of(item: Fields, name: str = "content") -> str | None:
         if kind not in ("text", "input_text", "output_text", "refusal"):
             raise bad(
                 part.path("type"),
-                f"{part.path('type')} is {shown(kind)}; this model reads text only",
+                f"{part.path('type')} is {shown(kind)}; the server reads text only: for images, "
+                "flashrt.open_chat on a model loaded with images=True",
                 "unsupported_content",
             )
         texts.append(part.needed_text("refusal" if kind == "refusal" else "text"))
