@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -114,43 +115,53 @@ class Sight:
 
     def check(self, before: Words, tokens: Words) -> None:
         """Raises ImageError unless all images of tokens that follow `before` are in memory."""
-        self.given(before, tokens)
+        for _ in self._images_in(before, tokens):
+            pass
 
     def given(self, before: Words, tokens: Words) -> Given | None:
         """What goes with tokens that follow others; None where they are text alone.
 
         An image may be cut at either end. Raises ImageError for words of none that is in memory.
         """
+        n, hidden = len(tokens), self.tower.model.config.out
+        seen, offsets = np.zeros((n, hidden), np.float32), np.zeros((n, 3), np.int32)
+        moved = at = 0
+        is_text = True
+        for image, rows, start, count in self._images_in(before, tokens):
+            is_text = False
+            offsets[at : max(start, 0)] = moved
+            r = np.arange(max(-start, 0), count)
+            seen[start + r] = rows[r]
+            y, x = np.divmod(r, image.width)
+            offsets[start + r] = moved + np.stack([-r, y - r, x - r], axis=1)
+            at = start + count
+            if count == len(image.tokens):
+                moved += max(image.height, image.width) - count
+        if is_text:
+            return None
+        offsets[at:] = moved
+        return Given(seen, offsets, moved)
+
+    def _images_in(
+        self, before: Words, tokens: Words
+    ) -> Iterator[tuple[Image, NDArray[np.float32], int, int]]:
+        """Images among tokens that follow others, as they come: each with its rows, the index of
+        its first word, negative where it began before, and how many of its words are there.
+        """
         at = np.flatnonzero(tokens >= FIRST_WORD)
         if not len(at):
-            return None
-        first = len(before)  # of the words that `tokens` may go on with
-        while first and before[first - 1] >= FIRST_WORD:
+            return
+        first = len(before)  # of the words that the tokens may go on with
+        while first and at[0] == 0 and before[first - 1] >= FIRST_WORD:
             first -= 1
         skipped, words = len(before) - first, np.concatenate([before[first:], tokens])
-        n = len(tokens)
-        seen = np.zeros((n, self.tower.model.config.out), np.float32)
-        offsets = np.zeros((n, 3), np.int32)
-        moved, i = 0, 0 if skipped else int(at[0])
-        offsets[:i] = 0
+        i = 0 if skipped else int(at[0])
         while i < len(words):
-            if words[i] < FIRST_WORD:
-                following = np.flatnonzero(words[i:] >= FIRST_WORD)
-                stop = i + int(following[0]) if len(following) else len(words)
-                offsets[max(i - skipped, 0) : max(stop - skipped, 0)] = moved
-                i = stop
-                continue
             image, rows, count = self._match(words[i:])
-            r = np.arange(max(skipped - i, 0), count)  # rows of it that are among the tokens
-            if len(r):
-                to = i - skipped + r
-                seen[to] = rows[r]
-                y, x = np.divmod(r, image.width)
-                offsets[to] = moved + np.stack([-r, y - r, x - r], axis=1)
-                if count == len(image.tokens):
-                    moved += max(image.height, image.width) - count
-            i += count
-        return Given(seen, offsets, moved)
+            if i + count > skipped:
+                yield image, rows, i - skipped, count
+            following = np.flatnonzero(words[i + count :] >= FIRST_WORD)
+            i = i + count + int(following[0]) if len(following) else len(words)
 
     def _match(self, words: Words) -> tuple[Image, NDArray[np.float32], int]:
         """The image that words begin with, its rows, and how many of the words are its."""

@@ -553,7 +553,8 @@ class TokenEngine(Engine):
         """Tokens of the next launch, and what goes with them where there may be images."""
         sight, view = self.sight, self._view(lane)
         if sight is not None:
-            given = sight.given(lane.journal[: lane.position], tokens)
+            has_images = bool((tokens >= FIRST_WORD).any())
+            given = sight.given(lane.journal[: lane.position], tokens) if has_images else None
             if given is None and not view.is_plain:
                 n = self.model.buckets[-1]
                 self._write_io(lane, OFFSETS, np.zeros((n, 3), np.int32))
