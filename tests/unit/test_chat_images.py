@@ -107,9 +107,11 @@ def test_turns_after_an_image_are_warm(engine: flashrt.Engine) -> None:
         chat.add("user", [part(FILE), text("x")])
         chat.reply(3)
         chat.add("user", "and now?")
-        fed, before = chat.fed_tokens, len(chat.tokens())
+        tokens, fed = chat.tokens(), chat.fed_tokens
         chat.reply(3)
-        assert chat.fed_tokens - fed < 40 < before
+        assert chat.fed_tokens - fed < 40 < len(tokens)
+        turns = [i for i, token in enumerate(tokens) if token == IDS["<|im_start|>"]]
+        assert turns[2] in [w.position for w in chat.session.lane.waypoints]
 
 
 def test_what_a_user_spells_is_no_image(engine: flashrt.Engine) -> None:
