@@ -39,7 +39,7 @@ from flashrt.text.gguf_tokenizer import TABLES, text_of_gguf
 from flashrt.weights.bundled_policies import policy_path
 from flashrt.weights.checkpoint import Checkpoint, open_checkpoint, read_json
 from flashrt.weights.gguf.checkpoint import GgufCheckpoint
-from flashrt.weights.loader import LoadReport, fill_weights
+from flashrt.weights.loader import LoadReport, check_sources, fill_weights
 from flashrt.weights.opening import open_weights
 from flashrt.weights.quantising import quantising
 
@@ -272,7 +272,8 @@ def model_in(
 
 def tower_in(source: Checkpoint, max_positions: int) -> tuple[Tower, Checkpoint]:
     """The vision tower of a checkpoint, for images that a lane has room for, and its tensors as its
-    rules name them: what is a convolution over a patch is a matrix. Raises CheckpointError.
+    rules name them: what is a convolution over a patch is a matrix. Raises CheckpointError, for
+    tensors that do not fit too: before the text model is loaded.
     """
     file = source.path / PREPROCESSOR_FILE
     processor = read_json(file) if file.is_file() else {}
@@ -284,7 +285,9 @@ def tower_in(source: Checkpoint, max_positions: int) -> tuple[Tower, Checkpoint]
         for name, t in source.tower.items()
     }
     model = Tower(config, max_positions * config.merge**2)
-    return model, dataclasses.replace(source, tensors=tensors, tower={})
+    own = dataclasses.replace(source, tensors=tensors, tower={})
+    check_sources(model.weights, own)
+    return model, own
 
 
 def text_of(source: Checkpoint, vocab_size: int | None = None) -> CheckpointText:

@@ -67,7 +67,7 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImageError("images need Pillow: pip install flashrt[vision]") from error
+        raise ImageError("images need Pillow: pip install 'flashrt[vision]'") from error
     return Image
 
 

@@ -154,7 +154,13 @@ def test_refusals(engine: flashrt.Engine, tmp_path: Path) -> None:
         with pytest.raises(ChatError, match="template wrote 0"):
             chat.reply(1)
     config = json.loads((folder / "config.json").read_text())
-    config["vision_config"]["num_heads"] = 5
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(flashrt.CheckpointError, match="no multiple of four times num_heads"):
-        flashrt.load(folder, "cpu", max_positions=64, images=True)
+    for name, value, said in (
+        ("num_heads", 5, "no multiple of four times num_heads"),
+        ("depth", 3, "blocks.2"),
+        ("hidden_act", "relu", "hidden_act"),
+        ("num_position_embeddings", 35, "no square"),
+    ):
+        changed = config | {"vision_config": config["vision_config"] | {name: value}}
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(flashrt.CheckpointError, match=said):
+            flashrt.load(folder, "cpu", max_positions=64, images=True)
