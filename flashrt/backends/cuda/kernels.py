@@ -249,8 +249,9 @@ def _few(
     while warps < most and is_small():
         warps *= 2
     defines = _defines(
-        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WARPS=warps, TOKEN_TILES=tiles
-    )
+        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WHOLE=int(k % K_SLICE == 0), WARPS=warps,
+        TOKEN_TILES=tiles,
+    )  # fmt: skip
     if is_normed:
         _, vectors, threads = row_geometry(k)
         defines += _defines(NORM_VECTORS=vectors, NORM_THREADS=threads)
