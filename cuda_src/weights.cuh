@@ -129,10 +129,10 @@ DEVICE Codes load_codes(const uint8_t* chunk, int lane) {
 }
 
 constexpr uint32_t MINUS_ZERO = 0x80008000;
-// The code that stands for 0, and minus it over UNIT in both halves.
+// Minus the code that stands for 0, over UNIT, in both halves; bytes of integers are made 128 more.
 constexpr int LOG_ZERO = W_BITS - 1;
 constexpr uint32_t MINUS_CODE_ZERO =
-    HAS_MIN ? MINUS_ZERO : (0x8000u | (121 + LOG_ZERO) << 7) * 0x00010001u;
+    HAS_MIN && W_BITS < 8 ? MINUS_ZERO : (0x8000u | (121 + LOG_ZERO) << 7) * 0x00010001u;
 constexpr uint32_t ONE = IS_INTEGER ? 0x3c803c80 : 0x3f803f80;  // over SUM_UNIT
 
 // 8 bits of e4m3 in each half, as bfloat16: its exponent is 120 more. No NaN: packing has moved
@@ -231,11 +231,16 @@ DEVICE Scale scale_of(const StoredScale& stored) {
     auto byte = [&](int p) {
       return stored.plane[p % (N_PLANES ? N_PLANES : 1)].x >> 8 * row & 0xff;
     };
+    auto number = [&](int p, uint32_t flip) {  // of a byte: its bits below those of 2^23
+      uint32_t x = stored.plane[p % (N_PLANES ? N_PLANES : 1)].x ^ flip;
+      return __uint_as_float(__byte_perm(x, 0x4b000000, 0x7440 | row)) -
+             (8388608.0f + (flip & 0xff));
+    };
     if constexpr (W_SCALES == SCALES_TWO_LEVEL) {
-      scale.s[row] = wide(0) * (float)((int)(byte(1) << 24) >> 24);
+      scale.s[row] = wide(0) * number(1, 0x8080);
     } else if constexpr (W_SCALES == SCALES_TWO_LEVEL_MIN) {
-      scale.s[row] = wide(0) * (float)byte(2);
-      scale.m[row] = -(wide(1) * (float)byte(3));
+      scale.s[row] = wide(0) * number(2, 0);
+      scale.m[row] = -(wide(1) * number(3, 0));
     } else if constexpr (HAS_ROW_SCALE) {
       scale.s[row] = e4m3_to_float(byte(0));
     } else {
