@@ -1,4 +1,4 @@
-// linears.cuh - products of the same few rows with PARTS matrices, each in a format of its own.
+// linears.cuh - products of the same few rows with MATRICES matrices, each in a format of its own.
 //
 // IS: linear_few.cuh once for each format, and which of them a block is for. Blocks of one launch, so
 // that small matrices beside a large one cost no launch of their own.
@@ -26,7 +26,7 @@ namespace part1 {
 #include "linear_few.cuh"
 }
 #undef PART
-#if PARTS > 2
+#if MATRICES > 2
 #define PART 2
 namespace part2 {
 #include "linear_few.cuh"
@@ -34,9 +34,9 @@ namespace part2 {
 #undef PART
 #endif
 DEVICE constexpr int least(int a, int b) { return a < b ? a : b; }
-constexpr int min_blocks_of_parts() {
+DEVICE constexpr int min_blocks_of_parts() {
   int n = least(part0::min_blocks(STORE), part1::min_blocks(STORE));
-#if PARTS > 2
+#if MATRICES > 2
   n = least(n, part2::min_blocks(STORE));
 #endif
   return n;
@@ -57,7 +57,7 @@ DEVICE void multiply_parts(const Args& a) {
   int tile = blockIdx.x;
   MULTIPLY_PART(0);
   MULTIPLY_PART(1);
-#if PARTS > 2
+#if MATRICES > 2
   MULTIPLY_PART(2);
 #endif
 }

@@ -3,7 +3,7 @@
 // Contract: linears.cuh; as a linear for each, bit for bit.
 // Shapes:   x [T, K] activations, w<i> [N<i>, K] as in weights.cuh, y<i> [T, N<i>] float.
 // Launch:   the row tiles of all matrices side by side, those of the first before the others.
-#define PARTS 2
+#define MATRICES 2
 #include "flashrt.cuh"
 #include "linears.cuh"
 

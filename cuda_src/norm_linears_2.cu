@@ -3,7 +3,7 @@
 // Contract: linears.cuh; as rmsnorm, then a linear for each, bit for bit. K is a multiple of 8.
 // Shapes:   x [T, K], norm [K] float, w<i> [N<i>, K] as in weights.cuh, y<i> [T, N<i>] float.
 // Launch:   the row tiles of all matrices side by side, those of the first before the others.
-#define PARTS 2
+#define MATRICES 2
 #include "flashrt.cuh"
 #include "linears.cuh"
 
