@@ -22,9 +22,9 @@
 // chains and scales need registers too.
 constexpr bool IS_WIDE = TOKEN_TILES == 4 || (TOKEN_TILES == 2 && FOLDS);
 DEVICE constexpr int min_blocks(Epilogue e) { return (IS_WIDE ? 256 : 512) / threads(e); }
-// Where chunks are taken one after the other, as if any could be the last: the compiler would rather
-// prepare several at once, and runs out of registers.
-constexpr bool IS_CROWDED = TOKEN_TILES == 4 || HAS_MIN;
+// Chunks between two questions whether there are more, which none needs if K is whole: but the
+// compiler would rather prepare all that lie between, and runs out of registers.
+constexpr int CHUNKS_AT_ONCE = !WHOLE || TOKEN_TILES == 4 || HAS_MIN ? 1 : FOLDS ? 2 : SLICE_CHUNKS;
 constexpr int BATCH_CHUNKS = IS_C_ORDER ? 1 : SLICE_CHUNKS / 2;
 constexpr int MOST_GROUPS = CHUNK_SCALES == 2 ? 2 * BATCH_CHUNKS : BATCH_CHUNKS;  // of a batch
 
@@ -142,7 +142,7 @@ DEVICE void multiply_batch(float (&c)[TOKEN_TILES][4], const Batch& batch, int f
                            const act_t* const (&x)[TOKEN_TILES], int left) {
 #pragma unroll
   for (int i = 0; i < BATCH_CHUNKS; i++) {
-    if ((!WHOLE || IS_CROWDED) && first + i >= end) break;
+    if ((i > 0 || !WHOLE) && i % CHUNKS_AT_ONCE == 0 && first + i >= end) break;
     StoredScale stored[2];
 #pragma unroll
     for (int f = 0; f < CHUNK_SCALES; f++)
