@@ -324,8 +324,8 @@ def _with_parts_of_x(s: Shape) -> Shape:
 
 
 def _matrix_rows(s: Shape) -> list[int]:
-    """Of the matrices of a launch of several."""
-    return [s.dims[f"N{i}"] for i in range(len([n for n in s.dims if n.startswith("N")]))]
+    """Of the matrices of a launch of several, whose number is the last word of the op."""
+    return [s.dims[f"N{i}"] for i in range(int(s.op.rsplit("_", 1)[1]))]
 
 
 def _linears(s: Shape) -> tuple[KernelLaunch, ...]:
