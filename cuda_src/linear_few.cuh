@@ -24,7 +24,7 @@ constexpr bool IS_WIDE = TOKEN_TILES == 4 || (TOKEN_TILES == 2 && FOLDS);
 DEVICE constexpr int min_blocks(Epilogue e) { return (IS_WIDE ? 256 : 512) / threads(e); }
 // Chunks between two questions whether there are more, which none needs if K is whole: but the
 // compiler would rather prepare all that lie between, and runs out of registers.
-constexpr int CHUNKS_AT_ONCE = !WHOLE || TOKEN_TILES == 4 || HAS_MIN ? 1 : FOLDS ? 2 : SLICE_CHUNKS;
+constexpr int CHUNKS_AT_ONCE = !WHOLE || TOKEN_TILES > 1 || HAS_MIN ? 1 : FOLDS ? 2 : SLICE_CHUNKS;
 constexpr int BATCH_CHUNKS = IS_C_ORDER ? 1 : SLICE_CHUNKS / 2;
 constexpr int MOST_GROUPS = CHUNK_SCALES == 2 ? 2 * BATCH_CHUNKS : BATCH_CHUNKS;  // of a batch
 
