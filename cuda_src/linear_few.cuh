@@ -7,6 +7,7 @@
 // IS NOT: the order of a sum, see linear.cuh, or what may stand for what, see backends/cuda/fusion.py.
 //
 // Contract: row t < cursor.rows of the output; other rows are neither read nor written.
+//           ALIGNED: K is a multiple of 8; WHOLE: of K_SLICE, so that every k of a slice is there.
 // Order:    linear.cuh. Of the warps of a row tile, warp w takes slices w, w + WARPS, ...; the first
 //           folds them in order through shared memory. A norm's sum is norm.cu's: its warps are
 //           shared out among those of the block.
