@@ -530,10 +530,8 @@ def _experts_out_one(s: Shape) -> KernelLaunch:
 
 
 def _most_expert_warps(s: Shape) -> int:
-    """Of a block of experts_few.cuh. Two scales of a chunk take the registers of half of them."""
-    groups = s.groups.get("w")
-    is_tight = groups is not None and groups.size == 16 and _is_folded(s, "w")
-    return 8 if is_tight else 16
+    """Of a block of experts_few.cuh, whose IS_TIGHT formats take the registers of half of them."""
+    return 8 if s.dtypes.get("w") in (DType.U5, DType.U6, DType.E2M1) else 16
 
 
 def _experts_few(s: Shape, kernel: str, k: int, n: int, *, halves: int = 1) -> KernelLaunch:
