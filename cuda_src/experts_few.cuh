@@ -50,20 +50,13 @@ DEVICE bool take_picks(BlockPicks& block, const int* picks, int n, int expert) {
   return true;
 }
 
-// The rows of x of a lane's picks, `per_row` picks to a row; see LaunchRows.
-struct PickedRows {
-  const act_t* x;
-  int row[TOKEN_TILES];
-
-  DEVICE PickedRows(const void* x, const BlockPicks& block, int per_row, int g)
-      : x((const act_t*)x) {
+// Where in x the rows of a lane's picks begin, `per_row` picks to a row, and in them its k; columns
+// without a pick are copies of the first, which nobody takes.
+DEVICE void find_rows(int (&of_row)[TOKEN_TILES], const BlockPicks& block, int per_row, int K,
+                      int lane) {
 #pragma unroll
-    for (int j = 0; j < TOKEN_TILES; j++) {
-      int pick = block.of[8 * j + g];
-      row[j] = pick < 0 ? -1 : pick / per_row;
-    }
+  for (int j = 0; j < TOKEN_TILES; j++) {
+    int pick = block.of[8 * j + (lane >> 2)];
+    of_row[j] = (pick < 0 ? block.of[0] : pick) / per_row * K + LANE_K * (lane & 3);
   }
-  DEVICE Operand operand(int j, int k, int K) const {
-    return load_x(x + (size_t)max(row[j], 0) * K, row[j] >= 0, k, K);
-  }
-};
+}

@@ -11,7 +11,7 @@ constexpr int THREADS = threads(SILU), MIN_BLOCKS = expert_blocks(SILU);
 
 KERNEL(THREADS, MIN_BLOCKS) experts_in_few(ARGS experts_in_args launch) {
   OPEN_RUN(experts_in);
-  __shared__ __align__(16) FewSums<SILU> shared;
+  __shared__ __align__(16) FewShared<SILU> shared;
   __shared__ BlockPicks block;
   begin();
   int n = a.cursor[CURSOR_ROWS] * a.P;
@@ -22,8 +22,10 @@ KERNEL(THREADS, MIN_BLOCKS) experts_in_few(ARGS experts_in_args launch) {
                       a.H, g, t);
   FewWeights w = load_weights(tile, of_block - half * WARPS, n_chunks, lane, a.H);
   if (!take_picks(block, a.picks, n, expert)) return;
+  int of_row[TOKEN_TILES];
+  find_rows(of_row, block, a.P, a.H, lane);
   float sum[TOKEN_TILES][4];
-  sum_few<SILU>(sum, shared, w, PickedRows(a.x, block, a.P, g), a.H);
+  sum_few<SILU>(sum, shared, w, (const act_t*)a.x, of_row, a.H);
   if (of_block != 0) return;
 #pragma unroll
   for (int j = 0; j < TOKEN_TILES; j++)

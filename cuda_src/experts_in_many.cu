@@ -36,8 +36,8 @@ KERNEL(THREADS, BLOCKS) experts_in_many(ARGS experts_in_args launch) {
       for (int i = 0; i < 4; i++) {
         int m = token + 8 * j + 2 * t + (i & 1);
         if (m >= picks.n || pair >= n_tiles) continue;
-        float gate = with_row_scale(sum[r][j][i], gate_scale[i >> 1]),
-              up = with_row_scale(sum[PAIRS + r][j][i], up_scale[i >> 1]);
+        float gate = sum_with_row_scale(sum[r][j][i], gate_scale[i >> 1]),
+              up = sum_with_row_scale(sum[PAIRS + r][j][i], up_scale[i >> 1]);
         ((act_t*)a.h)[(size_t)picks.pick(m) * a.I + pair * 16 + g + 8 * (i >> 1)] =
             to_act(silu(gate) * up);
       }

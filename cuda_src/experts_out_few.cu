@@ -10,7 +10,7 @@ constexpr int THREADS = threads(STORE), MIN_BLOCKS = expert_blocks(STORE);
 
 KERNEL(THREADS, MIN_BLOCKS) experts_out_few(ARGS experts_out_args launch) {
   OPEN_RUN(experts_out);
-  __shared__ __align__(16) FewSums<STORE> shared;
+  __shared__ __align__(16) FewShared<STORE> shared;
   __shared__ BlockPicks block;
   begin();
   int n = a.cursor[CURSOR_ROWS] * a.P;
@@ -20,8 +20,10 @@ KERNEL(THREADS, MIN_BLOCKS) experts_out_few(ARGS experts_out_args launch) {
   Tile tile = tile_of(a.w, expert * gridDim.x + blockIdx.x, n_chunks, a.E * a.H, a.I, g, t);
   FewWeights w = load_weights(tile, warp, n_chunks, lane, a.I);
   if (!take_picks(block, a.picks, n, expert)) return;
+  int of_row[TOKEN_TILES];
+  find_rows(of_row, block, 1, a.I, lane);
   float sum[TOKEN_TILES][4];
-  sum_few<STORE>(sum, shared, w, PickedRows(a.h, block, 1, g), a.I);
+  sum_few<STORE>(sum, shared, w, (const act_t*)a.h, of_row, a.I);
   if (warp != 0) return;
 #pragma unroll
   for (int j = 0; j < TOKEN_TILES; j++)

@@ -29,7 +29,7 @@ KERNEL(THREADS, BLOCKS) experts_out_many(ARGS experts_out_args launch) {
         int m = token + 8 * j + 2 * t + (i & 1);
         if (m >= picks.n || tile >= n_tiles) continue;
         a.products[(size_t)picks.pick(m) * a.H + tile * 16 + g + 8 * (i >> 1)] =
-            with_row_scale(sum[r][j][i], row_scale[i >> 1]);
+            sum_with_row_scale(sum[r][j][i], row_scale[i >> 1]);
       }
   }
 }

@@ -12,15 +12,16 @@ constexpr int THREADS = threads(SUM), MIN_BLOCKS = 1;
 
 KERNEL(THREADS, MIN_BLOCKS) experts_out_one(ARGS experts_out_args launch) {
   OPEN_RUN(experts_out);
-  __shared__ __align__(16) FewSums<SUM> shared;
+  __shared__ __align__(16) FewShared<SUM> shared;
   begin();
   if (a.cursor[CURSOR_ROWS] < 1) return;
   int of_block = threadIdx.x >> 5, j = of_block / WARPS, lane = threadIdx.x & 31, g = lane >> 2,
       t = lane & 3, n_chunks = ceil_div(a.I, K_CHUNK);
   Tile tile = tile_of(a.w, a.picks[j] * gridDim.x + blockIdx.x, n_chunks, a.E * a.H, a.I, g, t);
   FewWeights w = load_weights(tile, of_block - j * WARPS, n_chunks, lane, a.I);
+  int of_row[1] = {j * a.I + LANE_K * t};  // every column is a copy of it
   float sum[1][4];
-  sum_few<SUM>(sum, shared, w, LaunchRows{(const act_t*)a.h + (size_t)j * a.I, g, 1}, a.I);
+  sum_few<SUM>(sum, shared, w, (const act_t*)a.h, of_row, a.I);
   if (of_block != 0 || t != 0) return;
 #pragma unroll
   for (int half = 0; half < 2; half++) {

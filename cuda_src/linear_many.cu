@@ -43,7 +43,7 @@ DEVICE void add_to_y(const linear_args& a, Sums& sum, int tile, int token, int r
         if (m < rows && n < a.N) {
           float* y = a.y + (size_t)m * a.y_stride + n;
           float total = is_first ? sum[r][j][i] : *y + sum[r][j][i];
-          *y = is_last ? with_row_scale(total, row_scale[i >> 1]) : total;
+          *y = is_last ? sum_with_row_scale(total, row_scale[i >> 1]) : total;
         }
         sum[r][j][i] = 0.0f;
       }

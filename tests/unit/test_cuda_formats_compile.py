@@ -1,8 +1,9 @@
 """Products with weights, and rows of them, compile for every stored format and spill nothing.
 
 IS: the variants that test_cuda_compile leaves out, for it knows no formats; the suite takes the two
-formats that need most registers, on three architectures; `--all-formats` takes all, for an hour of
-two cores. IS NOT: running them (tests/backend/test_formats_simt.py).
+formats that need most registers, on three architectures, and launches of several formats on all;
+`--all-formats` takes all, for an hour of two cores. IS NOT: running them
+(tests/backend/test_formats_simt.py).
 """
 
 from __future__ import annotations
@@ -63,6 +64,34 @@ def of_experts(form: Format, acts: Sequence[DType]) -> Iterator[KernelLaunch]:
 def test_formats_compile_without_spills() -> None:
     """Red: a tile whose registers leave no room for the scales of two levels."""
     assert compile_all("sm_80", launches(WORST, (DType.BF16X2,), (1,), (2560,))) == {}
+
+
+# Launches of several matrices: a quantised checkpoint's, and the formats that need most registers.
+MIXED = (
+    ("norm_linears_2", 1, (Format(DType.BF16), QUICK[5])),
+    ("linears_2", 8, WORST),
+    ("linears_3", 32, (Format(DType.BF16), *WORST)),
+)
+
+
+def mixed_launches() -> Iterator[KernelLaunch]:
+    for op, rows, forms in MIXED:
+        named = {f"w{i}": form for i, form in enumerate(forms)}
+        yield from kernels.EXPANSIONS[op](
+            replace(
+                shape(op, rows, DType.BF16X2, DType.BF16, 132),
+                dtypes={name: form.dtype for name, form in named.items()},
+                groups={name: form.groups for name, form in named.items() if form.groups},
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    "arch", [a if a == "sm_90" else pytest.param(a, marks=pytest.mark.slow) for a in ARCHS]
+)
+def test_several_formats_compile_without_spills(arch: str) -> None:
+    """Red: launch bounds of one format for the code of another."""
+    assert compile_all(arch, mixed_launches()) == {}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -11,6 +11,7 @@ give the same bits.
 from __future__ import annotations
 
 import functools
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -165,15 +166,18 @@ def _defines(**values: int) -> Defines:
 
 def _weights(s: Shape, name: str) -> Defines:
     """The format of a weight matrix; none for bfloat16, which sources take for granted."""
-    dtype = s.dtypes.get(name, DType.BF16)
-    if dtype is DType.BF16:
-        return ()
-    groups = s.groups.get(name)
-    if groups is None:
-        return _defines(W_DTYPE=dtype.code, W_GROUP=0, W_OUTER=0, W_SCALES=-1)
-    return _defines(
-        W_DTYPE=dtype.code, W_GROUP=groups.size, W_OUTER=groups.outer, W_SCALES=groups.scales.code
+    is_plain = s.dtypes.get(name, DType.BF16) is DType.BF16
+    return () if is_plain else _format(s, name, "W")
+
+
+def _format(s: Shape, name: str, prefix: str) -> Defines:
+    """The format of any weight matrix."""
+    dtype, groups = s.dtypes.get(name, DType.BF16), s.groups.get(name)
+    size, outer, scales = (
+        (0, 0, -1) if groups is None else (groups.size, groups.outer, groups.scales.code)
     )
+    values = {"DTYPE": dtype.code, "GROUP": size, "OUTER": outer, "SCALES": scales}
+    return tuple((f"{prefix}_{what}", str(value)) for what, value in values.items())
 
 
 def _embed(s: Shape) -> tuple[KernelLaunch, ...]:
@@ -218,19 +222,21 @@ def _most_few_warps(s: Shape) -> int:
     scales.
     """
     tiles = _few_tiles(s.dims["T"])
-    return 8 if tiles == 4 or (tiles == 2 and _is_folded(s, "w")) else 16
+    is_folded = any(_is_folded(s, name) for name in s.groups)
+    return 8 if tiles == 4 or (tiles == 2 and is_folded) else 16
 
 
 def _few(
-    s: Shape, kernel: str, n: int, *, halves: int = 1, is_normed: bool = False, blocks: int = 1,
+    s: Shape, kernel: str, *rows: int, halves: int = 1, is_normed: bool = False, blocks: int = 1,
     most_warps: int = 0,
 ) -> KernelLaunch:  # fmt: skip
-    """A kernel of linear_few.cuh with outputs for `n` rows of W, of which a block takes 16, or the
-    16 of each half. `blocks`: of a row tile; `most_warps`: of a block, else `_most_few_warps`.
+    """A kernel of linear_few.cuh with outputs for so many rows of W, or of each matrix: a block
+    takes 16 of one, or the 16 of each half. `blocks`: of a row tile; `most_warps`: of a block, else
+    `_most_few_warps`.
     """
     t, k = s.dims["T"], s.dims["K"]
     tiles = _few_tiles(t)
-    slices, row_tiles = _ceil(k, K_SLICE), _ceil(n, 16)
+    slices, row_tiles = _ceil(k, K_SLICE), sum(_ceil(n, 16) for n in rows)
     dynamic = t * k * _ACT_BYTES[s.act_parts] if is_normed else 0
     # 16 warps per multiprocessor keep enough weights in flight: several small blocks if there are
     # row tiles for them, larger ones if not, or if rows take too much shared memory of each
@@ -250,14 +256,35 @@ def _few(
     while warps < most and is_small():
         warps *= 2
     defines = _defines(
-        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WARPS=warps, TOKEN_TILES=tiles
-    )
+        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WHOLE=int(k % K_SLICE == 0), WARPS=warps,
+        TOKEN_TILES=tiles,
+    )  # fmt: skip
     if is_normed:
         _, vectors, threads = row_geometry(k)
         defines += _defines(NORM_VECTORS=vectors, NORM_THREADS=threads)
     grid = (row_tiles, _ceil(t, 8 * tiles), 1)
-    defines += _weights(s, "w")
+    if len(rows) > 1:
+        defines += tuple(d for i in range(len(rows)) for d in _format(s, f"w{i}", f"W{i}"))
+    else:
+        defines += _weights(s, "w")
     return KernelLaunch(f"{kernel}.cu", kernel, defines, grid, _x(WARP * warps * halves), dynamic)
+
+
+def part_of(launch: KernelLaunch, i: int, rows: int) -> KernelLaunch:
+    """What the blocks of part `i`, of so many rows of W, execute in a launch of several matrices:
+    `linear_few` or `norm_linear` in blocks of the same size.
+    """
+    kernel = "norm_linear" if launch.kernel.startswith("norm_") else "linear_few"
+    own, defines = f"W{i}_", []
+    for name, value in launch.defines:
+        if name.startswith(own):
+            defines.append((f"W_{name.removeprefix(own)}", value))
+        elif not re.match(r"W\d", name):
+            defines.append((name, value))
+    if ("W_DTYPE", str(DType.BF16.code)) in defines:
+        defines = [(name, value) for name, value in defines if not name.startswith("W_")]
+    grid = (_ceil(rows, 16), *launch.grid[1:])
+    return replace(launch, source=f"{kernel}.cu", kernel=kernel, defines=tuple(defines), grid=grid)
 
 
 def _few_static_bytes(warps: int, tiles: int) -> int:
@@ -266,7 +293,9 @@ def _few_static_bytes(warps: int, tiles: int) -> int:
 
 
 def holds_normed_rows(s: Shape) -> bool:
-    """Whether a block of `norm_linear` has room for all rows of x."""
+    """Whether a block of `norm_linear`, or of one with several matrices, has room for all rows of
+    x.
+    """
     t, k = s.dims["T"], s.dims["K"]
     if t > FEW_TOKENS or k % 8:
         return False
@@ -287,8 +316,26 @@ def _linear_add(s: Shape) -> tuple[KernelLaunch, ...]:
 
 
 def _norm_linear(s: Shape) -> tuple[KernelLaunch, ...]:
+    return (_few(_with_parts_of_x(s), "norm_linear", s.dims["N"], is_normed=True),)
+
+
+def _with_parts_of_x(s: Shape) -> Shape:
+    """Of a launch that norms x itself: the activations are what it makes, not an operand."""
     (act,) = (dtype for dtype, n in ACT_PARTS.items() if n == s.attrs["parts"])
-    return (_few(replace(s, act=act), "norm_linear", s.dims["N"], is_normed=True),)
+    return replace(s, act=act)
+
+
+def _matrix_rows(s: Shape) -> list[int]:
+    """Of the matrices of a launch of several, whose number is the last word of the op."""
+    return [s.dims[f"N{i}"] for i in range(int(s.op.rsplit("_", 1)[1]))]
+
+
+def _linears(s: Shape) -> tuple[KernelLaunch, ...]:
+    return (_few(s, s.op, *_matrix_rows(s)),)
+
+
+def _norm_linears(s: Shape) -> tuple[KernelLaunch, ...]:
+    return (_few(_with_parts_of_x(s), s.op, *_matrix_rows(s), is_normed=True),)
 
 
 def _norm_silu(s: Shape) -> tuple[KernelLaunch, ...]:
@@ -520,8 +567,9 @@ def _experts_out_one(s: Shape) -> KernelLaunch:
     while 2 * warps * picks <= _most_expert_warps(s) and warps < _ceil(k, K_SLICE):
         warps *= 2
     defines = _defines(
-        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WARPS=warps, TOKEN_TILES=1, PICKS=picks
-    )
+        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WHOLE=int(k % K_SLICE == 0), WARPS=warps,
+        TOKEN_TILES=1, PICKS=picks,
+    )  # fmt: skip
     grid = _x(_ceil(s.dims["H"], 16))
     return KernelLaunch(
         "experts_out_one.cu", "experts_out_one", defines + _weights(s, "w"), grid,
@@ -903,6 +951,10 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "linear_add": _linear_add,
     "norm_linear": _norm_linear,
     "norm_silu": _norm_silu,
+    "linears_2": _linears,
+    "linears_3": _linears,
+    "norm_linears_2": _norm_linears,
+    "norm_linears_3": _norm_linears,
     "gated_conv": _gated_conv,
     "route": _route,
     "experts_in": _experts_in,

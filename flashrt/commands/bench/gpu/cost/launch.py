@@ -8,6 +8,7 @@ a simulator: needs overlap perfectly, and the multiprocessor with most blocks de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -114,6 +115,21 @@ def cost_of(task: Task, gpu: Gpu, code: Code | None, is_resident: bool) -> Launc
         issue=1e6 * issue,
         latency=1e6 * latency,
         dram_bytes=dram,
+    )
+
+
+def side_by_side(parts: Sequence[LaunchCost]) -> LaunchCost:
+    """One launch whose blocks do the work of all these: needs add up, but for what a single warp
+    takes.
+    """
+    return LaunchCost(
+        launch=max(part.launch for part in parts),
+        memory=sum(part.memory for part in parts),
+        cache=sum(part.cache for part in parts),
+        tensor=sum(part.tensor for part in parts),
+        issue=sum(part.issue for part in parts),
+        latency=max(part.latency for part in parts),
+        dram_bytes=sum(part.dram_bytes for part in parts),
     )
 
 
