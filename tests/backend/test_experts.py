@@ -8,14 +8,19 @@ nor splits, schedules and threads, which tests/backend/cases.py brings.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flashrt.backends.cpu.device import CpuDevice
+from flashrt.backends.cache import Binary
+from flashrt.backends.cpu import compile as toolchain
+from flashrt.backends.cpu import device as cpu_device
+from flashrt.backends.cpu.device import Activations, CpuDevice
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.base.errors import PlanError
 from flashrt.core.backend import Backend, BoundLaunch, Bytes
@@ -172,6 +177,21 @@ def test_a_pick_has_the_bits_of_linear(
         product = np.stack([of_expert[int(e)][t, j] for t, e in enumerate(picks[:, j])])
         sums = fma(np.broadcast_to(gates[:, j, None], sums.shape), product, sums)
     assert (found.view(np.uint32) == sums.view(np.uint32)).all()
+
+
+@pytest.mark.parametrize("activations", ["float32", "int16"])
+def test_without_scratch_rows_go_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activations: Activations
+) -> None:
+    """Fault: rows are packed into memory that is not there."""
+    path = Path(shutil.copy(toolchain.library(OPS).path, tmp_path / "copy.so"))  # its own workspace
+    library = Binary(path, path.read_bytes(), "", was_cached=True)
+    monkeypatch.setattr(toolchain, "library", lambda *_, **__: library)
+    monkeypatch.setattr(cpu_device, "_workspace_nbytes", lambda *_: 0)
+    bench = Bench(CpuDevice(2, activations=activations))
+    for picks in PICKS.values():
+        test_a_pick_has_the_bits_of_linear((bench, FORMATS["q4_k"]), picks)
+    bench.backend.close()
 
 
 @pytest.mark.parametrize("scoring", list(Scoring), ids=str)
