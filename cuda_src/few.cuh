@@ -5,10 +5,17 @@
 #pragma once
 
 // Where a sum goes: y = sum; y = y + sum; or y = silu(sum) times that of the row tile which the
-// second half of the block's warps multiplies, I / 16 tiles further on.
-enum Epilogue { STORE, ADD, SILU };
+// second half of the block's warps multiplies, I / 16 tiles further on; or a sum over PICKS row tiles
+// of as many experts.
+enum Epilogue { STORE, ADD, SILU, SUM };
 
-DEVICE constexpr int threads(Epilogue e) { return 32 * WARPS * (e == SILU ? 2 : 1); }
+#ifndef PICKS
+#define PICKS 1
+#endif
+
+// Row tiles of a block, each with WARPS warps of its own.
+DEVICE constexpr int parts(Epilogue e) { return e == SILU ? 2 : e == SUM ? PICKS : 1; }
+DEVICE constexpr int threads(Epilogue e) { return 32 * WARPS * parts(e); }
 
 // Of super-slices, by token tile and lane: in shared memory, for registers are short.
 typedef float Totals[TOKEN_TILES][32][4];
@@ -16,7 +23,7 @@ typedef float Totals[TOKEN_TILES][32][4];
 template <Epilogue E>
 struct FewShared {
   float part[2][threads(E) / 32][TOKEN_TILES][32][4];  // of slices, by turns
-  Totals totals[E == SILU ? 2 : 1];                    // of each first warp
+  Totals totals[parts(E)];                             // of each first warp
 };
 
 // What a block multiplies x with: row tile `tile` of w [N, K], and for SILU that `half` further on.

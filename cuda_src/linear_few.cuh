@@ -168,40 +168,40 @@ DEVICE void fold_super(Totals& totals, float (&sum)[TOKEN_TILES][4], int lane) {
   }
 }
 
-// A block's part of a launch whose arguments are `a`.
-template <Epilogue E, class Args>
-DEVICE void multiply_few(const Args& a, const Product& p, FewShared<E>& shared) {
-  constexpr int N_WARPS = threads(E) / 32;
-  int of_block = threadIdx.x >> 5, half = E == SILU ? of_block / WARPS : 0,
-      warp = of_block - half * WARPS, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  int K = a.K, n_chunks = ceil_div(K, K_CHUNK), n_slices = ceil_div(K, K_SLICE);
-  int first_token = blockIdx.y * 8 * TOKEN_TILES;
-  Tile tile = tile_of(p.w, p.tile + half * p.half, n_chunks, p.N, K, g, t);
-
+// The first batches of a row tile, and what its sums are multiplied by last.
+struct FewWeights {
+  Tile tile;
   Batch front, back;
-  // weights do not depend on the predecessor
-  load_batch(front, tile, warp * SLICE_CHUNKS, n_chunks, lane, K);
-  load_batch(back, tile, warp * SLICE_CHUNKS + BATCH_CHUNKS, n_chunks, lane, K);
-  float row_scale[2] = {1.0f, 1.0f};
+  float row_scale[2];
+};
+
+DEVICE FewWeights load_weights(const Tile& tile, int warp, int n_chunks, int lane, int K) {
+  FewWeights w;
+  w.tile = tile;
+  load_batch(w.front, tile, warp * SLICE_CHUNKS, n_chunks, lane, K);
+  load_batch(w.back, tile, warp * SLICE_CHUNKS + BATCH_CHUNKS, n_chunks, lane, K);
+  w.row_scale[0] = w.row_scale[1] = 1.0f;
   if constexpr (HAS_ROW_SCALE) {
     const float* scales = reinterpret_cast<const float*>(tile.codes + row_scale_offset(n_chunks));
-    row_scale[0] = scales[2 * g];
-    row_scale[1] = scales[2 * g + 1];
+    w.row_scale[0] = scales[2 * (lane >> 2)];
+    w.row_scale[1] = scales[2 * (lane >> 2) + 1];
   }
-  begin();
-  int rows = a.cursor[CURSOR_ROWS];
-  if (first_token >= rows) return;
-#ifdef NORM_THREADS  // all rows: there is one block of tokens
-  const act_t* x = norm_rows<N_WARPS>(&shared.part[0][0][0][0][0], a, rows);
-#else
-  const act_t* x = (const act_t*)a.x;
-#endif
-  int of_row[TOKEN_TILES];  // columns beyond the last are copies of it, which nobody takes
+  return w;
+}
+
+// The sums of the block's row tile, in its first warp; of several, those of the others are then in
+// part[0][WARPS], part[0][2 * WARPS], ... All warps of the block call it. of_row: where in x the
+// rows of this lane's tokens begin, and in them its k.
+template <Epilogue E>
+DEVICE void sum_few(float (&sum)[TOKEN_TILES][4], FewShared<E>& shared, FewWeights& w,
+                    const act_t* x, const int (&of_row)[TOKEN_TILES], int K) {
+  int of_block = threadIdx.x >> 5, half = parts(E) > 1 ? of_block / WARPS : 0,
+      warp = of_block - half * WARPS, lane = threadIdx.x & 31, t = lane & 3;
+  int n_chunks = ceil_div(K, K_CHUNK), n_slices = ceil_div(K, K_SLICE);
 #pragma unroll
   for (int j = 0; j < TOKEN_TILES; j++)
-    of_row[j] = min(first_token + g + 8 * j, rows - 1) * K + LANE_K * t;
-
-  float sum[TOKEN_TILES][4] = {};  // of the super-slice
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[j][i] = 0.0f;  // of the super-slice
   if (warp == 0)
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; j++)
@@ -223,10 +223,10 @@ DEVICE void multiply_few(const Args& a, const Product& p, FewShared<E>& shared) 
         int first = slice + i, next = i + 2 * BATCH_CHUNKS < SLICE_CHUNKS
                                           ? first + 2 * BATCH_CHUNKS
                                           : slice + WARPS * SLICE_CHUNKS;
-        multiply(front, first);
-        load_batch(front, tile, next, n_chunks, lane, K);
-        multiply(back, first + BATCH_CHUNKS);
-        load_batch(back, tile, next + BATCH_CHUNKS, n_chunks, lane, K);
+        multiply(w.front, first);
+        load_batch(w.front, w.tile, next, n_chunks, lane, K);
+        multiply(w.back, first + BATCH_CHUNKS);
+        load_batch(w.back, w.tile, next + BATCH_CHUNKS, n_chunks, lane, K);
       }
     }
     if (WARPS == 1) {
@@ -243,11 +243,11 @@ DEVICE void multiply_few(const Args& a, const Product& p, FewShared<E>& shared) 
     __syncthreads();
     if (warp == 0)
 #pragma unroll 1
-      for (int w = 0; w < min(WARPS, n_slices - s0); w++) {
+      for (int v = 0; v < min(WARPS, n_slices - s0); v++) {
 #pragma unroll
         for (int j = 0; j < TOKEN_TILES; j++)
-          fold(sum[j], shared.part[turn][of_block + w][j][lane]);
-        if ((s0 + w + 1) % SUPER_SLICES == 0) fold_super(shared.totals[half], sum, lane);
+          fold(sum[j], shared.part[turn][of_block + v][j][lane]);
+        if ((s0 + v + 1) % SUPER_SLICES == 0) fold_super(shared.totals[half], sum, lane);
       }
   }
   if (warp == 0) {
@@ -256,16 +256,41 @@ DEVICE void multiply_few(const Args& a, const Product& p, FewShared<E>& shared) 
     for (int j = 0; j < TOKEN_TILES; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        sum[j][i] = sum_with_row_scale(shared.totals[half][j][lane][i], row_scale[i >> 1]);
+        sum[j][i] = sum_with_row_scale(shared.totals[half][j][lane][i], w.row_scale[i >> 1]);
   }
-  if constexpr (E == SILU) {  // the place of the second half's first warp: nobody else's
-    if (of_block == WARPS)
+  if constexpr (parts(E) > 1) {  // the place of a first warp: nobody else's
+    if (warp == 0 && of_block > 0)
 #pragma unroll
       for (int j = 0; j < TOKEN_TILES; j++)
-        *reinterpret_cast<float4*>(shared.part[0][WARPS][j][lane]) =
+        *reinterpret_cast<float4*>(shared.part[0][of_block][j][lane]) =
             make_float4(sum[j][0], sum[j][1], sum[j][2], sum[j][3]);
     __syncthreads();
   }
+}
+
+// A block's part of a launch whose arguments are `a`.
+template <Epilogue E, class Args>
+DEVICE void multiply_few(const Args& a, const Product& p, FewShared<E>& shared) {
+  int of_block = threadIdx.x >> 5, half = E == SILU ? of_block / WARPS : 0,
+      warp = of_block - half * WARPS, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  int K = a.K, n_chunks = ceil_div(K, K_CHUNK), first_token = blockIdx.y * 8 * TOKEN_TILES;
+  // weights do not depend on the predecessor
+  FewWeights w = load_weights(tile_of(p.w, p.tile + half * p.half, n_chunks, p.N, K, g, t), warp,
+                              n_chunks, lane, K);
+  begin();
+  int rows = a.cursor[CURSOR_ROWS];
+  if (first_token >= rows) return;
+#ifdef NORM_THREADS  // all rows: there is one block of tokens
+  const act_t* x = norm_rows<threads(E) / 32>(&shared.part[0][0][0][0][0], a, rows);
+#else
+  const act_t* x = (const act_t*)a.x;
+#endif
+  int of_row[TOKEN_TILES];  // columns beyond the last are copies of it, which nobody takes
+#pragma unroll
+  for (int j = 0; j < TOKEN_TILES; j++)
+    of_row[j] = min(first_token + g + 8 * j, rows - 1) * K + LANE_K * t;
+  float sum[TOKEN_TILES][4];
+  sum_few<E>(sum, shared, w, x, of_row, K);
   if (of_block != 0) return;
 #pragma unroll
   for (int j = 0; j < TOKEN_TILES; j++)

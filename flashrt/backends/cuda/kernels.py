@@ -229,10 +229,12 @@ def _most_few_warps(s: Shape) -> int:
 
 
 def _few(
-    s: Shape, kernel: str, *rows: int, halves: int = 1, is_normed: bool = False
-) -> KernelLaunch:
+    s: Shape, kernel: str, *rows: int, halves: int = 1, is_normed: bool = False, blocks: int = 1,
+    most_warps: int = 0,
+) -> KernelLaunch:  # fmt: skip
     """A kernel of linear_few.cuh with outputs for so many rows of W, or of each matrix: a block
-    takes 16 of one, or the 16 of each half.
+    takes 16 of one, or the 16 of each half. `blocks`: of a row tile; `most_warps`: of a block, else
+    `_most_few_warps`.
     """
     t, k = s.dims["T"], s.dims["K"]
     tiles = _few_tiles(t)
@@ -240,13 +242,13 @@ def _few(
     dynamic = t * k * _ACT_BYTES[s.act_parts] if is_normed else 0
     # 16 warps per multiprocessor keep enough weights in flight: several small blocks if there are
     # row tiles for them, larger ones if not, or if rows take too much shared memory of each
-    most_warps = _most_few_warps(s)
+    most_warps = most_warps or _most_few_warps(s)
     most = min(most_warps // halves, 1 << (slices - 1).bit_length())
     warps = min(4, most)
 
     def is_small() -> bool:
         block = warps * halves
-        if block * row_tiles < BUSY_FEW_WARPS * s.n_sms:
+        if block * row_tiles * blocks < BUSY_FEW_WARPS * s.n_sms:
             return True
         registers = registers_for(WARP * block, most_warps // block)
         shared = dynamic + _few_static_bytes(block, tiles)
@@ -524,6 +526,124 @@ def _tile_bytes(s: Shape, name: str) -> int:
     planes = groups.planes if groups is not None else ()
     scales = (max(1, 32 // p.size) * p.dtype.itemsize for p in planes if p.size)
     return 64 * s.dtypes.get(name, DType.BF16).bits + 16 * sum(scales)
+
+
+MOST_EXPERTS: Final = 1024  # of `route`: a bit of a lane for each of its 32
+MOST_PICKS: Final = WARP  # of a row
+
+
+def _route(s: Shape) -> tuple[KernelLaunch, ...]:
+    experts, picks = s.dims["E"], s.dims["P"]
+    if experts > MOST_EXPERTS or picks > MOST_PICKS:
+        raise PlanError(
+            f"route: {picks} of {experts} experts; there are kernels for up to {MOST_PICKS} of "
+            f"{MOST_EXPERTS}"
+        )
+    defines = _defines(
+        VALUES=_ceil(experts, WARP), SCORING=int(s.attrs["scoring"]),
+        BIASED=int(s.attrs["biased"]), NORMED=int(s.attrs["normed"]),
+    )  # fmt: skip
+    return (KernelLaunch("route.cu", "route", defines, _x(_ceil(s.dims["T"], 4)), _x(4 * WARP)),)
+
+
+def _experts_in(s: Shape) -> tuple[KernelLaunch, ...]:
+    if s.dims["T"] <= FEW_TOKENS:
+        return (_experts_few(s, "experts_in_few", s.dims["H"], s.dims["I"], halves=2),)
+    return experts_many(s, expert_tile(s))
+
+
+def _experts_out(s: Shape) -> tuple[KernelLaunch, ...]:
+    if s.dims["T"] == 1 and s.dims["P"] <= _most_expert_warps(s):
+        return (_experts_out_one(s),)
+    grid = (_ceil(s.dims["H"], 256), s.dims["T"], 1)
+    total = KernelLaunch("experts.cu", "experts_sum", _defines(GATED=0), grid, _x(256))
+    if s.dims["T"] <= FEW_TOKENS:
+        return (_experts_few(s, "experts_out_few", s.dims["I"], s.dims["H"]), total)
+    return (*experts_many(s, expert_tile(s)), total)
+
+
+def _experts_out_one(s: Shape) -> KernelLaunch:
+    """All picks of the one row in a block, so that it adds them up."""
+    picks, k = s.dims["P"], s.dims["I"]
+    warps = 1
+    while 2 * warps * picks <= _most_expert_warps(s) and warps < _ceil(k, K_SLICE):
+        warps *= 2
+    defines = _defines(
+        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WHOLE=int(k % K_SLICE == 0), WARPS=warps,
+        TOKEN_TILES=1, PICKS=picks,
+    )  # fmt: skip
+    grid = _x(_ceil(s.dims["H"], 16))
+    return KernelLaunch(
+        "experts_out_one.cu", "experts_out_one", defines + _weights(s, "w"), grid,
+        _x(WARP * warps * picks),
+    )  # fmt: skip
+
+
+def _most_expert_warps(s: Shape) -> int:
+    """Of a block of experts_few.cuh, whose IS_TIGHT formats take the registers of half of them."""
+    return 8 if s.dtypes.get("w") in (DType.U5, DType.U6, DType.E2M1) else 16
+
+
+def _experts_few(s: Shape, kernel: str, k: int, n: int, *, halves: int = 1) -> KernelLaunch:
+    """A kernel of experts_few.cuh with outputs for `n` rows of an expert: a block per pick, which
+    has room for twice the rows that an expert can expect.
+    """
+    picks = s.dims["T"] * s.dims["P"]
+    rows = min(s.dims["T"], _ceil(2 * picks, s.dims["E"]))
+    shape = replace(s, dims={"T": rows, "K": k})
+    most_warps = min(_most_expert_warps(s), _most_few_warps(shape))
+    launch = _few(shape, kernel, n, halves=halves, blocks=picks, most_warps=most_warps)
+    return replace(launch, grid=(launch.grid[0], picks, 1))
+
+
+# Of `experts_in_many` and `experts_out_many`, by tokens. Super-slices are added up in registers, so
+# tiles of a warp are small.
+EXPERT_TILES: Final = (
+    ManyTile(4, 1, 2, 2, 3, 0.4),
+    ManyTile(4, 1, 2, 4, 2, 0.6),
+    ManyTile(2, 2, 2, 4, 2, 0.75),
+)
+EXPERT_GROUPS_THREADS: Final = MOST_EXPERTS
+MOST_EXPERT_TILES: Final = 1 << 16  # of one expert: see experts_group.cu
+
+
+def expert_tile(s: Shape) -> ManyTile:
+    """The tile that holds the rows which an expert can expect, and some more; or the largest."""
+    expected = s.dims["T"] * s.dims["P"] / s.dims["E"]
+    return next((t for t in EXPERT_TILES if t.tokens >= 1.25 * expected), EXPERT_TILES[-1])
+
+
+def experts_many(s: Shape, tile: ManyTile) -> tuple[KernelLaunch, ...]:
+    """`experts_in` or the products of `experts_out`, picks grouped by expert; all tiles give the
+    same bits.
+    """
+    is_in = s.op == "experts_in"
+    k, n = (s.dims["H"], 2 * s.dims["I"]) if is_in else (s.dims["I"], s.dims["H"])
+    picks = s.dims["T"] * s.dims["P"]
+    most = picks // tile.tokens + min(picks, s.dims["E"])  # tiles, of which some are not whole
+    shape = _defines(BLOCK_TOKENS=tile.tokens, MOST_TILES=MOST_EXPERT_TILES)
+    group = KernelLaunch(
+        "experts_group.cu", f"{s.op}_group", shape + _defines(THREADS=EXPERT_GROUPS_THREADS),
+        _x(1), _x(EXPERT_GROUPS_THREADS),
+    )  # fmt: skip
+    stages = tile.stages(s)
+    defines = _defines(
+        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WARPS_N=tile.warps_n, WARPS_T=tile.warps_t,
+        ROW_TILES=tile.row_tiles, TOKEN_TILES=tile.token_tiles, STAGES=stages, BLOCKS=tile.blocks,
+        IS_LONG=int(k > SUPER_SLICE), MOST_TILES=MOST_EXPERT_TILES,
+    )  # fmt: skip
+    many = KernelLaunch(
+        f"{s.op}_many.cu", f"{s.op}_many", defines + _weights(s, "w"),
+        (min(picks, most), _ceil(n, tile.rows), 1), _x(WARP * tile.warps),
+        stages * tile.stage_bytes(s),
+    )  # fmt: skip
+    return group, many
+
+
+def _add_gated(s: Shape) -> tuple[KernelLaunch, ...]:
+    grid = (_ceil(s.dims["H"], 256), s.dims["T"], 1)
+    defines = _defines(GATED=int(s.attrs["gated"]))
+    return (KernelLaunch("experts.cu", "add_gated", defines, grid, _x(256)),)
 
 
 def _conv_window(s: Shape) -> tuple[KernelLaunch, ...]:
@@ -894,6 +1014,10 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "add_rows": _each_element,
     "normalize": _each_element,
     "attend": _attend,
+    "route": _route,
+    "experts_in": _experts_in,
+    "experts_out": _experts_out,
+    "add_gated": _add_gated,
 }
 
 
