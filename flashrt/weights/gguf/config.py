@@ -17,11 +17,11 @@ from flashrt.base.messages import indented, listed, printable, shown
 from flashrt.weights.gguf.file import GgufFile
 
 ARCHITECTURE = "general.architecture"
-QWEN35 = "qwen35"
+QWEN35, QWEN35MOE = "qwen35", "qwen35moe"
 # Architectures, and the model_type of each; the kinds differ in their tensors and orders.
 MODEL_TYPES: Mapping[str, str] = {
-    QWEN35: "qwen3_5_text", "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
-    "smollm3": "smollm3",
+    QWEN35: "qwen3_5_text", QWEN35MOE: "qwen3_5_moe_text", "llama": "llama", "qwen2": "qwen2",
+    "qwen3": "qwen3", "smollm3": "smollm3",
 }  # fmt: skip
 PAIRED = ("llama", "smollm3")  # rows of q and k are stored as pairs that turn together
 _MOST_LAYERS = 4096  # beyond it, a list of layers would only cost memory
@@ -37,6 +37,15 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "residual_scale": (0.0, 1.0),
     "embedding_scale": (0.0, 1.0),
     "use_parallel_residual": (False,),
+}
+# The same of models with experts, besides: the softmax, and gates that sum to 1.
+_NEUTRAL_OF_EXPERTS: Mapping[str, tuple[object, ...]] = {
+    "expert_weights_norm": (True,),
+    "expert_weights_scale": (0.0, 1.0),
+    "expert_gating_func": (0, 1),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_shared_count": (0, 1),
 }
 # What Llama 3.1 and 3.2 have; files hold only the divisors that follow from it.
 _LLAMA3 = {
@@ -78,13 +87,16 @@ def config_of(
         "model_type": MODEL_TYPES[architecture],
         "vocab_size": embedding.shape[0],
         "hidden_size": keys.size("embedding_length"),
-        "intermediate_size": keys.size("feed_forward_length"),
         "num_attention_heads": keys.size("attention.head_count"),
         "max_position_embeddings": keys.size("context_length"),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
+    if architecture == QWEN35MOE:
+        config |= _experts(keys)
+    else:
+        config["intermediate_size"] = keys.size("feed_forward_length")
     heads = keys.size("attention.head_count")
     config["num_key_value_heads"] = keys.size("attention.head_count_kv", heads)
     config["head_dim"] = _head_dim(keys, heads)
@@ -95,7 +107,7 @@ def config_of(
             f"{embedding.shape[0]:,} rows"
         )
     rope = _rope(keys, config, rope_factors)
-    more = _qwen35 if architecture == QWEN35 else _dense
+    more = _qwen35 if architecture in (QWEN35, QWEN35MOE) else _dense
     config |= more(file, keys, config, rope)
     keys.finish(file)
     return config
@@ -118,6 +130,7 @@ class _Keys:
         }
         self.prefix = prefix
         self.problems: list[str] = []
+        self.neutral = dict(_NEUTRAL)  # what other keys may hold
         self._read: set[str] = set(_HARMLESS)
 
     def get(self, name: str) -> object:
@@ -149,7 +162,7 @@ class _Keys:
 
     def finish(self, file: GgufFile) -> None:
         """Raises CheckpointError if anything was wrong, or is not known."""
-        for name, neutral in _NEUTRAL.items():
+        for name, neutral in self.neutral.items():
             value = self.get(name)
             if value is not None and value not in neutral:
                 self.problems.append(f"{self.prefix}{name} is {shown(value)}, not supported")
@@ -325,6 +338,21 @@ def _qwen35(
             name.endswith(".nextn.embed_tokens.weight") for name in file.tensors
         ),
     }  # fmt: skip
+
+
+def _experts(keys: _Keys) -> dict[str, object]:
+    """Of qwen35moe, where no layer has an MLP."""
+    keys.get("feed_forward_length")
+    n, intermediate = keys.size("expert_count"), keys.size("expert_feed_forward_length")
+    keys.neutral |= {"expert_count": (n,), **_NEUTRAL_OF_EXPERTS}
+    return {
+        "num_experts": n,
+        "num_experts_per_tok": keys.size("expert_used_count"),
+        "moe_intermediate_size": intermediate,
+        "shared_expert_intermediate_size": keys.size(
+            "expert_shared_feed_forward_length", intermediate
+        ),
+    }
 
 
 def _layer_types(keys: _Keys, n_blocks: int) -> list[str]:

@@ -5,8 +5,9 @@ was done to the values (llama.cpp's converter rearranges some for its own kernel
 
 `llama`, `smollm3`: rows of q and k are stored as pairs that turn together; the original has the
 first halves of all pairs of a head, then the second ones.
-`qwen35`: value heads are stored by their place among those of one key head; the original has all
-value heads of the first key head, then those of the next. Norms hold 1 + w, and ssm_a -exp(A_log).
+`qwen35`, `qwen35moe`: value heads are stored by their place among those of one key head; the
+original has all value heads of the first key head, then those of the next. Norms hold 1 + w, and
+ssm_a -exp(A_log).
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import numpy as np
 
 from flashrt.base.errors import CheckpointError
 from flashrt.base.messages import listed, printable
+from flashrt.weights.experts import apart
 from flashrt.weights.formats.reordered import Order
 from flashrt.weights.formats.stored import Tensor
-from flashrt.weights.gguf.config import PAIRED, QWEN35
+from flashrt.weights.gguf.config import PAIRED, QWEN35, QWEN35MOE
 from flashrt.weights.gguf.file import GgufFile
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -81,6 +83,17 @@ _QWEN35 = {
     "ssm_norm.weight": "linear_attn.norm.weight",
     "ssm_out.weight": "linear_attn.out_proj.weight",
 }
+_QWEN35MOE = {
+    **{k: v for k, v in _QWEN35.items() if not k.startswith("ffn_")},
+    "ffn_gate_inp.weight": "mlp.gate.weight",
+    "ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight",
+    **{
+        f"ffn_{k}_shexp.weight": f"mlp.shared_expert.{k}_proj.weight"
+        for k in ("gate", "up", "down")
+    },
+    **{f"ffn_{k}_exps.weight": f"mlp.experts.{k}_proj" for k in ("gate", "up", "down", "gate_up")},
+}
+_DELTA_RULE = {QWEN35: _QWEN35, QWEN35MOE: _QWEN35MOE}  # architectures with draft heads
 _DRAFT = {
     "nextn.eh_proj.weight": "fc.weight",
     "nextn.enorm.weight": "pre_fc_norm_embedding.weight",
@@ -104,8 +117,9 @@ def placements(
         name = _canonical(stored, architecture, config)
         if name is None:
             unknown.append(stored)
-        else:
-            placed[name] = _placement(file, name, tensor, architecture, config)
+            continue
+        for own, part in apart(name, tensor).items():
+            placed[own] = _placement(file, own, part, architecture, config)
     if unknown:
         scales = any(name.endswith(("scale", "scale_2")) for name in unknown)
         more = "; scales beside a weight are not supported" if scales else ""
@@ -123,11 +137,11 @@ def _canonical(stored: str, architecture: str, config: Mapping[str, object]) -> 
     if match is None:
         return None
     layer, rest, n_layers = int(match[1]), match[2], _size(config, "num_hidden_layers")
-    known = _QWEN35 if architecture == QWEN35 else _DENSE
+    known = _DELTA_RULE.get(architecture, _DENSE)
     if layer < n_layers:
         return f"model.layers.{layer}.{known[rest]}" if rest in known else None
     draft = layer - n_layers
-    if architecture != QWEN35 or draft >= _size(config, "mtp_num_hidden_layers"):
+    if architecture not in _DELTA_RULE or draft >= _size(config, "mtp_num_hidden_layers"):
         return None
     if rest in _DRAFT:
         return f"mtp.{_DRAFT[rest]}" if draft == 0 else f"mtp.{draft}.{_DRAFT[rest]}"
@@ -137,7 +151,7 @@ def _canonical(stored: str, architecture: str, config: Mapping[str, object]) -> 
 def _placement(
     file: GgufFile, name: str, tensor: Tensor, architecture: str, config: Mapping[str, object]
 ) -> Placement:
-    if architecture == QWEN35:
+    if architecture in _DELTA_RULE:
         return _of_qwen35(file, name, tensor, config)
     if architecture in PAIRED and ".self_attn." in name:
         return _of_pairs(file, name, tensor, config)
@@ -159,6 +173,8 @@ def _of_qwen35(
     file: GgufFile, name: str, tensor: Tensor, config: Mapping[str, object]
 ) -> Placement:
     part = name.rpartition(".linear_attn.")[2] if ".linear_attn." in name else ""
+    if name.endswith("shared_expert_gate.weight") and len(tensor.shape) == 1:
+        return Placement(replace(tensor, shape=(1, *tensor.shape)))
     if not part:
         is_norm = name.endswith(("norm.weight", "norm_embedding.weight", "norm_hidden.weight"))
         return Placement(tensor, values=Values.ONE_PLUS if is_norm else Values.STORED)
