@@ -28,7 +28,9 @@ LENGTHS = (1, 5, 64, 65, 200, 600)
 SHORT, CACHED = 1, 3  # the prompt with logits of every position, and the one with states
 N_GREEDY = 48
 LEAST_MARGIN = 4e-3  # of the best token over the next: four times the tolerance of logits
-LEAST_GAP = 2e-4  # of the last expert that is picked over the next, in logits: float32 decides alike
+LEAST_GAP = (
+    2e-4  # of the last expert that is picked over the next, in logits: float32 decides alike
+)
 N_DRAFTS = 4
 FULL, LINEAR = "full_attention", "linear_attention"
 LAYERS = ["conv", "conv", "full_attention", "conv"]
@@ -50,6 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3, "layer_types": [LINEAR, FULL, LINEAR], "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 32, "linear_num_key_heads": 2,
         "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
         "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 40, "mtp_num_hidden_layers": 1,
         "rope_parameters": {
@@ -72,7 +75,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model_type": "qwen3_next", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2,
+        "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4, "num_experts": 6,
+        "num_experts_per_tok": 2,
         "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
         "intermediate_size": 96, "rope_theta": 1e7, "partial_rotary_factor": 0.25,
     },
@@ -81,6 +85,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "layer_types": [FULL, LINEAR, LINEAR, FULL, LINEAR], "num_attention_heads": 6,
         "num_key_value_heads": 2, "head_dim": 20, "linear_num_key_heads": 2,
         "linear_num_value_heads": 6, "linear_key_head_dim": 12, "linear_value_head_dim": 20,
+        "linear_conv_kernel_dim": 4,
         "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 41, "intermediate_size": 70, "decoder_sparse_step": 2,
         "mlp_only_layers": [3], "norm_topk_prob": False, "tie_word_embeddings": True,
@@ -101,9 +106,7 @@ def build(given: dict[str, Any], seed: int) -> torch.nn.Module:
     return model
 
 
-def drawn(
-    name: str, weight: torch.Tensor, model_type: str, draws: torch.Generator
-) -> torch.Tensor:
+def drawn(name: str, weight: torch.Tensor, model_type: str, draws: torch.Generator) -> torch.Tensor:
     """Values of a weight."""
     x = torch.randn(weight.shape, generator=draws)
     inputs = math.prod(weight.shape[1:])
@@ -275,6 +278,8 @@ def write(name: str) -> None:
     }
     save_file(halves, folder / "model.safetensors", {"format": "pt"})
     save_file(arrays, folder / "expected.safetensors")
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)
     (folder / "config.json").write_text(json.dumps(CONFIGS[name], indent=2) + "\n")
     (folder / "expected.json").write_text(json.dumps(info) + "\n")
     std = float(arrays["logits_last"].std())

@@ -7,7 +7,6 @@ whichever way experts are stored, and read each expert from its place. IS NOT: r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -55,7 +54,7 @@ def apart(name: str, tensor: Tensor) -> dict[str, Tensor]:
     n, rows, columns = tensor.shape
     names = _STACKED[ending]
     n_parts = n * len(names)
-    is_whole = 0 < n <= _MOST_EXPERTS and not rows % len(names) and math.prod(tensor.shape)
+    is_whole = 0 < n <= _MOST_EXPERTS and not rows % len(names) and all(tensor.shape)
     if not is_whole or tensor.nbytes % n_parts:
         return {name: tensor}
     found: dict[str, Tensor] = {}
