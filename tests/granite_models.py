@@ -1,4 +1,4 @@
-"""Tiny random models of the granitemoehybrid type without experts.
+"""Tiny random models of the granitemoehybrid type.
 
 IS: configs, their weights from a seed, and a writer of their checkpoints. What transformers
 computes from them is in tests/golden/granite, made by tools/granite_golden.py. IS NOT: the
@@ -49,6 +49,18 @@ CONFIGS: dict[str, Config] = {
         "mamba_proj_bias": True, "attention_bias": True, "time_step_limit": [0.02, 1.5],
     },
 }  # fmt: skip
+# with experts beside the MLP of all tokens
+CONFIGS |= {
+    "granite-moe": CONFIGS["granite"] | {
+        "num_hidden_layers": 2, "layer_types": ["mamba", "attention"], "num_local_experts": 6,
+        "num_experts_per_tok": 2, "intermediate_size": 32,
+    },
+    "granite-moe-odd": CONFIGS["granite-odd"] | {
+        "hidden_size": 96, "mamba_d_head": 32, "num_hidden_layers": 2,
+        "layer_types": ["attention", "mamba"], "num_local_experts": 5, "num_experts_per_tok": 4,
+        "intermediate_size": 64,
+    },
+}  # fmt: skip
 
 
 def shapes(c: Config) -> dict[str, tuple[int, ...]]:
@@ -88,6 +100,13 @@ def shapes(c: Config) -> dict[str, tuple[int, ...]]:
             f"{at}.input_layernorm.weight": (H,),
             f"{at}.post_attention_layernorm.weight": (H,),
         }
+        if E := c["num_local_experts"]:
+            own, inside = f"{at}.block_sparse_moe", c["intermediate_size"]
+            found |= {
+                f"{own}.router.layer.weight": (E, H),
+                f"{own}.input_linear.weight": (E, 2 * inside, H),
+                f"{own}.output_linear.weight": (E, H, inside),
+            }
     found["model.norm.weight"] = (H,)
     if not c["tie_word_embeddings"]:
         found["lm_head.weight"] = (c["vocab_size"], H)
@@ -113,7 +132,8 @@ def weights_of(c: Config) -> dict[str, NDArray[np.float32]]:
             x = 0.5 * spread
         else:
             gain = 1.6 if "embed" in name or "lm_head" in name else 2.0 if "out" in name else 1.3
-            x = spread * gain / math.sqrt(math.prod(shape[1:]))
+            inputs = shape[-1] if "block_sparse_moe" in name else math.prod(shape[1:])
+            x = spread * gain / math.sqrt(inputs)
         if name == "model.embed_tokens.weight":
             x = x * (c["logits_scaling"] * 1.5)
         if name == "lm_head.weight":

@@ -47,6 +47,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "full_attn_idxs": [0, 2], "rope_theta": 5e4, "conv_bias": True, "conv_L_cache": 4,
         "norm_eps": 3e-5, "tie_embedding": False,
     },
+    "lfm2-moe": {  # as released, but for sizes: a dense layer first, picks by score and bias
+        "model_type": "lfm2_moe", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
+        "moe_intermediate_size": 32, "num_dense_layers": 1, "num_experts": 6,
+        "num_experts_per_tok": 2, "use_expert_bias": True, "layer_types": LAYERS,
+        "rope_theta": 1e6,
+    },
+    "lfm2-moe-odd": {  # experts in all layers, no bias of picks, gates that do not sum to 1
+        "model_type": "lfm2_moe", "vocab_size": 517, "hidden_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 96,
+        "moe_intermediate_size": 64, "num_dense_layers": 0, "num_experts": 5,
+        "num_experts_per_tok": 3, "use_expert_bias": False, "norm_topk_prob": False,
+        "routed_scaling_factor": 0.7, "layer_types": [FULL, "conv"], "rope_theta": 5e4,
+        "conv_bias": True, "conv_L_cache": 4, "norm_eps": 3e-5, "tie_embedding": False,
+    },
     "qwen3-5-moe": {  # as released, but for sizes: fused experts, and a draft head with experts
         "model_type": "qwen3_5_moe_text", "vocab_size": 512, "hidden_size": 64,
         "num_hidden_layers": 3, "layer_types": [LINEAR, FULL, LINEAR], "num_attention_heads": 4,

@@ -33,7 +33,7 @@ _MOST = {
 # The sampling kernels pass words between threads in a row of V numbers, for which V >= 8.
 _LEAST = {
     "vocab_size": 8, "linear_conv_kernel_dim": 2, "mamba_d_conv": 2, "conv_L_cache": 2,
-    "max_window_layers": 0,
+    "max_window_layers": 0, "num_dense_layers": 0,
 }  # fmt: skip
 SILU = ("silu", "swish")  # two names of one function
 Neutral = dict[str, tuple[object, ...]]

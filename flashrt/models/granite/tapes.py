@@ -23,6 +23,7 @@ class GraniteRecorder(TokenRecorder):
     def __init__(self, config: GraniteConfig, regions: Mapping[str, Region], tape: Tape) -> None:
         super().__init__(regions, tape, config.stream_eps, config.rotation.magnitude)
         self.config = config
+        self.routing = None if config.experts is None else config.experts.routing
         self.head_weight = EMBED if config.is_tied else HEAD
 
     def forward(self, tokens: Operand) -> Operand:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from flashrt.core.region import DType, Region, Role
 from flashrt.models.blocks import INV_FREQ, NO_NORM, bias_name
+from flashrt.models.experts import Names, constants, expert_rules
 from flashrt.models.granite.config import GraniteConfig, LayerKind
 from flashrt.weights.rules import Source, WeightRule, constant, depthwise_conv, matrix, vector
 
@@ -28,6 +29,7 @@ def weight_rules(config: GraniteConfig) -> tuple[WeightRule, ...]:
     if c.count(LayerKind.ATTENTION):
         rules.append(constant(INV_FREQ, c.rotation.inv_freq))
         rules.append(constant(NO_NORM, (1.0,) * c.head_dim))
+    rules += constants(c.experts)
     for i, kind in enumerate(c.layers):
         rules += _layer(c, layer_name(i), f"model.layers.{i}", kind)
     final_norm = vector(FINAL_NORM, "model.norm.weight", c.hidden)
@@ -40,10 +42,16 @@ def weight_rules(config: GraniteConfig) -> tuple[WeightRule, ...]:
 def _layer(c: GraniteConfig, region: str, source: str, kind: LayerKind) -> list[WeightRule]:
     mixer = _mamba if kind is LayerKind.MAMBA else _attention
     own = f"{source}.shared_mlp"
+    experts = []
+    if c.experts is not None:
+        of = f"{source}.block_sparse_moe"
+        names = Names(router=f"{of}.router.layer", expert=f"{of}.experts.{{}}")
+        experts = expert_rules(region, c.experts, c.hidden, names)
     return [
         vector(f"{region}.input_norm", f"{source}.input_layernorm.weight", c.hidden),
         *mixer(c, region, source),
         vector(f"{region}.mlp_norm", f"{source}.post_attention_layernorm.weight", c.hidden),
+        *experts,
         # rows [gate | up]
         matrix(f"{region}.gate_up", c.hidden, (f"{own}.input_linear.weight", 2 * c.intermediate)),
         matrix(f"{region}.down", c.intermediate, (f"{own}.output_linear.weight", c.hidden)),
