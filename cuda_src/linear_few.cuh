@@ -130,8 +130,21 @@ DEVICE void load_batch(Batch& batch, const Tile& tile, int first, int end, int l
     }
 }
 
+// x of the lane's token in tile j of the block: four k from k on, and four from k + STEP_K. The rows
+// of a launch, from the block's first one on.
+struct LaunchRows {
+  const act_t* x;
+  int token, rows;  // the lane's in tile 0; valid ones
+
+  DEVICE Operand operand(int j, int k, int K) const {
+    bool is_row = token + 8 * j < rows;
+    return load_x(x + (size_t)(is_row ? token + 8 * j : 0) * K, is_row, k, K);
+  }
+};
+
+template <class X>
 DEVICE void multiply_batch(float (&c)[TOKEN_TILES][4], const Batch& batch, int first, int end,
-                           const act_t* x, int token, int rows, int t, int K) {
+                           const X& x, int t, int K) {
 #pragma unroll
   for (int i = 0; i < BATCH_CHUNKS; i++) {
     if (first + i >= end) break;
@@ -144,9 +157,7 @@ DEVICE void multiply_batch(float (&c)[TOKEN_TILES][4], const Batch& batch, int f
     Chunk w = chunk_of(batch.codes[i], stored);
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; j++) {
-      bool is_row = token + 8 * j < rows;
-      Operand b = load_x(x + (size_t)(is_row ? token + 8 * j : 0) * K, is_row,
-                         (first + i) * K_CHUNK + LANE_K * t, K);
+      Operand b = x.operand(j, (first + i) * K_CHUNK + LANE_K * t, K);
       multiply_chunk(c[j], w, b, sum_x(b));
     }
   }
@@ -208,39 +219,48 @@ DEVICE void fold_super(Totals& totals, float (&sum)[TOKEN_TILES][4], int lane) {
   }
 }
 
-// N: rows of W that the launch has outputs for, half of all for SILU.
-template <Epilogue E, class Args>
-DEVICE void multiply_few(const Args& a, int N) {
-  constexpr int N_WARPS = threads(E) / 32;
-  __shared__ __align__(16) float part[2][N_WARPS][TOKEN_TILES][32][4];  // by turns
-  __shared__ __align__(16) Totals totals[E == SILU ? 2 : 1];            // of each first warp
-  int of_block = threadIdx.x >> 5, half = E == SILU ? of_block / WARPS : 0,
-      warp = of_block - half * WARPS, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  int K = a.K, n_chunks = ceil_div(K, K_CHUNK), n_slices = ceil_div(K, K_SLICE);
-  int first_token = blockIdx.y * 8 * TOKEN_TILES;
-  Tile tile = tile_of(a.w, blockIdx.x + half * gridDim.x, n_chunks, E == SILU ? 2 * N : N, K, g, t);
+// Where warps leave their sums for each other.
+template <Epilogue E>
+struct FewSums {
+  float part[2][threads(E) / 32][TOKEN_TILES][32][4];  // by turns
+  Totals totals[E == SILU ? 2 : 1];                    // of each first warp
+};
 
+// The first batches of a row tile, and what its sums are multiplied by last.
+struct FewWeights {
+  Tile tile;
   Batch front, back;
-  // weights do not depend on the predecessor
-  load_batch(front, tile, warp * SLICE_CHUNKS, n_chunks, lane, K);
-  load_batch(back, tile, warp * SLICE_CHUNKS + BATCH_CHUNKS, n_chunks, lane, K);
-  float row_scale[2] = {1.0f, 1.0f};
+  float row_scale[2];
+};
+
+DEVICE FewWeights load_weights(const Tile& tile, int warp, int n_chunks, int lane, int K) {
+  FewWeights w;
+  w.tile = tile;
+  load_batch(w.front, tile, warp * SLICE_CHUNKS, n_chunks, lane, K);
+  load_batch(w.back, tile, warp * SLICE_CHUNKS + BATCH_CHUNKS, n_chunks, lane, K);
+  w.row_scale[0] = w.row_scale[1] = 1.0f;
   if constexpr (HAS_ROW_SCALE) {
     const float* p = reinterpret_cast<const float*>(tile.codes + row_scale_offset(n_chunks));
-    row_scale[0] = p[2 * g];
-    row_scale[1] = p[2 * g + 1];
+    w.row_scale[0] = p[2 * (lane >> 2)];
+    w.row_scale[1] = p[2 * (lane >> 2) + 1];
   }
-  begin();
-  int rows = a.cursor[CURSOR_ROWS];
-  if (first_token >= rows) return;
-#ifdef NORM_THREADS  // all rows: there is one block of tokens
-  DYNAMIC_SHARED(act_t, normed);
-  const act_t* x = norm_rows<N_WARPS>(normed, &part[0][0][0][0][0], a, rows);
-#else
-  const act_t* x = (const act_t*)a.x;
-#endif
+  return w;
+}
 
-  float sum[TOKEN_TILES][4] = {};  // of the super-slice
+// The sums of the block's row tile, in its first warp; for SILU those of the second half's are then
+// in part[0][WARPS]. All warps of the block call it.
+template <Epilogue E, class X>
+DEVICE void sum_few(float (&sum)[TOKEN_TILES][4], FewSums<E>& shared, FewWeights& w, const X& x,
+                    int K) {
+  int of_block = threadIdx.x >> 5, half = E == SILU ? of_block / WARPS : 0,
+      warp = of_block - half * WARPS, lane = threadIdx.x & 31, t = lane & 3;
+  int n_chunks = ceil_div(K, K_CHUNK), n_slices = ceil_div(K, K_SLICE);
+  auto& part = shared.part;
+  auto& totals = shared.totals;
+#pragma unroll
+  for (int j = 0; j < TOKEN_TILES; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[j][i] = 0.0f;  // of the super-slice
   if (warp == 0)
 #pragma unroll
     for (int j = 0; j < TOKEN_TILES; j++)
@@ -254,10 +274,10 @@ DEVICE void multiply_few(const Args& a, int N) {
       int first = slice + i, next = i + 2 * BATCH_CHUNKS < SLICE_CHUNKS
                                         ? first + 2 * BATCH_CHUNKS
                                         : slice + WARPS * SLICE_CHUNKS;
-      multiply_batch(c, front, first, n_chunks, x, first_token + g, rows, t, K);
-      load_batch(front, tile, next, n_chunks, lane, K);
-      multiply_batch(c, back, first + BATCH_CHUNKS, n_chunks, x, first_token + g, rows, t, K);
-      load_batch(back, tile, next + BATCH_CHUNKS, n_chunks, lane, K);
+      multiply_batch(c, w.front, first, n_chunks, x, t, K);
+      load_batch(w.front, w.tile, next, n_chunks, lane, K);
+      multiply_batch(c, w.back, first + BATCH_CHUNKS, n_chunks, x, t, K);
+      load_batch(w.back, w.tile, next + BATCH_CHUNKS, n_chunks, lane, K);
     }
     if (WARPS == 1) {
 #pragma unroll
@@ -272,10 +292,10 @@ DEVICE void multiply_few(const Args& a, int N) {
     // nobody writes this turn's part again before the first warp has passed the next barrier
     __syncthreads();
     if (warp == 0)
-      for (int w = 0; w < min(WARPS, n_slices - s0); w++) {
+      for (int v = 0; v < min(WARPS, n_slices - s0); v++) {
 #pragma unroll
-        for (int j = 0; j < TOKEN_TILES; j++) fold(sum[j], part[turn][of_block + w][j][lane]);
-        if ((s0 + w + 1) % SUPER_SLICES == 0) fold_super(totals[half], sum, lane);
+        for (int j = 0; j < TOKEN_TILES; j++) fold(sum[j], part[turn][of_block + v][j][lane]);
+        if ((s0 + v + 1) % SUPER_SLICES == 0) fold_super(totals[half], sum, lane);
       }
   }
   if (warp == 0) {
@@ -284,7 +304,7 @@ DEVICE void multiply_few(const Args& a, int N) {
     for (int j = 0; j < TOKEN_TILES; j++)
 #pragma unroll
       for (int i = 0; i < 4; i++)
-        sum[j][i] = with_row_scale(totals[half][j][lane][i], row_scale[i >> 1]);
+        sum[j][i] = with_row_scale(totals[half][j][lane][i], w.row_scale[i >> 1]);
   }
   if constexpr (E == SILU) {  // the place of the second half's first warp: nobody else's
     if (of_block == WARPS)
@@ -294,6 +314,30 @@ DEVICE void multiply_few(const Args& a, int N) {
             make_float4(sum[j][0], sum[j][1], sum[j][2], sum[j][3]);
     __syncthreads();
   }
+}
+
+// N: rows of W that the launch has outputs for, half of all for SILU.
+template <Epilogue E, class Args>
+DEVICE void multiply_few(const Args& a, int N) {
+  __shared__ __align__(16) FewSums<E> shared;
+  int of_block = threadIdx.x >> 5, half = E == SILU ? of_block / WARPS : 0,
+      warp = of_block - half * WARPS, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  int n_chunks = ceil_div(a.K, K_CHUNK), first_token = blockIdx.y * 8 * TOKEN_TILES;
+  Tile tile =
+      tile_of(a.w, blockIdx.x + half * gridDim.x, n_chunks, E == SILU ? 2 * N : N, a.K, g, t);
+  // weights do not depend on the predecessor
+  FewWeights w = load_weights(tile, warp, n_chunks, lane, a.K);
+  begin();
+  int rows = a.cursor[CURSOR_ROWS];
+  if (first_token >= rows) return;
+#ifdef NORM_THREADS  // all rows: there is one block of tokens
+  DYNAMIC_SHARED(act_t, normed);
+  const act_t* x = norm_rows<threads(E) / 32>(normed, &shared.part[0][0][0][0][0], a, rows);
+#else
+  const act_t* x = (const act_t*)a.x;
+#endif
+  float sum[TOKEN_TILES][4];
+  sum_few<E>(sum, shared, w, LaunchRows{x, first_token + g, rows}, a.K);
   if (of_block != 0) return;
 #pragma unroll
   for (int j = 0; j < TOKEN_TILES; j++)
@@ -302,7 +346,8 @@ DEVICE void multiply_few(const Args& a, int N) {
       int n = blockIdx.x * 16 + g + 8 * (i >> 1), token = first_token + 8 * j + 2 * t + (i & 1);
       if (token >= rows || n >= N) continue;
       if constexpr (E == SILU) {
-        ((act_t*)a.y)[(size_t)token * N + n] = to_act(silu(sum[j][i]) * part[0][WARPS][j][lane][i]);
+        ((act_t*)a.y)[(size_t)token * N + n] =
+            to_act(silu(sum[j][i]) * shared.part[0][WARPS][j][lane][i]);
       } else {
         float* y = a.y + (size_t)token * a.y_stride + n;
         *y = E == ADD ? *y + sum[j][i] : sum[j][i];

@@ -7,9 +7,9 @@ picks P; I is an expert's intermediate size.
 
 Weights of all experts are one matrix, expert after expert: in `experts_in` expert e has rows
 [2 I e, 2 I (e + 1)), its gate, then its up; in `experts_out` rows [H e, H (e + 1)). I and H are
-multiples of `EXPERT_ROWS`, so that an expert begins where a panel or a row tile does. Picks of a row
-ascend, and a row's sum over its experts has their order: so its bits do not depend on who else
-picked them. `groups`, `members` and `products` are workspace: a backend puts there what it likes.
+multiples of `EXPERT_ROWS`, so that an expert begins where a panel or a row tile does. Picks of a
+row ascend, and its sum over experts has their order: so its bits do not depend on who else picked
+them. `groups`, `members` and `products` are workspace: a backend puts there what it likes.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Scoring(IntEnum):
 ROUTE = Op(
     "route",
     "picks[t] = the P experts with the largest logits, where `biased` the largest scores + bias, "
-    "ascending by number; equals by lower number, NaN last. gates[t, j] = the score of picks[t, j], "
-    "softmax over all logits or sigmoid; where `normed` over (sum of those + eps); times scale. A "
-    "row with a NaN has NaN for gates; bias is read only where `biased`",
+    "ascending by number; equals by lower number, NaN last. gates[t, j] = the score of "
+    "picks[t, j], softmax over all logits or sigmoid; where `normed` over (sum of those + eps); "
+    "times scale. A row with a NaN has NaN for gates; bias is read only where `biased`",
     (
         f32("logits", "r", "T", "E", strided=True),
         f32("bias", "r", "E"),

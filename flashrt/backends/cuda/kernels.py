@@ -222,10 +222,10 @@ def _most_few_warps(s: Shape) -> int:
 
 
 def _few(
-    s: Shape, kernel: str, n: int, *, halves: int = 1, is_normed: bool = False
+    s: Shape, kernel: str, n: int, *, halves: int = 1, is_normed: bool = False, blocks: int = 1
 ) -> KernelLaunch:
     """A kernel of linear_few.cuh with outputs for `n` rows of W, of which a block takes 16, or the
-    16 of each half.
+    16 of each half. `blocks`: of a row tile.
     """
     t, k = s.dims["T"], s.dims["K"]
     tiles = _few_tiles(t)
@@ -239,7 +239,7 @@ def _few(
 
     def is_small() -> bool:
         block = warps * halves
-        if block * row_tiles < BUSY_FEW_WARPS * s.n_sms:
+        if block * row_tiles * blocks < BUSY_FEW_WARPS * s.n_sms:
             return True
         registers = registers_for(WARP * block, most_warps // block)
         shared = dynamic + _few_static_bytes(block, tiles)
@@ -476,6 +476,52 @@ def _tile_bytes(s: Shape, name: str) -> int:
     planes = groups.planes if groups is not None else ()
     scales = (max(1, 32 // p.size) * p.dtype.itemsize for p in planes if p.size)
     return 64 * s.dtypes.get(name, DType.BF16).bits + 16 * sum(scales)
+
+
+MOST_EXPERTS: Final = 1024  # of `route`: a bit of a lane for each of its 32
+MOST_PICKS: Final = WARP  # of a row
+
+
+def _route(s: Shape) -> tuple[KernelLaunch, ...]:
+    experts, picks = s.dims["E"], s.dims["P"]
+    if experts > MOST_EXPERTS or picks > MOST_PICKS:
+        raise PlanError(
+            f"route: {picks} of {experts} experts; there are kernels for up to {MOST_PICKS} of "
+            f"{MOST_EXPERTS}"
+        )
+    defines = _defines(
+        VALUES=_ceil(experts, WARP), SCORING=int(s.attrs["scoring"]),
+        BIASED=int(s.attrs["biased"]), NORMED=int(s.attrs["normed"]),
+    )  # fmt: skip
+    return (KernelLaunch("route.cu", "route", defines, _x(_ceil(s.dims["T"], 4)), _x(4 * WARP)),)
+
+
+def _experts_in(s: Shape) -> tuple[KernelLaunch, ...]:
+    return (_experts_few(s, "experts_in_few", s.dims["H"], s.dims["I"], halves=2),)
+
+
+def _experts_out(s: Shape) -> tuple[KernelLaunch, ...]:
+    grid = (_ceil(s.dims["H"], 256), s.dims["T"], 1)
+    return (
+        _experts_few(s, "experts_out_few", s.dims["I"], s.dims["H"]),
+        KernelLaunch("experts.cu", "experts_sum", _defines(GATED=0), grid, _x(256)),
+    )
+
+
+def _experts_few(s: Shape, kernel: str, k: int, n: int, *, halves: int = 1) -> KernelLaunch:
+    """A kernel of experts_few.cuh with outputs for `n` rows of an expert: a block per pick, which
+    has room for twice the rows that an expert can expect.
+    """
+    picks = s.dims["T"] * s.dims["P"]
+    rows = min(s.dims["T"], _ceil(2 * picks, s.dims["E"]))
+    launch = _few(replace(s, dims={"T": rows, "K": k}), kernel, n, halves=halves, blocks=picks)
+    return replace(launch, grid=(launch.grid[0], picks, 1))
+
+
+def _add_gated(s: Shape) -> tuple[KernelLaunch, ...]:
+    grid = (_ceil(s.dims["H"], 256), s.dims["T"], 1)
+    defines = _defines(GATED=int(s.attrs["gated"]))
+    return (KernelLaunch("experts.cu", "add_gated", defines, grid, _x(256)),)
 
 
 def _conv_window(s: Shape) -> tuple[KernelLaunch, ...]:
@@ -786,6 +832,10 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "norm_linear": _norm_linear,
     "norm_silu": _norm_silu,
     "gated_conv": _gated_conv,
+    "route": _route,
+    "experts_in": _experts_in,
+    "experts_out": _experts_out,
+    "add_gated": _add_gated,
 }
 
 
