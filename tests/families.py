@@ -11,17 +11,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from tests import dense_models, granite_models
+from tests import dense_models
 
 SETS = Path(__file__).parent / "golden" / "families"  # with what transformers makes of them
 
 
 def _dense(name: str, folder: Path) -> Path:
     return dense_models.write(folder / name, dense_models.CONFIGS[name])
-
-
-def _granite(name: str, folder: Path) -> Path:
-    return granite_models.write(folder / name, granite_models.CONFIGS[name])
 
 
 def _golden(name: str, folder: Path) -> Path:
@@ -34,9 +30,11 @@ FAMILIES: Mapping[str, Callable[[Path], Path]] = {
     "llama-biased": partial(_dense, "llama-biased"),
     "lfm2": partial(_golden, "lfm2"),
     "lfm2-odd": partial(_golden, "lfm2-odd"),
-    "granite-odd": partial(_granite, "granite-odd"),
-    "granite-moe": partial(_granite, "granite-moe"),
+    "granite-odd": partial(_golden, "granite-odd"),
+    "granite-moe": partial(_golden, "granite-moe"),
     "lfm2-moe": partial(_golden, "lfm2-moe"),
     "qwen3-5-moe": partial(_golden, "qwen3-5-moe"),
     "qwen3-next": partial(_golden, "qwen3-next"),
+    "nemotron": partial(_golden, "nemotron"),
+    "nemotron-odd": partial(_golden, "nemotron-odd"),
 }

@@ -235,6 +235,10 @@ def silu_mul(o: Operands) -> Results:
     return {"y": o.padded("y", silu(gate) * up)}
 
 
+def relu_squared(o: Operands) -> Results:
+    return {"y": o.padded("y", np.maximum(o.valid("u"), 0) ** 2)}
+
+
 def add_bias(o: Operands) -> Results:
     return {"x": o.padded("x", o.valid("x") + o["b"])}
 
@@ -462,5 +466,6 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
         take_token, gated_conv,
         conv_biased, ssm, silu_rmsnorm, scale_rows,
         route, experts_in, experts_out, add_gated,
+        relu_squared,
     )
 }  # fmt: skip

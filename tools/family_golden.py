@@ -3,8 +3,9 @@
 IS: for each set a folder in tests/golden/families with config.json, model.safetensors in bfloat16,
 and from transformers in float32: the logits after six prompts of 1 to 600 tokens, 48 greedy tokens
 behind each and the logits that chose the last one, the logits of every position of a short prompt,
-and the state after a prompt; of models with a draft head, drafted tokens and their logits. IS NOT:
-run by the tests, which have neither torch nor transformers.
+and the state after a prompt. Every token is the end of a whole forward pass without a cache, since
+transformers' steps with one leave the limits of a time step out. IS NOT: run by the tests, which
+have neither torch nor transformers.
 
     pip install torch transformers safetensors
     python tools/family_golden.py lfm2 lfm2-odd
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -46,6 +48,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "block_ff_dim": 129, "block_multiple_of": 3, "block_ffn_dim_multiplier": 1.3,
         "full_attn_idxs": [0, 2], "rope_theta": 5e4, "conv_bias": True, "conv_L_cache": 4,
         "norm_eps": 3e-5, "tie_embedding": False,
+    },
+    "granite": {  # as released, but for sizes: one group, no rotary positions, tied, multipliers
+        "model_type": "granitemoehybrid", "vocab_size": 512, "hidden_size": 64,
+        "shared_intermediate_size": 96, "num_hidden_layers": 4, "num_local_experts": 0,
+        "num_experts_per_tok": 0, "layer_types": ["mamba", "mamba", "attention", "mamba"],
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+        "attention_multiplier": 0.11, "embedding_multiplier": 0.5, "residual_multiplier": 0.4,
+        "logits_scaling": 0.35, "position_embedding_type": "nope", "tie_word_embeddings": True,
+        "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 32,
+        "mamba_d_conv": 4, "mamba_expand": 2,
+    },
+    "granite-odd": {  # groups, biases, rotary positions, limits of a step, attention comes last
+        "model_type": "granitemoehybrid", "vocab_size": 512, "hidden_size": 72,
+        "shared_intermediate_size": 88, "num_hidden_layers": 3, "num_local_experts": 0,
+        "num_experts_per_tok": 0, "layer_types": ["mamba", "mamba", "attention"],
+        "num_attention_heads": 3, "num_key_value_heads": 1, "rms_norm_eps": 1e-6,
+        "attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7,
+        "logits_scaling": 0.9, "position_embedding_type": "rope", "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        "mamba_n_heads": 9, "mamba_d_head": 24, "mamba_n_groups": 3, "mamba_d_state": 20,
+        "mamba_d_conv": 3, "mamba_expand": 3, "mamba_chunk_size": 64, "mamba_proj_bias": True,
+        "attention_bias": True, "time_step_limit": [0.02, 1.5],
     },
     "lfm2-moe": {  # as released, but for sizes: a dense layer first, picks by score and bias
         "model_type": "lfm2_moe", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 4,
@@ -106,6 +130,44 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [3], "norm_topk_prob": False, "tie_word_embeddings": True,
         "rope_theta": 1e5, "partial_rotary_factor": 0.4,
     },
+    "granite-moe": {  # with experts beside the MLP
+        "model_type": "granitemoehybrid", "vocab_size": 512, "hidden_size": 64,
+        "shared_intermediate_size": 96, "intermediate_size": 32, "num_hidden_layers": 3,
+        "num_local_experts": 6, "num_experts_per_tok": 2,
+        "layer_types": ["mamba", "attention", "mamba"], "num_attention_heads": 4,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "attention_multiplier": 0.11,
+        "embedding_multiplier": 0.5, "residual_multiplier": 0.4, "logits_scaling": 0.35,
+        "position_embedding_type": "nope", "tie_word_embeddings": True, "mamba_n_heads": 8,
+        "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 32, "mamba_d_conv": 4,
+        "mamba_expand": 2,
+    },
+    "granite-moe-odd": {
+        "model_type": "granitemoehybrid", "vocab_size": 519, "hidden_size": 96,
+        "shared_intermediate_size": 40, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_local_experts": 5, "num_experts_per_tok": 4, "layer_types": ["attention", "mamba"],
+        "num_attention_heads": 3, "num_key_value_heads": 1, "rms_norm_eps": 1e-6,
+        "attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7,
+        "logits_scaling": 0.9, "position_embedding_type": "rope", "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "mamba_n_heads": 9,
+        "mamba_d_head": 32, "mamba_n_groups": 3, "mamba_d_state": 20, "mamba_d_conv": 3,
+        "mamba_expand": 3, "mamba_chunk_size": 64, "mamba_proj_bias": True,
+        "attention_bias": True, "time_step_limit": [0.02, 1.5],
+    },
+    "nemotron": {  # as released, but for sizes: groups, no limit, two MLPs of three are the last
+        "model_type": "nemotron_h", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 6,
+        "hybrid_override_pattern": "M-M*M-", "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 16, "intermediate_size": 160, "mamba_num_heads": 8, "mamba_head_dim": 16,
+        "n_groups": 2, "ssm_state_size": 32, "conv_kernel": 4, "time_step_limit": [0.0, math.inf],
+    },
+    "nemotron-odd": {  # biases but for the convolution's, limits of a step, sizes off every grid
+        "model_type": "nemotron_h", "vocab_size": 517, "hidden_size": 66,
+        "layers_block_type": ["mlp", "attention", "mamba", "mlp", "attention"],
+        "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 24,
+        "intermediate_size": 129, "mamba_num_heads": 9, "mamba_head_dim": 20, "n_groups": 3,
+        "ssm_state_size": 20, "conv_kernel": 3, "chunk_size": 64, "use_conv_bias": False,
+        "use_bias": True, "mlp_bias": True, "attention_bias": True, "layer_norm_epsilon": 3e-5,
+        "time_step_limit": [0.02, 1.5],
+    },
 }  # fmt: skip
 
 
@@ -114,36 +176,37 @@ def build(given: dict[str, Any], seed: int) -> torch.nn.Module:
     config = transformers.AutoConfig.for_model(**given)
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    if config.model_type == "nemotron_h":
+        as_nvidia_has_it(model)
     draws = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in (*model.named_parameters(), *_biases(model)):
-            weight.copy_(drawn(name, weight, config.model_type, draws))
+        for name, weight in (*model.named_parameters(), *biases(model)):
+            weight.copy_(drawn(name, weight, config, draws))
     return model
 
 
-def drawn(name: str, weight: torch.Tensor, model_type: str, draws: torch.Generator) -> torch.Tensor:
+def drawn(name: str, weight: torch.Tensor, config: Any, draws: torch.Generator) -> torch.Tensor:
     """Values of a weight."""
     x = torch.randn(weight.shape, generator=draws)
-    inputs = math.prod(weight.shape[1:])
-    if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-        inputs = weight.shape[-1]
-    is_centred = model_type.startswith("qwen3") and ".linear_attn." not in name
+    is_stacked = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    inputs = weight.shape[-1] if is_stacked else math.prod(weight.shape[1:])
     if "norm" in name:
+        is_centred = config.model_type.startswith("qwen3") and ".linear_attn." not in name
         x = 0.2 * x + (0 if is_centred else 1)
-    elif name.endswith("A_log"):
-        x = torch.log(torch.rand(weight.shape, generator=draws) + 0.02)
+    elif name.endswith("A_log"):  # decay rates from very slow to fast
+        x = torch.log(0.02 + torch.rand(weight.shape, generator=draws))
     elif name.endswith("dt_bias"):
-        x = x - 1
+        x = x - 0.5
     elif name.endswith(("bias", ".D")):
         x = 0.5 * x
-    elif "embed_tokens" in name or "lm_head" in name:
-        x = 2.5 * x / math.sqrt(inputs)
+    elif "embed" in name or "lm_head" in name:
+        x = 2.5 * getattr(config, "logits_scaling", 1.0) * x / math.sqrt(inputs)
     else:
         x = 1.5 * x / math.sqrt(inputs)
     return x.bfloat16().float()
 
 
-def _biases(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+def biases(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Biases of routers, which are buffers."""
     return [(n, b) for n, b in model.named_buffers() if n.endswith("expert_bias")]
 
@@ -166,39 +229,51 @@ class Gaps:
             self.least = min(self.least, float((best[:, -2] - best[:, -1]).min()))
 
 
+def as_nvidia_has_it(model: torch.nn.Module) -> None:
+    """Nemotron-H's limits of a time step and biases of attention, which transformers' classes leave
+    out: the limits are those of time_step_limit, not time_step_min.
+    """
+    config = model.config
+    for layer in model.model.layers:
+        if layer.block_type == "linear_attention":
+            layer.mixer.time_step_limit = tuple(config.time_step_limit)
+        elif layer.block_type == "full_attention" and config.attention_bias:
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                linear = getattr(layer.mixer, name)
+                linear.bias = torch.nn.Parameter(torch.zeros(linear.out_features))
+
+
 def prompt(n: int, vocab_size: int) -> list[int]:
     """Tokens without a period."""
     return [(7 * i * i + 11 * n + 3 * i) % vocab_size for i in range(n)]
 
 
 @torch.no_grad()
-def expected(model: torch.nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The two files of a set, and the least margin of a greedy token among the first of them."""
+def expected(model: torch.nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+    """The two files of a set; None where a greedy token or a pick of experts is not clear."""
+    gaps = Gaps(model)
     vocab_size = model.config.vocab_size
     prompts = [prompt(n, vocab_size) for n in LENGTHS]
     arrays: dict[str, torch.Tensor] = {}
     last, last_greedy, greedy, margin = [], [], [], math.inf
     for i, tokens in enumerate(prompts):
-        cache = transformers.DynamicCache(config=model.config)
-        kept = {"use_cache": True, "cache": cache}
-        logits = model(torch.tensor([tokens]), **kept).logits[0]
-        last.append(logits[-1])
-        if i == SHORT:
-            arrays["logits_all"] = logits
-        if i == CACHED:
-            arrays |= states(cache, model.config)
-        if margin < LEAST_MARGIN:
-            break  # of no use
-        chosen: list[int] = []
-        while True:
+        text = list(tokens)
+        for n in range(N_GREEDY):
+            logits = model(torch.tensor([text]), use_cache=False).logits[0]
+            if n == 0:
+                last.append(logits[-1])
+                if i == SHORT:
+                    arrays["logits_all"] = logits
             best = logits[-1].topk(2)
             margin = min(margin, float(best.values[0] - best.values[1]))
-            chosen.append(int(best.indices[0]))
-            if len(chosen) == N_GREEDY:
-                break
-            logits = model(torch.tensor([chosen[-1:]]), **kept).logits[0]
-        greedy.append(chosen)
+            if margin < LEAST_MARGIN or gaps.least < LEAST_GAP:
+                return None
+            text.append(int(best.indices[0]))
+        greedy.append(text[len(tokens) :])
         last_greedy.append(logits[-1])
+    cache = transformers.DynamicCache(config=model.config)
+    model(torch.tensor([prompts[CACHED]]), use_cache=True, cache=cache)
+    arrays |= states(cache, model.config)
     arrays["logits_last"] = torch.stack(last)
     arrays["greedy_logits_last"] = torch.stack(last_greedy)
     info = {
@@ -209,19 +284,25 @@ def expected(model: torch.nn.Module) -> tuple[dict[str, Any], dict[str, torch.Te
 
 
 def states(cache: Any, config: Any) -> dict[str, torch.Tensor]:
-    """What each layer keeps, by its number: keys and values [Nk, positions, D], windows [W, C]."""
+    """What each layer keeps, by its number: keys and values [Nk, positions, D], windows [W, C],
+    states [Hv, dk, dv]. Keys are multiplied as flashrt's are, where attention has a multiplier.
+    """
     found: dict[str, torch.Tensor] = {}
     for i, kind in enumerate(config.layer_types):
         layer = cache.layers[i]
-        if kind == FULL:
-            found |= {f"{i}.keys": layer.keys[0], f"{i}.values": layer.values[0]}
-            continue
-        taps = getattr(config, "conv_L_cache", None) or config.linear_conv_kernel_dim
-        rows = layer.conv_states[0][0].T  # [K, C], oldest first
-        found[f"{i}.window"] = rows[1 - taps :]
-        if kind == LINEAR:
-            found[f"{i}.state"] = layer.recurrent_states[0][0]
-    return {name: x.clone() for name, x in found.items()}  # decoding changes them in place
+        if kind == "full_attention":
+            keys = layer.keys[0]
+            if hasattr(config, "attention_multiplier"):
+                keys = keys * math.sqrt(config.attention_multiplier * math.sqrt(keys.shape[-1]))
+            found |= {f"{i}.keys": keys, f"{i}.values": layer.values[0]}
+        elif kind != "mlp":
+            rows = layer.conv_states[0][0].T  # [K, C], oldest first
+            found[f"{i}.window"] = rows[1:]
+            if kind == LINEAR:  # Mamba-2's the other way round
+                state = layer.recurrent_states[0][0]
+                is_mamba = not config.model_type.startswith("qwen3")
+                found[f"{i}.state"] = state.transpose(1, 2) if is_mamba else state
+    return found
 
 
 @torch.no_grad()
@@ -245,7 +326,7 @@ def drafts(
     fc = torch.nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
     head = torch.nn.ModuleDict({"fc": fc, "layers": torch.nn.ModuleList([layer]), **norms})
     for name, weight in head.named_parameters():
-        weight.copy_(drawn(f"mtp.{name}", weight, config.model_type, draws))
+        weight.copy_(drawn(f"mtp.{name}", weight, config, draws))
     hidden = module(torch.tensor([tokens])).last_hidden_state[0]
     following, found, logits = [*tokens[1:], first], [], []
     for _ in range(N_DRAFTS):
@@ -264,40 +345,45 @@ def drafts(
 
 
 def stored(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A model's weights by the names of its released checkpoints."""
+    """A model's weights; of experts by the names of released checkpoints."""
+    weights = model.state_dict()
+    if not any("experts" in name for name in weights):
+        if model.config.tie_word_embeddings:
+            del weights["lm_head.weight"]
+        return weights
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return load_file(Path(folder) / "model.safetensors")
 
 
 def write(name: str) -> None:
-    """One set, of the first seed whose greedy tokens and picks of experts are clear."""
+    """One set, of the first seed whose greedy tokens are clear."""
     for seed in range(1000):
         model = build(CONFIGS[name], seed)
-        gaps = Gaps(model)
-        info, arrays = expected(model)
-        if info["margin"] >= LEAST_MARGIN and gaps.least >= LEAST_GAP:
+        if (made := expected(model)) is not None:
             break
-        print(f"{name}: seed {seed}, margin {info['margin']:.1e}, gap {gaps.least:.1e}", flush=True)
     else:
-        raise SystemExit(f"{name}: no seed below 1000 has clear greedy tokens and picks")
+        raise SystemExit(f"{name}: no seed below 1000 has clear greedy tokens")
+    info, arrays = made
+    folder = FOLDER / name
+    folder.mkdir(parents=True, exist_ok=True)
     weights = stored(model)
+    if name == "nemotron":  # as released, and as transformers writes it
+        weights = {re.sub("^model", "backbone", n): w for n, w in weights.items()}
     if CONFIGS[name].get("mtp_num_hidden_layers"):
         own, more, logits = drafts(model, info["prompts"][CACHED], info["greedy"][CACHED][0], seed)
         weights, info, arrays = weights | own, info | more, arrays | logits
-    folder = FOLDER / name
-    folder.mkdir(parents=True, exist_ok=True)
     halves = {
         n: (w if n.endswith("expert_bias") else w.bfloat16()).contiguous().clone()
         for n, w in weights.items()
     }
     save_file(halves, folder / "model.safetensors", {"format": "pt"})
     save_file(arrays, folder / "expected.safetensors")
-    for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)
     (folder / "config.json").write_text(json.dumps(CONFIGS[name], indent=2) + "\n")
     (folder / "expected.json").write_text(json.dumps(info) + "\n")
     std = float(arrays["logits_last"].std())
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)
     print(f"{name}: seed {seed}, least margin {info['margin']:.3f}, logits of std {std:.2f}")
 
 

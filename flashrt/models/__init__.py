@@ -17,6 +17,8 @@ from flashrt.models.lane import Choices, check_choices
 from flashrt.models.lfm2 import config as lfm2_config
 from flashrt.models.lfm2 import model as lfm2
 from flashrt.models.model import USUAL_PREFILL_ROWS, Model, TokenModel
+from flashrt.models.nemotron import config as nemotron_config
+from flashrt.models.nemotron import model as nemotron
 from flashrt.models.qwen35 import config as qwen35_config
 from flashrt.models.qwen35 import model as qwen35
 from flashrt.models.rope import reach
@@ -38,11 +40,13 @@ _QWEN35 = _Family(qwen35.build, qwen35_config.text_fields, has_draft_head=True)
 _DENSE = _Family(dense.build, dense_config.text_fields, has_draft_head=False)
 _LFM2 = _Family(lfm2.build, lfm2_config.text_fields, has_draft_head=False)
 _GRANITE = _Family(granite.build, granite_config.text_fields, has_draft_head=False)
+_NEMOTRON = _Family(nemotron.build, nemotron_config.text_fields, has_draft_head=False)
 _FAMILIES: Mapping[object, _Family] = {
     **dict.fromkeys(qwen35_config.MODEL_TYPES, _QWEN35),
     **dict.fromkeys(dense_config.MODEL_TYPES, _DENSE),
     **dict.fromkeys(granite_config.MODEL_TYPES, _GRANITE),
     **dict.fromkeys(lfm2_config.MODEL_TYPES, _LFM2),
+    **dict.fromkeys(nemotron_config.MODEL_TYPES, _NEMOTRON),
 }
 
 

@@ -34,7 +34,7 @@ _SPREAD_ROWS = 9
 _ROW_OPS = frozenset((
     ops.LINEAR, ops.RMSNORM, ops.ADD_RMSNORM, ops.GATED_RMSNORM, ops.DELTA_GATES, ops.SILU_MUL,
     ops.ADD_BIAS, ops.SILU_RMSNORM, ops.SCALE_ROWS, ops.ROUTE, ops.EXPERTS_IN, ops.EXPERTS_OUT,
-    ops.ADD_GATED,
+    ops.ADD_GATED, ops.RELU_SQUARED,
 ))  # fmt: skip
 _OF_NO_LANE = (Role.SCRATCH, Role.WEIGHT)
 # Constants of a model: frequencies of rotary pairs; the one frequency 0, for layers that turn
@@ -257,6 +257,8 @@ class BlockRecorder:
         out_proj, and biases where the model has them. `groups`: of B and C, and of the norm, whose
         eps is `eps`.
 
+        With few tokens behind a row its output may nearly cancel, and the norm amplifies what is
+        left, rounding of the input too: so h should be wide, and what goes into out_proj is.
         `last_row_only`: all rows change the state, then only the last valid row goes on.
         """
         heads, _, head_dim = state.shape
@@ -278,7 +280,7 @@ class BlockRecorder:
         if last_row_only:
             o, z = self.last_of(o), self.last_of(z, f"{at}.z")
             self.narrow()
-        mixed = self.activation(f"{at}.mixed", inner)
+        mixed = self.activation(f"{at}.mixed", inner, DType.ACT_WIDE)
         norm = weights[f"{at}.ssm_norm"]
         self.launch(ops.SILU_RMSNORM, o=o, z=z, w=norm, y=mixed, groups=groups, eps=eps)
         return self.biased(f"{at}.r", mixed, f"{at}.out_proj")
@@ -336,6 +338,15 @@ class BlockRecorder:
             shared = self.swiglu(at, h)
             self.launch(ops.ADD_GATED, y=y, x=shared, gate=gate, gated=int(gated))
         return y
+
+    def squared_mlp(self, at: str, h: Operand) -> Region:
+        """An MLP without a gate, max(h up^T, 0)^2 down^T; weights up and down, and biases where
+        the model has them.
+        """
+        u = self.biased(f"{at}.u", h, f"{at}.up")
+        y = self.activation(f"{at}.y", u.shape[1], DType.ACT_WIDE)
+        self.launch(ops.RELU_SQUARED, u=u, y=y)
+        return self.biased(f"{at}.r", y, f"{at}.down")
 
     def head(
         self, hidden: Operand, weight: str, logits: Operand, n_tokens: int | None = None

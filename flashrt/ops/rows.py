@@ -24,6 +24,11 @@ SILU_MUL = Op(
     "y = silu(u[:, :I]) * u[:, I:]",
     (f32("u", "r", "T", "2*I"), CURSOR, act("y", "w", "T", "I")),
 )
+RELU_SQUARED = Op(
+    "relu_squared",
+    "y = max(u, 0)^2",
+    (f32("u", "r", "T", "I"), CURSOR, act("y", "w", "T", "I")),
+)
 ADD_BIAS = Op(
     "add_bias",
     "x += b, per row",

@@ -49,6 +49,7 @@ from flashrt.weights.stop_tokens import stop_tokens_of
 
 GENERATION_FILE = "generation_config.json"
 PREFIX, NESTED_PREFIX = "model.", "model.language_model."  # text only; the same when multimodal
+BACKBONE_PREFIX = "backbone."  # for `model.`, in files of Nemotron-H
 IGNORED_PREFIX = "model.visual."  # the vision tower of a multimodal checkpoint
 IGNORED_SUFFIX = ".rotary_emb.inv_freq"  # of old exports: what the config says anyway
 _MOST_CONFIG_NBYTES = 8 << 20
@@ -58,11 +59,11 @@ _POINTER = b"version https://git-lfs"  # begins a file of git-lfs that was not p
 
 @dataclass(slots=True)
 class Checkpoint:
-    """An open checkpoint. `tensors` go by canonical names: `model.language_model.x` and `model.x`
-    are both `model.x`, and experts that are stored stacked are one tensor each (see `experts`).
-    `stop_tokens` end what the model writes; `load` adds the tokenizer's.
-    `notes`: what a user should know of it. `quantisation`: what its configuration says of weights
-    that are stored as codes.
+    """An open checkpoint. `tensors` go by canonical names: `model.language_model.x`, `backbone.x`
+    and `model.x` are all `model.x`, and experts that are stored stacked are a tensor each (see
+    `experts`). `stop_tokens` end what the model writes; `load` adds the tokenizer's. `notes`: what
+    a user should know of it. `quantisation`: what its configuration says of weights that are stored
+    as codes.
     """
 
     path: Path
@@ -256,9 +257,10 @@ def _canonical(root: Path, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in stored.items():
         if name.startswith(IGNORED_PREFIX) or name.endswith(IGNORED_SUFFIX):
             continue
-        short = (
-            PREFIX + name.removeprefix(NESTED_PREFIX) if name.startswith(NESTED_PREFIX) else name
-        )
+        short = name
+        for prefix in (NESTED_PREFIX, BACKBONE_PREFIX):
+            if name.startswith(prefix):
+                short = PREFIX + name.removeprefix(prefix)
         for own, part in apart(short, tensor).items():
             if own in tensors:
                 raise CheckpointError(

@@ -346,6 +346,12 @@ def silu_mul(T: int, n: int, I: int, is_wide: bool = False) -> Case:  # noqa: E7
     return Case("silu_mul", operands, dtypes=wide("y", is_wide))
 
 
+def relu_squared(T: int, n: int, I: int, is_wide: bool = False) -> Case:  # noqa: E741
+    rng = rng_for("relu_squared", T, n, I)
+    operands = {"u": valid(randn(rng, T, I, scale=4), n), "cursor": cursor(5, n), "y": (T, I)}
+    return Case("relu_squared", operands, dtypes=wide("y", is_wide))
+
+
 def add_bias(T: int, n: int, N: int) -> Case:
     rng = rng_for("add_bias", T, n, N)
     operands = {"x": valid(randn(rng, T, N), n), "b": randn(rng, N), "cursor": cursor(5, n)}
@@ -477,6 +483,7 @@ GRID: Grid = (
         {"experts": (4, 4), "H": 160, "I": 64, "is_wide": True},
     )),
     (add_gated, ({"H": 96, "gated": 1, "margin": (1, 2)}, {"H": 1000, "gated": 0})),
+    (relu_squared, ({"I": 200}, {"I": 1028, "is_wide": True})),
 )  # fmt: skip
 
 # Sizes that are no multiple of anything, for scalar tails.
@@ -519,6 +526,7 @@ ODD: Grid = (
     (experts_in, ({"experts": (5, 2), "H": 33, "I": 32},)),
     (experts_out, ({"experts": (1, 1), "H": 32, "I": 32},)),
     (add_gated, ({"H": 37, "gated": 1},)),
+    (relu_squared, ({"I": 37}, {"I": 45, "is_wide": True})),
 )
 
 

@@ -56,7 +56,7 @@ def test_each_launch_of_prefill_and_decode(runner: Runner, kv_dtype: DType) -> N
     assert lane.checked >= {"embed", "linear", "attention", "delta_rule", "last_row", "sample"}
 
 
-@pytest.mark.parametrize("name", ["lfm2-odd"])
+@pytest.mark.parametrize("name", ["lfm2-odd", "granite-odd", "nemotron"])
 def test_each_launch_of_another_family(runner: Runner, name: str) -> None:
     """Of one set of each family whose ops the tiny model has not."""
     checkpoint = open_checkpoint(SETS / name)

@@ -143,6 +143,7 @@ def variants(arch: str, *, is_full: bool) -> Iterator[KernelLaunch]:
             "gated_rmsnorm",
             "silu_mul",
             "silu_rmsnorm",
+            "relu_squared",
         ):  # what gives them
             yield from kernels.EXPANSIONS[op](shape(op, 1, DType.F32, DType.BF16, 132))
         for act in acts:

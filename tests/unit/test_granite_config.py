@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
 
 import pytest
 
@@ -10,9 +12,12 @@ from flashrt.base.errors import CheckpointError
 from flashrt.core.region import DType
 from flashrt.models import TokenModel, model_for
 from flashrt.models.granite.config import parse_config
-from tests.granite_models import CONFIGS, Config
+from tests.families import SETS
 
-ODD = CONFIGS["granite-odd"]
+Config = dict[str, Any]
+TINY, ODD = (
+    json.loads((SETS / name / "config.json").read_text()) for name in ("granite", "granite-odd")
+)
 
 
 def build(config: Config) -> TokenModel:
@@ -25,11 +30,11 @@ def without(*names: str) -> Config:
 
 def test_sizes_and_multipliers() -> None:
     c = parse_config(ODD)
-    assert (c.inner, c.conv_channels, c.time_limits) == (216, 216 + 2 * 60, (0.02, 1.5))
+    assert (c.ssm.inner, c.ssm.conv_channels, c.ssm.time_limits) == (216, 216 + 2 * 60, (0.02, 1.5))
     assert c.embedding_factor == pytest.approx(2.0 / 0.7)
     assert c.stream_eps == pytest.approx(1e-6 / 0.49)
     assert c.rotation.magnitude**2 / math.sqrt(c.head_dim) == pytest.approx(0.3)
-    nope = parse_config(CONFIGS["granite"])
+    nope = parse_config(TINY)
     assert nope.rotation.inv_freq == (0.0,) * 8
     assert nope.rotation.magnitude**2 / math.sqrt(16) == pytest.approx(0.11)
 
@@ -49,7 +54,7 @@ def test_norms_of_the_divided_stream_have_its_eps() -> None:
 def test_what_stands_in_for_missing_fields() -> None:
     """As transformers' GraniteMoeHybridConfig has it; `layers_block_type` in older files."""
     c = parse_config(without("time_step_limit", "mamba_d_head", "num_key_value_heads"))
-    assert (c.time_limits, c.ssm_head_dim, c.kv_heads) == ((0.0, math.inf), 24, 3)
+    assert (c.ssm.time_limits, c.ssm.head_dim, c.kv_heads) == ((0.0, math.inf), 24, 3)
     older = without("layer_types") | {"layers_block_type": ["mamba", "attention", "mamba"]}
     newer = ODD | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
     assert parse_config(older).layers == parse_config(newer).layers

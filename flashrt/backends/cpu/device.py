@@ -45,6 +45,7 @@ _APART = frozenset((
     "conv_biased", "ssm", "silu_rmsnorm", "scale_rows",
     "keep_rows", "keep_values", "dense", "dense_add", "gru_cell", "gated_conv",
     "route", "add_gated",
+    "relu_squared",
 ))  # fmt: skip
 _MOST_ARGUMENTS = 1024  # of kernels/runtime.c
 _ALIGN = 64  # of argument blocks: one cache line each

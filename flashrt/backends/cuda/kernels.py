@@ -718,6 +718,11 @@ def _silu_mul(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("elementwise.cu", "silu_mul", _act(s), grid, _x(256)),)
 
 
+def _relu_squared(s: Shape) -> tuple[KernelLaunch, ...]:
+    grid = (_ceil(s.dims["I"], 1024), s.dims["T"], 1)
+    return (KernelLaunch("relu_squared.cu", "relu_squared", _act(s), grid, _x(256)),)
+
+
 def _add_bias(s: Shape) -> tuple[KernelLaunch, ...]:
     grid = (_ceil(s.dims["N"], 256), s.dims["T"], 1)
     return (KernelLaunch("elementwise.cu", "add_bias", _act(s), grid, _x(256)),)
@@ -826,6 +831,7 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "ssm": _ssm,
     "silu_rmsnorm": _silu_rmsnorm,
     "scale_rows": _scale_rows,
+    "relu_squared": _relu_squared,
     "delta_few": _delta_few,
     "linear_silu": _linear_silu,
     "linear_add": _linear_add,

@@ -6,11 +6,10 @@ Projections that share an input are stacked into one matrix. IS NOT: reading (we
 
 from __future__ import annotations
 
-from flashrt.core.region import DType, Region, Role
-from flashrt.models.blocks import INV_FREQ, NO_NORM, NO_ROPE, bias_name
-from flashrt.models.decoder import EMBED, FINAL_NORM, HEAD, layer_name
+from flashrt.models.blocks import INV_FREQ, NO_NORM, NO_ROPE
+from flashrt.models.decoder import EMBED, FINAL_NORM, HEAD, bias_rule, layer_name
 from flashrt.models.dense.config import DenseConfig
-from flashrt.weights.rules import Source, WeightRule, constant, matrix, vector
+from flashrt.weights.rules import WeightRule, constant, matrix, vector
 
 
 def weight_rules(config: DenseConfig) -> tuple[WeightRule, ...]:
@@ -52,18 +51,11 @@ def _attention(c: DenseConfig, region: str, own: str) -> list[WeightRule]:
     qkv, output = f"{region}.qkv", f"{region}.o_proj"
     rules = [matrix(qkv, c.hidden, *((f"{own}.{n}.weight", rows) for n, rows in stacked))]
     if c.has_qkv_bias:
-        rules.append(_bias(qkv, *((f"{own}.{n}.bias", rows) for n, rows in stacked)))
+        rules.append(bias_rule(qkv, *((f"{own}.{n}.bias", rows) for n, rows in stacked)))
     if c.is_normed:
         for name in ("q_norm", "k_norm"):
             rules.append(vector(f"{region}.{name}", f"{own}.{name}.weight", c.head_dim))
     rules.append(matrix(output, query, (f"{own}.o_proj.weight", c.hidden)))
     if c.has_output_bias:
-        rules.append(_bias(output, (f"{own}.o_proj.bias", c.hidden)))
+        rules.append(bias_rule(output, (f"{own}.o_proj.bias", c.hidden)))
     return rules
-
-
-def _bias(matrix_region: str, *sources: tuple[str, int]) -> WeightRule:
-    """The bias of a matrix, stacked as its rows are."""
-    size = sum(rows for _, rows in sources)
-    region = Region(bias_name(matrix_region), (size,), DType.F32, Role.WEIGHT)
-    return WeightRule(region, tuple(Source(name, (rows,)) for name, rows in sources))

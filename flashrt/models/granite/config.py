@@ -15,6 +15,7 @@ from flashrt.base.messages import shown
 from flashrt.models.experts import Experts, Routing
 from flashrt.models.fields import NEUTRAL, Fields, Neutral, is_tied
 from flashrt.models.rope import Rotation, rotation
+from flashrt.models.ssm import SsmSizes, time_limits
 
 # No matrix is changed by a multiplier. With e, r, a, s those of embedding, residual, attention and
 # logits, the model is
@@ -64,30 +65,13 @@ class GraniteConfig:
     head_dim: int  # D
     rotation: Rotation  # its magnitude holds the multiplier of attention
     has_attention_bias: bool
-    ssm_heads: int  # Hv
-    ssm_head_dim: int  # dv
-    state_dim: int  # dk
-    groups: int
-    conv_taps: int  # W + 1
-    has_conv_bias: bool
-    has_proj_bias: bool  # of in_proj and out_proj
-    time_limits: tuple[float, float]  # of a step
+    ssm: SsmSizes
     embedding_multiplier: float
     residual_multiplier: float
     logits_scaling: float
     eps: float
     is_tied: bool  # the head is the embedding table
     experts: Experts | None = None  # beside that MLP
-
-    @property
-    def inner(self) -> int:
-        """Columns of all heads of a Mamba layer."""
-        return self.ssm_heads * self.ssm_head_dim
-
-    @property
-    def conv_channels(self) -> int:
-        """C: x, B and C of a Mamba layer."""
-        return self.inner + 2 * self.groups * self.state_dim
 
     @property
     def stream_eps(self) -> float:
@@ -121,7 +105,6 @@ def parse_config(
     fields = Fields(config)
     hidden, query_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     head_dim = _head_dim(fields, hidden, query_heads)
-    heads, ssm_head_dim = _ssm_heads(fields, hidden)
     parsed = GraniteConfig(
         vocab_size=fields.size("vocab_size"),
         hidden=hidden,
@@ -136,14 +119,7 @@ def parse_config(
         head_dim=head_dim,
         rotation=_rotation(fields, head_dim, max_positions),
         has_attention_bias=fields.is_set("attention_bias", default=False),
-        ssm_heads=heads,
-        ssm_head_dim=ssm_head_dim,
-        state_dim=fields.size("mamba_d_state", 256),
-        groups=fields.size("mamba_n_groups", 1),
-        conv_taps=fields.size("mamba_d_conv", 4),
-        has_conv_bias=fields.is_set("mamba_conv_bias", default=True),
-        has_proj_bias=fields.is_set("mamba_proj_bias", default=False),
-        time_limits=_time_limits(fields),
+        ssm=_ssm(fields, hidden),
         embedding_multiplier=fields.number("embedding_multiplier", 1.0),
         residual_multiplier=fields.number("residual_multiplier", 1.0),
         logits_scaling=fields.number("logits_scaling", 1.0),
@@ -152,10 +128,6 @@ def parse_config(
         experts=_experts(fields),
     )
     fields.refuse_uneven_heads(parsed.query_heads, parsed.kv_heads)
-    if parsed.ssm_heads % parsed.groups:
-        fields.problems.append(
-            f"mamba_n_heads {parsed.ssm_heads} is no multiple of mamba_n_groups {parsed.groups}"
-        )
     if parsed.experts is not None:
         parsed.experts.check(fields, hidden, "num_experts_per_tok", "intermediate_size")
     if config.get("max_position_embeddings") is not None:
@@ -180,8 +152,7 @@ def _head_dim(fields: Fields, hidden: int, query_heads: int) -> int:
     return head_dim
 
 
-def _ssm_heads(fields: Fields, hidden: int) -> tuple[int, int]:
-    """Heads of a Mamba layer, and the size of one."""
+def _ssm(fields: Fields, hidden: int) -> SsmSizes:
     heads, inner = fields.size("mamba_n_heads", 128), fields.size("mamba_expand", 2) * hidden
     if fields.fields.get("mamba_d_head", "auto") == "auto":
         head_dim = inner // heads or 1
@@ -192,7 +163,18 @@ def _ssm_heads(fields: Fields, hidden: int) -> tuple[int, int]:
             f"mamba_n_heads {heads} of mamba_d_head {head_dim} are not mamba_expand * hidden_size "
             f"= {inner}"
         )
-    return heads, head_dim
+    if heads % (groups := fields.size("mamba_n_groups", 1)):
+        fields.problems.append(f"mamba_n_heads {heads} is no multiple of mamba_n_groups {groups}")
+    return SsmSizes(
+        heads=heads,
+        head_dim=head_dim,
+        state_dim=fields.size("mamba_d_state", 256),
+        groups=groups,
+        conv_taps=fields.size("mamba_d_conv", 4),
+        has_conv_bias=fields.is_set("mamba_conv_bias", default=True),
+        has_proj_bias=fields.is_set("mamba_proj_bias", default=False),
+        time_limits=time_limits(fields),
+    )
 
 
 def _experts(fields: Fields) -> Experts | None:
@@ -246,21 +228,3 @@ def _rotation(fields: Fields, head_dim: int, max_positions: int) -> Rotation:
     if not fields.problems and 2 * len(turned.inv_freq) != head_dim:
         fields.problems.append("partial_rotary_factor is not 1; heads of this family turn whole")
     return replace(turned, magnitude=turned.magnitude * math.sqrt(scale))
-
-
-def _time_limits(fields: Fields) -> tuple[float, float]:
-    """`time_step_limit`, least and most of a step after its softplus."""
-    given = fields.fields.get("time_step_limit")
-    if given is None:
-        return 0.0, math.inf
-    if (
-        isinstance(given, list | tuple)
-        and len(given) == 2
-        and all(isinstance(x, int | float) and not isinstance(x, bool) for x in given)
-        and 0 <= given[0] <= given[1]
-    ):
-        return float(given[0]), float(given[1])
-    fields.problems.append(
-        f"time_step_limit is {shown(given)}, expected two numbers, the least first, from 0 on"
-    )
-    return 0.0, math.inf

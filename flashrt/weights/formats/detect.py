@@ -178,4 +178,9 @@ def _spellings(module: str) -> tuple[str, ...]:
     if not module.startswith("model."):
         return (module,)
     inner = module.removeprefix("model.")
-    return module, f"model.language_model.{inner}", f"language_model.model.{inner}"
+    return (
+        module,
+        f"model.language_model.{inner}",
+        f"language_model.model.{inner}",
+        f"backbone.{inner}",
+    )
