@@ -71,7 +71,8 @@ class GraniteConfig:
     logits_scaling: float
     eps: float
     is_tied: bool  # the head is the embedding table
-    experts: Experts | None = None  # beside that MLP
+    has_split_mlp: bool  # its first matrix is two tensors, as in GGUF files
+    experts: Experts | None  # beside that MLP
 
     @property
     def stream_eps(self) -> float:
@@ -125,6 +126,7 @@ def parse_config(
         logits_scaling=fields.number("logits_scaling", 1.0),
         eps=fields.number("rms_norm_eps", default=1e-6, most=1.0),
         is_tied=is_tied(fields, [config], lacks_head),
+        has_split_mlp=fields.is_set("shared_mlp_is_split", default=False),
         experts=_experts(fields),
     )
     fields.refuse_uneven_heads(parsed.query_heads, parsed.kv_heads)

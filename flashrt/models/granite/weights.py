@@ -34,6 +34,10 @@ def weight_rules(config: GraniteConfig) -> tuple[WeightRule, ...]:
 
 def _layer(c: GraniteConfig, region: str, source: str, kind: LayerKind) -> list[WeightRule]:
     own = f"{source}.shared_mlp"
+    first = [(f"{own}.input_linear.weight", 2 * c.intermediate)]  # rows [gate | up]
+    if c.has_split_mlp:
+        halves = ("gate_linear", "up_linear")
+        first = [(f"{own}.{name}.weight", c.intermediate) for name in halves]
     experts = []
     if c.experts is not None:
         of = f"{source}.block_sparse_moe"
@@ -49,8 +53,7 @@ def _layer(c: GraniteConfig, region: str, source: str, kind: LayerKind) -> list[
         *mixer,
         vector(f"{region}.mlp_norm", f"{source}.post_attention_layernorm.weight", c.hidden),
         *experts,
-        # rows [gate | up]
-        matrix(f"{region}.gate_up", c.hidden, (f"{own}.input_linear.weight", 2 * c.intermediate)),
+        matrix(f"{region}.gate_up", c.hidden, *first),
         matrix(f"{region}.down", c.intermediate, (f"{own}.output_linear.weight", c.hidden)),
     ]
 

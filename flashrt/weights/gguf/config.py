@@ -18,12 +18,16 @@ from flashrt.weights.gguf.file import GgufFile
 
 ARCHITECTURE = "general.architecture"
 QWEN35, QWEN35MOE = "qwen35", "qwen35moe"
+LFM2, GRANITE, NEMOTRON = "lfm2", "granitehybrid", "nemotron_h"
 # Architectures, and the model_type of each; the kinds differ in their tensors and orders.
 MODEL_TYPES: Mapping[str, str] = {
     QWEN35: "qwen3_5_text", QWEN35MOE: "qwen3_5_moe_text", "llama": "llama", "qwen2": "qwen2",
-    "qwen3": "qwen3", "smollm3": "smollm3",
+    "qwen3": "qwen3", "smollm3": "smollm3", LFM2: "lfm2", GRANITE: "granitemoehybrid",
+    NEMOTRON: "nemotron_h",
 }  # fmt: skip
-PAIRED = ("llama", "smollm3")  # rows of q and k are stored as pairs that turn together
+# Rows of q and k are stored as pairs that turn together; also where none turns.
+PAIRED = ("llama", "smollm3", GRANITE, NEMOTRON)
+_HYBRIDS = (LFM2, GRANITE, NEMOTRON)  # a list has 0 for layers of another kind
 _MOST_LAYERS = 4096  # beyond it, a list of layers would only cost memory
 # Keys that change nothing, whatever they hold.
 _HARMLESS = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_used_count")
@@ -89,14 +93,9 @@ def config_of(
         "hidden_size": keys.size("embedding_length"),
         "num_attention_heads": keys.size("attention.head_count"),
         "max_position_embeddings": keys.size("context_length"),
-        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
-    if architecture == QWEN35MOE:
-        config |= _experts(keys)
-    else:
-        config["intermediate_size"] = keys.size("feed_forward_length")
     heads = keys.size("attention.head_count")
     config["num_key_value_heads"] = keys.size("attention.head_count_kv", heads)
     config["head_dim"] = _head_dim(keys, heads)
@@ -106,9 +105,13 @@ def config_of(
             f"tokenizer.ggml.tokens are {len(tokens):,}, token_embd.weight has "
             f"{embedding.shape[0]:,} rows"
         )
-    rope = _rope(keys, config, rope_factors)
-    more = _qwen35 if architecture in (QWEN35, QWEN35MOE) else _dense
-    config |= more(file, keys, config, rope)
+    config[_EPS.get(architecture, "rms_norm_eps")] = keys.number("attention.layer_norm_rms_epsilon")
+    if architecture == NEMOTRON:  # whose converter writes settings of positions that it has not
+        keys.pass_over("rope.dimension_count", "rope.freq_base")
+        rope: dict[str, object] = {}
+    else:
+        rope = _rope(keys, config, rope_factors)
+    config |= _OWN.get(architecture, _dense)(file, keys, config, rope)
     keys.finish(file)
     return config
 
@@ -131,7 +134,9 @@ class _Keys:
         self.prefix = prefix
         self.problems: list[str] = []
         self.neutral = dict(_NEUTRAL)  # what other keys may hold
+        self._ignores_zeros = architecture in _HYBRIDS
         self._read: set[str] = set(_HARMLESS)
+        self._meant: set[str] = set()  # of `_NEUTRAL`, those that this architecture has
 
     def get(self, name: str) -> object:
         """Any value, None if there is none."""
@@ -139,10 +144,14 @@ class _Keys:
         return self.fields.get(name)
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A positive integer; of a list with an entry per layer, the one that all layers have."""
+        """A positive integer; of a list with an entry per layer, the one that all layers have, or
+        in hybrids all that have one.
+        """
         value = self.get(name)
-        if isinstance(value, list) and value and all(v == value[0] for v in value):
-            value = value[0]
+        if isinstance(value, list):
+            had = [v for v in value if v != 0] if self._ignores_zeros else value
+            if had and all(v == had[0] for v in had):
+                value = had[0]
         if value is None:
             value = default
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -160,11 +169,30 @@ class _Keys:
         self._wrong(name, value, "a positive number")
         return 1.0
 
+    def factor(self, name: str) -> float:
+        """A number that multiplies or divides; 1 where there is none, or 0 in its place."""
+        self._meant.add(name)
+        return 1.0 if self.get(name) in (None, 0) else self.number(name)
+
+    def layers_with(self, name: str, n_layers: int) -> list[bool]:
+        """Of each layer, whether its entry of a list is not 0; a number is that of all layers."""
+        value = self.get(name)
+        if not isinstance(value, list):
+            return [value != 0] * n_layers
+        if len(value) != n_layers:
+            self._wrong(name, value, f"an entry for each of {n_layers} layers")
+            return [False] * n_layers
+        return [v != 0 for v in value]
+
+    def pass_over(self, *names: str) -> None:
+        """Keys that change nothing in this architecture."""
+        self._read.update(names)
+
     def finish(self, file: GgufFile) -> None:
         """Raises CheckpointError if anything was wrong, or is not known."""
         for name, neutral in self.neutral.items():
             value = self.get(name)
-            if value is not None and value not in neutral:
+            if name not in self._meant and value is not None and value not in neutral:
                 self.problems.append(f"{self.prefix}{name} is {shown(value)}, not supported")
         self.problems += [
             f"{printable(self.prefix + name)} is {shown(value)}: flashrt does not know what it "
@@ -267,6 +295,7 @@ def _dense(
     has_bias = {name for name in file.tensors if name.endswith(".bias")}
     own: dict[str, object] = {
         "num_hidden_layers": n_layers,
+        "intermediate_size": keys.size("feed_forward_length"),
         "rope_theta": rope["rope_theta"],
         "mlp_bias": any(".ffn_" in name for name in has_bias),
     }
@@ -300,6 +329,12 @@ def _dense(
 def _qwen35(
     file: GgufFile, keys: _Keys, config: Mapping[str, object], rope: Mapping[str, object]
 ) -> dict[str, object]:
+    del config
+    own: dict[str, object] = {"intermediate_size": keys.size("feed_forward_length")}
+    return own | _mixers_of_qwen35(file, keys, rope)
+
+
+def _mixers_of_qwen35(file: GgufFile, keys: _Keys, rope: Mapping[str, object]) -> dict[str, object]:
     drafted = keys.get("nextn_predict_layers") or 0
     n_blocks = _n_layers(keys)
     if not isinstance(drafted, int) or not 0 <= drafted < n_blocks:
@@ -340,12 +375,15 @@ def _qwen35(
     }  # fmt: skip
 
 
-def _experts(keys: _Keys) -> dict[str, object]:
-    """Of qwen35moe, where no layer has an MLP."""
-    keys.get("feed_forward_length")
+def _qwen35moe(
+    file: GgufFile, keys: _Keys, config: Mapping[str, object], rope: Mapping[str, object]
+) -> dict[str, object]:
+    """Experts in place of every MLP."""
+    del config
+    keys.pass_over("feed_forward_length")
     n, intermediate = keys.size("expert_count"), keys.size("expert_feed_forward_length")
     keys.neutral |= {"expert_count": (n,), **_NEUTRAL_OF_EXPERTS}
-    return {
+    return _mixers_of_qwen35(file, keys, rope) | {
         "num_experts": n,
         "num_experts_per_tok": keys.size("expert_used_count"),
         "moe_intermediate_size": intermediate,
@@ -353,6 +391,137 @@ def _experts(keys: _Keys) -> dict[str, object]:
             "expert_shared_feed_forward_length", intermediate
         ),
     }
+
+
+def _lfm2(
+    file: GgufFile, keys: _Keys, config: Mapping[str, object], rope: Mapping[str, object]
+) -> dict[str, object]:
+    """Layers without keys are convolutions; the MLP's size is the one that came of the config."""
+    del config
+    n_layers = _n_layers(keys)
+    has_keys = keys.layers_with("attention.head_count_kv", n_layers)
+    own: dict[str, object] = {
+        "num_hidden_layers": n_layers,
+        "layer_types": ["full_attention" if has else "conv" for has in has_keys],
+        "intermediate_size": keys.size("feed_forward_length"),
+        "block_auto_adjust_ff_dim": False,
+        "conv_L_cache": keys.size("shortconv.l_cache"),
+        "conv_bias": _has(file, "shortconv.in_proj.bias"),
+    }
+    return own | _rope_of_json(keys, rope)
+
+
+def _granite(
+    file: GgufFile, keys: _Keys, config: Mapping[str, object], rope: Mapping[str, object]
+) -> dict[str, object]:
+    """Layers without keys are Mamba-2. `rope.scaling.finetuned` says whether heads turn at all.
+    The halves of the MLP's first matrix are two tensors here: `shared_mlp_is_split`.
+    """
+    n_layers = _n_layers(keys)
+    has_keys = keys.layers_with("attention.head_count_kv", n_layers)
+    shared = "expert_shared_feed_forward_length"
+    size = keys.size(shared if keys.get(shared) else "feed_forward_length")
+    keys.pass_over("feed_forward_length")
+    scale = _int(config, "head_dim") ** -0.5  # of a file without one, as other programs take it
+    if keys.get("attention.scale") not in (None, 0):
+        scale = keys.factor("attention.scale")
+    own = {
+        "num_hidden_layers": n_layers,
+        "layer_types": ["attention" if has else "mamba" for has in has_keys],
+        "num_local_experts": 0,
+        "shared_intermediate_size": size,
+        "shared_mlp_is_split": True,
+        "attention_multiplier": scale,
+        "embedding_multiplier": keys.factor("embedding_scale"),
+        "residual_multiplier": keys.factor("residual_scale"),
+        "logits_scaling": keys.factor("logit_scale"),
+        "position_embedding_type": (
+            "nope" if keys.get("rope.scaling.finetuned") is False else "rope"
+        ),
+        "attention_bias": _has(file, "attn_q.bias"),
+        "mamba_conv_bias": _has(file, "ssm_conv1d.bias"),
+        "mamba_proj_bias": _has(file, "ssm_in.bias"),
+    }
+    heads, inner = _ssm_heads(keys)
+    hidden = _int(config, "hidden_size")
+    if inner % hidden:
+        keys.problems.append(
+            f"{keys.prefix}ssm.inner_size {inner} is no multiple of embedding_length {hidden}"
+        )
+    own |= {
+        "mamba_n_heads": heads,
+        "mamba_d_head": max(1, inner // heads),
+        "mamba_expand": max(1, inner // hidden),
+        "mamba_n_groups": keys.size("ssm.group_count"),
+        "mamba_d_state": keys.size("ssm.state_size"),
+        "mamba_d_conv": keys.size("ssm.conv_kernel"),
+    }
+    return own | _rope_of_json(keys, rope)
+
+
+def _nemotron(
+    file: GgufFile, keys: _Keys, config: Mapping[str, object], rope: Mapping[str, object]
+) -> dict[str, object]:
+    """A layer with keys is attention, one with an MLP's size an MLP, others are Mamba-2."""
+    del config, rope
+    n_layers = _n_layers(keys)
+    has_keys = keys.layers_with("attention.head_count_kv", n_layers)
+    is_mlp = keys.layers_with("feed_forward_length", n_layers)
+    if any(has and is_ for has, is_ in zip(has_keys, is_mlp, strict=True)):
+        keys.problems.append(
+            f"{keys.prefix}attention.head_count_kv and feed_forward_length: a layer has both"
+        )
+    heads, inner = _ssm_heads(keys)
+    return {
+        "num_hidden_layers": n_layers,
+        "layers_block_type": [
+            "attention" if has else "mlp" if is_ else "mamba"
+            for has, is_ in zip(has_keys, is_mlp, strict=True)
+        ],
+        "intermediate_size": keys.size("feed_forward_length") if any(is_mlp) else 1,
+        "mamba_num_heads": heads,
+        "mamba_head_dim": max(1, inner // heads),
+        "n_groups": keys.size("ssm.group_count"),
+        "ssm_state_size": keys.size("ssm.state_size"),
+        "conv_kernel": keys.size("ssm.conv_kernel"),
+        "attention_bias": _has(file, "attn_q.bias"),
+        "mlp_bias": _has(file, "ffn_up.bias"),
+        "use_conv_bias": _has(file, "ssm_conv1d.bias"),
+        "use_bias": _has(file, "ssm_in.bias"),
+    }
+
+
+def _ssm_heads(keys: _Keys) -> tuple[int, int]:
+    """Heads of a Mamba-2 layer, and their columns together."""
+    heads, inner = keys.size("ssm.time_step_rank"), keys.size("ssm.inner_size")
+    if inner % heads:
+        keys.problems.append(
+            f"{keys.prefix}ssm.inner_size {inner} is no multiple of time_step_rank {heads}"
+        )
+    return heads, inner
+
+
+def _rope_of_json(keys: _Keys, rope: Mapping[str, object]) -> dict[str, object]:
+    """Settings of rotary positions of a model whose heads turn whole, if at all."""
+    if "partial_rotary_factor" in rope:
+        keys.problems.append(
+            f"{keys.prefix}rope.dimension_count is not the size of a head, not supported"
+        )
+    own: dict[str, object] = {"rope_theta": rope["rope_theta"]}
+    if "rope_type" in rope:
+        own["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    return own
+
+
+def _has(file: GgufFile, ending: str) -> bool:
+    """Whether a block has a tensor of that name."""
+    return any(name.startswith("blk.") and name.endswith(f".{ending}") for name in file.tensors)
+
+
+def _int(config: Mapping[str, object], name: str) -> int:
+    value = config[name]
+    assert isinstance(value, int)  # as config_of made it
+    return value
 
 
 def _layer_types(keys: _Keys, n_blocks: int) -> list[str]:
@@ -375,3 +544,7 @@ def _n_layers(keys: _Keys) -> int:
         return n_layers
     keys.problems.append(f"{keys.prefix}block_count is {n_layers:,}")
     return 1
+
+
+_EPS = {LFM2: "norm_eps", NEMOTRON: "layer_norm_epsilon"}  # what config.json calls it, elsewhere
+_OWN = {QWEN35: _qwen35, QWEN35MOE: _qwen35moe, LFM2: _lfm2, GRANITE: _granite, NEMOTRON: _nemotron}

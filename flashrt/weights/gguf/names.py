@@ -5,6 +5,8 @@ was done to the values (llama.cpp's converter rearranges some for its own kernel
 
 `llama`, `smollm3`: rows of q and k are stored as pairs that turn together; the original has the
 first halves of all pairs of a head, then the second ones.
+`granitehybrid`, `nemotron_h`: the same, also where nothing turns; ssm_a is -exp(A_log), [heads, 1],
+as is ssm_d; ssm_norm [groups, columns of one]; taps without their middle axis, as in `lfm2`.
 `qwen35`, `qwen35moe`: value heads are stored by their place among those of one key head; the
 original has all value heads of the first key head, then those of the next. Norms hold 1 + w, and
 ssm_a -exp(A_log).
@@ -13,6 +15,7 @@ ssm_a -exp(A_log).
 from __future__ import annotations
 
 import enum
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +27,7 @@ from flashrt.base.messages import listed, printable
 from flashrt.weights.experts import apart
 from flashrt.weights.formats.reordered import Order
 from flashrt.weights.formats.stored import Tensor
-from flashrt.weights.gguf.config import PAIRED, QWEN35, QWEN35MOE
+from flashrt.weights.gguf.config import GRANITE, LFM2, NEMOTRON, PAIRED, QWEN35, QWEN35MOE
 from flashrt.weights.gguf.file import GgufFile
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -65,11 +68,18 @@ _DENSE_STEMS = {
     "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-_DENSE = {
-    f"{stored}.{kind}": f"{name}.{kind}"
-    for stored, name in _DENSE_STEMS.items()
-    for kind in ("weight", "bias")
-}
+
+
+def _both_kinds(stems: Mapping[str, str]) -> dict[str, str]:
+    """Names of weights and of biases."""
+    return {
+        f"{stored}.{kind}": f"{name}.{kind}"
+        for stored, name in stems.items()
+        for kind in ("weight", "bias")
+    }
+
+
+_DENSE = _both_kinds(_DENSE_STEMS)
 _QWEN35 = {
     **{k: v for k, v in _DENSE.items() if k.endswith(".weight") and not k.startswith("ffn_norm")},
     "post_attention_norm.weight": "post_attention_layernorm.weight",
@@ -93,7 +103,52 @@ _QWEN35MOE = {
     },
     **{f"ffn_{k}_exps.weight": f"mlp.experts.{k}_proj" for k in ("gate", "up", "down", "gate_up")},
 }
-_DELTA_RULE = {QWEN35: _QWEN35, QWEN35MOE: _QWEN35MOE}  # architectures with draft heads
+_CONV_STEMS = {f"shortconv.{part}": f"conv.{part}" for part in ("in_proj", "conv", "out_proj")}
+_LFM2_STEMS = {
+    "attn_norm": "operator_norm", "ffn_norm": "ffn_norm", "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.out_proj", "attn_q_norm": "self_attn.q_layernorm",
+    "attn_k_norm": "self_attn.k_layernorm", "ffn_gate": "feed_forward.w1",
+    "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2", **_CONV_STEMS,
+}  # fmt: skip
+_SSM = {
+    "ssm_in.weight": "in_proj.weight", "ssm_in.bias": "in_proj.bias",
+    "ssm_conv1d.weight": "conv1d.weight", "ssm_conv1d.bias": "conv1d.bias", "ssm_a": "A_log",
+    "ssm_d": "D", "ssm_dt.bias": "dt_bias", "ssm_norm.weight": "norm.weight",
+    "ssm_out.weight": "out_proj.weight", "ssm_out.bias": "out_proj.bias",
+}  # fmt: skip
+_GRANITE = {
+    **{k: v for k, v in _DENSE.items() if not k.startswith("ffn_")},
+    **{stored: f"mamba.{name}" for stored, name in _SSM.items()},
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate.weight": "shared_mlp.gate_linear.weight",
+    "ffn_up.weight": "shared_mlp.up_linear.weight",
+    "ffn_down.weight": "shared_mlp.output_linear.weight",
+}
+_NEMOTRON_STEMS = {
+    "attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj",
+    "ffn_up": "up_proj", "ffn_down": "down_proj",
+}  # fmt: skip
+_BLOCKS: Mapping[str, Mapping[str, str]] = {
+    QWEN35: _QWEN35,
+    QWEN35MOE: _QWEN35MOE,
+    LFM2: _both_kinds(_LFM2_STEMS),
+    GRANITE: _GRANITE,
+    NEMOTRON: {
+        "attn_norm.weight": "norm.weight",
+        **{stored: f"mixer.{name}" for stored, name in _SSM.items()},
+        **{stored: f"mixer.{name}" for stored, name in _both_kinds(_NEMOTRON_STEMS).items()},
+    },
+}
+_DELTA_RULE = (QWEN35, QWEN35MOE)  # architectures with draft heads, too
+# Names outside of blocks that an architecture has of its own.
+_OWN_MODEL: Mapping[str, Mapping[str, str]] = {
+    LFM2: {"token_embd_norm.weight": "model.embedding_norm.weight"},  # which is the last norm
+    NEMOTRON: {
+        "token_embd.weight": "model.embeddings.weight",
+        "output_norm.weight": "model.norm_f.weight",
+    },
+}
 _DRAFT = {
     "nextn.eh_proj.weight": "fc.weight",
     "nextn.enorm.weight": "pre_fc_norm_embedding.weight",
@@ -131,13 +186,13 @@ def placements(
 
 
 def _canonical(stored: str, architecture: str, config: Mapping[str, object]) -> str | None:
-    if stored in _MODEL:
-        return _MODEL[stored]
+    if name := {**_MODEL, **_OWN_MODEL.get(architecture, {})}.get(stored):
+        return name
     match = _BLOCK.fullmatch(stored)
     if match is None:
         return None
     layer, rest, n_layers = int(match[1]), match[2], _size(config, "num_hidden_layers")
-    known = _DELTA_RULE.get(architecture, _DENSE)
+    known = _BLOCKS.get(architecture, _DENSE)
     if layer < n_layers:
         return f"model.layers.{layer}.{known[rest]}" if rest in known else None
     draft = layer - n_layers
@@ -153,15 +208,26 @@ def _placement(
 ) -> Placement:
     if architecture in _DELTA_RULE:
         return _of_qwen35(file, name, tensor, config)
-    if architecture in PAIRED and ".self_attn." in name:
-        return _of_pairs(file, name, tensor, config)
+    part = name.rpartition(".")[0].rpartition(".")[2]
+    if architecture in PAIRED and part in ("q_proj", "k_proj"):
+        return _of_pairs(file, part, tensor, config)
+    if part in ("conv", "conv1d") and name.endswith(".weight"):
+        return Placement(_with_middle_axis(tensor))
+    if name.endswith((".mamba.norm.weight", ".mixer.norm.weight", ".D", ".A_log")):
+        flat, is_decay = replace(tensor, shape=(math.prod(tensor.shape),)), name.endswith(".A_log")
+        return Placement(flat, values=Values.LOG_OF_MINUS if is_decay else Values.STORED)
     return Placement(tensor)
 
 
-def _of_pairs(file: GgufFile, name: str, tensor: Tensor, config: Mapping[str, object]) -> Placement:
-    part = name.rpartition(".self_attn.")[2].partition(".")[0]
-    if part not in ("q_proj", "k_proj"):
-        return Placement(tensor)
+def _with_middle_axis(tensor: Tensor) -> Tensor:
+    """Taps [C, K] as [C, 1, K]."""
+    if len(tensor.shape) != 2:
+        return tensor
+    channels, taps = tensor.shape
+    return replace(tensor, shape=(channels, 1, taps))
+
+
+def _of_pairs(file: GgufFile, part: str, tensor: Tensor, config: Mapping[str, object]) -> Placement:
     heads = _size(config, "num_attention_heads" if part == "q_proj" else "num_key_value_heads")
     head_dim = _size(config, "head_dim")
     _check(file, tensor, 0, heads * head_dim)
@@ -178,9 +244,8 @@ def _of_qwen35(
     if not part:
         is_norm = name.endswith(("norm.weight", "norm_embedding.weight", "norm_hidden.weight"))
         return Placement(tensor, values=Values.ONE_PLUS if is_norm else Values.STORED)
-    if part == "conv1d.weight" and len(tensor.shape) == 2:
-        channels, taps = tensor.shape
-        tensor = replace(tensor, shape=(channels, 1, taps))
+    if part == "conv1d.weight":
+        tensor = _with_middle_axis(tensor)
     values = Values.LOG_OF_MINUS if part == "A_log" else Values.STORED
     key_heads, value_heads = (_size(config, f"linear_num_{k}_heads") for k in ("key", "value"))
     if value_heads == key_heads or part == "norm.weight":
