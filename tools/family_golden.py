@@ -190,13 +190,13 @@ def drawn(name: str, weight: torch.Tensor, config: Any, draws: torch.Generator) 
     x = torch.randn(weight.shape, generator=draws)
     is_stacked = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
     inputs = weight.shape[-1] if is_stacked else math.prod(weight.shape[1:])
+    is_qwen = config.model_type.startswith("qwen3")
     if "norm" in name:
-        is_centred = config.model_type.startswith("qwen3") and ".linear_attn." not in name
-        x = 0.2 * x + (0 if is_centred else 1)
+        x = 0.2 * x + (0 if is_qwen and ".linear_attn." not in name else 1)
     elif name.endswith("A_log"):  # decay rates from very slow to fast
         x = torch.log(0.02 + torch.rand(weight.shape, generator=draws))
     elif name.endswith("dt_bias"):
-        x = x - 0.5
+        x = x - (1 if is_qwen else 0.5)
     elif name.endswith(("bias", ".D")):
         x = 0.5 * x
     elif "embed" in name or "lm_head" in name:

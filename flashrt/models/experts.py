@@ -13,6 +13,9 @@ from flashrt.models.fields import Fields
 from flashrt.ops.experts import EXPERT_ROWS, Scoring
 from flashrt.weights.rules import WeightRule, constant, experts, matrix, vector
 
+# Of all layers together: several times those of any released model. Beyond it, rules for the weights
+# of a damaged config would take seconds and gigabytes.
+_MOST_EXPERTS = 1 << 16
 # A constant of models with experts: in place of a bias, for routers that have none.
 NO_BIAS = "no_bias"
 
@@ -37,13 +40,19 @@ class Experts:
     intermediate: int  # I
     routing: Routing
 
-    def check(self, fields: Fields, hidden: int, picked_field: str, size_field: str) -> None:
-        """Notes what no router can pick, and sizes at which an expert's rows begin inside a tile
-        of the stored matrix. The fields are named as the family spells them.
+    def check(self, fields: Fields, hidden: int, n_layers: int, size_field: str) -> None:
+        """Notes what no router can pick, more experts than there are anywhere, and sizes at which
+        an expert's rows begin inside a tile of the stored matrix. `n_layers`: with experts;
+        `size_field`: how the family spells that of an expert.
         """
+        if self.n * n_layers > _MOST_EXPERTS:
+            fields.problems.append(
+                f"{self.n:,} experts in {n_layers} layers; at most {_MOST_EXPERTS:,} in all are "
+                "supported"
+            )
         if self.routing.picked > self.n:
             fields.problems.append(
-                f"{picked_field} {self.routing.picked} is more than the {self.n} experts"
+                f"num_experts_per_tok {self.routing.picked} is more than the {self.n} experts"
             )
         for name, size in ((size_field, self.intermediate), ("hidden_size", hidden)):
             if size % EXPERT_ROWS:

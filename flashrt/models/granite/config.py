@@ -131,7 +131,7 @@ def parse_config(
     )
     fields.refuse_uneven_heads(parsed.query_heads, parsed.kv_heads)
     if parsed.experts is not None:
-        parsed.experts.check(fields, hidden, "num_experts_per_tok", "intermediate_size")
+        parsed.experts.check(fields, hidden, len(parsed.layers), "intermediate_size")
     if config.get("max_position_embeddings") is not None:
         fields.size("max_position_embeddings")
     fields.refuse_but(_NEUTRAL)

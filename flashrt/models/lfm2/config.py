@@ -101,7 +101,8 @@ def parse_config(
         n_dense=fields.size("num_dense_layers", 2) if is_moe else 0,
     )
     if parsed.experts is not None:
-        parsed.experts.check(fields, hidden, "num_experts_per_tok", "moe_intermediate_size")
+        n_sparse = max(0, len(parsed.layers) - parsed.n_dense)
+        parsed.experts.check(fields, hidden, n_sparse, "moe_intermediate_size")
     fields.refuse_uneven_heads(parsed.query_heads, parsed.kv_heads)
     if config.get("max_position_embeddings") is not None:
         fields.size("max_position_embeddings")

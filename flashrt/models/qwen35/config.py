@@ -134,7 +134,7 @@ def parse_config(
     neutral = {k: v for k, v in _NEUTRAL.items() if k != "num_experts" or not has_experts}
     fields.refuse_but(neutral | (_QWEN35_MOE if has_experts and not is_next else {}))
     if experts is not None:
-        experts.check(fields, parsed.hidden, "num_experts_per_tok", "moe_intermediate_size")
+        experts.check(fields, parsed.hidden, len(sparse), "moe_intermediate_size")
     if has_draft_head:
         _check_draft_head(fields)
     fields.raise_problems()
