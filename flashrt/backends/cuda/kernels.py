@@ -497,15 +497,17 @@ def _route(s: Shape) -> tuple[KernelLaunch, ...]:
 
 
 def _experts_in(s: Shape) -> tuple[KernelLaunch, ...]:
-    return (_experts_few(s, "experts_in_few", s.dims["H"], s.dims["I"], halves=2),)
+    if s.dims["T"] <= FEW_TOKENS:
+        return (_experts_few(s, "experts_in_few", s.dims["H"], s.dims["I"], halves=2),)
+    return experts_many(s, expert_tile(s))
 
 
 def _experts_out(s: Shape) -> tuple[KernelLaunch, ...]:
     grid = (_ceil(s.dims["H"], 256), s.dims["T"], 1)
-    return (
-        _experts_few(s, "experts_out_few", s.dims["I"], s.dims["H"]),
-        KernelLaunch("experts.cu", "experts_sum", _defines(GATED=0), grid, _x(256)),
-    )
+    total = KernelLaunch("experts.cu", "experts_sum", _defines(GATED=0), grid, _x(256))
+    if s.dims["T"] <= FEW_TOKENS:
+        return (_experts_few(s, "experts_out_few", s.dims["I"], s.dims["H"]), total)
+    return (*experts_many(s, expert_tile(s)), total)
 
 
 def _experts_few(s: Shape, kernel: str, k: int, n: int, *, halves: int = 1) -> KernelLaunch:
@@ -516,6 +518,50 @@ def _experts_few(s: Shape, kernel: str, k: int, n: int, *, halves: int = 1) -> K
     rows = min(s.dims["T"], _ceil(2 * picks, s.dims["E"]))
     launch = _few(replace(s, dims={"T": rows, "K": k}), kernel, n, halves=halves, blocks=picks)
     return replace(launch, grid=(launch.grid[0], picks, 1))
+
+
+# Of `experts_in_many` and `experts_out_many`, by tokens. Super-slices are added up in registers, so
+# tiles of a warp are small.
+EXPERT_TILES: Final = (
+    ManyTile(4, 1, 2, 2, 3, 0.4),
+    ManyTile(4, 1, 2, 4, 2, 0.6),
+    ManyTile(2, 2, 2, 4, 2, 0.75),
+)
+EXPERT_GROUPS_THREADS: Final = MOST_EXPERTS
+MOST_EXPERT_TILES: Final = 1 << 16  # of one expert: see experts_group.cu
+
+
+def expert_tile(s: Shape) -> ManyTile:
+    """The tile that holds the rows which an expert can expect, and some more; or the largest."""
+    expected = s.dims["T"] * s.dims["P"] / s.dims["E"]
+    return next((t for t in EXPERT_TILES if t.tokens >= 1.25 * expected), EXPERT_TILES[-1])
+
+
+def experts_many(s: Shape, tile: ManyTile) -> tuple[KernelLaunch, ...]:
+    """`experts_in` or the products of `experts_out`, picks grouped by expert; all tiles give the
+    same bits.
+    """
+    is_in = s.op == "experts_in"
+    k, n = (s.dims["H"], 2 * s.dims["I"]) if is_in else (s.dims["I"], s.dims["H"])
+    picks = s.dims["T"] * s.dims["P"]
+    most = picks // tile.tokens + min(picks, s.dims["E"])  # tiles, of which some are not whole
+    shape = _defines(BLOCK_TOKENS=tile.tokens, MOST_TILES=MOST_EXPERT_TILES)
+    group = KernelLaunch(
+        "experts_group.cu", f"{s.op}_group", shape + _defines(THREADS=EXPERT_GROUPS_THREADS),
+        _x(1), _x(EXPERT_GROUPS_THREADS),
+    )  # fmt: skip
+    stages = tile.stages(s)
+    defines = _defines(
+        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WARPS_N=tile.warps_n, WARPS_T=tile.warps_t,
+        ROW_TILES=tile.row_tiles, TOKEN_TILES=tile.token_tiles, STAGES=stages, BLOCKS=tile.blocks,
+        IS_LONG=int(k > SUPER_SLICE), MOST_TILES=MOST_EXPERT_TILES,
+    )  # fmt: skip
+    many = KernelLaunch(
+        f"{s.op}_many.cu", f"{s.op}_many", defines + _weights(s, "w"),
+        (min(picks, most), _ceil(n, tile.rows), 1), _x(WARP * tile.warps),
+        stages * tile.stage_bytes(s),
+    )  # fmt: skip
+    return group, many
 
 
 def _add_gated(s: Shape) -> tuple[KernelLaunch, ...]:
