@@ -344,10 +344,10 @@ def drafts(
     return weights, {"drafts": found}, {"draft_logits": torch.stack(logits)}
 
 
-def stored(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A model's weights; of experts by the names of released checkpoints."""
+def stored(model: torch.nn.Module, *, is_fused: bool) -> dict[str, torch.Tensor]:
+    """A model's weights; experts as transformers writes them, or a tensor for those of a layer."""
     weights = model.state_dict()
-    if not any("experts" in name for name in weights):
+    if is_fused or not any("experts" in name for name in weights):
         if model.config.tie_word_embeddings:
             del weights["lm_head.weight"]
         return weights
@@ -367,7 +367,7 @@ def write(name: str) -> None:
     info, arrays = made
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
-    weights = stored(model)
+    weights = stored(model, is_fused=name == "qwen3-5-moe")  # as released
     if name == "nemotron":  # as released, and as transformers writes it
         weights = {re.sub("^model", "backbone", n): w for n, w in weights.items()}
     if CONFIGS[name].get("mtp_num_hidden_layers"):

@@ -13,8 +13,8 @@ from flashrt.models.fields import Fields
 from flashrt.ops.experts import EXPERT_ROWS, Scoring
 from flashrt.weights.rules import WeightRule, constant, experts, matrix, vector
 
-# Of all layers together: several times those of any released model. Beyond it, rules for the weights
-# of a damaged config would take seconds and gigabytes.
+# Of all layers together: several times those of any released model. Beyond it, rules for weights of
+# a damaged config would take seconds and gigabytes.
 _MOST_EXPERTS = 1 << 16
 # A constant of models with experts: in place of a bias, for routers that have none.
 NO_BIAS = "no_bias"
