@@ -94,6 +94,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "linear_conv_kernel_dim": 4,
         "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 40, "mtp_num_hidden_layers": 1,
+        "full_attention_interval": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
         "rope_parameters": {
             "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
         },
