@@ -15,6 +15,12 @@
 
 constexpr int BLOCK_PICKS = 8 * TOKEN_TILES;
 
+// Blocks of a multiprocessor that registers must leave room for: two scales of a chunk, and the rows
+// of picks, take those of half the warps.
+DEVICE constexpr int expert_blocks(Epilogue e) {
+  return FOLDS == 2 && !IS_WIDE ? ceil_div(min_blocks(e), 2) : min_blocks(e);
+}
+
 // Picks of the block: of one expert, ascending; -1 where there are fewer.
 struct BlockPicks {
   int of[BLOCK_PICKS];

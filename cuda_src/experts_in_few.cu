@@ -7,7 +7,7 @@
 #include "flashrt.cuh"
 #include "experts_few.cuh"
 
-constexpr int THREADS = threads(SILU), MIN_BLOCKS = min_blocks(SILU);
+constexpr int THREADS = threads(SILU), MIN_BLOCKS = expert_blocks(SILU);
 
 KERNEL(THREADS, MIN_BLOCKS) experts_in_few(ARGS experts_in_args launch) {
   OPEN_RUN(experts_in);

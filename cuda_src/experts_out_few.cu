@@ -6,7 +6,7 @@
 #include "flashrt.cuh"
 #include "experts_few.cuh"
 
-constexpr int THREADS = threads(STORE), MIN_BLOCKS = min_blocks(STORE);
+constexpr int THREADS = threads(STORE), MIN_BLOCKS = expert_blocks(STORE);
 
 KERNEL(THREADS, MIN_BLOCKS) experts_out_few(ARGS experts_out_args launch) {
   OPEN_RUN(experts_out);

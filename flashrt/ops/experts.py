@@ -49,6 +49,7 @@ ROUTE = Op(
         Attr("eps", "float32"),
         Attr("scale", "float32"),
     ),
+    at_most=(("P", "E"),),
 )
 _GROUPED: tuple[Param, ...] = (  # workspace to group picks by expert
     i32("groups", "w", "E", 2),
@@ -66,6 +67,8 @@ EXPERTS_IN = Op(
         *_GROUPED,
         act("h", "w", "T", "P", "I"),
     ),
+    multiples=(("I", EXPERT_ROWS),),
+    at_most=(("P", "E"),),
 )
 EXPERTS_OUT = Op(
     "experts_out",
@@ -81,6 +84,8 @@ EXPERTS_OUT = Op(
         f32("products", "w", "T", "P", "H"),
         f32("y", "w", "T", "H"),
     ),
+    multiples=(("H", EXPERT_ROWS),),
+    at_most=(("P", "E"),),
 )
 ADD_GATED = Op(
     "add_gated",

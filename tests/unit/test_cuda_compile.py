@@ -39,10 +39,12 @@ BESIDE_THE_OPS = ("limits.cu", "random_fill.cu")  # for benchmarks: no expansion
 SIZES = {
     "H": 2560, "V": 248_320, "S": 4096, "B": 16, "I": 9216, "D": 256, "Nq": 16, "Nk": 4, "R2": 32,
     "Hv": 32, "dk": 128, "dv": 128, "C": 8192, "W": 3, "W1": 4, "K": 2560, "N": 9216, "M": 256,
+    "E": 256, "P": 8,
 }  # fmt: skip
 ATTRS = {
     "key_heads": 16, "key_dim": 128, "eps": 1e-6, "shift": 0, "gated": 1, "normed": 1,
     "magnitude": 1.0, "parts": 2, "biased": 1, "groups": 1,
+    "scoring": 0,
 }  # fmt: skip
 DENSE_ATTRS = {"gated": 0, "normed": 0}  # a llama's, in place of those
 

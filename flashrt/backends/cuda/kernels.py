@@ -222,10 +222,11 @@ def _most_few_warps(s: Shape) -> int:
 
 
 def _few(
-    s: Shape, kernel: str, n: int, *, halves: int = 1, is_normed: bool = False, blocks: int = 1
-) -> KernelLaunch:
+    s: Shape, kernel: str, n: int, *, halves: int = 1, is_normed: bool = False, blocks: int = 1,
+    most_warps: int = 0,
+) -> KernelLaunch:  # fmt: skip
     """A kernel of linear_few.cuh with outputs for `n` rows of W, of which a block takes 16, or the
-    16 of each half. `blocks`: of a row tile.
+    16 of each half. `blocks`: of a row tile; `most_warps`: of a block, else `_most_few_warps`.
     """
     t, k = s.dims["T"], s.dims["K"]
     tiles = _few_tiles(t)
@@ -233,7 +234,7 @@ def _few(
     dynamic = t * k * _ACT_BYTES[s.act_parts] if is_normed else 0
     # 16 warps per multiprocessor keep enough weights in flight: several small blocks if there are
     # row tiles for them, larger ones if not, or if rows take too much shared memory of each
-    most_warps = _most_few_warps(s)
+    most_warps = most_warps or _most_few_warps(s)
     most = min(most_warps // halves, 1 << (slices - 1).bit_length())
     warps = min(4, most)
 
@@ -516,7 +517,12 @@ def _experts_few(s: Shape, kernel: str, k: int, n: int, *, halves: int = 1) -> K
     """
     picks = s.dims["T"] * s.dims["P"]
     rows = min(s.dims["T"], _ceil(2 * picks, s.dims["E"]))
-    launch = _few(replace(s, dims={"T": rows, "K": k}), kernel, n, halves=halves, blocks=picks)
+    shape = replace(s, dims={"T": rows, "K": k})
+    groups = s.groups.get("w")
+    # two scales of a chunk take the registers of half the warps: see experts_few.cuh
+    is_tight = groups is not None and groups.size == 16 and _is_folded(s, "w")
+    most_warps = min(8 if is_tight else 16, _most_few_warps(shape))
+    launch = _few(shape, kernel, n, halves=halves, blocks=picks, most_warps=most_warps)
     return replace(launch, grid=(launch.grid[0], picks, 1))
 
 

@@ -88,7 +88,7 @@ def cost_of(task: Task, gpu: Gpu, code: Code | None, is_resident: bool) -> Launc
     of_block = effort.tensor / max(1, effort.blocks)
 
     dram = 0
-    if task.is_first and not is_resident:
+    if (task.is_first if effort.is_reader is None else effort.is_reader) and not is_resident:
         again = effort.passes if moved.lasting > gpu.l2_bytes else 1
         dram += moved.lasting * again
     if moved.widest_passing > gpu.l2_bytes:
