@@ -44,6 +44,7 @@ from flashrt.hub.packaged import PACKAGED
 from flashrt.hub.resolve import resolve
 from flashrt.load import DEVICES, PRECISIONS
 from flashrt.models.model import PREFILL_ROWS
+from flashrt.models.released import RELEASED
 from flashrt.weights.bundled import bundled_checkpoint
 from flashrt.weights.random_checkpoint import SHAPES
 
@@ -563,7 +564,10 @@ def _add_plan(commands: _Commands[_Parser]) -> None:
         "checkpoint", type=resolve, nargs="?", metavar="CHECKPOINT", help=_CHECKPOINT
     )
     parser.add_argument(
-        "--shape", choices=sorted(SHAPES), help="a named shape instead of a checkpoint"
+        "--shape",
+        choices=[*SHAPES, *RELEASED],
+        metavar="NAME",
+        help=f"a shape instead of a checkpoint: {', '.join((*SHAPES, *RELEASED))}",
     )
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the map there")
     _add_engine_options(parser)

@@ -22,6 +22,7 @@ from flashrt.engine.tokens import POOL_DEFAULT
 from flashrt.load import kv_dtype_of, model_in
 from flashrt.models import Model, model_for, promises_draft_head
 from flashrt.models.model import USUAL_PREFILL_ROWS, tapes_of
+from flashrt.models.released import RELEASED
 from flashrt.view.arena_map import arena_map, bands, widest
 from flashrt.view.svg import save_svg
 from flashrt.view.units import bytes_text
@@ -83,7 +84,7 @@ def _model(checkpoint: Path | None, shape: str | None, options: EngineOptions) -
         given = "not both" if shape is not None else "one of them"
         raise CheckpointError(f"give a checkpoint directory or --shape NAME, {given}")
     if shape is not None:
-        config: Mapping[str, object] = shape_config(shape)
+        config: Mapping[str, object] = RELEASED.get(shape) or shape_config(shape)
     else:
         root = checkpoint or Path()
         if not has_config_alone(root):

@@ -100,7 +100,7 @@ _RULES: Mapping[str, _Rule] = {
     "deepseek-r1-qwen": _Rule(_QWEN2),
     "qwen35": _Rule(_QWEN35, is_nfc=True),
     **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "lfm2"),
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "lfm2", "pixtral"),
         _Rule(_LLAMA3, is_whole=True),
     ),
     **dict.fromkeys(("dbrx", "smaug-bpe"), _Rule(_LLAMA3)),

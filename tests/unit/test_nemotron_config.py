@@ -1,4 +1,4 @@
-"""config.json -> Nemotron-H: defaults, names of fields, layers, refusals; released sizes."""
+"""config.json -> Nemotron-H: defaults, names of fields, kinds of layers, refusals."""
 
 from __future__ import annotations
 
