@@ -123,13 +123,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3-next-odd": {  # MLPs among the experts, gates that do not sum to 1, a tied head
         "model_type": "qwen3_next", "vocab_size": 519, "hidden_size": 96, "num_hidden_layers": 5,
         "layer_types": [FULL, LINEAR, LINEAR, FULL, LINEAR], "num_attention_heads": 6,
-        "num_key_value_heads": 2, "head_dim": 20, "linear_num_key_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 24, "linear_num_key_heads": 2,
         "linear_num_value_heads": 6, "linear_key_head_dim": 12, "linear_value_head_dim": 20,
         "linear_conv_kernel_dim": 4,
         "num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 41, "intermediate_size": 70, "decoder_sparse_step": 2,
         "mlp_only_layers": [3], "norm_topk_prob": False, "tie_word_embeddings": True,
-        "rope_theta": 1e5, "partial_rotary_factor": 0.4,
+        "rope_theta": 1e5, "partial_rotary_factor": 0.5,
     },
     "granite-moe": {  # with experts beside the MLP
         "model_type": "granitemoehybrid", "vocab_size": 512, "hidden_size": 64,
@@ -142,10 +142,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 32, "mamba_d_conv": 4,
         "mamba_expand": 2,
     },
-    "granite-moe-odd": {
+    "granite-moe-odd": {  # groups, biases, rotary positions, limits of a step, most experts picked
         "model_type": "granitemoehybrid", "vocab_size": 519, "hidden_size": 96,
         "shared_intermediate_size": 40, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_local_experts": 5, "num_experts_per_tok": 4, "layer_types": ["attention", "mamba"],
+        "num_local_experts": 5, "num_experts_per_tok": 4, "layer_types": ["mamba", "attention"],
         "num_attention_heads": 3, "num_key_value_heads": 1, "rms_norm_eps": 1e-6,
         "attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.7,
         "logits_scaling": 0.9, "position_embedding_type": "rope", "tie_word_embeddings": False,
