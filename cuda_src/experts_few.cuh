@@ -15,10 +15,11 @@
 
 constexpr int BLOCK_PICKS = 8 * TOKEN_TILES;
 
-// Blocks of a multiprocessor that registers must leave room for: two scales of a chunk, and the rows
-// of picks, take those of half the warps.
+// Blocks of a multiprocessor that registers must leave room for: codes in two pieces or with a table
+// of their own, and the rows of picks, take those of half the warps.
+constexpr bool IS_TIGHT = W_DTYPE == DTYPE_U5 || W_DTYPE == DTYPE_U6 || W_DTYPE == DTYPE_E2M1;
 DEVICE constexpr int expert_blocks(Epilogue e) {
-  return FOLDS == 2 && !IS_WIDE ? ceil_div(min_blocks(e), 2) : min_blocks(e);
+  return IS_TIGHT && !IS_WIDE ? ceil_div(min_blocks(e), 2) : min_blocks(e);
 }
 
 // Picks of the block: of one expert, ascending; -1 where there are fewer.

@@ -10,27 +10,27 @@
 
 constexpr int N_WARPS = THREADS / 32;
 
-// The sum over threads before this one, and over all.
+// The sum over the lanes up to this one.
+DEVICE unsigned warp_scan(unsigned v, int lane) {
+#pragma unroll
+  for (int o = 1; o < 32; o <<= 1) {
+    unsigned before = __shfl_up_sync(FULL_WARP, v, o);
+    if (lane >= o) v += before;
+  }
+  return v;
+}
+
+// The sum over the threads before this one, and over all.
 DEVICE unsigned scan(unsigned v, unsigned& all) {
   __shared__ unsigned sums[N_WARPS];
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  unsigned up_to = v;
-#pragma unroll
-  for (int o = 1; o < 32; o <<= 1) {
-    unsigned before = __shfl_up_sync(FULL_WARP, up_to, o);
-    if (lane >= o) up_to += before;
-  }
+  unsigned up_to = warp_scan(v, lane);
   __syncthreads();  // the sums of the scan before this one are read
   if (lane == 31) sums[warp] = up_to;
   __syncthreads();
-  unsigned before = 0;
-  all = 0;
-#pragma unroll
-  for (int w = 0; w < N_WARPS; w++) {
-    if (w < warp) before += sums[w];
-    all += sums[w];
-  }
-  return before + up_to - v;
+  unsigned warps = warp_scan(lane < N_WARPS ? sums[lane] : 0, lane);
+  all = __shfl_sync(FULL_WARP, warps, 31);
+  return __shfl_sync(FULL_WARP, warps, (warp + 31) & 31) * (warp > 0) + up_to - v;
 }
 
 template <class Args>

@@ -18,13 +18,21 @@
 #include "linear.cuh"
 
 // Where a sum goes: y = sum; y = y + sum; or y = silu(sum) times that of the row tile which the
-// second half of the block's warps multiplies, I / 16 tiles further on.
-enum Epilogue { STORE, ADD, SILU };
+// second half of the block's warps multiplies, I / 16 tiles further on; or a sum over PICKS row tiles
+// of as many experts.
+enum Epilogue { STORE, ADD, SILU, SUM };
+
+#ifndef PICKS
+#define PICKS 1
+#endif
+
+// Row tiles of a block, each with WARPS warps of its own.
+DEVICE constexpr int parts(Epilogue e) { return e == SILU ? 2 : e == SUM ? PICKS : 1; }
 
 // What the registers must leave room for on a multiprocessor: 16 warps, 8 of the widest, or where
 // chains and scales need registers too.
 constexpr bool IS_WIDE = TOKEN_TILES == 4 || (TOKEN_TILES == 2 && FOLDS);
-DEVICE constexpr int threads(Epilogue e) { return 32 * WARPS * (e == SILU ? 2 : 1); }
+DEVICE constexpr int threads(Epilogue e) { return 32 * WARPS * parts(e); }
 DEVICE constexpr int min_blocks(Epilogue e) { return (IS_WIDE ? 256 : 512) / threads(e); }
 constexpr int BATCH_CHUNKS = IS_C_ORDER ? 1 : SLICE_CHUNKS / 2;
 constexpr int MOST_GROUPS = CHUNK_SCALES == 2 ? 2 * BATCH_CHUNKS : BATCH_CHUNKS;  // of a batch
@@ -223,7 +231,7 @@ DEVICE void fold_super(Totals& totals, float (&sum)[TOKEN_TILES][4], int lane) {
 template <Epilogue E>
 struct FewSums {
   float part[2][threads(E) / 32][TOKEN_TILES][32][4];  // by turns
-  Totals totals[E == SILU ? 2 : 1];                    // of each first warp
+  Totals totals[parts(E)];                             // of each first warp
 };
 
 // The first batches of a row tile, and what its sums are multiplied by last.
@@ -247,12 +255,12 @@ DEVICE FewWeights load_weights(const Tile& tile, int warp, int n_chunks, int lan
   return w;
 }
 
-// The sums of the block's row tile, in its first warp; for SILU those of the second half's are then
-// in part[0][WARPS]. All warps of the block call it.
+// The sums of the block's row tile, in its first warp; of several, those of the others are then in
+// part[0][WARPS], part[0][2 * WARPS], ... All warps of the block call it.
 template <Epilogue E, class X>
 DEVICE void sum_few(float (&sum)[TOKEN_TILES][4], FewSums<E>& shared, FewWeights& w, const X& x,
                     int K) {
-  int of_block = threadIdx.x >> 5, half = E == SILU ? of_block / WARPS : 0,
+  int of_block = threadIdx.x >> 5, half = parts(E) > 1 ? of_block / WARPS : 0,
       warp = of_block - half * WARPS, lane = threadIdx.x & 31, t = lane & 3;
   int n_chunks = ceil_div(K, K_CHUNK), n_slices = ceil_div(K, K_SLICE);
   auto& part = shared.part;
@@ -306,11 +314,11 @@ DEVICE void sum_few(float (&sum)[TOKEN_TILES][4], FewSums<E>& shared, FewWeights
       for (int i = 0; i < 4; i++)
         sum[j][i] = with_row_scale(totals[half][j][lane][i], w.row_scale[i >> 1]);
   }
-  if constexpr (E == SILU) {  // the place of the second half's first warp: nobody else's
-    if (of_block == WARPS)
+  if constexpr (parts(E) > 1) {  // the place of a first warp: nobody else's
+    if (warp == 0 && of_block > 0)
 #pragma unroll
       for (int j = 0; j < TOKEN_TILES; j++)
-        *reinterpret_cast<float4*>(part[0][WARPS][j][lane]) =
+        *reinterpret_cast<float4*>(part[0][of_block][j][lane]) =
             make_float4(sum[j][0], sum[j][1], sum[j][2], sum[j][3]);
     __syncthreads();
   }

@@ -504,11 +504,34 @@ def _experts_in(s: Shape) -> tuple[KernelLaunch, ...]:
 
 
 def _experts_out(s: Shape) -> tuple[KernelLaunch, ...]:
+    if s.dims["T"] == 1 and s.dims["P"] <= _most_expert_warps(s):
+        return (_experts_out_one(s),)
     grid = (_ceil(s.dims["H"], 256), s.dims["T"], 1)
     total = KernelLaunch("experts.cu", "experts_sum", _defines(GATED=0), grid, _x(256))
     if s.dims["T"] <= FEW_TOKENS:
         return (_experts_few(s, "experts_out_few", s.dims["I"], s.dims["H"]), total)
     return (*experts_many(s, expert_tile(s)), total)
+
+
+def _experts_out_one(s: Shape) -> KernelLaunch:
+    """All picks of the one row in a block, so that it adds them up."""
+    picks, k = s.dims["P"], s.dims["I"]
+    warps = 1
+    while 2 * warps * picks <= _most_expert_warps(s) and warps < _ceil(k, K_SLICE):
+        warps *= 2
+    defines = _defines(
+        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WARPS=warps, TOKEN_TILES=1, PICKS=picks
+    )
+    grid = _x(_ceil(s.dims["H"], 16))
+    return KernelLaunch(
+        "experts_out_one.cu", "experts_out_one", defines + _weights(s, "w"), grid,
+        _x(WARP * warps * picks),
+    )  # fmt: skip
+
+
+def _most_expert_warps(s: Shape) -> int:
+    """Of a block of experts_few.cuh, whose IS_TIGHT formats take the registers of half of them."""
+    return 8 if s.dtypes.get("w") in (DType.U5, DType.U6, DType.E2M1) else 16
 
 
 def _experts_few(s: Shape, kernel: str, k: int, n: int, *, halves: int = 1) -> KernelLaunch:
@@ -518,10 +541,7 @@ def _experts_few(s: Shape, kernel: str, k: int, n: int, *, halves: int = 1) -> K
     picks = s.dims["T"] * s.dims["P"]
     rows = min(s.dims["T"], _ceil(2 * picks, s.dims["E"]))
     shape = replace(s, dims={"T": rows, "K": k})
-    groups = s.groups.get("w")
-    # two scales of a chunk take the registers of half the warps: see experts_few.cuh
-    is_tight = groups is not None and groups.size == 16 and _is_folded(s, "w")
-    most_warps = min(8 if is_tight else 16, _most_few_warps(shape))
+    most_warps = min(_most_expert_warps(s), _most_few_warps(shape))
     launch = _few(shape, kernel, n, halves=halves, blocks=picks, most_warps=most_warps)
     return replace(launch, grid=(launch.grid[0], picks, 1))
 

@@ -305,6 +305,7 @@ _KERNELS: Final[Mapping[str, Callable[[Task, Callable[[KernelLaunch], int]], Eff
     "linear_many": _linear_many,
     "experts_in_few": _experts_few,
     "experts_out_few": _experts_few,
+    "experts_out_one": _experts_few,
     "experts_in_many": _experts_many,
     "experts_out_many": _experts_many,
     "experts_in_group": _experts_group,
