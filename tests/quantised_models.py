@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from flashrt.core.groups import Scales
 from flashrt.core.region import DType
-from flashrt.weights.random_checkpoint import Experts, Shape, write_random_checkpoint
+from flashrt.weights.random_checkpoint import ExpertSizes, Shape, write_random_checkpoint
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -32,7 +32,7 @@ Kind = gguf.GGMLQuantizationType
 
 SHAPE = Shape(256, 4, 256, (4, 2, 32), (2, 4, 32), 512)
 RAGGED = Shape(256, 4, 192, (4, 2, 32), (2, 4, 32), 512)  # no whole blocks of 128 in the MLP
-MOE = Shape(256, 4, 0, (4, 2, 32), (2, 4, 32), 512, experts=Experts(4, 2, 128, 128))
+MOE = Shape(256, 4, 0, (4, 2, 32), (2, 4, 32), 512, experts=ExpertSizes(4, 2, 128, 128))
 MATRIX = re.compile(
     r"(.*layers\.\d+\..*\.(?:[qkvo]|gate|up|down|out|in_proj_qkv|in_proj_z)(?:_proj)?)\.weight"
 )

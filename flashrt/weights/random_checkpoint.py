@@ -38,8 +38,8 @@ _GAIN = {
 
 
 @dataclass(frozen=True, slots=True)
-class Experts:
-    """Sizes of experts in place of an MLP. `shared`: of the expert that every token goes to."""
+class ExpertSizes:
+    """Of experts in place of an MLP. `shared`: of the expert that every token goes to."""
 
     n: int
     picked: int
@@ -59,7 +59,7 @@ class Shape:
     vocab_size: int
     rope_theta: float = 1e7
     is_tied: bool = True  # the head is the embedding table
-    experts: Experts | None = None
+    experts: ExpertSizes | None = None
 
 
 # The named sizes are those of config.json of Qwen/Qwen3.5-0.8B, -4B, -9B and -27B on the Hugging
@@ -72,14 +72,14 @@ SHAPES = {
     "4b": Shape(2560, 32, 9216, (16, 4, 256), (16, 32, 128), 248320),
     "9b": Shape(4096, 32, 12288, (16, 4, 256), (16, 32, 128), 248320, is_tied=False),
     "27b": Shape(5120, 64, 17408, (24, 4, 256), (16, 48, 128), 248320, is_tied=False),
-    "tiny-moe": Shape(64, 4, 0, (4, 2, 32), (2, 4, 16), 512, experts=Experts(8, 3, 32, 64)),
+    "tiny-moe": Shape(64, 4, 0, (4, 2, 32), (2, 4, 16), 512, experts=ExpertSizes(8, 3, 32, 64)),
     "35b-a3b": Shape(
         2048, 40, 0, (16, 2, 256), (16, 32, 128), 248320, is_tied=False,
-        experts=Experts(256, 8, 512, 512),
+        experts=ExpertSizes(256, 8, 512, 512),
     ),
     "122b-a10b": Shape(
         3072, 48, 0, (32, 2, 256), (16, 64, 128), 248320, is_tied=False,
-        experts=Experts(256, 8, 1024, 1024),
+        experts=ExpertSizes(256, 8, 1024, 1024),
     ),
 }  # fmt: skip
 _CONV_TAPS, _FULL_INTERVAL = 4, 4

@@ -17,8 +17,13 @@ from numpy.typing import NDArray
 from flashrt.base.errors import CheckpointError
 from flashrt.models import model_for
 from flashrt.models.qwen35.config import parse_config
-from flashrt.weights.checkpoint import open_checkpoint
+from flashrt.weights.checkpoint import Checkpoint, open_checkpoint
+from flashrt.weights.formats.dequantise import dequantise
+from flashrt.weights.formats.quantise import TARGETS
+from flashrt.weights.formats.reordered import RowsGathered
+from flashrt.weights.formats.stored import PlainMatrix, StoredMatrix, Tensor
 from flashrt.weights.loader import check_sources, load
+from flashrt.weights.quantising import QuantisedMatrix
 from flashrt.weights.rules import Interleaved
 from tests.families import SETS
 from tests.quantised_models import float8_rows, write_file
@@ -220,3 +225,25 @@ def test_the_config_of_a_multimodal_model(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     model = model_for(checkpoint.config, max_positions=64, has_draft_head=False)
     check_sources(model.weights, checkpoint)  # a draft head that is not asked for is left out
+
+
+@pytest.mark.parametrize("is_coded", [False, True])
+def test_rows_that_are_gathered_in_chunks(is_coded: bool, tmp_path: Path) -> None:
+    """Red when scales stay where codes move, or a chunk begins at another row."""
+    values = np.random.default_rng(0).normal(size=(96, 64)).astype(np.float32)
+    write_file(tmp_path / "m.safetensors", {"w": values})
+    at = 8 + int.from_bytes((tmp_path / "m.safetensors").read_bytes()[:8], "little")
+    tensor = Tensor("w", "F32", values.shape, tmp_path / "m.safetensors", at, values.nbytes)
+    plain = PlainMatrix(tensor)
+    stored: StoredMatrix = QuantisedMatrix(plain, TARGETS["int4"]) if is_coded else plain
+    rows = Interleaved(4, (8, 16))
+    gathered = RowsGathered(stored, rows.order())
+    read = Checkpoint(tmp_path, {}, {}, {}).read_into
+    got = [
+        dequantise(gathered.dtype, gathered.groups, gathered.read(first, 32, read))
+        for first in (0, 32, 64)
+    ]
+    whole = dequantise(stored.dtype, stored.groups, stored.read(0, 96, read))
+    by_head = whole.reshape(4, 24, 64)
+    kinds = by_head[:, :8].reshape(-1, 64), by_head[:, 8:].reshape(-1, 64)
+    assert (np.concatenate(got) == np.concatenate(kinds)).all()
