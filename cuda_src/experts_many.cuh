@@ -39,16 +39,19 @@ DEVICE void sum_many(Sums& total, const void* w, const void* x, int N, int K, Ti
   DYNAMIC_SHARED(uint4, shared);
   int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, n_chunks = ceil_div(K, K_CHUNK);
   int row_tile = warp % WARPS_N * ROW_TILES, token = warp / WARPS_N * 8 * TOKEN_TILES;
-  Pipeline pipeline(feed_of(w, (const act_t*)x, N, K, 0, tile_at, row_at), shared, n_chunks);
+  Feed feed = feed_of(w, (const act_t*)x, N, K, 0, tile_at, row_at);
+  load_first_stages(feed, shared, n_chunks);
+  Turn turn;
 #if IS_LONG
 #pragma unroll 1
   for (int first = 0; first < n_chunks; first += SUPER_CHUNKS) {
     Sums sum = {};
-    pipeline.add_super(sum, first, min(first + SUPER_CHUNKS, n_chunks), row_tile, token, lane);
+    add_super(sum, feed, turn, shared, first, min(first + SUPER_CHUNKS, n_chunks), n_chunks,
+              row_tile, token, lane);
     fold_sums(total, sum);
   }
 #else  // one super-slice
-  pipeline.add_super(total, 0, n_chunks, row_tile, token, lane);
+  add_super(total, feed, turn, shared, 0, n_chunks, n_chunks, row_tile, token, lane);
 #endif
   copy_async_wait<0>();
 }

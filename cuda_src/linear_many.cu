@@ -103,16 +103,18 @@ KERNEL(THREADS, BLOCKS) linear_many(ARGS many_args arguments) {
       end_chunk = min(begin_chunk + split.supers * SUPER_CHUNKS, n_chunks);
   int block_tile = (blockIdx.z * split.row_blocks + row_block) * gridDim.x + blockIdx.x;
   int last_tile = ceil_div(a.N, 16) - 1;
-  Pipeline pipeline(feed_of((const void*)a.w, (const act_t*)a.x, a.N, a.K, begin_chunk,
-                            [&](int r) { return min(first_tile + r, last_tile); },
-                            [&](int i) { return min(first_token + i, rows - 1); }),
-                    shared, end_chunk);
+  Feed feed = feed_of((const void*)a.w, (const act_t*)a.x, a.N, a.K, begin_chunk,
+                      [&](int r) { return min(first_tile + r, last_tile); },
+                      [&](int i) { return min(first_token + i, rows - 1); });
+  load_first_stages(feed, shared, end_chunk);
 
   Sums sum = {};  // of the super-slice
+  Turn turn;
 #pragma unroll 1
   for (int super = part * split.supers; super * SUPER_CHUNKS < end_chunk; super++) {
     int super_end = min((super + 1) * SUPER_CHUNKS, end_chunk);
-    pipeline.add_super(sum, super * SUPER_CHUNKS, super_end, row_tile, token, lane);
+    add_super(sum, feed, turn, shared, super * SUPER_CHUNKS, super_end, end_chunk, row_tile, token,
+              lane);
     if (split.parts == 1) {
       add_to_y(a, sum, first_tile + row_tile, first_token + token, rows, super == 0,
                super_end == n_chunks);

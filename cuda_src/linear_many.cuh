@@ -225,45 +225,43 @@ DEVICE void fold_sums(Sums& sum, const Sums& slice) {
     for (int j = 0; j < TOKEN_TILES; j++) fold(sum[r][j], slice[r][j]);
 }
 
-// The block's way through chunks: stages are filled ahead of their use.
-struct Pipeline {
-  Feed feed;
-  uint4* stages;
-  int end;           // chunk behind the last one
-  int taken, freed;  // the stage of this chunk, and of the chunk before
-
-  DEVICE Pipeline(const Feed& feed, uint4* stages, int end)
-      : feed(feed), stages(stages), end(end), taken(0), freed(STAGES - 1) {
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) {
-      if (this->feed.chunk < end) load_stage(this->feed, stages + s * STAGE);
-      copy_async_commit();
-    }
-  }
-
-  // sum += a super-slice: chunks [first, super_end), for the warp's row tiles and tokens.
-  DEVICE void add_super(Sums& sum, int super_begin, int super_end, int row_tile, int token,
-                        int lane) {
-#pragma unroll 1
-    for (int first = super_begin; first < super_end; first += SLICE_CHUNKS) {
-      Sums c = {};
-      int slice_end = min(first + SLICE_CHUNKS, super_end);
-#pragma unroll 1
-      for (int chunk = first; chunk < slice_end; chunk++) {
-        copy_async_wait<STAGES - 2>();
-        __syncthreads();  // this chunk is there, and nobody reads the one before
-        if (feed.chunk < end) load_stage(feed, stages + freed * STAGE);
-        copy_async_commit();
-        const uint4* stage = stages + taken * STAGE;
-        multiply_stage(c, stage + row_tile * CODE_VECTORS, stage + CODES + row_tile * SCALE_VECTORS,
-                       stage + CODES + SCALES + token * X_VECTORS, lane);
-        freed = taken;
-        taken = taken + 1 == STAGES ? 0 : taken + 1;
-      }
-      fold_sums(sum, c);
-    }
-  }
+// The stage of this chunk, and of the chunk before.
+struct Turn {
+  int taken = 0, freed = STAGES - 1;
 };
+
+// Fills the first stages, of chunks up to `end`.
+DEVICE void load_first_stages(Feed& feed, uint4* shared, int end) {
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; s++) {
+    if (feed.chunk < end) load_stage(feed, shared + s * STAGE);
+    copy_async_commit();
+  }
+}
+
+// sum += a super-slice, chunks [super_begin, super_end), of the warp's row tiles and tokens; further
+// stages, up to `end`, are filled ahead of their use.
+DEVICE void add_super(Sums& sum, Feed& feed, Turn& turn, uint4* shared, int super_begin,
+                      int super_end, int end, int row_tile, int token, int lane) {
+#pragma unroll 1
+  for (int first = super_begin; first < super_end; first += SLICE_CHUNKS) {
+    Sums c = {};
+    int slice_end = min(first + SLICE_CHUNKS, super_end);
+#pragma unroll 1
+    for (int chunk = first; chunk < slice_end; chunk++) {
+      copy_async_wait<STAGES - 2>();
+      __syncthreads();  // this chunk is there, and nobody reads the one before
+      if (feed.chunk < end) load_stage(feed, shared + turn.freed * STAGE);
+      copy_async_commit();
+      const uint4* stage = shared + turn.taken * STAGE;
+      multiply_stage(c, stage + row_tile * CODE_VECTORS, stage + CODES + row_tile * SCALE_VECTORS,
+                     stage + CODES + SCALES + token * X_VECTORS, lane);
+      turn.freed = turn.taken;
+      turn.taken = turn.taken + 1 == STAGES ? 0 : turn.taken + 1;
+    }
+    fold_sums(sum, c);
+  }
+}
 
 // What the sums of row tile `tile` are multiplied by last, for rows g and g + 8.
 DEVICE void load_row_scales(float (&scale)[2], const void* w, int tile, int K, int g) {

@@ -148,7 +148,9 @@ def measure(layer: Layer, what: str, rounds: int) -> tuple[float, float, float]:
     for _ in range(rounds):
         nbytes = layer.pick() * layer.nbytes[matrix]
         if what == "linear":  # always the same rows: out of the caches first
-            limits.read_seconds(layer.at["in"] + nbytes, min(96 << 20, 16 * nbytes))
+            nbytes = layer.shape[1] * layer.nbytes[matrix]
+            rest = layer.experts * layer.nbytes[matrix] - nbytes
+            limits.read_seconds(layer.at["in"] + nbytes, min(96 << 20, rest))
         launches.append(seconds_of(lambda: device.replay(layer.graphs[what])))
         at = at + nbytes if at + 2 * nbytes <= layer.experts * layer.nbytes[matrix] else 0
         reads.append(limits.read_seconds(layer.at[matrix] + at, nbytes))

@@ -119,6 +119,11 @@ def variants(arch: str, *, is_full: bool) -> Iterator[KernelLaunch]:
             for cache in caches:
                 for n in rows:
                     yield from expansion(shape(op, n, act, cache, 132))
+    for op in ("experts_in", "experts_out"):  # of 35B-A3B; of a few rows, of many, of long sums
+        for n in (8, 64, 2048) if is_full else (8,):
+            yield from kernels.EXPANSIONS[op](
+                shape(op, n, acts[-1], DType.BF16, 132, H=2048, I=512)
+            )
     yield from fused(rows if is_full else rows[:1])
     for act in acts:
         for cache in caches:  # a draft's: one row, its keys shifted against positions
