@@ -1,4 +1,5 @@
-// elementwise.cu - silu_mul, add_bias, scale_rows, last_*, keep_*, advance, hold*: no sums, no order.
+// elementwise.cu - silu_mul, add_bias, scale_rows, last_*, keep_*, advance, hold, hold_send: no sums,
+//                  no order.
 //
 // silu_mul: y = silu(u[:, :I]) u[:, I:] for valid rows; u [T, 2I] float, y [T, I] activations. Grid
 //           (I / 1024, T).
@@ -14,8 +15,8 @@
 // hold:     cursor.rows = 0 where cursor.token is none or one of the stops; stops [16]: how many,
 //           then which. One warp, a lane per word.
 // hold_send: hold, and a word of the cursor goes to the host: in ring [slots, words], which is host
-//           memory, slot sent % slots = (word, sent); then sent [1] += 1. One warp. The store needs
-//           no fence: the host looks after an event behind the replay, and so behind its stores.
+//           memory, slot sent % slots = (that word, sent); then sent [1] += 1. One warp. The store
+//           needs no fence: the host looks after an event behind the replay, and so behind it.
 #include "flashrt.cuh"
 
 KERNEL(256) silu_mul(ARGS silu_mul_args launch) {
@@ -122,6 +123,6 @@ KERNEL(32) hold_send(ARGS hold_send_args launch) {
   if (is_held) a.cursor[CURSOR_ROWS] = 0;
   uint32_t number = *a.sent;
   uint32_t* slot = a.ring + number % a.slots * a.words;
-  *reinterpret_cast<uint2*>(slot) = make_uint2((uint32_t)*a.word, number);
+  *reinterpret_cast<uint2*>(slot) = make_uint2((uint32_t)a.cursor[a.word], number);
   *a.sent = number + 1;
 }

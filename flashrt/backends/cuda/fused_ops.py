@@ -126,15 +126,15 @@ WORD_RING: Final = Region("word_ring", (8, 16), DType.U32, Role.IO)
 SENT: Final = Region("sent", (1,), DType.U32, Role.IO)
 HOLD_SEND: Final = Op(
     "hold_send",
-    "hold, and a word of the cursor goes to the host, by number: ring[sent % slots] = (word, sent) "
-    "in host memory, then sent += 1",
+    "hold, and a word of the cursor goes to the host: ring[sent % slots] = (cursor[word], sent), "
+    "which is host memory; then sent += 1",
     (
         Param("stops", "r", ("S",), (DType.I32,)),
         Param("cursor", "rw", ("C",), (DType.I32,)),
-        Param("word", "r", (1,), (DType.I32,)),
         Param("ring", "w", ("slots", "words"), (DType.U32,)),
         Param("sent", "rw", (1,), (DType.U32,)),
     ),
+    (Attr("word"),),
 )
 
 FUSED_OPS: Final = (

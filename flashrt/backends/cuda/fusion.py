@@ -39,7 +39,6 @@ from flashrt.core.op import AttrValue, Op, bind
 from flashrt.core.region import ActDTypes, DType, Region, Role, View, resolve_dtype
 from flashrt.core.runs import RUNS, RunsWord, Stride
 
-_WORD_BYTES = 4
 _DELTA = ("conv_window", "delta_gates", "delta_rule", "gated_rmsnorm")
 
 
@@ -204,18 +203,14 @@ class _Fusion:
         is_last, bound = i == len(self._launches) - 1, self._launches[i]
         if self._send_to is None or not is_last or bound.max_runs > 1:
             return None
-        cursor = self._operand(i, "cursor")
         (words,) = (p.words for p in bound.launch.op.params if p.name == "cursor")
         assert words is not None
-        at = words["TOKEN"]
-        view = cursor.view.cols(at, at + 1)
         operands = {
             "stops": self._operand(i, "stops"),
-            "word": replace(cursor, view=view, address=cursor.address + _WORD_BYTES * at),
             "ring": _Operand(WORD_RING.view(), self._send_to.ring, Stride(), 1),
             "sent": _Operand(SENT.view(), self._send_to.sent, Stride(), 1),
         }
-        return self._made(HOLD_SEND, i, operands)
+        return self._made(HOLD_SEND, i, operands, word=int(words["TOKEN"]))
 
     # ---- products
 

@@ -61,7 +61,7 @@ class CudaGraph:
         return len(self.nodes)
 
     def replay(self, stream: int) -> None:
-        """Run all nodes in order: one call."""
+        """Run all nodes in order: one call. The device's verb calls it, and counts what is sent."""
         self._driver.graph_launch(self._executable, stream)
 
     def write_dot(self, path: Path) -> None:

@@ -4,12 +4,13 @@ IS: the ring that op `hold_send` stores into, and which of its slots has the wor
 IS NOT: what is sent (fusion), or a copy of any other word (staging.WordRing).
 
 A graph's arguments are constants, so slots are numbered on the device, by a counter there, and here
-as well. Each slot has its number beside the word: a host that lost count, or looked too early,
-raises instead of taking another word.
+as well. Each slot has its number beside the word: a host that looks too early, or into a slot that
+was not written, raises instead of taking another word.
 """
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from flashrt.core.runs import STRIDE_UNIT, RunsWord, RunWord
 _N_SLOTS, _SLOT_WORDS = WORD_RING.shape
 _RING_BYTES: Final = 4 * WORD_RING.size
 _NUMBERS: Final = 1 << 32  # then they begin again: the counter is a word
-_WORD: Final = [p.name for p in HOLD_SEND.params].index("word")
+_CURSOR: Final = [p.name for p in HOLD_SEND.params].index("cursor")
 _FIRST_LANE = struct.Struct("@i"), 4 * (RunsWord.FIRST + RunWord.LANE)
 
 
@@ -53,8 +54,9 @@ def sent_by(launches: Sequence[BoundLaunch]) -> SentWord | None:
     if not launches or launches[-1].launch.op is not HOLD_SEND:
         return None
     last = launches[-1]
-    lanes = last.strides[_WORD].lane if last.strides else 0
-    return SentWord(last.addresses[_WORD], lanes * STRIDE_UNIT)
+    lanes = last.strides[_CURSOR].lane if last.strides else 0
+    address = last.addresses[_CURSOR] + 4 * int(last.launch.attr("word"))
+    return SentWord(address, lanes * STRIDE_UNIT)
 
 
 class WordSlots:
@@ -123,8 +125,8 @@ class WordSlots:
         word, of = self._slots[slot, :2].tolist()
         if of != number:
             raise BackendError(
-                f"the device sent word {of} where word {number} was expected: it ran a graph that "
-                "was not replayed by its device, or the stream failed; load another engine"
+                f"the device sent word {of} where word {number} was expected: a fault of flashrt, "
+                "or of the device; load another engine"
             )
         found.append(word - _NUMBERS if word >> 31 else word)
         self._found[slot] = None
@@ -142,6 +144,7 @@ class WordSlots:
     def close(self) -> None:
         """Release everything; the stream must be idle."""
         for slot, event in enumerate(self._events):
-            self._land(slot)
+            with contextlib.suppress(BackendError):  # the word of a fault is nobody's
+                self._land(slot)
             self._driver.event_destroy(event)
         self._driver.host_free(self._buffer)
