@@ -1,5 +1,5 @@
-// elementwise.cu - silu_mul, add_bias, scale_rows, last_*, keep_*, advance, hold, hold_send: no sums,
-//                  no order.
+// elementwise.cu - silu_mul, add_bias, scale_rows, last_*, keep_*, advance, hold, hold_send: there
+//                  is no sum, and no order.
 //
 // silu_mul: y = silu(u[:, :I]) u[:, I:] for valid rows; u [T, 2I] float, y [T, I] activations. Grid
 //           (I / 1024, T).
