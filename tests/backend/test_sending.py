@@ -21,6 +21,7 @@ from flashrt.core.runs import STRIDE_UNIT, Run, Stride, table_of
 from flashrt.ops.cursor import CURSOR_WORDS, CursorWord
 from flashrt.ops.rows import ADVANCE, HOLD, STOP_WORDS
 from flashrt.ops.table import OPS
+from tests.fuzz.injector import Injector
 
 N_SLOTS = WORD_RING.shape[0]
 LANE_BYTES = 3 * STRIDE_UNIT
@@ -154,6 +155,26 @@ def test_a_replay_that_was_interrupted_is_counted_again(
     waits = [lanes.replay(0, 10 + i) for i in range(N_SLOTS + 1)]
     assert [wait() for wait in waits] == [10 + i for i in range(N_SLOTS + 1)]
     assert before() == 5
+
+
+def test_an_exception_at_any_line_loses_no_count(lanes: Lanes) -> None:
+    """Red when a replay is counted before it is launched, or marked as counted before it is."""
+    device, table, at = lanes.device, table_of((Run(0, 1),)), lanes.token_at(0)
+
+    def token() -> int:
+        device.replay(lanes.graph, table, lanes.runs_at)
+        return device.begin_read_word(at)()
+
+    lanes.write(at, 0)
+    files = ("device", "graph", "sending")  # others run within the double's launches
+    injector, before = Injector([f"backends/cuda/{f}.py" for f in files]), token()
+    n_lines = injector.count(token)
+    assert before == 0 and n_lines > 30
+    for line in range(n_lines):
+        lanes.write(at, 1000)
+        assert injector.strike(token, line)
+        for n in (line, line + 1):
+            assert lanes.replay(0, n)() == n, f"after {injector.where}"
 
 
 def test_a_word_that_changed_since_is_read_as_it_is(lanes: Lanes) -> None:
