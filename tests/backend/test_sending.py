@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 
 from flashrt.backends.cuda.fused_ops import WORD_RING
+from flashrt.backends.cuda.graph import CudaGraph
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.base.errors import BackendError
-from flashrt.core.backend import BoundLaunch, Graph
-from flashrt.core.op import bind
+from flashrt.core.backend import BoundLaunch
+from flashrt.core.copylist import Copy, CopyList
+from flashrt.core.op import Op, bind
 from flashrt.core.region import DType, Region, Role
 from flashrt.core.runs import STRIDE_UNIT, Run, Stride, table_of
 from flashrt.ops.cursor import CURSOR_WORDS, CursorWord
-from flashrt.ops.rows import ADVANCE, HOLD, STOP_WORDS
+from flashrt.ops.rows import HOLD, LAST_CURSOR, STOP_WORDS
 from flashrt.ops.table import OPS
 from tests.fuzz.injector import Injector
 
@@ -43,17 +45,19 @@ class Lanes:
             self.write(self.stops_at(lane), 1, STOP)
             self.write(self.cursor_at(lane), 0, 1, -1)
 
-    def capture(self, *ops: object) -> Graph:
-        """Of `hold`, and of what else is named."""
+    def capture(self, *ops: Op, max_runs: int = 1) -> CudaGraph:
+        """Of `hold` and of what changes a cursor."""
+        at = {"cursor": self.cursor_at(0), "stops": self.stops_at(0), "last": self.cursor_at(0)}
         launches = []
         for op in ops:
-            regions = {"cursor": CURSOR} | ({"stops": STOPS} if op is HOLD else {})
-            launch = bind(op, regions, {})  # type: ignore[arg-type]
-            at = {"cursor": self.cursor_at(0), "stops": self.stops_at(0)}
-            addresses = tuple(at[p.name] for p in launch.op.params)
+            names = [p.name for p in op.params]
+            launch = bind(op, {name: STOPS if name == "stops" else CURSOR for name in names}, {})
+            addresses = tuple(at[name] for name in names)
             strides = (Stride(LANE_BYTES // STRIDE_UNIT),) * len(addresses)
-            launches.append(BoundLaunch(launch, addresses, self.runs_at, strides))
-        return self.device.capture(launches)
+            launches.append(BoundLaunch(launch, addresses, self.runs_at, strides, max_runs))
+        graph = self.device.capture(launches)
+        assert isinstance(graph, CudaGraph)
+        return graph
 
     def stops_at(self, lane: int) -> int:
         return self.base + lane * LANE_BYTES
@@ -70,8 +74,11 @@ class Lanes:
     def replay(self, lane: int, token: int) -> Callable[[], int]:
         """A replay whose token is this one, as `sample` would have left it; what waits for it."""
         self.write(self.token_at(lane), token)
-        self.device.replay(self.graph, table_of((Run(lane, 1),)), self.runs_at)
+        self.run(self.graph, lane)
         return self.device.begin_read_word(self.token_at(lane))
+
+    def run(self, graph: CudaGraph, lane: int) -> None:
+        self.device.replay(graph, table_of((Run(lane, 1),)), self.runs_at)
 
     def copies(self) -> int:
         """To the host, so far."""
@@ -95,6 +102,15 @@ def test_words_of_many_replays_arrive_in_any_order(lanes: Lanes) -> None:
     order = np.random.default_rng(6).permutation(n).tolist()
     assert {i: waits[i]() for i in order} == dict(enumerate(tokens))
     assert lanes.copies() == copies, "the device has sent them by itself"
+
+
+def test_a_word_that_nobody_took_is_kept_from_the_next_round(lanes: Lanes) -> None:
+    """Red when a slot is given to another replay before its word was taken to the host's own."""
+    waits = [lanes.replay(0, 41), lanes.device.begin_read_word(lanes.token_at(0))]
+    for _ in range(N_SLOTS):
+        lanes.run(lanes.graph, 1)  # nobody asks for its word
+    lanes.device.sync()
+    assert [wait() for wait in waits] == [41, 41]
 
 
 def test_a_stop_leaves_no_row_and_is_sent(lanes: Lanes) -> None:
@@ -182,17 +198,24 @@ def test_a_word_that_changed_since_is_read_as_it_is(lanes: Lanes) -> None:
     came after it; or the word of another lane, or another word of the cursor.
     """
     device, at = lanes.device, lanes.token_at(0)
+    other = lanes.capture(LAST_CURSOR)  # of which each token is 0
     lanes.replay(1, 4)()
-    lanes.replay(0, 5)
-    lanes.write(at, 6)
-    assert device.begin_read_word(at)() == 6
-    lanes.replay(0, 5)
-    device.fill(at, 4, 1)
-    assert device.begin_read_word(at)() == 0x01010101
-    lanes.replay(0, 5)
-    assert device.begin_read_word(lanes.token_at(1))() == 4
-    assert device.begin_read_word(lanes.cursor_at(0))() == 0
-    device.replay(lanes.graph)  # of the lane of the table that is there: not known here
+
+    def read_after(change: Callable[[], object], address: int = at) -> int:
+        lanes.replay(0, 5)
+        change()
+        return device.begin_read_word(address)()
+
+    assert read_after(lambda: lanes.write(at, 6)) == 6
+    assert read_after(lambda: device.fill(at, 4, 1)) == 0x01010101
+    four = Copy(lanes.token_at(1) - lanes.base, at - lanes.base, 4)
+    assert read_after(lambda: device.copy(CopyList((four,)), lanes.base, lanes.base)) == 4
+    assert read_after(lambda: lanes.run(other, 0)) == 0
+    assert read_after(lambda: None, lanes.token_at(1)) == 4
+    assert read_after(lambda: None, lanes.cursor_at(0)) == 0
+    lanes.replay(0, 5)()
+    lanes.replay(1, 4)()
+    device.replay(lanes.graph)  # of the lane that the table on the device has: not known here
     assert device.begin_read_word(at)() == 5
 
 
@@ -200,11 +223,16 @@ def test_what_may_not_be_sent(lanes: Lanes) -> None:
     """Red: a token that a later launch of the tape may change, one of several lanes, and sending
     from a device that is told to fuse nothing.
     """
-    assert lanes.graph.sent is not None  # type: ignore[attr-defined]
-    assert lanes.capture(HOLD, ADVANCE).sent is None  # type: ignore[attr-defined]
+    for graph, kernels in (
+        (lanes.graph, ["hold_send"]),
+        (lanes.capture(HOLD, LAST_CURSOR), ["hold", "last_cursor"]),
+        (lanes.capture(HOLD, max_runs=2), ["hold"]),
+    ):
+        assert [node.name for node in graph.nodes] == kernels
+        assert (graph.sent is not None) == ("hold_send" in kernels)
     plain = SimtDevice(is_fused=False)
     other = Lanes(plain)
-    assert other.graph.sent is None  # type: ignore[attr-defined]
+    assert other.graph.sent is None
     copies = other.copies()
     assert other.replay(1, 12)() == 12
     assert other.copies() == copies + 1
