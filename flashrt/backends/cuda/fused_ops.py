@@ -121,7 +121,23 @@ DELTA_FEW: Final = Op(
 MOST_KEY_HEADS: Final = 256  # that counters are for
 COUNTERS: Final = Region("counters", (MAX_RUNS * MOST_KEY_HEADS,), DType.U32, Role.IO)
 
+# A slot is a line of cache. There are more of them than a host is ever replays behind.
+WORD_RING: Final = Region("word_ring", (8, 16), DType.U32, Role.IO)
+SENT: Final = Region("sent", (1,), DType.U32, Role.IO)
+HOLD_SEND: Final = Op(
+    "hold_send",
+    "hold, and a word of the cursor goes to the host: ring[sent % slots] = (cursor[word], sent), "
+    "which is host memory; then sent += 1",
+    (
+        Param("stops", "r", ("S",), (DType.I32,)),
+        Param("cursor", "rw", ("C",), (DType.I32,)),
+        Param("ring", "w", ("slots", "words"), (DType.U32,)),
+        Param("sent", "rw", (1,), (DType.U32,)),
+    ),
+    (Attr("word"),),
+)
+
 FUSED_OPS: Final = (
     DELTA_FEW, LINEAR_SILU, LINEAR_ADD, NORM_LINEAR, NORM_SILU, *LINEARS.values(),
-    *NORM_LINEARS.values(),
+    *NORM_LINEARS.values(), HOLD_SEND,
 )  # fmt: skip

@@ -15,11 +15,13 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from flashrt.backends.cuda import kernels
 from flashrt.backends.cuda.fused_ops import (
     COUNTERS,
     DELTA_FEW,
+    HOLD_SEND,
     LINEAR_ADD,
     LINEAR_SILU,
     LINEARS,
@@ -28,6 +30,8 @@ from flashrt.backends.cuda.fused_ops import (
     NORM_LINEAR,
     NORM_LINEARS,
     NORM_SILU,
+    SENT,
+    WORD_RING,
 )
 from flashrt.backends.cuda.kernels import Shape
 from flashrt.core.backend import BoundLaunch
@@ -38,13 +42,27 @@ from flashrt.core.runs import RUNS, RunsWord, Stride
 _DELTA = ("conv_window", "delta_gates", "delta_rule", "gated_rmsnorm")
 
 
-def fuse(launches: Sequence[BoundLaunch], acts: ActDTypes, counters: int) -> list[BoundLaunch]:
+class SendTo(NamedTuple):
+    """Addresses, as kernels see them, of WORD_RING and of SENT: a device has one of each."""
+
+    ring: int
+    sent: int
+
+
+def fuse(
+    launches: Sequence[BoundLaunch],
+    acts: ActDTypes,
+    counters: int,
+    send_to: SendTo | None = None,
+) -> list[BoundLaunch]:
     """The launches with groups of them fused; in order, with the same results in all regions but
     scratch. `launches` must be a whole tape: scratch is dead before and after.
 
-    `counters`: address of the region COUNTERS, zeros, which all graphs of a device share.
+    `counters`: address of the region COUNTERS, zeros, which all graphs of a device share. With
+    `send_to`, a `hold` at the end of the tape sends its token to the host: what would be a copy
+    behind the replay is part of its last launch.
     """
-    return _Fusion(launches, acts, counters).all()
+    return _Fusion(launches, acts, counters, send_to).all()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +89,17 @@ class _Operand:
 class _Fusion:
     """The pass over one tape."""
 
-    def __init__(self, launches: Sequence[BoundLaunch], acts: ActDTypes, counters: int) -> None:
+    def __init__(
+        self,
+        launches: Sequence[BoundLaunch],
+        acts: ActDTypes,
+        counters: int,
+        send_to: SendTo | None,
+    ) -> None:
         self._launches = launches
         self._acts = acts
         self._counters = counters
+        self._send_to = send_to
         self._users: dict[Region, set[int]] = defaultdict(set)  # of scratch
         for i, bound in enumerate(launches):
             for view in bound.launch.operands:
@@ -105,6 +130,8 @@ class _Fusion:
             return self._normed_group(i, readers)
         if self._name(i) == "conv_window" and (fused := self._delta(i)):
             return [fused], len(_DELTA)
+        if self._name(i) == "hold" and (sending := self._sending(i)):
+            return [sending], 1
         return [self._launches[i]], 1
 
     # ---- the delta rule
@@ -166,6 +193,24 @@ class _Fusion:
         )
         view = replace(view, shape=(rows, *view.shape[1:]))
         return _Operand(view, operand.address, stride, of.max_runs)
+
+    # ---- the end of a token
+
+    def _sending(self, i: int) -> BoundLaunch | None:
+        """A hold that sends the token to the host, if nothing after it may change the token, and it
+        is one lane's.
+        """
+        is_last, bound = i == len(self._launches) - 1, self._launches[i]
+        if self._send_to is None or not is_last or bound.max_runs > 1:
+            return None
+        (words,) = (p.words for p in bound.launch.op.params if p.name == "cursor")
+        assert words is not None
+        operands = {
+            "stops": self._operand(i, "stops"),
+            "ring": _Operand(WORD_RING.view(), self._send_to.ring, Stride(), 1),
+            "sent": _Operand(SENT.view(), self._send_to.sent, Stride(), 1),
+        }
+        return self._made(HOLD_SEND, i, operands, word=int(words["TOKEN"]))
 
     # ---- products
 

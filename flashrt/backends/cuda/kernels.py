@@ -1002,6 +1002,7 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "linears_3": _linears,
     "norm_linears_2": _norm_linears,
     "norm_linears_3": _norm_linears,
+    "hold_send": _one_warp,
     "gated_conv": _gated_conv,
     "see": _policy,
     "chunk_begin": _policy,

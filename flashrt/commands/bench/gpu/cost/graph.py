@@ -22,9 +22,9 @@ from flashrt.core.op import Launch
 from flashrt.core.region import Layout, Role
 from flashrt.models.model import DECODE, PREFILL, SAMPLE
 
-# From the end of a replay to the first kernel of the next one. Assumed; in decode the host reads a
-# token in between, in prefill the next replay is queued already.
-REPLAY_US: Final = 8.0
+# From the end of a replay to the first kernel of the next one, which is queued already. Assumed; no
+# copy is between them: the replay of a token sends it by itself (launch.BUS_TRIP_US).
+REPLAY_US: Final = 6.25
 
 
 @dataclass(slots=True)
