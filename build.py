@@ -26,7 +26,7 @@ from flashrt.backends.cuda import kernels
 from flashrt.backends.cuda.compiler_api import Unit
 from flashrt.backends.cuda.device import ACTS
 from flashrt.backends.cuda.fused_ops import FUSED_OPS
-from flashrt.backends.cuda.fusion import fuse
+from flashrt.backends.cuda.fusion import SendTo, fuse
 from flashrt.backends.cuda.nvrtc import Nvrtc, resources
 from flashrt.backends.cuda.occupancy import blocks_at_once, multiprocessor
 from flashrt.backends.cuda.sass import Counts, disassembler, inner_loops
@@ -272,12 +272,13 @@ def _recorded(arguments: argparse.Namespace) -> Recorded:
     """
     models = _models_of(arguments) if arguments.checkpoint is not None else _shapes_of(arguments)
     found: dict[ActDTypes, list[Launch]] = {}
+    send_to = SendTo(ADDRESS, ADDRESS)
     for acts in (ACTS[name] for name in arguments.precision):
         launches = found[acts] = []
         for model in models:
             for plain in lay_out(model, acts, tapes_of(model, MAX_RUNS)).bound.values():
                 launches += [bound.launch for bound in plain]
-                fused = [bound.launch for bound in fuse(plain, acts, ADDRESS)]
+                fused = [bound.launch for bound in fuse(plain, acts, ADDRESS, send_to)]
                 launches += [launch for launch in fused if launch.op in FUSED_OPS]
     return found
 

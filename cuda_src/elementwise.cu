@@ -1,5 +1,5 @@
-// elementwise.cu - silu_mul, add_bias, scale_rows, last_*, keep_*, advance, hold, place_rows: no sums,
-// no order.
+// elementwise.cu - silu_mul, add_bias, scale_rows, last_*, keep_*, advance, hold, hold_send,
+//                  place_rows: there is no sum, and no order.
 //
 // silu_mul: y = silu(u[:, :I]) u[:, I:] for valid rows; u [T, 2I] float, y [T, I] activations. Grid
 //           (I / 1024, T).
@@ -16,6 +16,9 @@
 //           then which. One warp, a lane per word.
 // place_rows: places[t] = position + t + delta, where given plus offsets[t], and then delta +=
 //           growth; places and offsets [T, 3]. One warp.
+// hold_send: hold, and a word of the cursor goes to the host: in ring [slots, words], which is host
+//           memory, slot sent % slots = (that word, sent); then sent [1] += 1. One warp. The store
+//           needs no fence: the host looks after an event behind the replay, and so behind it.
 #include "flashrt.cuh"
 
 KERNEL(256) silu_mul(ARGS silu_mul_args launch) {
@@ -100,13 +103,30 @@ KERNEL(32) advance(ARGS advance_args launch) {
   if (threadIdx.x == 0) a.cursor[CURSOR_POSITION] += a.cursor[CURSOR_ROWS];
 }
 
+// All lanes of a warp call it: whether nothing may be fed behind the token that was sampled last.
+DEVICE bool is_end(const int* cursor, const int* stops) {
+  int word = threadIdx.x, token = cursor[CURSOR_TOKEN];
+  bool is_stop = word > 0 && word < STOP_WORDS && word <= stops[0] && stops[word] == token;
+  return __any_sync(FULL_WARP, is_stop) != 0 || token < 0;
+}
+
 KERNEL(32) hold(ARGS hold_args launch) {
   OPEN_RUN(hold);
   begin();
-  int word = threadIdx.x, token = a.cursor[CURSOR_TOKEN];
-  bool is_stop = word > 0 && word < STOP_WORDS && word <= a.stops[0] && a.stops[word] == token;
-  is_stop = __any_sync(FULL_WARP, is_stop) != 0 || token < 0;
-  if (word == 0 && is_stop) a.cursor[CURSOR_ROWS] = 0;
+  bool is_held = is_end(a.cursor, a.stops);
+  if (threadIdx.x == 0 && is_held) a.cursor[CURSOR_ROWS] = 0;
+}
+
+KERNEL(32) hold_send(ARGS hold_send_args launch) {
+  OPEN_RUN(hold_send);
+  begin();
+  bool is_held = is_end(a.cursor, a.stops);
+  if (threadIdx.x != 0) return;
+  if (is_held) a.cursor[CURSOR_ROWS] = 0;
+  uint32_t number = *a.sent;
+  uint32_t* slot = a.ring + number % a.slots * a.words;
+  *reinterpret_cast<uint2*>(slot) = make_uint2((uint32_t)a.cursor[a.word], number);
+  *a.sent = number + 1;
 }
 
 KERNEL(32) place_rows(ARGS place_rows_args launch) {

@@ -264,6 +264,17 @@ DEVICE unsigned warp_add(unsigned v) {  // in every lane, modulo 2^32
 #endif
 }
 
+DEVICE unsigned warp_max(unsigned v) {  // in every lane
+#ifndef SIMT_HOST
+  return __reduce_max_sync(FULL_WARP, v);
+#else
+  for (int o = 16; o; o >>= 1) v = max(v, __shfl_xor_sync(FULL_WARP, v, o));
+  return v;
+#endif
+}
+
+DEVICE unsigned warp_min(unsigned v) { return ~warp_max(~v); }
+
 // Warp sums, then added in the order of the warps. All threads of the block call it; once per
 // kernel.
 template <int N_WARPS>

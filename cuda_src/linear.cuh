@@ -10,7 +10,6 @@
 // chain of mma too, with a row of ones. Scales of e4m3 on e2m1 are multiplied into the operands, so
 // that the slice is one chain again; the scale of a row comes last. An x or a w in several parts is
 // multiplied part by part in each step. All fixed by K and the format.
-#pragma once
 #include "weights.cuh"
 
 constexpr int K_SLICE = 256, SLICE_CHUNKS = K_SLICE / K_CHUNK;

@@ -9,5 +9,6 @@ constexpr int THREADS = threads(ADD), MIN_BLOCKS = min_blocks(ADD);
 
 KERNEL(THREADS, MIN_BLOCKS) linear_add(ARGS linear_add_args launch) {
   OPEN_RUN(linear_add);
-  multiply_few<ADD>(a, a.N);
+  __shared__ __align__(16) FewShared<ADD> shared;
+  multiply_few<ADD>(a, Product{a.w, a.y, a.N, a.N, a.y_stride, (int)blockIdx.x, 0}, shared);
 }

@@ -8,5 +8,6 @@ constexpr int THREADS = threads(STORE), MIN_BLOCKS = min_blocks(STORE);
 
 KERNEL(THREADS, MIN_BLOCKS) linear_few(ARGS linear_args launch) {
   OPEN_RUN(linear);
-  multiply_few<STORE>(a, a.N);
+  __shared__ __align__(16) FewShared<STORE> shared;
+  multiply_few<STORE>(a, Product{a.w, a.y, a.N, a.N, a.y_stride, (int)blockIdx.x, 0}, shared);
 }

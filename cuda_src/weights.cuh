@@ -21,7 +21,9 @@
 //    6 bits: the low four so, then bits 4 and 5: [lane] 32 bits, in bits 8 step + 2i and 16 more
 // A plane of scales is [group][g][2 rows], so that a lane loads those of its two rows at once; last
 // comes the scale of a row, [g][2 rows]. float32 matrices are in C order, as `dense` reads them.
-#pragma once
+//
+// No #pragma once, here and in linear.cuh and linear_few.cuh: a kernel of matrices in several formats
+// includes them once for each, in namespaces (linears.cuh).
 
 #ifndef W_DTYPE
 #define W_DTYPE DTYPE_BF16
@@ -49,6 +51,15 @@ constexpr bool IS_TWO_LEVEL = W_SCALES == SCALES_TWO_LEVEL || W_SCALES == SCALES
 constexpr bool HAS_ROW_SCALE = W_SCALES == SCALES_E4M3_TIMES || W_SCALES == SCALES_E4M3_OVER;
 // 2 bits times 4 fit into the 8 of bfloat16: such a scale needs no fold of its own.
 constexpr bool IS_SCALED_EARLY = HAS_ROW_SCALE && W_DTYPE == DTYPE_E2M1;
+// Bits of a code are a subnormal bfloat16, and become operands by one multiplication. No factor is
+// large enough for a code as it is: an operand is code / UNIT, or code times early scale / SUM_UNIT,
+// exactly, and so a sum is the true one over SUM_UNIT, in all its roundings. The last step makes up
+// for it. Integers n are n 2^-133, times 2^127; an e2m1 is 2^-126 of its value, and 2^126 times a
+// scale of up to 448 would be none.
+constexpr bool IS_INTEGER =
+    W_DTYPE == DTYPE_I8 || W_DTYPE == DTYPE_U4 || W_DTYPE == DTYPE_U5 || W_DTYPE == DTYPE_U6;
+constexpr float UNIT = IS_INTEGER ? 64.0f : IS_SCALED_EARLY ? 0x1p126f : 1.0f;
+constexpr float SUM_UNIT = IS_SCALED_EARLY ? 256.0f : UNIT;
 constexpr int N_PLANES = W_GROUP == 0 ? 0 : (1 + HAS_MIN) * (1 + IS_TWO_LEVEL);
 constexpr int CHUNK_SCALES = W_GROUP == 0 ? 0 : W_GROUP == 16 ? 2 : 1;  // per row and chunk
 
@@ -117,7 +128,12 @@ DEVICE Codes load_codes(const uint8_t* chunk, int lane) {
   return c;
 }
 
-constexpr uint32_t MINUS_ZERO = 0x80008000, MINUS_ONE = 0xbf80bf80, ONE = 0x3f803f80;
+constexpr uint32_t MINUS_ZERO = 0x80008000;
+// Minus the code that stands for 0, over UNIT, in both halves; bytes of integers are made 128 more.
+constexpr int LOG_ZERO = W_BITS - 1;
+constexpr uint32_t MINUS_CODE_ZERO =
+    HAS_MIN && W_BITS < 8 ? MINUS_ZERO : (0x8000u | (121 + LOG_ZERO) << 7) * 0x00010001u;
+constexpr uint32_t ONE = IS_INTEGER ? 0x3c803c80 : 0x3f803f80;  // over SUM_UNIT
 
 // 8 bits of e4m3 in each half, as bfloat16: its exponent is 120 more. No NaN: packing has moved
 // them into scales.
@@ -126,22 +142,22 @@ DEVICE uint32_t bf16_of_e4m3(uint32_t pair) {
   return bf16_fma(bits, 0x7b807b80, MINUS_ZERO);  // 2^120
 }
 
-// Register i of a step: the codes of two k, less zero, as bfloat16; exact.
+// Register i of a step: the codes of two k, less the one for 0, over UNIT, as bfloat16; exact.
 DEVICE uint32_t bf16_of_codes(const Codes& c, int step, int i) {
   if constexpr (W_BITS == 16) return c.word[(4 * step + i) % CODE_WORDS];
   if constexpr (W_BITS == 8) {
-    uint32_t pair = c.word[(2 * step + i / 2) % CODE_WORDS] >> 8 * (i % 2);
-    if constexpr (W_DTYPE == DTYPE_E4M3) return bf16_of_e4m3(pair);
-    // 128 + the low bits, less 128 or, for the sign, 256
-    uint32_t low = (pair & 0x007f007f) | 0x43004300, sign = (pair & 0x00800080) | 0x43004300;
-    return bf16_fma(sign, MINUS_ONE, low);
+    uint32_t word = c.word[(2 * step + i / 2) % CODE_WORDS];
+    if constexpr (W_DTYPE == DTYPE_E4M3) return bf16_of_e4m3(word >> 8 * (i % 2));
+    // plus 128, of all four at once
+    uint32_t codes = opaque(word ^ 0x80808080);
+    return bf16_fma(codes >> 8 * (i % 2) & 0x00ff00ff, 0x7f007f00, MINUS_CODE_ZERO);
   }
   uint32_t pair = c.word[step] >> 4 * i;
   if constexpr (W_DTYPE == DTYPE_E2M1) {
     uint32_t bits = (pair & 0x00070007) << 6 | (pair & 0x00080008) << 12;
-    return bf16_fma(bits, 0x7e807e80, MINUS_ZERO);  // 2^126: its exponent is so much more
+    return IS_SCALED_EARLY ? bits : bf16_fma(bits, 0x7e807e80, MINUS_ZERO);
   }
-  uint32_t bits = (pair & 0x000f000f) | 0x43004300, high = c.word[CODE_WORDS - 1];
+  uint32_t bits = pair & 0x000f000f, high = c.word[CODE_WORDS - 1];
   if constexpr (W_BITS == 5) {
     int at = 4 * step + i;  // bytes of the halves apart, and the bit to bit 4
     high = __byte_perm(high, 0, 0x4140);
@@ -151,8 +167,7 @@ DEVICE uint32_t bf16_of_codes(const Codes& c, int step, int i) {
     int at = 8 * step + 2 * i;
     bits |= (at < 4 ? high << (4 - at) : high >> (at - 4)) & 0x00300030;
   }
-  constexpr uint32_t ZERO = HAS_MIN ? 0 : 1 << (W_BITS < 8 ? W_BITS - 1 : 0);
-  return bf16_fma(bits, ONE, (0xc300 | ZERO) * 0x00010001u);  // less 128 + zero
+  return bf16_fma(bits, 0x7f007f00, MINUS_CODE_ZERO);
 }
 
 // Operands of a step; several parts where bfloat16 is too short.
@@ -216,11 +231,16 @@ DEVICE Scale scale_of(const StoredScale& stored) {
     auto byte = [&](int p) {
       return stored.plane[p % (N_PLANES ? N_PLANES : 1)].x >> 8 * row & 0xff;
     };
+    auto number = [&](int p, uint32_t flip) {  // of a byte: its bits below those of 2^23
+      uint32_t x = stored.plane[p % (N_PLANES ? N_PLANES : 1)].x ^ flip;
+      return __uint_as_float(__byte_perm(x, 0x4b000000, 0x7440 | row)) -
+             (8388608.0f + (flip & 0xff));
+    };
     if constexpr (W_SCALES == SCALES_TWO_LEVEL) {
-      scale.s[row] = wide(0) * (float)((int)(byte(1) << 24) >> 24);
+      scale.s[row] = wide(0) * number(1, 0x8080);
     } else if constexpr (W_SCALES == SCALES_TWO_LEVEL_MIN) {
-      scale.s[row] = wide(0) * (float)byte(2);
-      scale.m[row] = -(wide(1) * (float)byte(3));
+      scale.s[row] = wide(0) * number(2, 0);
+      scale.m[row] = -(wide(1) * number(3, 0));
     } else if constexpr (HAS_ROW_SCALE) {
       scale.s[row] = e4m3_to_float(byte(0));
     } else {
@@ -231,9 +251,11 @@ DEVICE Scale scale_of(const StoredScale& stored) {
   return scale;
 }
 
-// Operands times their e4m3 scales; exact (IS_SCALED_EARLY).
+// Codes over UNIT times their e4m3 scales, as operands over SUM_UNIT; exact (IS_SCALED_EARLY).
 DEVICE void scale_early(Fragment& f, const StoredScale& stored) {
-  uint32_t both = bf16_of_e4m3(__byte_perm(stored.plane[0].x, 0, 0x4140));
+  uint32_t high = __byte_perm(stored.plane[0].x, 0, 0x1404);  // of the halves: each byte
+  uint32_t both = bf16_fma((high >> 4 & 0x07f007f0) | (high & 0x80008000), 0x7b807b80, MINUS_ZERO);
+  both = bf16_fma(both, 0x7a807a80, MINUS_ZERO);  // 2^118: UNIT / SUM_UNIT
 #pragma unroll
   for (int i = 0; i < 4; i++)
     f.part[0][i] =
@@ -243,6 +265,8 @@ DEVICE void scale_early(Fragment& f, const StoredScale& stored) {
 DEVICE float with_row_scale(float x, float g) {
   return W_SCALES == SCALES_E4M3_OVER ? x / g : HAS_ROW_SCALE ? x * g : x;
 }
+// The same of a sum of operands.
+DEVICE float sum_with_row_scale(float sum, float g) { return with_row_scale(sum * SUM_UNIT, g); }
 
 // ---- single elements
 
@@ -269,8 +293,8 @@ DEVICE float4 load_quad(const void* w, int n, int k, int K) {
       for (int pair = 0; pair < 2; pair++) {
         uint32_t a = is_step1 ? s1[2 * pair] : s0[2 * pair],
                  b = is_step1 ? s1[2 * pair + 1] : s0[2 * pair + 1], bits = is_second ? b : a;
-        v[2 * pair] = v[2 * pair] + bf16_low(bits);
-        v[2 * pair + 1] = v[2 * pair + 1] + bf16_high(bits);
+        v[2 * pair] = v[2 * pair] + bf16_low(bits) * UNIT;
+        v[2 * pair + 1] = v[2 * pair + 1] + bf16_high(bits) * UNIT;
       }
     }
     if constexpr (N_PLANES > 0) {

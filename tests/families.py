@@ -31,6 +31,10 @@ FAMILIES: Mapping[str, Callable[[Path], Path]] = {
     "lfm2": partial(_golden, "lfm2"),
     "lfm2-odd": partial(_golden, "lfm2-odd"),
     "granite-odd": partial(_golden, "granite-odd"),
+    "granite-moe": partial(_golden, "granite-moe"),
+    "lfm2-moe": partial(_golden, "lfm2-moe"),
+    "qwen3-5-moe": partial(_golden, "qwen3-5-moe"),
+    "qwen3-next": partial(_golden, "qwen3-next"),
     "nemotron": partial(_golden, "nemotron"),
     "nemotron-odd": partial(_golden, "nemotron-odd"),
 }

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from flashrt.core.groups import Scales
 from flashrt.core.region import DType
-from flashrt.weights.random_checkpoint import Shape, write_random_checkpoint
+from flashrt.weights.random_checkpoint import ExpertSizes, Shape, write_random_checkpoint
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -32,6 +32,7 @@ Kind = gguf.GGMLQuantizationType
 
 SHAPE = Shape(256, 4, 256, (4, 2, 32), (2, 4, 32), 512)
 RAGGED = Shape(256, 4, 192, (4, 2, 32), (2, 4, 32), 512)  # no whole blocks of 128 in the MLP
+MOE = Shape(256, 4, 0, (4, 2, 32), (2, 4, 32), 512, experts=ExpertSizes(4, 2, 128, 128))
 MATRIX = re.compile(
     r"(.*layers\.\d+\..*\.(?:[qkvo]|gate|up|down|out|in_proj_qkv|in_proj_z)(?:_proj)?)\.weight"
 )
@@ -270,6 +271,10 @@ def _of(*formats: tuple[DType, Scales]) -> frozenset[tuple[DType, Scales]]:
     return frozenset(formats)
 
 
+def but_routers(pack: Pack) -> Callable[[str], Pack | None]:
+    return lambda module: None if module.endswith(".mlp.gate") else pack
+
+
 FORMS = (
     Form(
         "fp8", everywhere(float8_blocks), _of((DType.E4M3, Scales.F32)),
@@ -315,6 +320,32 @@ FORMS = (
     Form(
         "int8", everywhere(int8_rows), _of((DType.I8, Scales.F32)),
         compressed("int-quantized", ("Linear", ints(8, None))),
+    ),
+    Form(
+        "fp8-moe", but_routers(float8_blocks), _of((DType.E4M3, Scales.F32)),
+        {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
+         "modules_to_not_convert": ["lm_head", "mtp.fc", "mlp.gate", "shared_expert_gate"]},
+        shape=MOE, has_draft_head=True,
+    ),
+    Form(
+        "nvfp4-modelopt-moe", but_routers(nvfp4_multiplied), _of((DType.E2M1, Scales.E4M3_TIMES)),
+        side={"producer": {"name": "modelopt"},
+              "quantization": {"quant_algo": "NVFP4", "group_size": 16,
+                               "exclude_modules": ["lm_head", "*.mlp.gate"]}},
+        shape=MOE,
+    ),
+    Form(
+        "gptq-moe", lambda module: gptq if ".experts." in module else None,
+        _of((DType.U4, Scales.F16)),
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False,
+         "dynamic": {"-:.*attn.*": {}, "-:lm_head": {}, "-:.*shared_expert.*": {}}},
+        shape=MOE,
+    ),
+    Form(
+        "int4-moe", but_routers(lambda w: packed_int4(w, 32, has_zeros=False)),
+        _of((DType.U4, Scales.F32)),
+        compressed("pack-quantized", ("Linear", ints(4, 32))) | {"ignore": ["re:.*mlp.gate$"]},
+        shape=MOE,
     ),
     Form(
         "mixed", mixed, _of((DType.E4M3, Scales.F32), (DType.E2M1, Scales.E4M3_OVER)),

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from flashrt.ops.experts import Scoring
+
 Array = NDArray[np.float64]
 Results = dict[str, Array]
 
@@ -362,6 +364,42 @@ def hold(o: Operands) -> Results:
     return {"cursor": cursor}
 
 
+# ---- experts ----
+
+
+def route(o: Operands) -> Results:
+    logits, P = o.valid("logits"), o["picks"].shape[1]
+    softmax = np.exp(logits - logits.max(-1, keepdims=True))
+    softmax /= softmax.sum(-1, keepdims=True)
+    is_sigmoid = o.attrs["scoring"] == Scoring.SIGMOID
+    score = sigmoid(logits) if is_sigmoid else softmax
+    rank = score + o["bias"] if o.attrs["biased"] else logits
+    picks = np.sort(np.argsort(-rank, axis=-1, kind="stable")[:, :P], axis=-1)
+    gates = np.take_along_axis(score, picks, axis=-1)
+    if o.attrs["normed"]:
+        gates = gates / (gates.sum(-1, keepdims=True) + o.attrs["eps"])
+    gates = gates * o.attrs["scale"]
+    return {"picks": o.padded("picks", picks.astype(float)), "gates": o.padded("gates", gates)}
+
+
+def experts_in(o: Operands) -> Results:
+    x, picks, w = o.valid("x"), o.valid("picks").astype(int), o["w"]
+    gate, up = w.reshape(len(o["groups"]), 2, -1, w.shape[1]).swapaxes(0, 1)
+    h = silu(np.einsum("th,tpih->tpi", x, gate[picks])) * np.einsum("th,tpih->tpi", x, up[picks])
+    return {"h": o.padded("h", h)}
+
+
+def experts_out(o: Operands) -> Results:
+    h, picks, w = o.valid("h"), o.valid("picks").astype(int), o["w"]
+    down = w.reshape(len(o["groups"]), -1, w.shape[1])
+    return {"y": o.padded("y", np.einsum("tp,tpi,tpni->tn", o.valid("gates"), h, down[picks]))}
+
+
+def add_gated(o: Operands) -> Results:
+    gate = sigmoid(o.valid("gate")) if o.attrs["gated"] else 1.0
+    return {"y": o.padded("y", o.valid("y") + gate * o.valid("x"))}
+
+
 # ---- sampling ----
 
 PHILOX_M = (0xD2511F53, 0xCD9E8D57)
@@ -515,5 +553,6 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
         relu_squared,
         activations, mix_rows, add_layer_norm, gelu, turn_patches, attend_patches,
         place_rows, embed_seen, rope_placed,
+        route, experts_in, experts_out, add_gated,
     )
 }  # fmt: skip

@@ -36,7 +36,9 @@ _INSIDE: Final[dict[str, dict[DType, float]]] = {  # other ops: FLOAT32, whateve
     "attention": {DType.F32: 2e-6, DType.BF16: 6e-3, DType.BF16X2: 1.5e-5},
 }
 _CUT_OFF: Final = 4e-6  # sums of matrix units on a GPU
-_MATRIX_UNITS: Final = frozenset({"linear", "attention"})  # ops that use them
+_MATRIX_UNITS: Final = frozenset(
+    {"linear", "attention", "experts_in", "experts_out"}
+)  # ops that use them
 _STORED: Final[dict[DType, float]] = {DType.BF16: 2.5e-3, DType.BF16X2: 6e-6}
 
 # Of chains of kernels against recorded values, by the dtype of activations.

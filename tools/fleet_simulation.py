@@ -26,7 +26,7 @@ from flashrt.backends.cpu.device import CpuDevice
 from flashrt.capsule.lineage import segment_layout
 from flashrt.core.planner import Band, plan_band
 from flashrt.core.region import Role
-from flashrt.fleet.ring import LOAD_BOUND
+from flashrt.fleet.replicas.ring import LOAD_BOUND
 from flashrt.load import kv_dtype_of
 from flashrt.models import model_for
 from flashrt.view.figure import new_figure, save_figure

@@ -26,10 +26,12 @@ def serve_replicas(options: ServeOptions, replicas: int, address: str | None) ->
     """Serve until a signal comes; then all replicas end, with what they have in the store."""
     if options.store is None:
         raise FlashrtError("replicas share their sessions through a store: give --store DIR or URL")
-    serving, station, access, work = (
-        _fleet(f"flashrt.{name}")
-        for name in ("fleet.serving", "fleet.station", "serve.access", "serve.work")
-    )
+    _check_ray()
+    from flashrt.fleet.replicas import deployments
+    from flashrt.fleet.replicas.station import StationOptions
+    from flashrt.serve.access import Access
+    from flashrt.serve.work import Limits
+
     keys = keys_of(options)
     if options.host not in LOOPBACK and not keys:
         console.complain(
@@ -40,8 +42,8 @@ def serve_replicas(options: ServeOptions, replicas: int, address: str | None) ->
     if host_nbytes is None:
         host_nbytes = memory_nbytes() // _HOST_PART // replicas
     address = address or os.environ.get("RAY_ADDRESS")
-    serving.join(address)
-    wanted = station.StationOptions(
+    deployments.join(address)
+    wanted = StationOptions(
         checkpoint=str(options.checkpoint.resolve()),
         store=options.store if "://" in options.store else str(Path(options.store).resolve()),
         name=options.name or options.checkpoint.name,
@@ -55,7 +57,7 @@ def serve_replicas(options: ServeOptions, replicas: int, address: str | None) ->
         weights=engine.weights,
         prefill_rows=engine.prefill_rows,
         host_nbytes=host_nbytes,
-        access=access.Access(
+        access=Access(
             keys=keys,
             hosts=hosts | LOOPBACK if options.host in LOOPBACK else hosts,
             origins=frozenset(options.origins),
@@ -63,7 +65,7 @@ def serve_replicas(options: ServeOptions, replicas: int, address: str | None) ->
             timeout_s=options.timeout_s,
             logs_prompts=options.logs_prompts,
         ),
-        limits=work.Limits(
+        limits=Limits(
             queue=options.queue,
             queue_per_owner=options.queue,
             drain_s=options.grace_s,
@@ -72,8 +74,8 @@ def serve_replicas(options: ServeOptions, replicas: int, address: str | None) ->
         ),
     )
     threads = os.environ.get("FLASHRT_THREADS")
-    serving.deploy(
-        serving.ServingOptions(
+    deployments.deploy(
+        deployments.ServingOptions(
             wanted,
             replicas,
             environment={} if threads is None else {"FLASHRT_THREADS": threads},
@@ -90,7 +92,7 @@ def serve_replicas(options: ServeOptions, replicas: int, address: str | None) ->
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     ended.wait()
-    serving.end()
+    deployments.end()
     return 0
 
 
@@ -125,9 +127,11 @@ def register(commands: Subparsers[Any]) -> None:
 
 def status(address: str, *, as_json: bool) -> int:
     """The command."""
-    serving = _fleet("flashrt.fleet.serving")
-    serving.join(address)
-    found = serving.status()
+    _check_ray()
+    from flashrt.fleet.replicas import deployments
+
+    deployments.join(address)
+    found = deployments.status()
     if as_json:
         console.print_json(found)
         return 0
@@ -149,20 +153,23 @@ def status(address: str, *, as_json: bool) -> int:
 
 def drain(address: str, replica: str, timeout_s: float) -> int:
     """The command."""
-    serving = _fleet("flashrt.fleet.serving")
-    serving.join(address)
-    n = serving.drain(replica, timeout_s)
+    _check_ray()
+    from flashrt.fleet.replicas import deployments
+
+    deployments.join(address)
+    n = deployments.drain(replica, timeout_s)
     console.screen().print(f"{replica} has ended; its {n:,} sessions are in the store")
     return 0
 
 
-def _fleet(name: str) -> Any:
-    """A module that needs Ray: everybody else imports the command line without it."""
+def _check_ray() -> None:
+    """Called before a module is imported that needs Ray: everybody else uses the command line
+    without it.
+    """
     try:
         importlib.import_module("ray.serve")
     except ImportError as error:
         raise FlashrtError("replicas need Ray: pip install 'flashrt[ray]'") from error
-    return importlib.import_module(name)
 
 
 def _help(parser: argparse.ArgumentParser) -> int:

@@ -138,7 +138,8 @@ def _scalars(config: Mapping[str, object]) -> dict[str, object]:
 
 
 _SHOWN = (
-    "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "num_attention_heads",
+    "hidden_size", "num_hidden_layers", "intermediate_size", "num_experts", "num_local_experts",
+    "num_experts_per_tok", "moe_intermediate_size", "vocab_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "linear_num_key_heads", "linear_num_value_heads",
     "linear_key_head_dim", "linear_value_head_dim", "tie_word_embeddings",
 )  # fmt: skip

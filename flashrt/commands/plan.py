@@ -51,14 +51,15 @@ def model_of(checkpoint: Checkpoint, options: EngineOptions) -> Model:
     Raises CheckpointError where `flashrt.load` would, for the config or for a tensor.
     """
     weights = options.weights
+    source = checkpoint if weights is None else quantising(checkpoint, weights)
     model = model_in(
-        checkpoint if weights is None else quantising(checkpoint, weights),
+        source,
         options.prefill_rows or USUAL_PREFILL_ROWS,
         max_positions=options.max_positions,
         kv_dtype=options.kv_dtype,
         draft=options.draft,
     )
-    check_sources(model.weights, checkpoint)
+    check_sources(model.weights, source)
     return model
 
 

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from flashrt.base.errors import FlashrtError
 from flashrt.base.files import read_file
@@ -57,8 +56,7 @@ def serve(options: ServeOptions, started: Callable[[str], None] | None = None) -
             importlib.import_module(part)
         except ImportError as error:
             raise FlashrtError(f"a server needs {part}: pip install 'flashrt[serve]'") from error
-    # Optional packages: everybody else imports the command line without them.
-    run: Any = importlib.import_module("flashrt.serve.run")
+    from flashrt.serve.run import run  # everybody else uses the command line without the packages
 
     if options.noted is not None and options.store is None:
         raise FlashrtError("--record-logprobs notes them in a store: give --store DIR")
@@ -77,7 +75,7 @@ def serve(options: ServeOptions, started: Callable[[str], None] | None = None) -
         hosts |= LOOPBACK
     tell = started or (lambda url: console.screen(is_error=True).print(f"listening on {url}"))
     try:
-        run.run(
+        run(
             engine,
             options.name or options.checkpoint.name,
             host=options.host,

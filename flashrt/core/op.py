@@ -82,6 +82,8 @@ class Op:
     params: tuple[Param, ...]
     attrs: tuple[Attr, ...] = ()
     constants: tuple[tuple[str, int], ...] = ()  # that its kernels share with Python
+    multiples: tuple[tuple[str, int], ...] = ()  # dims, and what divides them
+    at_most: tuple[tuple[str, str], ...] = ()  # dims, and those that they may not exceed
 
     @property
     def signature(self) -> str:
@@ -246,6 +248,14 @@ def bind(op: Op, operands: Mapping[str, Operand], attrs: Mapping[str, AttrValue]
                 raise PlanError(
                     f"{op.name}.{p.name}: {dim} is {want}, got {size} in {views[p.name].shape}"
                 )
+    for dim, divisor in op.multiples:
+        if dims[dim] % divisor:
+            raise PlanError(
+                f"{op.name}: {dim} is {dims[dim]}, no multiple of {divisor}: pad the weights"
+            )
+    for dim, most in op.at_most:
+        if dims[dim] > dims[most]:
+            raise PlanError(f"{op.name}: {dim} is {dims[dim]}, of {most} {dims[most]}")
     values = tuple(attrs[n] for n in names)
     return Launch(op, tuple(views[p.name] for p in op.params), dims, values, views)
 

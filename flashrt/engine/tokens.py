@@ -591,7 +591,7 @@ class TokenEngine(Engine):
         self.backend.write(self._cursor_address(lane, word), data)
 
     def _read_token(self, lane: Lane) -> int:
-        token = self._read_cursor(lane, CursorWord.TOKEN)
+        token = self.backend.begin_read_word(self._token_address(lane))()
         self._view(lane).token = token
         self._note_held(lane, token)
         return token

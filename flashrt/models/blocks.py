@@ -21,6 +21,7 @@ from flashrt.core.op import AttrValue, Op
 from flashrt.core.region import DType, Operand, Region, Role, View, as_view
 from flashrt.core.runs import RUNS
 from flashrt.core.tape import Tape
+from flashrt.models.experts import NO_BIAS, Routing
 from flashrt.models.lane import scales_name
 from flashrt.models.model import DECODE, PREFILL, SAMPLE, STEP, TOGETHER
 from flashrt.ops import table as ops
@@ -32,7 +33,8 @@ _SPREAD_ROWS = 9
 # Ops that see rows and know no lane: where lanes share a launch, these take the rows of all.
 _ROW_OPS = frozenset((
     ops.LINEAR, ops.RMSNORM, ops.ADD_RMSNORM, ops.GATED_RMSNORM, ops.DELTA_GATES, ops.SILU_MUL,
-    ops.ADD_BIAS, ops.SILU_RMSNORM, ops.SCALE_ROWS, ops.RELU_SQUARED,
+    ops.ADD_BIAS, ops.SILU_RMSNORM, ops.SCALE_ROWS, ops.ROUTE, ops.EXPERTS_IN, ops.EXPERTS_OUT,
+    ops.ADD_GATED, ops.RELU_SQUARED,
 ))  # fmt: skip
 _OF_NO_LANE = (Role.SCRATCH, Role.WEIGHT)
 # Constants of a model: frequencies of rotary pairs; the one frequency 0, for layers that turn
@@ -68,6 +70,7 @@ class BlockRecorder:
         self.tape = tape
         self.eps = eps  # of every norm, where a block is not told another
         self.magnitude = magnitude
+        self.routing: Routing | None = None  # of layers of experts, which a family sets
         self.rows = tape.rows
         self.cursor = regions["cursor"]
         # Three places of each row, and the pairs that turn by the second and the third; None where
@@ -292,14 +295,58 @@ class BlockRecorder:
         return self.biased(f"{at}.r", mixed, f"{at}.out_proj")
 
     def mlp(self, at: str, x: Region, r: Region) -> Region:
-        """x += r, and the MLP of that; weights mlp_norm, gate_up, down."""
-        hidden, intermediate = self.matrix_shape(f"{at}.down")
-        h = self.activation(f"{at}.mlp.h", hidden, DType.ACT_WIDE)
+        """x += r, and the MLP of that, or the experts where the layer has them; weights mlp_norm,
+        and those of either.
+        """
+        h = self.activation(f"{at}.mlp.h", x.shape[1], DType.ACT_WIDE)
         self.add_rmsnorm(x, r, f"{at}.mlp_norm", h)
+        return self.experts(at, h) if f"{at}.experts_in" in self.regions else self.swiglu(at, h)
+
+    def swiglu(self, at: str, h: Operand) -> Region:
+        """An MLP; weights gate_up, down."""
+        intermediate = self.matrix_shape(f"{at}.down")[1]
         u = self.linear(f"{at}.mlp.u", h, f"{at}.gate_up")
         y = self.activation(f"{at}.mlp.y", intermediate, DType.ACT_WIDE)
         self.launch(ops.SILU_MUL, u=u, y=y)
         return self.linear(f"{at}.mlp.r", y, f"{at}.down")
+
+    def experts(self, at: str, h: Region) -> Region:
+        """A mixture of experts; weights router, experts_in, experts_out, and expert_bias where
+        picks are biased. A shared expert, where there is one, has the weights of an MLP, and a gate
+        where the router has a row more than there are experts.
+        """
+        weights, routing, (rows, hidden) = self.regions, self.routing, h.shape
+        w_in, w_out = weights[f"{at}.experts_in"], weights[f"{at}.experts_out"]
+        if routing is None:
+            raise PlanError(f"{at}: a layer of experts in a model that does not say how it routes")
+        n, intermediate, picked = w_out.shape[0] // hidden, w_out.shape[1], routing.picked
+        u = self.linear(f"{at}.moe.u", h, f"{at}.router")
+        picks = self.tape.scratch(f"{at}.moe.picks", rows, picked, dtype=DType.I32)
+        gates = self.scratch(f"{at}.moe.gates", picked)
+        grouped = {
+            "groups": self.tape.scratch(f"{at}.moe.groups", n, 2, dtype=DType.I32),
+            "members": self.tape.scratch(f"{at}.moe.members", rows, picked, 2, dtype=DType.I32),
+        }
+        self.launch(
+            ops.ROUTE, logits=columns(u, n)[0], picks=picks, gates=gates,
+            bias=weights[f"{at}.expert_bias" if routing.is_biased else NO_BIAS],
+            scoring=routing.scoring, biased=int(routing.is_biased), normed=int(routing.is_normed),
+            eps=routing.eps, scale=routing.scale,
+        )  # fmt: skip
+        inner = self.tape.scratch(f"{at}.moe.h", rows, picked, intermediate, dtype=DType.ACT_WIDE)
+        self.launch(ops.EXPERTS_IN, x=h, w=w_in, picks=picks, h=inner, **grouped)
+        y = self.scratch(f"{at}.moe.r", hidden)
+        products = self.scratch(f"{at}.moe.products", picked, hidden)
+        self.launch(
+            ops.EXPERTS_OUT, h=inner, w=w_out, picks=picks, gates=gates, products=products, y=y,
+            **grouped,
+        )  # fmt: skip
+        if self.parts(f"{at}.down"):
+            gated = u.shape[1] > n
+            gate = columns(u, n, 1)[1] if gated else columns(gates, 1)[0]
+            shared = self.swiglu(at, h)
+            self.launch(ops.ADD_GATED, y=y, x=shared, gate=gate, gated=int(gated))
+        return y
 
     def squared_mlp(self, at: str, h: Operand) -> Region:
         """An MLP without a gate, max(h up^T, 0)^2 down^T; weights up and down, and biases where

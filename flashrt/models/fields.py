@@ -25,6 +25,9 @@ _MOST = {
     "max_window_layers": 1 << 20, "no_rope_layer_interval": 1 << 20,
     "mtp_num_hidden_layers": 1024, "shared_intermediate_size": 1 << 18, "mamba_n_heads": 1024,
     "mamba_n_groups": 1024, "mamba_d_state": 1024, "mamba_d_head": 1024, "mamba_d_conv": 16,
+    "num_experts": 1 << 12, "num_local_experts": 1 << 12, "num_experts_per_tok": 1 << 8,
+    "moe_intermediate_size": 1 << 18, "shared_expert_intermediate_size": 1 << 18,
+    "decoder_sparse_step": 1 << 20, "num_dense_layers": 512,
     "mamba_expand": 64, "ssm_state_size": 1024, "mamba_num_heads": 1024, "mamba_head_dim": 1024,
     "n_groups": 1024, "conv_kernel": 16, "conv_L_cache": 16, "block_ff_dim": 1 << 18,
     "block_multiple_of": 1 << 16,
@@ -35,7 +38,7 @@ _MOST = {
 # The sampling kernels pass words between threads in a row of V numbers, for which V >= 8.
 _LEAST = {
     "vocab_size": 8, "linear_conv_kernel_dim": 2, "mamba_d_conv": 2, "conv_L_cache": 2,
-    "conv_kernel": 2, "max_window_layers": 0,
+    "conv_kernel": 2, "max_window_layers": 0, "num_dense_layers": 0,
 }  # fmt: skip
 SILU = ("silu", "swish")  # two names of one function
 Neutral = dict[str, tuple[object, ...]]

@@ -38,6 +38,13 @@ def _granite(
     }  # fmt: skip
 
 
+def _with_experts(config: Config, n: int, picked: int, intermediate: int) -> Config:
+    """Granite-4.0-H with experts beside its MLP."""
+    return config | {
+        "num_local_experts": n, "num_experts_per_tok": picked, "intermediate_size": intermediate
+    }  # fmt: skip
+
+
 def _nemotron(
     pattern: str, hidden: int, mlp: int, query_heads: int, ssm: tuple[int, int, int]
 ) -> Config:
@@ -69,9 +76,28 @@ RELEASED: Mapping[str, Config] = {
     "lfm2-1.2b": _lfm2(2048, 16, _SIX, block_ff_dim=12288),
     "lfm2-2.6b": _lfm2(2048, 30, (2, 6, 9, 12, 15, 18, 21, 24), intermediate_size=10752,
                        block_auto_adjust_ff_dim=False),
+    "lfm2-8b-a1b": _lfm2(2048, 24, ()) | {
+        "model_type": "lfm2_moe", "intermediate_size": 7168, "num_dense_layers": 2,
+        "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 1792,
+        "full_attn_idxs": [2, 6, 10, 14, 18, 21],
+    },
     "granite-4.0-h-350m": _granite(768, 2048, (12, 4), (48, 32), (32, {10, 13, 17, 27})),
     "granite-4.0-h-1b": _granite(1536, 4096, (12, 4), (48, 64), _FOUR),
     "granite-4.0-h-micro": _granite(2048, 8192, (32, 8), (64, 64), _FOUR),
+    "granite-4.0-h-tiny": _with_experts(
+        _granite(1536, 1024, (12, 4), (48, 64), _FOUR), 64, 6, 512
+    ),
+    "granite-4.0-h-small": _with_experts(
+        _granite(4096, 1536, (32, 8), (128, 64), _FOUR), 72, 10, 768
+    ),
+    "qwen3-next-80b-a3b": {
+        "model_type": "qwen3_next", "vocab_size": 151936, "hidden_size": 2048,
+        "num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 2,
+        "head_dim": 256, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+        "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512, "tie_word_embeddings": False,
+    },
     "nemotron-h-4b": _nemotron(_H8, 3072, 12288, 32, (112, 64, 128)),
     "nemotron-h-8b": _nemotron(_H8, 4096, 21504, 32, (128, 64, 128)),
     "nemotron-h-47b": _nemotron(_H47, 8192, 30720, 64, (256, 64, 256)),

@@ -24,6 +24,8 @@ _FLOP: Mapping[Op, Callable[[Mapping[str, int], int, int], int]] = {
     ops.DELTA_RULE: lambda dims, rows, pairs: 6 * rows * dims["Hv"] * dims["dk"] * dims["dv"],
     # per state element: the update, C.S
     ops.SSM: lambda dims, rows, pairs: 4 * rows * dims["Hv"] * dims["dk"] * dims["dv"],
+    ops.EXPERTS_IN: lambda dims, rows, pairs: 4 * rows * dims["P"] * dims["I"] * dims["H"],
+    ops.EXPERTS_OUT: lambda dims, rows, pairs: 2 * rows * dims["P"] * dims["I"] * dims["H"],
     # per key and query element: q.k, p.v
     ops.ATTENTION: lambda dims, rows, pairs: 4 * pairs * dims["Nq"] * dims["D"],
     ops.CONV2D: lambda dims, rows, pairs: _convolution_flop(dims),
@@ -31,6 +33,7 @@ _FLOP: Mapping[Op, Callable[[Mapping[str, int], int, int], int]] = {
     ops.ATTEND: lambda dims, rows, pairs: 4 * dims["T"] * dims["S"] * dims["C"],
     ops.ATTEND_PATCHES: lambda dims, rows, pairs: 4 * rows * rows * dims["C"],
 }
+_EXPERTS = (ops.EXPERTS_IN, ops.EXPERTS_OUT)
 
 
 def _convolution_flop(dims: Mapping[str, int]) -> int:
@@ -67,16 +70,32 @@ def flop_of(tape: Tape, rows: int) -> int:
 def streamed_bytes(tape: Tape, backend: Backend) -> int:
     """Bytes of weights that a tape reads, as they are stored.
 
-    A table that is only gathered from counts for nothing; a tied head is read in whole.
+    A table that is only gathered from counts for nothing; a tied head is read in whole; of experts
+    those that are hit.
     """
-    read = {
-        view.region
-        for launch in tape.launches
-        if launch.op is not ops.EMBED
-        for view in launch.operands
-        if view.region.role is Role.WEIGHT
-    }
-    return sum(backend.storage(region).nbytes for region in read)
+    read: dict[Region, float] = {}  # and how much of it
+    for launch in tape.launches:
+        if launch.op is not ops.EMBED:
+            share = _share_of_weights(launch)
+            read.update(
+                (view.region, share) for view in launch.operands if view.region.role is Role.WEIGHT
+            )
+    return round(sum(share * backend.storage(region).nbytes for region, share in read.items()))
+
+
+def _share_of_weights(launch: Launch) -> float:
+    """How much of a matrix a launch reads."""
+    if launch.op not in _EXPERTS:
+        return 1.0
+    dims = launch.dims
+    return experts_hit(dims["T"], dims["P"], dims["E"]) / dims["E"]
+
+
+def experts_hit(rows: int, picks: int, experts: int) -> float:
+    """Experts that some row picks, as many as can be expected where each of them is as likely as
+    any other: E (1 - (1 - P / E)^T). A router that prefers some hits fewer.
+    """
+    return experts * float(1 - (1 - picks / experts) ** rows)
 
 
 def _flop(launch: Launch, rows: int, position: int) -> int:
@@ -93,6 +112,13 @@ def _moved_bytes(launch: Launch, param: Param, view: View, acts: ActDTypes, posi
     if region.role is Role.ROWS:  # those that attention sees, or those that are appended
         seen = position + rows if launch.op is ops.ATTENTION else rows
         return _nbytes_of(region, acts, count // view.shape[1] * seen)
+    if launch.op in _EXPERTS:
+        if region.layout is Layout.MATRIX:
+            return round(_nbytes_of(region, acts, count) * _share_of_weights(launch))
+        if param.name in ("groups", "members"):
+            return 0  # a few words, where picks are grouped at all
+        if param.name == "products":  # written, then read by the sum
+            return _nbytes_of(region, acts, 2 * count)
     if launch.op is ops.EMBED and region.layout is Layout.MATRIX:
         return _nbytes_of(region, acts, rows * dims["H"])
     if param.name == "partials":  # written, then read by the merge; none when rows are many

@@ -20,6 +20,7 @@ from flashrt.base.files import opened, read_file, read_into
 from flashrt.base.messages import listed, printable, shown
 from flashrt.base.system import read_at
 from flashrt.base.tensor_file import MOST_HEADER_NBYTES, parse_json, read_table
+from flashrt.weights.experts import apart
 from flashrt.weights.folder import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -59,9 +60,10 @@ _POINTER = b"version https://git-lfs"  # begins a file of git-lfs that was not p
 @dataclass(slots=True)
 class Checkpoint:
     """An open checkpoint. `tensors` go by canonical names: `model.language_model.x`, `backbone.x`
-    and `model.x` are all `model.x`. `stop_tokens` end what the model writes; `load` adds the
-    tokenizer's. `notes`: what a user should know of it. `quantisation`: what its configuration says
-    of weights that are stored as codes. `tower`: tensors of the vision tower, by their names in it.
+    and `model.x` are all `model.x`, and experts that are stored stacked are a tensor each (see
+    `experts`). `stop_tokens` end what the model writes; `load` adds the tokenizer's. `notes`: what
+    a user should know of it. `quantisation`: what its configuration says of weights that are stored
+    as codes. `tower`: tensors of the vision tower, by their names in it.
     """
 
     path: Path
@@ -262,12 +264,13 @@ def _canonical(root: Path, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for prefix in (NESTED_PREFIX, BACKBONE_PREFIX):
             if name.startswith(prefix):
                 short = PREFIX + name.removeprefix(prefix)
-        if short in tensors:
-            raise CheckpointError(
-                f"{root}: both {printable(tensors[short].stored_name)} and {printable(name)} are "
-                "there; keep one"
-            )
-        tensors[short] = tensor
+        for own, part in apart(short, tensor).items():
+            if own in tensors:
+                raise CheckpointError(
+                    f"{root}: both {printable(tensors[own].stored_name)} and "
+                    f"{printable(part.stored_name)} are there; keep one"
+                )
+            tensors[own] = part
     return tensors
 
 

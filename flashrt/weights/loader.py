@@ -26,7 +26,7 @@ from flashrt.core.region import DType, Region
 from flashrt.weights.checkpoint import Checkpoint
 from flashrt.weights.formats.blocks import BlockMatrix
 from flashrt.weights.formats.dequantise import dequantise
-from flashrt.weights.formats.reordered import Order, RowsReordered
+from flashrt.weights.formats.reordered import Order, RowsGathered, RowsReordered
 from flashrt.weights.formats.stored import PlainMatrix, Rows, StoredArray, StoredMatrix, Tensor
 from flashrt.weights.rules import Source, Transform, WeightRule
 
@@ -67,7 +67,8 @@ def check_sources(rules: Sequence[WeightRule], checkpoint: Checkpoint) -> None:
     for rule in rules:
         for source in rule.sources:
             used.update(checkpoint.names_behind(source.name))
-            stored = _stored(rule, source, checkpoint)
+            matrix = _matrix(source, checkpoint) if rule.is_matrix else None
+            stored = matrix if rule.is_matrix else checkpoint.array(source.name)
             if stored is None:
                 tensor = checkpoint.tensors.get(source.name)
                 if tensor is None:
@@ -78,6 +79,12 @@ def check_sources(rules: Sequence[WeightRule], checkpoint: Checkpoint) -> None:
                 name = printable(stored.tensors[0].stored_name)
                 misfits.append(
                     f"{name} is {shown(list(stored.shape))}, expected {list(source.shape)}"
+                )
+            elif rule.is_uniform and matrix is not None and not _is_as(rule.region, matrix):
+                name = printable(matrix.tensors[0].stored_name)
+                misfits.append(
+                    f"{name} is {matrix.description}, unlike other experts of its layer: all must "
+                    "be stored alike; take another file of the model"
                 )
     idle = tuple(p for p in OPTIONAL_PREFIXES if not any(name.startswith(p) for name in used))
     unused = [
@@ -94,10 +101,19 @@ def check_sources(rules: Sequence[WeightRule], checkpoint: Checkpoint) -> None:
         )
 
 
-def _stored(
-    rule: WeightRule, source: Source, checkpoint: Checkpoint
-) -> StoredMatrix | StoredArray | None:
-    return (checkpoint.matrix if rule.is_matrix else checkpoint.array)(source.name)
+def _matrix(source: Source, checkpoint: Checkpoint) -> StoredMatrix | None:
+    """The matrix of a source, its rows as they are wanted."""
+    stored = checkpoint.matrix(source.name)
+    if stored is None or source.rows is None or stored.shape != source.shape:
+        return stored
+    order = source.rows.order()
+    if isinstance(stored, PlainMatrix | BlockMatrix):
+        return RowsReordered(stored, order)
+    return RowsGathered(stored, order)
+
+
+def _is_as(region: Region, matrix: StoredMatrix) -> bool:
+    return (matrix.dtype, matrix.groups) == (region.dtype, region.groups)
 
 
 def _all_stored(
@@ -105,7 +121,8 @@ def _all_stored(
 ) -> Iterator[StoredMatrix | StoredArray]:
     for rule in rules:
         for source in rule.sources:
-            if (stored := _stored(rule, source, checkpoint)) is not None:
+            find = checkpoint.matrix if rule.is_matrix else checkpoint.array
+            if (stored := find(source.name)) is not None:
                 yield stored
 
 
@@ -303,15 +320,14 @@ class _Direct:
 
     def _add_matrix(self, region: Region, start: int, source: Source) -> bool:
         """Parts for all rows of a source; False, and none, where the backend cannot read them."""
-        matrix = self._checkpoint.matrix(source.name)
+        matrix = _matrix(source, self._checkpoint)
         assert matrix is not None  # check_sources saw it
         pieces = _pieces(matrix)
         if pieces is None:
             return False
         stored, runs = pieces
         blocks = stored.tensor.dtype if isinstance(stored, BlockMatrix) else ""
-        is_same = (stored.dtype, stored.groups) == (region.dtype, region.groups)
-        if not is_same or not self._backend.packs(region, blocks):
+        if not _is_as(region, stored) or not self._backend.packs(region, blocks):
             return False
         for first, count, order in runs:
             self._add_part(region, stored, blocks, start, first, count, order)
@@ -413,7 +429,7 @@ def _matrix_chunks(rule: WeightRule, reader: _Reader) -> Iterator[tuple[int, Row
     parts: list[Rows] = []
     start = stop = 0  # of the rows in `parts`
     for source in rule.sources:
-        matrix = reader.checkpoint.matrix(source.name)
+        matrix = _matrix(source, reader.checkpoint)
         assert matrix is not None  # check_sources saw it
         first = 0
         while first < source.shape[0]:
@@ -427,7 +443,7 @@ def _matrix_chunks(rule: WeightRule, reader: _Reader) -> Iterator[tuple[int, Row
 
 def _as_region(region: Region, matrix: StoredMatrix, rows: Rows) -> Rows:
     """Rows as the region has them: as they are stored, or widened to float32."""
-    if (matrix.dtype, matrix.groups) == (region.dtype, region.groups):
+    if _is_as(region, matrix):
         return rows
     if region.dtype is not DType.F32:
         raise PlanError(

@@ -1,10 +1,11 @@
 """Random checkpoints in the Hugging Face format, of real shapes.
 
-IS: config.json, generation_config.json and model.safetensors of a Qwen3.5 text model, the same
-bytes for the same seed, streamed to disk. Weights are scaled so that each sublayer writes O(1) into
-the residual stream and decay rates span slow to fast: greedy text does not fall into a loop and the
-recurrent state matters. IS NOT: a trained model, or knowledge that the loader uses. Exists because
-tests, benchmarks and demonstrations need models of any size, where no network is.
+IS: config.json, generation_config.json and model.safetensors of a Qwen3.5 text model, dense or with
+experts, the same bytes for the same seed, streamed to disk. Weights are scaled so that each
+sublayer writes O(1) into the residual stream and decay rates span slow to fast: greedy text does
+not fall into a loop and the recurrent state matters. IS NOT: a trained model, or knowledge that the
+loader uses. Exists because tests, benchmarks and demonstrations need models of any size, where no
+network is.
 """
 
 from __future__ import annotations
@@ -37,22 +38,33 @@ _GAIN = {
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertSizes:
+    """Of experts in place of an MLP. `shared`: of the expert that every token goes to."""
+
+    n: int
+    picked: int
+    intermediate: int
+    shared: int
+
+
+@dataclass(frozen=True, slots=True)
 class Shape:
     """Sizes of a model; every fourth layer is full attention."""
 
     hidden: int
     n_layers: int
-    intermediate: int
+    intermediate: int  # 0 in models of experts
     heads: tuple[int, int, int]  # query heads, key/value heads, size
     linear_heads: tuple[int, int, int]  # key heads, value heads, size
     vocab_size: int
     rope_theta: float = 1e7
     is_tied: bool = True  # the head is the embedding table
+    experts: ExpertSizes | None = None
 
 
 # The named sizes are those of config.json of Qwen/Qwen3.5-0.8B, -4B, -9B and -27B on the Hugging
 # Face hub. Each was checked by its sum: 0.75, 4.2, 8.95 and 26.9 billion parameters without the
-# vision tower and the draft head.
+# vision tower and the draft head; those with experts by 34.7 and 122 billion.
 SHAPES = {
     "tiny": Shape(64, 4, 128, (4, 2, 32), (2, 4, 16), 512),
     "mini": Shape(256, 8, 768, (4, 2, 64), (4, 8, 64), 4096),
@@ -60,7 +72,16 @@ SHAPES = {
     "4b": Shape(2560, 32, 9216, (16, 4, 256), (16, 32, 128), 248320),
     "9b": Shape(4096, 32, 12288, (16, 4, 256), (16, 32, 128), 248320, is_tied=False),
     "27b": Shape(5120, 64, 17408, (24, 4, 256), (16, 48, 128), 248320, is_tied=False),
-}
+    "tiny-moe": Shape(64, 4, 0, (4, 2, 32), (2, 4, 16), 512, experts=ExpertSizes(8, 3, 32, 64)),
+    "35b-a3b": Shape(
+        2048, 40, 0, (16, 2, 256), (16, 32, 128), 248320, is_tied=False,
+        experts=ExpertSizes(256, 8, 512, 512),
+    ),
+    "122b-a10b": Shape(
+        3072, 48, 0, (32, 2, 256), (16, 64, 128), 248320, is_tied=False,
+        experts=ExpertSizes(256, 8, 1024, 1024),
+    ),
+}  # fmt: skip
 _CONV_TAPS, _FULL_INTERVAL = 4, 4
 
 
@@ -113,9 +134,18 @@ def shape_config(
         "linear_attention" if (i + 1) % _FULL_INTERVAL else "full_attention"
         for i in range(s.n_layers)
     ]
+    if (e := s.experts) is None:
+        mlp: dict[str, object] = {"intermediate_size": s.intermediate}
+    else:
+        mlp = {
+            "num_experts": e.n,
+            "num_experts_per_tok": e.picked,
+            "moe_intermediate_size": e.intermediate,
+            "shared_expert_intermediate_size": e.shared,
+        }
     return {
-        "architectures": ["Qwen3_5ForCausalLM"],
-        "model_type": "qwen3_5_text",
+        "architectures": [f"Qwen3_5{'Moe' * (e is not None)}ForCausalLM"],
+        "model_type": "qwen3_5_text" if e is None else "qwen3_5_moe_text",
         "dtype": "bfloat16",
         "attention_bias": False,
         "attn_output_gate": True,
@@ -124,7 +154,7 @@ def shape_config(
         "head_dim": s.heads[2],
         "hidden_act": "silu",
         "hidden_size": s.hidden,
-        "intermediate_size": s.intermediate,
+        **mlp,
         "layer_types": kinds,
         "linear_conv_kernel_dim": _CONV_TAPS,
         "linear_key_head_dim": s.linear_heads[2],
@@ -204,12 +234,27 @@ def _full_attention(s: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def _mlp(s: Shape) -> dict[str, tuple[int, ...]]:
-    return {
+    norms: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (s.hidden,),
         "post_attention_layernorm.weight": (s.hidden,),
-        "mlp.gate_proj.weight": (s.intermediate, s.hidden),
-        "mlp.up_proj.weight": (s.intermediate, s.hidden),
-        "mlp.down_proj.weight": (s.hidden, s.intermediate),
+    }
+    if (e := s.experts) is None:
+        return norms | _projections("mlp", s.hidden, s.intermediate)
+    found = norms | {
+        "mlp.gate.weight": (e.n, s.hidden),
+        "mlp.shared_expert_gate.weight": (1, s.hidden),
+        **_projections("mlp.shared_expert", s.hidden, e.shared),
+    }
+    for i in range(e.n):
+        found |= _projections(f"mlp.experts.{i}", s.hidden, e.intermediate)
+    return found
+
+
+def _projections(of: str, hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{of}.gate_proj.weight": (intermediate, hidden),
+        f"{of}.up_proj.weight": (intermediate, hidden),
+        f"{of}.down_proj.weight": (hidden, intermediate),
     }
 
 

@@ -9,8 +9,12 @@ from __future__ import annotations
 import enum
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from flashrt.base.errors import PlanError
 from flashrt.core.groups import Groups
@@ -26,11 +30,36 @@ class Transform(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Interleaved:
+    """Rows that are stored group by group, `parts` rows of each kind in turn, and wanted kind by
+    kind: all groups' rows of the first, then those of the second, ...
+    """
+
+    groups: int
+    parts: tuple[int, ...]
+
+    @property
+    def n_rows(self) -> int:
+        """Of all groups."""
+        return self.groups * sum(self.parts)
+
+    def order(self) -> NDArray[np.intp]:
+        """The place where each row that is wanted is stored."""
+        places = np.arange(self.n_rows).reshape(self.groups, -1)
+        stops = np.cumsum(self.parts)
+        kinds = np.split(places, stops[:-1], axis=1)
+        return np.concatenate([kind.reshape(-1) for kind in kinds])
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint tensor by its canonical name, with the shape that it must have."""
+    """A checkpoint tensor by its canonical name, with the shape that it must have; `rows`: how its
+    rows lie where that is not how they are wanted.
+    """
 
     name: str
     shape: tuple[int, ...]
+    rows: Interleaved | None = None
 
     @property
     def size(self) -> int:
@@ -51,6 +80,7 @@ class WeightRule:
     transform: Transform = Transform.NONE
     constant: tuple[float, ...] = ()
     keeps_stored: bool = False  # a matrix of `linear`: the region is as its sources are stored
+    is_uniform: bool = False  # and they are all stored alike: the region is one, never parts
     factor: float = 1.0  # of a float32 region from sources: multiplied after the transform
 
     def __post_init__(self) -> None:
@@ -66,6 +96,7 @@ class WeightRule:
             fits = (
                 columns == {region.shape[1:]}
                 and sum(s.shape[0] for s in self.sources) == region.shape[0]
+                and all(s.rows is None or s.rows.n_rows == s.shape[0] for s in self.sources)
             )
             if not fits or self.transform is not Transform.NONE or self.factor != 1.0:
                 raise PlanError(
@@ -109,7 +140,8 @@ def as_stored(
     """The rules with the regions of `linear`'s matrices as their sources are stored.
 
     Where sources that are stacked are stored in several formats, each run of one format becomes a
-    region of its own (`part_name`); models find parts by that name. Matrices of `dense` stay.
+    region of its own (`part_name`); models find parts by that name. Matrices of `dense` stay. Those
+    of `experts` are as most of their sources are stored; the loader refuses the others.
     """
     return tuple(part for rule in rules for part in _parts(rule, stored))
 
@@ -117,6 +149,9 @@ def as_stored(
 def _parts(rule: WeightRule, stored: Callable[[Source], Stored]) -> list[WeightRule]:
     if not rule.keeps_stored:
         return [rule]
+    if rule.is_uniform:
+        ((dtype, groups), _), *_ = Counter(map(stored, rule.sources)).most_common(1)
+        return [replace(rule, region=replace(rule.region, dtype=dtype, groups=groups))]
     runs = [(f, list(run)) for f, run in itertools.groupby(rule.sources, key=stored)]
     parts = []
     for i, ((dtype, groups), sources) in enumerate(runs):
@@ -135,6 +170,11 @@ def matrix(name: str, columns: int, *sources: tuple[str, int]) -> WeightRule:
     shape = (sum(rows for _, rows in sources), columns)
     region = Region(name, shape, DType.BF16, Role.WEIGHT, Layout.MATRIX)
     return WeightRule(region, parts, keeps_stored=True)
+
+
+def experts(name: str, columns: int, sources: Sequence[tuple[str, int]]) -> WeightRule:
+    """Rule for the matrices of all experts [sum of rows, columns], stacked; all in one format."""
+    return replace(matrix(name, columns, *sources), is_uniform=True)
 
 
 def dense(name: str, source: str, rows: int, columns: int) -> WeightRule:

@@ -20,6 +20,8 @@ from tests.backend.runner import Case, bf16_bits, from_bf16, rng_for
 Array = NDArray[Any]
 ROWS = ((1, 1), (3, 2), (7, 7), (64, 33), (64, 64))  # rows of the launch, valid ones
 EPS = 1e-6
+# Operands that are written at will.
+WORKSPACE = frozenset({"partials", "work", "groups", "members", "products"})
 KV = {"bf16": DType.BF16, "f32": DType.F32}
 
 
@@ -295,6 +297,87 @@ def attention(
     return Case("attention", operands, attrs, {"keys": KV[kv], "values": KV[kv]})
 
 
+def experts_of(rng: np.random.Generator, T: int, E: int, P: int) -> NDArray[np.int32]:
+    """Picks of random experts, the last of which nobody picks; ascending, as `route` has them."""
+    picks = [np.sort(rng.permutation(max(E - 1, P))[:P]) for _ in range(T)]
+    return np.array(picks, np.int32)
+
+
+def picked(picks: NDArray[np.int32], n: int) -> NDArray[np.int32]:
+    """The same rows, those from n on replaced by what is no expert."""
+    picks[n:] = -(2**31)
+    return picks
+
+
+def route(
+    T: int,
+    n: int,
+    E: int,
+    P: int,
+    form: tuple[int, int, int] = (0, 0, 1),
+    margin: tuple[int, int] = (0, 0),
+    eps: float = 0.0,
+    scale: float = 1.0,
+) -> Case:
+    """`form`: scoring, biased, normed."""
+    scoring, biased, normed = form
+    rng = rng_for("route", T, n, E, P)
+    operands = {
+        "logits": valid(randn(rng, T, E, scale=2), n),
+        "bias": read_if(biased, randn(rng, E, scale=0.3)), "cursor": cursor(5, n),
+        "picks": (T, P), "gates": (T, P),
+    }  # fmt: skip
+    attrs = {"scoring": scoring, "biased": biased, "normed": normed, "eps": eps, "scale": scale}
+    return Case("route", operands, attrs, margin=margin)
+
+
+def experts_in(
+    T: int,
+    n: int,
+    experts: tuple[int, int],
+    H: int,
+    I: int,  # noqa: E741
+    is_wide: bool = False,
+) -> Case:
+    """`experts`: how many there are, and of them a row's."""
+    E, P = experts
+    rng = rng_for("experts_in", T, n, experts, H, I)
+    operands = {
+        "x": valid(randn(rng, T, H), n), "w": weights(rng, 2 * E * I, H),
+        "picks": picked(experts_of(rng, T, E, P), n), "cursor": cursor(5, n), "groups": (E, 2),
+        "members": (T, P, 2), "h": (T, P, I),
+    }  # fmt: skip
+    return Case("experts_in", operands, dtypes=wide("x", is_wide) | wide("h", is_wide))
+
+
+def experts_out(
+    T: int,
+    n: int,
+    experts: tuple[int, int],
+    H: int,
+    I: int,  # noqa: E741
+    is_wide: bool = False,
+) -> Case:
+    E, P = experts
+    rng = rng_for("experts_out", T, n, experts, H, I)
+    operands = {
+        "h": valid(randn(rng, T, P, I), n), "w": weights(rng, E * H, I),
+        "picks": picked(experts_of(rng, T, E, P), n), "gates": valid(randn(rng, T, P), n),
+        "cursor": cursor(5, n), "groups": (E, 2), "members": (T, P, 2), "products": (T, P, H),
+        "y": (T, H),
+    }  # fmt: skip
+    return Case("experts_out", operands, dtypes=wide("h", is_wide))
+
+
+def add_gated(T: int, n: int, H: int, gated: int, margin: tuple[int, int] = (0, 0)) -> Case:
+    rng = rng_for("add_gated", T, n, H)
+    operands = {
+        "y": valid(randn(rng, T, H), n), "x": valid(randn(rng, T, H), n),
+        "gate": read_if(gated, valid(randn(rng, T, 1, scale=3), n)), "cursor": cursor(5, n),
+    }  # fmt: skip
+    return Case("add_gated", operands, {"gated": gated}, margin=margin)
+
+
 def silu_mul(T: int, n: int, I: int, is_wide: bool = False) -> Case:  # noqa: E741
     rng = rng_for("silu_mul", T, n, I)
     operands = {"u": valid(randn(rng, T, 2 * I, scale=4), n), "cursor": cursor(5, n), "y": (T, I)}
@@ -481,6 +564,21 @@ GRID: Grid = (
         {"heads": (4, 2), "D": 64, "R2": 16, "sections": (5, 5), "S": 75, "kv": "bf16"},
         {"heads": (3, 1), "D": 24, "R2": 6, "sections": (2, 1), "S": 70, "kv": "f32"},
     )),
+    (route, (
+        {"E": 32, "P": 4}, {"E": 256, "P": 8, "margin": (0, 1)},
+        {"E": 32, "P": 4, "form": (1, 1, 1), "eps": 1e-6, "scale": 1.5},
+        {"E": 512, "P": 10, "form": (0, 0, 0)}, {"E": 64, "P": 6, "form": (1, 0, 0), "scale": 2.5},
+        {"E": 60, "P": 22, "form": (0, 1, 1), "margin": (3, 2)},
+    )),
+    (experts_in, (
+        {"experts": (8, 3), "H": 96, "I": 32}, {"experts": (32, 4), "H": 200, "I": 64},
+        {"experts": (4, 4), "H": 520, "I": 32, "is_wide": True},
+    )),
+    (experts_out, (
+        {"experts": (8, 3), "H": 96, "I": 32}, {"experts": (32, 4), "H": 32, "I": 320},
+        {"experts": (4, 4), "H": 160, "I": 64, "is_wide": True},
+    )),
+    (add_gated, ({"H": 96, "gated": 1, "margin": (1, 2)}, {"H": 1000, "gated": 0})),
 )  # fmt: skip
 
 # Sizes that are no multiple of anything, for scalar tails.
@@ -526,6 +624,10 @@ ODD: Grid = (
     (gelu, ({"I": 37, "tanh": 0}, {"I": 45, "tanh": 1})),
     (turn_patches, ({"heads": 3, "R": 5, "margin": (1, 3)},)),
     (embed_seen, ({"V": 33, "H": 7, "position": 5, "S": 75},)),
+    (route, ({"E": 5, "P": 5}, {"E": 37, "P": 1, "form": (1, 1, 0)})),
+    (experts_in, ({"experts": (5, 2), "H": 33, "I": 32},)),
+    (experts_out, ({"experts": (1, 1), "H": 32, "I": 32},)),
+    (add_gated, ({"H": 37, "gated": 1},)),
 )
 
 

@@ -43,7 +43,7 @@ typedef struct {
 static __thread void *current; /* contexts are per thread */
 static int contexts[2], polls, module, add_one, advance, nothing, max_shared, n_modules;
 static size_t used, sizes[64];
-static void *blocks[64];
+static void *blocks[64], *mapped; /* the last of mapped host memory */
 
 static const char *option(const char *name, const char *otherwise) {
   const char *value = getenv(name);
@@ -135,9 +135,15 @@ int cuMemGetInfo(size_t *nfree, size_t *total) {
 }
 int cuMemHostAlloc(void **p, size_t n, unsigned flags) {
   NEED_CONTEXT;
-  (void)flags;
+  if (flags && flags != 3) return INVALID_VALUE; /* portable and mapped, or neither */
   *p = malloc(n);
+  if (flags) mapped = *p;
   return SUCCESS;
+}
+int cuMemHostGetDevicePointer(Device *p, void *host, unsigned flags) {
+  NEED_CONTEXT;
+  *p = (Device)(uintptr_t)host;
+  return flags || host != mapped ? INVALID_VALUE : SUCCESS;
 }
 int cuMemFreeHost(void *p) {
   free(p);

@@ -301,6 +301,8 @@ driver = CudaDriver()
 info = driver.info
 found["info"] = [info.name, info.arch, list(info.driver_version), info.multiprocessors]
 p, host, s = driver.mem_alloc(1024), driver.host_alloc(1024), driver.stream_create()
+mapped = driver.host_alloc(64, is_mapped=True)
+found["mapped"] = [mapped.device_address - mapped.address, host.device_address]
 host.array[:] = np.arange(1024) % 256
 driver.copy_to_device(p, host.address, 1024, s)
 host.array[:] = 0
@@ -382,6 +384,7 @@ def test_bindings_follow_the_c_conventions(fake_libcuda: Path) -> None:
     assert found["rows"] == rows
     assert found["polls"] == [False, True]
     assert found["elapsed_us"] == 1500.0
+    assert found["mapped"] == [0, 0], "kernels see the one where the host does, the other nowhere"
     assert found["words"] == [4, 4, 4, 0]
     assert "2 nodes" in str(found["dot"])
     assert found["thread"] is True
@@ -440,7 +443,7 @@ def test_device_runs_over_the_bindings(fake_libcuda: Path) -> None:
     after = 10 + 3 * 2 * 101
     assert found["words"] == [after, 255, after]
     assert found["counts"] == [100, 0, 4, 2, 3]
-    assert found["freed"] == [2, 5, 3, 1, 24]
+    assert found["freed"] == [2, 6, 3, 1, 32]
     assert found["carveouts"] == 3, "every kernel is asked for the same split, once"
     assert found["unloaded"] == 3, "what was loaded goes"
 

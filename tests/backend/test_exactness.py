@@ -18,7 +18,7 @@ from flashrt.backends.cuda.device import Precision
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.core.region import DType
 from flashrt.ops.table import OPS
-from tests.backend.cases import ODD, all_cases, attention, cursor, linear
+from tests.backend.cases import ODD, WORKSPACE, all_cases, attention, cursor, linear
 from tests.backend.conftest import make_backend
 from tests.backend.policy_cases import policy_cases
 from tests.backend.runner import Case, Runner, rng_for
@@ -60,6 +60,8 @@ def in_pieces(
                 operands[name] = _piece(case, name, start, m, T)
         after = runner.run(case.but(**operands))
         for param in _PARAMS[case.op]:
+            if param.name in WORKSPACE:
+                continue
             if has_rows(case, param.name) and param.access != "r":
                 rows.setdefault(param.name, []).append(after[param.name][:m])
             elif param.access != "r":
@@ -67,7 +69,7 @@ def in_pieces(
         start += m
     states = {p.name: rest[p.name] for p in _PARAMS[case.op] if p.access != "r" and p.name in rest}
     return {n: np.concatenate(r) for n, r in rows.items()} | {
-        n: s for n, s in states.items() if n != "partials"
+        n: s for n, s in states.items() if n not in WORKSPACE
     }
 
 
@@ -118,7 +120,7 @@ def test_dead_values_do_not_matter(runner: Runner, case: Case) -> None:
     clean, dirty = runner.run(case), runner.run(case.but(**other), poison=0x47)  # 51,015.28
     for param in _PARAMS[case.op]:
         is_unused = param.name.endswith("_scales")  # of codes: no cache of FULL holds these
-        if param.access != "r" and param.name != "partials" and not is_unused:
+        if param.access != "r" and param.name not in WORKSPACE and not is_unused:
             array = clean[param.name]
             kept = np.isfinite(array) if array.dtype == np.float32 else array != -1  # as poison
             assert kept.any()
@@ -176,7 +178,7 @@ def test_any_schedule_gives_the_same_bits(runner: Runner, others: list[Runner], 
     in_order = runner.run(case)
     for other in others:
         after = other.run(case)
-        for name in in_order.keys() - {"partials", "work"}:
+        for name in in_order.keys() - WORKSPACE:
             assert_same_bits(in_order[name], after[name], f"{case} {name}")
 
 
@@ -191,7 +193,7 @@ def test_any_number_of_threads_gives_the_same_bits(runner: Runner) -> None:
     finally:
         runner.backend.build(OPS)  # the pool is the process's: back to what the session had
     for case, *runs in zip(cases, *results, strict=True):
-        for name in runs[0].keys() - {"partials", "work"}:
+        for name in runs[0].keys() - WORKSPACE:
             for threads, other in zip((2, 3), runs[1:], strict=True):
                 assert_same_bits(runs[0][name], other[name], f"{case} {name}, {threads} threads")
 
@@ -208,5 +210,5 @@ def test_any_vector_width_gives_the_same_bits(
     other = Runner(make_backend("cpu", 2))
     for case in [*CASES, *all_cases(ODD), *sample_cases(), *policy_cases(), *vision_cases()]:
         wide, slim = runner.run(case), other.run(case)
-        for name in wide.keys() - {"partials", "work"}:
+        for name in wide.keys() - WORKSPACE:
             assert_same_bits(wide[name], slim[name], f"{case} {name}")

@@ -297,8 +297,9 @@ QUICK = (
     Format(DType.F16),
     Format(DType.F32),
 )
-# N, K. Several slices; ragged; less than a chunk; whole.
-SHAPES = ((33, 520), (19, 301), (16, 33), (32, 256))
+ONE_OF_EACH = (QUICK[0], QUICK[2], QUICK[5])  # folds by chunk, by step, and none
+# N, K. Several slices; ragged; less than a chunk; whole; whole, with warps that have no slice.
+SHAPES = ((33, 520), (19, 301), (16, 33), (32, 256), (16, 1280))
 slow = pytest.mark.slow
 
 
@@ -310,7 +311,8 @@ def every() -> list[object]:
     for form in FORMATS:
         for parts in ACTS:
             for shape in SHAPES if parts == 2 else SHAPES[parts // 2 : parts // 2 + 1]:
-                is_quick = form in QUICK and parts == 2 and shape == SHAPES[0]
+                quick = QUICK if shape == SHAPES[0] else ONE_OF_EACH if shape == SHAPES[-1] else ()
+                is_quick = form in quick and parts == 2
                 label = f"{parts}-{form}-{shape[0]}x{shape[1]}"
                 marks = () if is_quick else slow
                 made.append(pytest.param(parts, form, shape, id=label, marks=marks))
@@ -340,7 +342,6 @@ TILED = (
     pytest.param(Format(DType.F32), 301, marks=slow),
     pytest.param(QUICK[1], 1100, marks=slow),
 )
-ONE_OF_EACH = (QUICK[0], QUICK[2], QUICK[5])  # folds by chunk, by step, and none
 
 
 @slow

@@ -211,17 +211,75 @@ def test_an_mlp_has_the_bits_of_its_launches(board: Board, s: Mlp, has_sum: bool
         board.check(*first, "linear_silu", "linear_few", "add_rmsnorm")
 
 
-@pytest.mark.parametrize("dtype", [DType.ACT, DType.ACT_WIDE], ids=str)
-def test_products_of_a_norm_have_the_bits_of_their_launches(board: Board, dtype: DType) -> None:
-    """A weight stored in parts: each norms for itself, into its own columns."""
-    x, w, n = values(board, "x", 2, 512), values(board, "w", 512), rows_of(board, 2)
-    h = board.region("h", 2, 512, dtype=dtype)
-    u = board.region("u", 2, 96, role=Role.IO)
+NVFP4 = grouped(DType.E2M1, 16, Scales.E4M3_OVER)
+Q4_K = grouped(DType.U4, 32, Scales.TWO_LEVEL_MIN, 256)
+Q6_K = grouped(DType.U6, 16, Scales.TWO_LEVEL, 256)
+F32 = Format(DType.F32)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A matrix stored in parts: their formats, T rows, K; and the launches for it."""
+
+    forms: tuple[Format, ...]
+    T: int
+    K: int
+    kernels: tuple[str, ...]
+    dtype: DType = DType.ACT_WIDE
+
+    def __str__(self) -> str:
+        return f"{'+'.join(map(str, self.forms))}, {self.T} x {self.K}, {self.dtype}"
+
+
+PARTS = (
+    Parts((NVFP4, BF16), 2, 1280, ("norm_linears_2",)),  # five slices: a warp without one
+    Parts((BF16, BF16), 1, 512, ("norm_linears_2",), DType.ACT),
+    Parts((Q4_K, Q6_K, F32), 3, 520, ("norm_linears_3",)),
+    Parts((Q4_K, NVFP4, Q6_K, BF16), 1, 264, ("norm_linears_3", "norm_linear")),
+    Parts((Q4_K, BF16), 12, 1536, ("rmsnorm", "linears_2")),  # rows that a block has no room for
+    Parts((Q6_K, Q4_K, BF16), 2, 260, ("rmsnorm", "linears_3")),  # nor lie on 16 bytes
+)
+
+
+@pytest.mark.parametrize("s", PARTS, ids=str)
+def test_products_of_the_same_rows_have_the_bits_of_their_launches(board: Board, s: Parts) -> None:
+    """A weight stored in parts: a launch of all of them, each into its own columns.
+
+    Red: a format of another part; a row tile that is counted from another part's first one.
+    """
+    x, w, n = values(board, "x", s.T, s.K), values(board, "w", s.K), rows_of(board, s.T)
+    h = board.region("h", s.T, s.K, dtype=s.dtype)
     board.launch(ops.RMSNORM, x=x, w=w, y=h, cursor=n, eps=EPS)
-    for name, first, stop in (("a", 0, 40), ("b", 40, 96)):
-        part = board.weight(name, BF16, stop - first, 512)
-        board.launch(ops.LINEAR, x=h, w=part, y=u.view().cols(first, stop), cursor=n)
-    board.check("norm_linear", "norm_linear")
+    sizes = (40, 56, 8, 33)[: len(s.forms)]
+    u = board.region("u", s.T, sum(sizes), role=Role.IO)
+    windows = columns(u, *sizes)
+    for i, (form, size, window) in enumerate(zip(s.forms, sizes, windows, strict=True)):
+        part = board.weight(f"part{i}", form, size, s.K)
+        board.launch(ops.LINEAR, x=h, w=part, y=window, cursor=n)
+    board.check(*s.kernels)
+
+
+def test_products_that_are_no_neighbours_stay(board: Board) -> None:
+    """Other rows, another cursor; an output that lies where another one does, or where x does."""
+    n, x, h = rows_of(board, 1), activation(board, "x", 1, 260), activation(board, "h", 1, 260)
+    w = board.weight("w", BF16, 48, 260)
+    other = board.region("other", ops.CURSOR_WORDS, value=cursor(3, 0), dtype=DType.I32)
+    first, second = board.region("first", 1, 48), board.region("second", 1, 48)
+    over_first, over_x = (
+        board.place(Region(name, (1, 48), DType.F32, Role.SCRATCH), board.addresses[under])
+        for name, under in (("over_first", first), ("over_x", x))
+    )
+    for rows, word, y, expected in (
+        (x, n, second, ["linears_2"]),
+        (h, n, second, ["linear", "linear"]),
+        (x, other, second, ["linear", "linear"]),
+        (x, n, over_first, ["linear", "linear"]),
+        (x, n, over_x, ["linear", "linear"]),
+    ):
+        board.launches = []
+        board.launch(ops.LINEAR, x=x, w=w, y=first, cursor=n)
+        board.launch(ops.LINEAR, x=rows, w=w, y=y, cursor=word)
+        assert board.kernels() == expected, y.name
 
 
 def test_what_is_read_elsewhere_is_written(board: Board) -> None:

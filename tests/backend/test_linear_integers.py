@@ -213,7 +213,7 @@ def test_without_scratch_rows_go_one_by_one(
     path = Path(shutil.copy(toolchain.library(OPS).path, tmp_path / "copy.so"))  # its own workspace
     library = Binary(path, path.read_bytes(), "", was_cached=True)
     monkeypatch.setattr(toolchain, "library", lambda *_, **__: library)
-    monkeypatch.setattr(cpu_device, "_workspace_nbytes", lambda _: 0)
+    monkeypatch.setattr(cpu_device, "_workspace_nbytes", lambda *_: 0)
     fmt = USUAL[0]
     rows = fmt.random(rng_for("scratch"), 70, 333)
     assert isinstance(rows, Planes)

@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 from flashrt.base.errors import PlanError
 from flashrt.core.region import DType
 from flashrt.ops.table import OPS
-from tests.backend.cases import HOLDS, ODD, advance, all_cases, attention, cursor, embed, randn
+from tests.backend.cases import (
+    HOLDS,
+    ODD,
+    WORKSPACE,
+    advance,
+    all_cases,
+    attention,
+    cursor,
+    embed,
+    randn,
+)
 from tests.backend.draft_cases import drafting_cases
 from tests.backend.policy_cases import policy_cases
 from tests.backend.runner import Case, Runner, rng_for
@@ -24,7 +34,6 @@ from tests.vision_reference import VISION_REFERENCE
 
 CASES = [*all_cases(), advance(30, 3), *HOLDS]
 ODD_CASES = all_cases(ODD)
-WORKSPACE = {"partials", "work"}  # written at will
 _REFERENCE = REFERENCE | POLICY_REFERENCE | VISION_REFERENCE
 _PARAMS = {op.name: {p.name: p for p in op.params} for op in OPS}
 

@@ -113,8 +113,7 @@ def test_a_thousand_tokens_ask_the_driver_for_nothing_but_graphs() -> None:
     engine.close()
     assert used["cuGraphLaunch"] == 1000
     per_token = {
-        "cuGraphLaunch", "cuMemcpyDtoHAsync", "cuMemcpyDtoDAsync", "cuEventRecord",
-        "cuEventSynchronize",
+        "cuGraphLaunch", "cuMemcpyDtoDAsync", "cuEventRecord", "cuEventSynchronize",
     }  # fmt: skip
     # Beside these only the few copies of waypoints and of the sampler's parameters.
     assert sum(n for call, n in used.items() if call not in per_token) < 100

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 from starlette.types import Message
 
-from flashrt.fleet.front import Front, Gone, Moved
-from flashrt.fleet.ring import Member
-from flashrt.fleet.station import Arrival, NotHere, Station, StationOptions
+from flashrt.fleet.replicas.front import Front, Gone, Moved
+from flashrt.fleet.replicas.ring import Member
+from flashrt.fleet.replicas.station import Arrival, NotHere, Station, StationOptions
 from flashrt.weights.bundled import bundled_checkpoint
 
 

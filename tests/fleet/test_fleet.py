@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -13,8 +14,10 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
+from moto.server import ThreadedMotoServer
 
 import flashrt
 from flashrt.base.errors import FleetError
@@ -35,7 +38,26 @@ LANES, WORKERS, LOAD = 4, 2, {"device": "cpu", "max_positions": 256}
 
 
 @pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
+def bucket() -> Iterator[str]:
+    """Of an S3 server on this machine. Workers find it by the environment that Ray started in."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    given = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "anyone", "AWS_SECRET_ACCESS_KEY": "anything",
+    }  # fmt: skip
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line per request
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in given.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").mkdir("capsules")
+        yield "s3://capsules"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def ray_here(bucket: str) -> Iterator[None]:
     start(None, 2)
     yield
     ray.shutdown()
@@ -349,12 +371,12 @@ def test_a_worker_that_comes_back_foreign_is_refused(ray_here: None, tmp_path: P
 
 
 def test_trunks_travel_through_a_store(
-    ray_here: None, tmp_path: Path, expected: Callable[[Branch], Told]
+    ray_here: None, bucket: str, expected: Callable[[Branch], Told]
 ) -> None:
-    """Through fsspec, as of a service: no locks, no folders. Red when a worker takes bytes from
-    elsewhere, or a stored capsule is another state.
+    """Through S3: no locks, no folders. Red when a worker takes bytes from elsewhere, or a stored
+    capsule is another state.
     """
-    url = f"dir::file://{tmp_path}/store"
+    url = f"{bucket}/trunks"
     made: dict[str, Any] = {"lanes": LANES, "threads": 1, "resources": {"num_cpus": 0}}
     with Fleet(bundled_checkpoint(), WORKERS, store=url, **made, **LOAD) as fleet:
 

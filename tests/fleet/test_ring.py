@@ -11,8 +11,8 @@ import json
 from collections import Counter
 from typing import Any
 
-from flashrt.fleet.keys import response_key, session_key, wish_of
-from flashrt.fleet.ring import Directory, choose, order_of
+from flashrt.fleet.replicas.keys import response_key, session_key, wish_of
+from flashrt.fleet.replicas.ring import Directory, choose, order_of
 
 SYSTEM, FIRST, REPLY, SECOND = "be brief", "hello", "hi", "and now ?"
 NAMES = [f"replica-{i}" for i in range(10)]

@@ -19,8 +19,8 @@ import httpx
 import pytest
 
 from flashrt.base.errors import FleetError
-from flashrt.fleet.front import Front
-from flashrt.fleet.station import Arrival, NotHere
+from flashrt.fleet.replicas.front import Front
+from flashrt.fleet.replicas.station import Arrival, NotHere
 from flashrt.serve.access import Access
 from flashrt.weights.bundled import bundled_checkpoint
 from tests.fleet.stations import LocalLink, fleet, options_of

@@ -33,9 +33,9 @@ import ray
 import flashrt
 from flashrt.commands.bench.document import provenance
 from flashrt.commands.doctor import cpu_name
-from flashrt.fleet import serving
-from flashrt.fleet.serving import ServingOptions
-from flashrt.fleet.station import StationOptions
+from flashrt.fleet.replicas import deployments
+from flashrt.fleet.replicas.deployments import ServingOptions
+from flashrt.fleet.replicas.station import StationOptions
 from flashrt.serve.access import Access
 from flashrt.serve.run import Server
 from flashrt.store.store import Store
@@ -291,7 +291,7 @@ def fleet(store: Path, replicas: int, port: int) -> Iterator[str]:
         station, replicas, num_cpus=0, environment={"FLASHRT_THREADS": "1"}, health_s=1.0
     )
     try:
-        serving.deploy(options, port=port)
+        deployments.deploy(options, port=port)
         yield f"http://127.0.0.1:{port}"
     finally:
         ray.shutdown()
@@ -308,16 +308,16 @@ def trial(store: Path, replicas: int, sessions: int, turns: int, clients: int, p
     made.seconds_one = round(time.monotonic() - began, 2)
 
     async def drain(going: asyncio.Event) -> None:
-        members = (await asyncio.to_thread(serving.status))["members"]
+        members = (await asyncio.to_thread(deployments.status))["members"]
         made.drained = max(members, key=lambda m: m["running"])["id"]
-        await asyncio.to_thread(serving.drain, made.drained)
+        await asyncio.to_thread(deployments.drain, made.drained)
 
     async def kill(going: asyncio.Event) -> None:
         going.clear()  # until another has taken the place of the drained one
         there: list[dict[str, Any]] = []
         while len(there) < replicas:
             await asyncio.sleep(0.2)
-            members = (await asyncio.to_thread(serving.status))["members"]
+            members = (await asyncio.to_thread(deployments.status))["members"]
             there = [m for m in members if not m["is_draining"]]
         assert {m["host"] for m in there} == {socket.gethostname()}
         trap.pids = {m["id"]: m["pid"] for m in there}
@@ -331,7 +331,7 @@ def trial(store: Path, replicas: int, sessions: int, turns: int, clients: int, p
         many = asyncio.run(talk(url, sessions, turns, clients, events, trap))
         made.killed = trap.killed
         made.seconds_fleet = round(time.monotonic() - began, 2)
-        made.status = serving.status()
+        made.status = deployments.status()
     for i, (a, b) in enumerate(zip(one, many, strict=True)):
         if b.n_kept != turns:
             made.lost.append(f"session {i} has {b.n_kept} turns, {turns} were answered")

@@ -40,6 +40,7 @@ class GoldenSet:
     short: int  # the prompt with logits of every position
     cached: int  # the prompt with states
     arrays: dict[str, NDArray[np.float32]]
+    drafts: list[int]  # of a draft head, behind prompt `cached` and a greedy token
 
     def assert_states(self, lane: dict[str, NDArray[np.generic]]) -> None:
         """Compare a lane after prompt `cached` with arrays `{layer}.{region}`, regions counting the
@@ -72,7 +73,8 @@ def read(name: str) -> GoldenSet:
     folder = SETS / name
     info = json.loads((folder / "expected.json").read_text())
     arrays = load_file(folder / "expected.safetensors")
-    return GoldenSet(folder, info["prompts"], info["greedy"], info["short"], info["cached"], arrays)
+    names = ("prompts", "greedy", "short", "cached")
+    return GoldenSet(folder, *(info[n] for n in names), arrays, info.get("drafts", []))
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -117,6 +119,20 @@ def lane_of(
 ) -> dict[str, NDArray[np.generic]]:
     """The lane's arrays that have expected values."""
     return {name: engine.lane_array(session.lane, name) for name in golden.regions()}
+
+
+def test_drafts(engine: flashrt.Engine, golden: GoldenSet) -> None:
+    """The chain of drafts behind a prompt and its first greedy token, where there is a head."""
+    if golden.drafts:
+        with engine.session() as session:
+            session.prefill(golden.prompts[golden.cached])
+            assert list(session.generate(1)) == golden.greedy[golden.cached][:1]
+            for i, want in enumerate(golden.arrays["draft_logits"]):
+                engine.draft(session.lane, 1 + i)
+                got = engine.lane_array(session.lane, "draft_logits")[0]
+                assert_close(got, want, f"draft {i}")
+            drafted = engine.lane_array(session.lane, "drafted")[1 : 1 + len(golden.drafts)]
+            assert drafted.tolist() == golden.drafts
 
 
 @pytest.mark.parametrize("prompt", [1, 3])

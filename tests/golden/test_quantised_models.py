@@ -24,6 +24,7 @@ from flashrt.weights.formats.quantise import TARGETS, quantise
 from flashrt.weights.formats.write import quantise_checkpoint
 from flashrt.weights.random_checkpoint import write_random_checkpoint
 from flashrt.weights.rules import part_name
+from tests.families import SETS
 from tests.golden.expected import TOLERANCE
 from tests.quantised_models import (
     FORMS,
@@ -176,6 +177,19 @@ def test_weights_at_load_are_those_that_quantize_writes(
     assert {kinds[name] for name in tables} == {DType.I8}
     got, want = logits(at_load), logits(written)
     assert (got[0] == want[0]).all() and got[1] == want[1]
+    at_load.close()
+    written.close()
+
+
+def test_stacked_experts_are_quantised_one_by_one(tmp_path: Path) -> None:
+    """Red when `quantize` leaves a stack as it is, or a slice of one is another expert's."""
+    quantise_checkpoint(SETS / "qwen3-5-moe", tmp_path / "made", "int4")
+    at_load, written = opened(SETS / "qwen3-5-moe", weights="int4"), opened(tmp_path / "made")
+    ours, theirs = bytes_of_weights(at_load), bytes_of_weights(written)
+    assert {name for name in ours if ours[name] != theirs[name]} == {"embed", "head"}
+    kinds = {s.region.name: s.region.dtype for s in written.arena.weights.slots}
+    experts = {kind for name, kind in kinds.items() if ".experts_" in name}
+    assert experts == {DType.U4} and kinds["layers.0.router"] is DType.BF16
     at_load.close()
     written.close()
 

@@ -17,6 +17,7 @@ import flashrt
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.load import load_on
 from tests.families import FAMILIES
+from tests.property.guessing import check_drafted_run
 from tests.property.test_exact import (
     cold,
     fingerprint_of,
@@ -86,7 +87,8 @@ def test_a_state_without_a_region_is_another_state(engine: flashrt.Engine) -> No
                 saved = engine.arena.read(slot)
                 engine.arena.write(slot, np.zeros_like(saved))
                 assert session.digest() != digest, f"{name} is not in the digest"
-                if name not in ("last_hidden", "journal"):  # which the next token does not read
+                # what the next token does not read; rows of a draft head only drafts do
+                if name not in ("last_hidden", "journal") and not name.startswith("draft_"):
                     session.prefill([5])
                     assert not np.array_equal(session.logits(), after), f"{name} is not read"
                     session.restore(capsule)
@@ -113,6 +115,14 @@ def test_lanes_that_share_launches(engine: flashrt.Engine) -> None:
         replies.append(list(session.generate(7 + i, temperature=0.8, seed=i)))
         session.close()
     assert found == replies
+
+
+@pytest.mark.parametrize("agree", [0.0, 0.8])
+def test_drafting_changes_nothing(engine: flashrt.Engine, agree: float) -> None:
+    """Where the family has a draft head: red when a verify is no decode, or a commit no prefill."""
+    if any(r.name == "drafted" for r in engine.model.lane_regions):
+        prompt = list(range(40, 90))
+        check_drafted_run(engine, prompt, 24, 5, {}, agree=agree, is_poisoned=agree > 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

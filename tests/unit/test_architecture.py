@@ -47,7 +47,7 @@ ROOMS = {name: room_of(path) for name, path in MODULES.items()}
 
 def rooms_on_the_map(page: str) -> dict[str, int]:
     """Rooms and their ranks, from the tables of the page."""
-    rows = re.findall(r"^\| (\d) \| `([a-z0-9_/]+)(?:\.py)?` \|", page, re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| `([a-z0-9_/]+)(?:\.py)?` \|", page, re.MULTILINE)
     assert len(rows) == len({room for _, room in rows}), "a room is on the map twice"
     return {room: int(rank) for rank, room in rows}
 

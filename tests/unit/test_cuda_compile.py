@@ -40,12 +40,15 @@ SIZES = {
     "H": 2560, "V": 248_320, "S": 4096, "B": 16, "I": 9216, "D": 256, "Nq": 16, "Nk": 4, "R2": 32,
     "Hv": 32, "dk": 128, "dv": 128, "C": 8192, "W": 3, "W1": 4, "K": 2560, "N": 9216, "M": 256,
     "Y": 60, "X": 80, "R": 18,
+    "E": 256, "P": 8,
+    "N0": 64, "N1": 9216, "N2": 1024,
 }  # fmt: skip
 ATTRS = {
     "key_heads": 16, "key_dim": 128, "eps": 1e-6, "shift": 0, "gated": 1, "normed": 1,
     "magnitude": 1.0, "parts": 2, "biased": 1, "groups": 1, "taps_y": 3, "taps_x": 3, "stride": 1,
     "padding": 1, "heads": 64, "tanh": 1, "given": 1,
     "by_rows": 11, "by_columns": 10,
+    "scoring": 0,
 }  # fmt: skip
 DENSE_ATTRS = {"gated": 0, "normed": 0}  # a llama's, in place of those
 
@@ -120,6 +123,11 @@ def variants(arch: str, *, is_full: bool) -> Iterator[KernelLaunch]:
             for cache in caches:
                 for n in rows:
                     yield from expansion(shape(op, n, act, cache, 132))
+    for op in ("experts_in", "experts_out"):  # of 35B-A3B; of a few rows, of many, of long sums
+        for n in (8, 64, 2048) if is_full else (8,):
+            yield from kernels.EXPANSIONS[op](
+                shape(op, n, acts[-1], DType.BF16, 132, H=2048, I=512)
+            )
     yield from fused(rows if is_full else rows[:1])
     whole = shape("conv2d", 1, acts[0], caches[0], 132, B=1)
     pointwise = replace(whole, attrs=ATTRS | {"taps_y": 1, "taps_x": 1, "padding": 0})

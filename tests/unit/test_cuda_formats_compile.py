@@ -1,12 +1,14 @@
-"""`linear`, `embed` and `draft_input` compile for every stored format of weights and spill nothing.
+"""Products with weights, and rows of them, compile for every stored format and spill nothing.
 
 IS: the variants that test_cuda_compile leaves out, for it knows no formats; the suite takes the two
-formats that need most registers, on three architectures; `--all-formats` takes all, for an hour of
-two cores. IS NOT: running them (tests/backend/test_formats_simt.py).
+formats that need most registers, on three architectures, and launches of several formats on all;
+`--all-formats` takes all, for an hour of two cores. IS NOT: running them
+(tests/backend/test_formats_simt.py).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -48,9 +50,48 @@ def launches(
                 yield from many_linears(replace(made, dtypes=dtypes, groups=groups))
 
 
+def of_experts(form: Format, acts: Sequence[DType]) -> Iterator[KernelLaunch]:
+    """Products with experts, of one row, a few, and as many as each tile is for."""
+    groups = {} if form.groups is None else {"w": form.groups}
+    for act in acts:
+        for op in ("experts_in", "experts_out"):
+            for rows in (1, 8, 64, 512, 2048):
+                made = shape(op, rows, act, DType.BF16, 132, H=2048, I=512)
+                full = replace(made, dtypes={"w": form.dtype}, groups=groups)
+                yield from kernels.EXPANSIONS[op](full)
+
+
 def test_formats_compile_without_spills() -> None:
     """Red: a tile whose registers leave no room for the scales of two levels."""
     assert compile_all("sm_80", launches(WORST, (DType.BF16X2,), (1,), (2560,))) == {}
+
+
+# Launches of several matrices: a quantised checkpoint's, and the formats that need most registers.
+MIXED = (
+    ("norm_linears_2", 1, (Format(DType.BF16), QUICK[5])),
+    ("linears_2", 8, WORST),
+    ("linears_3", 32, (Format(DType.BF16), *WORST)),
+)
+
+
+def mixed_launches() -> Iterator[KernelLaunch]:
+    for op, rows, forms in MIXED:
+        named = {f"w{i}": form for i, form in enumerate(forms)}
+        yield from kernels.EXPANSIONS[op](
+            replace(
+                shape(op, rows, DType.BF16X2, DType.BF16, 132),
+                dtypes={name: form.dtype for name, form in named.items()},
+                groups={name: form.groups for name, form in named.items() if form.groups},
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    "arch", [a if a == "sm_90" else pytest.param(a, marks=pytest.mark.slow) for a in ARCHS]
+)
+def test_several_formats_compile_without_spills(arch: str) -> None:
+    """Red: launch bounds of one format for the code of another."""
+    assert compile_all(arch, mixed_launches()) == {}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -67,9 +108,10 @@ def test_a_format_compiles_without_spills(
     request: pytest.FixtureRequest, arch: str, form: Format
 ) -> None:
     """Red as above; all rows, parts and lengths with `--all-formats`."""
+    acts: tuple[DType, ...] = (DType.BF16, DType.BF16X2, DType.F32)
     if request.config.getoption("--all-formats"):
-        acts = (DType.BF16, DType.BF16X2, DType.F32)
         made = launches((form,), acts, (1, 16, 32), (2560, 2561))
     else:
-        made = launches((form,), (DType.BF16, DType.BF16X2), (1,), (2560,))
-    assert compile_all(arch, made) == {}
+        acts = (DType.BF16, DType.BF16X2)
+        made = launches((form,), acts, (1,), (2560,))
+    assert compile_all(arch, itertools.chain(made, of_experts(form, acts))) == {}

@@ -103,11 +103,12 @@ def test_pictures_can_be_drawn_again(tmp_path: Path) -> None:
 
 
 OFTEN = ("0.8b", "4b", "9b", "27b", "lfm2.5-230m", "granite-4.0-h-350m")
+RARELY = ("35b-a3b", "122b-a10b", *RELEASED)
 
 
 def test_the_memory_table_is_what_the_planner_says() -> None:
     table = memory_table()
-    assert set(table) == {*OFTEN, *RELEASED}
+    assert set(table) == {*OFTEN, *RARELY}
     for shape in OFTEN:
         assert table[shape] == memory(shape), shape
 
@@ -115,7 +116,7 @@ def test_the_memory_table_is_what_the_planner_says() -> None:
 @pytest.mark.slow
 def test_the_rest_of_the_memory_table() -> None:
     table = memory_table()
-    for shape in RELEASED:
+    for shape in RARELY:
         assert table[shape] == memory(shape), shape
 
 

@@ -32,6 +32,7 @@ from flashrt.weights.formats.dequantise import dequantise
 from flashrt.weights.gguf.checkpoint import GgufCheckpoint, open_gguf
 from flashrt.weights.gguf.file import TYPES, read_gguf, read_metadata
 from flashrt.weights.loader import check_sources
+from flashrt.weights.rules import as_stored
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 Array = NDArray[Any]
@@ -103,14 +104,14 @@ def converted(original: Checkpoint) -> tuple[dict[str, object], dict[str, Array]
         "nextn_predict_layers": 1,
         "context_length": c["max_position_embeddings"],
         "embedding_length": c["hidden_size"],
-        "feed_forward_length": c["intermediate_size"],
+        **_sizes_of_mlps(c),
         "attention__head_count": c["num_attention_heads"],
         "attention__head_count_kv": c["num_key_value_heads"],
         "attention__key_length": c["head_dim"],
         "attention__value_length": c["head_dim"],
         "attention__layer_norm_rms_epsilon": c["rms_norm_eps"],
         "rope__dimension_count": int(c["head_dim"] * rope["partial_rotary_factor"]),
-        "rope__dimension_sections": [*rope["mrope_section"], 0],
+        "rope__dimension_sections": [*rope.get("mrope_section", [2, 1, 1]), 0],
         "rope__freq_base": float(rope["rope_theta"]),
         "full_attention_interval": c["full_attention_interval"],
         "ssm__conv_kernel": c["linear_conv_kernel_dim"],
@@ -154,6 +155,9 @@ def converted(original: Checkpoint) -> tuple[dict[str, object], dict[str, Array]
         "linear_attn.in_proj_z": "attn_gate", "linear_attn.in_proj_a": "ssm_alpha",
         "linear_attn.in_proj_b": "ssm_beta", "linear_attn.conv1d": "ssm_conv1d",
         "linear_attn.norm": "ssm_norm", "linear_attn.out_proj": "ssm_out",
+        "mlp.gate": "ffn_gate_inp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+        **{f"mlp.shared_expert.{n}_proj": f"ffn_{n}_shexp" for n in ("gate", "up", "down")},
+        **{f"mlp.experts.{n}_proj": f"ffn_{n}_exps" for n in ("gate", "up", "down")},
     }  # fmt: skip
     fixed = {
         "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
@@ -163,8 +167,13 @@ def converted(original: Checkpoint) -> tuple[dict[str, object], dict[str, Array]
         "mtp.norm.weight": f"blk.{n_layers}.nextn.shared_head_norm.weight",
     }  # fmt: skip
     tensors = {}
-    for name in original.tensors:
-        values = values_of(original, name)
+    for own in original.tensors:
+        name, values = own, values_of(original, own)
+        if ".experts." in own:  # all of a layer in one tensor
+            before, part = own.split(".experts.")[0], own.split(".")[-2]
+            each = [f"{before}.experts.{i}.{part}.weight" for i in range(c["num_experts"])]
+            name = f"{before}.experts.{part}.weight"
+            values = np.stack([values_of(original, n) for n in each])
         if ".linear_attn." in name:
             values = rearranged(name.rpartition(".linear_attn.")[2], values)
         elif "norm" in name:
@@ -177,9 +186,22 @@ def converted(original: Checkpoint) -> tuple[dict[str, object], dict[str, Array]
             ends = {"linear_attn.A_log": "ssm_a", "linear_attn.dt_bias": "ssm_dt.bias"}
             stem = ends.get(part) or parts[part.removesuffix(".weight")] + ".weight"
             stored = f"blk.{block}.{stem}"
-        is_matrix = values.ndim == 2 and "conv1d" not in stored
+        if name.endswith("shared_expert_gate.weight"):
+            values = values[0]
+        is_matrix = values.ndim > 1 and "conv1d" not in stored and "_inp" not in stored
         tensors[stored] = values.astype(np.float16 if is_matrix else np.float32)
     return keys, tensors
+
+
+def _sizes_of_mlps(c: Mapping[str, Any]) -> dict[str, object]:
+    if "num_experts" not in c:
+        return {"feed_forward_length": c["intermediate_size"]}
+    return {
+        "expert_count": c["num_experts"],
+        "expert_used_count": c["num_experts_per_tok"],
+        "expert_feed_forward_length": c["moe_intermediate_size"],
+        "expert_shared_feed_forward_length": c["shared_expert_intermediate_size"],
+    }
 
 
 def three_to_one(folder: Path) -> Checkpoint:
@@ -219,6 +241,34 @@ def test_a_checkpoint_comes_back(golden: str | None, tmp_path: Path) -> None:
     config = parse_config(made.config, lacks_head, has_draft_head=True)
     assert config == parse_config(original.config, lacks_head, has_draft_head=True)
     check_sources(weight_rules(config, has_draft_head=True), made)
+
+
+def test_experts_come_back(tmp_path: Path) -> None:
+    """Red if an expert is another's, or a router or a shared expert goes by another name; value
+    heads are in another order here too.
+    """
+    original = open_checkpoint(GOLDEN / "families" / "qwen3-5-moe")
+    keys, tensors = converted(original)
+    packed = {
+        name: (t.astype(np.float32), Kind.Q4_0) if "_exps." in name else t
+        for name, t in tensors.items()
+    }
+    made = open_gguf(write(tmp_path / "m.gguf", "qwen35moe", keys, packed))
+    assert made.tensors.keys() == original.tensors.keys()
+    for name in original.tensors:
+        expected, got = values_of(original, name), values_of(made, name)
+        if ".experts." in name:
+            expected = gguf.quants.dequantize(gguf.quants.quantize(expected, Kind.Q4_0), Kind.Q4_0)
+            assert (got == expected).all(), name
+        else:
+            assert np.allclose(got, expected, rtol=1e-3, atol=1e-6), name
+    config = parse_config(made.config, False, has_draft_head=True)
+    assert config == parse_config(original.config, False, has_draft_head=True)
+    check_sources(as_stored(weight_rules(config, has_draft_head=True), made.stored), made)
+    with pytest.raises(CheckpointError, match="expert_weights_scale is 2"):
+        open_gguf(
+            write(tmp_path / "n.gguf", "qwen35moe", keys | {"expert_weights_scale": 2.5}, packed)
+        )
 
 
 def test_quantised_heads_come_back(tmp_path: Path) -> None:

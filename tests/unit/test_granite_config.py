@@ -67,7 +67,15 @@ def test_models_of_other_scales_are_not_each_other() -> None:
 
 
 BAD: list[tuple[Config, str]] = [
-    ({"num_local_experts": 8}, "num_local_experts is 8; mixtures of experts are not supported"),
+    ({"num_local_experts": 8, "intermediate_size": 96}, "num_experts_per_tok is 0"),
+    (
+        {"num_local_experts": 3, "num_experts_per_tok": 4, "intermediate_size": 96},
+        "num_experts_per_tok 4 is more than the 3 experts",
+    ),
+    (
+        {"num_local_experts": 3, "num_experts_per_tok": 1, "intermediate_size": 90},
+        "intermediate_size 90 is no multiple of 32",
+    ),
     ({"num_local_experts": True}, "num_local_experts is True"),
     ({"layer_types": ["mamba", "moe", "attention"]}, "layer_types[1] is 'moe'"),
     ({"layer_types": ["mamba"]}, "expected a list of num_hidden_layers = 3"),
@@ -91,5 +99,10 @@ def test_refusals(change: Config, words: str) -> None:
 
 
 def test_silence_about_experts_means_eight() -> None:
-    with pytest.raises(CheckpointError, match="num_local_experts is 8"):
-        build(without("num_local_experts"))
+    moe = ODD | {
+        "hidden_size": 96, "mamba_d_head": 32, "intermediate_size": 64, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    del moe["num_local_experts"]
+    experts = parse_config(moe).experts
+    assert experts is not None and experts.n == 8
+    assert parse_config(ODD).experts is None  # which says 0

@@ -22,10 +22,12 @@ from flashrt.models.flow_policy.config import parse_config as parse_policy
 from flashrt.models.model import tapes_of
 from flashrt.weights.checkpoint import open_checkpoint
 from flashrt.weights.loader import check_sources
+from flashrt.weights.random_checkpoint import shape_config
 from flashrt.weights.random_policy import policy_config
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 CONFIG: dict[str, Any] = json.loads((TINY / "config.json").read_text())
+MOE = shape_config("tiny-moe")
 CHECKPOINT = open_checkpoint(TINY)
 POLICY = policy_config("tiny")
 
@@ -69,6 +71,15 @@ def test_any_config_is_run_or_refused(
         check_sources(model.weights, CHECKPOINT)
         notes_on(config, 64)
         tapes_of(model, 16)
+    except FlashrtError as error:
+        refused(error)
+
+
+@settings(max_examples=60, derandomize=True, database=None)
+@given(changed(MOE))
+def test_any_config_with_experts_is_run_or_refused(config: dict[str, Any]) -> None:
+    try:
+        tapes_of(model_for(config, max_positions=64, is_tied=True), 16)
     except FlashrtError as error:
         refused(error)
 

@@ -215,7 +215,7 @@ def test_nested_config_without_text(nested: object) -> None:
         build({"model_type": "qwen3_5", "text_config": nested})
 
 
-@pytest.mark.parametrize("model_type", [None, "gpt2", "qwen3_5_moe", ["qwen3_5"]])
+@pytest.mark.parametrize("model_type", [None, "gpt2", "qwen3_moe", ["qwen3_5"]])
 def test_unknown_architecture(config: dict[str, object], model_type: object) -> None:
     with pytest.raises(CheckpointError, match="supported: qwen3_5_text, qwen3_5") as caught:
         build(config | {"model_type": model_type})

@@ -47,6 +47,22 @@ def test_shape_of_the_released_small_model() -> None:
     assert sum(np.prod(shape) for shape in names.values()) == 752_393_024
 
 
+@pytest.mark.parametrize(
+    ("shape", "n_weights"), [("35b-a3b", 34_660_610_688), ("122b-a10b", 122_111_526_912)]
+)
+def test_shapes_of_the_released_models_with_experts(shape: str, n_weights: int) -> None:
+    model = model_for(shape_config(shape), max_positions=64)
+    names = {s.name: s.shape for rule in model.weights for s in rule.sources}
+    assert names == dict(random_checkpoint.tensor_shapes(SHAPES[shape], False, False))
+    assert sum(np.prod(extents) for extents in names.values()) == n_weights
+
+
+def test_a_model_with_experts(tmp_path: Path) -> None:
+    path = write_random_checkpoint(tmp_path / "c", "tiny-moe", has_draft_head=True)
+    checkpoint, model = parts(path, has_draft_head=True)
+    check_sources(model.weights, checkpoint)
+
+
 def test_seed_decides_the_bytes_and_chunks_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,8 @@ PARAMETERS = {  # in millions, and how far off the published figure may be by it
     "lfm2.5-230m": (230, 0.5), "lfm2-350m": (354.5, 0.1), "lfm2-700m": (742.5, 0.1),
     "lfm2-1.2b": (1170.3, 0.1), "lfm2-2.6b": (2569.3, 0.1), "granite-4.0-h-350m": (340, 0.5),
     "granite-4.0-h-1b": (1500, 50), "granite-4.0-h-micro": (3200, 50),
+    "lfm2-8b-a1b": (8340, 5), "granite-4.0-h-tiny": (6939, 1),
+    "granite-4.0-h-small": (32200, 50), "qwen3-next-80b-a3b": (79700, 50),
     "nemotron-h-4b": (4500, 50), "nemotron-h-8b": (8100.852736, 1e-6),
     "nemotron-h-47b": (47000, 500), "nemotron-h-56b": (56300, 500),
     "nemotron-nano-9b-v2": (8890, 5), "nemotron-nano-12b-v2": (12310, 5),

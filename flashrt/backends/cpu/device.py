@@ -48,7 +48,11 @@ _APART = frozenset((
     "relu_squared",
     "activations", "mix_rows", "add_layer_norm", "gelu", "turn_patches", "attend_patches",
     "place_rows", "embed_seen", "rope_placed",
+    "route", "add_gated",
 ))  # fmt: skip
+# Ops that multiply integers where the device is told to, and weights are such codes.
+_OF_INTEGERS = frozenset(("linear", "experts_in", "experts_out"))
+_GATHERED_ROWS = 60  # MOST_ROWS of kernels/experts.c
 _MOST_ARGUMENTS = 1024  # of kernels/runtime.c
 _ALIGN = 64  # of argument blocks: one cache line each
 _FEW_NBYTES = 4096
@@ -414,7 +418,7 @@ class CpuDevice:
 
     def _function(self, launch: Launch) -> int:
         name = f"op_{launch.op.name}"
-        if self._activations != "float32" and name == "op_linear":
+        if self._activations != "float32" and launch.op.name in _OF_INTEGERS:
             w = launch.operand("w").region
             if w.dtype in INTEGER_CODES and w.groups is not None:
                 name += f"_{self._activations}"
@@ -426,7 +430,7 @@ class CpuDevice:
 
     def _reserve(self, launches: Sequence[BoundLaunch]) -> None:
         """Workspace for packed activations of `linear`, grown before seal only."""
-        need = max((_workspace_nbytes(b) for b in launches), default=0)
+        need = max((_workspace_nbytes(b, self.threads) for b in launches), default=0)
         if need > self._workspace:
             self._refuse_if_sealed("grow the kernels' workspace")
             if self._c.flashrt_workspace(need) != 0:
@@ -473,10 +477,13 @@ def _touched_nbytes(launches: Sequence[BoundLaunch]) -> int:
     )
 
 
-def _workspace_nbytes(bound: BoundLaunch) -> int:
+def _workspace_nbytes(bound: BoundLaunch, threads: int) -> int:
     dims = bound.launch.dims
     if "T" not in dims:
         return 0
+    if bound.launch.op.name in ("experts_in", "experts_out"):  # each thread packs for itself
+        columns = bound.launch.operand("w").shape[1] + 31
+        return 4 * columns * min(dims["T"], _GATHERED_ROWS) * threads + (1 << 20)
     widest = max((v for k, v in dims.items() if k in ("K", "D", "dk", "dv", "H")), default=0)
     return dims["T"] * widest * 8 + (1 << 20)
 

@@ -29,6 +29,7 @@ from flashrt.backends.cuda.fusion import fuse
 from flashrt.backends.cuda.graph import CudaGraph, Node
 from flashrt.backends.cuda.library import KernelLibrary
 from flashrt.backends.cuda.nvrtc import Nvrtc
+from flashrt.backends.cuda.sending import WordSlots, sent_by
 from flashrt.backends.cuda.sources import Sources
 from flashrt.backends.cuda.staging import DownloadRing, Readback, UploadRing, WordRing
 from flashrt.backends.cuda.views import CPU, CUDA, DeviceArray, view
@@ -52,6 +53,7 @@ ACTS: Mapping[Precision, ActDTypes] = {
 _COPY_BYTES = struct.calcsize(COPY_FORMAT)
 _TERM_BYTES = struct.calcsize(DigestTerm.FORMAT)
 _SUM_BYTES = 16  # (lo, hi)
+_SENT_BYTES = 256  # of region SENT, with what keeps the tables behind it aligned
 _PROGRAMMATIC_DRIVER = (12, 3)  # the first that keeps programmatic edges in graphs
 
 
@@ -165,11 +167,13 @@ class CudaDevice:
         table_bytes = self._capacities.copies * _COPY_BYTES
         terms_bytes = self._capacities.terms * (_TERM_BYTES + _SUM_BYTES)
         counters_bytes = self.storage(COUNTERS).nbytes
-        nbytes = counters_bytes + table_bytes + terms_bytes
+        zeros_bytes = counters_bytes + _SENT_BYTES
+        nbytes = zeros_bytes + table_bytes + terms_bytes
         self._tables = DeviceMemory("tables", driver.mem_alloc(nbytes), nbytes)
         self._counters_at = self._tables.address
-        driver.fill(self._counters_at, 0, counters_bytes, self._stream)
-        self._copies_at = self._counters_at + counters_bytes
+        driver.fill(self._counters_at, 0, zeros_bytes, self._stream)
+        self._sent = WordSlots(driver, self._stream, self._counters_at + counters_bytes)
+        self._copies_at = self._counters_at + zeros_bytes
         self._terms_at = self._copies_at + table_bytes
         self._sums_at = self._terms_at + self._capacities.terms * _TERM_BYTES
         trace(PLAN, f"{self.description}, act {self.acts}")
@@ -273,7 +277,9 @@ class CudaDevice:
         self.counters.compilations = self._library.n_compiled
 
     def _fused(self, launches: Sequence[BoundLaunch]) -> Sequence[BoundLaunch]:
-        return fuse(launches, self.acts, self._counters_at) if self._is_fused else launches
+        if not self._is_fused:
+            return launches
+        return fuse(launches, self.acts, self._counters_at, self._sent.send_to)
 
     def _nodes(self, launches: Sequence[BoundLaunch]) -> list[Node]:
         """Launches as kernels with packed arguments; compiles what is not compiled yet."""
@@ -366,6 +372,7 @@ class CudaDevice:
     def write(self, address: int, data: Bytes) -> None:
         """See Backend; asynchronous, `data` may change as soon as this returns."""
         self._downloads.fence()
+        self._sent.forget()
         self._forget_runs(address, data.nbytes)
         self._ring.upload(address, data)
 
@@ -388,8 +395,8 @@ class CudaDevice:
 
     @_verb
     def begin_read_word(self, address: int) -> Callable[[], int]:
-        """See Backend."""
-        arrive = self._words.begin(address)
+        """See Backend. No copy, where the replay before it has sent the word."""
+        arrive = self._sent.begin(address) or self._words.begin(address)
 
         def wait() -> int:
             self._refuse_after_fork()
@@ -402,6 +409,7 @@ class CudaDevice:
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """See Backend."""
         self._downloads.fence()
+        self._sent.forget()
         self._forget_runs(address, nbytes)
         if nbytes:
             self.driver.fill(address, byte, nbytes, self._stream)
@@ -414,6 +422,7 @@ class CudaDevice:
         if not len(moves):
             return
         self._downloads.fence()
+        self._sent.forget()
         first = moves.copies[0]
         if len(moves) == 1 and first.height == 1:
             self._forget_runs(dst_base + first.dst, first.width)
@@ -433,6 +442,7 @@ class CudaDevice:
     def upload(self, uploads: Sequence[Upload], dst_base: int) -> None:
         """See Backend: through the ring, the rows of a copy together."""
         self._downloads.fence()
+        self._sent.forget()
         self._runs_at.clear()
         for source, copy in ((u.source, copy) for u in uploads for copy in u.moves):
             shape, strides = (copy.height, copy.width), (copy.src_pitch, 1)
@@ -493,8 +503,9 @@ class CudaDevice:
         """See Backend. Raises CompileError, BackendError, SealedError."""
         self._refuse_if_sealed("capture a graph")
         self._require_build()
-        nodes = self._nodes(self._fused(launches))
-        graph = CudaGraph(self.driver, self._capture_stream, nodes)
+        fused = self._fused(launches)
+        nodes = self._nodes(fused)
+        graph = CudaGraph(self.driver, self._capture_stream, nodes, sent_by(fused))
         self.counters.captures += 1
         self._graphs.append(graph)
         return graph
@@ -507,13 +518,18 @@ class CudaDevice:
             self._runs_at.pop(at, None)
             self._ring.upload(at, np.frombuffer(table, np.uint8))
             self._runs_at[at] = table
-        graph.replay(self._stream)
+        if graph.sent is None:
+            self._sent.forget()
+            graph.replay(self._stream)
+        else:
+            self._sent.replay(lambda: graph.replay(self._stream), graph.sent.of(table))
         self.counters.replays += 1
 
     @_verb
     def eager(self, launches: Sequence[BoundLaunch]) -> None:
         """See Backend. Synchronises after each launch, so that a failure names its op."""
         self._require_build()
+        self._sent.forget()
         for bound in launches:
             for node in self._nodes([bound]):
                 try:
@@ -559,6 +575,7 @@ class CudaDevice:
         self._readback.close()
         self._downloads.close()
         self._words.close()
+        self._sent.close()
         for memory in (*self._memories, self._tables):
             self.driver.mem_free(memory.address)
         self._memories, self._graphs = [], []

@@ -136,12 +136,14 @@ class CudaDriver:
         free, total = self._call(self._api.cuMemGetInfo)
         return int(free), int(total)
 
-    def host_alloc(self, nbytes: int) -> HostBuffer:
+    def host_alloc(self, nbytes: int, *, is_mapped: bool = False) -> HostBuffer:
         """Pinned host memory."""
-        address = int(self._call(self._api.cuMemHostAlloc, nbytes, 0))
-        return HostBuffer(
-            address, np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
-        )
+        api = self._api
+        flags = api.CU_MEMHOSTALLOC_PORTABLE | api.CU_MEMHOSTALLOC_DEVICEMAP if is_mapped else 0
+        address = int(self._call(api.cuMemHostAlloc, nbytes, flags))
+        array = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
+        mapped = int(self._call(api.cuMemHostGetDevicePointer, address, 0)) if is_mapped else 0
+        return HostBuffer(address, array, mapped)
 
     def host_free(self, buffer: HostBuffer) -> None:
         """Free what host_alloc gave."""

@@ -47,10 +47,13 @@ class DeviceInfo:
 
 @dataclass(frozen=True, slots=True)
 class HostBuffer:
-    """Pinned host memory: the only host memory that asynchronous copies may touch."""
+    """Pinned host memory: the only host memory that asynchronous copies may touch; and kernels, if
+    it is mapped.
+    """
 
     address: int
     array: NDArray[np.uint8]
+    device_address: int = 0  # as kernels see it; 0: it is not mapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,12 @@ class Driver(Protocol):
         """(free, total) bytes."""
         ...
 
-    def host_alloc(self, nbytes: int) -> HostBuffer: ...
+    def host_alloc(self, nbytes: int, *, is_mapped: bool = False) -> HostBuffer:
+        """`is_mapped`: kernels may store into it. What they stored before an event is there for the
+        host after it.
+        """
+        ...
+
     def host_free(self, buffer: HostBuffer) -> None: ...
     def copy_to_device(self, dst: int, src_host: int, nbytes: int, stream: int) -> None: ...
     def copy_rows_to_device(

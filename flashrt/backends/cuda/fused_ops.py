@@ -24,9 +24,16 @@ def _act(name: str, access: Access, *dims: Dim) -> Param:
     return Param(name, access, dims, (DType.ACT,))
 
 
-def _matrix(*dims: Dim) -> Param:
+def _matrix(*dims: Dim, name: str = "w") -> Param:
     dtypes = (DType.BF16, DType.F16, DType.F32, *CODE_DTYPES)
-    return Param("w", "r", dims, dtypes, Layout.MATRIX, may_be_grouped=True)
+    return Param(name, "r", dims, dtypes, Layout.MATRIX, may_be_grouped=True)
+
+
+def _parts(n: int) -> tuple[Param, ...]:
+    """Matrices over the same x, and where their products go."""
+    matrices = (_matrix(f"N{i}", "K", name=f"w{i}") for i in range(n))
+    sums = (_f32(f"y{i}", "w", "T", f"N{i}", strided=True) for i in range(n))
+    return *matrices, *sums
 
 
 LINEAR_SILU: Final = Op(
@@ -68,6 +75,27 @@ NORM_SILU: Final = Op(
     ),
     (Attr("eps", "float32"),),
 )
+MOST_PARTS: Final = (
+    3  # of a launch of several matrices; a longer row of them goes in several launches
+)
+LINEARS: Final = {
+    n: Op(
+        f"linears_{n}",
+        "linear, several times: y<i> = x w<i>^T, matrices stored in any formats",
+        (_act("x", "r", "T", "K"), _CURSOR, *_parts(n)),
+    )
+    for n in range(2, MOST_PARTS + 1)
+}
+NORM_LINEARS: Final = {
+    n: Op(
+        f"norm_linears_{n}",
+        "rmsnorm, then linear several times: y<i> = h w<i>^T, where h is the norm of x in bfloat16 "
+        "parts, so many",
+        (_f32("x", "r", "T", "K"), _f32("norm", "r", "K"), _CURSOR, *_parts(n)),
+        (Attr("eps", "float32"), Attr("parts")),
+    )
+    for n in range(2, MOST_PARTS + 1)
+}
 DELTA_FEW: Final = Op(
     "delta_few",
     "conv_window, delta_gates, delta_rule, gated_rmsnorm, one after the other: y from u and z; "
@@ -93,4 +121,23 @@ DELTA_FEW: Final = Op(
 MOST_KEY_HEADS: Final = 256  # that counters are for
 COUNTERS: Final = Region("counters", (MAX_RUNS * MOST_KEY_HEADS,), DType.U32, Role.IO)
 
-FUSED_OPS: Final = (DELTA_FEW, LINEAR_SILU, LINEAR_ADD, NORM_LINEAR, NORM_SILU)
+# A slot is a line of cache. There are more of them than a host is ever replays behind.
+WORD_RING: Final = Region("word_ring", (8, 16), DType.U32, Role.IO)
+SENT: Final = Region("sent", (1,), DType.U32, Role.IO)
+HOLD_SEND: Final = Op(
+    "hold_send",
+    "hold, and a word of the cursor goes to the host: ring[sent % slots] = (cursor[word], sent), "
+    "which is host memory; then sent += 1",
+    (
+        Param("stops", "r", ("S",), (DType.I32,)),
+        Param("cursor", "rw", ("C",), (DType.I32,)),
+        Param("ring", "w", ("slots", "words"), (DType.U32,)),
+        Param("sent", "rw", (1,), (DType.U32,)),
+    ),
+    (Attr("word"),),
+)
+
+FUSED_OPS: Final = (
+    DELTA_FEW, LINEAR_SILU, LINEAR_ADD, NORM_LINEAR, NORM_SILU, *LINEARS.values(),
+    *NORM_LINEARS.values(), HOLD_SEND,
+)  # fmt: skip

@@ -15,16 +15,23 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from flashrt.backends.cuda import kernels
 from flashrt.backends.cuda.fused_ops import (
     COUNTERS,
     DELTA_FEW,
+    HOLD_SEND,
     LINEAR_ADD,
     LINEAR_SILU,
+    LINEARS,
     MOST_KEY_HEADS,
+    MOST_PARTS,
     NORM_LINEAR,
+    NORM_LINEARS,
     NORM_SILU,
+    SENT,
+    WORD_RING,
 )
 from flashrt.backends.cuda.kernels import Shape
 from flashrt.core.backend import BoundLaunch
@@ -35,13 +42,27 @@ from flashrt.core.runs import RUNS, RunsWord, Stride
 _DELTA = ("conv_window", "delta_gates", "delta_rule", "gated_rmsnorm")
 
 
-def fuse(launches: Sequence[BoundLaunch], acts: ActDTypes, counters: int) -> list[BoundLaunch]:
+class SendTo(NamedTuple):
+    """Addresses, as kernels see them, of WORD_RING and of SENT: a device has one of each."""
+
+    ring: int
+    sent: int
+
+
+def fuse(
+    launches: Sequence[BoundLaunch],
+    acts: ActDTypes,
+    counters: int,
+    send_to: SendTo | None = None,
+) -> list[BoundLaunch]:
     """The launches with groups of them fused; in order, with the same results in all regions but
     scratch. `launches` must be a whole tape: scratch is dead before and after.
 
-    `counters`: address of the region COUNTERS, zeros, which all graphs of a device share.
+    `counters`: address of the region COUNTERS, zeros, which all graphs of a device share. With
+    `send_to`, a `hold` at the end of the tape sends its token to the host: what would be a copy
+    behind the replay is part of its last launch.
     """
-    return _Fusion(launches, acts, counters).all()
+    return _Fusion(launches, acts, counters, send_to).all()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +89,17 @@ class _Operand:
 class _Fusion:
     """The pass over one tape."""
 
-    def __init__(self, launches: Sequence[BoundLaunch], acts: ActDTypes, counters: int) -> None:
+    def __init__(
+        self,
+        launches: Sequence[BoundLaunch],
+        acts: ActDTypes,
+        counters: int,
+        send_to: SendTo | None,
+    ) -> None:
         self._launches = launches
         self._acts = acts
         self._counters = counters
+        self._send_to = send_to
         self._users: dict[Region, set[int]] = defaultdict(set)  # of scratch
         for i, bound in enumerate(launches):
             for view in bound.launch.operands:
@@ -96,10 +124,14 @@ class _Fusion:
                 return [added, *group], 1 + taken
             if gated := self._gated(i):
                 return [gated], 2
+            if len(beside := self._beside(i)) > 1:
+                return self._products(beside, {}), len(beside)
         if self._name(i) == "rmsnorm" and (readers := self._normed(i)):
             return self._normed_group(i, readers)
         if self._name(i) == "conv_window" and (fused := self._delta(i)):
             return [fused], len(_DELTA)
+        if self._name(i) == "hold" and (sending := self._sending(i)):
+            return [sending], 1
         return [self._launches[i]], 1
 
     # ---- the delta rule
@@ -162,6 +194,24 @@ class _Fusion:
         view = replace(view, shape=(rows, *view.shape[1:]))
         return _Operand(view, operand.address, stride, of.max_runs)
 
+    # ---- the end of a token
+
+    def _sending(self, i: int) -> BoundLaunch | None:
+        """A hold that sends the token to the host, if nothing after it may change the token, and it
+        is one lane's.
+        """
+        is_last, bound = i == len(self._launches) - 1, self._launches[i]
+        if self._send_to is None or not is_last or bound.max_runs > 1:
+            return None
+        (words,) = (p.words for p in bound.launch.op.params if p.name == "cursor")
+        assert words is not None
+        operands = {
+            "stops": self._operand(i, "stops"),
+            "ring": _Operand(WORD_RING.view(), self._send_to.ring, Stride(), 1),
+            "sent": _Operand(SENT.view(), self._send_to.sent, Stride(), 1),
+        }
+        return self._made(HOLD_SEND, i, operands, word=int(words["TOKEN"]))
+
     # ---- products
 
     def _gated(self, i: int) -> BoundLaunch | None:
@@ -172,6 +222,52 @@ class _Fusion:
         if self._dtype(x) is not self._dtype(y) or not self._are_apart(y, x):
             return None
         return self._made(LINEAR_SILU, i, {"x": x, "w": self._operand(i, "w"), "y": y})
+
+    def _beside(self, i: int) -> range:
+        """A linear and those after it that multiply the same rows and go nowhere special."""
+        j = i
+        while self._name(j) == "linear" and self._is_few(j):
+            x, y = self._operand(j, "x"), self._operand(j, "y")
+            is_same = x == self._operand(i, "x") and self._go_together(i, j)
+            is_last = self._is_gated(j) or self._added(j)
+            if not is_same or is_last or not self._are_apart(y, x):
+                break
+            j += 1
+        return range(i, j)
+
+    def _products(
+        self, launches: Sequence[int], normed: Mapping[str, _Operand], **attrs: AttrValue
+    ) -> list[BoundLaunch]:
+        """Linears of the same rows in as few launches as there can be. `normed`: x and norm, where
+        they make the norm themselves.
+        """
+        made: list[BoundLaunch] = []
+        left = list(launches)
+        while left:
+            group = [left.pop(0)]
+            while left and len(group) < MOST_PARTS and self._write_apart(*group, left[0]):
+                group.append(left.pop(0))
+            i = group[0]
+            # rows with most bytes first: they would be what the launch waits for at its end
+            group.sort(key=lambda j: -self._operand(j, "w").region.dtype.bits)
+            own = [(self._operand(j, "w"), self._operand(j, "y")) for j in group]
+            operands = dict(normed or {"x": self._operand(i, "x")})
+            if len(group) > 1:
+                for part, (w, y) in enumerate(own):
+                    operands |= {f"w{part}": w, f"y{part}": y}
+                op = (NORM_LINEARS if normed else LINEARS)[len(group)]
+                made.append(self._made(op, i, operands, **attrs))
+            elif normed:
+                ((w, y),) = own
+                made.append(self._made(NORM_LINEAR, i, operands | {"w": w, "y": y}, **attrs))
+            else:
+                made.append(self._launches[i])
+        return made
+
+    def _write_apart(self, *launches: int) -> bool:
+        """Whether outputs of linears have places of their own; columns of one region have."""
+        *others, last = (self._operand(j, "y") for j in launches)
+        return all(y.region == last.region or self._are_apart(last, y) for y in others)
 
     def _is_gated(self, i: int) -> bool:
         """Whether a linear's outputs go to a silu_mul alone."""
@@ -219,19 +315,18 @@ class _Fusion:
         """
         x, norm, h = (self._operand(i, name) for name in ("x", "w", "y"))
         eps, dtype = self._launches[i].launch.attr("eps"), self._dtype(h)
-        made, taken = [], 1
+        plain: list[int] = []
+        gated: list[BoundLaunch] = []
         for j in readers:
-            operands = {"x": x, "norm": norm, "w": self._operand(j, "w")}
             y = self._operand(j + 1, "y") if self._is_gated(j) else None
             if y is not None and self._dtype(y) is dtype:
-                made.append(self._made(NORM_SILU, j, operands | {"y": y}, eps=eps))
-                taken += 2
+                operands = {"x": x, "norm": norm, "w": self._operand(j, "w"), "y": y}
+                gated.append(self._made(NORM_SILU, j, operands, eps=eps))
             else:
-                attrs = {"eps": eps, "parts": kernels.ACT_PARTS[dtype]}
-                y = self._operand(j, "y")
-                made.append(self._made(NORM_LINEAR, j, operands | {"y": y}, **attrs))
-                taken += 1
-        return made, taken
+                plain.append(j)
+        attrs = {"eps": eps, "parts": kernels.ACT_PARTS[dtype]}
+        made = self._products(plain, {"x": x, "norm": norm}, **attrs)
+        return made + gated, 1 + len(readers) + len(gated)
 
     def _is_few(self, i: int) -> bool:
         return self._launches[i].launch.dims["T"] <= kernels.FEW_TOKENS

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashrt.backends.cuda.driver_api import ArgumentBlock, Driver, LaunchConfig
+from flashrt.backends.cuda.sending import SentWord
 from flashrt.base.errors import BackendError
 
 
@@ -32,9 +33,14 @@ class Node:
 class CudaGraph:
     """An instantiated graph, resident on the device."""
 
-    def __init__(self, driver: Driver, stream: int, nodes: Sequence[Node]) -> None:
-        """Capture the nodes on `stream`, which must be idle; it is idle again afterwards."""
+    def __init__(
+        self, driver: Driver, stream: int, nodes: Sequence[Node], sent: SentWord | None = None
+    ) -> None:
+        """Capture the nodes on `stream`, which must be idle; it is idle again afterwards. `sent`:
+        the word that they send to the host.
+        """
         self._driver = driver
+        self.sent = sent
         self.nodes = tuple(nodes)
         driver.capture_begin(stream)
         try:
@@ -55,7 +61,7 @@ class CudaGraph:
         return len(self.nodes)
 
     def replay(self, stream: int) -> None:
-        """Run all nodes in order: one call."""
+        """Run all nodes in order: one call. The device's verb calls it, and counts what is sent."""
         self._driver.graph_launch(self._executable, stream)
 
     def write_dot(self, path: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -167,15 +168,18 @@ def _defines(**values: int) -> Defines:
 
 def _weights(s: Shape, name: str) -> Defines:
     """The format of a weight matrix; none for bfloat16, which sources take for granted."""
-    dtype = s.dtypes.get(name, DType.BF16)
-    if dtype is DType.BF16:
-        return ()
-    groups = s.groups.get(name)
-    if groups is None:
-        return _defines(W_DTYPE=dtype.code, W_GROUP=0, W_OUTER=0, W_SCALES=-1)
-    return _defines(
-        W_DTYPE=dtype.code, W_GROUP=groups.size, W_OUTER=groups.outer, W_SCALES=groups.scales.code
+    is_plain = s.dtypes.get(name, DType.BF16) is DType.BF16
+    return () if is_plain else _format(s, name, "W")
+
+
+def _format(s: Shape, name: str, prefix: str) -> Defines:
+    """The format of any weight matrix."""
+    dtype, groups = s.dtypes.get(name, DType.BF16), s.groups.get(name)
+    size, outer, scales = (
+        (0, 0, -1) if groups is None else (groups.size, groups.outer, groups.scales.code)
     )
+    values = {"DTYPE": dtype.code, "GROUP": size, "OUTER": outer, "SCALES": scales}
+    return tuple((f"{prefix}_{what}", str(value)) for what, value in values.items())
 
 
 def _embed(s: Shape) -> tuple[KernelLaunch, ...]:
@@ -220,28 +224,31 @@ def _most_few_warps(s: Shape) -> int:
     scales.
     """
     tiles = _few_tiles(s.dims["T"])
-    return 8 if tiles == 4 or (tiles == 2 and _is_folded(s, "w")) else 16
+    is_folded = any(_is_folded(s, name) for name in s.groups)
+    return 8 if tiles == 4 or (tiles == 2 and is_folded) else 16
 
 
 def _few(
-    s: Shape, kernel: str, n: int, *, halves: int = 1, is_normed: bool = False
-) -> KernelLaunch:
-    """A kernel of linear_few.cuh with outputs for `n` rows of W, of which a block takes 16, or the
-    16 of each half.
+    s: Shape, kernel: str, *rows: int, halves: int = 1, is_normed: bool = False, blocks: int = 1,
+    most_warps: int = 0,
+) -> KernelLaunch:  # fmt: skip
+    """A kernel of linear_few.cuh with outputs for so many rows of W, or of each matrix: a block
+    takes 16 of one, or the 16 of each half. `blocks`: of a row tile; `most_warps`: of a block, else
+    `_most_few_warps`.
     """
     t, k = s.dims["T"], s.dims["K"]
     tiles = _few_tiles(t)
-    slices, row_tiles = _ceil(k, K_SLICE), _ceil(n, 16)
+    slices, row_tiles = _ceil(k, K_SLICE), sum(_ceil(n, 16) for n in rows)
     dynamic = t * k * _ACT_BYTES[s.act_parts] if is_normed else 0
     # 16 warps per multiprocessor keep enough weights in flight: several small blocks if there are
     # row tiles for them, larger ones if not, or if rows take too much shared memory of each
-    most_warps = _most_few_warps(s)
+    most_warps = most_warps or _most_few_warps(s)
     most = min(most_warps // halves, 1 << (slices - 1).bit_length())
     warps = min(4, most)
 
     def is_small() -> bool:
         block = warps * halves
-        if block * row_tiles < BUSY_FEW_WARPS * s.n_sms:
+        if block * row_tiles * blocks < BUSY_FEW_WARPS * s.n_sms:
             return True
         registers = registers_for(WARP * block, most_warps // block)
         shared = dynamic + _few_static_bytes(block, tiles)
@@ -251,14 +258,35 @@ def _few(
     while warps < most and is_small():
         warps *= 2
     defines = _defines(
-        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WARPS=warps, TOKEN_TILES=tiles
-    )
+        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WHOLE=int(k % K_SLICE == 0), WARPS=warps,
+        TOKEN_TILES=tiles,
+    )  # fmt: skip
     if is_normed:
         _, vectors, threads = row_geometry(k)
         defines += _defines(NORM_VECTORS=vectors, NORM_THREADS=threads)
     grid = (row_tiles, _ceil(t, 8 * tiles), 1)
-    defines += _weights(s, "w")
+    if len(rows) > 1:
+        defines += tuple(d for i in range(len(rows)) for d in _format(s, f"w{i}", f"W{i}"))
+    else:
+        defines += _weights(s, "w")
     return KernelLaunch(f"{kernel}.cu", kernel, defines, grid, _x(WARP * warps * halves), dynamic)
+
+
+def part_of(launch: KernelLaunch, i: int, rows: int) -> KernelLaunch:
+    """What the blocks of part `i`, of so many rows of W, execute in a launch of several matrices:
+    `linear_few` or `norm_linear` in blocks of the same size.
+    """
+    kernel = "norm_linear" if launch.kernel.startswith("norm_") else "linear_few"
+    own, defines = f"W{i}_", []
+    for name, value in launch.defines:
+        if name.startswith(own):
+            defines.append((f"W_{name.removeprefix(own)}", value))
+        elif not re.match(r"W\d", name):
+            defines.append((name, value))
+    if ("W_DTYPE", str(DType.BF16.code)) in defines:
+        defines = [(name, value) for name, value in defines if not name.startswith("W_")]
+    grid = (_ceil(rows, 16), *launch.grid[1:])
+    return replace(launch, source=f"{kernel}.cu", kernel=kernel, defines=tuple(defines), grid=grid)
 
 
 def _few_static_bytes(warps: int, tiles: int) -> int:
@@ -267,7 +295,9 @@ def _few_static_bytes(warps: int, tiles: int) -> int:
 
 
 def holds_normed_rows(s: Shape) -> bool:
-    """Whether a block of `norm_linear` has room for all rows of x."""
+    """Whether a block of `norm_linear`, or of one with several matrices, has room for all rows of
+    x.
+    """
     t, k = s.dims["T"], s.dims["K"]
     if t > FEW_TOKENS or k % 8:
         return False
@@ -288,8 +318,26 @@ def _linear_add(s: Shape) -> tuple[KernelLaunch, ...]:
 
 
 def _norm_linear(s: Shape) -> tuple[KernelLaunch, ...]:
+    return (_few(_with_parts_of_x(s), "norm_linear", s.dims["N"], is_normed=True),)
+
+
+def _with_parts_of_x(s: Shape) -> Shape:
+    """Of a launch that norms x itself: the activations are what it makes, not an operand."""
     (act,) = (dtype for dtype, n in ACT_PARTS.items() if n == s.attrs["parts"])
-    return (_few(replace(s, act=act), "norm_linear", s.dims["N"], is_normed=True),)
+    return replace(s, act=act)
+
+
+def _matrix_rows(s: Shape) -> list[int]:
+    """Of the matrices of a launch of several, whose number is the last word of the op."""
+    return [s.dims[f"N{i}"] for i in range(int(s.op.rsplit("_", 1)[1]))]
+
+
+def _linears(s: Shape) -> tuple[KernelLaunch, ...]:
+    return (_few(s, s.op, *_matrix_rows(s)),)
+
+
+def _norm_linears(s: Shape) -> tuple[KernelLaunch, ...]:
+    return (_few(_with_parts_of_x(s), s.op, *_matrix_rows(s), is_normed=True),)
 
 
 def _norm_silu(s: Shape) -> tuple[KernelLaunch, ...]:
@@ -478,6 +526,124 @@ def _tile_bytes(s: Shape, name: str) -> int:
     planes = groups.planes if groups is not None else ()
     scales = (max(1, 32 // p.size) * p.dtype.itemsize for p in planes if p.size)
     return 64 * s.dtypes.get(name, DType.BF16).bits + 16 * sum(scales)
+
+
+MOST_EXPERTS: Final = 1024  # of `route`: a bit of a lane for each of its 32
+MOST_PICKS: Final = WARP  # of a row
+
+
+def _route(s: Shape) -> tuple[KernelLaunch, ...]:
+    experts, picks = s.dims["E"], s.dims["P"]
+    if experts > MOST_EXPERTS or picks > MOST_PICKS:
+        raise PlanError(
+            f"route: {picks} of {experts} experts; there are kernels for up to {MOST_PICKS} of "
+            f"{MOST_EXPERTS}"
+        )
+    defines = _defines(
+        VALUES=_ceil(experts, WARP), SCORING=int(s.attrs["scoring"]),
+        BIASED=int(s.attrs["biased"]), NORMED=int(s.attrs["normed"]),
+    )  # fmt: skip
+    return (KernelLaunch("route.cu", "route", defines, _x(_ceil(s.dims["T"], 4)), _x(4 * WARP)),)
+
+
+def _experts_in(s: Shape) -> tuple[KernelLaunch, ...]:
+    if s.dims["T"] <= FEW_TOKENS:
+        return (_experts_few(s, "experts_in_few", s.dims["H"], s.dims["I"], halves=2),)
+    return experts_many(s, expert_tile(s))
+
+
+def _experts_out(s: Shape) -> tuple[KernelLaunch, ...]:
+    if s.dims["T"] == 1 and s.dims["P"] <= _most_expert_warps(s):
+        return (_experts_out_one(s),)
+    grid = (_ceil(s.dims["H"], 256), s.dims["T"], 1)
+    total = KernelLaunch("experts.cu", "experts_sum", _defines(GATED=0), grid, _x(256))
+    if s.dims["T"] <= FEW_TOKENS:
+        return (_experts_few(s, "experts_out_few", s.dims["I"], s.dims["H"]), total)
+    return (*experts_many(s, expert_tile(s)), total)
+
+
+def _experts_out_one(s: Shape) -> KernelLaunch:
+    """All picks of the one row in a block, so that it adds them up."""
+    picks, k = s.dims["P"], s.dims["I"]
+    warps = 1
+    while 2 * warps * picks <= _most_expert_warps(s) and warps < _ceil(k, K_SLICE):
+        warps *= 2
+    defines = _defines(
+        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WHOLE=int(k % K_SLICE == 0), WARPS=warps,
+        TOKEN_TILES=1, PICKS=picks,
+    )  # fmt: skip
+    grid = _x(_ceil(s.dims["H"], 16))
+    return KernelLaunch(
+        "experts_out_one.cu", "experts_out_one", defines + _weights(s, "w"), grid,
+        _x(WARP * warps * picks),
+    )  # fmt: skip
+
+
+def _most_expert_warps(s: Shape) -> int:
+    """Of a block of experts_few.cuh, whose IS_TIGHT formats take the registers of half of them."""
+    return 8 if s.dtypes.get("w") in (DType.U5, DType.U6, DType.E2M1) else 16
+
+
+def _experts_few(s: Shape, kernel: str, k: int, n: int, *, halves: int = 1) -> KernelLaunch:
+    """A kernel of experts_few.cuh with outputs for `n` rows of an expert: a block per pick, which
+    has room for twice the rows that an expert can expect.
+    """
+    picks = s.dims["T"] * s.dims["P"]
+    rows = min(s.dims["T"], _ceil(2 * picks, s.dims["E"]))
+    shape = replace(s, dims={"T": rows, "K": k})
+    most_warps = min(_most_expert_warps(s), _most_few_warps(shape))
+    launch = _few(shape, kernel, n, halves=halves, blocks=picks, most_warps=most_warps)
+    return replace(launch, grid=(launch.grid[0], picks, 1))
+
+
+# Of `experts_in_many` and `experts_out_many`, by tokens. Super-slices are added up in registers, so
+# tiles of a warp are small.
+EXPERT_TILES: Final = (
+    ManyTile(4, 1, 2, 2, 3, 0.4),
+    ManyTile(4, 1, 2, 4, 2, 0.6),
+    ManyTile(2, 2, 2, 4, 2, 0.75),
+)
+EXPERT_GROUPS_THREADS: Final = MOST_EXPERTS
+MOST_EXPERT_TILES: Final = 1 << 16  # of one expert: see experts_group.cu
+
+
+def expert_tile(s: Shape) -> ManyTile:
+    """The tile that holds the rows which an expert can expect, and some more; or the largest."""
+    expected = s.dims["T"] * s.dims["P"] / s.dims["E"]
+    return next((t for t in EXPERT_TILES if t.tokens >= 1.25 * expected), EXPERT_TILES[-1])
+
+
+def experts_many(s: Shape, tile: ManyTile) -> tuple[KernelLaunch, ...]:
+    """`experts_in` or the products of `experts_out`, picks grouped by expert; all tiles give the
+    same bits.
+    """
+    is_in = s.op == "experts_in"
+    k, n = (s.dims["H"], 2 * s.dims["I"]) if is_in else (s.dims["I"], s.dims["H"])
+    picks = s.dims["T"] * s.dims["P"]
+    most = picks // tile.tokens + min(picks, s.dims["E"])  # tiles, of which some are not whole
+    shape = _defines(BLOCK_TOKENS=tile.tokens, MOST_TILES=MOST_EXPERT_TILES)
+    group = KernelLaunch(
+        "experts_group.cu", f"{s.op}_group", shape + _defines(THREADS=EXPERT_GROUPS_THREADS),
+        _x(1), _x(EXPERT_GROUPS_THREADS),
+    )  # fmt: skip
+    stages = tile.stages(s)
+    defines = _defines(
+        ACT_PARTS=s.act_parts, ALIGNED=int(k % 8 == 0), WARPS_N=tile.warps_n, WARPS_T=tile.warps_t,
+        ROW_TILES=tile.row_tiles, TOKEN_TILES=tile.token_tiles, STAGES=stages, BLOCKS=tile.blocks,
+        IS_LONG=int(k > SUPER_SLICE), MOST_TILES=MOST_EXPERT_TILES,
+    )  # fmt: skip
+    many = KernelLaunch(
+        f"{s.op}_many.cu", f"{s.op}_many", defines + _weights(s, "w"),
+        (min(picks, most), _ceil(n, tile.rows), 1), _x(WARP * tile.warps),
+        stages * tile.stage_bytes(s),
+    )  # fmt: skip
+    return group, many
+
+
+def _add_gated(s: Shape) -> tuple[KernelLaunch, ...]:
+    grid = (_ceil(s.dims["H"], 256), s.dims["T"], 1)
+    defines = _defines(GATED=int(s.attrs["gated"]))
+    return (KernelLaunch("experts.cu", "add_gated", defines, grid, _x(256)),)
 
 
 def _conv_window(s: Shape) -> tuple[KernelLaunch, ...]:
@@ -841,6 +1007,11 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "linear_add": _linear_add,
     "norm_linear": _norm_linear,
     "norm_silu": _norm_silu,
+    "linears_2": _linears,
+    "linears_3": _linears,
+    "norm_linears_2": _norm_linears,
+    "norm_linears_3": _norm_linears,
+    "hold_send": _one_warp,
     "gated_conv": _gated_conv,
     "see": _policy,
     "chunk_begin": _policy,
@@ -862,6 +1033,10 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "place_rows": _one_warp,
     "embed_seen": _embed,
     "rope_placed": _rope_append,
+    "route": _route,
+    "experts_in": _experts_in,
+    "experts_out": _experts_out,
+    "add_gated": _add_gated,
 }
 
 

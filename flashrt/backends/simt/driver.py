@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -99,10 +99,11 @@ class SimtDriver:
         self._count("cuMemGetInfo")
         return self._memory.limit_bytes - self._memory.used_bytes, self._memory.limit_bytes
 
-    def host_alloc(self, nbytes: int) -> HostBuffer:
-        """Memory that asynchronous copies may touch."""
+    def host_alloc(self, nbytes: int, *, is_mapped: bool = False) -> HostBuffer:
+        """Memory that asynchronous copies may touch; kernels could touch all that there is."""
         self._count("cuMemHostAlloc", may_capture=False)
-        return self._memory.allocate(nbytes, is_device=False)
+        buffer = self._memory.allocate(nbytes, is_device=False)
+        return replace(buffer, device_address=buffer.address) if is_mapped else buffer
 
     def host_free(self, buffer: HostBuffer) -> None:
         """Free what host_alloc gave."""

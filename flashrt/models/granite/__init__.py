@@ -1,1 +1,1 @@
-"""Granite-4.0-H, dense: layers of Mamba-2 with attention among them."""
+"""Granite-4.0-H: layers of Mamba-2 with attention among them."""

@@ -1,4 +1,4 @@
-"""The configuration of Granite-4.0-H (granitemoehybrid) without experts, read from config.json.
+"""The configuration of Granite-4.0-H (granitemoehybrid), read from config.json.
 
 IS: fields, their fall-backs (transformers' GraniteMoeHybridConfig) and every check on them, all
 problems in one error; and what the four multipliers become. IS NOT: shapes of tensors (weights).
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from flashrt.base.messages import shown
+from flashrt.models.experts import Experts, Routing
 from flashrt.models.fields import NEUTRAL, Fields, Neutral, is_tied
 from flashrt.models.rope import Rotation, rotation
 from flashrt.models.ssm import SsmSizes, time_limits
@@ -35,7 +36,6 @@ _NEUTRAL: Neutral = {
     for name, values in NEUTRAL.items()
     if name not in (*_MULTIPLIERS, "num_local_experts")
 } | {"attn_output_gate": (False, None), "rope_interleaved": (False, None)}
-_DEFAULT_EXPERTS = 8  # of a config that says nothing
 
 
 class LayerKind(enum.StrEnum):
@@ -58,7 +58,7 @@ class GraniteConfig:
 
     vocab_size: int  # V
     hidden: int  # H
-    intermediate: int  # I
+    intermediate: int  # I, of the MLP that all tokens go through
     layers: tuple[LayerKind, ...]
     query_heads: int  # Nq
     kv_heads: int  # Nk
@@ -72,6 +72,7 @@ class GraniteConfig:
     eps: float
     is_tied: bool  # the head is the embedding table
     has_split_mlp: bool  # its first matrix is two tensors, as in GGUF files
+    experts: Experts | None  # beside that MLP
 
     @property
     def stream_eps(self) -> float:
@@ -126,14 +127,11 @@ def parse_config(
         eps=fields.number("rms_norm_eps", default=1e-6, most=1.0),
         is_tied=is_tied(fields, [config], lacks_head),
         has_split_mlp=fields.is_set("shared_mlp_is_split", default=False),
+        experts=_experts(fields),
     )
     fields.refuse_uneven_heads(parsed.query_heads, parsed.kv_heads)
-    experts = config.get("num_local_experts", _DEFAULT_EXPERTS)
-    if experts not in (None, 0) or isinstance(experts, bool):
-        fields.problems.append(
-            f"num_local_experts is {shown(experts)}; mixtures of experts are not supported, only "
-            "dense models, which say 0"
-        )
+    if parsed.experts is not None:
+        parsed.experts.check(fields, hidden, len(parsed.layers), "intermediate_size")
     if config.get("max_position_embeddings") is not None:
         fields.size("max_position_embeddings")
     fields.refuse_but(_NEUTRAL)
@@ -179,6 +177,18 @@ def _ssm(fields: Fields, hidden: int) -> SsmSizes:
         has_proj_bias=fields.is_set("mamba_proj_bias", default=False),
         time_limits=time_limits(fields),
     )
+
+
+def _experts(fields: Fields) -> Experts | None:
+    """Experts of all layers. Gates are a softmax over the logits of those that were picked: that
+    over all logits, normed.
+    """
+    n = fields.fields.get("num_local_experts", 8)
+    if n is None or (n == 0 and not isinstance(n, bool)):
+        return None
+    routing = Routing(fields.size("num_experts_per_tok", 2))
+    n_experts = fields.size("num_local_experts", 8)
+    return Experts(n_experts, fields.size("intermediate_size", 11008), routing)
 
 
 def _layers(fields: Fields) -> tuple[LayerKind, ...]:

@@ -1,4 +1,4 @@
-"""Granite-4.0-H, dense: layers of Mamba-2 with attention among them, each with an MLP.
+"""Granite-4.0-H: layers of Mamba-2 with attention among them, each with an MLP, or experts too.
 
 IS: the regions of a lane, put together with the weights and the tapes. IS NOT: config fields
 (config), weight names (weights) or the launches of a tape (tapes).

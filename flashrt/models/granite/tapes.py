@@ -24,6 +24,7 @@ class GraniteRecorder(DecoderRecorder):
             regions, tape, len(c.layers), c.stream_eps, c.rotation.magnitude, c.embedding_factor
         )
         self.config = config
+        self.routing = None if c.experts is None else c.experts.routing
 
     def input_dtype(self, index: int) -> DType:
         """Of Mamba layers wide: see `ssm`. In bfloat16, logits were off by 3 % of their rms."""

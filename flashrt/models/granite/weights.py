@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from flashrt.models.blocks import INV_FREQ, NO_NORM
 from flashrt.models.decoder import EMBED, FINAL_NORM, HEAD, bias_rule, layer_name
+from flashrt.models.experts import Names, constants, expert_rules
 from flashrt.models.granite.config import GraniteConfig, LayerKind
 from flashrt.weights.rules import WeightRule, constant, matrix, vector
 
@@ -21,6 +22,7 @@ def weight_rules(config: GraniteConfig) -> tuple[WeightRule, ...]:
     if c.count(LayerKind.ATTENTION):
         rules.append(constant(INV_FREQ, c.rotation.inv_freq))
         rules.append(constant(NO_NORM, (1.0,) * c.head_dim))
+    rules += constants(c.experts)
     for i, kind in enumerate(c.layers):
         rules += _layer(c, layer_name(i), f"model.layers.{i}", kind)
     final_norm = vector(FINAL_NORM, "model.norm.weight", c.hidden)
@@ -34,8 +36,13 @@ def _layer(c: GraniteConfig, region: str, source: str, kind: LayerKind) -> list[
     own = f"{source}.shared_mlp"
     first = [(f"{own}.input_linear.weight", 2 * c.intermediate)]  # rows [gate | up]
     if c.has_split_mlp:
-        names = ("gate_linear", "up_linear")
-        first = [(f"{own}.{name}.weight", c.intermediate) for name in names]
+        halves = ("gate_linear", "up_linear")
+        first = [(f"{own}.{name}.weight", c.intermediate) for name in halves]
+    experts = []
+    if c.experts is not None:
+        of = f"{source}.block_sparse_moe"
+        names = Names(router=f"{of}.router.layer", expert=f"{of}.experts.{{}}")
+        experts = expert_rules(region, c.experts, c.hidden, names)
     mixer = (
         c.ssm.weights(region, f"{source}.mamba", c.hidden)
         if kind is LayerKind.MAMBA
@@ -45,6 +52,7 @@ def _layer(c: GraniteConfig, region: str, source: str, kind: LayerKind) -> list[
         vector(f"{region}.input_norm", f"{source}.input_layernorm.weight", c.hidden),
         *mixer,
         vector(f"{region}.mlp_norm", f"{source}.post_attention_layernorm.weight", c.hidden),
+        *experts,
         matrix(f"{region}.gate_up", c.hidden, *first),
         matrix(f"{region}.down", c.intermediate, (f"{own}.output_linear.weight", c.hidden)),
     ]

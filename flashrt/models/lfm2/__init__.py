@@ -1,1 +1,1 @@
-"""LFM2 and LFM2.5, dense: gated short convolutions with attention among them."""
+"""LFM2 and LFM2.5, dense or with experts: gated short convolutions with attention among them."""

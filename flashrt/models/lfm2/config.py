@@ -1,4 +1,4 @@
-"""The configuration of dense LFM2 models, read from config.json.
+"""The configuration of LFM2 models, read from config.json.
 
 IS: fields, their fall-backs and every check on them, all problems in one error; defaults and the
 rule of the MLP's size are those of transformers (configuration_lfm2.py, Lfm2MLP). IS NOT: shapes of
@@ -12,10 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flashrt.base.messages import shown
+from flashrt.models.experts import Experts, Routing
 from flashrt.models.fields import NEUTRAL, Fields, Neutral, is_tied
 from flashrt.models.rope import Rotation, rotation
+from flashrt.ops.experts import Scoring
 
-MODEL_TYPES = ("lfm2",)
+MOE_MODEL_TYPE = "lfm2_moe"
+MODEL_TYPES = ("lfm2", MOE_MODEL_TYPE)
 _MOST_INTERMEDIATE = 1 << 18
 # Settings of the files that the models were released with; transformers reads none of them.
 _NEUTRAL: Neutral = NEUTRAL | {
@@ -48,6 +51,8 @@ class Lfm2Config:
     has_conv_bias: bool  # of in_proj, the convolution and out_proj
     eps: float
     is_tied: bool  # the head is the embedding table
+    experts: Experts | None = None
+    n_dense: int = 0  # layers with an MLP, before those with experts
 
     @property
     def n_conv(self) -> int:
@@ -77,11 +82,12 @@ def parse_config(
     fields = Fields(config)
     hidden, query_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     head_dim = _head_dim(fields, hidden, query_heads)
+    is_moe = config.get("model_type") == MOE_MODEL_TYPE
     tied = {"tie_word_embeddings": config.get("tie_embedding", config.get("tie_word_embeddings"))}
     parsed = Lfm2Config(
         vocab_size=fields.size("vocab_size"),
         hidden=hidden,
-        intermediate=_intermediate(fields),
+        intermediate=(fields.size("intermediate_size", 7168) if is_moe else _intermediate(fields)),
         layers=_layers(fields),
         query_heads=query_heads,
         kv_heads=fields.size("num_key_value_heads", default=8),
@@ -91,12 +97,18 @@ def parse_config(
         has_conv_bias=fields.is_set("conv_bias", default=False),
         eps=fields.number("norm_eps", default=1e-5, most=1.0),
         is_tied=is_tied(fields, [tied], lacks_head, default=True),
+        experts=_experts(fields) if is_moe else None,
+        n_dense=fields.size("num_dense_layers", 2) if is_moe else 0,
     )
+    if parsed.experts is not None:
+        n_sparse = max(0, len(parsed.layers) - parsed.n_dense)
+        parsed.experts.check(fields, hidden, n_sparse, "moe_intermediate_size")
     fields.refuse_uneven_heads(parsed.query_heads, parsed.kv_heads)
     if config.get("max_position_embeddings") is not None:
         fields.size("max_position_embeddings")
     own: Neutral = dict.fromkeys(("block_dim", "conv_dim", "conv_dim_out"), (hidden, None))
-    fields.refuse_but(_NEUTRAL | own)
+    neutral = {k: v for k, v in _NEUTRAL.items() if k != "num_experts" or not is_moe}
+    fields.refuse_but(neutral | own)
     fields.raise_problems()
     return parsed
 
@@ -133,6 +145,20 @@ def _intermediate(fields: Fields) -> int:
         )
         return 1
     return size
+
+
+def _experts(fields: Fields) -> Experts:
+    """Experts of the layers behind the dense ones; fall-backs as in transformers."""
+    routing = Routing(
+        fields.size("num_experts_per_tok", 4),
+        Scoring.SIGMOID,
+        is_normed=fields.is_set("norm_topk_prob", default=True),
+        eps=1e-6,
+        scale=fields.number("routed_scaling_factor", 1.0),
+        is_biased=fields.is_set("use_expert_bias", default=True),
+    )
+    n = fields.size("num_experts", 32)
+    return Experts(n, fields.size("moe_intermediate_size", 1792), routing)
 
 
 def _layers(fields: Fields) -> tuple[LayerKind, ...]:

@@ -1,4 +1,4 @@
-"""Dense LFM2 and LFM2.5 models: gated short convolutions with attention among them.
+"""LFM2 and LFM2.5 models: gated short convolutions with attention among them.
 
 IS: the regions of a lane, put together with the weights and the tapes. IS NOT: config fields
 (config), weight names (weights) or the launches of a tape (tapes).

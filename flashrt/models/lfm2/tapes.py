@@ -22,6 +22,7 @@ class Lfm2Recorder(DecoderRecorder):
         n_layers = len(config.layers)
         super().__init__(regions, tape, n_layers, config.eps, config.rotation.magnitude)
         self.config = config
+        self.routing = None if config.experts is None else config.experts.routing
 
     def mix(self, layer: int, h: Operand, *, last_row_only: bool) -> Region:
         """Attention or a gated convolution. Regions of state count the layers of each kind."""

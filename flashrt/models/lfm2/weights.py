@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from flashrt.models.blocks import INV_FREQ, bias_name
 from flashrt.models.decoder import EMBED, FINAL_NORM, HEAD, layer_name
+from flashrt.models.experts import Experts, Names, constants, expert_rules
 from flashrt.models.lfm2.config import LayerKind, Lfm2Config
 from flashrt.weights.rules import WeightRule, constant, depthwise_conv, matrix, vector
 
@@ -18,21 +19,43 @@ def weight_rules(config: Lfm2Config) -> tuple[WeightRule, ...]:
     rules = [matrix(EMBED, c.hidden, ("model.embed_tokens.weight", c.vocab_size))]
     if c.n_full:
         rules.append(constant(INV_FREQ, c.rotation.inv_freq))
+    rules += constants(c.experts)
     for i, kind in enumerate(c.layers):
-        rules += _layer(c, layer_name(i), f"model.layers.{i}", kind)
+        experts = c.experts if i >= c.n_dense else None
+        rules += _layer(c, layer_name(i), f"model.layers.{i}", kind, experts)
     rules.append(vector(FINAL_NORM, "model.embedding_norm.weight", c.hidden))
     if not c.is_tied:
         rules.append(matrix(HEAD, c.hidden, ("lm_head.weight", c.vocab_size)))
     return tuple(rules)
 
 
-def _layer(c: Lfm2Config, region: str, source: str, kind: LayerKind) -> list[WeightRule]:
+def _layer(
+    c: Lfm2Config, region: str, source: str, kind: LayerKind, experts: Experts | None
+) -> list[WeightRule]:
     mixer = _conv if kind is LayerKind.CONV else _attention
-    own = f"{source}.feed_forward"
     return [
         vector(f"{region}.input_norm", f"{source}.operator_norm.weight", c.hidden),
         *mixer(c, region, source),
         vector(f"{region}.mlp_norm", f"{source}.ffn_norm.weight", c.hidden),
+        *_feed_forward(c, region, f"{source}.feed_forward", experts),
+    ]
+
+
+def _feed_forward(
+    c: Lfm2Config, region: str, own: str, experts: Experts | None
+) -> list[WeightRule]:
+    """An MLP, or experts."""
+    if experts is not None:
+        names = Names(
+            router=f"{own}.gate",
+            router_bias=f"{own}.expert_bias",
+            expert=f"{own}.experts.{{}}",
+            gate="w1",
+            up="w3",
+            down="w2",
+        )
+        return expert_rules(region, experts, c.hidden, names)
+    return [
         matrix(
             f"{region}.gate_up",
             c.hidden,

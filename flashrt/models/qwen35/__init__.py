@@ -1,1 +1,1 @@
-"""Qwen3.5 dense text models: Gated DeltaNet layers with full attention among them."""
+"""Qwen3.5 and Qwen3-Next, dense or with experts: Gated DeltaNet with attention among them."""

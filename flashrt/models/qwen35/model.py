@@ -1,4 +1,4 @@
-"""Qwen3.5 dense text models: Gated DeltaNet layers with full attention among them.
+"""Qwen3.5 and Qwen3-Next text models: Gated DeltaNet layers with full attention among them.
 
 IS: the regions of a lane, and which tape a phase is. IS NOT: config fields (config), weight names
 (weights) or the launches of a tape (tapes, draft).

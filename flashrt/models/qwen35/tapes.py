@@ -37,6 +37,7 @@ class Qwen35Recorder(TokenRecorder):
     ) -> None:
         super().__init__(regions, tape, config.eps, config.rotation.magnitude)
         self.config = config
+        self.routing = None if config.experts is None else config.experts.routing
         self.has_draft_head = f"{DRAFT_HEAD}.fc" in regions
         self.sections = config.sections
         self.head_weight = EMBED if config.is_tied else HEAD

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from flashrt.base.errors import CheckpointError
 from flashrt.base.messages import shown
 from flashrt.models.fields import Fields
-from flashrt.models.qwen35.config import NESTED_MODEL_TYPE, text_fields
+from flashrt.models.qwen35.config import MOE_MODEL_TYPES, text_fields
 
 VISION_MODEL_TYPES = ("qwen3_5_vision", "qwen3_5")  # the second in files of the first days
 # Of transformers' processor, where preprocessor_config.json is silent.
@@ -60,8 +60,13 @@ def vision_of(config: Mapping[str, object], processor: Mapping[str, object]) -> 
 
     Raises CheckpointError: where there is no tower, or listing every problem.
     """
-    given = config.get("vision_config")
-    if config.get("model_type") != NESTED_MODEL_TYPE or not isinstance(given, Mapping):
+    given, model_type = config.get("vision_config"), config.get("model_type")
+    if model_type in MOE_MODEL_TYPES and isinstance(given, Mapping):
+        raise CheckpointError(
+            "config.json: images for a model with experts are not supported yet; load it without "
+            "images=True"
+        )
+    if model_type != "qwen3_5" or not isinstance(given, Mapping):
         raise CheckpointError(
             "config.json has no vision_config: the model sees no images; load it without "
             "images=True"

@@ -3,7 +3,8 @@
 IS: a StoredMatrix over one that is stored by rows; codes and scales move together, so nothing is
 lost. IS NOT: which order a file has (gguf.names).
 
-Rows are read whole, as bytes, with row 0: so every byte is read once, in the order of the file.
+Rows are read whole with row 0, as bytes where they can be: so every byte is read once, in the order
+of the file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from flashrt.base.errors import CheckpointError
 from flashrt.base.messages import printable
 from flashrt.core.groups import SIZES, Groups, Planes
 from flashrt.core.region import DType
-from flashrt.weights.formats.stored import Bytes, Reader, RowMatrix, Rows, Tensor
+from flashrt.weights.formats.stored import Bytes, Reader, RowMatrix, Rows, StoredMatrix, Tensor
 
 Order = NDArray[np.intp]  # the place in the file of each row, or of each run of columns
 
@@ -76,6 +77,57 @@ class RowsReordered:
         if last == self.shape[0]:
             self._held = None
         return self.stored.decoded(raw.reshape(-1), n_rows)
+
+
+@dataclass(slots=True)
+class RowsGathered:
+    """`RowsReordered` of a matrix in any format: its rows are held as planes, not as bytes."""
+
+    stored: StoredMatrix
+    order: Order
+    _held: Rows | None = field(default=None, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> DType:
+        """Of values or codes."""
+        return self.stored.dtype
+
+    @property
+    def groups(self) -> Groups | None:
+        """Of codes."""
+        return self.stored.groups
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """Of what is stored."""
+        return self.stored.tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors."""
+        return self.stored.nbytes
+
+    @property
+    def description(self) -> str:
+        """The format."""
+        return self.stored.description
+
+    def read(self, first_row: int, n_rows: int, reader: Reader) -> Rows:
+        """Rows in the order that is wanted; all are held until the last one was read."""
+        held = self._held
+        if first_row == 0 or held is None:
+            held = self.stored.read(0, self.shape[0], reader)
+        last = first_row + n_rows
+        self._held = held if last < self.shape[0] else None
+        at = self.order[first_row:last]
+        if not isinstance(held, Planes):
+            return held[at]
+        return Planes(held.codes[at], tuple(plane[at] for plane in held.scales))
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,11 @@ from flashrt.core.backend import Progress
 from flashrt.core.groups import Planes
 from flashrt.core.region import DType
 from flashrt.weights.checkpoint import open_checkpoint, read_json
+from flashrt.weights.experts import apart
 from flashrt.weights.folder import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from flashrt.weights.formats.detect import is_quantised
 from flashrt.weights.formats.quantise import TARGETS, Loss, Target, quantise
+from flashrt.weights.formats.stored import Tensor
 
 SHARD_NBYTES = 4 << 30
 CHUNK_NBYTES = 16 << 20
@@ -141,7 +143,9 @@ def _jobs(root: Path, target: Target) -> list[_Job]:
 
 
 def _stored(root: Path) -> Iterator[tuple[Path, str, StoredTensor]]:
-    """All tensors by their stored names: those of vision towers too, which flashrt does not run."""
+    """All tensors by their stored names: those of vision towers too, which flashrt does not run; of
+    stacked experts each by itself, as quantised checkpoints have them.
+    """
     if (root / WEIGHTS_FILE).is_file():
         names = {WEIGHTS_FILE}
     else:
@@ -155,8 +159,11 @@ def _stored(root: Path) -> Iterator[tuple[Path, str, StoredTensor]]:
                 table = read_table(handle, nbytes, MOST_HEADER_NBYTES)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}; fetch it again") from error
-        in_order = sorted(table.tensors.items(), key=lambda item: item[1].offset)
-        yield from ((path, tensor_name, tensor) for tensor_name, tensor in in_order)
+        for stored, tensor in sorted(table.tensors.items(), key=lambda item: item[1].offset):
+            whole = Tensor(stored, tensor.dtype, tensor.shape, path, tensor.offset, tensor.nbytes)
+            for own, part in apart(stored, whole).items():
+                at = StoredTensor(part.dtype, part.shape, part.offset, part.nbytes)
+                yield path, own, at
 
 
 def _packed(module: str, shape: tuple[int, ...], target: Target) -> tuple[_Out, ...]:

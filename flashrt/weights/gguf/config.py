@@ -17,11 +17,13 @@ from flashrt.base.messages import indented, listed, printable, shown
 from flashrt.weights.gguf.file import GgufFile
 
 ARCHITECTURE = "general.architecture"
-QWEN35, LFM2, GRANITE, NEMOTRON = "qwen35", "lfm2", "granitehybrid", "nemotron_h"
+QWEN35, QWEN35MOE = "qwen35", "qwen35moe"
+LFM2, GRANITE, NEMOTRON = "lfm2", "granitehybrid", "nemotron_h"
 # Architectures, and the model_type of each; the kinds differ in their tensors and orders.
 MODEL_TYPES: Mapping[str, str] = {
-    QWEN35: "qwen3_5_text", "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
-    "smollm3": "smollm3", LFM2: "lfm2", GRANITE: "granitemoehybrid", NEMOTRON: "nemotron_h",
+    QWEN35: "qwen3_5_text", QWEN35MOE: "qwen3_5_moe_text", "llama": "llama", "qwen2": "qwen2",
+    "qwen3": "qwen3", "smollm3": "smollm3", LFM2: "lfm2", GRANITE: "granitemoehybrid",
+    NEMOTRON: "nemotron_h",
 }  # fmt: skip
 # Rows of q and k are stored as pairs that turn together; also where none turns.
 PAIRED = ("llama", "smollm3", GRANITE, NEMOTRON)
@@ -39,6 +41,15 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "residual_scale": (0.0, 1.0),
     "embedding_scale": (0.0, 1.0),
     "use_parallel_residual": (False,),
+}
+# The same of models with experts, besides: the softmax, and gates that sum to 1.
+_NEUTRAL_OF_EXPERTS: Mapping[str, tuple[object, ...]] = {
+    "expert_weights_norm": (True,),
+    "expert_weights_scale": (0.0, 1.0),
+    "expert_gating_func": (0, 1),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_shared_count": (0, 1),
 }
 # What Llama 3.1 and 3.2 have; files hold only the divisors that follow from it.
 _LLAMA3 = {
@@ -122,6 +133,7 @@ class _Keys:
         }
         self.prefix = prefix
         self.problems: list[str] = []
+        self.neutral = dict(_NEUTRAL)  # what other keys may hold
         self._ignores_zeros = architecture in _HYBRIDS
         self._read: set[str] = set(_HARMLESS)
         self._meant: set[str] = set()  # of `_NEUTRAL`, those that this architecture has
@@ -178,7 +190,7 @@ class _Keys:
 
     def finish(self, file: GgufFile) -> None:
         """Raises CheckpointError if anything was wrong, or is not known."""
-        for name, neutral in _NEUTRAL.items():
+        for name, neutral in self.neutral.items():
             value = self.get(name)
             if name not in self._meant and value is not None and value not in neutral:
                 self.problems.append(f"{self.prefix}{name} is {shown(value)}, not supported")
@@ -317,6 +329,12 @@ def _dense(
 def _qwen35(
     file: GgufFile, keys: _Keys, config: Mapping[str, object], rope: Mapping[str, object]
 ) -> dict[str, object]:
+    del config
+    own: dict[str, object] = {"intermediate_size": keys.size("feed_forward_length")}
+    return own | _mixers_of_qwen35(file, keys, rope)
+
+
+def _mixers_of_qwen35(file: GgufFile, keys: _Keys, rope: Mapping[str, object]) -> dict[str, object]:
     drafted = keys.get("nextn_predict_layers") or 0
     n_blocks = _n_layers(keys)
     if not isinstance(drafted, int) or not 0 <= drafted < n_blocks:
@@ -340,7 +358,6 @@ def _qwen35(
     )
     return {
         "num_hidden_layers": n_blocks - drafted,
-        "intermediate_size": keys.size("feed_forward_length"),
         "layer_types": _layer_types(keys, n_blocks)[: n_blocks - drafted],
         "linear_num_key_heads": key_heads,
         "linear_num_value_heads": value_heads,
@@ -356,6 +373,24 @@ def _qwen35(
             name.endswith(".nextn.embed_tokens.weight") for name in file.tensors
         ),
     }  # fmt: skip
+
+
+def _qwen35moe(
+    file: GgufFile, keys: _Keys, config: Mapping[str, object], rope: Mapping[str, object]
+) -> dict[str, object]:
+    """Experts in place of every MLP."""
+    del config
+    keys.pass_over("feed_forward_length")
+    n, intermediate = keys.size("expert_count"), keys.size("expert_feed_forward_length")
+    keys.neutral |= {"expert_count": (n,), **_NEUTRAL_OF_EXPERTS}
+    return _mixers_of_qwen35(file, keys, rope) | {
+        "num_experts": n,
+        "num_experts_per_tok": keys.size("expert_used_count"),
+        "moe_intermediate_size": intermediate,
+        "shared_expert_intermediate_size": keys.size(
+            "expert_shared_feed_forward_length", intermediate
+        ),
+    }
 
 
 def _lfm2(
@@ -512,4 +547,4 @@ def _n_layers(keys: _Keys) -> int:
 
 
 _EPS = {LFM2: "norm_eps", NEMOTRON: "layer_norm_epsilon"}  # what config.json calls it, elsewhere
-_OWN = {QWEN35: _qwen35, LFM2: _lfm2, GRANITE: _granite, NEMOTRON: _nemotron}
+_OWN = {QWEN35: _qwen35, QWEN35MOE: _qwen35moe, LFM2: _lfm2, GRANITE: _granite, NEMOTRON: _nemotron}

@@ -7,8 +7,9 @@ was done to the values (llama.cpp's converter rearranges some for its own kernel
 first halves of all pairs of a head, then the second ones.
 `granitehybrid`, `nemotron_h`: the same, also where nothing turns; ssm_a is -exp(A_log), [heads, 1],
 as is ssm_d; ssm_norm [groups, columns of one]; taps without their middle axis, as in `lfm2`.
-`qwen35`: value heads are stored by their place among those of one key head; the original has all
-value heads of the first key head, then those of the next. Norms hold 1 + w, and ssm_a -exp(A_log).
+`qwen35`, `qwen35moe`: value heads are stored by their place among those of one key head; the
+original has all value heads of the first key head, then those of the next. Norms hold 1 + w, and
+ssm_a -exp(A_log).
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ import numpy as np
 
 from flashrt.base.errors import CheckpointError
 from flashrt.base.messages import listed, printable
+from flashrt.weights.experts import apart
 from flashrt.weights.formats.reordered import Order
 from flashrt.weights.formats.stored import Tensor
-from flashrt.weights.gguf.config import GRANITE, LFM2, NEMOTRON, PAIRED, QWEN35
+from flashrt.weights.gguf.config import GRANITE, LFM2, NEMOTRON, PAIRED, QWEN35, QWEN35MOE
 from flashrt.weights.gguf.file import GgufFile
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -91,6 +93,16 @@ _QWEN35 = {
     "ssm_norm.weight": "linear_attn.norm.weight",
     "ssm_out.weight": "linear_attn.out_proj.weight",
 }
+_QWEN35MOE = {
+    **{k: v for k, v in _QWEN35.items() if not k.startswith("ffn_")},
+    "ffn_gate_inp.weight": "mlp.gate.weight",
+    "ffn_gate_inp_shexp.weight": "mlp.shared_expert_gate.weight",
+    **{
+        f"ffn_{k}_shexp.weight": f"mlp.shared_expert.{k}_proj.weight"
+        for k in ("gate", "up", "down")
+    },
+    **{f"ffn_{k}_exps.weight": f"mlp.experts.{k}_proj" for k in ("gate", "up", "down", "gate_up")},
+}
 _CONV_STEMS = {f"shortconv.{part}": f"conv.{part}" for part in ("in_proj", "conv", "out_proj")}
 _LFM2_STEMS = {
     "attn_norm": "operator_norm", "ffn_norm": "ffn_norm", "attn_q": "self_attn.q_proj",
@@ -119,6 +131,7 @@ _NEMOTRON_STEMS = {
 }  # fmt: skip
 _BLOCKS: Mapping[str, Mapping[str, str]] = {
     QWEN35: _QWEN35,
+    QWEN35MOE: _QWEN35MOE,
     LFM2: _both_kinds(_LFM2_STEMS),
     GRANITE: _GRANITE,
     NEMOTRON: {
@@ -127,6 +140,7 @@ _BLOCKS: Mapping[str, Mapping[str, str]] = {
         **{stored: f"mixer.{name}" for stored, name in _both_kinds(_NEMOTRON_STEMS).items()},
     },
 }
+_DELTA_RULE = (QWEN35, QWEN35MOE)  # architectures with draft heads, too
 # Names outside of blocks that an architecture has of its own.
 _OWN_MODEL: Mapping[str, Mapping[str, str]] = {
     LFM2: {"token_embd_norm.weight": "model.embedding_norm.weight"},  # which is the last norm
@@ -158,8 +172,9 @@ def placements(
         name = _canonical(stored, architecture, config)
         if name is None:
             unknown.append(stored)
-        else:
-            placed[name] = _placement(file, name, tensor, architecture, config)
+            continue
+        for own, part in apart(name, tensor).items():
+            placed[own] = _placement(file, own, part, architecture, config)
     if unknown:
         scales = any(name.endswith(("scale", "scale_2")) for name in unknown)
         more = "; scales beside a weight are not supported" if scales else ""
@@ -181,7 +196,7 @@ def _canonical(stored: str, architecture: str, config: Mapping[str, object]) -> 
     if layer < n_layers:
         return f"model.layers.{layer}.{known[rest]}" if rest in known else None
     draft = layer - n_layers
-    if architecture != QWEN35 or draft >= _size(config, "mtp_num_hidden_layers"):
+    if architecture not in _DELTA_RULE or draft >= _size(config, "mtp_num_hidden_layers"):
         return None
     if rest in _DRAFT:
         return f"mtp.{_DRAFT[rest]}" if draft == 0 else f"mtp.{draft}.{_DRAFT[rest]}"
@@ -191,7 +206,7 @@ def _canonical(stored: str, architecture: str, config: Mapping[str, object]) -> 
 def _placement(
     file: GgufFile, name: str, tensor: Tensor, architecture: str, config: Mapping[str, object]
 ) -> Placement:
-    if architecture == QWEN35:
+    if architecture in _DELTA_RULE:
         return _of_qwen35(file, name, tensor, config)
     part = name.rpartition(".")[0].rpartition(".")[2]
     if architecture in PAIRED and part in ("q_proj", "k_proj"):
@@ -224,6 +239,8 @@ def _of_qwen35(
     file: GgufFile, name: str, tensor: Tensor, config: Mapping[str, object]
 ) -> Placement:
     part = name.rpartition(".linear_attn.")[2] if ".linear_attn." in name else ""
+    if name.endswith("shared_expert_gate.weight") and len(tensor.shape) == 1:
+        return Placement(replace(tensor, shape=(1, *tensor.shape)))
     if not part:
         is_norm = name.endswith(("norm.weight", "norm_embedding.weight", "norm_hidden.weight"))
         return Placement(tensor, values=Values.ONE_PLUS if is_norm else Values.STORED)

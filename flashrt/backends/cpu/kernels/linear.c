@@ -13,6 +13,7 @@
  *   many rows  slices go outermost: a slice of x stays in L2 while the panels pass, and a band of
  *              lanes, one cache line of y, is widened to float32 in L1 before all rows use it.
  */
+#include "gathered.h"
 #include "linear_stored.h"
 
 enum {
@@ -277,11 +278,21 @@ static inline int64_t packed_offset(const token_tiles *x, int64_t k0, int tile) 
   return x->n * k0 + (int64_t)first_token(x, tile) * slice_length(x, k0);
 }
 
-INLINE void pack_tile(const float *rows, int64_t K, int n_k, const int n_tokens, float *out) {
+INLINE void pack_rows(const float *const *rows, int64_t k0, int n_k, const int n_tokens,
+                      float *out) {
   for (int k = 0; k < n_k; k++) {
     UNROLL
-    for (int t = 0; t < n_tokens; t++) out[k * n_tokens + t] = rows[t * K + k];
+    for (int t = 0; t < n_tokens; t++) out[k * n_tokens + t] = rows[t][k0 + k];
   }
+}
+
+/* Rows [token] of a tile and a slice -> [k][token]. */
+static void pack_tile(const token_tiles *x, const float *const *rows, int64_t k0, int tile,
+                      float *packed) {
+  int n_tokens = first_token(x, tile + 1) - first_token(x, tile), n_k = slice_length(x, k0);
+  float *out = packed + packed_offset(x, k0, tile);
+  if (n_tokens == TOKENS) pack_rows(rows, k0, n_k, TOKENS, out);
+  else pack_rows(rows, k0, n_k, n_tokens, out);
 }
 
 /* All threads: rows [token] -> [slice][tile][k][token]. */
@@ -289,13 +300,11 @@ static void pack_tokens(const token_tiles *x, float *packed, int tid, int nt) {
   int64_t K = x->a->K;
   span mine = share(ceil_div(K, SLICE) * x->n_tiles, tid, nt);
   for (int64_t unit = mine.begin; unit < mine.end; unit++) {
-    int64_t k0 = unit / x->n_tiles * SLICE;
-    int tile_index = (int)(unit % x->n_tiles), m0 = first_token(x, tile_index);
-    int n_tokens = first_token(x, tile_index + 1) - m0, n_k = slice_length(x, k0);
-    float *out = packed + packed_offset(x, k0, tile_index);
-    const float *rows = (const float *)x->a->x + m0 * K + k0;
-    if (n_tokens == TOKENS) pack_tile(rows, K, n_k, TOKENS, out);
-    else pack_tile(rows, K, n_k, n_tokens, out);
+    int tile = (int)(unit % x->n_tiles), m0 = first_token(x, tile);
+    const float *rows[TOKENS];
+    for (int t = 0; m0 + t < first_token(x, tile + 1); t++)
+      rows[t] = (const float *)x->a->x + (m0 + t) * K;
+    pack_tile(x, rows, unit / x->n_tiles * SLICE, tile, packed);
   }
 }
 
@@ -388,6 +397,11 @@ static void share_few_rows(const token_tiles *x, int tid, int nt) {
   }
 }
 
+/* How many rows are few. */
+static inline int few_of(const stored_matrix *w) {
+  return w->dtype == DTYPE_BF16 ? FEW_ROWS : FEW_STORED;
+}
+
 /* Without room to pack them: row after row. */
 static void one_by_one(const linear_args *a, const stored_matrix *w, int n_rows, int tid, int nt) {
   for (int row = 0; row < n_rows; row++) {
@@ -409,10 +423,40 @@ void op_linear(const linear_args *a, int tid, int nt) {
   token_tiles x = tiles_of(a, &w, packed, 0, n_rows);
   pack_tokens(&x, packed, tid, nt);
   flashrt_barrier(nt);
-  if (n_rows <= (w.dtype == DTYPE_BF16 ? FEW_ROWS : FEW_STORED)) {
+  if (n_rows <= few_of(&w)) {
     share_few_rows(&x, tid, nt);
     return;
   }
   claim c = {.n = ceil_div(a->N, BAND), .most = CLAIM * BANDS, .least = 1, .nt = nt};
   while (flashrt_claim(&c)) many_rows(&x, c.mine);
+}
+
+/* ---- gathered rows ---- */
+
+/* `y`: of column 0 */
+static linear_args args_of(const gathered *x, float *y, int64_t stride) {
+  return (linear_args){.w = x->w.base,
+                       .y = y,
+                       .T = x->n,
+                       .K = (int32_t)x->w.K,
+                       .N = (int32_t)x->N,
+                       .y_stride = (int32_t)stride};
+}
+
+void flashrt_pack_floats(gathered *x, void *room) {
+  x->packed = room && x->n > 1 ? room : (void *)x->rows[0];
+  if (x->n == 1) return;
+  const linear_args a = args_of(x, NULL, 0);
+  token_tiles tiles = tiles_of(&a, &x->w, room, 0, x->n);
+  for (int64_t k0 = 0; k0 < x->w.K; k0 += SLICE) {
+    for (int tile = 0; tile < tiles.n_tiles; tile++)
+      pack_tile(&tiles, x->rows + first_token(&tiles, tile), k0, tile, room);
+  }
+}
+
+void flashrt_multiply_floats(const gathered *x, span panels, float *y, int64_t stride) {
+  const linear_args a = args_of(x, y - panels.begin * LANES, stride);
+  token_tiles tiles = tiles_of(&a, &x->w, x->packed, 0, x->n);
+  if (x->n <= few_of(&x->w)) few_rows(&tiles, panels);
+  else many_rows(&tiles, (span){panels.begin * BANDS, panels.end * BANDS});
 }

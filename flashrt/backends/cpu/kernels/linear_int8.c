@@ -27,6 +27,7 @@
  * streamed once) or bands of panels (many rows: a band's slice is laid out in bytes in L1, and used
  * by all tokens), as in linear.c.
  */
+#include "gathered.h"
 #include "stored_vectors.h"
 #include "tile.h"
 
@@ -261,12 +262,12 @@ static inline void quantise_unit(const x_form *form, const float *x, int n_k, in
   }
 }
 
-/* A slice of n tokens, whose rows are `stride` apart. */
-static void quantise_slice(const x_form *form, const float *x, int64_t stride, int n_k, int n,
+/* A slice of n tokens from k0 on. */
+static void quantise_slice(const x_form *form, const float *const *rows, int64_t k0, int n_k, int n,
                            uint32_t *out) {
   for (int k = 0; k < n_k; k += UNIT, out += n * unit_words(form)) {
     for (int t = 0; t < n; t++)
-      quantise_unit(form, x + t * stride + k, (int)min_of(UNIT, n_k - k), n, out + t);
+      quantise_unit(form, rows[t] + k0 + k, (int)min_of(UNIT, n_k - k), n, out + t);
   }
 }
 
@@ -674,16 +675,23 @@ static inline int64_t packed_offset(const token_tiles *x, int64_t k0, int tile) 
   return unit_words(&x->form) * (x->n * (k0 / UNIT) + first_token(x, tile) * n_units);
 }
 
+static void quantise_tile(const token_tiles *x, const float *const *rows, int64_t k0, int tile,
+                          uint32_t *packed) {
+  quantise_slice(&x->form, rows, k0, slice_length(x, k0),
+                 first_token(x, tile + 1) - first_token(x, tile),
+                 packed + packed_offset(x, k0, tile));
+}
+
 /* All threads. */
 static void quantise(const token_tiles *x, uint32_t *packed, int tid, int nt) {
   int64_t K = x->a->K;
   span mine = share(ceil_div(K, SLICE) * x->n_tiles, tid, nt);
   for (int64_t unit = mine.begin; unit < mine.end; unit++) {
-    int64_t k0 = unit / x->n_tiles * SLICE;
     int tile = (int)(unit % x->n_tiles), m0 = first_token(x, tile);
-    const float *rows = (const float *)x->a->x + (x->first + m0) * K + k0;
-    quantise_slice(&x->form, rows, K, slice_length(x, k0), first_token(x, tile + 1) - m0,
-                   packed + packed_offset(x, k0, tile));
+    const float *rows[COLUMNS > STREAM_TOKENS ? COLUMNS : STREAM_TOKENS];
+    for (int t = 0; m0 + t < first_token(x, tile + 1); t++)
+      rows[t] = (const float *)x->a->x + (x->first + m0 + t) * K;
+    quantise_tile(x, rows, unit / x->n_tiles * SLICE, tile, packed);
   }
 }
 
@@ -708,8 +716,8 @@ static void few_rows(const token_tiles *x, span panels) {
       const char *codes = find_planes(w, slice_at(w, panel, k0), n_filled, planes);
       const uint32_t *packed = x->packed + packed_offset(x, k0, 0);
       if (!x->packed) {
-        quantise_slice(&x->form, (const float *)x->a->x + x->first * w->K + k0, 0,
-                       slice_length(x, k0), 1, slice_of_x);
+        const float *row = (const float *)x->a->x + x->first * w->K;
+        quantise_slice(&x->form, &row, k0, slice_length(x, k0), 1, slice_of_x);
         packed = slice_of_x;
       }
       lay_out(w, planes, slice_length(x, k0), 0, LANES, scales);
@@ -807,3 +815,34 @@ static void linear_of_integers(const linear_args *a, int n_terms, int tid, int n
 void op_linear_int8(const linear_args *a, int tid, int nt) { linear_of_integers(a, 1, tid, nt); }
 
 void op_linear_int16(const linear_args *a, int tid, int nt) { linear_of_integers(a, 2, tid, nt); }
+
+/* ---- gathered rows ---- */
+
+/* `y`: of column 0 */
+static linear_args args_of(const gathered *x, float *y, int64_t stride) {
+  return (linear_args){.x = x->rows[0],
+                       .w = x->w.base,
+                       .y = y,
+                       .T = x->n,
+                       .K = (int32_t)x->w.K,
+                       .N = (int32_t)x->N,
+                       .y_stride = (int32_t)stride};
+}
+
+void flashrt_pack_integers(gathered *x, void *room) {
+  x->packed = room;
+  if (!room) return;
+  const linear_args a = args_of(x, NULL, 0);
+  token_tiles tiles = tiles_of(&a, &x->w, x->n_terms, room, 0, x->n);
+  for (int64_t k0 = 0; k0 < x->w.K; k0 += SLICE) {
+    for (int tile = 0; tile < tiles.n_tiles; tile++)
+      quantise_tile(&tiles, x->rows + first_token(&tiles, tile), k0, tile, room);
+  }
+}
+
+void flashrt_multiply_integers(const gathered *x, span panels, float *y, int64_t stride) {
+  const linear_args a = args_of(x, y - panels.begin * LANES, stride);
+  token_tiles tiles = tiles_of(&a, &x->w, x->n_terms, x->packed, 0, x->n);
+  if (x->n <= FEW) few_rows(&tiles, panels);
+  else many_rows(&tiles, (span){panels.begin * (LANES / BAND), panels.end * (LANES / BAND)});
+}

@@ -17,8 +17,9 @@ from flashrt.backends.cuda import layouts
 from flashrt.backends.cuda.kernels import ATTENTION_KEYS, K_SLICE, WARP, KernelLaunch
 from flashrt.core.op import Launch
 from flashrt.core.region import ActDTypes, DType, Layout, Role
+from flashrt.ops.experts import EXPERTS_IN
 from flashrt.ops.params import CURSOR
-from flashrt.ops.work import operand_bytes, work_of
+from flashrt.ops.work import experts_hit, operand_bytes, work_of
 
 MMA_FLOP: Final = 2 * 16 * 8 * 16  # of mma.m16n8k16
 _K_CHUNK: Final = 32
@@ -61,6 +62,7 @@ class Effort:
     passes: int = 1  # of the grid over the lasting bytes, one after another
     reread: int = 0  # bytes of the passing operand that rounds of blocks read again and again
     rereads: int = 0  # how often, after the first time
+    is_reader: bool | None = None  # of the lasting bytes; None: where it is the op's first kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,59 @@ def _linear_many(task: Task, at_once: Callable[[KernelLaunch], int]) -> Effort:
     return _linear(task, rows, tokens, 1, at_once(task.kernel))
 
 
+# -- experts ---------------------------------------------------------------------------------------
+
+
+def _experts(task: Task, tile_rows: int, tile_tokens: int, warps_k: int) -> Effort:
+    """Picks are assumed to be spread evenly, see `ops.work.experts_hit`: so each expert that is hit
+    at all has the same number of rows.
+    """
+    dims, by_name = task.launch.dims, task.moved.by_name
+    is_in = task.launch.op is EXPERTS_IN
+    n, k = (2 * dims["I"], dims["H"]) if is_in else (dims["H"], dims["I"])
+    hit = experts_hit(task.rows, dims["P"], dims["E"])
+    token_tiles = _ceil(round(task.rows * dims["P"] / hit), tile_tokens)
+    row_tiles = _ceil(n, tile_rows)
+    blocks = round(hit * token_tiles * row_tiles)
+    of_block = tile_rows * tile_tokens * _ceil(k, _K_CHUNK) * _K_CHUNK * 2
+    picked_x = by_name["x"] * dims["P"] if is_in else by_name["h"]
+    written = by_name["h"] if is_in else by_name["products"] // 2
+    return Effort(
+        blocks,
+        turns=_ceil(k, K_SLICE * warps_k),
+        tensor=blocks * of_block * _parts(task) / MMA_FLOP,
+        loaded=by_name["w"] * token_tiles + picked_x * row_tiles + written,
+        is_reader=True,
+    )
+
+
+def _experts_few(task: Task, at_once: Callable[[KernelLaunch], int]) -> Effort:
+    del at_once
+    halves = 2 if task.launch.op is EXPERTS_IN else 1
+    return _experts(task, 16 * halves, 8 * task.define("TOKEN_TILES"), task.define("WARPS"))
+
+
+def _experts_many(task: Task, at_once: Callable[[KernelLaunch], int]) -> Effort:
+    del at_once
+    rows = 16 * task.define("WARPS_N") * task.define("ROW_TILES")
+    return _experts(task, rows, 8 * task.define("WARPS_T") * task.define("TOKEN_TILES"), 1)
+
+
+def _experts_group(task: Task, at_once: Callable[[KernelLaunch], int]) -> Effort:
+    """Picks are read twice, and written with their tiles."""
+    del at_once
+    picks = task.rows * task.launch.dims["P"]
+    turns = 3 * _ceil(picks, task.kernel.block[0])
+    return Effort(1, turns=turns, loaded=4 * 4 * picks, is_reader=False)
+
+
+def _experts_sum(task: Task, at_once: Callable[[KernelLaunch], int]) -> Effort:
+    del at_once
+    by_name = task.moved.by_name
+    loaded = by_name["products"] // 2 + by_name["y"]
+    return Effort(task.grid, turns=task.launch.dims["P"], loaded=loaded, is_reader=False)
+
+
 # -- attention ------------------------------------------------------------------------------------
 
 
@@ -248,6 +303,14 @@ def _idle(task: Task, at_once: Callable[[KernelLaunch], int]) -> Effort:
 _KERNELS: Final[Mapping[str, Callable[[Task, Callable[[KernelLaunch], int]], Effort]]] = {
     "linear_few": _linear_few,
     "linear_many": _linear_many,
+    "experts_in_few": _experts_few,
+    "experts_out_few": _experts_few,
+    "experts_out_one": _experts_few,
+    "experts_in_many": _experts_many,
+    "experts_out_many": _experts_many,
+    "experts_in_group": _experts_group,
+    "experts_out_group": _experts_group,
+    "experts_sum": _experts_sum,
     "attention_partial": _attention_partial,
     "attention_rows": _attention_rows,
     "attention_merge": _attention_merge,

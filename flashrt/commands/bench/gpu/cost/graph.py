@@ -14,16 +14,17 @@ from flashrt.backends.cuda.kernels import KernelLaunch, expand
 from flashrt.commands.bench.gpu.cost.code import Codes
 from flashrt.commands.bench.gpu.cost.devices import Gpu
 from flashrt.commands.bench.gpu.cost.effort import Task, moved_by
-from flashrt.commands.bench.gpu.cost.launch import LaunchCost, Limit, cost_of
+from flashrt.commands.bench.gpu.cost.launch import LaunchCost, Limit, cost_of, side_by_side
 from flashrt.commands.bench.gpu.cost.paper import PaperEngine
+from flashrt.commands.bench.gpu.cost.parts import parts_of
 from flashrt.core.backend import Progress
 from flashrt.core.op import Launch
 from flashrt.core.region import Layout, Role
 from flashrt.models.model import DECODE, PREFILL, SAMPLE
 
-# From the end of a replay to the first kernel of the next one. Assumed; in decode the host reads a
-# token in between, in prefill the next replay is queued already.
-REPLAY_US: Final = 8.0
+# From the end of a replay to the first kernel of the next one, which is queued already. Assumed; no
+# copy is between them: the replay of a token sends it by itself (launch.BUS_TRIP_US).
+REPLAY_US: Final = 6.25
 
 
 @dataclass(slots=True)
@@ -140,8 +141,13 @@ class CostModel:
     def _graph(self, phase: str, parts: Sequence[tuple[int, int, int]]) -> GraphCost:
         """Replays of (rows of the tape, valid rows, position)."""
         if self.codes is not None:
-            graphs = {rows for rows, _, _ in parts}
-            wanted = [kernel for rows in graphs for kernel in self.launches(phase, rows)]
+            wanted = [
+                of_part
+                for rows in {rows for rows, _, _ in parts}
+                for launch, _ in self._grouped(phase, rows)
+                for kernel in self._expand(launch)
+                for _, of_part in parts_of(launch, kernel)
+            ]
             self.codes.prepare(wanted, self._progress)
         found: dict[_Key, OpCost] = {}
         n_kernels = 0
@@ -169,13 +175,16 @@ class CostModel:
         position: int,
         is_resident: bool,
     ) -> list[LaunchCost]:
-        moved = moved_by(launch, self.engine.acts, position)
         valid = min(rows, launch.dims.get("T", 1))
         costs = []
         for i, kernel in enumerate(kernels):
-            task = Task(kernel, launch, self.engine.acts, valid, position, moved, i == 0)
-            code = None if self.codes is None else self.codes.of(kernel)
-            costs.append(cost_of(task, self.gpu, code, is_resident))
+            beside = []
+            for one, of_part in parts_of(launch, kernel):
+                moved = moved_by(one, self.engine.acts, position)
+                task = Task(of_part, one, self.engine.acts, valid, position, moved, i == 0)
+                code = None if self.codes is None else self.codes.of(of_part)
+                beside.append(cost_of(task, self.gpu, code, is_resident))
+            costs.append(side_by_side(beside))
         return costs
 
     def _grouped(self, phase: str, rows: int) -> list[tuple[Launch, int]]:
@@ -209,10 +218,11 @@ def _cost_key(launch: Launch) -> _Key:
 
 
 def _stored(launch: Launch) -> str:
-    """How the weight matrix of a launch is stored; empty where it has none."""
+    """How the weight matrices of a launch are stored; empty where it has none."""
+    found = []
     for view in launch.operands:
         region = view.region
         if region.role is Role.WEIGHT and region.layout is Layout.MATRIX:
             groups = region.groups
-            return str(region.dtype) + (f", groups of {groups.size}" if groups else "")
-    return ""
+            found.append(str(region.dtype) + (f", groups of {groups.size}" if groups else ""))
+    return " and ".join(found)

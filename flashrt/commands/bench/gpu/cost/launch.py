@@ -8,10 +8,12 @@ a simulator: needs overlap perfectly, and the multiprocessor with most blocks de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from flashrt.backends.cuda.fused_ops import HOLD_SEND
 from flashrt.backends.cuda.kernels import HALF_BUSY, KernelLaunch
 from flashrt.backends.cuda.occupancy import blocks_at_once, multiprocessor
 from flashrt.commands.bench.gpu.cost.code import Code
@@ -24,6 +26,9 @@ EARLY_GAP_US: Final = 0.8  # with programmatic dependent launch
 L2_TRIPS: Final = 2  # that follow each other before a kernel computes: cursor, operands
 L2_TRIP_CYCLES: Final = 280
 DRAM_TRIP_US: Final = 0.5
+# A store into host memory, which the end of its replay waits for. Counted of every device, also of
+# those that share the host's memory.
+BUS_TRIP_US: Final = 0.8
 CYCLES_PER_SLOT: Final = 3.0  # of a warp without others: what it waits for its own results
 CYCLES_PER_TENSOR_SLOT: Final = 1 / HALF_BUSY  # in a loop with independent tensor instructions
 EMPTY_BLOCK_CYCLES: Final = 500  # of a block that reads the cursor and returns
@@ -88,7 +93,7 @@ def cost_of(task: Task, gpu: Gpu, code: Code | None, is_resident: bool) -> Launc
     of_block = effort.tensor / max(1, effort.blocks)
 
     dram = 0
-    if task.is_first and not is_resident:
+    if (task.is_first if effort.is_reader is None else effort.is_reader) and not is_resident:
         again = effort.passes if moved.lasting > gpu.l2_bytes else 1
         dram += moved.lasting * again
     if moved.widest_passing > gpu.l2_bytes:
@@ -107,7 +112,7 @@ def cost_of(task: Task, gpu: Gpu, code: Code | None, is_resident: bool) -> Launc
         alone = ordinary * CYCLES_PER_SLOT + inner * CYCLES_PER_TENSOR_SLOT
         latency = (rounds * alone + empty) / gpu.clock_hz
     return LaunchCost(
-        launch=_launch_us(gpu, reads_dram=dram > 0),
+        launch=_launch_us(gpu, reads_dram=dram > 0) + _sending_us(task),
         memory=1e6 * dram / (gpu.memory_bytes_per_s * gpu.dram_reach),
         cache=1e6 * cache,
         tensor=1e6 * tensor * gpu.multiprocessors,
@@ -117,10 +122,29 @@ def cost_of(task: Task, gpu: Gpu, code: Code | None, is_resident: bool) -> Launc
     )
 
 
+def side_by_side(parts: Sequence[LaunchCost]) -> LaunchCost:
+    """One launch whose blocks do the work of all these: needs add up, but for what a single warp
+    takes.
+    """
+    return LaunchCost(
+        launch=max(part.launch for part in parts),
+        memory=sum(part.memory for part in parts),
+        cache=sum(part.cache for part in parts),
+        tensor=sum(part.tensor for part in parts),
+        issue=sum(part.issue for part in parts),
+        latency=max(part.latency for part in parts),
+        dram_bytes=sum(part.dram_bytes for part in parts),
+    )
+
+
 def _launch_us(gpu: Gpu, *, reads_dram: bool) -> float:
     gap = EARLY_GAP_US if gpu.has_early_launch else GAP_US
     trips = 1e6 * L2_TRIPS * L2_TRIP_CYCLES / gpu.clock_hz
     return gap + trips + (DRAM_TRIP_US if reads_dram else 0.0)
+
+
+def _sending_us(task: Task) -> float:
+    return BUS_TRIP_US if task.launch.op is HOLD_SEND else 0.0
 
 
 def _at_once(kernel: KernelLaunch, gpu: Gpu, code: Code | None) -> int:

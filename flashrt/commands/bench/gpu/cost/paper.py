@@ -11,7 +11,7 @@ from typing import Final, NamedTuple, cast
 
 from flashrt.backends.cuda import layouts
 from flashrt.backends.cuda.device import Capacities, CudaDevice
-from flashrt.backends.cuda.fusion import fuse
+from flashrt.backends.cuda.fusion import SendTo, fuse
 from flashrt.commands.bench.gpu.cost.formats import model_of
 from flashrt.core.arena import Arena
 from flashrt.core.backend import Backend, BoundLaunch, Storage
@@ -86,7 +86,10 @@ class PaperEngine:
         self.model, self.acts = model, acts
         self.weights_bytes = paper.weights.nbytes
         self.arena_bytes = paper.plan.nbytes
-        self._graphs = {key: fuse(bound, acts, ADDRESS) for key, bound in paper.bound.items()}
+        send_to = SendTo(ADDRESS, ADDRESS)
+        self._graphs = {
+            key: fuse(bound, acts, ADDRESS, send_to) for key, bound in paper.bound.items()
+        }
 
     @property
     def nbytes(self) -> int:

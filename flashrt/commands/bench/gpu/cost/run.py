@@ -107,8 +107,8 @@ def _codes(arch: str, codes: dict[str, Codes | None], notes: list[str]) -> Codes
 def _assumptions() -> dict[str, float]:
     """What nobody publishes, by name."""
     names = (
-        "GAP_US", "EARLY_GAP_US", "L2_TRIPS", "L2_TRIP_CYCLES", "DRAM_TRIP_US", "CYCLES_PER_SLOT",
-        "CYCLES_PER_TENSOR_SLOT", "EMPTY_BLOCK_CYCLES", "SM_BYTES_PER_CYCLE",
+        "GAP_US", "EARLY_GAP_US", "L2_TRIPS", "L2_TRIP_CYCLES", "DRAM_TRIP_US", "BUS_TRIP_US",
+        "CYCLES_PER_SLOT", "CYCLES_PER_TENSOR_SLOT", "EMPTY_BLOCK_CYCLES", "SM_BYTES_PER_CYCLE",
     )  # fmt: skip
     return {"REPLAY_US": REPLAY_US, **{name: getattr(launch, name) for name in names}}
 

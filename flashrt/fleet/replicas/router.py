@@ -20,9 +20,9 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 from starlette.types import Message
 
-from flashrt.fleet.front import Gone, Moved
-from flashrt.fleet.ring import Member
-from flashrt.fleet.station import Arrival, NotHere
+from flashrt.fleet.replicas.front import Gone, Moved
+from flashrt.fleet.replicas.ring import Member
+from flashrt.fleet.replicas.station import Arrival, NotHere
 
 
 class AddressedRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed

@@ -20,8 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashrt.base.errors import FlashrtError, StoreError
 from flashrt.capsule.eviction import Budgets
-from flashrt.fleet.migration import Homing, StoreShelf
-from flashrt.fleet.ring import Member
+from flashrt.fleet.replicas.migration import Homing, StoreShelf
+from flashrt.fleet.replicas.ring import Member
 from flashrt.load import KvDType, Precision, Weights, load
 from flashrt.serve.access import Access
 from flashrt.serve.app import make_app

@@ -13,8 +13,8 @@ from typing import Any
 
 from starlette.types import Message
 
-from flashrt.fleet.keys import Kind, Wish
-from flashrt.fleet.ring import Member
+from flashrt.fleet.replicas.keys import Kind, Wish
+from flashrt.fleet.replicas.ring import Member
 
 KINDS: frozenset[Kind] = frozenset({"sessions", "slots", "status", "metrics"})
 

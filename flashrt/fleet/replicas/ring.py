@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from flashrt.fleet.keys import Key
+from flashrt.fleet.replicas.keys import Key
 
 LOAD_BOUND = 1.25  # times the mean: the first replica of a root takes no more than that
 MOST_KNOWN = 200_000  # keys of a directory; about 40 MB

@@ -24,10 +24,10 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
 from flashrt.base.errors import FleetError
-from flashrt.fleet import sums
-from flashrt.fleet.keys import Key, Wish, response_key, session_key, wish_of
-from flashrt.fleet.ring import Directory, Member, choose
-from flashrt.fleet.station import Arrival
+from flashrt.fleet.replicas import sums
+from flashrt.fleet.replicas.keys import Key, Wish, response_key, session_key, wish_of
+from flashrt.fleet.replicas.ring import Directory, Member, choose
+from flashrt.fleet.replicas.station import Arrival
 from flashrt.serve.gate import refuse, shape_of
 from flashrt.serve.refusal import Refusal
 

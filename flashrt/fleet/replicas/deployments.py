@@ -18,10 +18,10 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashrt.base.errors import FleetError
-from flashrt.fleet.front import Front
-from flashrt.fleet.ring import Member
-from flashrt.fleet.router import AddressedRouter, HandleLink
-from flashrt.fleet.station import Arrival, Station, StationOptions
+from flashrt.fleet.replicas.front import Front
+from flashrt.fleet.replicas.ring import Member
+from flashrt.fleet.replicas.router import AddressedRouter, HandleLink
+from flashrt.fleet.replicas.station import Arrival, Station, StationOptions
 
 APP = "flashrt"
 MOST_ONGOING = 10_000  # a replica's own queue is what is bounded: it answers 429

@@ -1,0 +1,13 @@
+// linears_2.cu - y<i> = x W<i>^T for up to 32 tokens and two matrices.
+//
+// Contract: linears.cuh; as a linear for each, bit for bit.
+// Shapes:   x [T, K] activations, w<i> [N<i>, K] as in weights.cuh, y<i> [T, N<i>] float.
+// Launch:   the row tiles of all matrices side by side, those of the first before the others.
+#define MATRICES 2
+#include "flashrt.cuh"
+#include "linears.cuh"
+
+KERNEL(THREADS, MIN_BLOCKS) linears_2(ARGS linears_2_args launch) {
+  OPEN_RUN(linears_2);
+  multiply_parts(a);
+}
