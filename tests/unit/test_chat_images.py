@@ -154,13 +154,15 @@ def test_refusals(engine: flashrt.Engine, tmp_path: Path) -> None:
         with pytest.raises(ChatError, match="template wrote 0"):
             chat.reply(1)
     config = json.loads((folder / "config.json").read_text())
-    for name, value, said in (
-        ("num_heads", 5, "no multiple of four times num_heads"),
-        ("depth", 3, "blocks.2"),
-        ("hidden_act", "relu", "hidden_act"),
-        ("num_position_embeddings", 35, "no square"),
-    ):
-        changed = config | {"vision_config": config["vision_config"] | {name: value}}
-        (folder / "config.json").write_text(json.dumps(changed))
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({"num_heads": 5}, "no multiple of four times num_heads"),
+        ({"depth": 3}, "blocks.2"),
+        ({"hidden_act": "relu"}, "hidden_act"),
+        ({"num_position_embeddings": 35}, "no square"),
+    ]
+    changed = [(config | {"vision_config": config["vision_config"] | v}, said) for v, said in wrong]
+    changed.append((config | {"model_type": "qwen3_5_moe"}, "with experts are not supported yet"))
+    for other, said in changed:
+        (folder / "config.json").write_text(json.dumps(other))
         with pytest.raises(flashrt.CheckpointError, match=said):
             flashrt.load(folder, "cpu", max_positions=64, images=True)
