@@ -100,7 +100,7 @@ def test_without_room_to_pack_them_rows_go_one_by_one(
     usual = Runner(CpuDevice(threads=2)).run(case)["y"]
     library = Binary(copy, copy.read_bytes(), "", was_cached=True)
     monkeypatch.setattr(toolchain, "library", lambda *_, **__: library)
-    monkeypatch.setattr(cpu_device, "_workspace_nbytes", lambda _: 0)
+    monkeypatch.setattr(cpu_device, "_workspace_nbytes", lambda *_: 0)
     other = Runner(CpuDevice(threads=2)).run(case)["y"]
     np.testing.assert_array_equal(usual[:5].view(np.uint32), other[:5].view(np.uint32))
 
