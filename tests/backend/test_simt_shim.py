@@ -214,10 +214,10 @@ PLANTS = {
         "linear_few.cuh", "turn = s0 / WARPS & 1", "turn = 0", linear(3, 3, 4352, 16)
     ),
     "many tokens: no barrier before a stage is filled again": Plant(
-        "linear_many.cu", "__syncthreads();  // this", "// this", linear(64, 33, 288, 32)
+        "linear_many.cuh", "__syncthreads();  // this", "// this", linear(64, 33, 288, 32)
     ),
     "many tokens: a stage read before its copies are waited for": Plant(
-        "linear_many.cu", "wait<STAGES - 2>", "wait<STAGES - 1>", linear(64, 33, 288, 32)
+        "linear_many.cuh", "wait<STAGES - 2>", "wait<STAGES - 1>", linear(64, 33, 288, 32)
     ),
     "many tokens: sums are added up when a part of K is missing": Plant(
         "linear_many.cu",
