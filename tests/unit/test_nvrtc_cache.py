@@ -152,6 +152,12 @@ def test_a_new_op_recompiles_only_what_uses_it() -> None:
 BESIDE_THE_TAPES = ("copy.cu", "digest.cu", "limits.cu", "random_fill.cu")  # no lane's operands
 
 
+def body_of(function: str, file: str) -> str:
+    found = re.search(rf"void {function}\(.*?^\}}", shipped()[file], re.M | re.S)
+    assert found, f"{file} has no {function}"
+    return found[0]
+
+
 @pytest.mark.parametrize("name", sorted(name for name in shipped() if name.endswith(".cu")))
 def test_shipped_kernels_wait_for_their_predecessor(name: str) -> None:
     """They are launched before it ends: none may return, or read the cursor, before begin."""
@@ -159,11 +165,16 @@ def test_shipped_kernels_wait_for_their_predecessor(name: str) -> None:
         r"^KERNEL\([^)]*\)\s+(\w+)\([^)]*\) \{\n(.*?)^\}", shipped()[name], re.M | re.S
     )
     assert bodies, f"{name} has no kernel"
-    shared = re.search(r"void multiply_few\(.*?^\}", shipped()["linear_few.cuh"], re.M | re.S)
-    assert shared
+    few = body_of("multiply_few", "linear_few.cuh")
+    # A part's block does what a launch of its own would do.
+    shared = {"multiply_few<": few, "multiply_parts(": few}
+    if name == "conv2d.cu":
+        shared["convolve<"] = body_of("convolve", name)
     for kernel, text in bodies:
         named = re.sub(r"^  const \w+& \w+ = [\w.]+;\n", "", text, flags=re.M)  # they read nothing
-        body = re.sub(r"  multiply_few<.*", lambda _: shared[0], named)
+        body = named
+        for call, there in shared.items():
+            body = re.sub(rf"  {re.escape(call)}.*", lambda _, there=there: there, body)
         assert "OPEN_RUN" in body or name in BESIDE_THE_TAPES, f"{kernel} knows no runs"
         assert body.find("OPEN_RUN") in (-1, 2), f"{kernel} does something before OPEN_RUN"
         before, begin, _ = re.sub(r"OPEN_RUN\(\w+\);", "", body).partition("begin();")
