@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,70 +23,16 @@ from flashrt.core.groups import SIZES, Groups, Planes
 from flashrt.core.region import DType
 from flashrt.weights.formats.stored import Bytes, Reader, RowMatrix, Rows, StoredMatrix, Tensor
 
+Stored = TypeVar("Stored", bound=StoredMatrix)
 Order = NDArray[np.intp]  # the place in the file of each row, or of each run of columns
 
 
 @dataclass(slots=True)
-class RowsReordered:
-    """Row r is row `order[r]` of what is stored."""
+class _Reordered(Generic[Stored]):
+    """What a matrix in another order has in common with what is stored."""
 
-    stored: RowMatrix
+    stored: Stored
     order: Order
-    _held: Bytes | None = field(default=None, repr=False)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """N and K."""
-        return self.stored.shape
-
-    @property
-    def dtype(self) -> DType:
-        """Of values or codes."""
-        return self.stored.dtype
-
-    @property
-    def groups(self) -> Groups | None:
-        """Of codes."""
-        return self.stored.groups
-
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        """The one tensor."""
-        return self.stored.tensors
-
-    @property
-    def nbytes(self) -> int:
-        """Of the tensor."""
-        return self.stored.nbytes
-
-    @property
-    def description(self) -> str:
-        """The format."""
-        return self.stored.description
-
-    def read(self, first_row: int, n_rows: int, reader: Reader) -> Rows:
-        """Rows in the order that is wanted; all bytes are held until the last row was read."""
-        if first_row == 0:
-            held = np.empty(self.nbytes, np.uint8)
-            reader(self.tensors[0], 0, held.data)
-            self._held = held.reshape(self.shape[0], -1)
-        if self._held is None:
-            name = printable(self.tensors[0].stored_name)
-            raise CheckpointError(f"{name}: rows are to be read in order, from row 0 on")
-        last = first_row + n_rows
-        raw = self._held[self.order[first_row:last]]
-        if last == self.shape[0]:
-            self._held = None
-        return self.stored.decoded(raw.reshape(-1), n_rows)
-
-
-@dataclass(slots=True)
-class RowsGathered:
-    """`RowsReordered` of a matrix in any format: its rows are held as planes, not as bytes."""
-
-    stored: StoredMatrix
-    order: Order
-    _held: Rows | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -117,6 +64,35 @@ class RowsGathered:
         """The format."""
         return self.stored.description
 
+
+@dataclass(slots=True)
+class RowsReordered(_Reordered[RowMatrix]):
+    """Row r is row `order[r]` of what is stored."""
+
+    _held: Bytes | None = field(default=None, repr=False)
+
+    def read(self, first_row: int, n_rows: int, reader: Reader) -> Rows:
+        """Rows in the order that is wanted; all bytes are held until the last row was read."""
+        if first_row == 0:
+            held = np.empty(self.nbytes, np.uint8)
+            reader(self.tensors[0], 0, held.data)
+            self._held = held.reshape(self.shape[0], -1)
+        if self._held is None:
+            name = printable(self.tensors[0].stored_name)
+            raise CheckpointError(f"{name}: rows are to be read in order, from row 0 on")
+        last = first_row + n_rows
+        raw = self._held[self.order[first_row:last]]
+        if last == self.shape[0]:
+            self._held = None
+        return self.stored.decoded(raw.reshape(-1), n_rows)
+
+
+@dataclass(slots=True)
+class RowsGathered(_Reordered[StoredMatrix]):
+    """`RowsReordered` of a matrix in any format: its rows are held as planes, not as bytes."""
+
+    _held: Rows | None = field(default=None, repr=False)
+
     def read(self, first_row: int, n_rows: int, reader: Reader) -> Rows:
         """Rows in the order that is wanted; all are held until the last one was read."""
         held = self._held
@@ -130,14 +106,12 @@ class RowsGathered:
         return Planes(held.codes[at], tuple(plane[at] for plane in held.scales))
 
 
-@dataclass(frozen=True, slots=True)
-class ColumnsReordered:
+@dataclass(slots=True)
+class ColumnsReordered(_Reordered[RowMatrix]):
     """Run c of `run` columns is run `order[c]` of what is stored. Where groups are longer than a
     run, their scales are repeated, one for each shorter group.
     """
 
-    stored: RowMatrix
-    order: Order
     run: int
 
     def __post_init__(self) -> None:
@@ -150,16 +124,6 @@ class ColumnsReordered:
             )
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """N and K."""
-        return self.stored.shape
-
-    @property
-    def dtype(self) -> DType:
-        """Of values or codes."""
-        return self.stored.dtype
-
-    @property
     def groups(self) -> Groups | None:
         """Of codes; no group is longer than a run."""
         stored = self.stored.groups
@@ -167,21 +131,6 @@ class ColumnsReordered:
             return None
         size, outer = math.gcd(stored.size, self.run), math.gcd(stored.outer, self.run)
         return replace(stored, size=size, outer=outer if stored.outer else 0)
-
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        """The one tensor."""
-        return self.stored.tensors
-
-    @property
-    def nbytes(self) -> int:
-        """Of the tensor."""
-        return self.stored.nbytes
-
-    @property
-    def description(self) -> str:
-        """The format."""
-        return self.stored.description
 
     def read(self, first_row: int, n_rows: int, reader: Reader) -> Rows:
         """Rows with their columns in the order that is wanted."""
