@@ -10,7 +10,6 @@ was not written, raises instead of taking another word.
 
 from __future__ import annotations
 
-import contextlib
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 from flashrt.backends.cuda.driver_api import Driver
 from flashrt.backends.cuda.fused_ops import HOLD_SEND, WORD_RING
 from flashrt.backends.cuda.fusion import SendTo
+from flashrt.backends.cuda.staging import AwaitedWords
 from flashrt.base.errors import BackendError
 from flashrt.core.backend import BoundLaunch
 from flashrt.core.runs import STRIDE_UNIT, RunsWord, RunWord
@@ -70,8 +70,7 @@ class WordSlots:
         self._buffer = driver.host_alloc(_RING_BYTES + 4, is_mapped=True)  # and for the counter
         self._slots = self._buffer.array[:_RING_BYTES].view(np.uint32).reshape(WORD_RING.shape)
         self._counter = self._buffer.array[_RING_BYTES:].view(np.uint32)
-        self._events = [driver.event_create() for _ in range(_N_SLOTS)]
-        self._found: list[tuple[int, list[int]] | None] = [None] * _N_SLOTS  # number, where to
+        self._awaited = AwaitedWords(driver, stream, _N_SLOTS, self._word)
         self._n_sent = 0
         self._is_counted = True  # False: a replay began of which it is not known whether it runs
         self._address: int | None = None  # of a word that is still as it was sent last
@@ -86,7 +85,7 @@ class WordSlots:
         self._address = None
         if not self._is_counted:
             self._count_again()
-        self._land(self._n_sent % _N_SLOTS)  # whose word is about to be another
+        self._awaited.land(self._n_sent % _N_SLOTS)  # whose word is about to be another
         self._is_counted = False  # an exception may strike at any line: Ctrl-C
         launch()
         self._n_sent = (self._n_sent + 1) % _NUMBERS
@@ -103,38 +102,22 @@ class WordSlots:
             return None
         number = (self._n_sent - 1) % _NUMBERS
         slot = number % _N_SLOTS
-        self._land(slot)  # asked for twice: it is there for both
-        self._driver.event_record(self._events[slot], self._stream)
-        found: list[int] = []
-        self._found[slot] = number, found
+        self._awaited.land(slot)  # asked for twice: it is there for both
+        return self._awaited.expect(slot, number)
 
-        def arrive() -> int:
-            if not found:
-                self._land(slot)
-            return found[0]
-
-        return arrive
-
-    def _land(self, slot: int) -> None:
-        """Give the word of a slot to who waits for it, once the device has sent it."""
-        waiting = self._found[slot]
-        if waiting is None:
-            return
-        number, found = waiting
-        self._driver.event_sync(self._events[slot])
+    def _word(self, slot: int, number: int) -> int:
         word, of = self._slots[slot, :2].tolist()
         if of != number:
             raise BackendError(
                 f"the device sent word {of} where word {number} was expected: a fault of flashrt, "
                 "or of the device; load another engine"
             )
-        found.append(word - _NUMBERS if word >> 31 else word)
-        self._found[slot] = None
+        return int(word - _NUMBERS if word >> 31 else word)
 
     def _count_again(self) -> None:
         """What the device has counted, after all that it was given."""
         for slot in range(_N_SLOTS):
-            self._land(slot)
+            self._awaited.land(slot)
         at = self._buffer.address + _RING_BYTES
         self._driver.copy_to_host(at, self._sent_at, 4, self._stream)
         self._driver.stream_sync(self._stream)
@@ -143,8 +126,5 @@ class WordSlots:
 
     def close(self) -> None:
         """Release everything; the stream must be idle."""
-        for slot, event in enumerate(self._events):
-            with contextlib.suppress(BackendError):  # the word of a fault is nobody's
-                self._land(slot)
-            self._driver.event_destroy(event)
+        self._awaited.close()
         self._driver.host_free(self._buffer)

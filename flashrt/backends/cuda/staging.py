@@ -7,6 +7,7 @@ IS NOT: for transfers between device ranges.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 
@@ -198,6 +199,56 @@ class DownloadRing:
         self._driver.host_free(self._buffer)
 
 
+class AwaitedWords:
+    """Who waits for the word of which slot, an event for each. `read(slot, number)` takes a word
+    from where it arrives, once the event has passed.
+    """
+
+    def __init__(
+        self, driver: Driver, stream: int, n_slots: int, read: Callable[[int, int], int]
+    ) -> None:
+        self._driver = driver
+        self._stream = stream
+        self._read = read
+        self._events = [driver.event_create() for _ in range(n_slots)]
+        self._found: list[tuple[int, list[int]] | None] = [None] * n_slots  # number, where to
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def expect(self, slot: int, number: int) -> Callable[[], int]:
+        """The word that all work queued so far leaves in a slot: what is returned waits for it.
+        Nobody may wait for the slot: see land.
+        """
+        self._driver.event_record(self._events[slot], self._stream)
+        found: list[int] = []
+        self._found[slot] = number, found
+
+        def arrive() -> int:
+            if not found:
+                self.land(slot)
+            return found[0]
+
+        return arrive
+
+    def land(self, slot: int) -> None:
+        """Give the word of a slot to who waits for it, if anybody does."""
+        waiting = self._found[slot]
+        if waiting is None:
+            return
+        number, found = waiting
+        self._driver.event_sync(self._events[slot])
+        found.append(self._read(slot, number))
+        self._found[slot] = None
+
+    def close(self) -> None:
+        """Land what is under way; a word that does not come is nobody's. Release the events."""
+        for slot, event in enumerate(self._events):
+            with contextlib.suppress(BackendError):
+                self.land(slot)
+            self._driver.event_destroy(event)
+
+
 class WordRing:
     """Words from device to host, each as it is at its place in the compute stream; work queued
     after it may change the word.
@@ -209,40 +260,25 @@ class WordRing:
         self._driver = driver
         self._stream = stream
         self._buffer = driver.host_alloc(self._NBYTES * n_slots)
-        self._events = [driver.event_create() for _ in range(n_slots)]
-        self._found: list[list[int] | None] = [None] * n_slots  # by slot: where its word is to go
+        self._awaited = AwaitedWords(driver, stream, n_slots, self._word)
         self._n_reads = 0
 
     def begin(self, address: int) -> Callable[[], int]:
         """Queue a read of an int32; what is returned waits for it."""
-        slot = self._n_reads % len(self._events)
-        self._land(slot)
+        slot = self._n_reads % len(self._awaited)
+        self._awaited.land(slot)
         at = self._buffer.address + slot * self._NBYTES
         self._driver.copy_to_host(at, address, 4, self._stream)
-        self._driver.event_record(self._events[slot], self._stream)
-        found: list[int] = []
-        self._found[slot] = found
+        arrive = self._awaited.expect(slot, self._n_reads)
         self._n_reads += 1
-
-        def arrive() -> int:
-            if not found:
-                self._land(slot)
-            return found[0]
-
         return arrive
 
-    def _land(self, slot: int) -> None:
-        found = self._found[slot]
-        if found is None:
-            return
-        self._driver.event_sync(self._events[slot])
+    def _word(self, slot: int, number: int) -> int:
+        del number  # a copy cannot be another's
         start = slot * self._NBYTES
-        found.append(int(self._buffer.array[start : start + 4].view(np.int32)[0]))
-        self._found[slot] = None
+        return int(self._buffer.array[start : start + 4].view(np.int32)[0])
 
     def close(self) -> None:
         """Land what is under way, and release everything."""
-        for slot, event in enumerate(self._events):
-            self._land(slot)
-            self._driver.event_destroy(event)
+        self._awaited.close()
         self._driver.host_free(self._buffer)
