@@ -182,7 +182,7 @@ def test_an_exception_at_any_line_loses_no_count(lanes: Lanes) -> None:
         return device.begin_read_word(at)()
 
     lanes.write(at, 0)
-    files = ("device", "graph", "sending")  # others run within the double's launches
+    files = ("device", "graph", "sending", "staging")  # others run within the double's launches
     injector, before = Injector([f"backends/cuda/{f}.py" for f in files]), token()
     n_lines = injector.count(token)
     assert before == 0 and n_lines > 30
