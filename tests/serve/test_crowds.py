@@ -21,7 +21,7 @@ from tests.property.test_grammar import SCHEMAS
 from tests.serve.wire.running import LOOK, SEARCH, WALK, Running
 
 USERS = 8
-QUICK, MANY = 20, pytest.param(200, marks=pytest.mark.slow)
+QUICK, MANY = 20, pytest.param(120, marks=pytest.mark.slow)
 ASKED = [WALK, "tell me a story about a fox .", "bring me the red box .", "where is the key ?"]
 SHAPE = {"type": "json_schema", "json_schema": {"name": "where", "schema": LOOK}}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": LOOK}}

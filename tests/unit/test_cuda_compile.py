@@ -207,7 +207,10 @@ def test_every_kernel_compiles_without_spills(arch: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", MAIN_ARCHS)
 def test_every_variant_compiles_without_spills(arch: str) -> None:
-    assert compile_all(arch, variants(arch, is_full=True)) == {}
+    """All that the test above leaves."""
+    usual = set(variants(arch, is_full=False))
+    more = (v for v in variants(arch, is_full=True) if v not in usual)
+    assert compile_all(arch, more) == {}
 
 
 def test_every_kernel_is_reached() -> None:
