@@ -40,11 +40,13 @@ from flashrt.commands.pull import here, pull
 from flashrt.commands.quantize import WEIGHTS, quantize
 from flashrt.commands.run import Sampling, run
 from flashrt.commands.serve import ServeOptions, serve
+from flashrt.commands.serve_policy import PolicyServeOptions, serve_policy
 from flashrt.hub.packaged import PACKAGED
 from flashrt.hub.resolve import resolve
 from flashrt.load import DEVICES, PRECISIONS
 from flashrt.models.model import PREFILL_ROWS
 from flashrt.models.released import RELEASED
+from flashrt.policy_server.clients import ServerOptions
 from flashrt.weights.bundled import bundled_checkpoint
 from flashrt.weights.random_checkpoint import SHAPES
 
@@ -133,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_chat(commands)
     _add_serve(commands)
+    _add_serve_policy(commands)
     _add_pull(commands)
     _add_plan(commands)
     _add_inspect(commands)
@@ -469,6 +472,79 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
     _add_serve_work(parser)
     _add_engine_options(parser, lanes=4)
     _add_device(parser)
+
+
+def _add_serve_policy(commands: _Commands[_Parser]) -> None:
+    def command(options: argparse.Namespace) -> int:
+        return serve_policy(
+            PolicyServeOptions(
+                policies=tuple(options.policy),
+                names=tuple(options.name),
+                folder=options.policies,
+                host=options.host,
+                port=options.port,
+                allow_remote=options.allow_remote,
+                device=options.device,
+                lanes=options.lanes,
+                loaded=options.loaded,
+                server=ServerOptions(fps=options.fps, similar=options.similar, seed=options.seed),
+            )
+        )
+
+    defaults, usual = PolicyServeOptions(), ServerOptions()
+    parser = _add(
+        commands, "serve-policy", command,
+        "Serve robot policies to LeRobot's robot_client, over the gRPC of its async inference.\n"
+        "Pickles of clients are read by an allow-list and never run. Ctrl-C ends it.",
+        "serve-policy ~/policies/act_transfer_cube\n"
+        "serve-policy ~/policies/act_transfer_cube --name user/act_transfer_cube --fps 50\n"
+        "serve-policy --policies ~/policies           clients choose one below that folder",
+    )  # fmt: skip
+    parser.add_argument(
+        "policy", nargs="*", metavar="POLICY",
+        help="policy directory or bundled name: clients say the same, or the folder's own name",
+    )  # fmt: skip
+    parser.add_argument(
+        "--name", action="append", default=[], metavar="NAME",
+        help="a further name that clients may say for the first POLICY; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--policies", type=Path, metavar="DIR", help="clients may choose any policy in this folder"
+    )
+    parser.add_argument("--host", default=defaults.host, help=f"default: {defaults.host}")
+    parser.add_argument(
+        "--port", type=_whole(0, 65535), default=defaults.port, metavar="N",
+        help=f"0 is a free one (default: {defaults.port})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-remote", action="store_true",
+        help="with a --host that others reach: they need no password, and nothing is encrypted",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fps", type=_number(0, 1e4, above=True), default=usual.fps, metavar="HZ",
+        help=f"actions of a chunk are 1 / HZ seconds apart (default: {usual.fps:g})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--similar", type=_number(0), default=usual.similar, metavar="D",
+        help="leave out observations whose joints are nearer than D to those of the last one "
+        "(default: 0, none; LeRobot has 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lanes", type=_whole(1, _MOST_LANES), default=defaults.lanes, metavar="N",
+        help=f"robots that a policy drives at once (default: {defaults.lanes})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--loaded", type=_count, default=defaults.loaded, metavar="N",
+        help=f"policies in memory at once (default: {defaults.loaded})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=_whole(0, (1 << 62) - 1), default=usual.seed, metavar="N",
+        help="of the noise of chunks (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", choices=DEVICES, default="auto",
+        help="auto (default) is cuda where it is usable, else cpu",
+    )  # fmt: skip
 
 
 def _add_serve_http(parser: argparse.ArgumentParser) -> None:
