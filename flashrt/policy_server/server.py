@@ -254,7 +254,7 @@ class PolicyServer:
 
     def _found(self, peer: str, *, begins: bool) -> Client:
         """The client of a connection. A connection that begins nothing is one that broke and came
-        back, so it has the session of its host, if there is just one.
+        back, so it has the session of its host that is in no call, if there is just one.
         """
         if self._is_closed:
             raise Refusal(Reason.FAILED_PRECONDITION, "the server ends")
@@ -266,12 +266,13 @@ class PolicyServer:
             client = self._clients[peer] = Client(peer, self._options.similar)
             client.called_s = self._now()
             return client
-        same = [c for c in self._clients.values() if c.host == host_of(peer)]
+        here = [c for c in self._clients.values() if c.host == host_of(peer)]
+        same = [c for c in here if c.n_calls == 0]
         if len(same) != 1:
             raise Refusal(
                 Reason.FAILED_PRECONDITION,
-                f"this connection has no session, and {len(same)} clients of its host have one: "
-                "call Ready first",
+                f"this connection has no session, and {len(same)} others of its host have one that "
+                "is in no call: call Ready first",
             )
         (client,) = same
         _LOG.info("%s: goes on as %s", client.peer, peer)

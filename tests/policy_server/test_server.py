@@ -232,6 +232,21 @@ def test_a_call_that_waits_ends_with_its_session(policies: Policies) -> None:
         assert answer.result(30) == b""
 
 
+def test_of_two_calls_that_wait_the_later_one_has_its_turn() -> None:
+    """As where a client came back. Fault: the call of a dead connection takes the observation."""
+    session, waits = Session(0.0), threading.Event()
+
+    def is_wanted() -> bool:
+        waits.set()
+        return True
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(session.take, 60.0, is_wanted)
+        assert waits.wait(30)
+        assert session.take(0.0, is_wanted) is None
+        assert first.result(30) is None
+
+
 def test_averages_of_chunks_begin_anew(server: PolicyServer, folder: Path) -> None:
     """Of a policy with temporal ensembling, whose client joins chunks by itself. Fault: a chunk
     that is averaged with the one before.
@@ -349,7 +364,7 @@ def test_a_connection_that_comes_back(server: PolicyServer) -> None:
         with pytest.raises(Refusal, match="call Ready first"):
             server.actions(stranger)
     server.ready(A)
-    with pytest.raises(Refusal, match="2 clients of its host"):
+    with pytest.raises(Refusal, match="2 others of its host"):
         server.observe("ipv4:10.0.0.1:3000", observation(5))
 
 
