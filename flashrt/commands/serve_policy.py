@@ -25,6 +25,8 @@ from flashrt.policy_server.clients import ServerOptions
 from flashrt.policy_server.policies import MOST_LOADED, Policies
 from flashrt.policy_server.server import PolicyServer
 
+_CALLS_OF_A_CLIENT = 3  # at a time: it waits for actions, and sends what it sees
+
 
 @dataclass(frozen=True, slots=True)
 class PolicyServeOptions:
@@ -54,7 +56,7 @@ def serve_policy(
         raise FlashrtError(
             "a policy server needs grpcio: pip install 'flashrt[lerobot]'"
         ) from error
-    from flashrt.policy_server.listen import Listener  # others need no grpcio
+    from flashrt.policy_server.listen import MOST_CALLS, Listener  # others need no grpcio
 
     if not options.policies and options.folder is None:
         raise FlashrtError("serve-policy: name a POLICY, or a folder of policies by --policies DIR")
@@ -84,7 +86,8 @@ def serve_policy(
             policies.take(key)
             policies.give_back(key)
         server = PolicyServer(policies, options.server)
-        listener = Listener(server, options.host, options.port)
+        most_calls = MOST_CALLS + _CALLS_OF_A_CLIENT * options.lanes
+        listener = Listener(server, options.host, options.port, most_calls=most_calls)
         ending = threading.Event()
         url = f"{options.host}:{listener.port}"
         with _ending_by_signals(ending):

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from flashrt.engine.actions import Action, ActionEngine, checked_action
 from flashrt.policy_server.observations import Sight, Values
 from flashrt.policy_server.payloads import Instructions, Seen
 
+_MOST_TAKEN = 256
 _SEED_STEPS = 1 << 40  # timesteps that have noise of their own
 
 
@@ -55,7 +58,8 @@ class Session:
         self._similar = similar
         self._changed = threading.Condition()
         self._waiting: Waiting | None = None
-        self._taken: set[int] = set()  # timesteps of observations that chunks were made from
+        # Timesteps of observations that chunks were made from, the last ones: time goes on.
+        self._taken: deque[int] = deque(maxlen=_MOST_TAKEN)
         self._last: Waiting | None = None  # of these
         self._turn = 0  # of the calls that wait; the last to come has it
         self.is_ended = False
@@ -94,16 +98,16 @@ class Session:
             if self._turn != mine or not is_wanted():
                 return None
             found, self._waiting = self._waiting, None
-            self._taken.add(found.seen.timestep)
+            self._taken.append(found.seen.timestep)
             self._last = found
             return found
 
     def forget(self, taken: Waiting) -> None:
         """No actions of that observation came to the client: no other is held against it."""
         with self._changed:
-            self._taken.discard(taken.seen.timestep)
             if self._last is taken:
                 self._last = None
+                self._taken.pop()
 
     def wake(self) -> None:
         """A caller may have gone."""
@@ -161,7 +165,6 @@ class Driver:
         """A new episode: nothing remembered, nothing promised."""
         self.engine.reset(self._lane, self._seed)
 
-    @exclusive
     def chunk(self, seen: Seen) -> Action:
         """Actions [n, action_dim] from an observation, n as the client wants, at most a chunk.
 
@@ -169,13 +172,18 @@ class Driver:
         client joins chunks by itself. Noise is a function of seed and timestep. Raises
         ObservationError.
         """
+        parts = self.sight.parts(seen)  # images are resized while others have their turn
+        chunk = self._planned(parts, self._seed + seen.timestep % _SEED_STEPS)
+        return checked_action(chunk[: self.instructions.actions_per_chunk])
+
+    @exclusive
+    def _planned(self, parts: Values | Mapping[str, Any], seed: int) -> Action:
         engine, lane = self.engine, self._lane
-        parts = self.sight.parts(seen)
         engine.cut(lane)
-        engine.set_seed(lane, self._seed + seen.timestep % _SEED_STEPS)
+        engine.set_seed(lane, seed)
         engine.observe(lane, parts)
         engine.plan(lane)
-        return checked_action(engine.chunk(lane)[: self.instructions.actions_per_chunk])
+        return engine.chunk(lane)
 
     @exclusive
     def close(self) -> None:

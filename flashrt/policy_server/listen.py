@@ -20,7 +20,7 @@ from flashrt.policy_server.refusal import Reason, reason_of
 from flashrt.policy_server.server import PolicyServer
 
 SERVICE = "transport.AsyncInference"
-MOST_CALLS = 64  # at a time; each has a thread
+MOST_CALLS = 32  # at a time, by default; each has a thread, and an observation in the making
 MOST_MESSAGE_NBYTES = 4 << 20
 STALL_S = 10.0  # for all pieces of an observation
 _MOST_DETAILS = 2000  # characters of an error, which travel in a header
@@ -36,12 +36,18 @@ class Listener:
     """A server at an address. `port`: the one that was taken, where 0 was asked for."""
 
     def __init__(
-        self, server: PolicyServer, host: str, port: int, stall_s: float = STALL_S
+        self,
+        server: PolicyServer,
+        host: str,
+        port: int,
+        *,
+        most_calls: int = MOST_CALLS,
+        stall_s: float = STALL_S,
     ) -> None:
         """Binds at once. Raises FlashrtError where that cannot be done."""
         self._server, self._stall_s = server, stall_s
-        pool = ThreadPoolExecutor(MOST_CALLS, thread_name_prefix="flashrt-policy")
-        self._grpc = grpc.server(pool, options=_OPTIONS, maximum_concurrent_rpcs=MOST_CALLS)
+        pool = ThreadPoolExecutor(most_calls, thread_name_prefix="flashrt-policy")
+        self._grpc = grpc.server(pool, options=_OPTIONS, maximum_concurrent_rpcs=most_calls)
         one, many = grpc.unary_unary_rpc_method_handler, grpc.stream_unary_rpc_method_handler
         handlers = {
             "Ready": one(self._ready),

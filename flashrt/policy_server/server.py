@@ -50,7 +50,7 @@ class PolicyServer:
     ) -> None:
         self._policies, self._now = policies, now
         self._options = ServerOptions() if options is None else options
-        self._lock = threading.Lock()  # of the table of clients, and of lanes
+        self._lock = threading.Condition()  # of the table of clients; told when a call ends
         self._clients: dict[str, Client] = {}
         self._is_closed = False
 
@@ -124,15 +124,18 @@ class PolicyServer:
                 client.is_gone = not is_wanted()
 
     def close(self) -> None:
-        """End all sessions; the engines are the policies'."""
+        """End all sessions, and wait until their calls have ended; engines are the policies'."""
         with self._lock:
             self._is_closed = True
             clients = list(self._clients.values())
             self._clients.clear()
         for client in clients:
             client.session.end()
-            with client.planning:
-                self._release(client)
+        for client in clients:
+            with self._lock:
+                while client.n_calls:
+                    self._lock.wait()
+            self._release(client)
 
     @property
     def peers(self) -> tuple[str, ...]:
@@ -251,6 +254,7 @@ class PolicyServer:
             with self._lock:
                 client.n_calls -= 1
                 client.called_s = self._now()
+                self._lock.notify_all()
 
     def _found(self, peer: str, *, begins: bool) -> Client:
         """The client of a connection. A connection that begins nothing is one that broke and came

@@ -542,6 +542,38 @@ def test_features_have_other_names_and_may_be_too_many() -> None:
             sight.check(wrong)
 
 
+def test_a_policy_with_a_memory_goes_on() -> None:
+    """A bundled one, of vectors: each chunk follows from all that was seen since the Ready. Fault:
+    a memory that is lost between observations or kept at a Ready; noise of another timestep.
+    """
+    policies = Policies(
+        lambda path: flashrt.load_policy(path, device="cpu", lanes=2, pool_bytes=0),
+        {"two-doors": "two-doors"},
+    )
+    server = PolicyServer(policies, ServerOptions(wait_s=WAIT_S, seed=3))
+    engine = policies.take("two-doors")
+    size = engine.config.observation_dim
+    seen = [np.linspace(0, t, size, dtype=np.float32) for t in (0.5, 1.0)]
+    wanted, lane = [], engine.lanes[1]
+    engine.reset(lane)
+    for timestep, vector in enumerate(seen):
+        engine.set_seed(lane, 3 + timestep)
+        engine.observe(lane, vector)
+        engine.plan(lane)
+        wanted.append(engine.chunk(lane))
+        engine.cut(lane)
+    for _ in range(2):
+        server.ready(A)
+        config = {"policy_type": "policy", "actions_per_chunk": 100, "sizes": {STATE: size}}
+        server.instruct(A, instructions("two-doors", **config))
+        for timestep, vector in enumerate(seen):
+            values = {f"{STATE}.{i}": float(v) for i, v in enumerate(vector)}
+            server.observe(A, pieces(pickled(TimedObservation(0.0, timestep, values, True))))
+            assert np.array_equal(rows_of(server.actions(A)), wanted[timestep])
+    server.close()
+    policies.close()
+
+
 def test_a_policy_of_vectors_takes_the_state() -> None:
     """Fault: a dict for an engine that knows no names."""
     config = RemotePolicyConfig("policy", "p", features({STATE: 3}), 5)
