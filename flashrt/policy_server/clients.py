@@ -168,9 +168,9 @@ class Driver:
     def chunk(self, seen: Seen) -> Action:
         """Actions [n, action_dim] from an observation, n as the client wants, at most a chunk.
 
-        What the policy remembers goes on; what it promised before, or averaged, does not: the
-        client joins chunks by itself. Noise is a function of seed and timestep. Raises
-        ObservationError.
+        No action is taken here, so the lane stays before its tick 0: what the policy remembers goes
+        on, and no chunk is joined to, or averaged with, the one before: the client does that. Noise
+        is a function of seed and timestep. Raises ObservationError.
         """
         parts = self.sight.parts(seen)  # images are resized while others have their turn
         chunk = self._planned(parts, self._seed + seen.timestep % _SEED_STEPS)
@@ -179,7 +179,6 @@ class Driver:
     @exclusive
     def _planned(self, parts: Values | Mapping[str, Any], seed: int) -> Action:
         engine, lane = self.engine, self._lane
-        engine.cut(lane)
         engine.set_seed(lane, seed)
         engine.observe(lane, parts)
         engine.plan(lane)

@@ -63,7 +63,7 @@ def policies(policy: Path) -> Iterator[Policies]:
 def address(policies: Policies) -> Iterator[str]:
     """Of a server without clients."""
     server = PolicyServer(policies, ServerOptions(wait_s=WAIT_S))
-    listener = Listener(server, "127.0.0.1", 0, stall_s=0.3)
+    listener = Listener(server, "127.0.0.1", 0)
     listener.start()
     yield f"127.0.0.1:{listener.port}"
     listener.stop(0)
@@ -145,26 +145,31 @@ def test_refusals_have_codes_and_words_and_the_session_goes_on(address: str) -> 
         assert rows_of(stub.actions(b"")).shape == (10, 7)
 
 
-def test_streams_that_stall_or_break_off(address: str) -> None:
-    """A client that sends no end, and one that is cancelled in the middle. Fault: a thread that
-    waits for ever, or half an observation that is taken.
+def test_streams_that_stall_or_break_off(policies: Policies, address: str) -> None:
+    """A client that sends no end, one that is cancelled in the middle, and one that ends there.
+    Fault: a thread that waits for ever, or half an observation that is taken.
     """
     first, *_ = pieces(recorded("observation"), 5000)
-    with Stub(address) as stub:
-        stub.ready(b"")
-        stub.instruct(message(recorded("instructions")))
-        ended = threading.Event()
+    ended = threading.Event()
 
-        def stalls() -> Iterator[bytes]:
-            yield first
-            ended.wait(60)
+    def stalls() -> Iterator[bytes]:
+        yield first
+        ended.wait(60)
 
+    server = PolicyServer(policies, ServerOptions())
+    hasty = Listener(server, "127.0.0.1", 0, stall_s=0.05)
+    hasty.start()
+    with Stub(f"127.0.0.1:{hasty.port}") as stub:
+        begin(stub)
         assert refused(lambda: stub.observe(stalls()))[0] is grpc.StatusCode.CANCELLED
+    hasty.stop(0)
+    with Stub(address) as stub:
+        begin(stub)
         call = stub.observe.future(stalls())
         call.cancel()
-        ended.set()
         assert refused(lambda: stub.observe(iter([first])))[0] is grpc.StatusCode.INVALID_ARGUMENT
         assert stub.actions(b"") == b""
+        ended.set()
 
 
 def test_clients_that_go_away_give_their_lanes_to_the_next(policies: Policies) -> None:

@@ -205,6 +205,32 @@ def test_a_chunk_under_way_at_a_reset_is_not_answered(
     assert rows_of(server.actions(A)).shape == (5, 2)
 
 
+def test_an_observation_taken_before_a_reset_is_not_planned_from_after_it(
+    server: PolicyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call has taken it and waits for instructions that are just coming in force. Fault: a lane
+    that remembers what was seen before its reset.
+    """
+    begin(server)
+    server.observe(A, observation(5))
+    is_resetting, is_taken, n_plans = threading.Event(), threading.Event(), []
+    reset_lane = ActionEngine.reset
+
+    def slow(*arguments: Any) -> None:
+        is_resetting.set()
+        assert is_taken.wait(30)
+        reset_lane(*arguments)
+
+    monkeypatch.setattr(ActionEngine, "reset", slow)
+    monkeypatch.setattr(ActionEngine, "plan", lambda *arguments: n_plans.append(1))
+    with ThreadPoolExecutor(2) as pool:
+        again = pool.submit(server.instruct, A, instructions())
+        assert is_resetting.wait(30)
+        answer = pool.submit(server.actions, A, lambda: is_taken.set() or True)
+        assert again.result(30) == answer.result(30) == b""
+    assert not n_plans
+
+
 def test_a_call_that_waits_ends_with_its_session(policies: Policies) -> None:
     """Of a server whose calls wait for a minute. Fault: a waiter of one session that gets the next
     one's observation, or hangs.
@@ -353,8 +379,9 @@ def test_a_chunk_that_nobody_got_is_made_again(server: PolicyServer) -> None:
     assert actions_of(server.actions(A))[0].timestep == 4
 
 
-def test_a_connection_that_comes_back(server: PolicyServer) -> None:
-    """From another port, without a Ready. Fault: its session is lost, or it gets another's."""
+def test_a_connection_that_comes_back(policies: Policies) -> None:
+    """From another port, without a Ready. Fault: its session is lost, or a stranger gets it."""
+    server = PolicyServer(policies, ServerOptions(wait_s=60.0))
     begin(server)
     server.observe(A, observation(5))
     other = "ipv4:10.0.0.1:2000"
@@ -363,9 +390,18 @@ def test_a_connection_that_comes_back(server: PolicyServer) -> None:
     for stranger in (B, "ipv4:10.0.0.11:1000"):
         with pytest.raises(Refusal, match="call Ready first"):
             server.actions(stranger)
+    with ThreadPoolExecutor(1) as pool:
+        is_there = threading.Event()
+        call = pool.submit(server.actions, other, when_gone=lambda wake: is_there.set())
+        assert is_there.wait(30)
+        with pytest.raises(Refusal, match="0 others of its host"):
+            server.actions(A)  # the one that has the session waits for actions
+        server.ready(other)
+        assert call.result(30) == b""
     server.ready(A)
     with pytest.raises(Refusal, match="2 others of its host"):
         server.observe("ipv4:10.0.0.1:3000", observation(5))
+    server.close()
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -561,11 +597,11 @@ def test_a_policy_with_a_memory_goes_on() -> None:
         engine.observe(lane, vector)
         engine.plan(lane)
         wanted.append(engine.chunk(lane))
-        engine.cut(lane)
-    for _ in range(2):
-        server.ready(A)
-        config = {"policy_type": "policy", "actions_per_chunk": 100, "sizes": {STATE: size}}
-        server.instruct(A, instructions("two-doors", **config))
+    server.ready(A)
+    config = {"policy_type": "policy", "actions_per_chunk": 100, "sizes": {STATE: size}}
+    for again in (lambda: server.instruct(A, instructions("two-doors", **config)),
+                  lambda: server.ready(A)):  # fmt: skip
+        again()
         for timestep, vector in enumerate(seen):
             values = {f"{STATE}.{i}": float(v) for i, v in enumerate(vector)}
             server.observe(A, pieces(pickled(TimedObservation(0.0, timestep, values, True))))
