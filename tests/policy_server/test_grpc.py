@@ -140,6 +140,9 @@ def test_refusals_have_codes_and_words_and_the_session_goes_on(address: str) -> 
         other = recorded("instructions").replace(b"user/plain", b"/etc/plain")
         found, words = refused(lambda: stub.instruct(message(other)))
         assert (found, "user/plain" in words) == (code.PERMISSION_DENIED, True)
+        grey = pickled(TimedObservation(0.0, 5, {**seen_by(1), "top": np.zeros((4, 4), np.uint8)}))
+        found, words = refused(lambda: stub.observe(iter(pieces(grey))))
+        assert (found, "expected an image" in words) == (code.INVALID_ARGUMENT, True)
         large = message(bytes(5 << 20))
         assert refused(lambda: stub.instruct(large))[0] is code.RESOURCE_EXHAUSTED
         assert rows_of(stub.actions(b"")).shape == (10, 7)

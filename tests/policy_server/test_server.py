@@ -450,6 +450,14 @@ def test_refusals_change_nothing(server: PolicyServer, folder: Path) -> None:
     assert np.array_equal(np.stack([a.action for a in actions]), chunk_of(5, folder)[:5])
 
 
+def test_a_stream_may_begin_again(server: PolicyServer) -> None:
+    """A piece that says BEGIN drops what came before. Fault: bytes of two payloads in one."""
+    begin(server)
+    whole = pieces(pickled(TimedObservation(1.0, 9, values_of(1), True)), 100)
+    server.observe(A, [*whole[:2], *whole])
+    assert actions_of(server.actions(A))[0].timestep == 9
+
+
 def test_a_stream_has_a_limit(server: PolicyServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: memory that a client fills."""
     monkeypatch.setattr("flashrt.policy_server.server.MOST_OBSERVATION_NBYTES", 1000)
@@ -482,7 +490,8 @@ def test_which_policies_may_be_asked_for(folder: Path, tmp_path: Path) -> None:
     for name in ("user/two", "user/./two", two):
         assert policies.key(name) == two
     refused = (
-        "b", "../secret", "user/../../secret", str(secret), f"{opened}/../secret", "user/one",
+        "b", "../secret", "user/../user/two", "user/../../secret", f"{opened}/../secret",
+        str(secret), "user/one",
         "user", "empty", ".", "/", "", "~", "user/two\0", "x" * 5000, str(folder / "ensemble"),
     )  # fmt: skip
     for name in refused:
