@@ -1,0 +1,128 @@
+"""Promise: with bfloat16 activations, `linear` over weights in bfloat16 has the bits that
+linear_bf16.c defines, whatever rows, threads, vectors and tiles do; and other weights do not notice.
+
+The definition is stated here once more, in numpy: float32 with every fma rounded once, and no
+subnormals.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flashrt.backends.cache import Binary
+from flashrt.backends.cpu import compile as toolchain
+from flashrt.backends.cpu import device as cpu_device
+from flashrt.backends.cpu.device import CpuDevice
+from flashrt.core.region import DType
+from flashrt.ops.table import OPS
+from tests.backend.runner import rng_for
+from tests.backend.test_formats_cpu import COMMON, Bench, Format
+from tests.backend.test_linear_integers import bits, random_rows
+
+Floats = NDArray[np.float32]
+Words = NDArray[np.uint16]
+STEP = 32
+BF16 = Format(DType.BF16)
+SHAPES = ((45, 1030), (32, 256), (70, 45), (33, 1))
+COUNTS = (1, 2, 3, 6, 7, 13, 16, 17, 31, 33, 64, 70)
+NO_TILES = ("-mno-amx-bf16", "-mno-amx-tile")
+
+
+def flushed(x: NDArray[np.float64]) -> Floats:
+    """float32, what is smaller than 2^-126 once rounded being a zero: of 24 bits, whatever their
+    exponent, as processors see it.
+    """
+    scale = np.where(np.abs(x) < 2.0**-120, 2.0**64, 1.0)
+    y = (x * scale).astype(np.float32)  # far from subnormals, so that all of 24 bits are there
+    is_tiny = np.abs(y) < np.where(scale > 1, 2.0 ** (64 - 126), 2.0**-126)
+    return np.where(is_tiny, np.copysign(np.float32(0), y), (y / scale).astype(np.float32))
+
+
+def fma(a: Floats, b: Floats, c: Floats) -> Floats:
+    """a b + c, rounded once: the product is exact in float64, whose sum is rounded to odd."""
+    product, wide = a.astype(np.float64) * b, c.astype(np.float64)
+    total = product + wide
+    back = total - product
+    lost = (product - (total - back)) + (wide - back)
+    is_even = (total.view(np.int64) & 1) == 0
+    nudged = np.nextafter(total, np.copysign(np.inf, lost))
+    is_inexact = (lost != 0) & np.isfinite(lost)
+    return flushed(np.where(is_inexact & is_even, nudged, total))
+
+
+def add(a: Floats, b: Floats) -> Floats:
+    """a + b; both in 53 bits, of which a sum of two float32 near 2^-126 needs 24."""
+    return flushed(a.astype(np.float64) + b)
+
+
+def widened(w: Words) -> Floats:
+    """Values of bfloat16, subnormals as zeros."""
+    w = np.where(w & 0x7F80, w, w & 0x8000).astype(np.uint32) << np.uint32(16)
+    return w.view(np.float32)
+
+
+def rounded(x: Floats) -> Floats:
+    """To bfloat16, to nearest, ties to even, subnormals being zeros before that."""
+    word = x.view(np.uint32)
+    size = word & np.uint32(0x7FFFFFFF)
+    nearest = word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))
+    word = np.where(np.isnan(x), word | np.uint32(0x400000), nearest)
+    word = np.where(size < 0x00800000, x.view(np.uint32) & np.uint32(0x80000000), word)
+    return (word & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def defined(w: Words, x: Floats) -> NDArray[np.uint32]:
+    """Bits of y, as the header of linear_bf16.c says."""
+    fill = ((0, 0), (0, -x.shape[1] % STEP))
+    wide, of_x = np.pad(widened(w), fill), np.pad(rounded(x), fill)
+    y = np.zeros((len(x), len(w)), np.float32)
+    with np.errstate(all="ignore"):
+        for k0 in range(0, wide.shape[1], STEP):
+            halves = []
+            for first in (k0, k0 + 1):
+                chain = np.zeros_like(y)
+                for k in range(first, k0 + STEP, 2):
+                    chain = fma(of_x[:, k, None], wide[None, :, k], chain)
+                halves.append(chain)
+            y = add(y, add(*halves))
+    return bits(y)
+
+
+def fast_bench(threads: int = 2) -> Bench:
+    """With the device of precision "fast"."""
+    return Bench(threads, activations="int8", plain="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    made = fast_bench()
+    yield made
+    made.device.close()
+
+
+def without_tiles(monkeypatch: pytest.MonkeyPatch, target: str) -> Bench:
+    """Kernels of the narrower processor, or of this one without AMX."""
+    narrow = tuple(f.replace("native", target) for f in toolchain.CFLAGS)
+    monkeypatch.setattr(toolchain, "CFLAGS", (*narrow, *(NO_TILES if target == "native" else ())))
+    return fast_bench()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_has_the_bits_of_the_definition(bench: Bench, shape: tuple[int, int]) -> None:
+    """Fault: a chain, a step, what fills up K, a tile of rows or of columns is another's."""
+    w = BF16.random(rng_for("bf16", shape), *shape)
+    assert isinstance(w, np.ndarray)
+    x = random_rows(rng_for("x", shape), max(COUNTS), shape[1])
+    wanted = defined(w, x)
+    for n in COUNTS:
+        got = bits(bench.linear(BF16.region(*shape), w, x, n))
+        assert (got == wanted[:n]).all(), (shape, n)
