@@ -126,3 +126,57 @@ def test_linear_has_the_bits_of_the_definition(bench: Bench, shape: tuple[int, i
     for n in COUNTS:
         got = bits(bench.linear(BF16.region(*shape), w, x, n))
         assert (got == wanted[:n]).all(), (shape, n)
+
+
+@pytest.mark.parametrize("kind", ["small", "any", "large"])
+def test_subnormals_infinities_and_nan_are_as_defined(bench: Bench, kind: str) -> None:
+    """Fault: somewhere a subnormal is kept, or a zero has another sign; an infinity is a number."""
+    rng = rng_for("edges", kind)
+    exponents = {"small": (58, 68), "any": (0, 256), "large": (187, 190)}[kind]
+    w = rng.integers(*exponents, (40, 99)).astype(np.uint16) << np.uint16(7)
+    w |= rng.integers(0, 1 << 16, w.shape).astype(np.uint16) & np.uint16(0x807F)
+    x = rng.integers(*exponents, (20, 99)).astype(np.uint32) << np.uint32(23)
+    x |= rng.integers(0, 1 << 32, x.shape, np.uint32) & np.uint32(0x807FFFFF)
+    if kind == "small":
+        x[0] = 1
+    wanted = defined(w, x.view(np.float32))
+    values = wanted.view(np.float32)
+    assert {
+        "small": (values[0] == 0).all() and (values[1:] != 0).any(),
+        "any": np.isnan(values).any(),
+        "large": np.isinf(values).any() and np.isfinite(values).any(),
+    }[kind]
+    for n in (1, 2, 20):
+        got = bits(bench.linear(BF16.region(40, 99), w, x.view(np.float32), n))
+        assert (got == wanted[:n]).all(), n
+
+
+def test_what_rounds_up_to_the_smallest_normal_number_stays(bench: Bench) -> None:
+    """Fault: a subnormal is found before it is rounded: 2^-126 - 2^-152 is 2^-126 in 24 bits, and
+    2^-126 - 2^-149 is not.
+    """
+    w = np.zeros((32, 32), np.uint16)
+    x = np.zeros((3, 32), np.float32)
+    for k, power in ((0, -63), (2, -76), (1, -63), (3, -74)):
+        w[k // 2 % 2 : 32, k] = (127 + power) << 7 if k < 2 else 0x8000 | (127 + power) << 7
+        x[:, k] = 2.0**power
+    x[1, [1, 3]], x[2, [0, 2]] = 0, 0
+    x[2, 3] = 2.0**-75
+    wanted = defined(w, x)
+    assert set(wanted[1:].reshape(-1).tolist()) == {0x00800000, 0}
+    for n in (1, 3):
+        assert (bits(bench.linear(BF16.region(32, 32), w, x, n)) == wanted[:n]).all()
+
+
+def test_a_row_has_the_same_bits_alone(bench: Bench) -> None:
+    """Fault: a row's bits depend on its neighbours, which may be NaN."""
+    w = BF16.random(rng_for("alone"), 70, 300)
+    assert isinstance(w, np.ndarray)
+    x = random_rows(rng_for("x alone"), 40, 300)
+    whole = bits(bench.linear(BF16.region(70, 300), w, x, 40))
+    x[::2] = np.nan
+    odd = bits(bench.linear(BF16.region(70, 300), w, x, 40))
+    assert (odd[1::2] == whole[1::2]).all() and (odd[::2] == 0x7FC00000).all()
+    for row in (1, 17, 39):
+        alone = bits(bench.linear(BF16.region(70, 300), w, x[row : row + 1], 1))
+        assert (alone == whole[row]).all()

@@ -36,8 +36,9 @@ enum {
 #endif
   PANELS = ONE_ROW_GROUPS > PARTS ? ONE_ROW_GROUPS / PARTS : 1, /* streamed side by side */
   CLAIM = 8,                                                    /* panels at once; measured */
-  BLOCK_ROWS = 512, /* of many rows: a slice of them stays in L2; measured */
-  FEW_ROWS = 32     /* with tiles: w is what takes time */
+  BLOCK_ROWS = 256,       /* with tiles: what x of a block takes stays in L2; measured */
+  SUMS_NBYTES = 64 << 10, /* of a block, some panels at once; measured */
+  FEW_ROWS = 32           /* with tiles: w is what takes time */
 };
 
 /* Rows of x times panels of w. */
@@ -50,14 +51,15 @@ typedef struct {
   int64_t stride;
   int n;
   int has_tiles;
-  void *packed; /* NULL: one row, as it is */
+  int64_t slice; /* k of x that lie together */
+  void *packed;  /* NULL: one row, as it is */
 } product;
 
 static inline const float *row_of(const product *p, int row) {
   return p->rows ? p->rows[row] : p->x + row * p->K;
 }
 static inline int slice_length(const product *p, int64_t k0) {
-  return (int)min_of(SLICE, p->K - k0);
+  return (int)min_of(p->slice, p->K - k0);
 }
 static inline int n_steps_of(int n_k) { return (int)ceil_div(n_k, STEP); }
 
@@ -235,7 +237,10 @@ ROW(2)
 ROW(4)
 FEW_TO_6
 FEW(7)
-FEW(8) FEW(9) FEW(10) FEW(11) FEW(12) MANY(6) MANY(7) MANY(8) MANY(9) MANY(10) MANY(11)
+FEW(8)
+FEW(9)
+FEW(10)
+FEW(11) FEW(12) MANY(6) MANY(7) MANY(8) MANY(9) MANY(10) MANY(11)
     MANY(12) static const tile_function rows[] = {0, row_1, row_2, 0, row_4};
 static const tile_function few[] = {0, 0, NAMES_TO_6, few_7, few_8, few_9, few_10, few_11, few_12};
 static const tile_function many[] = {0,      0,      0,      0,       0,       0,      many_6,
@@ -329,7 +334,7 @@ static void multiply_vectors(const product *p, span panels) {
   _Alignas(64) float wide[SLICE * 2 * GROUP_WORDS];
   _Alignas(64) char room[STEP_NBYTES];
   const token_tiles tiles = tiles_of(p->n);
-  for (int64_t k0 = 0; k0 < p->K; k0 += SLICE) {
+  for (int64_t k0 = 0; k0 < p->K; k0 += p->slice) {
     for (int64_t panel = panels.begin; panel < panels.end; panel++) {
       const char *w = p->w + panel * p->panel_nbytes + k0 * ROW_NBYTES;
       tile_job job = {.w = w,
@@ -355,21 +360,30 @@ static void multiply_vectors(const product *p, span panels) {
 /* ---- with tiles ---- */
 
 #if HAS_TILES
-enum { PAIR_ROWS = 2 * TILE_ROWS, HALF_NBYTES = STEP_NBYTES / 2 };
+enum {
+  PAIR_ROWS = 2 * TILE_ROWS,
+  HALF_NBYTES = STEP_NBYTES / 2,
+  TILE_NBYTES = 1024,
+  SLICE_NBYTES = SLICE * ROW_NBYTES
+};
 
-static inline char *tile_at(const product *p, int64_t k0, int tile) {
-  int64_t filled = n_steps_of(slice_length(p, k0)) * STEP;
-  return (char *)p->packed + 2 * (p->n * k0 + tile * TILE_ROWS * filled);
+/* Rows of a tile of x: the last one of several is filled up, with anything. */
+static inline int64_t tile_rows_of(const product *p) { return min_of(p->n, TILE_ROWS); }
+
+static inline char *tile_at(const product *p, int64_t k0, int64_t tile) {
+  int64_t filled = n_steps_of(slice_length(p, k0)) * STEP, of_tile = tile_rows_of(p);
+  return (char *)p->packed + 2 * of_tile * (ceil_div(p->n, TILE_ROWS) * k0 + tile * filled);
 }
 
-/* Of a slice and 16 rows, or those that are left: [step][row][32 k]. */
+/* Of a slice and a tile: [step][row][32 k]. */
 static void pack_tile(const product *p, int64_t k0, int tile) {
   int first = tile * TILE_ROWS, n = (int)min_of(TILE_ROWS, p->n - first);
   int n_k = slice_length(p, k0), n_steps = n_steps_of(n_k);
-  char *out = tile_at(p, k0, tile);
+  int64_t of_step = tile_rows_of(p) * TILE_ROW_NBYTES;
   for (int row = 0; row < n; row++) {
     const float *x = row_of(p, first + row) + k0;
-    for (int step = 0; step < n_steps; step++, x += STEP) {
+    char *out = tile_at(p, k0, tile) + row * TILE_ROW_NBYTES;
+    for (int step = 0; step < n_steps; step++, x += STEP, out += of_step) {
       float filled[STEP];
       const float *from = x;
       if ((step + 1) * STEP > n_k) {
@@ -377,43 +391,58 @@ static void pack_tile(const product *p, int64_t k0, int tile) {
         from = filled;
       }
       __m512bh both = _mm512_cvtne2ps_pbh((__m512)v_load(from + 16), (__m512)v_load(from));
-      memcpy(out + (step * n + row) * TILE_ROW_NBYTES, &both, sizeof both);
+      memcpy(out, &both, sizeof both);
     }
   }
 }
 
-/* A panel's slice, filled up: [step][16 columns twice][pairs of k][column][k of the pair]. */
-static void lay_out(const char *w, int n_k, char *out) {
-  int filled = n_steps_of(n_k) * STEP;
-  for (int k = 0; k < filled; k += 2, w += 2 * ROW_NBYTES) {
+INLINE void lay_out_pair(vu even, vu odd, char *out) {
+  vu low = (even & 0xffffu) | odd << 16, high = even >> 16 | (odd & 0xffff0000u);
+  memcpy(out, &low, sizeof low);
+  memcpy(out + HALF_NBYTES, &high, sizeof high);
+}
+
+/* A step of a panel, n_k of it there, filled up: [16 columns twice][pairs of k][column][k of the
+ * pair]. */
+INLINE void lay_out_step(const char *w, int n_k, char *out) {
+  if (n_k >= STEP) {
+    UNROLL_4
+    for (int k = 0; k < STEP; k += 2)
+      lay_out_pair(v_load_words(w + k * ROW_NBYTES), v_load_words(w + (k + 1) * ROW_NBYTES),
+                   out + k / 2 * TILE_ROW_NBYTES);
+    return;
+  }
+  for (int k = 0; k < STEP; k += 2) {
     vu even = {0}, odd = {0};
-    if (k < n_k) even = v_load_words(w);
-    if (k + 1 < n_k) odd = v_load_words(w + ROW_NBYTES);
-    vu low = (even & 0xffffu) | odd << 16, high = even >> 16 | (odd & 0xffff0000u);
-    char *to = out + k / STEP * STEP_NBYTES + k % STEP / 2 * TILE_ROW_NBYTES;
-    memcpy(to, &low, sizeof low);
-    memcpy(to + HALF_NBYTES, &high, sizeof high);
+    if (k < n_k) even = v_load_words(w + k * ROW_NBYTES);
+    if (k + 1 < n_k) odd = v_load_words(w + (k + 1) * ROW_NBYTES);
+    lay_out_pair(even, odd, out + k / 2 * TILE_ROW_NBYTES);
   }
 }
 
-/* Tiles 0, 1 and 2, 3: 16 columns of y twice, of n and of n_more rows; 4, 5: x; 6, 7: w. */
-static void configure(int n, int n_more) {
-  const int rows[N_TILES] = {n, n, n_more, n_more, n, n_more, TILE_ROWS, TILE_ROWS};
+/* Tiles 0, 1 and 2, 3: 16 columns of y twice, for two tiles of x, which are 4 and 5; 6, 7: w. */
+static void configure(int n_rows) {
   tile_shapes shapes = {.palette = 1};
   for (int i = 0; i < N_TILES; i++) {
-    shapes.rows[i] = (uint8_t)rows[i];
-    shapes.row_nbytes[i] = rows[i] ? TILE_ROW_NBYTES : 0;
+    shapes.rows[i] = (uint8_t)(i < 6 ? n_rows : TILE_ROWS);
+    shapes.row_nbytes[i] = TILE_ROW_NBYTES;
   }
   TILE_CONFIGURE(&shapes);
 }
 
-/* y += 32 columns of a slice for n rows, and those of the next tile if there are more; the stride
- * is in bytes. */
-INLINE void multiply_tiles(const char *x, const char *w, int n, int n_steps, float *y,
-                           int64_t stride, int is_first, const int are_two, const char *x_more,
-                           int n_more) {
-  char *more = (char *)y + TILE_ROWS * stride;
-  if (is_first) {
+/* One tile of x or two times a panel's slice, which is laid out already, or on the way: then w is
+ * read while tiles are multiplied. `sums`: of the slices before, a tile after the other; y:
+ * where they go with the last slice, or NULL. */
+typedef struct {
+  const char *x, *x_more, *w;
+  char *laid_out, *sums, *y;
+  int64_t x_step, y_row; /* in bytes */
+  int n_k, is_first;
+} tiles_job;
+
+INLINE void multiply_tiles(const tiles_job *job, const int are_two, const int is_on_the_way) {
+  char *sums = job->sums;
+  if (job->is_first) {
     TILE_ZERO(0);
     TILE_ZERO(1);
     if (are_two) {
@@ -421,91 +450,96 @@ INLINE void multiply_tiles(const char *x, const char *w, int n, int n_steps, flo
       TILE_ZERO(3);
     }
   } else {
-    TILE_LOAD(0, y, stride);
-    TILE_LOAD(1, y + 16, stride);
+    TILE_LOAD(0, sums, TILE_ROW_NBYTES);
+    TILE_LOAD(1, sums + TILE_NBYTES, TILE_ROW_NBYTES);
     if (are_two) {
-      TILE_LOAD(2, more, stride);
-      TILE_LOAD(3, more + 64, stride);
+      TILE_LOAD(2, sums + 2 * TILE_NBYTES, TILE_ROW_NBYTES);
+      TILE_LOAD(3, sums + 3 * TILE_NBYTES, TILE_ROW_NBYTES);
     }
   }
-  for (int step = 0; step < n_steps; step++, w += STEP_NBYTES) {
+  const char *x = job->x, *x_more = job->x_more;
+  for (int k = 0; k < job->n_k; k += STEP) {
+    char *w = job->laid_out + k * ROW_NBYTES % SLICE_NBYTES;
+    if (is_on_the_way) lay_out_step(job->w + k * ROW_NBYTES, job->n_k - k, w);
     TILE_LOAD(4, x, TILE_ROW_NBYTES);
     TILE_LOAD(6, w, TILE_ROW_NBYTES);
     TILE_LOAD(7, w + HALF_NBYTES, TILE_ROW_NBYTES);
     TILE_MULTIPLY(0, 4, 6);
     TILE_MULTIPLY(1, 4, 7);
-    x += n * TILE_ROW_NBYTES;
+    x += job->x_step;
     if (are_two) {
       TILE_LOAD(5, x_more, TILE_ROW_NBYTES);
       TILE_MULTIPLY(2, 5, 6);
       TILE_MULTIPLY(3, 5, 7);
-      x_more += n_more * TILE_ROW_NBYTES;
+      x_more += job->x_step;
     }
   }
-  TILE_STORE(0, y, stride);
-  TILE_STORE(1, y + 16, stride);
+  char *to = job->y ? job->y : sums;
+  int64_t row = job->y ? job->y_row : TILE_ROW_NBYTES;
+  int64_t column = job->y ? TILE_ROW_NBYTES : TILE_NBYTES;
+  char *more = job->y ? to + TILE_ROWS * row : to + 2 * TILE_NBYTES;
+  TILE_STORE(0, to, row);
+  TILE_STORE(1, to + column, row);
   if (are_two) {
-    TILE_STORE(2, more, stride);
-    TILE_STORE(3, more + 64, stride);
+    TILE_STORE(2, more, row);
+    TILE_STORE(3, more + column, row);
   }
 }
 
-/* `ahead`: weights to come; each pair of tiles asks for n_ahead cache lines of them. */
-static void multiply_slice(const product *p, int64_t panel, int64_t k0, span of_rows, const char *w,
-                           const char *ahead) {
-  _Alignas(64) float own[PAIR_ROWS * LANES]; /* where not all columns exist */
-  int n_steps = n_steps_of(slice_length(p, k0)), is_first = k0 == 0;
-  int64_t n_cols = p->N - panel * LANES, stride = p->stride;
-  int n_pairs = (int)ceil_div(of_rows.end - of_rows.begin, PAIR_ROWS);
-  int n_ahead = (int)ceil_div(slice_length(p, k0), n_pairs);
-  for (int64_t row = of_rows.begin; row < of_rows.end; row += PAIR_ROWS) {
-    int n = (int)min_of(TILE_ROWS, of_rows.end - row);
-    int n_more = (int)min_of(TILE_ROWS, of_rows.end - row - n);
-    int tile = (int)(row / TILE_ROWS);
-    int is_odd = n_pairs > 1 && (n < TILE_ROWS || n_more % TILE_ROWS);
-    if (is_odd) configure(n, n_more);
-    float *y = p->y + row * stride + panel * LANES, *to = y;
-    if (n_cols < LANES) {
-      to = own;
-      for (int i = 0; i < n + n_more && !is_first; i++)
-        memcpy(own + i * LANES, y + i * stride, (size_t)n_cols * sizeof *y);
-    }
-    int64_t to_nbytes = (n_cols < LANES ? LANES : stride) * (int64_t)sizeof *y;
-    const char *x = tile_at(p, k0, tile);
-    if (n_more) {
-      multiply_tiles(x, w, n, n_steps, to, to_nbytes, is_first, 1, tile_at(p, k0, tile + 1),
-                     n_more);
-    } else {
-      multiply_tiles(x, w, n, n_steps, to, to_nbytes, is_first, 0, NULL, 0);
-    }
-    for (int i = 0; i < n + n_more && n_cols < LANES; i++)
-      memcpy(y + i * stride, own + i * LANES, (size_t)n_cols * sizeof *y);
-    if (is_odd) configure(TILE_ROWS, TILE_ROWS);
-    for (int i = 0; i < n_ahead; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-  }
-}
-
-/* Panels times a block of rows, slice by slice. */
-static void multiply_block(const product *p, span panels, span of_rows) {
-  _Alignas(64) char slice[SLICE / STEP * STEP_NBYTES];
-  for (int64_t k0 = 0; k0 < p->K; k0 += SLICE) {
-    for (int64_t panel = panels.begin; panel < panels.end; panel++) {
-      const char *w = p->w + panel * p->panel_nbytes + k0 * ROW_NBYTES;
-      lay_out(w, slice_length(p, k0), slice);
-      const char *next = panel + 1 < panels.end
-                             ? w + p->panel_nbytes
-                             : p->w + panels.begin * p->panel_nbytes + (k0 + SLICE) * ROW_NBYTES;
-      multiply_slice(p, panel, k0, of_rows, slice, next);
+/* Sums of a pair of tiles, to the rows and columns of y that exist. */
+static void copy_out(const char *sums, int n_rows, int64_t n_cols, float *y, int64_t stride) {
+  for (int row = 0; row < n_rows; row++) {
+    for (int col = 0; col < n_cols; col += 16) {
+      int tile = row / TILE_ROWS * 2 + col / 16;
+      memcpy(y + row * stride + col, sums + tile * TILE_NBYTES + row % TILE_ROWS * TILE_ROW_NBYTES,
+             (size_t)min_of(16, n_cols - col) * sizeof *y);
     }
   }
 }
 
+/* A block of rows times a panel's slice. */
+static void multiply_slice(const product *p, int64_t panel, int64_t k0, span of_rows,
+                           char *laid_out, char *sums) {
+  int64_t n_cols = min_of(LANES, p->N - panel * LANES);
+  int is_last = k0 + p->slice >= p->K;
+  tiles_job job = {.w = p->w + panel * p->panel_nbytes + k0 * ROW_NBYTES,
+                   .laid_out = laid_out,
+                   .x_step = tile_rows_of(p) * TILE_ROW_NBYTES,
+                   .y_row = p->stride * (int64_t)sizeof(float),
+                   .n_k = slice_length(p, k0),
+                   .is_first = k0 == 0};
+  for (int64_t row = of_rows.begin; row < of_rows.end; row += PAIR_ROWS, sums += 4 * TILE_NBYTES) {
+    int64_t n = min_of(PAIR_ROWS, of_rows.end - row), tile = row / TILE_ROWS;
+    float *y = p->y + row * p->stride + panel * LANES;
+    int is_on_the_way = row == of_rows.begin; /* the first ones lay out for all */
+    int is_whole = n_cols == LANES && (n == PAIR_ROWS || n == tile_rows_of(p));
+    job.x = tile_at(p, k0, tile);
+    job.x_more = tile_at(p, k0, tile + 1);
+    job.sums = sums;
+    job.y = is_last && is_whole ? (char *)y : NULL;
+    if (n > TILE_ROWS && is_on_the_way) multiply_tiles(&job, 1, 1);
+    else if (n > TILE_ROWS) multiply_tiles(&job, 1, 0);
+    else if (is_on_the_way) multiply_tiles(&job, 0, 1);
+    else multiply_tiles(&job, 0, 0);
+    if (is_last && !is_whole) copy_out(sums, (int)n, n_cols, y, p->stride);
+  }
+}
+
+/* Some panels times a block of rows, slice by slice: x of a slice stays in L2, a panel's slice and
+ * two tiles of x in L1. */
 static void multiply_with_tiles(const product *p, span panels, span of_rows) {
-  int n = (int)(of_rows.end - of_rows.begin);
-  configure((int)min_of(n, TILE_ROWS), (int)(n < TILE_ROWS ? 0 : min_of(n - TILE_ROWS, TILE_ROWS)));
-  if (n > FEW_ROWS) multiply_block(p, panels, of_rows);
-  for (int64_t panel = panels.begin; n <= FEW_ROWS && panel < panels.end; panel++)
-    multiply_block(p, (span){panel, panel + 1}, of_rows);
+  _Alignas(64) char laid_out[SLICE_NBYTES];
+  _Alignas(64) char sums[SUMS_NBYTES];
+  int64_t of_panel = ceil_div(of_rows.end - of_rows.begin, PAIR_ROWS) * 4 * TILE_NBYTES;
+  int64_t at_once = p->slice > SLICE ? 1 : SUMS_NBYTES / of_panel;
+  configure((int)tile_rows_of(p));
+  for (; panels.begin < panels.end; panels.begin += at_once) {
+    int64_t end = min_of(panels.end, panels.begin + at_once);
+    for (int64_t k0 = 0; k0 < p->K; k0 += p->slice) {
+      for (int64_t panel = panels.begin; panel < end; panel++)
+        multiply_slice(p, panel, k0, of_rows, laid_out, sums + (panel - panels.begin) * of_panel);
+    }
+  }
   TILE_RELEASE();
 }
 #else
@@ -520,9 +554,9 @@ static void multiply_with_tiles(const product *p, span panels, span of_rows) {}
 /* One row: as it is. Else all or some threads pack, each its share of slices x tiles. */
 static void pack(const product *p, int tid, int nt) {
   int n_tiles = p->has_tiles ? (int)ceil_div(p->n, TILE_ROWS) : tiles_of(p->n).n;
-  span mine = share(ceil_div(p->K, SLICE) * n_tiles, tid, nt);
+  span mine = share(ceil_div(p->K, p->slice) * n_tiles, tid, nt);
   for (int64_t unit = mine.begin; unit < mine.end; unit++) {
-    int64_t k0 = unit / n_tiles * SLICE;
+    int64_t k0 = unit / n_tiles * p->slice;
     if (p->has_tiles) pack_tile(p, k0, (int)(unit % n_tiles));
     else pack_floats(p, k0, (int)(unit % n_tiles));
   }
@@ -573,6 +607,11 @@ static void share_units(const product *p, int tid, int nt) {
   }
 }
 
+/* Few rows with tiles go through all of K at once: what takes time is to read w. */
+static int64_t slice_of(int n, int has_tiles, int64_t K) {
+  return has_tiles && n <= FEW_ROWS ? K : SLICE;
+}
+
 void op_linear_bfloat16(const linear_args *a, int tid, int nt) {
   product p = {.w = a->w,
                .K = a->K,
@@ -584,6 +623,7 @@ void op_linear_bfloat16(const linear_args *a, int tid, int nt) {
                .n = rows_of(a->cursor, a->T),
                .has_tiles = may_use_tiles()};
   if (p.n < 1) return;
+  p.slice = slice_of(p.n, p.has_tiles, p.K);
   if (p.n > 1) p.packed = flashrt_scratch(p.n * packed_nbytes(p.K));
   if (p.packed) {
     pack(&p, tid, nt);
@@ -601,6 +641,7 @@ void op_linear_bfloat16(const linear_args *a, int tid, int nt) {
 /* ---- gathered rows ---- */
 
 static product product_of(const gathered *x, float *y, int64_t stride) {
+  const int has_tiles = may_use_tiles();
   return (product){.w = x->w.base,
                    .K = x->w.K,
                    .N = x->N,
@@ -609,7 +650,8 @@ static product product_of(const gathered *x, float *y, int64_t stride) {
                    .y = y, /* of the first panel */
                    .stride = stride,
                    .n = x->n,
-                   .has_tiles = may_use_tiles(),
+                   .has_tiles = has_tiles,
+                   .slice = slice_of(x->n, has_tiles, x->w.K),
                    .packed = x->packed};
 }
 
