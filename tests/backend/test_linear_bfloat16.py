@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from flashrt.backends.cache import Binary
 from flashrt.backends.cpu import compile as toolchain
 from flashrt.backends.cpu import device as cpu_device
-from flashrt.backends.cpu.device import CpuDevice
+from flashrt.backends.cpu.device import INTEGER_CODES
 from flashrt.core.region import DType
 from flashrt.ops.table import OPS
-from tests.backend.runner import rng_for
+from tests.backend.runner import bf16_bits, rng_for
 from tests.backend.test_formats_cpu import COMMON, Bench, Format
 from tests.backend.test_linear_integers import bits, random_rows
 
@@ -34,7 +34,9 @@ STEP = 32
 BF16 = Format(DType.BF16)
 SHAPES = ((45, 1030), (32, 256), (70, 45), (33, 1))
 COUNTS = (1, 2, 3, 6, 7, 13, 16, 17, 31, 33, 64, 70)
-NO_TILES = ("-mno-amx-bf16", "-mno-amx-tile")
+# What a device needs to run one op: so that a test may build it for other processors.
+NEEDED = ("copy", "digest", "limits", "linear_bf16", "load", "pack", "pool", "runtime")
+CPU_FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
 
 def flushed(x: NDArray[np.float64]) -> Floats:
@@ -109,13 +111,6 @@ def bench() -> Iterator[Bench]:
     made.device.close()
 
 
-def without_tiles(monkeypatch: pytest.MonkeyPatch, target: str) -> Bench:
-    """Kernels of the narrower processor, or of this one without AMX."""
-    narrow = tuple(f.replace("native", target) for f in toolchain.CFLAGS)
-    monkeypatch.setattr(toolchain, "CFLAGS", (*narrow, *(NO_TILES if target == "native" else ())))
-    return fast_bench()
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_has_the_bits_of_the_definition(bench: Bench, shape: tuple[int, int]) -> None:
     """Fault: a chain, a step, what fills up K, a tile of rows or of columns is another's."""
@@ -180,3 +175,133 @@ def test_a_row_has_the_same_bits_alone(bench: Bench) -> None:
     for row in (1, 17, 39):
         alone = bits(bench.linear(BF16.region(70, 300), w, x[row : row + 1], 1))
         assert (alone == whole[row]).all()
+
+
+def test_blocks_of_rows_and_claims_of_panels_change_no_bit(bench: Bench) -> None:
+    """Fault: rows of the second block, or panels of another claim, are taken twice or never."""
+    for (n, k), rows in (((300, 70), (256, 257, 300)), ((4200, 260), (1, 5, 33))):
+        w = BF16.random(rng_for("claims", n), n, k)
+        assert isinstance(w, np.ndarray)
+        x = random_rows(rng_for("x claims", n), max(rows), k)
+        wanted = defined(w, x)
+        for threads in (1, 3):
+            bench.device.resize(threads)
+            for count in rows:
+                got = bits(bench.linear(BF16.region(n, k), w, x, count))
+                assert (got == wanted[:count]).all(), (n, count, threads)
+    bench.device.resize(2)
+
+
+def test_without_scratch_rows_go_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: rows are rounded into memory that is not there."""
+    path = Path(shutil.copy(toolchain.library(OPS).path, tmp_path / "copy.so"))  # its own workspace
+    library = Binary(path, path.read_bytes(), "", was_cached=True)
+    monkeypatch.setattr(toolchain, "library", lambda *_, **__: library)
+    monkeypatch.setattr(cpu_device, "_workspace_nbytes", lambda *_: 0)
+    w = BF16.random(rng_for("scratch"), 70, 333)
+    assert isinstance(w, np.ndarray)
+    x = random_rows(rng_for("x"), 5, 333)
+    other = fast_bench()
+    got = other.linear(BF16.region(70, 333), w, x, 5)
+    other.device.close()
+    assert (bits(got) == defined(w, x)).all()
+
+
+def test_other_weights_get_what_they_got(bench: Bench) -> None:
+    """Fault: the device sends a matrix of other numbers, or of codes, to this kernel."""
+    x = random_rows(rng_for("x"), 9, 300)
+    exact, integers = Bench(), Bench(activations="int8")
+    for fmt in (Format(DType.F16), Format(DType.F32), *COMMON):
+        rows, region = fmt.random(rng_for(str(fmt)), 45, 300), fmt.region(45, 300)
+        same = integers if fmt.dtype in INTEGER_CODES else exact
+        for n in (1, 9):
+            both = [bits(b.linear(region, rows, x, n)) for b in (bench, same)]
+            assert (both[0] == both[1]).all(), str(fmt)
+    exact.device.close()
+    integers.device.close()
+
+
+OTHERS = [
+    "native",
+    "x86-64-v3",
+    pytest.param("x86-64", marks=pytest.mark.slow),
+    pytest.param("x86-64-v4", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("target", OTHERS)
+def test_other_processors_give_the_same_bits(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """This one without AMX, and narrower ones. Fault: chains of vectors are not those of tiles, or
+    those of one width not those of another; the digest tells apart what has the same bits.
+    """
+    if not any("native" in flag for flag in toolchain.CFLAGS) or "avx2" not in CPU_FLAGS:
+        pytest.skip("kernels are not built for this machine, or it is no x86-64-v3")
+    if target == "x86-64-v4" and "avx512vl" not in CPU_FLAGS:
+        pytest.skip("this processor has no AVX-512")
+    digest = bench.device.kernel_digest
+    flags = tuple(f.replace("native", target) for f in toolchain.CFLAGS)
+    no_tiles = ("-mno-amx-bf16", "-mno-amx-tile") if "amx_bf16" in CPU_FLAGS else ()
+    monkeypatch.setattr(toolchain, "CFLAGS", (*flags, *no_tiles))
+    every = toolchain.sources()
+    needed = [p for p in every if p.suffix == ".h" or p.stem in NEEDED]
+    library = toolchain.library
+    with monkeypatch.context() as fewer:
+        fewer.setattr(toolchain, "sources", lambda: needed)
+        built = library(OPS)
+    monkeypatch.setattr(toolchain, "library", lambda *_, **__: built)
+    other = fast_bench()
+    assert other.device.kernel_digest == digest
+    small = rng_for("small").standard_normal((70, 333)).astype(np.float32) * np.float32(2.0**-63)
+    for fmt_rows, x in (
+        (BF16.random(rng_for("width"), 70, 333), random_rows(rng_for("x"), 70, 333)),
+        (bf16_bits(small), small),
+        (bf16_bits(small), small[:, ::-1].copy()),
+    ):
+        for n in (*range(1, 15), 24, 25, 33, 70):
+            wide, slim = (
+                bits(b.linear(BF16.region(70, 333), fmt_rows, x, n)) for b in (bench, other)
+            )
+            assert (wide == slim).all(), n
+    other.device.close()
+
+
+SMALL_STACK = """
+import ctypes, mmap
+class Stack(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("nbytes", ctypes.c_size_t)]
+room = mmap.mmap(-1, 8192)
+at = ctypes.addressof(ctypes.c_char.from_buffer(room))
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.sigaltstack(ctypes.byref(Stack(at, 0, 8192)), None) == 0
+assert libc.syscall(158, 0x1023, 18) == -1  # arch_prctl: no leave
+"""
+REFUSED = """
+import numpy as np
+from tests.backend.runner import rng_for
+from tests.backend.test_linear_bfloat16 import BF16, bits, fast_bench, random_rows
+w, x = BF16.random(rng_for("refused"), 70, 333), random_rows(rng_for("x"), 40, 333)
+print(hash(bits(fast_bench().linear(BF16.region(70, 333), w, x, 40)).tobytes()))
+"""
+
+
+@pytest.mark.skipif("amx_bf16" not in CPU_FLAGS, reason="this processor has no AMX")
+def test_where_the_system_refuses_tiles_vectors_do_it() -> None:
+    """Fault: tiles are used without leave, which ends the process. Linux refuses them to a process
+    whose stack for signals is too small.
+    """
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    both = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=True,
+        ).stdout
+        for code in (REFUSED, SMALL_STACK + REFUSED)
+    ]
+    assert both[0] and both[0] == both[1]
