@@ -18,8 +18,9 @@ from flashrt.core.backend import Backend
 __all__ = ["CPU_ACTIVATIONS", "CPU_PLAIN", "DEVICES", "PRECISIONS", "Precision", "open_backend"]
 
 PRECISIONS: tuple[Precision, ...] = ("bfloat16", "high", "fast")
-# What `linear` makes of its activations on the CPU, by precision: over quantised weights, where that
-# of the default is as docs/exactness.md measures it, and over weights in bfloat16. Others get float32.
+# What `linear` makes of its activations on the CPU, by precision: over quantised weights, where
+# that of the default is as docs/exactness.md measures it; and over weights in bfloat16. Others get
+# float32.
 CPU_ACTIVATIONS: dict[Precision, Activations] = {
     "bfloat16": "int16",
     "high": "float32",

@@ -9,7 +9,7 @@ nor splits, schedules and threads, which tests/backend/cases.py brings.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +46,7 @@ FORMATS = {
     "fp8": Format(DType.E4M3, Groups(128, Scales.F32)),
     "nvfp4": Format(DType.E2M1, Groups(16, Scales.E4M3_OVER)),
 }
-MADE = {
+MADE: dict[str, Callable[[], Backend]] = {
     "float32": lambda: CpuDevice(2),
     "int16": lambda: CpuDevice(2, activations="int16"),
     "int8": lambda: CpuDevice(2, activations="int8"),
