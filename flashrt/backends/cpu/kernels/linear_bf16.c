@@ -14,10 +14,11 @@
  *
  * One row streams w, all its chains side by side, and is rounded where it is used. More rows are
  * packed by all threads; then threads claim panels, a slice of which is laid out for all rows:
- *   with tiles     x is [slice][16 rows][step][row][32 k] in bfloat16; w goes to pairs of k in L1,
- *                  and 32 rows by 32 columns of y stay in tiles for a slice
+ *   with tiles     x is [slice][16 rows][step][row][32 k] in bfloat16; w is laid out in pairs of k
+ *                  in L1, while the first rows are multiplied, and 32 rows by 32 columns of y stay in
+ *                  tiles for a slice; for few rows K is one slice
  *   without tiles  x is [slice][tile of tokens][k][token] in float32, values as rounded; w is read
- *                  as it is by one tile of tokens, and widened to float32 in L1 for more
+ *                  as it is by few tiles of tokens, and widened to float32 in L1 for more
  * Scratch: at most 4 bytes per row and k filled up; without it, rows go one by one.
  */
 #include "amx.h"
@@ -35,7 +36,8 @@ enum {
   ONE_ROW_GROUPS = 2,
 #endif
   PANELS = ONE_ROW_GROUPS > PARTS ? ONE_ROW_GROUPS / PARTS : 1, /* streamed side by side */
-  CLAIM = 8,                                                    /* panels at once; measured */
+  FEW_TILES = 4,          /* of tokens; for more, widening pays: measured for linear.c */
+  CLAIM = 8,              /* panels at once */
   BLOCK_ROWS = 256,       /* with tiles: what x of a block takes stays in L2; measured */
   SUMS_NBYTES = 64 << 10, /* of a block, some panels at once; measured */
   FEW_ROWS = 32           /* with tiles: w is what takes time */
@@ -228,28 +230,38 @@ typedef void (*tile_function)(const tile_job *job, int group);
   static void many_##tokens(const tile_job *job, int group) { \
     add_steps(job, group, FORM_GROUP, 1, tokens, 1);          \
   }
-/* [tokens]: of few rows, which are one tile; and of more, in tiles of half of TOKENS at least */
-#define FEW_TO_6 FEW(2) FEW(3) FEW(4) FEW(5) FEW(6)
-#define NAMES_TO_6 few_2, few_3, few_4, few_5, few_6
 ROW(1)
 ROW(2)
+FEW(2)
+FEW(3)
+FEW(4)
+FEW(5)
+FEW(6)
+#define TWO_TO_6 few_2, few_3, few_4, few_5, few_6
+/* [groups], and [tokens] of a tile: more than FEW_TILES are nearly full */
 #if defined __AVX512F__
 ROW(4)
-FEW_TO_6
 FEW(7)
 FEW(8)
 FEW(9)
 FEW(10)
-FEW(11) FEW(12) MANY(6) MANY(7) MANY(8) MANY(9) MANY(10) MANY(11)
-    MANY(12) static const tile_function rows[] = {0, row_1, row_2, 0, row_4};
-static const tile_function few[] = {0, 0, NAMES_TO_6, few_7, few_8, few_9, few_10, few_11, few_12};
-static const tile_function many[] = {0,      0,      0,      0,       0,       0,      many_6,
-                                     many_7, many_8, many_9, many_10, many_11, many_12};
+FEW(11)
+FEW(12)
+MANY(9)
+MANY(10)
+MANY(11)
+MANY(12)
+static const tile_function rows[] = {0, row_1, row_2, 0, row_4};
+static const tile_function few[TOKENS + 1] = {0,     0,      TWO_TO_6, few_7, few_8,
+                                              few_9, few_10, few_11,   few_12};
+static const tile_function many[TOKENS + 1] = {
+    [9] = many_9, [10] = many_10, [11] = many_11, [12] = many_12};
 #else
-FEW_TO_6
-MANY(3) MANY(4) MANY(5) MANY(6) static const tile_function rows[] = {0, row_1, row_2};
-static const tile_function few[] = {0, 0, NAMES_TO_6};
-static const tile_function many[] = {0, 0, 0, many_3, many_4, many_5, many_6};
+MANY(5)
+MANY(6)
+static const tile_function rows[] = {0, row_1, row_2};
+static const tile_function few[TOKENS + 1] = {0, 0, TWO_TO_6};
+static const tile_function many[TOKENS + 1] = {[5] = many_5, [6] = many_6};
 #endif
 
 /* Tokens of a tile are `least`, and one more in the first n_more tiles. */
@@ -334,6 +346,7 @@ static void multiply_vectors(const product *p, span panels) {
   _Alignas(64) float wide[SLICE * 2 * GROUP_WORDS];
   _Alignas(64) char room[STEP_NBYTES];
   const token_tiles tiles = tiles_of(p->n);
+  const int is_wide = tiles.n > FEW_TILES;
   for (int64_t k0 = 0; k0 < p->K; k0 += p->slice) {
     for (int64_t panel = panels.begin; panel < panels.end; panel++) {
       const char *w = p->w + panel * p->panel_nbytes + k0 * ROW_NBYTES;
@@ -343,14 +356,17 @@ static void multiply_vectors(const product *p, span panels) {
                       .n_cols = p->N - panel * LANES,
                       .n_k = slice_length(p, k0),
                       .is_first = k0 == 0};
-      if (tiles.n == 1) job.last = fill_last(w, 0, 1, job.n_k, room);
+      if (!is_wide) job.last = fill_last(w, 0, 1, job.n_k, room);
       for (int group = 0; group < PARTS; group++) {
-        if (tiles.n > 1) widen_group(w, job.n_k, group, wide), job.w = (const char *)wide;
+        if (is_wide) {
+          widen_group(w, job.n_k, group, wide);
+          job.w = (const char *)wide;
+        }
         for (int tile = 0; tile < tiles.n; tile++) {
           int first = first_token(&tiles, tile), n = first_token(&tiles, tile + 1) - first;
           job.x = floats_at(p, &tiles, k0, tile);
           job.y = p->y + first * p->stride + panel * LANES;
-          (tiles.n > 1 ? many : few)[n](&job, group);
+          (is_wide ? many : few)[n](&job, group);
         }
       }
     }
