@@ -222,8 +222,9 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--precision", choices=PRECISIONS, default="bfloat16",
-        help="of activations (default: bfloat16): high is finer, fast coarser: one "
-        "bfloat16 throughout on cuda and simt, int8 over quantised weights on the cpu",
+        help="of activations (default: bfloat16): high is finer, fast coarser: one bfloat16 "
+        "throughout on cuda and simt; on the cpu over weights in bfloat16, and int8 over "
+        "quantised ones",
     )  # fmt: skip
 
 

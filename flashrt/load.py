@@ -89,7 +89,8 @@ def load(
     rows). draft: load the draft head; None = where the checkpoint has one.
     precision: of activations. On cuda and simt "bfloat16" takes pairs of bfloat16 where one would
     show, "high" is finer, "fast" takes one throughout; on the cpu they differ over quantised
-    weights alone, where "fast" is int8. docs/exactness.md has what each costs.
+    weights, where "fast" is int8, and "fast" is bfloat16 over weights in bfloat16.
+    docs/exactness.md has what each costs.
     weights: "int8" or "int4" quantises matrices that are stored as plain numbers; None keeps all as
     they are stored.
     prefill_rows: tokens of the largest launch of a prompt, 64, 256, 1024 or 2048; None is 256 on
@@ -309,19 +310,21 @@ def load_policy(
     lanes: int = 1,
     pool_bytes: int | None = None,
     *,
+    precision: Precision = "bfloat16",
     progress: Progress | None = None,
 ) -> ActionEngine:
     """Load a policy: a directory with config.json and model.safetensors, or a bundled one by name.
     LeRobot's ACT policies load as LeRobot stores them, processor files included.
 
     device: "cpu", "cuda", "simt", or "auto": cuda where it is usable, else cpu. lanes: states that
-    live at once. pool_bytes: room for capsules (default: 256 of them). progress(what, done, total)
-    is called while loading. Raises CheckpointError, BackendError, PlanError.
+    live at once. pool_bytes: room for capsules (default: 256 of them). precision: of activations,
+    as in `load`; products with weights in float32 stay in float32. progress(what, done, total) is
+    called while loading. Raises CheckpointError, BackendError, PlanError.
     """
     with DefaultFloatMode():
         source = open_checkpoint(policy_path(checkpoint))
         policy_for(source)
-        backend = open_backend(device, cpu_alone_nbytes=CPU_ALONE_NBYTES)
+        backend = open_backend(device, precision, cpu_alone_nbytes=CPU_ALONE_NBYTES)
         return ActionEngine(
             source, backend, lanes=lanes, pool_bytes=pool_bytes, shelf=Spill(), progress=progress
         )

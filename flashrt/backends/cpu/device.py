@@ -34,6 +34,7 @@ from flashrt.core.op import Launch, Op
 from flashrt.core.region import ActDTypes, DType, Layout, Region, resolve_dtype
 
 Activations = Literal["float32", "int16", "int8"]
+PlainActivations = Literal["float32", "bfloat16"]
 INTEGER_CODES = (DType.U4, DType.U5, DType.U6, DType.I8, DType.E2M1)  # of kernels/linear_int8.c
 
 _HUGE = 2 << 20
@@ -50,8 +51,8 @@ _APART = frozenset((
     "place_rows", "embed_seen", "rope_placed",
     "route", "add_gated",
 ))  # fmt: skip
-# Ops that multiply integers where the device is told to, and weights are such codes.
-_OF_INTEGERS = frozenset(("linear", "experts_in", "experts_out"))
+# Ops that round x where the device is told to, and weights are such codes, or bfloat16.
+_PRODUCTS = frozenset(("linear", "experts_in", "experts_out"))
 _GATHERED_ROWS = 60  # MOST_ROWS of kernels/experts.c
 _MOST_ARGUMENTS = 1024  # of kernels/runtime.c
 _ALIGN = 64  # of argument blocks: one cache line each
@@ -126,6 +127,7 @@ class CpuDevice:
         alone_nbytes: int = 0,
         *,
         activations: Activations = "float32",
+        plain: PlainActivations = "float32",
     ) -> None:
         """`threads`: size of the pool, FLASHRT_THREADS or the cores at hand by default.
 
@@ -133,10 +135,12 @@ class CpuDevice:
         others: for many small replays with pauses between. No bit depends on it.
 
         `activations`: what `linear` makes of x where weights are codes of INTEGER_CODES: "int16"
-        and "int8" round it, for dot products of integers. Other weights get float32.
+        and "int8" round it, for dot products of integers. `plain`: the same where weights are
+        bfloat16; "bfloat16" rounds it, for kernels/linear_bf16.c. Other weights get float32.
         """
         self.threads = threads or thread_count()
         self._activations = activations
+        self._plain = plain
         self._alone_nbytes = alone_nbytes
         self.counters = Counters()
         self._lib: ctypes.CDLL | None = None
@@ -153,9 +157,14 @@ class CpuDevice:
         return self._digest
 
     @property
+    def _ways(self) -> list[str]:
+        """What activations are rounded to, where they are."""
+        return [w for w in (self._activations, self._plain) if w != "float32"]
+
+    @property
     def description(self) -> str:
         """One line for people."""
-        way = f", {self._activations} activations" * (self._activations != "float32")
+        way = f", {' and '.join(self._ways)} activations" if self._ways else ""
         return f"cpu, {self.threads} threads, kernels {self._digest[:12]}{way}"
 
     def limits(self) -> CpuLimits:
@@ -219,8 +228,8 @@ class CpuDevice:
         except OSError as error:
             raise BackendError(f"cannot load {binary.path}: {error}; delete the file") from error
         self._digest = toolchain.source_digest(ops, self._own_sources)
-        if self._activations != "float32":
-            way = f"{self._digest} {self._activations}"
+        if self._ways:
+            way = " ".join((self._digest, *self._ways))
             self._digest = hashlib.sha256(way.encode()).hexdigest()
         _declare(self._lib)
         self.resize(self.threads)
@@ -418,10 +427,13 @@ class CpuDevice:
 
     def _function(self, launch: Launch) -> int:
         name = f"op_{launch.op.name}"
-        if self._activations != "float32" and launch.op.name in _OF_INTEGERS:
-            w = launch.operand("w").region
+        if launch.op.name in _PRODUCTS:
+            w, way = launch.operand("w").region, "float32"
             if w.dtype in INTEGER_CODES and w.groups is not None:
-                name += f"_{self._activations}"
+                way = self._activations
+            elif w.dtype is DType.BF16:
+                way = self._plain
+            name += f"_{way}" * (way != "float32")
         try:
             function = self._c[name]
         except AttributeError as error:
