@@ -234,6 +234,14 @@ def _add_no_draft(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images", action=argparse.BooleanOptionalAction,
+        help="load the vision tower, so that messages may have images (default: where the "
+        "checkpoint has one; flashrt[vision])",
+    )  # fmt: skip
+
+
 def _draft(options: argparse.Namespace) -> bool | None:
     return False if options.no_draft else None
 
@@ -247,6 +255,7 @@ def _engine_options(options: argparse.Namespace) -> EngineOptions:
         pool_bytes=options.pool_bytes,
         weights=options.weights,
         prefill_rows=options.prefill_rows,
+        images=getattr(options, "images", False),
     )
 
 
@@ -313,10 +322,13 @@ def _add_run(commands: _Commands[_Parser]) -> None:
             seed=options.seed,
         )
         device = {"device": options.device, "precision": options.precision}
-        engine = dataclasses.replace(_engine_options(options), **device)
+        engine = dataclasses.replace(_engine_options(options), **device, images=bool(options.image))
         checkpoint = here(options.checkpoint) if options.pull else resolve(options.checkpoint)
         prompt = options.prompt if options.text is None else options.text
-        return run(checkpoint, prompt, options.tokens, engine, sampling, is_raw=options.raw)
+        return run(
+            checkpoint, prompt, options.tokens, engine, sampling,
+            is_raw=options.raw, images=options.image,
+        )  # fmt: skip
 
     parser = _add(
         commands, "run", command,
@@ -325,6 +337,7 @@ def _add_run(commands: _Commands[_Parser]) -> None:
         'run --pull smollm2 "What is gravity?"\n'
         'run ~/models/Qwen3.5-0.8B --prompt "Why is the sky blue?" --max-tokens 64\n'
         'run Qwen/Qwen3.5-0.8B "Why is the sky blue?"           after flashrt pull\n'
+        'run ~/models/Qwen3.5-0.8B --image desk.png "What is on the desk?"\n'
         'run ~/models/Qwen3.5-0.8B --raw --prompt "Once upon a time"\n'
         "run ~/models/Qwen3.5-0.8B --tokens 1,2,3 --temperature 0.7 --seed 7\n"
         "run ~/models/Qwen3.5-0.8B < prompt.txt",
@@ -342,6 +355,10 @@ def _add_run(commands: _Commands[_Parser]) -> None:
         "--raw", action="store_true", help="continue the text as it is: no chat template, and "
         "special tokens that it spells out are recognised",
     )  # fmt: skip
+    parser.add_argument(
+        "--image", action="append", type=Path, default=[], metavar="PATH",
+        help="an image before the text, for models that see; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--pull", action="store_true", help="fetch the model if it is not here")
     _add_sampling(parser)
     _add_engine_options(parser)
@@ -358,8 +375,9 @@ def _add_chat(commands: _Commands[_Parser]) -> None:
             seed=options.seed,
         )
         wanted = ChatOptions(
-            sampling, options.temperature, options.system, options.thinking, options.load
-        )
+            sampling, options.temperature, options.system, options.thinking, options.load,
+            tuple(options.image),
+        )  # fmt: skip
         device = {"device": options.device, "precision": options.precision}
         engine = dataclasses.replace(_engine_options(options), **device)
         name = options.checkpoint
@@ -390,6 +408,11 @@ def _add_chat(commands: _Commands[_Parser]) -> None:
         help="whether the model thinks before it answers (default: as its template has it)",
     )  # fmt: skip
     parser.add_argument("--load", type=Path, metavar="PATH", help="go on from what /save wrote")
+    parser.add_argument(
+        "--image", action="append", type=Path, default=[], metavar="PATH",
+        help="an image of the first message; may be given several times, see also /image",
+    )  # fmt: skip
+    _add_images(parser)
     _add_sampling(parser, max_tokens=512, temperature=None)
     _add_engine_options(parser, lanes=4)
     _add_device(parser)
@@ -471,6 +494,7 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
     )  # fmt: skip
     _add_serve_http(parser)
     _add_serve_work(parser)
+    _add_images(parser)
     _add_engine_options(parser, lanes=4)
     _add_device(parser)
 
@@ -570,8 +594,8 @@ def _add_serve_http(parser: argparse.ArgumentParser) -> None:
         help="a name that the server answers to (default: those of loopback, if bound to it)",
     )  # fmt: skip
     http.add_argument(
-        "--max-body", type=_whole(1024, 1 << 30), default=16 << 20, metavar="BYTES",
-        help="of a request (default: 16 MiB)",
+        "--max-body", type=_whole(1024, 1 << 30), metavar="BYTES",
+        help="of a request (default: 16 MiB; 64 MiB where the model sees images)",
     )  # fmt: skip
     http.add_argument(
         "--log-prompts", action="store_true", help="let texts of requests into the log"

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import importlib.util
 import math
 import os
 import threading
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from flashrt.backends.choose import DEVICES, PRECISIONS, Precision, open_backend
-from flashrt.base.errors import CheckpointWarning, FlashrtError, PlanError
+from flashrt.base.errors import CheckpointError, CheckpointWarning, FlashrtError, PlanError
 from flashrt.base.float_mode import DefaultFloatMode
 from flashrt.core.backend import Backend, Progress
 from flashrt.core.region import DType
@@ -77,7 +78,7 @@ def load(
     *,
     weights: Weights | None = None,
     prefill_rows: int | None = None,
-    images: bool = False,
+    images: bool | None = False,
     progress: Progress | None = None,
 ) -> SessionEngine:
     """Load a checkpoint: a Hugging Face directory (config.json + safetensors [+ tokenizer.json]), a
@@ -97,7 +98,7 @@ def load(
     the cpu, and on cuda and simt what max_positions holds and whose scratch is at most an eighth of
     the weights.
     images: load the vision tower, so that prompts may hold images (`engine.image`); without a draft
-    head. progress(what, done, total) is called while loading. Raises CheckpointError,
+    head. None = where the checkpoint has one that can be run, unless draft is True. progress(what, done, total) is called while loading. Raises CheckpointError,
     BackendError, PlanError. Warns (CheckpointWarning) of what the checkpoint has and is not used,
     and of positions that the model was not trained on.
     """
@@ -127,7 +128,7 @@ def load_on(
     draft: bool | None = None,
     weights: Weights | None = None,
     prefill_rows: int | None = None,
-    images: bool = False,
+    images: bool | None = False,
     adapt: Callable[[TokenModel], TokenModel] | None = None,
     progress: Progress | None = None,
 ) -> SessionEngine:
@@ -142,15 +143,21 @@ def load_on(
         )
     if kv_dtype not in KV_DTYPES:
         raise PlanError(f"kv_dtype={kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
-    draft = False if images and draft is None else draft
     with DefaultFloatMode(), _without_collections():
         opened = open_weights(resolve(checkpoint) if isinstance(checkpoint, str) else checkpoint)
+        tower: tuple[Tower, Checkpoint] | None = None
+        notes: tuple[str, ...] = ()
+        if images is None and not draft:
+            tower, notes = _tower_if_usable(opened, max_positions)
+        elif images:
+            tower = tower_in(opened, max_positions)
+        images = tower is not None
+        draft = False if images and draft is None else draft
         source = opened if weights is None else quantising(opened, weights)
         of_rows = functools.partial(
             model_in, source, max_positions=max_positions, kv_dtype=kv_dtype, draft=draft,
             images=images,
         )  # fmt: skip
-        tower = tower_in(opened, max_positions) if images else None
         model = of_rows(USUAL_PREFILL_ROWS if prefill_rows is None else prefill_rows)
         text = _Meanwhile(lambda: _text_taken(opened, model.vocab_size))
 
@@ -185,7 +192,7 @@ def load_on(
             raise
         stop_tokens = (*source.stop_tokens, *engine.text.stop_tokens)
         source.stop_tokens = tuple(dict.fromkeys(stop_tokens))
-    for note in (*notes_on(source.config, max_positions), *source.notes):
+    for note in (*notes_on(source.config, max_positions), *source.notes, *notes):
         warnings.warn(note, CheckpointWarning, stacklevel=3)
     return engine
 
@@ -289,6 +296,20 @@ def tower_in(source: Checkpoint, max_positions: int) -> tuple[Tower, Checkpoint]
     own = dataclasses.replace(source, tensors=tensors, tower={})
     check_sources(model.weights, own)
     return model, own
+
+
+def _tower_if_usable(
+    source: Checkpoint, max_positions: int
+) -> tuple[tuple[Tower, Checkpoint] | None, tuple[str, ...]]:
+    """The tower where there is one; where it cannot be run, None and a note that says why."""
+    if not source.tower:
+        return None, ()
+    if importlib.util.find_spec("PIL") is None:
+        return None, ("its vision tower is left out: images need Pillow: flashrt[vision]",)
+    try:
+        return tower_in(source, max_positions), ()
+    except CheckpointError as error:
+        return None, (f"its vision tower is left out: {error}",)
 
 
 def text_of(source: Checkpoint, vocab_size: int | None = None) -> CheckpointText:

@@ -13,7 +13,7 @@ import secrets
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -27,6 +27,7 @@ from flashrt.serve.gate import refuse, shape_of
 from flashrt.serve.refusal import Refusal, Shape, refusal_of
 
 log = logging.getLogger("flashrt.serve")
+_T = TypeVar("_T")
 _CLIENT_GONE = 499  # nobody reads it; for the log
 
 
@@ -136,6 +137,20 @@ async def unless_gone(
         for task in (work, watch):
             if not task.done():
                 task.cancel()
+        await asyncio.gather(work, watch, return_exceptions=True)
+
+
+async def unless_left(request: Request, result: Awaitable[_T]) -> _T:
+    """The result; raises ClientDisconnect if the client goes first."""
+    work, watch = asyncio.ensure_future(result), asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return await work
+    finally:
+        for task in (work, watch):
+            task.cancel()
         await asyncio.gather(work, watch, return_exceptions=True)
 
 
