@@ -98,9 +98,10 @@ def load(
     the cpu, and on cuda and simt what max_positions holds and whose scratch is at most an eighth of
     the weights.
     images: load the vision tower, so that prompts may hold images (`engine.image`); without a draft
-    head. None = where the checkpoint has one that can be run, unless draft is True. progress(what, done, total) is called while loading. Raises CheckpointError,
-    BackendError, PlanError. Warns (CheckpointWarning) of what the checkpoint has and is not used,
-    and of positions that the model was not trained on.
+    head. None = where the checkpoint has one that can be run, unless draft is True.
+    progress(what, done, total) is called while loading. Raises CheckpointError, BackendError,
+    PlanError. Warns (CheckpointWarning) of what the checkpoint has and is not used, and of
+    positions that the model was not trained on.
     """
     return load_on(
         lambda: open_backend(device, precision),

@@ -52,9 +52,7 @@ def run(
     go before it.
     """
     if images and (is_raw or tokens is not None):
-        raise FlashrtError(
-            "--image goes with a text and a chat template: leave out --raw, --tokens"
-        )
+        raise FlashrtError("--image goes with a text and a template: leave out --raw, --tokens")
     parts = [image_part(path) for path in images]
     text = console.read_stdin() if prompt is None and tokens is None else prompt
     engine = open_engine(checkpoint, options)

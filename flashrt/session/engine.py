@@ -60,7 +60,9 @@ class SessionEngine(TokenEngine):
     @property
     def _sight(self) -> Sight:
         if self.sight is None:
-            raise ImageError("the model was loaded without its vision tower: load(images=True)")
+            raise ImageError(
+                "the model was loaded without its vision tower: load(images=True), --images"
+            )
         return self.sight
 
     @in_turn

@@ -110,6 +110,8 @@ def _opened(image_module: Any, picture: bytes | NDArray[np.uint8], bounds: Bound
         return image_module.fromarray(np.ascontiguousarray(picture))
     try:
         return image_module.open(io.BytesIO(picture), formats=bounds.formats)
+    except image_module.DecompressionBombError as error:
+        raise ImageError(f"the image has too many pixels: scale it down ({error})") from error
     except Exception as error:  # as above
         kinds = "" if bounds.formats is None else f" in {', '.join(bounds.formats)}"
         raise ImageError(

@@ -47,8 +47,8 @@ def part_of(part: Fields, served: Served) -> dict[str, Any]:
 
 
 def block_of(block: Fields, served: Served) -> dict[str, Any]:
-    """Anthropic's {"type": "image", "source": {"type": "base64", "media_type", "data"}}, in the same
-    form. Refuses what cannot be had.
+    """Anthropic's {"type": "image", "source": {"type": "base64", "media_type", "data"}}, in the
+    same form. Refuses what cannot be had.
     """
     check_sees(block, served)
     source = block.object("source")
