@@ -115,6 +115,7 @@ def load(
         prefill_rows=prefill_rows,
         images=images,
         progress=progress,
+        tower_backend=lambda: open_backend(device, precision, cpu_gives_way=True),
     )
 
 
@@ -132,11 +133,13 @@ def load_on(
     images: bool | None = False,
     adapt: Callable[[TokenModel], TokenModel] | None = None,
     progress: Progress | None = None,
+    tower_backend: Callable[[], Backend] | None = None,
 ) -> SessionEngine:
     """`load` on a backend of your own making, opened once config and options are known to be fine.
 
     For a simt device with a seed, a device with kernels of your own, or a new backend. `adapt` may
-    wrap the model, to add regions and launches (examples/custom_kernel.py).
+    wrap the model, to add regions and launches (examples/custom_kernel.py). `tower_backend`:
+    another one for the vision tower.
     """
     if draft not in (None, True, False):
         raise PlanError(
@@ -187,7 +190,9 @@ def load_on(
         try:
             engine.text = text.result()
             if tower is not None:
-                engine.sight = Sight(ImageEngine(*tower, backend(), progress=progress))
+                engine.sight = Sight(
+                    ImageEngine(*tower, (tower_backend or backend)(), progress=progress)
+                )
         except FlashrtError:
             engine.close()
             raise

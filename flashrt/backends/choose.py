@@ -35,14 +35,18 @@ DEVICES = ("auto", "cpu", "cuda", "simt")
 
 
 def open_backend(
-    device: str, precision: Precision = "bfloat16", *, cpu_alone_nbytes: int = 0
+    device: str,
+    precision: Precision = "bfloat16",
+    *,
+    cpu_alone_nbytes: int = 0,
+    cpu_gives_way: bool = False,
 ) -> Backend:
     """The backend by name. Raises BackendError for an unknown name or an unusable device.
 
     CUDA is looked for only where it is asked for: by "cuda", and by "auto", which falls back to the
     CPU, and warns (DeviceWarning) where there is a GPU that cannot be used. What a
-    precision is: `ACTS` of cuda.device, CPU_ACTIVATIONS and CPU_PLAIN here. `cpu_alone_nbytes`: see
-    CpuDevice.
+    precision is: `ACTS` of cuda.device, CPU_ACTIVATIONS and CPU_PLAIN here. `cpu_alone_nbytes`,
+    `cpu_gives_way`: see CpuDevice.
     """
     if device not in DEVICES:
         raise BackendError(f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}")
@@ -56,6 +60,7 @@ def open_backend(
         alone_nbytes=cpu_alone_nbytes,
         activations=CPU_ACTIVATIONS[precision],
         plain=CPU_PLAIN[precision],
+        gives_way=cpu_gives_way,
     )
 
 

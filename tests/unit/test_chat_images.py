@@ -17,6 +17,7 @@ from flashrt.session.chat import open_chat
 from flashrt.text.template import ChatError
 from tests.seeing import FILE, IDS, write
 
+
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[flashrt.Engine]:
     folder = write(tmp_path_factory.mktemp("chat") / "seeing")

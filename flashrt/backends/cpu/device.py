@@ -128,6 +128,7 @@ class CpuDevice:
         *,
         activations: Activations = "float32",
         plain: PlainActivations = "float32",
+        gives_way: bool = False,
     ) -> None:
         """`threads`: size of the pool, FLASHRT_THREADS or the cores at hand by default.
 
@@ -137,11 +138,15 @@ class CpuDevice:
         `activations`: what `linear` makes of x where weights are codes of INTEGER_CODES: "int16"
         and "int8" round it, for dot products of integers. `plain`: the same where weights are
         bfloat16; "bfloat16" rounds it, for kernels/linear_bf16.c. Other weights get float32.
+
+        `gives_way`: other engines of the process have their turn between two launches of a replay:
+        for replays that take seconds, one at a time.
         """
         self.threads = threads or thread_count()
         self._activations = activations
         self._plain = plain
         self._alone_nbytes = alone_nbytes
+        self._gives_way = gives_way
         self.counters = Counters()
         self._lib: ctypes.CDLL | None = None
         self._own_sources: list[Path] = []
@@ -353,6 +358,8 @@ class CpuDevice:
         _arrays = self._memory_in_use()
         assert isinstance(graph, CpuGraph)
         run = self._c.flashrt_replay if graph.is_shared else self._c.flashrt_replay_alone
+        if self._gives_way:
+            run = self._c.flashrt_replay_giving_way
         run(graph.table, graph.n_launches, table, len(table or b""), at, graph.lane)
         self.counters.replays += 1
 
@@ -507,6 +514,10 @@ def _declare(lib: ctypes.CDLL) -> None:
         "flashrt_pool_start": ([integer], integer),
         "flashrt_replay": ([pointer, integer, pointer, integer, pointer, pointer], None),
         "flashrt_replay_alone": ([pointer, integer, pointer, integer, pointer, pointer], None),
+        "flashrt_replay_giving_way": (
+            [pointer, integer, pointer, integer, pointer, pointer],
+            None,
+        ),
         "flashrt_copy": ([ctypes.c_char_p, integer], None),
         "flashrt_fill": ([pointer, size, integer], None),
         "flashrt_digest": ([ctypes.c_char_p, integer, pointer], None),

@@ -1,4 +1,4 @@
-"""Images over HTTP: the same answers as the library's, each image seen once, and what is refused."""
+"""Images over HTTP: answers are the library's, each image is seen once, and what is refused."""
 
 from __future__ import annotations
 
@@ -318,8 +318,10 @@ def huge() -> bytes:
     """A bitmap that says it has 4 gigapixels, in 54 bytes."""
     size = (1 << 16) - 1
     head = b"BM" + (54).to_bytes(4, "little") + bytes(4) + (54).to_bytes(4, "little")
-    return head + b"".join(n.to_bytes(4, "little") for n in (40, size, size)) + (
-        b"\x01\x00\x18\x00" + bytes(24)
+    return (
+        head
+        + b"".join(n.to_bytes(4, "little") for n in (40, size, size))
+        + (b"\x01\x00\x18\x00" + bytes(24))
     )
 
 
