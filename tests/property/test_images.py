@@ -10,6 +10,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -195,26 +196,32 @@ def test_memory_of_images_is_bounded(engine: flashrt.Engine) -> None:
         sight.most_bytes = before
 
 
-def test_steps_come_between_launches_of_the_tower(engine: flashrt.Engine) -> None:
+def test_steps_come_between_launches_of_the_tower(
+    engine: flashrt.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the CPU, where both have the same threads. Fault: tokens wait for a whole image."""
-    sight, ended = sight_of(engine), threading.Event()
+    sight, begun, ended = sight_of(engine), threading.Event(), threading.Event()
     image = sight.glance(np.random.default_rng(9).integers(0, 256, (128, 128, 3)).astype(np.uint8))
+    replay = sight.tower.replay
 
-    def look() -> None:
-        sight.look(image)
+    def noted(*arguments: Any) -> None:
+        begun.set()
+        replay(*arguments)
         ended.set()
 
+    monkeypatch.setattr(sight.tower, "replay", noted)
+    looking = threading.Thread(target=sight.look, args=[image])
     with engine.session() as session:
         session.prefill([1, 2, 3])
         stream = session.generate(250)
         next(stream)
-        looking = threading.Thread(target=look)
         looking.start()
+        assert begun.wait(30)
         n = 0
         while not ended.is_set():
             n += next(stream, None) is not None
         looking.join()
-        assert n >= 5, "it has some thirty launches"
+        assert n >= 8, "it has some thirty launches"
 
 
 def test_an_image_that_is_held_stays(engine: flashrt.Engine) -> None:
