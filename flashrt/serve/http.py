@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import secrets
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -28,6 +29,7 @@ from flashrt.serve.refusal import Refusal, Shape, refusal_of
 
 log = logging.getLogger("flashrt.serve")
 _T = TypeVar("_T")
+_DATA, _SHOWN_NBYTES = re.compile(rb"[A-Za-z0-9+/\\]{2000,}"), 40  # images, in the log
 _CLIENT_GONE = 499  # nobody reads it; for the log
 
 
@@ -66,7 +68,7 @@ def endpoint(handler: Handler, access: Access) -> Callable[[Request], Awaitable[
             if request.method == "POST":
                 body = await _body(request, access)
                 if access.logs_prompts:
-                    log.info("%s", visible(body.decode(errors="replace")))
+                    log.info("%s", visible(_DATA.sub(_cut, body).decode(errors="replace")))
                 # Large ones take a while, and others wait for this thread.
                 if len(body) >= 65_536:
                     fields = await asyncio.to_thread(parse, body)
@@ -101,6 +103,10 @@ def hidden(error: Exception, access: Access) -> Refusal:
     frames = "".join(traceback.format_tb(error.__traceback__))
     log.error("%s: %s%s\n%s", name, type(error).__name__, words, frames)
     return Refusal(500, f"an error in the server; its log tells more under {name}", code=name)
+
+
+def _cut(found: re.Match[bytes]) -> bytes:
+    return found[0][:_SHOWN_NBYTES] + b"..."
 
 
 async def _body(request: Request, access: Access) -> bytes:
