@@ -72,8 +72,9 @@ def pixels_of(
             f"{bounds.most_pixels:,}: scale it down"
         )
     try:
+        image.load()
         image = _turned(image)
-        rgb = image.convert("RGB")
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # decoders of some thirty formats: damaged files raise anything
         raise ImageError(f"the image cannot be decoded: {_reason(error)}") from error
     height, width = size(image.height, image.width)
