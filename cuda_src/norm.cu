@@ -114,22 +114,41 @@ KERNEL(THREADS) add_rmsnorm(ARGS add_rmsnorm_args launch) {
   normalize(row, a.w, (act_t*)a.y + (size_t)t * a.H, a.H, a.eps);
 }
 
-KERNEL(THREADS) draft_input(ARGS draft_input_args launch) {
-  OPEN_RUN(draft_input);
-  begin();
-  int t = blockIdx.x;
-  bool is_hidden = blockIdx.y;
-  if (t >= a.cursor[CURSOR_ROWS]) return;
+// One half of a row; embed(v, c) loads columns of its token's.
+template <typename Args, typename Embed>
+DEVICE void draft_half(const Args& a, int t, bool is_hidden, Embed embed) {
   const act_t* hidden = t ? (const act_t*)a.hidden + (size_t)(t - 1) * a.H : (const act_t*)a.last;
-  int token = a.tokens[t];
   Row row;
 #pragma unroll
   for (int j = 0; j < VECTORS; j++) {
     int c = column(j);
     if (c >= a.H) continue;
     if (is_hidden) load(row.v[j], hidden + c);
-    else load_embedding(row.v[j], a.table, token, c, a.H);
+    else embed(row.v[j], c);
   }
   act_t* y = (act_t*)a.y + ((size_t)2 * t + is_hidden) * a.H;
   normalize(row, is_hidden ? a.w_hidden : a.w_token, y, a.H, a.eps);
+}
+
+KERNEL(THREADS) draft_input(ARGS draft_input_args launch) {
+  OPEN_RUN(draft_input);
+  begin();
+  int t = blockIdx.x;
+  if (t >= a.cursor[CURSOR_ROWS]) return;
+  int token = a.tokens[t];
+  draft_half(a, t, blockIdx.y,
+             [&](float (&v)[WIDTH], int c) { load_embedding(v, a.table, token, c, a.H); });
+}
+
+KERNEL(THREADS) draft_input_seen(ARGS draft_input_seen_args launch) {
+  OPEN_RUN(draft_input_seen);
+  begin();
+  int t = blockIdx.x;
+  if (t >= a.cursor[CURSOR_ROWS]) return;
+  int token = a.tokens[t];
+  const float* seen = (const float*)a.seen + (size_t)t * a.H;
+  draft_half(a, t, blockIdx.y, [&](float (&v)[WIDTH], int c) {
+    if (0 <= token && token < a.V) load_embedding(v, a.table, token, c, a.H);
+    else load(v, seen + c);
+  });
 }

@@ -97,8 +97,8 @@ def load(
     prefill_rows: tokens of the largest launch of a prompt, 64, 256, 1024 or 2048; None is 256 on
     the cpu, and on cuda and simt what max_positions holds and whose scratch is at most an eighth of
     the weights.
-    images: load the vision tower, so that prompts may hold images (`engine.image`); without a draft
-    head. None = where the checkpoint has one that can be run, unless draft is True.
+    images: load the vision tower, so that prompts may hold images (`engine.image`). None = where
+    the checkpoint has one that can be run.
     progress(what, done, total) is called while loading. Raises CheckpointError, BackendError,
     PlanError. Warns (CheckpointWarning) of what the checkpoint has and is not used, and of
     positions that the model was not trained on.
@@ -151,12 +151,11 @@ def load_on(
         opened = open_weights(resolve(checkpoint) if isinstance(checkpoint, str) else checkpoint)
         tower: tuple[Tower, Checkpoint] | None = None
         notes: tuple[str, ...] = ()
-        if images is None and not draft:
+        if images is None:
             tower, notes = _tower_if_usable(opened, max_positions)
         elif images:
             tower = tower_in(opened, max_positions)
         images = tower is not None
-        draft = False if images and draft is None else draft
         source = opened if weights is None else quantising(opened, weights)
         of_rows = functools.partial(
             model_in, source, max_positions=max_positions, kv_dtype=kv_dtype, draft=draft,

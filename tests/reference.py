@@ -501,6 +501,16 @@ def draft_input(o: Operands) -> Results:
     return {"y": o.padded("y", y)}
 
 
+def draft_input_seen(o: Operands) -> Results:
+    tokens = o.valid("tokens").astype(int)
+    is_token = ((tokens >= 0) & (tokens < len(o["table"])))[:, None]
+    rows = o["table"][np.where(is_token[:, 0], tokens, 0)]
+    before = np.concatenate([o["last"], o.valid("hidden")])[: len(tokens)]
+    parts = ((np.where(is_token, rows, o.valid("seen")), "w_token"), (before, "w_hidden"))
+    y = np.concatenate([normed(x, o.attrs["eps"]) * o[w] for x, w in parts], axis=1)
+    return {"y": o.padded("y", y)}
+
+
 def draft_begin(o: Operands) -> Results:
     draft = np.zeros(o["draft"].shape)
     draft[: TOKEN + 1] = o["cursor"][POSITION], 1, o["cursor"][TOKEN]
@@ -548,6 +558,7 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
         advance, hold, keep_rows, keep_values,
         sample,
         conv_verify, delta_verify, draft_input, draft_begin, draft_note, verify_cursors, accept,
+        draft_input_seen,
         take_token, gated_conv,
         conv_biased, ssm, silu_rmsnorm, scale_rows,
         relu_squared,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import tokenizers
+from safetensors.numpy import load_file, save_file
 
 GOLDEN = Path(__file__).parent / "golden" / "vision" / "qwen35"
 FILE = GOLDEN / "small.png"
@@ -36,4 +39,37 @@ def write(folder: Path) -> Path:
         made.add_special_tokens([names.get(i, "<|video_pad|>")])
     made.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def with_draft_head(folder: Path) -> Path:
+    """The same with a random draft head."""
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["mtp_num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    hidden, inner, heads, kv, size = 64, 96, 4, 2, 32
+    at = "mtp.layers.0"
+    shapes = {
+        "mtp.fc.weight": (hidden, 2 * hidden),
+        f"{at}.self_attn.q_proj.weight": (2 * heads * size, hidden),
+        f"{at}.self_attn.k_proj.weight": (kv * size, hidden),
+        f"{at}.self_attn.v_proj.weight": (kv * size, hidden),
+        f"{at}.self_attn.o_proj.weight": (hidden, heads * size),
+        f"{at}.self_attn.q_norm.weight": (size,),
+        f"{at}.self_attn.k_norm.weight": (size,),
+        f"{at}.mlp.gate_proj.weight": (inner, hidden),
+        f"{at}.mlp.up_proj.weight": (inner, hidden),
+        f"{at}.mlp.down_proj.weight": (hidden, inner),
+    } | {
+        f"{name}.weight": (hidden,)
+        for name in (
+            "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.norm",
+            f"{at}.input_layernorm", f"{at}.post_attention_layernorm",
+        )
+    }  # fmt: skip
+    rng, file = np.random.default_rng(11), folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, shape in shapes.items():
+        tensors[name] = (0.2 * rng.standard_normal(shape)).astype(np.float32)
+    save_file(tensors, file)
     return folder

@@ -39,7 +39,8 @@ def test_every_kernel_is_compiled_and_reported(
     of_shapes = {"linear_silu", "linears_2", "linears_3", "norm_linears_2", "norm_linears_3"}
     of_families = {
         "activations", "add_layer_norm", "attend_patches", "conv_biased", "gated_conv", "gelu",
-        "embed_seen", "mix_rows", "place_rows", "relu_squared", "rope_placed", "scale_rows",
+        "draft_input_seen", "embed_seen", "mix_rows", "place_rows", "relu_squared", "rope_placed",
+        "scale_rows",
         "silu_rmsnorm", "ssm", "turn_patches",
         "route", "experts_in", "experts_out", "add_gated",
     }  # fmt: skip

@@ -1032,6 +1032,7 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "attend_patches": _attend,
     "place_rows": _one_warp,
     "embed_seen": _embed,
+    "draft_input_seen": _draft_input,
     "rope_placed": _rope_append,
     "route": _route,
     "experts_in": _experts_in,
