@@ -2,9 +2,11 @@
 //
 // Contract: y = x rsqrt(mean(x^2) + eps) w per row; add_rmsnorm first does x += r. Rows at or
 //           beyond cursor.rows are left alone. w holds 1 + weight. draft_input: y[t] = [norm of
-//           table[tokens[t]] | norm of hidden[t - 1]], in place of hidden[-1] the one row `last`.
+//           table[tokens[t]] | norm of hidden[t - 1]], in place of hidden[-1] the one row `last`;
+//           draft_input_seen: seen[t] for the first where tokens[t] is not in [0, V).
 // Shapes:   x, r [T, H] float, w [H] float, y [T, H] activations. draft_input: table [V, H] as
-//           weights.cuh stores matrices, hidden [T, H] and last [1, H] activations, y [T, 2 H].
+//           weights.cuh stores matrices, hidden [T, H] and last [1, H] activations, seen [T, H] float,
+//           y [T, 2 H].
 // Order:    thread i sums vectors i, i + THREADS, ... in ascending order, then block_sum. Fixed by
 //           H alone.
 // Launch:   block per row (draft_input: two, one per half), the row in registers: WIDTH * VECTORS *
