@@ -720,6 +720,13 @@ def _rope_append(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("rope.cu", s.op, defines, grid, _x(128)),)
 
 
+def _cached_rows(s: Shape) -> tuple[KernelLaunch, ...]:
+    heads = s.dims["N" if s.op == "rope_rows" else "Nk"]
+    defines = _defines(CACHE_F32=int(s.dtypes.get("keys") is not DType.BF16))
+    grid = (heads, s.dims["T"], 1)
+    return (KernelLaunch("cached_rows.cu", s.op, defines, grid, _x(64)),)
+
+
 WARPS_OF_ATTENTION: Final = 8
 COLUMN_TILES: Final = (16, 12, 10, 8, 6, 4)  # of 8 columns, of a block of `attention_rows`
 # Of a thread: tiles of the scores and of the outputs that are in registers, 8 for each; further
@@ -761,6 +768,7 @@ def _attention_defines(s: Shape, tiles: int) -> Defines:
         CACHE_CODES=_CACHE_CODES.get(s.dtypes["keys"], 0), HEAD_DIM=s.dims["D"],
         GROUP=s.dims["Nq"] // s.dims["Nk"], COLUMN_TILES=tiles, SHIFT=int(s.attrs["shift"]),
         GATED=int(s.attrs["gated"]),
+        **({"SEES": int(s.attrs["seen"])} if s.attrs.get("seen") else {}),
     )  # fmt: skip
 
 
@@ -1037,6 +1045,11 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "experts_in": _experts_in,
     "experts_out": _experts_out,
     "add_gated": _add_gated,
+    "rope_rows": _cached_rows,
+    "append_rows": _cached_rows,
+    "flow_noise": _policy,
+    "guide": _policy,
+    "euler": _policy,
 }
 
 
