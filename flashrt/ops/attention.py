@@ -27,7 +27,6 @@ class Seen(IntEnum):
     BEFORE = 2  # the launch's: none of its own rows
 
 
-
 def _rows(name: str, layout: Layout) -> Param:
     """Rows of the cache that are values, not codes."""
     return Param(name, "rw", ("Nk", "S", "D"), (DType.F32, DType.BF16), layout)
@@ -61,8 +60,8 @@ ROPE_APPEND = Op(
 )
 ATTENTION = Op(
     "attention",
-    "softmax(q K^T / sqrt(D), of what is `seen`) V, where `gated` times sigmoid(gate), the gate read from u; "
-    "query head h uses key/value head h / (Nq / Nk); rows below `shift` are no keys; keys in "
+    "softmax(q K^T / sqrt(D)) V of what is `seen`, where `gated` times sigmoid(gate), the gate read "
+    "from u; query head h uses key/value head h / (Nq / Nk); rows below `shift` are no keys; keys in "
     "absolute blocks of 256, partials merged in ascending order",
     (
         f32("q", "r", "T", "Nq", "D"),
@@ -85,8 +84,8 @@ ATTENTION = Op(
 
 ROPE_ROWS = Op(
     "rope_rows",
-    "y[t] = rope(x[t]) of each head: its first 2*R2 dims in halves, by the angle of the row's number "
-    "t, where `placed` of position + t",
+    "y[t] = rope(x[t]) of each head: its first 2*R2 dims in halves, by the angle of t, where "
+    "`placed` of position + t",
     (
         f32("x", "r", "T", "N*D", strided=True),
         f32("inv_freq", "r", "R2"),

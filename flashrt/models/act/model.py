@@ -19,14 +19,7 @@ from flashrt.core.op import AttrValue, Op
 from flashrt.core.region import DType, Operand, Region, Role, View, as_view
 from flashrt.core.runs import MAX_RUNS
 from flashrt.core.tape import Tape
-from flashrt.models.act.config import (
-    ACTION,
-    ENVIRONMENT,
-    STATE,
-    WIDTHS,
-    ActConfig,
-    Camera,
-)
+from flashrt.models.act.config import WIDTHS, ActConfig
 from flashrt.models.act.weights import (
     STEM,
     Convolution,
@@ -50,6 +43,7 @@ from flashrt.models.actions import (
     TICK_EACH,
     Input,
 )
+from flashrt.models.features import ACTION, ENVIRONMENT, STATE, Camera
 from flashrt.ops import table as ops
 from flashrt.weights.lerobot import Mode
 

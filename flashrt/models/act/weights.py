@@ -17,18 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.core.region import DType, Layout, Region, Role
-from flashrt.models.act.config import (
+from flashrt.models.act.config import BACKBONES, REDUCTION, WIDTHS, ActConfig
+from flashrt.models.features import (
     ACTION,
     ACTION_KIND,
-    BACKBONES,
     ENVIRONMENT,
     ENVIRONMENT_KIND,
-    REDUCTION,
     STATE,
     STATE_KIND,
     VISUAL_KIND,
-    WIDTHS,
-    ActConfig,
 )
 from flashrt.weights.checkpoint import Checkpoint
 from flashrt.weights.computed import Formula, computing
