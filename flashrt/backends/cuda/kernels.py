@@ -1037,6 +1037,8 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "experts_in": _experts_in,
     "experts_out": _experts_out,
     "add_gated": _add_gated,
+    "image_patches": _of_patches,
+    "all_rows": _one_warp,
 }
 
 
