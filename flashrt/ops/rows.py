@@ -59,6 +59,12 @@ LAST_CURSOR = Op(
     "last = a cursor of one row, the last of the launch; of no row if there is none",
     (CURSOR, cursors("last", "w")),
 )
+ALL_ROWS = Op(
+    "all_rows",
+    "all = a cursor of `rows` rows from position 0, for launches of a constant number of rows",
+    (cursors("all", "w"),),
+    (Attr("rows"),),
+)
 ADVANCE = Op("advance", "cursor.position += cursor.rows", (cursors("cursor", "rw"),))
 SCALE_ROWS = Op(
     "scale_rows",

@@ -1050,6 +1050,8 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "flow_noise": _policy,
     "guide": _policy,
     "euler": _policy,
+    "image_patches": _of_patches,
+    "all_rows": _one_warp,
 }
 
 

@@ -1,5 +1,5 @@
 /* max_pool, layer_norm, add_rows, normalize, and of a tower activations, mix_rows, add_layer_norm,
- * gelu, turn_patches: what images and rows of features need between their convolutions and products.
+ * gelu, turn_patches, image_patches: what images and rows of features need between their convolutions and products.
  *
  * IS: one thread per pixel or row, so that a row's bits depend on the row alone. IS NOT: attention;
  * see attend.c.
@@ -89,6 +89,56 @@ void op_normalize(const normalize_args *a, int tid, int nt) {
 }
 
 /* ---- of a tower ---- */
+
+/* The two pixels beside a point of a line of n, and their shares: pixel i has its middle at i + 1/2,
+ * in both sizes. */
+typedef struct {
+  int low, high;
+  float low_share, high_share;
+} neighbours;
+
+INLINE neighbours neighbours_of(int at, int n, int resized) {
+  float place = s_fma((float)n / (float)resized, (float)at + 0.5f, -0.5f);
+  if (place < 0.0f) place = 0.0f;
+  neighbours found;
+  found.low = (int)min_of((int)place, n - 1);
+  found.high = (int)min_of(found.low + 1, n - 1);
+  found.high_share = place - (float)found.low;
+  if (found.high_share > 1.0f) found.high_share = 1.0f;
+  found.low_share = 1.0f - found.high_share;
+  return found;
+}
+
+INLINE float between(neighbours at, float low, float high) {
+  return s_fma(at.high_share, high, at.low_share * low);
+}
+
+void op_image_patches(const image_patches_args *a, int tid, int nt) {
+  span rows = share(a->T, tid, nt);
+  int size = a->patch, group = a->group, across = a->side / size / group;
+  for (int64_t t = rows.begin; t < rows.end; t++) {
+    int square = (int)t / (group * group), inside = (int)t % (group * group);
+    int top = (square / across * group + inside / group) * size - a->top;
+    int left = (square % across * group + inside % group) * size - a->left;
+    float *y = (float *)a->y + t * a->C;
+    for (int i = 0; i < size; i++) {
+      int is_row = top + i >= 0 && top + i < a->height;
+      neighbours row = neighbours_of(is_row ? top + i : 0, a->H, a->height);
+      const float *above = a->x + (int64_t)row.low * a->W * 3;
+      const float *below = a->x + (int64_t)row.high * a->W * 3;
+      for (int j = 0; j < size; j++) {
+        int is_in = is_row && left + j >= 0 && left + j < a->width;
+        neighbours column = neighbours_of(is_in ? left + j : 0, a->W, a->width);
+        for (int c = 0; c < 3; c++) {
+          int low = 3 * column.low + c, high = 3 * column.high + c;
+          float value = between(row, between(column, above[low], above[high]),
+                                between(column, below[low], below[high]));
+          y[(c * size + i) * size + j] = (is_in ? value : a->fill) * 2.0f - 1.0f;
+        }
+      }
+    }
+  }
+}
 
 void op_activations(const activations_args *a, int tid, int nt) {
   span all = share((int64_t)rows_of(a->cursor, a->T) * a->C, tid, nt);
