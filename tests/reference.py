@@ -97,6 +97,14 @@ def add_rmsnorm(o: Operands) -> Results:
     return {"x": o.padded("x", x), "y": o.padded("y", normed(x, o.attrs["eps"]) * o["w"])}
 
 
+def adaptive_rmsnorm(o: Operands) -> Results:
+    x = o.valid("x")
+    if o.attrs["added"]:
+        x = x + o["gate"] * o.valid("r")
+    y = normed(x, o.attrs["eps"]) * (1 + o["scale"]) + o["shift"]
+    return {"x": o.padded("x", x), "y": o.padded("y", y)}
+
+
 def linear(o: Operands) -> Results:
     return {"y": o.padded("y", o.valid("x") @ o["w"].T)}
 
@@ -319,6 +327,12 @@ def gelu(o: Operands) -> Results:
     else:
         share = (1 + np.vectorize(math.erf, [float])(u / np.sqrt(2))) / 2
     return {"y": o.padded("y", u * share)}
+
+
+def geglu(o: Operands) -> Results:
+    gate, up = np.split(o.valid("u"), 2, axis=1)
+    share = (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2
+    return {"y": o.padded("y", gate * share * up)}
 
 
 def turn_patches(o: Operands) -> Results:
@@ -572,5 +586,6 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
         activations, mix_rows, add_layer_norm, gelu, turn_patches, attend_patches,
         place_rows, embed_seen, rope_placed,
         route, experts_in, experts_out, add_gated, rope_rows, append_rows,
+        geglu, adaptive_rmsnorm,
     )
 }  # fmt: skip

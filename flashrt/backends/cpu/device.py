@@ -49,7 +49,7 @@ _APART = frozenset((
     "activations", "mix_rows", "add_layer_norm", "gelu", "turn_patches", "attend_patches",
     "place_rows", "embed_seen", "rope_placed",
     "route", "add_gated", "rope_rows", "append_rows", "guide",
-    "image_patches", "all_rows",
+    "image_patches", "all_rows", "geglu", "adaptive_rmsnorm",
 ))  # fmt: skip
 # Ops that multiply integers where the device is told to, and weights are such codes.
 _OF_INTEGERS = frozenset(("linear", "experts_in", "experts_out"))

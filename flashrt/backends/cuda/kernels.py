@@ -961,7 +961,7 @@ def _attend(s: Shape) -> tuple[KernelLaunch, ...]:
 
 
 def _of_patches(s: Shape) -> tuple[KernelLaunch, ...]:
-    columns = s.dims["I"] if s.op == "gelu" else s.dims["C"]
+    columns = s.dims["I"] if s.op in ("gelu", "geglu") else s.dims["C"]
     if s.op == "turn_patches":
         columns //= 2
     grid = (_ceil(columns, 256), s.dims["T"], 1)
@@ -1052,6 +1052,8 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "euler": _policy,
     "image_patches": _of_patches,
     "all_rows": _one_warp,
+    "geglu": _of_patches,
+    "adaptive_rmsnorm": _norm,
 }
 
 
