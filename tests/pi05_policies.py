@@ -1,7 +1,7 @@
 """pi0.5 policies with random weights, as LeRobot stores them: those of the golden sets, by seed.
 
-IS: config.json and processor files, a tokenizer, and the tensors of a small model; tools/pi05_golden
-and tests draw the same numbers. IS NOT: in need of flashrt, or of torch.
+IS: config.json and processor files, a tokenizer, and the tensors of a small model; tools and tests
+draw the same numbers. IS NOT: in need of flashrt, or of torch.
 """
 
 from __future__ import annotations
@@ -64,24 +64,24 @@ def pi05_config(
 
 SETS: dict[str, tuple[dict[str, Any], Sizes, int]] = {
     "two-cameras": (
-        pi05_config({"top": (32, 40), "wrist": (28, 28)}, state=5, action=4, chunk_size=6,
+        pi05_config({"top": (32, 40), "wrist": (42, 42)}, state=5, action=4, chunk_size=6,
                     n_action_steps=4, max_state_dim=8, max_action_dim=7, num_inference_steps=10,
-                    image_resolution=[28, 28], tokenizer_max_length=100),
+                    image_resolution=[42, 42], tokenizer_max_length=100),
         Sizes(48, 80, 3, 4, 16, 32, 56, 72, 2, 88),
         1,
     ),
     "three-cameras": (  # heads whose columns are not those of the model; one step less
-        pi05_config({"a": (17, 61), "b": (50, 20), "c": (42, 42)}, state=3, action=3, chunk_size=9,
+        pi05_config({"a": (17, 61), "b": (50, 20), "c": (56, 30)}, state=3, action=3, chunk_size=9,
                     n_action_steps=9, max_state_dim=5, max_action_dim=5, num_inference_steps=4,
-                    image_resolution=[42, 42], tokenizer_max_length=64),
+                    image_resolution=[56, 56], tokenizer_max_length=64),
         Sizes(64, 96, 2, 2, 32, 40, 72, 144, 1, 100),
         2,
     ),
     "one-camera": (  # small enough for everything else that is tested
         pi05_config({"top": (20, 30)}, state=2, action=2, chunk_size=8, n_action_steps=4,
                     max_state_dim=3, max_action_dim=4, num_inference_steps=3,
-                    image_resolution=[28, 28], tokenizer_max_length=60),
-        Sizes(32, 64, 2, 2, 16, 32, 64, 72, 1, 64),
+                    image_resolution=[42, 42], tokenizer_max_length=60),
+        Sizes(64, 128, 2, 4, 16, 64, 128, 72, 1, 64),
         3,
     ),
 }  # fmt: skip
@@ -108,10 +108,10 @@ def shapes_of(config: Mapping[str, Any], s: Sizes) -> dict[str, tuple[int, ...]]
     wide = (s.vision_hidden, s.vision_hidden)
     for i in range(s.vision_depth):
         at = f"{tower}.encoder.layers.{i}"
-        products = {f"self_attn.{n}_proj": wide for n in ("q", "k", "v", "out")}
+        products = dict.fromkeys((f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")), wide)
         products["mlp.fc1"] = (s.vision_intermediate, s.vision_hidden)
         products["mlp.fc2"] = (s.vision_hidden, s.vision_intermediate)
-        norms = {n: (s.vision_hidden,) for n in ("layer_norm1", "layer_norm2")}
+        norms = dict.fromkeys(("layer_norm1", "layer_norm2"), (s.vision_hidden,))
         for name, shape in (products | norms).items():
             found[f"{at}.{name}.weight"] = shape
             found[f"{at}.{name}.bias"] = shape[:1]

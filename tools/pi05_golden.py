@@ -1,8 +1,8 @@
 """Golden sets of pi0.5: what LeRobot's policy answers with the random weights of
 tests/pi05_policies.
 
-Run it where lerobot (0.4.4) and transformers (4.57) are; it writes tests/golden/pi05, some kilobytes
-per set:
+Run it where lerobot (0.4.4) and transformers (4.57) are; it writes tests/golden/pi05, a kilobyte
+or two per set:
 
     python tools/pi05_golden.py
 
@@ -31,8 +31,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lerobot.configs.policies import PreTrainedConfig  # noqa: E402
-from lerobot.policies.pi05 import modeling_pi05  # noqa: E402
-from lerobot.policies.pi05 import processor_pi05  # noqa: E402, F401  (registers a step)
+from lerobot.policies.pi05 import (
+    modeling_pi05,
+    processor_pi05,  # noqa: F401  (registers a step)
+)
 from lerobot.processor import PolicyProcessorPipeline  # noqa: E402
 from lerobot.processor.converters import (  # noqa: E402
     policy_action_to_transition,
@@ -128,7 +130,8 @@ class Gemma(nn.Module):
             q, k, v = (heads(getattr(mixer, f"{name}_proj")(h)) for name in "qkv")
             q, k = turned(q), turned(k)
             if past_key_values is not None:
-                k, v = (torch.cat([a, b], dim=2) for a, b in zip(past_key_values[i], (k, v)))
+                before, own = past_key_values[i], (k, v)
+                k, v = (torch.cat(pair, dim=2) for pair in zip(before, own, strict=True))
             kept.append((k, v))
             scores = q @ k.transpose(2, 3) / self.head_dim**0.5 + attention_mask
             mixed = scores.softmax(-1) @ v
@@ -178,7 +181,7 @@ class PaliGemma(nn.Module):
 
 def policy_of(name: str, folder: Path) -> Any:
     """LeRobot's policy over the stand-in, with the tensors of a set."""
-    config, s, _ = SETS[name]
+    _, s, _ = SETS[name]
     tensors = {n: torch.from_numpy(t) for n, t in tensors_of(name).items()}
     table = tensors.pop("model.paligemma_with_expert.paligemma.lm_head.weight")
     tensors.pop("model.paligemma_with_expert.gemma_expert.lm_head.weight")
