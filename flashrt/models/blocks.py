@@ -72,7 +72,7 @@ class BlockRecorder:
         self.magnitude = magnitude
         self.routing: Routing | None = None  # of layers of experts, which a family sets
         self.rows = tape.rows
-        self.cursor = regions["cursor"]
+        self.cursor: Operand = regions["cursor"]
         # Three places of each row, and the pairs that turn by the second and the third; None where
         # a row's place is its position.
         self.places: Region | None = None

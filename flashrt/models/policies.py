@@ -12,6 +12,8 @@ from flashrt.models.act.weights import scaling_of
 from flashrt.models.actions import ActionModel
 from flashrt.models.flow_policy.config import config_of
 from flashrt.models.flow_policy.model import FlowPolicy
+from flashrt.models.smolvla import config as smolvla_config
+from flashrt.models.smolvla.model import smolvla_of
 from flashrt.weights.checkpoint import Checkpoint
 
 
@@ -21,6 +23,8 @@ def policy_for(checkpoint: Checkpoint) -> tuple[ActionModel, Checkpoint]:
     Raises CheckpointError for another model, or naming all that is wrong with the config.
     """
     config = checkpoint.config
+    if config.get("type") == smolvla_config.TYPE and "model_type" not in config:
+        return smolvla_of(checkpoint)
     if "model_type" in config or config.get("type") != act_config.TYPE:
         return FlowPolicy(config_of(checkpoint)), checkpoint
     try:

@@ -60,9 +60,9 @@ ROPE_APPEND = Op(
 )
 ATTENTION = Op(
     "attention",
-    "softmax(q K^T / sqrt(D)) V of what is `seen`, where `gated` times sigmoid(gate), the gate read "
-    "from u; query head h uses key/value head h / (Nq / Nk); rows below `shift` are no keys; keys in "
-    "absolute blocks of 256, partials merged in ascending order",
+    "softmax(q K^T / sqrt(D)) V of the keys that are `seen`, where `gated` times sigmoid(gate), "
+    "the gate read from u; query head h uses key/value head h / (Nq / Nk); rows below `shift` are "
+    "no keys; keys in absolute blocks of 256, partials merged in ascending order",
     (
         f32("q", "r", "T", "Nq", "D"),
         f32("u", "r", "T", "U"),  # read only where `gated`: q itself will do elsewhere

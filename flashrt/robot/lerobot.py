@@ -11,7 +11,7 @@ from typing import Any
 
 from flashrt.base.errors import ObservationError
 from flashrt.base.messages import listed
-from flashrt.engine.actions import as_array
+from flashrt.engine.numbers import as_array
 from flashrt.robot.loop import ControlLoop
 from flashrt.robot.options import checked_seed
 from flashrt.robot.policy import Array, naming

@@ -29,7 +29,8 @@ from flashrt.base.locks import reentrant_lock
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane
 from flashrt.capsule.turn import Turn, exclusive
-from flashrt.engine.actions import checked_vector
+from flashrt.engine.numbers import checked_vector
+from flashrt.engine.packed import Packed
 from flashrt.robot.history import NO_CUT, NOTHING, Boundary, History, LoopState, PastTick
 from flashrt.robot.options import (
     ControlOptions,
@@ -39,7 +40,7 @@ from flashrt.robot.options import (
     checked_seed,
     longest_overlap,
 )
-from flashrt.robot.policy import Array, Observation, Policy, naming
+from flashrt.robot.policy import Array, Observation, Policy, naming, taking
 from flashrt.robot.schedule import run_slack, run_tick
 from flashrt.robot.timing import LoopTiming
 
@@ -115,6 +116,7 @@ class ControlLoop:
         self.timing = LoopTiming(engine.stats)
         self.lock = reentrant_lock()  # whoever has it is in a call; see `exclusive`
         self._named = naming(engine)
+        self._taken = taking(engine)
         self._hold = options.hold(engine.config)
         is_holding = options.on_miss == "hold" and options.deadline_ms is not None
         self._is_sent_needed = is_holding and self._hold is None  # else nobody asks for it
@@ -640,7 +642,10 @@ class ControlLoop:
     def _checked(self, observation: Observation) -> Array:
         """The loop's own copy; what comes after this door trusts it. Raises ObservationError."""
         size, vector = self.engine.config.observation_dim, as_vector(self.engine, observation)
-        return checked_vector("observation", vector, size, OBSERVED_KINDS)
+        if isinstance(vector, Packed):
+            return cast(Array, vector)
+        checked = checked_vector("observation", vector, size, OBSERVED_KINDS)
+        return self._taken(checked) if self._taken is not None else checked
 
     def _late(self, state: LoopState) -> Array | None:
         """The deadline policy; what is executed in place of the action, if anything."""

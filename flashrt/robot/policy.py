@@ -227,6 +227,15 @@ class NamedVerbs(Protocol):
         ...
 
 
+@runtime_checkable
+class TakingVerbs(Protocol):
+    """A policy may keep observations in a form of its own: from one door on, they are in that."""
+
+    def taken(self, observation: Array) -> Array:
+        """Of a vector that was checked. Raises ObservationError."""
+        ...
+
+
 class SharingPolicy(SharedVerbs, Policy, Protocol):
     """A policy that has them."""
 
@@ -255,6 +264,16 @@ def packing(policy: Policy) -> Callable[[Mapping[str, Any]], Array] | None:
 def naming(policy: Policy) -> NamedVerbs | None:
     """The policy, if its class has the verbs on parts of observations."""
     return cast(NamedVerbs, policy) if _has_named_verbs(type(policy)) else None
+
+
+def taking(policy: Policy) -> Callable[[Array], Array] | None:
+    """What a policy makes of a vector, if its class has that verb."""
+    return cast(TakingVerbs, policy).taken if _has_taking_verbs(type(policy)) else None
+
+
+@functools.cache
+def _has_taking_verbs(kind: type) -> bool:
+    return issubclass(kind, TakingVerbs)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from flashrt.base.checks import shown
 from flashrt.base.errors import SessionError
 from flashrt.base.locks import while_holding
 from flashrt.capsule.turn import Turn, exclusive
-from flashrt.engine.actions import checked_action, checked_vectors
+from flashrt.engine.numbers import checked_action, checked_vectors
 from flashrt.robot.history import LoopState
 from flashrt.robot.loop import OBSERVED_KINDS, ControlLoop, Took, as_vector
 from flashrt.robot.policy import Array, Observation, sharing

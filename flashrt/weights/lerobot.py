@@ -77,9 +77,7 @@ class Normalization:
         return mode
 
 
-def normalization_of(
-    root: Path, *, is_input: bool, others: Collection[str] = ()
-) -> Normalization:
+def normalization_of(root: Path, *, is_input: bool, others: Collection[str] = ()) -> Normalization:
     """How observations (or actions) are normalised, by a policy's files; no tensor is read yet.
     `others`: steps that whoever asks reads himself: see `step_of`.
 

@@ -54,11 +54,13 @@ class Interleaved:
 @dataclass(frozen=True, slots=True)
 class Squares:
     """Rows that are stored as the places of a raster of side x side, line by line, and wanted by
-    squares of group x group places; squares line by line, and places in each.
+    squares of group x group places; squares line by line, and places in each. `lags`: a place but
+    the first of a line or column gets the row of the one before it.
     """
 
     side: int
     group: int
+    lags: bool = False
 
     @property
     def n_rows(self) -> int:
@@ -68,7 +70,9 @@ class Squares:
     def order(self) -> NDArray[np.intp]:
         """The place where each row that is wanted is stored."""
         across = self.side // self.group
-        places = np.arange(self.n_rows).reshape(across, self.group, across, self.group)
+        line = np.maximum(np.arange(self.side) - self.lags, 0)
+        raster = line[:, None] * self.side + line
+        places = raster.reshape(across, self.group, across, self.group)
         return places.transpose(0, 2, 1, 3).reshape(-1)
 
 

@@ -23,11 +23,9 @@ from flashrt.models.act.config import WIDTHS, ActConfig
 from flashrt.models.act.weights import (
     STEM,
     Convolution,
-    Scaling,
     Weights,
     blocks_of,
     features_of,
-    shift_of,
 )
 from flashrt.models.actions import (
     ACT_EACH,
@@ -44,6 +42,7 @@ from flashrt.models.actions import (
     Input,
 )
 from flashrt.models.features import ACTION, ENVIRONMENT, STATE, Camera
+from flashrt.models.scaling import Scaling, shift_of
 from flashrt.ops import table as ops
 from flashrt.weights.lerobot import Mode
 

@@ -6,7 +6,6 @@ statistics (weights.lerobot), where the VLM's files are (vlm), nor shapes of ten
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,9 +21,10 @@ from flashrt.models.features import (
     inputs_of,
     size_of,
 )
+from flashrt.models.prefix import TASK
+from flashrt.models.vla.guidance import Guidance, guidance_of
 
 TYPE = "smolvla"
-TASK = "task"
 CROSS, SELF = "cross_attn", "self_attn"
 _MOST = {
     "chunk_size": 1 << 10, "n_action_steps": 1 << 10, "max_state_dim": 1 << 12,
@@ -47,24 +47,6 @@ _PLAIN: dict[str, tuple[object, ...]] = {  # what is supported of a field
     "use_peft": (False, None),
 }
 _EMPTY_CAMERA = "observation.images.empty_camera_"  # LeRobot adds them; nobody ever sees them
-
-
-class Schedule(enum.StrEnum):
-    """How much of a chunk before guides each row of the next: LeRobot's RTCAttentionSchedule."""
-
-    ZEROS = "ZEROS"
-    ONES = "ONES"
-    LINEAR = "LINEAR"
-    EXP = "EXP"
-
-
-@dataclass(frozen=True, slots=True)
-class Guidance:
-    """Real-time chunking: LeRobot's rtc_config."""
-
-    schedule: Schedule
-    most: float  # max_guidance_weight
-    horizon: int  # execution_horizon
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +80,10 @@ class SmolVlaConfig:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Of an observation, in order. A task is the number of its tokens, and then those."""
+        """Of an observation, in order; see engine.packed for what a task is as numbers."""
         shapes: list[tuple[str, tuple[int, ...]]] = [(STATE, (self.state_dim,))]
         shapes += [(c.name, (c.height, c.width, 3)) for c in self.cameras]
-        shapes.append((TASK, (1 + self.tokenizer_max_length,)))
+        shapes.append((TASK, (2 + self.tokenizer_max_length,)))
         return parts_of(shapes)
 
     @property
@@ -137,11 +119,11 @@ def parse_config(config: Mapping[str, object]) -> SmolVlaConfig:
     for name, supported in _PLAIN.items():
         if fields.get(name, supported[-1]) not in supported:
             problems.append(f"{name} is {shown(fields[name])}; supported: {shown(supported[0])}")
-    mode, name = fields["attention_mode"], fields["vlm_model_name"]
+    mode, vlm = fields["attention_mode"], fields["vlm_model_name"]
     if mode not in (CROSS, SELF):
         problems.append(f"attention_mode is {shown(mode)}; supported: {listed((CROSS, SELF))}")
-    if not isinstance(name, str) or not name:
-        problems.append(f"vlm_model_name is {shown(name)}, expected a name or a folder")
+    if not isinstance(vlm, str) or not vlm:
+        problems.append(f"vlm_model_name is {shown(vlm)}, expected a name or a folder")
     state, environment, cameras = inputs_of(_without_empty(fields.get("input_features")), problems)
     if environment or not state or not cameras:
         problems.append(f"input_features need {STATE} and an image, and know no {ENVIRONMENT}")
@@ -154,9 +136,9 @@ def parse_config(config: Mapping[str, object]) -> SmolVlaConfig:
         cameras, state, action, **sizes, side=_side(fields, problems),
         num_expert_layers=_expert_layers(fields, sizes["num_vlm_layers"], problems),
         self_attn_every_n_layers=_whole(fields, "self_attn_every_n_layers", problems),
-        attention_mode=str(mode), min_period=least, max_period=longest, vlm_model_name=str(name),
+        attention_mode=str(mode), min_period=least, max_period=longest, vlm_model_name=str(vlm),
         lags=not fields.get("load_vlm_weights", False),
-        guidance=_guidance(fields.get("rtc_config"), problems),
+        guidance=guidance_of(fields.get("rtc_config"), problems),
     )  # fmt: skip
     if not problems and (layer := _unfit(found)) is not None:
         problems.append(
@@ -237,26 +219,3 @@ def _side(fields: Mapping[str, object], problems: list[str]) -> int:
         f"resize_imgs_with_padding is {shown(given)}; supported: [n, n], the VLM's image_size"
     )
     return 1
-
-
-def _guidance(given: object, problems: list[str]) -> Guidance | None:
-    if given is None:
-        return None
-    if not isinstance(given, dict):
-        problems.append(f"rtc_config is {shown(given)}, expected null or fields")
-        return None
-    if not given.get("enabled", False):
-        return None
-    schedule = given.get("prefix_attention_schedule", Schedule.LINEAR)
-    horizon = given.get("execution_horizon", 10)
-    most = given.get("max_guidance_weight", 10.0)
-    is_horizon = isinstance(horizon, int) and not isinstance(horizon, bool) and horizon > 0
-    is_most = isinstance(most, int | float) and not isinstance(most, bool) and 0 < most < 1e6
-    if schedule not in Schedule.__members__ or not is_horizon or not is_most:
-        problems.append(
-            f"rtc_config has prefix_attention_schedule {shown(schedule)}, execution_horizon "
-            f"{shown(horizon)} and max_guidance_weight {shown(most)}; expected one of "
-            f"{listed(list(Schedule))}, an integer and a number, both positive"
-        )
-        return None
-    return Guidance(Schedule[schedule], float(most), int(horizon))

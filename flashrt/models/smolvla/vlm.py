@@ -188,9 +188,11 @@ def _folders(root: Path, c: SmolVlaConfig) -> Iterator[Path]:
     local = Path(c.vlm_model_name).expanduser()
     if local.is_dir():
         yield local
-    elif (known := hub_name(c.vlm_model_name)) is not None:
-        if (snapshot := snapshot_of(known, cache_folder())) is not None:
-            yield snapshot
+        return
+    known = hub_name(c.vlm_model_name)
+    snapshot = None if known is None else snapshot_of(known, cache_folder())
+    if snapshot is not None:
+        yield snapshot
 
 
 def _way_out(root: Path, c: SmolVlaConfig) -> str:
@@ -200,9 +202,7 @@ def _way_out(root: Path, c: SmolVlaConfig) -> str:
     )
 
 
-def _fields(
-    config: Mapping[str, object], name: str, problems: list[str]
-) -> Mapping[str, object]:
+def _fields(config: Mapping[str, object], name: str, problems: list[str]) -> Mapping[str, object]:
     given = config.get(name)
     if isinstance(given, dict):
         return given

@@ -7,9 +7,9 @@ attends to itself: so how many there are decides no bit of one.
 Rows stand by tokens: the group x group patches of a token follow each other, so that what merges
 them (SmolVLM's pixel shuffle) is a reshape. With group = 1 they are in raster order.
 
-A warning for recorders of golden values: transformers 4.57 finds the places of SmolVLM's patches by
-a rule that moves all but the first of a row and a column by one in float32, and none in bfloat16,
-which is what LeRobot loads and trains. Here they are as in bfloat16.
+transformers 4.57 finds the places of SmolVLM's patches by a rule that moves all but the first of a
+row and a column back by one in float32, and none in bfloat16. LeRobot runs the tower in bfloat16
+where a policy began from the VLM's weights, as released ones did; else in float32, which `lags`.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class SiglipConfig:
     tower: str  # `<tower>.embeddings.patch_embedding.weight`
     projection: str  # `<projection>.weight`, from group^2 hidden columns
     is_biased: bool  # whether the projection has a bias
+    lags: bool = False  # see the module: places as they are found in float32
 
     @property
     def columns(self) -> int:
@@ -95,7 +96,7 @@ def rules(c: SiglipConfig) -> list[WeightRule]:
     """Weight rules of the tower; the checkpoint must be `as_matrices`."""
     at = f"{c.tower}.embeddings"
     table = Region(_POSITIONS, (c.patches, c.hidden), DType.F32, Role.WEIGHT)
-    order = Squares(c.side // c.patch, c.group)
+    order = Squares(c.side // c.patch, c.group, c.lags)
     stored = Source(f"{at}.position_embedding.weight", (c.patches, c.hidden), order)
     found = [
         *_dense(_PATCHES, c.columns, (f"{at}.patch_embedding", c.hidden)),
