@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lerobot.configs.policies import PreTrainedConfig  # noqa: E402
-from lerobot.policies.pi05 import (
+from lerobot.policies.pi05 import (  # noqa: E402
     modeling_pi05,
     processor_pi05,  # noqa: F401  (registers a step)
 )

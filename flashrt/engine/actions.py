@@ -84,9 +84,18 @@ _T = TypeVar("_T")
 class ActionEngine(Engine):
     """Verbs on lanes of a policy."""
 
-    def __init__(self, checkpoint: Checkpoint, backend: Backend, **options: Any) -> None:
-        """See Engine for the options. Raises CheckpointError for statistics that divide by 0."""
-        self.policy, source = policy_for(checkpoint)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        *,
+        weights: str | None = None,
+        **options: Any,
+    ) -> None:
+        """See Engine for the options, `policy_for` for `weights`. Raises CheckpointError for
+        statistics that divide by 0.
+        """
+        self.policy, source = policy_for(checkpoint, weights)
         self.config = self.policy.config
         super().__init__(self.policy, source, backend, pool_default=POOL_DEFAULT, **options)
         plan = self.arena.plan

@@ -20,9 +20,10 @@ from flashrt.models.features import (
     inputs_of,
     size_of,
 )
+from flashrt.models.prefix import TASK
+from flashrt.models.vla.guidance import Guidance, guidance_of
 
 TYPE = "pi05"
-TASK = "task"
 _MOST = {
     "chunk_size": 1 << 10, "n_action_steps": 1 << 10, "max_state_dim": 1 << 10,
     "max_action_dim": 1 << 10, "tokenizer_max_length": 1 << 12, "num_inference_steps": 1 << 8,
@@ -51,15 +52,16 @@ class Pi05Config:
     side: int  # of resized images, in pixels
     min_period: float
     max_period: float
+    guidance: Guidance | None
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Of an observation, in order. A task is the number of its tokens, and then those: of the
-        text that the state is written into.
+        """Of an observation, in order. Of a task, see engine.packed; its tokens are of the text that
+        the state is written into.
         """
         shapes: list[tuple[str, tuple[int, ...]]] = [(STATE, (self.state_dim,))]
         shapes += [(c.name, (c.height, c.width, 3)) for c in self.cameras]
-        shapes.append((TASK, (1 + self.tokenizer_max_length,)))
+        shapes.append((TASK, (2 + self.tokenizer_max_length,)))
         return parts_of(shapes)
 
     @property
@@ -79,12 +81,6 @@ def parse_config(config: Mapping[str, object]) -> Pi05Config:
         )
     if fields["n_obs_steps"] != 1:
         problems.append(f"n_obs_steps is {shown(fields['n_obs_steps'])}; supported: 1")
-    guided = fields.get("rtc_config")
-    if guided is not None and not (isinstance(guided, dict) and not guided.get("enabled", False)):
-        problems.append(
-            "rtc_config is enabled; guidance of chunks is not supported here: set it to null, and "
-            "let the loop keep the actions that it has promised (overlap)"
-        )
     state, environment, cameras = inputs_of(_without_empty(fields.get("input_features")), problems)
     if environment or not state or not cameras:
         problems.append(f"input_features need {STATE} and an image, and know no {ENVIRONMENT}")
@@ -94,11 +90,13 @@ def parse_config(config: Mapping[str, object]) -> Pi05Config:
             problems.append(f"a vector of {given} exceeds {most} {sizes[most]}")
     least, longest = (_period(fields, name, problems) for name in ("min_period", "max_period"))
     side = _side(fields["image_resolution"], problems)
+    guidance = guidance_of(fields.get("rtc_config"), problems)
     if problems:
         raise CheckpointError(f"config.json does not fit:{indented(problems)}")
     return Pi05Config(
-        cameras, state, action, **sizes, side=side, min_period=least, max_period=longest
-    )
+        cameras, state, action, **sizes, side=side, min_period=least, max_period=longest,
+        guidance=guidance,
+    )  # fmt: skip
 
 
 def _without_empty(given: object) -> object:

@@ -97,6 +97,21 @@ class Pi05:
             r.name: r for r in (*self.lane_regions, *(rule.region for rule in self.weights))
         }
 
+    def guided(
+        self, left_over: NDArray[np.float32] | None, delay: int, horizon: int | None
+    ) -> dict[str, NDArray[np.float32]]:
+        """See PrefixModel."""
+        c = self.config
+        if c.guidance is None:
+            return {}
+        target = np.zeros((c.chunk_size, c.max_action_dim), np.float32)
+        weights = np.zeros(c.chunk_size, np.float32)
+        if left_over is not None:
+            n = min(len(left_over), c.chunk_size)
+            target[:n, : c.action_dim] = left_over[:n]
+            weights = c.guidance.weights(c.chunk_size, len(left_over), delay, horizon)
+        return {"target": target, "weights": weights}
+
     def task_tokens(self, task: str, state: NDArray[np.float32]) -> list[int]:
         """See PrefixModel."""
         return self._words.tokens(task, state)
@@ -160,6 +175,7 @@ def _lane_regions(model: Pi05) -> tuple[Region, ...]:
         return Region(name, shape, DType.F32, Role.FIXED, is_digested=True)
 
     positions = model.most_prefix_rows + c.chunk_size
+    guided = (fixed("target", c.chunk_size, c.max_action_dim), fixed("weights", c.chunk_size))
     return (
         Region("cursor", (ops.CURSOR_WORDS,), DType.I32, Role.FIXED, is_digested=True),
         fixed("previous", c.action_dim),  # the action executed last, normalised
@@ -167,6 +183,7 @@ def _lane_regions(model: Pi05) -> tuple[Region, ...]:
         fixed("queue", c.chunk_size, c.action_dim),  # normalised
         fixed("kept", c.chunk_size * (c.action_dim + 1)),  # of the plan in the making: see ops
         fixed("flow", c.chunk_size, c.max_action_dim),  # likewise
+        *(guided if c.guidance is not None else ()),
         Region("journal", (1, positions, 1), DType.I32, Role.ROWS, Layout.PLAIN, is_digested=True),
         *kv_regions("keys", "values", (s.depth * s.kv_heads, positions, s.head_dim), DType.F32),
         *prefix_regions(c.cameras, model.rows_per_camera, model.most_block_rows, s.hidden),

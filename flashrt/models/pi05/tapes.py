@@ -111,6 +111,13 @@ class Pi05Recorder:
         for step in range(first, stop):
             self.tape.scope = f"step {step}: "
             v = self._velocity(step)
+            if c.guidance is not None:
+                time = 1.0 + step * (-1.0 / c.num_inference_steps)
+                self.tape.record(
+                    ops.GUIDE, x=regions["flow"], target=regions["target"],
+                    weights=regions["weights"], v=v, time=time,
+                    strength=c.guidance.strength(time),
+                )  # fmt: skip
             self._launch(ops.EULER, v=v, x=regions["flow"], step=-1.0 / c.num_inference_steps)
         if stop == c.num_inference_steps:
             self._launch(
