@@ -309,19 +309,22 @@ def load_policy(
     lanes: int = 1,
     pool_bytes: int | None = None,
     *,
+    precision: Precision = "bfloat16",
     progress: Progress | None = None,
 ) -> ActionEngine:
     """Load a policy: a directory with config.json and model.safetensors, or a bundled one by name.
-    LeRobot's ACT policies load as LeRobot stores them, processor files included.
+    LeRobot's ACT and SmolVLA policies load as LeRobot stores them, processor files included.
 
     device: "cpu", "cuda", "simt", or "auto": cuda where it is usable, else cpu. lanes: states that
-    live at once. pool_bytes: room for capsules (default: 256 of them). progress(what, done, total)
-    is called while loading. Raises CheckpointError, BackendError, PlanError.
+    live at once. pool_bytes: room for capsules (default: 256 of them, and four lanes' rows where a
+    policy has rows). precision: of activations of a policy with a language model in it, as for
+    `load`; others compute in float32. progress(what, done, total) is called while loading. Raises
+    CheckpointError, BackendError, PlanError.
     """
     with DefaultFloatMode():
         source = open_checkpoint(policy_path(checkpoint))
         policy_for(source)
-        backend = open_backend(device, cpu_alone_nbytes=CPU_ALONE_NBYTES)
+        backend = open_backend(device, precision, cpu_alone_nbytes=CPU_ALONE_NBYTES)
         return ActionEngine(
             source, backend, lanes=lanes, pool_bytes=pool_bytes, shelf=Spill(), progress=progress
         )
