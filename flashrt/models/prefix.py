@@ -76,8 +76,8 @@ class PrefixModel(ActionModel, Protocol):
         ...
 
     def task_tokens(self, task: str, state: Rows) -> list[int]:
-        """Of an instruction, with a state [state_dim] where a family writes it into the text. Raises
-        TokenError.
+        """Of an instruction, with a state [state_dim] where a family writes that into the text.
+        Raises TokenError.
         """
         ...
 

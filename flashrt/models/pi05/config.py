@@ -56,7 +56,7 @@ class Pi05Config:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Of an observation, in order. Of a task, see engine.packed; its tokens are of the text that
+        """Of an observation, in order. Of a task see engine.packed: its tokens are of the text that
         the state is written into.
         """
         shapes: list[tuple[str, tuple[int, ...]]] = [(STATE, (self.state_dim,))]

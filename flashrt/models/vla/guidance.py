@@ -53,7 +53,7 @@ class Guidance:
         if n > 0 and self.schedule in (Schedule.LINEAR, Schedule.EXP):
             falling = _falling(n)
             if self.schedule is Schedule.EXP:
-                falling = falling * (np.expm1(falling) / np.float32(math.e - 1))
+                falling = np.asarray(falling * np.expm1(falling), np.float32) / np.float32(math.e - 1)
             found[start : start + n] = falling
         return found
 
@@ -64,8 +64,8 @@ class Guidance:
         most = np.float32(self.most)
         with np.errstate(divide="ignore", invalid="ignore"):
             spread = (left * left + past * past) / (left * left)
-            share = np.nan_to_num(left / past, posinf=most)
-            return float(min(np.nan_to_num(share * spread, posinf=most), most))
+            share = left / past if past != 0 else most
+            return float(min(share * spread, most))
 
 
 def guidance_of(given: object, problems: list[str]) -> Guidance | None:
