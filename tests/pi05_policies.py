@@ -62,6 +62,10 @@ def pi05_config(
     }  # fmt: skip
 
 
+GUIDED = {
+    "enabled": True, "prefix_attention_schedule": "LINEAR", "max_guidance_weight": 5.0,
+    "execution_horizon": 6,
+}  # fmt: skip
 SETS: dict[str, tuple[dict[str, Any], Sizes, int]] = {
     "two-cameras": (
         pi05_config({"top": (32, 40), "wrist": (42, 42)}, state=5, action=4, chunk_size=6,
@@ -70,9 +74,10 @@ SETS: dict[str, tuple[dict[str, Any], Sizes, int]] = {
         Sizes(48, 80, 3, 4, 16, 32, 56, 72, 2, 88),
         1,
     ),
-    "three-cameras": (  # heads whose columns are not those of the model; one step less
+    "three-cameras": (  # heads whose columns are not those of the model; with real-time chunking
         pi05_config({"a": (17, 61), "b": (50, 20), "c": (56, 30)}, state=3, action=3, chunk_size=9,
                     n_action_steps=9, max_state_dim=5, max_action_dim=5, num_inference_steps=4,
+                    rtc_config=GUIDED,
                     image_resolution=[56, 56], tokenizer_max_length=64),
         Sizes(64, 96, 2, 2, 32, 40, 72, 144, 1, 100),
         2,
@@ -190,6 +195,13 @@ def noise_of(name: str, seed: int) -> Values:
     """What a chunk starts from: [chunk, max_action_dim]."""
     config, _, _ = SETS[name]
     return uniform("noise", (config["chunk_size"], config["max_action_dim"]), seed) * 2
+
+
+def left_over_of(name: str, rows: int) -> Values:
+    """Rows of a chunk before, as a model has them."""
+    config, _, seed = SETS[name]
+    (action,) = config["output_features"]["action"]["shape"]
+    return uniform("left over", (rows, action), seed)
 
 
 def tokenizer() -> tokenizers.Tokenizer:

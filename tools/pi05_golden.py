@@ -44,6 +44,7 @@ from lerobot.processor.converters import (  # noqa: E402
 from tests.pi05_policies import (  # noqa: E402
     SETS,
     Sizes,
+    left_over_of,
     noise_of,
     observation_of,
     tensors_of,
@@ -52,6 +53,7 @@ from tests.pi05_policies import (  # noqa: E402
 
 FOLDER = ROOT / "tests" / "golden" / "pi05"
 OBSERVATIONS = (11, 12, 13)  # their seeds
+GUIDES = ((9, 2, None), (5, 1, 4))  # rows of the chunk before, delay, horizon
 EPS, ROPE_BASE = 1e-6, 10000.0
 
 
@@ -233,19 +235,34 @@ def write(name: str, folder: Path) -> None:
         folder, "policy_postprocessor.json", to_transition=policy_action_to_transition,
         to_output=transition_to_policy_action,
     )  # fmt: skip
-    tokens, chunks, sizes = [], [], []
-    for seed in OBSERVATIONS:
-        batch = before(batch_of(observation_of(name, seed)))
-        mask = batch["observation.language.attention_mask"][0].bool()
-        tokens.append(batch["observation.language.tokens"][0][mask].tolist())
-        noise = torch.from_numpy(noise_of(name, seed))[None]
-        chunk = policy.predict_action_chunk(batch, noise=noise)
-        sizes.append(float(chunk.std()))
-        chunks.append(np.round(after(chunk)[0].double().numpy(), 7).tolist())
-    found = {"observations": OBSERVATIONS, "tokens": tokens, "chunks": chunks}
+    batches = [before(batch_of(observation_of(name, seed))) for seed in OBSERVATIONS]
+
+    def chunk(i: int, lost: str = "", **guided: Any) -> list[list[float]]:
+        noise = torch.from_numpy(noise_of(name, OBSERVATIONS[i]))[None]
+        batch = {n: values for n, values in batches[i].items() if n != lost}
+        made = after(policy.predict_action_chunk(batch, noise=noise, **guided))
+        return np.round(made[0].double().numpy(), 7).tolist()
+
+    tokens = [
+        batch["observation.language.tokens"][0][
+            batch["observation.language.attention_mask"][0].bool()
+        ].tolist()
+        for batch in batches
+    ]
+    chunks, guided = [chunk(i) for i in range(len(batches))], []
+    for rows, delay, horizon in GUIDES if SETS[name][0]["rtc_config"] else ():
+        left = torch.from_numpy(left_over_of(name, rows))[None]
+        asked = {"inference_delay": delay, "execution_horizon": horizon}
+        made = chunk(0, prev_chunk_left_over=left, **asked)
+        guided.append({"rows": rows, "delay": delay, "horizon": horizon, "chunk": made})
+    cameras = [n for n in SETS[name][0]["input_features"] if "images" in n]
+    found = {
+        "observations": OBSERVATIONS, "tokens": tokens, "chunks": chunks, "guided": guided,
+        "without": {n: chunk(0, n) for n in cameras if len(cameras) == 2},
+    }  # fmt: skip
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / f"{name}.json").write_text(json.dumps(found) + "\n")
-    print(name, "chunks of std", sizes, "tokens", [len(t) for t in tokens])
+    print(name, "chunks of std", np.std(chunks, (1, 2)), "tokens", [len(t) for t in tokens])
 
 
 if __name__ == "__main__":
