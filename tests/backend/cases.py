@@ -666,9 +666,7 @@ ODD: Grid = (
     (turn_patches, ({"heads": 3, "R": 5, "margin": (1, 3)},)),
     (embed_seen, ({"V": 33, "H": 7, "position": 5, "S": 75},)),
     (rope_rows, ({"heads": 2, "D": 33, "R2": 5, "placed": 1, "margin": (1, 3)},)),
-    (append_rows, (
-        {"heads": 2, "D": 33, "position": 31, "S": 99, "kv": "f32", "margin": (3, 1)},
-    )),
+    (append_rows, ({"heads": 2, "D": 33, "position": 31, "S": 99, "kv": "f32", "margin": (3, 1)},)),
     (route, ({"E": 5, "P": 5}, {"E": 37, "P": 1, "form": (1, 1, 0)})),
     (experts_in, ({"experts": (5, 2), "H": 33, "I": 32},)),
     (experts_out, ({"experts": (1, 1), "H": 32, "I": 32},)),
