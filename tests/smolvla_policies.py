@@ -106,6 +106,15 @@ SETS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
                        num_expert_layers=2, self_attn_every_n_layers=4, num_steps=3),
         vlm_config(hidden=64, heads=(4, 2), head_dim=16, ff=64, vision=(32, 2, 48, 1)), 4,
     ),
+    "tiny": (  # small enough for everything else that is tested
+        smolvla_config({"top": (16, 16), "wrist": (9, 20)}, state=3, action=2, side=16,
+                       chunk_size=8, n_action_steps=4, max_state_dim=4, max_action_dim=6,
+                       num_vlm_layers=2, num_steps=3, tokenizer_max_length=12,
+                       expert_width_multiplier=0.5, rtc_config=_GUIDED),
+        vlm_config(hidden=32, heads=(2, 1), head_dim=16, ff=24, layers=2, vision=(24, 2, 32, 1),
+                   image=(16, 4, 1)),
+        5,
+    ),
 }  # fmt: skip
 
 

@@ -126,8 +126,8 @@ def tensors_of(folder: Path, vlm: dict[str, Any]) -> dict[str, list[int]]:
 def golden(name: str) -> dict[str, Any]:
     """A set."""
     config, vlm, seed = SETS[name]
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         tensors = tensors_of(write_random_smolvla(folder, config, vlm, {"x": [1]}, seed), vlm)
         policy, before, after = loaded(
             write_random_smolvla(folder, config, vlm, tensors, seed), vlm
@@ -145,15 +145,15 @@ def golden(name: str) -> dict[str, Any]:
         for number in OBSERVATIONS:
             chunks.append(chunk(number))
         if config.get("rtc_config"):
-            for rows, delay, horizon in GUIDED:
+            for most, delay, horizon in GUIDED:
+                rows = min(most, config["chunk_size"])
                 left = torch.from_numpy(left_over_of(config, rows, seed))[None]
-                guided.append(
-                    chunk(11, inference_delay=delay, prev_chunk_left_over=left,
-                          execution_horizon=horizon)
-                )  # fmt: skip
+                asked = {"inference_delay": delay, "execution_horizon": horizon}
+                made = chunk(11, prev_chunk_left_over=left, **asked)
+                guided.append({"rows": rows, "delay": delay, "horizon": horizon, "chunk": made})
     return {
         "tensors": tensors, "observations": OBSERVATIONS, "tokens": tokens[: len(chunks)],
-        "chunks": chunks, "guided": GUIDED if guided else [], "guided_chunks": guided,
+        "chunks": chunks, "guided": guided,
     }  # fmt: skip
 
 

@@ -609,6 +609,8 @@ class ActionEngine(Engine):
             noise = checked_rows("noise", noise, (c.chunk_size, c.max_action_dim))
         if left is not None:
             left = checked_rows("left_over", left, (None, c.action_dim))
+            if len(left) > c.chunk_size:
+                raise ObservationError(f"left_over: {len(left)} rows of a chunk of {c.chunk_size}")
         for name, value in (("delay", given.delay), ("horizon", given.horizon or 0)):
             whole = as_integer(value)
             if whole is None or whole < 0:

@@ -29,7 +29,7 @@ from flashrt.base.locks import reentrant_lock
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane
 from flashrt.capsule.turn import Turn, exclusive
-from flashrt.engine.numbers import checked_vector
+from flashrt.engine.numbers import checked_vector, checked_vectors
 from flashrt.engine.packed import Packed
 from flashrt.robot.history import NO_CUT, NOTHING, Boundary, History, LoopState, PastTick
 from flashrt.robot.options import (
@@ -116,7 +116,6 @@ class ControlLoop:
         self.timing = LoopTiming(engine.stats)
         self.lock = reentrant_lock()  # whoever has it is in a call; see `exclusive`
         self._named = naming(engine)
-        self._taken = taking(engine)
         self._hold = options.hold(engine.config)
         is_holding = options.on_miss == "hold" and options.deadline_ms is not None
         self._is_sent_needed = is_holding and self._hold is None  # else nobody asks for it
@@ -641,11 +640,8 @@ class ControlLoop:
 
     def _checked(self, observation: Observation) -> Array:
         """The loop's own copy; what comes after this door trusts it. Raises ObservationError."""
-        size, vector = self.engine.config.observation_dim, as_vector(self.engine, observation)
-        if isinstance(vector, Packed):
-            return cast(Array, vector)
-        checked = checked_vector("observation", vector, size, OBSERVED_KINDS)
-        return self._taken(checked) if self._taken is not None else checked
+        (checked,) = checked_observations(self.engine, [observation])
+        return checked
 
     def _late(self, state: LoopState) -> Array | None:
         """The deadline policy; what is executed in place of the action, if anything."""
@@ -735,6 +731,22 @@ class ControlLoop:
         if (listener := self._listening()) is not None:
             listener.event(what, value, digest)
             self._n_told = self._state.changes
+
+
+def checked_observations(engine: Policy, observations: Sequence[Observation]) -> list[Array]:
+    """The loops' own copies of observations, one for each of several. Raises ObservationError."""
+    size, take = engine.config.observation_dim, taking(engine)
+    vectors = [as_vector(engine, observation) for observation in observations]
+    plain = [vector for vector in vectors if not isinstance(vector, Packed)]
+    checked = iter(checked_vectors("observation", plain, size, OBSERVED_KINDS))
+    return [
+        cast(Array, vector)
+        if isinstance(vector, Packed)
+        else next(checked)
+        if take is None
+        else take(next(checked))
+        for vector in vectors
+    ]
 
 
 def as_vector(engine: Policy, observation: Observation) -> ArrayLike:

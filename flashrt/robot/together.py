@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from flashrt.base.checks import shown
 from flashrt.base.errors import SessionError
 from flashrt.base.locks import while_holding
 from flashrt.capsule.turn import Turn, exclusive
-from flashrt.engine.numbers import checked_action, checked_vectors
-from flashrt.engine.packed import Packed
+from flashrt.engine.numbers import checked_action
 from flashrt.robot.history import LoopState
-from flashrt.robot.loop import OBSERVED_KINDS, ControlLoop, Took, as_vector
-from flashrt.robot.policy import Array, Observation, Policy, sharing, taking
+from flashrt.robot.loop import ControlLoop, Took, checked_observations
+from flashrt.robot.policy import Array, Observation, sharing
 from flashrt.robot.schedule import run_slack_together, run_tick_together
 
 _R = TypeVar("_R")
@@ -47,7 +46,7 @@ def tick_together(loops: Sequence[ControlLoop], observations: Sequence[Observati
         )
     if not loops:
         return []
-    seen = _checked(loops[0].engine, observations)
+    seen = checked_observations(loops[0].engine, observations)
     if len(groups) > 1:
         for group in groups:  # what is wrong with a loop shows before any ticks
             group.prepare()
@@ -56,16 +55,6 @@ def tick_together(loops: Sequence[ControlLoop], observations: Sequence[Observati
     if failures:
         raise failures[0]
     return [action for some in actions for action in some]
-
-
-def _checked(engine: Policy, observations: Sequence[Observation]) -> list[Array]:
-    """As each loop would have its own. Raises ObservationError."""
-    given = [as_vector(engine, observation) for observation in observations]
-    vectors = [vector for vector in given if not isinstance(vector, Packed)]
-    size, take = engine.config.observation_dim, taking(engine)
-    checked = iter(checked_vectors("observation", vectors, size, OBSERVED_KINDS))
-    taken = (vector if take is None else take(vector) for vector in checked)
-    return [cast(Array, v) if isinstance(v, Packed) else next(taken) for v in given]
 
 
 def slack_together(loops: Sequence[ControlLoop]) -> None:

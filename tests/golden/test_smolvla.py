@@ -55,20 +55,20 @@ def test_chunks_are_lerobots(name: str, device: str, tmp_path: Path) -> None:
             assert np.abs(engine.act(lane) - np.array(chunk[0])).max() < ABSOLUTE
 
 
-def test_a_chunk_is_guided_as_lerobots(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["guided", "tiny"])
+def test_a_chunk_is_guided_as_lerobots(name: str, tmp_path: Path) -> None:
     """Fault: other weights of rows, another strength of a step, or guidance from the wrong rows."""
-    engine, recorded = loaded("guided", tmp_path)
-    config, _, seed = SETS["guided"]
+    engine, recorded = loaded(name, tmp_path)
+    config, _, seed = SETS[name]
     lane, free = engine.lanes[0], np.array(recorded["chunks"][0])
     with engine:
         engine.observe(lane, observation_of(config, 11))
-        guided = zip(recorded["guided"], recorded["guided_chunks"], strict=True)
-        for (rows, delay, horizon), chunk in guided:
-            left = left_over_of(config, rows, seed)
-            given = Given(noise_of(config, 11), left, delay, horizon)
+        for about in recorded["guided"]:
+            left, chunk = left_over_of(config, about["rows"], seed), np.array(about["chunk"])
+            given = Given(noise_of(config, 11), left, about["delay"], about["horizon"])
             engine.plan(lane, given=given)
-            assert np.abs(engine.chunk(lane) - np.array(chunk)).max() < ABSOLUTE
-            assert np.abs(np.array(chunk) - free).max() > 1000 * ABSOLUTE  # it is another chunk
+            assert np.abs(engine.chunk(lane) - chunk).max() < ABSOLUTE
+            assert np.abs(chunk - free).max() > 1000 * ABSOLUTE  # it is another chunk
 
 
 @pytest.mark.parametrize("name", ["plain", "three-cameras"])

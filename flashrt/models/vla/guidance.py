@@ -53,7 +53,9 @@ class Guidance:
         if n > 0 and self.schedule in (Schedule.LINEAR, Schedule.EXP):
             falling = _falling(n)
             if self.schedule is Schedule.EXP:
-                falling = np.asarray(falling * np.expm1(falling), np.float32) / np.float32(math.e - 1)
+                falling = np.asarray(falling * np.expm1(falling), np.float32) / np.float32(
+                    math.e - 1
+                )
             found[start : start + n] = falling
         return found
 
