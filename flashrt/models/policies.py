@@ -32,13 +32,13 @@ def policy_for(
     config = checkpoint.config
     if config.get("type") == pi05_config.TYPE and "model_type" not in config:
         return pi05_of(checkpoint, weights)
+    if config.get("type") == smolvla_config.TYPE and "model_type" not in config:
+        return smolvla_of(checkpoint, weights)
     if weights is not None:
         raise PlanError(
             f"{checkpoint.path}: weights={shown(weights)} is for policies of type "
-            f"{pi05_config.TYPE}; load this one without it"
+            f"{smolvla_config.TYPE} and {pi05_config.TYPE}; load this one without it"
         )
-    if config.get("type") == smolvla_config.TYPE and "model_type" not in config:
-        return smolvla_of(checkpoint)
     if "model_type" in config or config.get("type") != act_config.TYPE:
         return FlowPolicy(config_of(checkpoint)), checkpoint
     try:

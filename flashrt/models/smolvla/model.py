@@ -70,11 +70,12 @@ class SmolVla:
         scaling: Scaling,
         words: Words,
         checkpoint: Checkpoint,
+        weights: str | None = None,
     ) -> None:
         """Raises CheckpointError for images that are normalised, or too small to be told apart."""
         self.config = config
         self.parts = config.parts
-        self.filled = Weights(config, vlm, scaling, checkpoint)
+        self.filled = Weights(config, vlm, scaling, checkpoint, weights)
         self.weights = self.filled.rules
         self.positive = ("stats.observation.state.std",)
         self.cameras = config.cameras
@@ -205,9 +206,9 @@ def _lane_regions(model: SmolVla) -> tuple[Region, ...]:
     )
 
 
-def smolvla_of(checkpoint: Checkpoint) -> tuple[SmolVla, Checkpoint]:
-    """The model of a policy's checkpoint, and the checkpoint as its weight rules name it. Raises
-    CheckpointError.
+def smolvla_of(checkpoint: Checkpoint, weights: str | None = None) -> tuple[SmolVla, Checkpoint]:
+    """The model of a policy's checkpoint, and the checkpoint as its weight rules name it.
+    `weights`: see flashrt.load. Raises CheckpointError; PlanError.
     """
     try:
         config = parse_config(checkpoint.config)
@@ -217,5 +218,5 @@ def smolvla_of(checkpoint: Checkpoint) -> tuple[SmolVla, Checkpoint]:
     vlm = vlm_of(source, config)
     tokenizer = Tokenizer(tokenizer_file(checkpoint.path, config))
     words = Words(tokenizer, config.tokenizer_max_length, vlm.vocab_size)
-    model = SmolVla(config, vlm, scaling_of(source, config), words, source)
+    model = SmolVla(config, vlm, scaling_of(source, config), words, source, weights)
     return model, model.filled.checkpoint
