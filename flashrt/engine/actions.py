@@ -230,6 +230,28 @@ class ActionEngine(Engine):
         self._cursors.keep(lane, words)
         return left == 1
 
+    def checked_given(self, given: Given) -> Given:
+        """What a plan is given, as float32. Raises ObservationError for what does not fit."""
+        if self._prefixes is None:
+            raise ObservationError("given: this policy does not integrate rows of noise")
+        c, is_guided = self.config, bool(self._prefixes.model.guided(None, 0, None))
+        noise, left = given.noise, given.left_over
+        if left is not None and not is_guided:
+            raise ObservationError(
+                "left_over: real-time chunking is off: set rtc_config, enabled, in config.json"
+            )
+        if noise is not None:
+            noise = checked_rows("noise", noise, (c.chunk_size, c.max_action_dim))
+        if left is not None:
+            left = checked_rows("left_over", left, (None, c.action_dim))
+            if len(left) > c.chunk_size:
+                raise ObservationError(f"left_over: {len(left)} rows of a chunk of {c.chunk_size}")
+        for name, value in (("delay", given.delay), ("horizon", given.horizon or 0)):
+            whole = as_integer(value)
+            if whole is None or whole < 0:
+                raise ObservationError(f"{name} is {shown(value)}, expected a whole number")
+        return Given(noise, left, given.delay, given.horizon)
+
     # -- verbs of several lanes, a replay for all ------------------------------------------------
     # The bits are those of each lane alone. Each raises SessionError for no lane, a lane that is
     # named twice or more than `most_together`, and what its own verb raises for any of them; then
@@ -561,7 +583,7 @@ class ActionEngine(Engine):
     ) -> None:
         """A graph that begins a chunk and does `steps` of its Euler steps."""
         rows = self._committed(lane, committed)
-        checked = None if given is None else self._checked_given(given)
+        checked = None if given is None else self.checked_given(given)
         words = self._cursors.take(lane)
         self._ask(lane, words, rows, checked)
         self._run(phase, lane)
@@ -595,27 +617,6 @@ class ActionEngine(Engine):
         if not is_promised or not 0 <= first < self.config.chunk_size:
             return None
         return np.asarray(self.lane_array(lane, "queue")[first:], np.float32)
-
-    def _checked_given(self, given: Given) -> Given:
-        if self._prefixes is None:
-            raise ObservationError("given: this policy does not integrate rows of noise")
-        c, is_guided = self.config, bool(self._prefixes.model.guided(None, 0, None))
-        noise, left = given.noise, given.left_over
-        if left is not None and not is_guided:
-            raise ObservationError(
-                "left_over: real-time chunking is off: set rtc_config, enabled, in config.json"
-            )
-        if noise is not None:
-            noise = checked_rows("noise", noise, (c.chunk_size, c.max_action_dim))
-        if left is not None:
-            left = checked_rows("left_over", left, (None, c.action_dim))
-            if len(left) > c.chunk_size:
-                raise ObservationError(f"left_over: {len(left)} rows of a chunk of {c.chunk_size}")
-        for name, value in (("delay", given.delay), ("horizon", given.horizon or 0)):
-            whole = as_integer(value)
-            if whole is None or whole < 0:
-                raise ObservationError(f"{name} is {shown(value)}, expected a whole number")
-        return Given(noise, left, given.delay, given.horizon)
 
     def _read_words(self, lane: Lane) -> list[int]:
         words = np.empty(CURSOR_WORDS, np.int32)  # another each time: threads may read two lanes

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane
 from flashrt.capsule.turn import Turn
+from flashrt.engine.numbers import Given
 
 Array = NDArray[np.float32]
 # As a loop is given it: a vector, or its parts by name.
@@ -236,6 +237,17 @@ class TakingVerbs(Protocol):
         ...
 
 
+@runtime_checkable
+class GuidedVerbs(Protocol):
+    """Verbs of a policy whose plans start from more than observations: it may have them, or not."""
+
+    def checked_given(self, given: Given) -> Given:
+        """Raises ObservationError for what does not fit."""
+        ...
+
+    def plan(self, lane: Lane, committed: int = 0, *, given: Given | None = None) -> None: ...
+
+
 class SharingPolicy(SharedVerbs, Policy, Protocol):
     """A policy that has them."""
 
@@ -269,6 +281,16 @@ def naming(policy: Policy) -> NamedVerbs | None:
 def taking(policy: Policy) -> Callable[[Array], Array] | None:
     """What a policy makes of a vector, if its class has that verb."""
     return cast(TakingVerbs, policy).taken if _has_taking_verbs(type(policy)) else None
+
+
+def guiding(policy: Policy) -> GuidedVerbs | None:
+    """The policy, if its class has the verbs of plans that start from something given."""
+    return cast(GuidedVerbs, policy) if _has_guided_verbs(type(policy)) else None
+
+
+@functools.cache
+def _has_guided_verbs(kind: type) -> bool:
+    return issubclass(kind, GuidedVerbs)
 
 
 @functools.cache

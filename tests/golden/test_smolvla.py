@@ -1,7 +1,7 @@
 """SmolVLA against LeRobot: chunks of random policies, as tools/smolvla_golden.py recorded them.
 
-One camera, three of odd sizes, missing ones; short and long tasks; heads that are not hidden / their
-number; an expert with fewer layers, or one that sees itself throughout; real-time chunking.
+One camera, three of odd sizes; short and long tasks; heads that are not hidden / their number; an
+expert with fewer layers, or one that sees itself throughout; real-time chunking.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def seen(at: int) -> dict[str, Any]:
     """Observations that share images with others, or all but the state, or nothing; in some a
     camera is missing.
     """
-    whole = observation_of(CONFIG, at // 8)
+    whole: dict[str, Any] = observation_of(CONFIG, at // 8)
     whole[STATE] = observation_of(CONFIG, at % 4)[STATE]
     if at % 8 == 5:
         del whole[WRIST]
@@ -134,7 +134,7 @@ def test_a_forgotten_region_is_noticed(
 
     def without(model: SmolVla) -> tuple[Region, ...]:
         return tuple(
-            Region(r.name, r.shape, r.dtype, Role.FIXED if r.role is Role.ROWS else Role.IO)
+            Region(r.name, r.shape, r.dtype, Role.IO)
             if r.name == forgotten and r.role is Role.FIXED
             else r
             for r in declared(model)
@@ -142,15 +142,12 @@ def test_a_forgotten_region_is_noticed(
 
     monkeypatch.setattr(smolvla_model, "_lane_regions", without)
     engine = ActionEngine(open_checkpoint(tiny), CpuDevice(alone_nbytes=1 << 30), lanes=1)
-    if forgotten in ("keys", "cross_values"):  # rows cannot be other than rows: they are not moved
-        slot = engine.arena.lane(0).rows.slot(forgotten)
-        restore = engine.restore
+    if forgotten in ("keys", "cross_values"):  # rows cannot be other than rows: they are lost
+        slot, restore = engine.arena.lane(0).rows.slot(forgotten), engine.restore
 
         def without_rows(lane: Any, capsule: Any) -> None:
             restore(lane, capsule)
-            engine.backend.fill(
-                engine.arena.memory.address + slot.offset, slot.storage.nbytes, 0xFF
-            )
+            engine.set_lane_array(lane, forgotten, np.full(slot.region.shape, np.nan, np.float32))
 
         monkeypatch.setattr(engine, "restore", without_rows)
     with pytest.raises((AssertionError, flashrt.FlashrtError)):
@@ -160,12 +157,15 @@ def test_a_forgotten_region_is_noticed(
 def test_rows_are_made_when_what_they_are_of_has_changed(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And else not, to the same bits. Fault: rows that are made twice, or not anew."""
+    """And else not, to the bits of a lane that makes all. Fault: rows that are made twice, or not
+    anew.
+    """
     base = observation_of(CONFIG, 1)
     other_state = {**base, STATE: observation_of(CONFIG, 2)[STATE]}
     other_wrist = {**base, WRIST: observation_of(CONFIG, 2)[WRIST]}
     other_task = {**base, "task": "lift it"}
     no_wrist = {name: part for name, part in base.items() if name != WRIST}
+    chunks = set()
     with flashrt.load_policy(tiny, device="cpu", lanes=2) as engine:
         lane, fresh = engine.lanes
         phases = made(engine, monkeypatch)
@@ -180,18 +180,14 @@ def test_rows_are_made_when_what_they_are_of_has_changed(
             (base, [READ, READ_STATE]),
         ):
             phases.clear()
+            engine.cut(lane)  # nothing guides
             chunk = plan(engine, lane, observation)
             assert phases == wanted
             engine.poison_lane(fresh)
             engine.reset(fresh)
-            engine.lane_array(fresh, "queue")
-            engine.set_lane_array(fresh, "queue", engine.lane_array(lane, "queue"))
-            engine.reset(fresh)
-            engine.reset(lane)
-            assert plan(engine, fresh, observation) == plan(engine, lane, observation)
-        assert len({plan(engine, lane, o) for o in (base, other_state, other_wrist, other_task,
-                                                    no_wrist)}) == 5  # fmt: skip
-        del chunk
+            assert plan(engine, fresh, observation) == chunk
+            chunks.add(chunk)
+        assert len(chunks) == 5
 
 
 def test_rows_that_a_capsule_brings_back_are_not_made_again(
@@ -223,9 +219,7 @@ def test_capsules_of_one_scene_share_its_rows(tiny: Path) -> None:
             sizes.append(engine.snapshot(lane).nbytes - engine.capsules.fixed_nbytes)
         block = sizes[0] - sizes[1]
         assert sizes[1] == sizes[2] and block > 0
-        (_, _, third) = sorted(engine.capsules.capsules, key=lambda c: c.digest)
         engine.capsules.check_integrity()
-        engine.restore(lane, third)
 
 
 def test_slices_are_a_plan_at_once(tiny: Path) -> None:
@@ -341,7 +335,7 @@ def test_another_task_is_an_interrupt_away(engine: ActionEngine) -> None:
 
 def test_the_interface_of_lerobots_policies(engine: ActionEngine) -> None:
     """Batches of one, given noise, real-time chunking; and what is wrong is named."""
-    whole = observation_of(CONFIG, 2)
+    whole: dict[str, Any] = observation_of(CONFIG, 2)
     batch: dict[str, Any] = {
         name: (whole[name].transpose(2, 0, 1)[None] / np.float32(255)).astype(np.float32)
         for name in (TOP, WRIST)
@@ -395,6 +389,6 @@ def test_a_capsule_file_goes_to_another_engine(
         again = flashrt.ControlLoop(other)
         again.restore(other.load_capsule(tmp_path / "reach.capsule"))
         assert np.array_equal(again.tick(seen(6)), following)
-        monkeypatch.setattr(other._prefixes.model, "most_prefix_rows", 2)
+        monkeypatch.setattr(other.policy, "most_prefix_rows", 2)
         with pytest.raises(CapsuleError, match="an observation has 2 at most"):
             other.load_capsule(tmp_path / "reach.capsule")
