@@ -41,8 +41,10 @@ def engine(policy: Path) -> Iterator[ActionEngine]:
         yield made
 
 
-def whole_state(engine: ActionEngine) -> None:
-    """Capsules between any two verbs, inside a plan too, are brought back over poison."""
+def whole_state(engine: ActionEngine, ticks: int = 7) -> None:
+    """Capsules between any two verbs, inside a plan too, are brought back over poison. `ticks`: that
+    are compared.
+    """
     lane = engine.lanes[0]
 
     def go_on() -> tuple[bytes, str]:
@@ -51,7 +53,7 @@ def whole_state(engine: ActionEngine) -> None:
             taken += engine.tick(lane, STREAM[4]).tobytes()
             while not engine.continue_plan(lane):
                 pass
-        for observation in STREAM[5:]:
+        for observation in STREAM[5 : 5 + ticks]:
             if not engine.cursor(lane).remaining:
                 engine.observe(lane, observation)
                 engine.plan(lane)
@@ -78,8 +80,10 @@ def whole_state(engine: ActionEngine) -> None:
         capsule.drop()
 
 
-def test_a_capsule_is_the_whole_state(engine: ActionEngine) -> None:
-    whole_state(engine)
+@pytest.mark.parametrize("device", ["cpu", "simt"])
+def test_a_capsule_is_the_whole_state(policy: Path, device: str) -> None:
+    with flashrt.load_policy(policy, device=device) as engine:
+        whole_state(engine, 7 if device == "cpu" else 3)
 
 
 @pytest.mark.parametrize("forgotten", ["cursor", "queue", "kept", "flow"])
