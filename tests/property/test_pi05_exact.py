@@ -42,8 +42,8 @@ def engine(policy: Path) -> Iterator[ActionEngine]:
 
 
 def whole_state(engine: ActionEngine, ticks: int = 7) -> None:
-    """Capsules between any two verbs, inside a plan too, are brought back over poison. `ticks`: that
-    are compared.
+    """Capsules between any two verbs, inside a plan too, are brought back over poison; `ticks` that
+    follow are compared.
     """
     lane = engine.lanes[0]
 
