@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
@@ -142,6 +143,70 @@ def left_over_of(config: Mapping[str, Any], rows: int, seed: int) -> Values:
     return uniform("left over", (rows, action), seed)
 
 
+def tensors_of(config: Mapping[str, Any], vlm: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Names and shapes of a policy's weights, as LeRobot has them."""
+    text, vision, scale = vlm["text_config"], vlm["vision_config"], vlm["scale_factor"]
+    hidden, size, patch = text["hidden_size"], vision["hidden_size"], vision["patch_size"]
+    queries, keys = (
+        text["head_dim"] * text[f"num_{kind}_heads"] for kind in ("attention", "key_value")
+    )
+    wide = int(hidden * config["expert_width_multiplier"])
+    inner = 256 * -(-int(4 * int(2 * wide / 3)) // 256)
+    n_layers = config["num_vlm_layers"]
+    n_experts = config["num_expert_layers"] if config["num_expert_layers"] > 0 else n_layers
+    own, expert = "model.vlm_with_expert.vlm", "model.vlm_with_expert.lm_expert"
+    found: dict[str, list[int]] = {}
+
+    def layer(at: str, width: int, mlp: int, key_width: int) -> None:
+        attention = {
+            "q": [queries, width], "k": [keys, key_width], "v": [keys, key_width],
+            "o": [width, queries],
+        }  # fmt: skip
+        for part, shape in attention.items():
+            found[f"{at}.self_attn.{part}_proj.weight"] = shape
+        for part in ("gate", "up"):
+            found[f"{at}.mlp.{part}_proj.weight"] = [mlp, width]
+        found[f"{at}.mlp.down_proj.weight"] = [width, mlp]
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            found[f"{at}.{norm}.weight"] = [width]
+
+    def dense(at: str, rows: int, columns: int) -> None:
+        found.update({f"{at}.weight": [rows, columns], f"{at}.bias": [rows]})
+
+    for i in range(n_layers):
+        layer(f"{own}.model.text_model.layers.{i}", hidden, text["intermediate_size"], hidden)
+    every, is_cross = config["self_attn_every_n_layers"], "cross" in config["attention_mode"]
+    for i in range(n_experts):
+        crosses = is_cross and not (every > 0 and i % every == 0)
+        layer(f"{expert}.layers.{i}", wide, inner, keys if crosses else wide)
+    found[f"{own}.model.text_model.embed_tokens.weight"] = [text["vocab_size"], hidden]
+    found[f"{own}.lm_head.weight"] = [text["vocab_size"], hidden]
+    found |= {f"{own}.model.text_model.norm.weight": [hidden], f"{expert}.norm.weight": [wide]}
+    projection = f"{own}.model.connector.modality_projection.proj.weight"
+    found[projection] = [hidden, size * scale**2]
+    tower = f"{own}.model.vision_model"
+    found[f"{tower}.embeddings.patch_embedding.weight"] = [size, 3, patch, patch]
+    found[f"{tower}.embeddings.patch_embedding.bias"] = [size]
+    places = (vision["image_size"] // patch) ** 2
+    found[f"{tower}.embeddings.position_embedding.weight"] = [places, size]
+    for i in range(vision["num_hidden_layers"]):
+        at = f"{tower}.encoder.layers.{i}"
+        for norm in ("layer_norm1", "layer_norm2"):
+            found |= {f"{at}.{norm}.weight": [size], f"{at}.{norm}.bias": [size]}
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            dense(f"{at}.self_attn.{part}", size, size)
+        dense(f"{at}.mlp.fc1", vision["intermediate_size"], size)
+        dense(f"{at}.mlp.fc2", size, vision["intermediate_size"])
+    for part in ("weight", "bias"):
+        found[f"{tower}.post_layernorm.{part}"] = [size]
+    dense("model.state_proj", hidden, config["max_state_dim"])
+    dense("model.action_in_proj", wide, config["max_action_dim"])
+    dense("model.action_out_proj", config["max_action_dim"], wide)
+    dense("model.action_time_mlp_in", wide, 2 * wide)
+    dense("model.action_time_mlp_out", wide, wide)
+    return found
+
+
 def tokenizer_json() -> dict[str, Any]:
     """A byte-level tokenizer of few merges."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -169,26 +234,21 @@ def write_random_smolvla(
     folder: str | os.PathLike[str],
     config: Mapping[str, Any],
     vlm: Mapping[str, Any],
-    tensors: Mapping[str, Any],
     seed: int,
     dtype: str = "float32",
 ) -> Path:
-    """A policy of these configs, with tensors of these names and shapes, float32 or bfloat16.
-    `folder` is made.
-    """
+    """A policy of these configs, its tensors float32 or bfloat16. `folder` is made."""
     root = Path(folder)
     (root / "vlm").mkdir(parents=True, exist_ok=True)
     (root / "vlm" / "config.json").write_text(json.dumps(vlm, indent=1))
     (root / "vlm" / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
     whole = {**config, "vlm_model_name": str(root / "vlm")}
     (root / "config.json").write_text(json.dumps(whole, indent=1))
+    stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
     weights: dict[str, Any] = {
-        name: random_tensor(name, tuple(shape), seed) for name, shape in tensors.items()
+        name: random_tensor(name, tuple(shape), seed).astype(stored)
+        for name, shape in tensors_of(config, vlm).items()
     }
-    if dtype == "bfloat16":
-        import ml_dtypes
-
-        weights = {name: values.astype(ml_dtypes.bfloat16) for name, values in weights.items()}
     safetensors.numpy.save_file(weights, root / "model.safetensors")
     write_processors(root, config, seed)
     return root

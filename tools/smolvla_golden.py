@@ -4,11 +4,10 @@ Run it where lerobot (0.4.4), transformers (4.57) and torch are; it writes tests
 
     python tools/smolvla_golden.py
 
-A set is a JSON file: names and shapes of the tensors, so that tests can draw the same weights; of
-each of three observations the tokens, and the chunk after the postprocessor for fixed noise; of a
-set with real-time chunking, chunks that one before guides. LeRobot runs in float32; patches of the
-tower stand where they do in bfloat16 in sets that begin from the VLM's weights, as released
-policies do (see models/vla/siglip).
+A set is a JSON file: of each of three observations the tokens, and the chunk after the
+postprocessor for fixed noise; of a set with real-time chunking, chunks that one before guides.
+LeRobot runs in float32; patches of the tower stand where they do in bfloat16 in sets that begin
+from the VLM's weights, as released policies do (see models/vla/siglip).
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ def loaded(folder: Path, vlm: dict[str, Any]) -> tuple[SmolVLAPolicy, Any, Any]:
     add_vlm_files(folder / "vlm", vlm)
     config = PreTrainedConfig.from_pretrained(folder)
     is_raster, config.load_vlm_weights = config.load_vlm_weights, False
-    policy = SmolVLAPolicy.from_pretrained(folder, config=config).float().eval()
+    policy = SmolVLAPolicy.from_pretrained(folder, config=config, strict=True).float().eval()
     if is_raster:
         for module in policy.modules():
             if isinstance(module, modeling_smolvlm.SmolVLMVisionEmbeddings):
@@ -114,24 +113,13 @@ def as_lerobot(observation: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
-def tensors_of(folder: Path, vlm: dict[str, Any]) -> dict[str, list[int]]:
-    """Names and shapes of a policy's weights."""
-    add_vlm_files(folder / "vlm", vlm)
-    config = PreTrainedConfig.from_pretrained(folder)
-    config.load_vlm_weights = False
-    return {name: list(t.shape) for name, t in SmolVLAPolicy(config).state_dict().items()}
-
-
 @torch.no_grad()
 def golden(name: str) -> dict[str, Any]:
     """A set."""
     config, vlm, seed = SETS[name]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        tensors = tensors_of(write_random_smolvla(folder, config, vlm, {"x": [1]}, seed), vlm)
-        policy, before, after = loaded(
-            write_random_smolvla(folder, config, vlm, tensors, seed), vlm
-        )
+        policy, before, after = loaded(write_random_smolvla(folder, config, vlm, seed), vlm)
         chunks, tokens, guided = [], [], []
 
         def chunk(number: int, **rest: Any) -> list[list[float]]:
@@ -152,7 +140,7 @@ def golden(name: str) -> dict[str, Any]:
                 made = chunk(11, prev_chunk_left_over=left, **asked)
                 guided.append({"rows": rows, "delay": delay, "horizon": horizon, "chunk": made})
     return {
-        "tensors": tensors, "observations": OBSERVATIONS, "tokens": tokens[: len(chunks)],
+        "observations": OBSERVATIONS, "tokens": tokens[: len(chunks)],
         "chunks": chunks, "guided": guided,
     }  # fmt: skip
 

@@ -35,7 +35,7 @@ def loaded(
 ) -> tuple[ActionEngine, dict[str, Any]]:
     recorded: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
     config, vlm, seed = SETS[name]
-    policy = write_random_smolvla(folder, config, vlm, recorded["tensors"], seed)
+    policy = write_random_smolvla(folder, config, vlm, seed)
     return flashrt.load_policy(policy, device=device, precision=precision), recorded
 
 

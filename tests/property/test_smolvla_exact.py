@@ -6,7 +6,6 @@ own: rows of an observation that are made once, shared by capsules, and brought 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from flashrt.weights.checkpoint import open_checkpoint
 from tests.property.test_control import LANES, Lives, walk
 from tests.smolvla_policies import SETS, noise_of, observation_of, write_random_smolvla
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "smolvla"
 TOP, WRIST, STATE = "observation.images.top", "observation.images.wrist", "observation.state"
 CONFIG = SETS["tiny"][0]
 
@@ -37,9 +35,8 @@ CONFIG = SETS["tiny"][0]
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config, vlm, seed = SETS["tiny"]
-    tensors = json.loads((GOLDEN / "tiny.json").read_text())["tensors"]
     folder = tmp_path_factory.mktemp("smolvla") / "tiny"
-    return write_random_smolvla(folder, config, vlm, tensors, seed)
+    return write_random_smolvla(folder, config, vlm, seed)
 
 
 def seen(at: int) -> dict[str, Any]:
