@@ -6,7 +6,6 @@ float32, in which the other tests of this folder hold it against LeRobot.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,10 +68,8 @@ def _pi05() -> Family:
 
 def _smolvla() -> Family:
     config, vlm, seed = smolvla_policies.SETS["plain"]
-    file = Path(__file__).parent / "smolvla" / "plain.json"
-    tensors = json.loads(file.read_text())["tensors"]
     return Family(
-        lambda f: smolvla_policies.write_random_smolvla(f, config, vlm, tensors, seed),
+        lambda f: smolvla_policies.write_random_smolvla(f, config, vlm, seed),
         smolvla_policies.observation_of(config, SEED), smolvla_policies.noise_of(config, SEED),
         "embed_tokens",
     )  # fmt: skip
