@@ -77,12 +77,12 @@ def flashrt_chunks(folder: Path, config: dict[str, Any]) -> tuple[Chunks, Any]:
     capsule = engine.snapshot(lane)
 
     def restored(number: int) -> Any:
-        del number
+        del number  # of which images the lane has rows when it is restored is no matter
         engine.restore(lane, capsule)
         return chunk(images[0])
 
     def state(number: int) -> Any:
-        return chunk({**images[0], STATE: observation_of(config, 100 + number)[STATE]})
+        return chunk({**images[number % 2], STATE: observation_of(config, 100 + number)[STATE]})
 
     whole = {
         "all rows": lambda number: chunk(images[number % 2]),

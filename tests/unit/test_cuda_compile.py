@@ -142,9 +142,11 @@ def variants(arch: str, *, is_full: bool) -> Iterator[KernelLaunch]:
                 yield from kernels.EXPANSIONS["attention"](shifted)
         for seen in (Seen.LAUNCH, Seen.BEFORE):  # SmolVLA's, in float32
             for n in (8, 50):
-                own = shape("attention", n, act, DType.F32, 132, D=64, Nq=15, Nk=5)
-                asked = ATTRS | DENSE_ATTRS | {"seen": int(seen)}
-                yield from kernels.EXPANSIONS["attention"](replace(own, attrs=asked))
+                sm, sizes = multiprocessor(arch), {"D": 64, "Nq": 15, "Nk": 5}
+                own = shape("attention", n, act, DType.F32, 132, sm, **sizes)
+                if n <= 8 or kernels.attention_widths(own):  # no pairs on the smallest
+                    asked = ATTRS | DENSE_ATTRS | {"seen": int(seen)}
+                    yield from kernels.EXPANSIONS["attention"](replace(own, attrs=asked))
         for cache in caches:
             for op in ("attention", "rope_append"):
                 for n in rows:

@@ -748,7 +748,13 @@ def _attention(s: Shape) -> tuple[KernelLaunch, ...]:
             "per key head at most 32"
         )
     if s.dims["TP"] < t:
-        return (attention_many(s, min(attention_widths(s), key=lambda n: _columns_cost(s, n))),)
+        widths = attention_widths(s)
+        if not widths:
+            raise PlanError(
+                f"attention: no block of heads of {d}, over keys in {s.dtypes['keys']} and in "
+                f"{s.act_parts} parts, fits this device; take precision='bfloat16'"
+            )
+        return (attention_many(s, min(widths, key=lambda n: _columns_cost(s, n))),)
     # blocks of keys side by side, then a merge
     # with 4, pairs of parts and codes spill a few bytes; a tile must hold a whole group
     is_narrow = group <= 24 and (s.act_parts == 2 or s.dtypes["keys"] in _CACHE_CODES)
