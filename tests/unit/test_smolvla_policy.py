@@ -122,6 +122,10 @@ def test_files_that_do_not_fit_are_refused(folder: Path) -> None:
         (vlm, lambda c: c["vision_config"].update(hidden_act="gelu"), "hidden_act of vision_conf"),
         (vlm, lambda c: c.update(scale_factor=2), "an image becomes 4 rows; 5 are needed"),
         (before, lambda c: c["steps"].append({"registry_name": "crop"}), "step 'crop' is not"),
+        (before, lambda c: c["steps"].pop(3), "has no step tokenizer_processor"),
+        (before, lambda c: c["steps"][3]["config"].update(task_key="goal"), "task_key is 'goal'"),
+        (before, lambda c: c["steps"][3]["config"].update(truncation=False), "truncation is False"),
+        (before, lambda c: c["steps"][3]["config"].update(max_length=0), "max_length is 0"),
         (before, lambda c: c["steps"][5]["config"]["norm_map"].update(STATE="LOG"), "'LOG'"),
     ):  # fmt: skip
         whole = file.read_text()
