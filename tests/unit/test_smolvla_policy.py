@@ -169,6 +169,23 @@ def test_a_task_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
             engine.pack({**seen, "task": TASKS[0] + " now"})
 
 
+def test_a_task_is_read_as_the_preprocessor_says(folder: Path) -> None:
+    """Fault: a newline or a length that the policy was not trained with."""
+    before, seen = folder / "policy_preprocessor.json", {"task": "push it left"}
+
+    def tokens() -> tuple[int, ...]:
+        with flashrt.load_policy(folder, device="cpu") as engine:
+            packed: Any = engine.pack(observation_of(SETS["tiny"][0], 1) | seen)
+            return tuple(packed.tokens)
+
+    change(before, lambda c: c["steps"][3]["config"].update(max_length=40))
+    whole = tokens()
+    change(before, lambda c: c["steps"].pop(2))
+    assert whole[:-1] == tokens() and len(whole) > 9
+    change(before, lambda c: c["steps"][2]["config"].update(max_length=5))
+    assert tokens() == whole[:5]
+
+
 def test_an_observation_is_a_vector_too(folder: Path) -> None:
     """As recordings have it. Fault: another observation comes back, or levels become floats."""
     with flashrt.load_policy(folder, device="cpu", lanes=2) as engine:
