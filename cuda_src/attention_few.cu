@@ -41,8 +41,7 @@ __device__ __noinline__ void partial_of_block(const attention_args& launch, cons
   int key_head = blockIdx.y % a.Nk;
   size_t plane = (size_t)key_head * a.S * HEAD_DIM;
   Accumulator s = {};
-  scores(s, shared, (const cache_t*)a.keys + plane, first_key + 32 * warp,
-         queries.limit());
+  scores(s, shared, (const cache_t*)a.keys + plane, first_key + 32 * warp, queries.limit());
   softmax(s, shared, queries, first_key + 32 * warp, Scales(launch, key_head));
   __syncthreads();
   a = moved(launch);
@@ -104,8 +103,9 @@ KERNEL(256) attention_merge(ARGS attention_args launch) {
   int head = blockIdx.x, row = blockIdx.y, d = threadIdx.x;
   if (row >= a.cursor[CURSOR_ROWS]) return;
   int first_block = SHIFT / BLOCK_KEYS;
-  int last_key = SEES == SEEN_PAST ? a.cursor[CURSOR_POSITION] + row
-                                   : Queries{0, a.cursor[CURSOR_ROWS], a.cursor[CURSOR_POSITION]}.limit() - 1;
+  int last_key = SEES == SEEN_PAST
+                     ? a.cursor[CURSOR_POSITION] + row
+                     : Queries{0, a.cursor[CURSOR_ROWS], a.cursor[CURSOR_POSITION]}.limit() - 1;
   int n_blocks = last_key < 0 || !is_key(last_key) ? 0 : last_key / BLOCK_KEYS + 1 - first_block;
   const float* partials =
       a.partials + (((size_t)row * a.Nq + head) * a.B + first_block) * (HEAD_DIM + 2);

@@ -61,7 +61,8 @@ class PolicyAgent:
         chunking: how many rows of the chunk before are executed meanwhile; that chunk's rows from
         the present tick on, [n, action_dim], normalised, as LeRobot has them before its
         postprocessor; and the row from which on they guide no more. Noise and rows may be a batch
-        of one. Raises ObservationError, SessionError for a policy that cannot be given these.
+        of one. Without either, what the loop has promised guides, as in plans of its own. Raises
+        ObservationError, SessionError for a policy that cannot be given these.
         """
         given = None
         if noise is not None or prev_chunk_left_over is not None:

@@ -111,6 +111,29 @@ def test_images_that_do_not_fit_are_named(folder: Path) -> None:
     assert "observation.images.top is normalised by MEAN_STD" in refused(folder)
 
 
+def test_steps_of_the_preprocessor_are_read(folder: Path) -> None:
+    """Fault: a text is cut elsewhere, or a policy runs that does not see its state."""
+    file = folder / "policy_preprocessor.json"
+    whole = file.read_text()
+    for edit, said in (
+        (lambda c: c["steps"].pop(3), "pi05_prepare_state_tokenizer_processor_step:"),
+        (lambda c: c["steps"].pop(4), "has no step tokenizer_processor"),
+        (lambda c: c["steps"][3]["config"].update(task_key="goal"), "task_key is 'goal'"),
+        (lambda c: c["steps"][4]["config"].update(truncation=False), "truncation is False"),
+        (lambda c: c["steps"][4]["config"].update(tokenizer_name=3), "tokenizer_name is 3"),
+    ):
+        change(file, edit)
+        assert said in refused(folder)
+        file.write_text(whole)
+    change(file, lambda c: c["steps"][4]["config"].update(max_length=7))
+    change(file, lambda c: c["steps"][3]["config"].update(max_state_dim=5))
+    with flashrt.load_policy(folder, device="cpu") as engine:
+        packed: Any = engine.pack(observation_of(NAME, 1))
+        assert len(packed.tokens) == 7
+    text = pi05_of(open_checkpoint(folder))[0]._text.of("", np.zeros(2, np.float32))
+    assert text.endswith("128 128 128;\nAction: ")
+
+
 def test_names_of_other_writers_are_read(folder: Path, tmp_path: Path) -> None:
     """Of openpi's conversion, of a policy that was compiled, with what LeRobot leaves out too.
     Fault: a tensor under another name, or one that is not used, is not told apart.
@@ -156,7 +179,7 @@ def test_the_state_is_text(folder: Path) -> None:
     found = random_statistics("observation.state", (2,), seed)
     low, high = found["q01"], found["q99"]
     for share, numbers in ((0.0, "0 0"), (1.0, "255 255"), (-1.0, "-1 -1"), (0.751, "192 192")):
-        text = model._words.text(" pick_it\nup ", low + np.float32(share) * (high - low))
+        text = model._text.of(" pick_it\nup ", low + np.float32(share) * (high - low))
         assert text == f"Task: pick it up, State: {numbers} 128;\nAction: "
 
 

@@ -122,6 +122,10 @@ def test_files_that_do_not_fit_are_refused(folder: Path) -> None:
         (vlm, lambda c: c["vision_config"].update(hidden_act="gelu"), "hidden_act of vision_conf"),
         (vlm, lambda c: c.update(scale_factor=2), "an image becomes 4 rows; 5 are needed"),
         (before, lambda c: c["steps"].append({"registry_name": "crop"}), "step 'crop' is not"),
+        (before, lambda c: c["steps"].pop(3), "has no step tokenizer_processor"),
+        (before, lambda c: c["steps"][3]["config"].update(task_key="goal"), "task_key is 'goal'"),
+        (before, lambda c: c["steps"][3]["config"].update(truncation=False), "truncation is False"),
+        (before, lambda c: c["steps"][3]["config"].update(max_length=0), "max_length is 0"),
         (before, lambda c: c["steps"][5]["config"]["norm_map"].update(STATE="LOG"), "'LOG'"),
     ):  # fmt: skip
         whole = file.read_text()
@@ -163,6 +167,23 @@ def test_a_task_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert again.tokens == first.tokens and len(first.tokens) <= 12
         with pytest.raises(AttributeError):
             engine.pack({**seen, "task": TASKS[0] + " now"})
+
+
+def test_a_task_is_read_as_the_preprocessor_says(folder: Path) -> None:
+    """Fault: a newline or a length that the policy was not trained with."""
+    before, seen = folder / "policy_preprocessor.json", {"task": "push it left"}
+
+    def tokens() -> tuple[int, ...]:
+        with flashrt.load_policy(folder, device="cpu") as engine:
+            packed: Any = engine.pack(observation_of(SETS["tiny"][0], 1) | seen)
+            return tuple(packed.tokens)
+
+    change(before, lambda c: c["steps"][3]["config"].update(max_length=40))
+    whole = tokens()
+    change(before, lambda c: c["steps"].pop(2))
+    assert whole[:-1] == tokens() and len(whole) > 9
+    change(before, lambda c: c["steps"][2]["config"].update(max_length=5))
+    assert tokens() == whole[:5]
 
 
 def test_an_observation_is_a_vector_too(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """pi0.5 (Physical Intelligence 2025, arXiv 2504.16054) as LeRobot has it: cameras, a task, a state.
 
 IS: the regions of a lane and the phases. IS NOT: config fields (config), sizes (sizes), weights
-(weights), text (words), launches (tapes), when to plan (robot/schedule) or kernels (ops/).
+(weights), text (text), launches (tapes), when to plan (robot/schedule) or kernels (ops/).
 
 A chunk of actions is integrated from noise by Euler's method, S steps from time 1 to 0. Its rows
 see what a plan stands on: see models.prefix. The state is part of the text, so all of a plan's rows
@@ -39,11 +39,12 @@ from flashrt.models.lane import kv_regions
 from flashrt.models.pi05.config import Pi05Config, parse_config
 from flashrt.models.pi05.sizes import named, sizes_of
 from flashrt.models.pi05.tapes import Pi05Recorder
+from flashrt.models.pi05.text import Text, tokenizer_of
 from flashrt.models.pi05.weights import Weights, scaling_of
-from flashrt.models.pi05.words import Words, tokenizer_of
 from flashrt.models.prefix import LOOK, READ, prefix_regions
 from flashrt.models.scaling import Scaling
 from flashrt.models.sight import LEAST_ROWS
+from flashrt.models.vla.reading import Words, reading_of
 from flashrt.ops import table as ops
 from flashrt.weights.checkpoint import Checkpoint
 from flashrt.weights.lerobot import Mode
@@ -61,16 +62,17 @@ class Pi05:
     name = "pi05"
     has_memory = False
     action_limit = float("inf")
-    finite = ("previous", "action", "queue", "kept", "flow")
     cut_off = ()
     positive = ()
     state_rows = 0  # of a plan: the state is in the text
 
-    def __init__(self, config: Pi05Config, filled: Weights, words: Words) -> None:
+    def __init__(self, config: Pi05Config, filled: Weights, text: Text, words: Words) -> None:
         """Raises CheckpointError for images that are normalised, or that do not fit the tower."""
         self.config = config
         self.filled = filled
         self.parts = config.parts
+        guided = ("target", "weights") if config.guidance is not None else ()
+        self.finite = ("previous", "action", "queue", "kept", "flow", *guided)
         self.weights = filled.rules
         self.cameras = config.cameras
         self.vocab_size = filled.sizes.vocab_size
@@ -92,7 +94,7 @@ class Pi05:
             *((LOOK, camera + 1) for camera in range(len(config.cameras))),
             (READ, self.most_block_rows),
         )
-        self._words = words
+        self._text, self._words = text, words
         self._regions = {
             r.name: r for r in (*self.lane_regions, *(rule.region for rule in self.weights))
         }
@@ -114,7 +116,7 @@ class Pi05:
 
     def task_tokens(self, task: str, state: NDArray[np.float32]) -> list[int]:
         """See PrefixModel."""
-        return self._words.tokens(task, state)
+        return self._words.tokens(self._text.of(task, state))
 
     def shared_phases(self, lanes: int) -> tuple[tuple[str, int], ...]:
         """See Model. Chunks of several lanes are made one after the other."""
@@ -200,7 +202,8 @@ def pi05_of(checkpoint: Checkpoint, weights: str | None = None) -> tuple[Pi05, C
         config = parse_config(checkpoint.config)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
-    source = named(checkpoint)
+    root, source, reading = checkpoint.path, named(checkpoint), reading_of(checkpoint.path)
+    config = dataclasses.replace(config, tokenizer_max_length=reading.most)
     filled = Weights(config, sizes_of(source), scaling_of(source, config), source, weights)
-    words = Words(config, filled, tokenizer_of(checkpoint))
-    return Pi05(config, filled, words), filled.checkpoint
+    words = Words(tokenizer_of(root, reading.name), reading, filled.sizes.vocab_size)
+    return Pi05(config, filled, Text(root, filled), words), filled.checkpoint

@@ -24,6 +24,7 @@ from flashrt.models.pi05.sizes import EXPERT, GEMMA, PROJECTOR, TABLE, TOWER, Si
 from flashrt.models.rope import plain
 from flashrt.models.scaling import Scaling, scaling_in
 from flashrt.models.vla.flow import time_features, times_of
+from flashrt.models.vla.reading import TOKENIZER
 from flashrt.models.vla.siglip import SiglipConfig, as_matrices
 from flashrt.models.vla.siglip import rules as tower_rules
 from flashrt.weights.checkpoint import Checkpoint
@@ -34,7 +35,7 @@ from flashrt.weights.rules import Transform, WeightRule, as_stored, constant, de
 EMBED, EXPERT_NORM = "embed", "expert.norm"
 ACTION_IN, ACTION_OUT = "action_in", "action_out"
 THETA = 10000.0
-PREPARE, TOKENIZER = "pi05_prepare_state_tokenizer_processor_step", "tokenizer_processor"
+PREPARE = "pi05_prepare_state_tokenizer_processor_step"  # a step of LeRobot
 _TIME_IN, _TIME_OUT = "model.time_mlp_in", "model.time_mlp_out"
 # Of the last layer of the language model nothing but keys and values is used.
 _AFTER_KEYS = ("self_attn.o_proj.", "post_attention_layernorm.", "mlp.")
@@ -117,7 +118,7 @@ class Weights:
         last = f"{GEMMA}.layers.{self.sizes.depth - 1}"
         unused = (f"{GEMMA}.norm.", *(f"{last}.{rest}" for rest in _AFTER_KEYS))
         used = {n: t for n, t in self._source.tensors.items() if not n.startswith(unused)}
-        # statistics of the state are read by words
+        # statistics of the state are read by text
         used |= {n: t for n, t in self.scaling.tensors.items() if n.startswith("out/")}
         return computing(self._source, used, self.formulas)
 

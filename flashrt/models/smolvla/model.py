@@ -39,8 +39,9 @@ from flashrt.models.scaling import Scaling
 from flashrt.models.sight import LEAST_ROWS
 from flashrt.models.smolvla.config import SmolVlaConfig, parse_config
 from flashrt.models.smolvla.tapes import SmolVlaRecorder
-from flashrt.models.smolvla.vlm import Vlm, Words, tokenizer_file, vlm_of
+from flashrt.models.smolvla.vlm import Vlm, tokenizer_file, vlm_of
 from flashrt.models.smolvla.weights import Weights, named, scaling_of
+from flashrt.models.vla.reading import Words, reading_of
 from flashrt.ops import table as ops
 from flashrt.text.tokenizer import Tokenizer
 from flashrt.weights.checkpoint import Checkpoint
@@ -60,7 +61,6 @@ class SmolVla:
     name = "smolvla"
     has_memory = False
     action_limit = float("inf")
-    finite = ("previous", "action", "queue", "kept", "flow", "state")
     cut_off = ()
 
     def __init__(
@@ -75,6 +75,8 @@ class SmolVla:
         """Raises CheckpointError for images that are normalised, or too small to be told apart."""
         self.config = config
         self.parts = config.parts
+        guided = ("target", "weights") if config.guidance is not None else ()
+        self.finite = ("previous", "action", "queue", "kept", "flow", "state", *guided)
         self.filled = Weights(config, vlm, scaling, checkpoint, weights)
         self.weights = self.filled.rules
         self.positive = ("stats.observation.state.std",)
@@ -109,7 +111,7 @@ class SmolVla:
     def task_tokens(self, task: str, state: Action) -> list[int]:
         """See PrefixModel."""
         del state  # it has a row of its own
-        return self._words.tokens(task)
+        return self._words.tokens(self._words.reading.line(task))
 
     def guided(
         self, left_over: Action | None, delay: int, horizon: int | None
@@ -214,9 +216,10 @@ def smolvla_of(checkpoint: Checkpoint, weights: str | None = None) -> tuple[Smol
         config = parse_config(checkpoint.config)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
-    source = named(checkpoint)
+    source, reading = named(checkpoint), reading_of(checkpoint.path)
+    config = dataclasses.replace(config, tokenizer_max_length=reading.most)
     vlm = vlm_of(source, config)
-    tokenizer = Tokenizer(tokenizer_file(checkpoint.path, config))
-    words = Words(tokenizer, config.tokenizer_max_length, vlm.vocab_size)
+    tokenizer = Tokenizer(tokenizer_file(checkpoint.path, config, reading))
+    words = Words(tokenizer, reading, vlm.vocab_size)
     model = SmolVla(config, vlm, scaling_of(source, config), words, source, weights)
     return model, model.filled.checkpoint

@@ -7,6 +7,7 @@ of the released one. IS NOT: its weights, which are the policy's.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from flashrt.hub.cache import cache_folder, snapshot_of
 from flashrt.hub.names import hub_name
 from flashrt.models.features import size_of
 from flashrt.models.smolvla.config import SmolVlaConfig
-from flashrt.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from flashrt.models.vla.reading import Reading
+from flashrt.text.tokenizer import TOKENIZER_FILE
 from flashrt.weights.checkpoint import Checkpoint, read_json
 
 FOLDER = "vlm"  # in the policy's
@@ -128,44 +130,15 @@ def vlm_of(checkpoint: Checkpoint, c: SmolVlaConfig) -> Vlm:
     )  # fmt: skip
 
 
-def tokenizer_file(root: Path, c: SmolVlaConfig) -> Path:
+def tokenizer_file(root: Path, c: SmolVlaConfig, reading: Reading) -> Path:
     """The VLM's tokenizer.json. Raises CheckpointError that names the way out."""
-    for folder in _folders(root, c):
+    own = dataclasses.replace(c, vlm_model_name=reading.name)
+    for folder in (*_folders(root, c), *_folders(root, own)):
         if (folder / TOKENIZER_FILE).is_file():
             return folder / TOKENIZER_FILE
     raise CheckpointError(
         f"{root}: no {TOKENIZER_FILE} of {shown(c.vlm_model_name)}; {_way_out(root, c)}"
     )
-
-
-class Words:
-    """Tasks as the tokens that a policy reads; those that were asked for last are known."""
-
-    def __init__(self, tokenizer: Tokenizer, most: int, vocab_size: int) -> None:
-        """`most`: tokens of a task, all beyond are cut off."""
-        self._tokenizer = tokenizer
-        self._most = most
-        self._vocab_size = vocab_size
-        self._known: dict[str, list[int]] = {}
-
-    def tokens(self, task: str) -> list[int]:
-        """Of a task, a newline behind it. Raises TokenError."""
-        known = self._known.get(task)
-        if known is None:
-            text = task if task.endswith("\n") else f"{task}\n"
-            known = self._tokenizer.encode_whole(text, self._most)
-            if known and max(known) >= self._vocab_size:
-                raise CheckpointError(
-                    f"{self._tokenizer.path}: token {max(known)} of a vocabulary of "
-                    f"{self._vocab_size}: it is another model's"
-                )
-            if len(self._known) >= _KEPT:
-                self._known.clear()
-            self._known[task] = known
-        return known
-
-
-_KEPT = 64  # tasks
 
 
 def _config_of(root: Path, c: SmolVlaConfig) -> tuple[str, Mapping[str, object]]:

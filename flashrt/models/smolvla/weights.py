@@ -22,6 +22,7 @@ from flashrt.models.scaling import Scaling, scaling_in
 from flashrt.models.smolvla.config import SmolVlaConfig
 from flashrt.models.smolvla.vlm import CONNECTOR, PREFIX, TEXT, TOWER, Vlm
 from flashrt.models.vla.flow import time_features, times_of
+from flashrt.models.vla.reading import NEW_LINE, TOKENIZER
 from flashrt.models.vla.siglip import SiglipConfig, as_matrices
 from flashrt.models.vla.siglip import rules as tower_rules
 from flashrt.weights.checkpoint import Checkpoint
@@ -34,7 +35,6 @@ EMBED, EXPERT_NORM, STATE_IN = "embed", "expert.norm", "state_in"
 ACTION_IN, TIMES, ACTION_MID, ACTION_OUT = "action_in", "times", "action_mid", "action_out"
 EXPERT = f"{PREFIX}lm_expert"
 THETA = 10000.0  # of the policy's rotary positions, whatever the VLM was trained with
-NEW_LINE, TOKENIZER = "smolvla_new_line_processor", "tokenizer_processor"  # steps of LeRobot
 _COMPILED = "_orig_mod."  # in names of policies that were saved compiled
 Values = NDArray[np.float32]
 
