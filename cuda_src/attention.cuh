@@ -63,6 +63,11 @@ struct Shared {
 // 8-byte one (4 even columns, 2 vectors) meet different banks.
 DEVICE int swizzle(int column, int v) { return v ^ ((column & 6) ^ (column & 1) << 2); }
 
+// Which keys rows see: see ops/attention.py.
+#ifndef SEES
+#define SEES SEEN_PAST
+#endif
+
 // Whether a row of the cache is a key at all.
 DEVICE bool is_key(int row) { return SHIFT == 0 || row >= SHIFT; }
 
@@ -70,13 +75,21 @@ struct Queries {
   int first_row, rows, position;  // rows: valid rows of the launch
 
   DEVICE int row(int column) const { return first_row + column / GROUP; }
-  // The last key that a column sees; -1 for columns without a query.
-  DEVICE int last_key(int column) const {
-    return column < BLOCK_ROWS * GROUP && row(column) < rows ? position + row(column) : -1;
+  DEVICE bool is_query(int column) const {
+    return column < BLOCK_ROWS * GROUP && row(column) < rows;
   }
+  // The last key that a column sees; -1 for columns without a query, or without a key.
+  DEVICE int last_key(int column) const {
+    if (!is_query(column)) return -1;
+    return SEES == SEEN_PAST ? position + row(column) : limit() - 1;
+  }
+  // No row of the launch sees the keys from here on.
+  DEVICE int limit() const { return position + (SEES == SEEN_BEFORE ? 0 : rows); }
   // Every column sees the keys below `common`, and none sees those from `end` on.
-  DEVICE int common() const { return position + first_row + 1; }
-  DEVICE int end() const { return position + min(first_row + BLOCK_ROWS, rows); }
+  DEVICE int common() const { return SEES == SEEN_PAST ? position + first_row + 1 : limit(); }
+  DEVICE int end() const {
+    return SEES == SEEN_PAST ? position + min(first_row + BLOCK_ROWS, rows) : limit();
+  }
   // Whether a column sees a key of the block that begins at `first_key`, which is not all below
   // SHIFT.
   DEVICE bool sees(int column, int first_key) const {
@@ -99,7 +112,7 @@ DEVICE void load_queries(Shared& s, const attention_args& a, const Queries& quer
   for (int i = threadIdx.x; i < COLUMNS * Q_VECTORS; i += THREADS) {
     int c = i / Q_VECTORS, v = i % Q_VECTORS;
     float x[8] = {};
-    if (queries.last_key(c) >= 0 && 8 * v < HEAD_DIM) {
+    if (queries.is_query(c) && 8 * v < HEAD_DIM) {
       const float* q =
           a.q + ((size_t)queries.row(c) * a.Nq + key_head * GROUP + c % GROUP) * HEAD_DIM + 8 * v;
       float4 first = reinterpret_cast<const float4*>(q)[0],
@@ -448,7 +461,7 @@ DEVICE uint32_t weigh_block(Accumulator& o, const Shared& shared, const cache_t*
 // done again without them, and the columns that see them are marked.
 DEVICE void weigh_values(Accumulator& o, const Shared& shared, const cache_t* values, int first_key,
                          const Queries& queries, int dim_group) {
-  int limit = CACHE_CODES ? queries.position + queries.rows : queries.end();
+  int limit = CACHE_CODES ? queries.limit() : queries.end();
   if (CACHE_CODES || BLOCK_ROWS == 1) {  // codes are finite; all columns see the same keys
     weigh_block(o, shared, values, first_key, limit, dim_group, false, false);
     return;

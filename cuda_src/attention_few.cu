@@ -1,8 +1,8 @@
 // attention_few.cu - attention for few rows: blocks of keys side by side, then a merge.
 //
-// Contract: y = softmax(q K^T / sqrt(D), causal) V, times sigmoid(gate) where GATED, for valid
-//           rows. Query head h uses key head h / GROUP; row t sees keys [SHIFT, position + t]; if
-//           there are none, y = 0.
+// Contract: y = softmax(q K^T / sqrt(D)) V, times sigmoid(gate) where GATED, for valid rows. Query
+//           head h uses key head h / GROUP; row t sees keys [SHIFT, position + t], or with SEES other
+//           than SEEN_PAST all of the launch, or all before it; if there are none, y = 0.
 // Shapes:   q [T, Nq, D], u [T, U] (GATED: gates beside queries), keys and values [Nk, S, D],
 //           partials [TP, Nq, B, D + 2] = (maximum, sum, o[D]) per block of 256 keys, y [T, Nq * D]
 //           activations; key_scales and value_scales [Nk, S] of codes.
@@ -41,8 +41,7 @@ __device__ __noinline__ void partial_of_block(const attention_args& launch, cons
   int key_head = blockIdx.y % a.Nk;
   size_t plane = (size_t)key_head * a.S * HEAD_DIM;
   Accumulator s = {};
-  scores(s, shared, (const cache_t*)a.keys + plane, first_key + 32 * warp,
-         queries.position + queries.rows);
+  scores(s, shared, (const cache_t*)a.keys + plane, first_key + 32 * warp, queries.limit());
   softmax(s, shared, queries, first_key + 32 * warp, Scales(launch, key_head));
   __syncthreads();
   a = moved(launch);
@@ -80,7 +79,7 @@ KERNEL(BOUNDS) attention_partial(ARGS attention_args launch) {
   begin();
   int key_head = blockIdx.y % a.Nk, first_row = blockIdx.y / a.Nk * BLOCK_ROWS;
   Queries queries = {first_row, a.cursor[CURSOR_ROWS], a.cursor[CURSOR_POSITION]};
-  int limit = queries.position + queries.rows;
+  int limit = queries.limit();
   if (queries.first_row >= queries.rows || (int)blockIdx.x * BLOCK_KEYS >= limit) return;
   __shared__ Turn turn;
   if (threadIdx.x == 0) turn = {queries, (int)blockIdx.x};
@@ -88,7 +87,7 @@ KERNEL(BOUNDS) attention_partial(ARGS attention_args launch) {
   for (;;) {
     __syncthreads();  // queries are there, and weights of the block before have been read
     int first_key = turn.block * BLOCK_KEYS;
-    if (first_key >= turn.queries.position + turn.queries.rows) break;
+    if (first_key >= turn.queries.limit()) break;
     if (is_key(first_key + BLOCK_KEYS - 1)) partial_of_block(launch, turn);
     __syncthreads();
     if (threadIdx.x == 0) turn.block += gridDim.x;
@@ -103,8 +102,11 @@ KERNEL(256) attention_merge(ARGS attention_args launch) {
   __shared__ float before[BATCH], factor[BATCH], sums[BATCH];
   int head = blockIdx.x, row = blockIdx.y, d = threadIdx.x;
   if (row >= a.cursor[CURSOR_ROWS]) return;
-  int first_block = SHIFT / BLOCK_KEYS, last_key = a.cursor[CURSOR_POSITION] + row;
-  int n_blocks = !is_key(last_key) ? 0 : last_key / BLOCK_KEYS + 1 - first_block;
+  int first_block = SHIFT / BLOCK_KEYS;
+  int last_key = SEES == SEEN_PAST
+                     ? a.cursor[CURSOR_POSITION] + row
+                     : Queries{0, a.cursor[CURSOR_ROWS], a.cursor[CURSOR_POSITION]}.limit() - 1;
+  int n_blocks = last_key < 0 || !is_key(last_key) ? 0 : last_key / BLOCK_KEYS + 1 - first_block;
   const float* partials =
       a.partials + (((size_t)row * a.Nq + head) * a.B + first_block) * (HEAD_DIM + 2);
   float max = -INF, sum = 0.0f, o = 0.0f;

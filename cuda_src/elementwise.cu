@@ -1,5 +1,5 @@
 // elementwise.cu - silu_mul, add_bias, scale_rows, last_*, keep_*, advance, hold, hold_send,
-//                  place_rows: there is no sum, and no order.
+//                  place_rows, all_rows: there is no sum, and no order.
 //
 // silu_mul: y = silu(u[:, :I]) u[:, I:] for valid rows; u [T, 2I] float, y [T, I] activations. Grid
 //           (I / 1024, T).
@@ -11,6 +11,7 @@
 // keep_values: y = x for valid rows; x, y [T, C] float, strided. Grid (C / 256, T).
 // last_cursor: last = a cursor of one row, the last of the launch; all 0 if there is none. One
 //              warp.
+// all_rows: all = a cursor of `rows` rows from position 0. One warp.
 // advance:  cursor.position += cursor.rows. One warp.
 // hold:     cursor.rows = 0 where cursor.token is none or one of the stops; stops [16]: how many,
 //           then which. One warp, a lane per word.
@@ -95,6 +96,13 @@ KERNEL(32) last_cursor(ARGS last_cursor_args launch) {
   if (rows > 0 && word == CURSOR_POSITION) value = a.cursor[CURSOR_POSITION] + rows - 1;
   if (rows > 0 && word == CURSOR_ROWS) value = 1;
   a.last[word] = value;
+}
+
+KERNEL(32) all_rows(ARGS all_rows_args launch) {
+  OPEN_RUN(all_rows);
+  begin();
+  int word = threadIdx.x;
+  if (word < CURSOR_WORDS) a.all[word] = word == CURSOR_ROWS ? a.rows : 0;
 }
 
 KERNEL(32) advance(ARGS advance_args launch) {

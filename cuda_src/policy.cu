@@ -1,5 +1,5 @@
-// policy.cu - observe, see, gru_cell, flow_begin, flow_end, chunk_begin, chunk_end, ensemble, take_action: a
-// policy's steps between its layers.
+// policy.cu - observe, see, gru_cell, flow_begin, flow_end, chunk_begin, chunk_end, ensemble, flow_noise,
+// guide, euler, take_action: a policy's steps between its layers.
 //
 // Contract: observe:     x = [clip((observation - mean) / std, -10, 10) | previous];
 //                        cursor.observed = cursor.tick.
@@ -14,6 +14,9 @@
 //           chunk_begin: kept = [x | mask] as flow_begin's flow, with 0 in place of noise.
 //           chunk_end:   queue = x where mask is 1, chunk elsewhere; the words as flow_end.
 //           ensemble:    average = chunk and the rows of average before it, weighed: see ops/policy.
+//           flow_noise:  x = given where the request says so, else noise of the plan's tick.
+//           guide:       v -= strength weights[j] (target - (x - time v)) where the weight is not 0.
+//           euler:       x += step v; cursor.plan_steps_left -= 1.
 //           take_action: previous = the queue's row for cursor.tick, or as it is; action = previous
 //                        scale + offset; cursor.tick += 1.
 // Shapes:   observation, mean, std [O], previous, scale, offset, action [A], u, v [3 M], memory
@@ -21,6 +24,7 @@
 //           cursor, request [16] int, see ops/cursor.py.
 // Order:    no sums. Noise: Box and Muller on Philox, key = seed, counter (i / 4, tick, 0, 0):
 //           number i of a plan depends on (seed, tick, i) alone.
+//           x, v, target, given [H, D], weights [H].
 // Launch:   one block, but for gru_cell: what writes the cursor does so after a barrier.
 #include "flashrt.cuh"
 #include "philox.cuh"
@@ -143,8 +147,36 @@ KERNEL(THREADS, 1) chunk_end(ARGS chunk_end_args launch) {
   begin();
   int size = a.H * a.A;
   for (int i = threadIdx.x; i < size; i += THREADS)
-    a.queue[i] = a.kept[size + i / a.A] != 0.0f ? a.kept[i] : a.chunk[i];
+    a.queue[i] = a.kept[size + i / a.A] != 0.0f
+                     ? a.kept[i]
+                     : a.chunk[(size_t)(i / a.A) * a.chunk_stride + i % a.A];
   end_plan(a.cursor);
+}
+
+KERNEL(THREADS, 1) flow_noise(ARGS flow_noise_args launch) {
+  OPEN_RUN(flow_noise);
+  begin();
+  bool is_given = a.request[REQUEST_GIVEN] != 0;
+  for (int i = threadIdx.x; i < a.H * a.D; i += THREADS)
+    a.x[i] = is_given ? a.given[i] : normal(a.cursor, a.cursor[POLICY_PLAN_TICK], i);
+}
+
+KERNEL(THREADS, 1) guide(ARGS guide_args launch) {
+  OPEN_RUN(guide);
+  begin();
+  for (int i = threadIdx.x; i < a.H * a.D; i += THREADS) {
+    float weight = a.weights[i / a.D];
+    if (weight == 0.0f) continue;
+    float reached = fmaf(-a.time, a.v[i], a.x[i]);
+    a.v[i] = fmaf(-a.strength, (a.target[i] - reached) * weight, a.v[i]);
+  }
+}
+
+KERNEL(THREADS, 1) euler(ARGS euler_args launch) {
+  OPEN_RUN(euler);
+  begin();
+  for (int i = threadIdx.x; i < a.H * a.D; i += THREADS) a.x[i] = fmaf(a.step, a.v[i], a.x[i]);
+  if (threadIdx.x == 0) a.cursor[POLICY_PLAN_STEPS_LEFT] -= 1;
 }
 
 KERNEL(THREADS, 1) ensemble(ARGS ensemble_args launch) {

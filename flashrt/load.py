@@ -337,20 +337,24 @@ def load_policy(
     pool_bytes: int | None = None,
     *,
     precision: Precision = "bfloat16",
+    weights: Weights | None = None,
     progress: Progress | None = None,
 ) -> ActionEngine:
     """Load a policy: a directory with config.json and model.safetensors, or a bundled one by name.
-    LeRobot's ACT policies load as LeRobot stores them, processor files included.
+    LeRobot's ACT, SmolVLA and pi0.5 policies load as LeRobot stores them, processor files included.
 
     device: "cpu", "cuda", "simt", or "auto": cuda where it is usable, else cpu. lanes: states that
-    live at once. pool_bytes: room for capsules (default: 256 of them). precision: of activations,
-    as in `load`; products with weights in float32 stay in float32. progress(what, done, total) is
+    live at once. pool_bytes: room for capsules (default: 256 of them, and four lanes' rows where a
+    policy has rows). precision: of activations, as for `load`; on the cpu, products with weights in
+    float32 stay in float32. weights: "int8" or "int4" quantises the matrices of the layers of a
+    policy with a language model in it, but for its vision tower's. progress(what, done, total) is
     called while loading. Raises CheckpointError, BackendError, PlanError.
     """
     with DefaultFloatMode():
         source = open_checkpoint(policy_path(checkpoint))
-        policy_for(source)
+        policy_for(source, weights)
         backend = open_backend(device, precision, cpu_alone_nbytes=CPU_ALONE_NBYTES)
         return ActionEngine(
-            source, backend, lanes=lanes, pool_bytes=pool_bytes, shelf=Spill(), progress=progress
-        )
+            source, backend, weights=weights, lanes=lanes, pool_bytes=pool_bytes, shelf=Spill(),
+            progress=progress,
+        )  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.models.flow_policy.config import PolicyConfig
-from flashrt.ops.cursor import PolicyWord
+from flashrt.ops.cursor import PolicyWord, RequestWord
 from tests.reference import Array, Operands, Results, philox, sigmoid, silu
 
 
@@ -128,6 +128,26 @@ def ensemble(o: Operands) -> Results:
     return {"average": new, "counts": new_counts}
 
 
+def flow_noise(o: Operands) -> Results:
+    cursor, given = o["cursor"].astype(int), o["given"]
+    seed = (int(cursor[PolicyWord.SEED_LOW]), int(cursor[PolicyWord.SEED_HIGH]))
+    if o["request"][RequestWord.GIVEN]:
+        return {"x": given}
+    return {"x": normal(given.size, seed, int(cursor[PolicyWord.PLAN_TICK])).reshape(given.shape)}
+
+
+def guide(o: Operands) -> Results:
+    reached = o["x"] - o.attrs["time"] * o["v"]
+    is_guided = o["weights"][:, None] != 0
+    error = np.where(is_guided, o["target"] - reached, 0) * o["weights"][:, None]
+    return {"v": o["v"] - o.attrs["strength"] * error}
+
+
+def euler(o: Operands) -> Results:
+    left = int(o["cursor"][PolicyWord.PLAN_STEPS_LEFT]) - 1
+    return {"x": o["x"] + o.attrs["step"] * o["v"], "cursor": words(plan_steps_left=left)}
+
+
 def take_action(o: Operands) -> Results:
     cursor = o["cursor"].astype(int)
     tick, stop = int(cursor[PolicyWord.TICK]), int(cursor[PolicyWord.STOP])
@@ -145,7 +165,7 @@ POLICY_REFERENCE: dict[str, Callable[[Operands], Results]] = {
     "observe": observe, "dense": dense, "dense_add": dense_add, "gru_cell": gru_cell,
     "flow_begin": flow_begin, "flow_step": flow_step, "flow_end": flow_end,
     "take_action": take_action, "chunk_begin": chunk_begin, "chunk_end": chunk_end,
-    "ensemble": ensemble,
+    "ensemble": ensemble, "flow_noise": flow_noise, "guide": guide, "euler": euler,
 }  # fmt: skip
 
 

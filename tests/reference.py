@@ -97,6 +97,14 @@ def add_rmsnorm(o: Operands) -> Results:
     return {"x": o.padded("x", x), "y": o.padded("y", normed(x, o.attrs["eps"]) * o["w"])}
 
 
+def adaptive_rmsnorm(o: Operands) -> Results:
+    x = o.valid("x")
+    if o.attrs["added"]:
+        x = x + o["gate"] * o.valid("r")
+    y = normed(x, o.attrs["eps"]) * (1 + o["scale"]) + o["shift"]
+    return {"x": o.padded("x", x), "y": o.padded("y", y)}
+
+
 def linear(o: Operands) -> Results:
     return {"y": o.padded("y", o.valid("x") @ o["w"].T)}
 
@@ -258,7 +266,8 @@ def attention(o: Operands) -> Results:
     q = o.valid("q")
     y = np.zeros(q.shape)
     for t, h in np.ndindex(len(q), Nq):
-        seen, plane = slice(int(o.attrs["shift"]), o.position + t + 1), h // (Nq // Nk)
+        stop = (o.position + t + 1, o.position + len(q), o.position)[int(o.attrs["seen"])]
+        seen, plane = slice(int(o.attrs["shift"]), stop), h // (Nq // Nk)
         if seen.stop <= seen.start:
             continue
         score = o["keys"][plane, seen] @ q[t, h] / np.sqrt(D)
@@ -267,6 +276,23 @@ def attention(o: Operands) -> Results:
     if o.attrs["gated"]:
         y = y * sigmoid(split(o, Nq, Nk, D)[1])
     return {"y": o.padded("y", y.reshape(len(q), -1))}
+
+
+def rope_rows(o: Operands) -> Results:
+    _, N, D = o["y"].shape
+    x = o.valid("x").reshape(-1, N, D)
+    first = o.position if o.attrs["placed"] else 0
+    return {"y": o.padded("y", rope(x, first, o["inv_freq"], 1.0))}
+
+
+def append_rows(o: Operands) -> Results:
+    heads, _, D = o["keys"].shape
+    results = {}
+    for name, of in (("keys", "k"), ("values", "v")):
+        rows = o.valid(of).reshape(-1, heads, D).swapaxes(0, 1)
+        results[name] = np.full(o[name].shape, np.nan)
+        results[name][:, o.position : o.position + rows.shape[1]] = rows
+    return results
 
 
 def silu_mul(o: Operands) -> Results:
@@ -301,6 +327,12 @@ def gelu(o: Operands) -> Results:
     else:
         share = (1 + np.vectorize(math.erf, [float])(u / np.sqrt(2))) / 2
     return {"y": o.padded("y", u * share)}
+
+
+def geglu(o: Operands) -> Results:
+    gate, up = np.split(o.valid("u"), 2, axis=1)
+    share = (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2
+    return {"y": o.padded("y", gate * share * up)}
 
 
 def turn_patches(o: Operands) -> Results:
@@ -564,6 +596,7 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
         relu_squared,
         activations, mix_rows, add_layer_norm, gelu, turn_patches, attend_patches,
         place_rows, embed_seen, rope_placed,
-        route, experts_in, experts_out, add_gated,
+        route, experts_in, experts_out, add_gated, rope_rows, append_rows,
+        geglu, adaptive_rmsnorm,
     )
 }  # fmt: skip

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from flashrt.ops.cursor import CursorWord
 from tests.policy_reference import words
 from tests.reference import Array, Operands, Results, silu
 
@@ -78,6 +79,36 @@ def attend(o: Operands) -> Results:
     return {"y": y.swapaxes(0, 1).reshape(o["q"].shape)}
 
 
+def resized(x: Array, height: int, width: int) -> Array:
+    """The four pixels around each point, rounded as torch rounds it: an fma of float32."""
+    for axis, size in enumerate((height, width)):
+        n = x.shape[axis]
+        scale = np.float64(np.float32(n) / np.float32(size))
+        place = ((np.arange(size) + 0.5) * scale - 0.5).astype(np.float32).clip(0)
+        low = np.minimum(place.astype(int), n - 1)
+        share = (place - low).astype(float).reshape([-1 if i == axis else 1 for i in range(3)])
+        high = np.minimum(low + 1, n - 1)
+        x = x.take(low, axis) * (1 - share) + x.take(high, axis) * share
+    return x
+
+
+def image_patches(o: Operands) -> Results:
+    side, patch, group, height, width, top, left = (
+        int(o.attrs[name]) for name in ("side", "patch", "group", "height", "width", "top", "left")
+    )
+    image = np.full((side, side, 3), float(o.attrs["fill"]))
+    image[top : top + height, left : left + width] = resized(o["x"], height, width)
+    across = side // patch // group
+    squares = (2 * image - 1).reshape(across, group, patch, across, group, patch, 3)
+    return {"y": squares.transpose(0, 3, 1, 4, 6, 2, 5).reshape(o["y"].shape)}
+
+
+def all_rows(o: Operands) -> Results:
+    cursor = np.zeros(o["all"].shape)
+    cursor[CursorWord.ROWS] = o.attrs["rows"]
+    return {"all": cursor}
+
+
 def see(o: Operands) -> Results:
     return {"cursor": words(observed=int(o["cursor"][0]))}
 
@@ -86,5 +117,6 @@ VISION_REFERENCE: dict[str, Callable[[Operands], Results]] = {
     f.__name__: f
     for f in (
         conv2d, conv2d_add, max_pool, layer_norm, add_rows, normalize, attend, see,
+        image_patches, all_rows,
     )
 }  # fmt: skip

@@ -132,13 +132,16 @@ class Lane:
     falls in between, the record says what history is to be made again.
     """
 
-    __slots__ = ("__weakref__", "_spare", "index", "owed", "record")
+    __slots__ = ("__weakref__", "_spare", "index", "joint", "owed", "record")
 
     def __init__(self, index: int, journal: NDArray[np.int32]) -> None:
         """An empty lane; `journal`: int32 [max_positions]."""
         self.index = index
         self.record = LaneRecord(0, None, 0, (), journal)
         self.owed: NDArray[np.int32] | None = None  # history that is being made again
+        # Rows below are stored apart from those that follow, so that histories share them which
+        # agree up to there; 0: nothing is known of such a place.
+        self.joint = 0
         self._spare = np.zeros_like(journal)
 
     @property
@@ -201,6 +204,15 @@ class Lane:
         """
         record = self.record
         self.record = record._replace(moves=record.moves + 1)
+
+    def stand(self, position: int) -> None:
+        """History is rows [0, position) of those that are here, what lies beyond is not: for lanes
+        whose fixed band knows of no position. Raises ValueError for rows that are not here.
+        """
+        record = self.record
+        if not 0 <= position <= max(record.position, record.intact) or record.waypoints:
+            raise ValueError(f"lane {self.index}: has no rows up to {position}")
+        self.record = record._replace(position=position)
 
     def overwrite(self) -> None:
         """Rows at and beyond the position are about to be written: they are nobody's from here on.

@@ -10,9 +10,10 @@ Nobody lists state by hand: a region is in a capsule because of its role.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +54,15 @@ from flashrt.core.planner import Band, Slot, align
 _R = TypeVar("_R")
 
 
+class _Piece(NamedTuple):
+    """Rows [start, stop) of a lane that a snapshot stores, and how they lie."""
+
+    start: int
+    stop: int
+    blocks: list[RowBlock]
+    nbytes: int
+
+
 class CapsuleTable:
     """All capsules and waypoints of an engine, and the lanes that they come from."""
 
@@ -79,19 +89,22 @@ class CapsuleTable:
 
     def snapshot_within(self, lane: Lane, name: str | None, parent: Capsule | None) -> Capsule:
         """`snapshot`, by whoever has the turn."""
-        base, blocks, rows_nbytes, (fixed, block) = self._room_for(lane)
-        self._run(self._checked([self._fixed_out(lane, fixed), *copies_out(blocks, block)]))
-        position, segment = lane.record.position, base
-        if rows_nbytes:
-            start = 0 if base is None else base.body.stop
-            tokens = lane.record.journal[start:position].copy()
-            segment = Segment(base, start, position, tokens, Extent(rows_nbytes, block))
-        nbytes = self.fixed_nbytes + rows_nbytes
+        segment, pieces, (fixed, *taken) = self._room_for(lane)
+        copies = [self._fixed_out(lane, fixed)]
+        for piece, block in zip(pieces, taken, strict=True):
+            copies += copies_out(piece.blocks, block)
+        self._run(self._checked(copies))
+        position, nbytes = lane.record.position, self.fixed_nbytes
+        for piece, block in zip(pieces, taken, strict=True):
+            tokens = lane.record.journal[piece.start : piece.stop].copy()
+            rows = Extent(piece.nbytes, block)
+            segment = Segment(segment, piece.start, piece.stop, tokens, rows)
+            nbytes += piece.nbytes
         capsule = Capsule(self, segment, Extent(self.fixed_nbytes, fixed), nbytes, name)
         if not is_on_device(capsule):
             capsule.late_digest = begin_lane_digest(self.arena, lane)
         self._add(capsule, parent)
-        if rows_nbytes:
+        if pieces:
             lane.hold(segment, position)
         return capsule
 
@@ -402,9 +415,9 @@ class CapsuleTable:
         base = self.arena.memory.address
         self.arena.backend.copy(moves, base, base)
 
-    def _room_for(self, lane: Lane) -> tuple[Segment | None, list[RowBlock], int, tuple[int, ...]]:
-        """The segment that a snapshot of a lane stands on, how its own rows lie, their size, and
-        blocks for the fixed band and for them. Raises PoolFull.
+    def _room_for(self, lane: Lane) -> tuple[Segment | None, list[_Piece], tuple[int, ...]]:
+        """The segment that a snapshot of a lane stands on, how its own rows lie, and blocks for the
+        fixed band and for each piece of them. Raises PoolFull.
 
         Making room may merge the very segment that was to be stood on: then once more.
         """
@@ -412,14 +425,16 @@ class CapsuleTable:
         while True:
             base = lane.base(position)
             start = 0 if base is None else base.body.stop
-            blocks: list[RowBlock] = []
-            nbytes = 0
-            if position > start:
-                blocks, nbytes = segment_layout(self._rows(lane), start, position)
+            cuts = [start, *((lane.joint,) if start < lane.joint < position else ()), position]
+            pieces = [
+                _Piece(first, stop, *segment_layout(self._rows(lane), first, stop))
+                for first, stop in itertools.pairwise(cuts)
+                if stop > first
+            ]
             before = self._n_compacted
-            taken = self._take(self.fixed_nbytes, nbytes)
+            taken = self._take(self.fixed_nbytes, *(piece.nbytes for piece in pieces))
             if self._n_compacted == before or lane.base(position) is base:
-                return base, blocks, nbytes, taken
+                return base, pieces, taken
             for offset in taken:
                 self.pool.give(offset)
 

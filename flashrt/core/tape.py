@@ -27,6 +27,7 @@ class Tape:
     run_rows: int = 0
     is_apart: bool = False
     launches: list[Launch] = field(default_factory=list)
+    scope: str = ""  # before names of scratch: for what is recorded again, as a step of a loop is
     _scratch: dict[str, Region] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -36,11 +37,16 @@ class Tape:
         """A region that lives from the first to the last launch which uses it. One name, one region
         per tape.
         """
+        name = self.scope + name
         if name in self._scratch:
             raise PlanError(f"tape {self.phase}/{self.rows}: scratch {name!r} is declared twice")
         region = Region(name, shape, dtype, Role.SCRATCH)
         self._scratch[name] = region
         return region
+
+    def scratched(self, name: str) -> Region:
+        """What `scratch` made of this name, in the scope at hand."""
+        return self._scratch[self.scope + name]
 
     def record(self, op: Op, **bindings: Operand | AttrValue) -> None:
         """Append a launch: operands and attributes by name. Raises PlanError if a shape does not

@@ -1,7 +1,7 @@
 """Verbs of an engine on actions: observe, act, tick, plan; a graph replay each.
 
-IS: what a robot policy's engine does to a lane, and the door that observations and actions come in
-by. IS NOT: a control loop with a clock, deadlines or files; see robot/.
+IS: what a robot policy's engine does to a lane. IS NOT: checks of what comes in (numbers), what a
+plan stands on (prefix), nor a control loop with a clock, deadlines or files; see robot/.
 
 A lane's whole control state is its fixed band: cursor, memory, previous action, queue, and the
 chunk in the making. An interrupt falls between two replays: the cursor on the device says where.
@@ -10,7 +10,7 @@ chunk in the making. An interrupt falls between two replays: the cursor on the d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,7 +24,6 @@ from flashrt.base.errors import (
     SessionError,
 )
 from flashrt.base.float_mode import DefaultFloatMode
-from flashrt.base.messages import listed
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.file import CapsuleHeader
 from flashrt.capsule.lineage import Lane
@@ -36,6 +35,17 @@ from flashrt.engine import cursors
 from flashrt.engine.admission import check_action_state
 from flashrt.engine.cursors import KnownCursors
 from flashrt.engine.engine import Engine, PoolDefault
+from flashrt.engine.numbers import (
+    Action,
+    Given,
+    checked_action,
+    checked_rows,
+    checked_vector,
+    checked_vectors,
+    packed,
+)
+from flashrt.engine.packed import Packed, packed_parts, unpacked
+from flashrt.engine.prefix import Prefixes
 from flashrt.models.actions import (
     ACT_EACH,
     ACT_PHASE,
@@ -50,9 +60,9 @@ from flashrt.models.actions import (
     SHARED,
     TICK,
     TICK_EACH,
-    Part,
 )
 from flashrt.models.policies import policy_for
+from flashrt.models.prefix import PrefixModel
 from flashrt.ops.cursor import (
     CURSOR_WORDS,
     NO_OBSERVATION,
@@ -64,136 +74,28 @@ from flashrt.ops.cursor import (
 )
 from flashrt.weights.checkpoint import Checkpoint
 
-POOL_DEFAULT = PoolDefault(fixed=256)
+POOL_DEFAULT = PoolDefault(fixed=256, lanes=4)  # most policies have no rows
 # Graphs that touch less run on the calling thread, a millisecond at most: two threads were a third
 # faster when both were awake, and ten times slower when one was not.
 CPU_ALONE_NBYTES = 32 << 20
-Action = NDArray[np.float32]
-_LEVELS = np.arange(256, dtype=np.float32) / np.float32(255)  # of a pixel
 _T = TypeVar("_T")
-
-
-def checked_vector(
-    what: str, values: ArrayLike, size: int, kinds: str = "fiu", out: Action | None = None
-) -> Action:
-    """float32 [size], contiguous and finite; in `out`, if it is given.
-
-    kinds: numpy's letters of the dtypes that are let in. Raises ObservationError that names `what`:
-    for another shape or dtype, for what numpy cannot read as an array, NaN, infinity, and numbers
-    beyond float32.
-    """
-    given = as_array(what, values)
-    if given.shape != (size,) or given.dtype.kind not in kinds:
-        is_array = isinstance(values, np.ndarray | list | tuple)
-        found = "" if is_array else f"{type(values).__name__}, for numpy "
-        raise ObservationError(
-            f"{what}: {found}{given.dtype} {given.shape}, expected float32 ({size},)"
-        )
-    array = np.empty(size, np.float32) if out is None else out
-    with DefaultFloatMode(), np.errstate(over="ignore"):
-        np.copyto(array, given, casting="unsafe")
-    if not np.isfinite(array).all():
-        at = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise ObservationError(f"{what}[{at}] is {given[at]}, which is not finite in float32")
-    return array
-
-
-def checked_vectors(
-    what: str, values: Sequence[ArrayLike], size: int, kinds: str = "fiu"
-) -> list[Action]:
-    """`checked_vector` of each: at once, where all are arrays of one dtype, so that many cost about
-    as much as one. The error of one has a note of its index.
-    """
-    arrays = [v for v in values if isinstance(v, np.ndarray) and v.shape == (size,)]
-    if arrays and len(arrays) == len(values) and len({a.dtype for a in arrays}) == 1:
-        given, rows = np.array(arrays), np.empty((len(arrays), size), np.float32)
-        if given.dtype.kind in kinds:
-            with DefaultFloatMode(), np.errstate(over="ignore"):
-                np.copyto(rows, given, casting="unsafe")
-            if np.isfinite(rows).all():
-                return list(rows)
-    checked = []
-    for index, value in enumerate(values):
-        try:
-            checked.append(checked_vector(what, value, size, kinds))
-        except ObservationError as error:
-            error.add_note(f"of {what} {index} of {len(values)}")
-            raise
-    return checked
-
-
-def packed(parts: Sequence[Part], observation: Mapping[str, ArrayLike]) -> Action:
-    """The vector of an observation by names: numbers as `checked_vector` takes them, images [H, W,
-    3] or [3, H, W], in uint8 from 0 to 255 or in float from 0 to 1.
-
-    Raises ObservationError for a part that is missing or unknown, and for another shape or dtype.
-    """
-    wanted = {part.name for part in parts}
-    if not parts:
-        raise ObservationError(
-            f"observations {listed(observation)}: the policy takes a vector, float32, without names"
-        )
-    if set(observation) != wanted:
-        lost, more = sorted(wanted - set(observation)), sorted(map(str, set(observation) - wanted))
-        what = [f"lacks {listed(lost)}"] if lost else []
-        what += [f"has {listed(more)}, which the policy does not take"] if more else []
-        raise ObservationError(f"the observation {' and '.join(what)}")
-    whole = np.empty(parts[-1].stop, np.float32)
-    for part in parts:
-        place = whole[part.start : part.stop]
-        if len(part.shape) == 1:
-            checked_vector(part.name, observation[part.name], place.size, out=place)
-        else:
-            _put_image(part, observation[part.name], place.reshape(part.shape))
-    return whole
-
-
-def _put_image(part: Part, image: ArrayLike, place: Action) -> None:
-    """An image into its place, [H, W, 3] from 0 to 1."""
-    given, (height, width, channels) = as_array(part.name, image), part.shape
-    is_first = given.shape == (channels, height, width)  # the channels
-    if not is_first and given.shape != part.shape:
-        raise ObservationError(
-            f"{part.name}: {given.dtype} {given.shape}, expected an image {part.shape} or "
-            f"{(channels, height, width)}"
-        )
-    pixels = given.transpose(1, 2, 0) if is_first else given
-    if given.dtype == np.uint8:
-        np.take(_LEVELS, pixels, out=place, mode="clip")  # faster than to divide
-    elif given.dtype.kind == "f":
-        with DefaultFloatMode(), np.errstate(over="ignore"):
-            np.copyto(place, pixels, casting="unsafe")
-        if not np.isfinite(place).all():
-            raise ObservationError(f"{part.name}: some pixels are not finite in float32")
-    else:
-        raise ObservationError(
-            f"{part.name}: {given.dtype}; uint8 from 0 to 255 or float from 0 to 1 is needed"
-        )
-
-
-def checked_action(action: Action) -> Action:
-    """What a policy answered. Raises CheckpointError for NaN and infinity."""
-    if not np.isfinite(action).all():
-        raise CheckpointError(f"the action is {action}: the policy's weights overflow")
-    return action
-
-
-def as_array(what: str, values: ArrayLike) -> NDArray[Any]:
-    """Numpy's array of something. Raises ObservationError for what it cannot read as one."""
-    try:
-        return np.asarray(values)
-    except Exception as error:  # of any kind: an object may bring an __array__ of its own
-        raise ObservationError(
-            f"{what}: numpy cannot read this {type(values).__name__} as an array: {error}"
-        ) from error
 
 
 class ActionEngine(Engine):
     """Verbs on lanes of a policy."""
 
-    def __init__(self, checkpoint: Checkpoint, backend: Backend, **options: Any) -> None:
-        """See Engine for the options. Raises CheckpointError for statistics that divide by 0."""
-        self.policy, source = policy_for(checkpoint)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        *,
+        weights: str | None = None,
+        **options: Any,
+    ) -> None:
+        """See Engine for the options, `policy_for` for `weights`. Raises CheckpointError for
+        statistics that divide by 0.
+        """
+        self.policy, source = policy_for(checkpoint, weights)
         self.config = self.policy.config
         super().__init__(self.policy, source, backend, pool_default=POOL_DEFAULT, **options)
         plan = self.arena.plan
@@ -208,7 +110,19 @@ class ActionEngine(Engine):
         self._cursors = KnownCursors(len(self.lanes), self._read_words)
         # Of a policy without memory: the last observation of each lane, with the number of the move
         # that it was seen after. No capsule has it: a plan from elsewhere observes first.
-        self._seen: list[tuple[int, Action] | None] = [None] * len(self.lanes)
+        self._seen: list[tuple[int, Action | Packed] | None] = [None] * len(self.lanes)
+        self._prefixes: Prefixes | None = None
+        if isinstance(self.policy, PrefixModel):
+            self._prefixes = Prefixes(
+                self.policy,
+                lambda lane, name: plan.lanes[lane.index].io.slot(name),
+                write=self._write,
+                read=self.lane_array,
+                run=self._run,
+                move=lambda moves: self.backend.copy(
+                    moves, self.arena.memory.address, self.arena.memory.address
+                ),
+            )
         self._shared = frozenset(self.policy.shared_phases(len(self.lanes)))
         self._scale, self._offset = self._statistics()
 
@@ -221,8 +135,21 @@ class ActionEngine(Engine):
     def pack(self, observation: Mapping[str, ArrayLike]) -> Action:
         """An observation that is given by names, as the vector float32 [observation_dim] that every
         verb takes. Raises ObservationError: for a policy that takes vectors alone, too.
+
+        Of a policy of cameras and a task it is `Packed`, which numpy makes the vector of: ticks
+        that nothing is planned from need no numbers.
         """
+        if self._prefixes is not None:
+            return cast(Action, packed_parts(self._prefixes.model, observation))
         return packed(self.policy.parts, observation)
+
+    def taken(self, observation: Action) -> Action:
+        """A vector that was checked, as `pack` would have it. Raises ObservationError for one that
+        is no observation all the same.
+        """
+        if self._prefixes is None or isinstance(observation, Packed):
+            return observation
+        return cast(Action, unpacked(self._prefixes.model, observation))
 
     def observe(self, lane: Lane, observation: ArrayLike | Mapping[str, ArrayLike]) -> None:
         """An observation, float32 [observation_dim] or by names (see `pack`), into the memory; no
@@ -273,7 +200,7 @@ class ActionEngine(Engine):
         self._cursors.keep(lane, words)
         return self._acted(lane)
 
-    def plan(self, lane: Lane, committed: int = 0) -> None:
+    def plan(self, lane: Lane, committed: int = 0, *, given: Given | None = None) -> None:
         """A new chunk of actions from the last observation, in place of the queue's.
 
         Row j of the chunk is for tick t + j, t the tick of that observation. The first `committed`
@@ -281,12 +208,15 @@ class ActionEngine(Engine):
         one just taken). Then `cursor.stop` = t + committed + n_action_steps, at most t +
         chunk_size. Raises SessionError when there is no fresh observation, or fewer actions were
         promised; nothing is changed then.
-        """
-        self._begin(PLAN, lane, committed, self.config.num_inference_steps)
 
-    def begin_plan(self, lane: Lane, committed: int = 0) -> None:
+        given: what the plan starts from in place of noise of its own and of the queue; for policies
+        that integrate rows of noise. Raises ObservationError for what does not fit.
+        """
+        self._begin(PLAN, lane, committed, self.config.num_inference_steps, given)
+
+    def begin_plan(self, lane: Lane, committed: int = 0, *, given: Given | None = None) -> None:
         """`plan` in slices: begins a chunk, in place of any that is in the making."""
-        self._begin(PLAN_BEGIN, lane, committed, 0)
+        self._begin(PLAN_BEGIN, lane, committed, 0, given)
 
     def continue_plan(self, lane: Lane) -> bool:
         """One Euler step of the chunk in the making; True when that was the last, and the queue was
@@ -294,10 +224,33 @@ class ActionEngine(Engine):
         """
         left = self._steps_left(lane)
         words = self._cursors.take(lane)
+        self._place_suffix(lane)
         self._run(PLAN_STEP, lane, self.config.num_inference_steps - left + 1)
         cursors.stepped(words)
         self._cursors.keep(lane, words)
         return left == 1
+
+    def checked_given(self, given: Given) -> Given:
+        """What a plan is given, as float32. Raises ObservationError for what does not fit."""
+        if self._prefixes is None:
+            raise ObservationError("given: this policy does not integrate rows of noise")
+        c, is_guided = self.config, bool(self._prefixes.model.guided(None, 0, None))
+        noise, left = given.noise, given.left_over
+        if left is not None and not is_guided:
+            raise ObservationError(
+                "left_over: real-time chunking is off: set rtc_config, enabled, in config.json"
+            )
+        if noise is not None:
+            noise = checked_rows("noise", noise, (c.chunk_size, c.max_action_dim))
+        if left is not None:
+            left = checked_rows("left_over", left, (None, c.action_dim))
+            if len(left) > c.chunk_size:
+                raise ObservationError(f"left_over: {len(left)} rows of a chunk of {c.chunk_size}")
+        for name, value in (("delay", given.delay), ("horizon", given.horizon or 0)):
+            whole = as_integer(value)
+            if whole is None or whole < 0:
+                raise ObservationError(f"{name} is {shown(value)}, expected a whole number")
+        return Given(noise, left, given.delay, given.horizon)
 
     # -- verbs of several lanes, a replay for all ------------------------------------------------
     # The bits are those of each lane alone. Each raises SessionError for no lane, a lane that is
@@ -315,7 +268,10 @@ class ActionEngine(Engine):
         """`tick` of up to `most_together` lanes in one replay, each with its own observation. The
         bits are those of each lane alone; so are the errors, before anything is changed.
         """
-        checked = checked_vectors("observation", observations, self.config.observation_dim)
+        checked = [
+            self.taken(vector)
+            for vector in checked_vectors("observation", observations, self.config.observation_dim)
+        ]
         return [checked_action(a) for a in self.tick_together_trusted(lanes, checked, hold=hold)]
 
     def tick_together_trusted(
@@ -386,6 +342,8 @@ class ActionEngine(Engine):
                 "their chunks; those of one replay are at the same step"
             )
         taken = [self._cursors.take(lane) for lane in lanes]
+        for lane in lanes:
+            self._place_suffix(lane)
         self._run_each(PLAN_STEP_EACH, lanes, self.config.num_inference_steps - lefts[0] + 1)
         for lane, words in zip(lanes, taken, strict=True):
             cursors.stepped(words)
@@ -404,6 +362,7 @@ class ActionEngine(Engine):
         """The empty state before tick 0; `seed` is that of the noise of chunks."""
         words = seed_words(seed)
         self.capsules.reset(lane)
+        lane.overwrite()
         self._write(lane, "cursor", words, PolicyWord.SEED_LOW)
         self._write_word(lane, PolicyWord.OBSERVED, NO_OBSERVATION)
         self._cursors.clear(lane, (int(words[0]), int(words[1])))
@@ -550,11 +509,13 @@ class ActionEngine(Engine):
     def set_lane_array(self, lane: Lane, name: str, array: NDArray[np.generic]) -> None:
         """See Engine."""
         self._cursors.forget(lane)  # the region may be the cursor
+        self._forget_prefix(lane)
         super().set_lane_array(lane, name, array)
 
     def poison_lane(self, lane: Lane) -> None:
         """See Engine."""
         self._cursors.forget(lane)
+        self._forget_prefix(lane)
         super().poison_lane(lane)
 
     def admit(
@@ -562,6 +523,12 @@ class ActionEngine(Engine):
     ) -> None:
         """See Engine."""
         check_action_state(str(header.path), tensors, self.config, self.policy.finite)
+        if self._prefixes is not None:
+            most = self._prefixes.model.most_prefix_rows
+            if header.position > most:
+                raise CapsuleError(
+                    f"{header.path}: {header.position} rows; an observation has {most} at most"
+                )
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -602,11 +569,8 @@ class ActionEngine(Engine):
         self._check_together(lanes, each)
         rows = [self._committed(lane, n) for lane, n in zip(lanes, each, strict=True)]
         taken = [self._cursors.take(lane) for lane in lanes]
-        for lane, n in zip(lanes, rows, strict=True):
-            self._bring_last(lane)
-            request = np.zeros(REQUEST_WORDS, np.int32)
-            request[RequestWord.COMMITTED] = n
-            self._write(lane, "request", request)
+        for lane, words, n in zip(lanes, taken, rows, strict=True):
+            self._ask(lane, words, n, None)
         self._run_each(phase, lanes)
         for lane, words, n in zip(lanes, taken, rows, strict=True):
             cursors.began(words, n, self.config)
@@ -614,19 +578,45 @@ class ActionEngine(Engine):
                 cursors.stepped(words, steps)
             self._cursors.keep(lane, words)
 
-    def _begin(self, phase: str, lane: Lane, committed: int, steps: int) -> None:
+    def _begin(
+        self, phase: str, lane: Lane, committed: int, steps: int, given: Given | None
+    ) -> None:
         """A graph that begins a chunk and does `steps` of its Euler steps."""
         rows = self._committed(lane, committed)
-        request = np.zeros(REQUEST_WORDS, np.int32)
-        request[RequestWord.COMMITTED] = rows
+        checked = None if given is None else self.checked_given(given)
         words = self._cursors.take(lane)
-        self._bring_last(lane)
-        self._write(lane, "request", request)
+        self._ask(lane, words, rows, checked)
         self._run(phase, lane)
         cursors.began(words, rows, self.config)
         if steps:
             cursors.stepped(words, steps)
         self._cursors.keep(lane, words)
+
+    def _ask(self, lane: Lane, words: list[int], committed: int, given: Given | None) -> None:
+        """All that a plan begins with is on the device."""
+        self._bring_last(lane)
+        request = np.zeros(REQUEST_WORDS, np.int32)
+        request[RequestWord.COMMITTED] = committed
+        if given is not None and given.noise is not None:
+            request[RequestWord.GIVEN] = 1
+            self._write(lane, "given", np.ascontiguousarray(given.noise))
+        self._write(lane, "request", request)
+        if self._prefixes is not None and self._prefixes.model.guided(None, 0, None):
+            left, delay, horizon = self._left_over(lane, words), committed, None
+            if given is not None:
+                left, delay, horizon = given.left_over, given.delay, given.horizon
+            for name, array in self._prefixes.model.guided(left, delay, horizon).items():
+                self._write(lane, name, array)
+
+    def _left_over(self, lane: Lane, words: list[int]) -> Action | None:
+        """Rows of the queue from the observed tick on, as the model has them; None where nothing
+        is promised.
+        """
+        first = words[PolicyWord.OBSERVED] - words[PolicyWord.CHUNK]
+        is_promised = words[PolicyWord.STOP] > words[PolicyWord.OBSERVED]
+        if not is_promised or not 0 <= first < self.config.chunk_size:
+            return None
+        return np.asarray(self.lane_array(lane, "queue")[first:], np.float32)
 
     def _read_words(self, lane: Lane) -> list[int]:
         words = np.empty(CURSOR_WORDS, np.int32)  # another each time: threads may read two lanes
@@ -634,9 +624,11 @@ class ActionEngine(Engine):
         return words.tolist()
 
     def _checked(self, observation: ArrayLike | Mapping[str, ArrayLike]) -> Action:
+        if isinstance(observation, Packed):
+            return cast(Action, observation)
         if isinstance(observation, Mapping):
             return self.pack(observation)
-        return checked_vector("observation", observation, self.config.observation_dim)
+        return self.taken(checked_vector("observation", observation, self.config.observation_dim))
 
     def _bring(self, lane: Lane, observation: Action) -> None:
         """To the device, where every observation counts; else to where a plan finds it."""
@@ -647,14 +639,27 @@ class ActionEngine(Engine):
 
     def _bring_last(self, lane: Lane) -> None:
         """To the device, if `_bring` did not."""
-        if not self.policy.has_memory and (observation := self._last_seen(lane)) is not None:
-            self._bring_now(lane, observation)
+        if self.policy.has_memory or (observation := self._last_seen(lane)) is None:
+            return
+        if self._prefixes is None:
+            self._bring_now(lane, cast(Action, observation))
+        else:
+            self._prefixes.bring(lane, cast(Packed, observation))
+            self._place_suffix(lane)
+
+    def _place_suffix(self, lane: Lane) -> None:
+        if self._prefixes is not None:
+            self._prefixes.place_suffix(lane)
+
+    def _forget_prefix(self, lane: Lane) -> None:
+        if self._prefixes is not None:
+            self._prefixes.forget(lane)
 
     def _bring_now(self, lane: Lane, observation: Action) -> None:
         for part in self.policy.inputs:
             self._write(lane, part.region, observation[part.start : part.stop])
 
-    def _last_seen(self, lane: Lane) -> Action | None:
+    def _last_seen(self, lane: Lane) -> Action | Packed | None:
         seen, record = self._seen[lane.index], lane.record
         if seen is None or seen[0] != record.moves or not seen[1].size:
             return None  # of no numbers: a tick that is run again

@@ -6,6 +6,8 @@ choice of one (policies).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,6 +60,15 @@ class Part:
     start: int
     stop: int
     shape: tuple[int, ...]
+
+
+def parts_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[Part, ...]:
+    """Parts of these names and shapes, one after the other."""
+    parts, at = [], 0
+    for name, shape in shapes:
+        parts.append(Part(name, at, at + math.prod(shape), shape))
+        at = parts[-1].stop
+    return tuple(parts)
 
 
 class ActionModel(Model, Protocol):

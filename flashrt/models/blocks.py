@@ -72,7 +72,7 @@ class BlockRecorder:
         self.magnitude = magnitude
         self.routing: Routing | None = None  # of layers of experts, which a family sets
         self.rows = tape.rows
-        self.cursor = regions["cursor"]
+        self.cursor: Operand = regions["cursor"]
         # Three places of each row, and the pairs that turn by the second and the third; None where
         # a row's place is its position.
         self.places: Region | None = None
@@ -89,6 +89,7 @@ class BlockRecorder:
         *,
         last_row_only: bool = False,
         is_turned: bool = True,
+        seen: int = ops.Seen.PAST,
     ) -> Region:
         """Attention; weights qkv and o_proj, and where the model has them q_norm, k_norm, biases.
 
@@ -99,7 +100,7 @@ class BlockRecorder:
         if last_row_only:
             u, q = self.last_of(u) if u else None, self.last_of(q)
             self.narrow()
-        return self.attend(at, u, q, keys, values)
+        return self.attend(at, u, q, keys, values, seen=seen)
 
     def append_keys(
         self,
@@ -141,10 +142,17 @@ class BlockRecorder:
         return u if gates else None, q
 
     def attend(
-        self, at: str, u: Region | None, q: Region, keys: View, values: View, shift: int = 0
+        self,
+        at: str,
+        u: Region | None,
+        q: Region,
+        keys: View,
+        values: View,
+        shift: int = 0,
+        seen: int = ops.Seen.PAST,
     ) -> Region:
         """The second half of attention: what `append_keys` left -> the block's output. Rows of keys
-        below `shift` are not read.
+        below `shift` are not read; `seen`: which others are.
         """
         _, query_heads, head_dim = q.shape
         spread = self.rows if self.tape.run_rows <= _SPREAD_ROWS or self.rows == 1 else 1
@@ -154,7 +162,7 @@ class BlockRecorder:
         self.launch(
             ops.ATTENTION, q=q, u=u or q.view().reshape(self.rows, query_heads * head_dim),
             keys=keys, values=values, partials=partials, y=mixed, shift=shift, gated=int(bool(u)),
-            **self._scales(keys, values),
+            seen=seen, **self._scales(keys, values),
         )  # fmt: skip
         return self.biased(f"{at}.r", mixed, f"{at}.o_proj")
 

@@ -10,11 +10,27 @@ even. A row without a finite largest has the scale NaN, one whose scale were bel
 
 from __future__ import annotations
 
-from flashrt.core.op import Attr, Op
-from flashrt.core.region import Layout
+from enum import IntEnum
+
+from flashrt.core.op import Attr, Op, Param
+from flashrt.core.region import DType, Layout
 from flashrt.ops.params import CURSOR, act, cache_rows, cache_scales, f32
 
 ATTENTION_BLOCK = 256  # keys per partial softmax, in absolute positions
+
+
+class Seen(IntEnum):
+    """Which keys a row of a launch of attention sees: those of positions [shift, stop)."""
+
+    PAST = 0  # stop: one past its own
+    LAUNCH = 1  # one past the last row's: all rows of the launch see each other
+    BEFORE = 2  # the launch's: none of its own rows
+
+
+def _rows(name: str, layout: Layout) -> Param:
+    """Rows of the cache that are values, not codes."""
+    return Param(name, "rw", ("Nk", "S", "D"), (DType.F32, DType.BF16), layout)
+
 
 ROPE_APPEND = Op(
     "rope_append",
@@ -44,9 +60,9 @@ ROPE_APPEND = Op(
 )
 ATTENTION = Op(
     "attention",
-    "softmax(q K^T / sqrt(D), causal) V, where `gated` times sigmoid(gate), the gate read from u; "
-    "query head h uses key/value head h / (Nq / Nk); rows below `shift` are no keys; keys in "
-    "absolute blocks of 256, partials merged in ascending order",
+    "softmax(q K^T / sqrt(D)) V of the keys that are `seen`, where `gated` times sigmoid(gate), "
+    "the gate read from u; query head h uses key/value head h / (Nq / Nk); rows below `shift` are "
+    "no keys; keys in absolute blocks of 256, partials merged in ascending order",
     (
         f32("q", "r", "T", "Nq", "D"),
         f32("u", "r", "T", "U"),  # read only where `gated`: q itself will do elsewhere
@@ -60,6 +76,32 @@ ATTENTION = Op(
         f32("partials", "w", "TP", "Nq", "B", "D+2"),
         act("y", "w", "T", "Nq*D"),
     ),
-    (Attr("shift"), Attr("gated")),
+    (Attr("shift"), Attr("gated"), Attr("seen", names=Seen)),
     constants=(("ATTENTION_BLOCK", ATTENTION_BLOCK),),
+)
+
+# -- for rows that attend to what another model left in the cache -----------------------------
+
+ROPE_ROWS = Op(
+    "rope_rows",
+    "y[t] = rope(x[t]) of each head: its first 2*R2 dims in halves, by the angle of t, where "
+    "`placed` of position + t",
+    (
+        f32("x", "r", "T", "N*D", strided=True),
+        f32("inv_freq", "r", "R2"),
+        CURSOR,
+        f32("y", "w", "T", "N", "D"),
+    ),
+    (Attr("placed"),),
+)
+APPEND_ROWS = Op(
+    "append_rows",
+    "keys[position + t] = k[t], values[position + t] = v[t]",
+    (
+        f32("k", "r", "T", "Nk*D", strided=True),
+        f32("v", "r", "T", "Nk*D", strided=True),
+        CURSOR,
+        _rows("keys", Layout.ROWS_IN_LANES),
+        _rows("values", Layout.COLS_IN_LANES),
+    ),
 )

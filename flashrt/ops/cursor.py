@@ -53,6 +53,7 @@ class RequestWord(enum.IntEnum):
     """What the host asks of the plan that begins."""
 
     COMMITTED = 0  # rows of the chunk that the plan is to keep as they were promised
+    GIVEN = 1  # whether the host gives the noise that the plan starts from
 
 
 class VerdictWord(enum.IntEnum):

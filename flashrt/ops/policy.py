@@ -7,7 +7,7 @@ chunk of actions; everything is float32. The cursor's words are those of cursor.
 from __future__ import annotations
 
 from flashrt.core.op import Attr, Op
-from flashrt.ops.cursor import REQUEST_WORDS, RequestWord
+from flashrt.ops.cursor import CURSOR_WORDS, REQUEST_WORDS, PolicyWord, RequestWord
 from flashrt.ops.params import POLICY_CURSOR, f32, f32_matrix, i32
 
 OBSERVE = Op(
@@ -92,10 +92,38 @@ CHUNK_END = Op(
     "plan",
     (
         f32("kept", "r", "H*A+H"),
-        f32("chunk", "r", "H", "A"),
+        f32("chunk", "r", "H", "A", strided=True),
         f32("queue", "w", "H", "A"),
         POLICY_CURSOR,
     ),
+)
+FLOW_NOISE = Op(
+    "flow_noise",
+    "x = what is given where request.given, else standard normal noise as of flow_begin, for the "
+    "tick of the plan",
+    (
+        f32("given", "r", "H", "D"),
+        i32("request", "r", REQUEST_WORDS, words=RequestWord),
+        i32("cursor", "r", CURSOR_WORDS, words=PolicyWord),
+        f32("x", "w", "H", "D"),
+    ),
+)
+GUIDE = Op(
+    "guide",
+    "v -= strength weights[j] (target - (x - time v)), in rows j whose weight is not 0",
+    (
+        f32("x", "r", "H", "D"),
+        f32("target", "r", "H", "D"),
+        f32("weights", "r", "H"),
+        f32("v", "rw", "H", "D"),
+    ),
+    (Attr("time", "float32"), Attr("strength", "float32")),
+)
+EULER = Op(
+    "euler",
+    "x += step v; cursor.plan_steps_left -= 1",
+    (f32("v", "r", "H", "D"), POLICY_CURSOR, f32("x", "rw", "H", "D")),
+    (Attr("step", "float32"),),
 )
 ENSEMBLE = Op(
     "ensemble",

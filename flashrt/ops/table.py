@@ -12,7 +12,14 @@ parameters of sampling, see `sample`.
 from __future__ import annotations
 
 from flashrt.core.op import Op
-from flashrt.ops.attention import ATTENTION, ATTENTION_BLOCK, ROPE_APPEND
+from flashrt.ops.attention import (
+    APPEND_ROWS,
+    ATTENTION,
+    ATTENTION_BLOCK,
+    ROPE_APPEND,
+    ROPE_ROWS,
+    Seen,
+)
 from flashrt.ops.cursor import CURSOR_WORDS, REQUEST_WORDS
 from flashrt.ops.delta_rule import (
     CONV_VERIFY,
@@ -32,15 +39,18 @@ from flashrt.ops.draft import (
 from flashrt.ops.experts import ADD_GATED, EXPERTS_IN, EXPERTS_OUT, ROUTE, Scoring
 from flashrt.ops.gated_conv import GATED_CONV
 from flashrt.ops.linear import DENSE, DENSE_ADD, IDENTITY, LINEAR, RELU, SILU
-from flashrt.ops.norm import ADD_RMSNORM, GATED_RMSNORM, RMSNORM
+from flashrt.ops.norm import ADAPTIVE_RMSNORM, ADD_RMSNORM, GATED_RMSNORM, RMSNORM
 from flashrt.ops.policy import (
     CHUNK_BEGIN,
     CHUNK_END,
     ENSEMBLE,
+    EULER,
     FLOW_BEGIN,
     FLOW_END,
+    FLOW_NOISE,
     FLOW_STEP,
     GRU_CELL,
+    GUIDE,
     OBSERVE,
     SEE,
     TAKE_ACTION,
@@ -48,7 +58,9 @@ from flashrt.ops.policy import (
 from flashrt.ops.rows import (
     ADD_BIAS,
     ADVANCE,
+    ALL_ROWS,
     EMBED,
+    GEGLU,
     HOLD,
     KEEP_ROWS,
     KEEP_VALUES,
@@ -73,6 +85,7 @@ from flashrt.ops.vision import (
     DRAFT_INPUT_SEEN,
     EMBED_SEEN,
     GELU,
+    IMAGE_PATCHES,
     LAYER_NORM,
     MAX_POOL,
     MIX_ROWS,
@@ -83,19 +96,19 @@ from flashrt.ops.vision import (
 )
 
 __all__ = [
-    "ACCEPT", "ACTIVATIONS", "ADD_BIAS", "ADD_GATED", "ADD_LAYER_NORM", "ADD_RMSNORM", "ADD_ROWS",
-    "ADVANCE", "ATTEND", "ATTEND_PATCHES", "ATTENTION", "ATTENTION_BLOCK", "BIAS_ENTRIES",
-    "CHUNK_BEGIN", "CHUNK_END", "CONV2D", "CONV2D_ADD", "CONV_BIASED", "CONV_VERIFY", "CONV_WINDOW",
-    "CURSOR_WORDS", "DELTA_GATES", "DELTA_RULE", "DELTA_VERIFY", "DENSE", "DENSE_ADD",
-    "DRAFT_BEGIN", "DRAFT_INPUT", "DRAFT_INPUT_SEEN", "DRAFT_NOTE", "EMBED", "EMBED_SEEN",
-    "ENSEMBLE", "EXPERTS_IN", "EXPERTS_OUT", "FLOW_BEGIN", "FLOW_END", "FLOW_STEP", "GATED_CONV",
-    "GATED_RMSNORM", "GELU",
-    "GRU_CELL", "HOLD", "IDENTITY", "KEEP_ROWS", "KEEP_VALUES", "LAST_CURSOR", "LAST_ROW",
-    "LAST_VALUES", "LAYER_NORM", "LINEAR", "MAX_POOL", "MIX_ROWS", "NORMALIZE", "OBSERVE", "OPS",
-    "PLACE_ROWS", "RELU", "RELU_SQUARED", "REQUEST_WORDS", "RMSNORM", "ROPE_APPEND", "ROPE_PLACED",
-    "ROUTE", "SAMPLE", "SAMPLER_WORDS", "SCALE_ROWS", "SEE", "SILU", "SILU_MUL", "SILU_RMSNORM",
-    "SSM", "STOP_WORDS", "TAKE_ACTION", "TAKE_TOKEN", "TURN_PATCHES", "VERIFY_CURSORS", "Scoring",
-    "mask_words",
+    "ACCEPT", "ACTIVATIONS", "ADAPTIVE_RMSNORM", "ADD_BIAS", "ADD_GATED", "ADD_LAYER_NORM",
+    "ADD_RMSNORM", "ADD_ROWS", "ADVANCE", "ALL_ROWS", "APPEND_ROWS", "ATTEND", "ATTEND_PATCHES",
+    "ATTENTION", "ATTENTION_BLOCK", "BIAS_ENTRIES", "CHUNK_BEGIN", "CHUNK_END", "CONV2D",
+    "CONV2D_ADD", "CONV_BIASED", "CONV_VERIFY", "CONV_WINDOW", "CURSOR_WORDS", "DELTA_GATES",
+    "DELTA_RULE", "DELTA_VERIFY", "DENSE", "DENSE_ADD", "DRAFT_BEGIN", "DRAFT_INPUT",
+    "DRAFT_INPUT_SEEN", "DRAFT_NOTE", "EMBED", "EMBED_SEEN", "ENSEMBLE", "EULER", "EXPERTS_IN",
+    "EXPERTS_OUT", "FLOW_BEGIN", "FLOW_END", "FLOW_NOISE", "FLOW_STEP", "GATED_CONV",
+    "GATED_RMSNORM", "GEGLU", "GELU", "GRU_CELL", "GUIDE", "HOLD", "IDENTITY", "IMAGE_PATCHES",
+    "KEEP_ROWS", "KEEP_VALUES", "LAST_CURSOR", "LAST_ROW", "LAST_VALUES", "LAYER_NORM", "LINEAR",
+    "MAX_POOL", "MIX_ROWS", "NORMALIZE", "OBSERVE", "OPS", "PLACE_ROWS", "RELU", "RELU_SQUARED",
+    "REQUEST_WORDS", "RMSNORM", "ROPE_APPEND", "ROPE_PLACED", "ROPE_ROWS", "ROUTE", "SAMPLE",
+    "SAMPLER_WORDS", "SCALE_ROWS", "SEE", "SILU", "SILU_MUL", "SILU_RMSNORM", "SSM", "STOP_WORDS",
+    "TAKE_ACTION", "TAKE_TOKEN", "TURN_PATCHES", "VERIFY_CURSORS", "Scoring", "Seen", "mask_words",
 ]  # fmt: skip
 
 OPS: tuple[Op, ...] = (
@@ -108,4 +121,6 @@ OPS: tuple[Op, ...] = (
     NORMALIZE, ATTEND, ENSEMBLE, ACTIVATIONS, MIX_ROWS, ADD_LAYER_NORM, GELU, TURN_PATCHES,
     ATTEND_PATCHES, PLACE_ROWS, EMBED_SEEN, ROPE_PLACED, ROUTE, EXPERTS_IN, EXPERTS_OUT, ADD_GATED,
     DRAFT_INPUT_SEEN,
+    ROPE_ROWS, APPEND_ROWS, FLOW_NOISE, GUIDE, EULER,
+    IMAGE_PATCHES, ALL_ROWS, GEGLU, ADAPTIVE_RMSNORM,
 )  # fmt: skip

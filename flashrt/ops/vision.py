@@ -96,6 +96,24 @@ ATTEND = Op(
 
 # -- of a tower --------------------------------------------------------------------------------
 
+IMAGE_PATCHES = Op(
+    "image_patches",
+    "rows of `linear`, one per patch of patch x patch pixels of an image of side x side: 2 v - 1 "
+    "by channel, row and column of the patch. x is resized to height x width by the four pixels "
+    "around each point, edges repeated, and lies there at (top, left); elsewhere v is `fill`. Rows "
+    "go by squares of group x group patches, both in raster order",
+    (f32("x", "r", "H", "W", 3), act("y", "w", "T", "C")),
+    (
+        Attr("side"),
+        Attr("patch"),
+        Attr("group"),
+        Attr("height"),
+        Attr("width"),
+        Attr("top"),
+        Attr("left"),
+        Attr("fill", "float32"),
+    ),
+)
 ACTIVATIONS = Op(
     "activations",
     "y = x, as `linear` reads it",

@@ -101,6 +101,8 @@ def experts_hit(rows: int, picks: int, experts: int) -> float:
 def _flop(launch: Launch, rows: int, position: int) -> int:
     count = _FLOP.get(launch.op)
     pairs = rows * position + rows * (rows + 1) // 2
+    if launch.op is ops.ATTENTION and (seen := launch.attr("seen")) != ops.Seen.PAST:
+        pairs = rows * (position + rows * (seen == ops.Seen.LAUNCH))
     return 0 if count is None else count(launch.dims, rows, pairs)
 
 

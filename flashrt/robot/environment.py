@@ -24,7 +24,7 @@ import numpy as np
 from flashrt.base.checks import shown
 from flashrt.base.errors import EnvironmentFailed, FlashrtError, ObservationError
 from flashrt.base.messages import listed
-from flashrt.engine.actions import as_array
+from flashrt.engine.numbers import as_array
 from flashrt.robot.policy import Array
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum)

@@ -29,7 +29,8 @@ from flashrt.base.locks import reentrant_lock
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane
 from flashrt.capsule.turn import Turn, exclusive
-from flashrt.engine.actions import checked_vector
+from flashrt.engine.numbers import Given, checked_vector, checked_vectors
+from flashrt.engine.packed import Packed
 from flashrt.robot.history import NO_CUT, NOTHING, Boundary, History, LoopState, PastTick
 from flashrt.robot.options import (
     ControlOptions,
@@ -39,7 +40,7 @@ from flashrt.robot.options import (
     checked_seed,
     longest_overlap,
 )
-from flashrt.robot.policy import Array, Observation, Policy, naming
+from flashrt.robot.policy import Array, Observation, Policy, guiding, naming, taking
 from flashrt.robot.schedule import run_slack, run_tick
 from flashrt.robot.timing import LoopTiming
 
@@ -115,6 +116,7 @@ class ControlLoop:
         self.timing = LoopTiming(engine.stats)
         self.lock = reentrant_lock()  # whoever has it is in a call; see `exclusive`
         self._named = naming(engine)
+        self._taken = taking(engine)
         self._hold = options.hold(engine.config)
         is_holding = options.on_miss == "hold" and options.deadline_ms is not None
         self._is_sent_needed = is_holding and self._hold is None  # else nobody asks for it
@@ -193,23 +195,31 @@ class ControlLoop:
         return action
 
     @exclusive
-    def predict_chunk(self, observation: Observation) -> Array:
+    def predict_chunk(self, observation: Observation, given: Given | None = None) -> Array:
         """The chunk that the policy would plan from an observation for the coming tick, float32
-        [chunk_size, action_dim] in the environment's units. The loop stays where it is.
+        [chunk_size, action_dim] in the environment's units. The loop stays where it is. `given`:
+        what it starts from, see ActionEngine.plan.
 
         Raises ObservationError, PoolFull where there is no room to come back, and SessionError for
-        a policy of your own without the verbs of NamedVerbs.
+        a policy of your own without the verbs of NamedVerbs, or without those that take `given`.
         """
         named = naming(self.engine)
         if named is None:
             raise SessionError("predict_chunk: this policy does not show its chunks")
+        giving = None if given is None else guiding(self.engine)
+        if given is not None and giving is None:
+            raise SessionError("predict_chunk: this policy's plans take nothing but observations")
         checked = self._checked(observation)
+        asked = None if giving is None or given is None else giving.checked_given(given)
         self.ready()
         capsule = self._frozen(None)
         try:
             self._is_in_doubt = True
             self.engine.observe_trusted(self._lane, checked)
-            self.engine.plan(self._lane, 0)
+            if giving is None:
+                self.engine.plan(self._lane, 0)
+            else:
+                giving.plan(self._lane, 0, given=asked)
             chunk = named.chunk(self._lane)
             self.engine.restore(self._lane, capsule)
             self._is_in_doubt = False
@@ -639,8 +649,12 @@ class ControlLoop:
 
     def _checked(self, observation: Observation) -> Array:
         """The loop's own copy; what comes after this door trusts it. Raises ObservationError."""
-        size, vector = self.engine.config.observation_dim, as_vector(self.engine, observation)
-        return checked_vector("observation", vector, size, OBSERVED_KINDS)
+        vector = as_vector(self.engine, observation)
+        if isinstance(vector, Packed):
+            return cast(Array, vector)
+        size = self.engine.config.observation_dim
+        checked = checked_vector("observation", vector, size, OBSERVED_KINDS)
+        return checked if self._taken is None else self._taken(checked)
 
     def _late(self, state: LoopState) -> Array | None:
         """The deadline policy; what is executed in place of the action, if anything."""
@@ -730,6 +744,22 @@ class ControlLoop:
         if (listener := self._listening()) is not None:
             listener.event(what, value, digest)
             self._n_told = self._state.changes
+
+
+def checked_observations(engine: Policy, observations: Sequence[Observation]) -> list[Array]:
+    """The loops' own copies of observations, one for each of several. Raises ObservationError."""
+    size, take = engine.config.observation_dim, taking(engine)
+    vectors = [as_vector(engine, observation) for observation in observations]
+    plain = [vector for vector in vectors if not isinstance(vector, Packed)]
+    checked = iter(checked_vectors("observation", plain, size, OBSERVED_KINDS))
+    return [
+        cast(Array, vector)
+        if isinstance(vector, Packed)
+        else next(checked)
+        if take is None
+        else take(next(checked))
+        for vector in vectors
+    ]
 
 
 def as_vector(engine: Policy, observation: Observation) -> ArrayLike:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from flashrt.base.checks import as_integer, as_number, shown
 from flashrt.base.errors import ObservationError, SessionError
-from flashrt.engine.actions import checked_vector
+from flashrt.engine.numbers import checked_vector
 from flashrt.robot.policy import Array, PolicyShape
 
 OnMiss = Literal["hold", "last", "raise"]

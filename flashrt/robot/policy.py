@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from flashrt.capsule.capsule import Capsule
 from flashrt.capsule.lineage import Lane
 from flashrt.capsule.turn import Turn
+from flashrt.engine.numbers import Given
 
 Array = NDArray[np.float32]
 # As a loop is given it: a vector, or its parts by name.
@@ -227,6 +228,26 @@ class NamedVerbs(Protocol):
         ...
 
 
+@runtime_checkable
+class TakingVerbs(Protocol):
+    """A policy may keep observations in a form of its own: from one door on, they are in that."""
+
+    def taken(self, observation: Array) -> Array:
+        """Of a vector that was checked. Raises ObservationError."""
+        ...
+
+
+@runtime_checkable
+class GuidedVerbs(Protocol):
+    """Verbs of a policy whose plans start from more than observations: it may have them, or not."""
+
+    def checked_given(self, given: Given) -> Given:
+        """Raises ObservationError for what does not fit."""
+        ...
+
+    def plan(self, lane: Lane, committed: int = 0, *, given: Given | None = None) -> None: ...
+
+
 class SharingPolicy(SharedVerbs, Policy, Protocol):
     """A policy that has them."""
 
@@ -255,6 +276,26 @@ def packing(policy: Policy) -> Callable[[Mapping[str, Any]], Array] | None:
 def naming(policy: Policy) -> NamedVerbs | None:
     """The policy, if its class has the verbs on parts of observations."""
     return cast(NamedVerbs, policy) if _has_named_verbs(type(policy)) else None
+
+
+def taking(policy: Policy) -> Callable[[Array], Array] | None:
+    """What a policy makes of a vector, if its class has that verb."""
+    return cast(TakingVerbs, policy).taken if _has_taking_verbs(type(policy)) else None
+
+
+def guiding(policy: Policy) -> GuidedVerbs | None:
+    """The policy, if its class has the verbs of plans that start from something given."""
+    return cast(GuidedVerbs, policy) if _has_guided_verbs(type(policy)) else None
+
+
+@functools.cache
+def _has_guided_verbs(kind: type) -> bool:
+    return issubclass(kind, GuidedVerbs)
+
+
+@functools.cache
+def _has_taking_verbs(kind: type) -> bool:
+    return issubclass(kind, TakingVerbs)
 
 
 @functools.cache

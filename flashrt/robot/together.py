@@ -15,9 +15,9 @@ from flashrt.base.checks import shown
 from flashrt.base.errors import SessionError
 from flashrt.base.locks import while_holding
 from flashrt.capsule.turn import Turn, exclusive
-from flashrt.engine.actions import checked_action, checked_vectors
+from flashrt.engine.numbers import checked_action
 from flashrt.robot.history import LoopState
-from flashrt.robot.loop import OBSERVED_KINDS, ControlLoop, Took, as_vector
+from flashrt.robot.loop import ControlLoop, Took, checked_observations
 from flashrt.robot.policy import Array, Observation, sharing
 from flashrt.robot.schedule import run_slack_together, run_tick_together
 
@@ -46,9 +46,7 @@ def tick_together(loops: Sequence[ControlLoop], observations: Sequence[Observati
         )
     if not loops:
         return []
-    size = loops[0].engine.config.observation_dim
-    vectors = [as_vector(loops[0].engine, observation) for observation in observations]
-    seen = checked_vectors("observation", vectors, size, OBSERVED_KINDS)
+    seen = checked_observations(loops[0].engine, observations)
     if len(groups) > 1:
         for group in groups:  # what is wrong with a loop shows before any ticks
             group.prepare()

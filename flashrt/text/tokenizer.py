@@ -108,6 +108,20 @@ class Tokenizer:
             )
         )
 
+    def encode_whole(self, text: str, most: int) -> list[int]:
+        """Ids of a text and of what the file's own rules put around it, `most` in all: the text is
+        cut at its end. Raises TokenError.
+        """
+
+        def encoded() -> list[int]:
+            self._library.enable_truncation(most)
+            try:
+                return list(self._library.encode(text, add_special_tokens=True).ids)
+            finally:
+                self._library.no_truncation()
+
+        return _call(encoded, TokenError, f"the tokenizer cannot encode {_described(text)}")
+
     def decode(self, tokens: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of ids; bytes that form no character become U+FFFD, and ids that the tokenizer does
         not know nothing. Raises TokenError.

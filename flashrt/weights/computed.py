@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from flashrt.base.errors import CheckpointError
 from flashrt.base.messages import printable, shown
-from flashrt.core.region import DType
+from flashrt.core.region import DType, Region
 from flashrt.weights.checkpoint import Checkpoint
 from flashrt.weights.formats.stored import PlainArray, Reader, StoredArray, StoredMatrix, Tensor
+from flashrt.weights.rules import Source, WeightRule
 
 Values = NDArray[np.float32]
 
@@ -156,6 +157,11 @@ class ComputingCheckpoint(Checkpoint):
                 )
             tensors.append(tensor)
         return tensors
+
+
+def computed(region: Region) -> WeightRule:
+    """The rule of a region that a formula fills: that of its name."""
+    return WeightRule(region, (Source(region.name, region.shape),))
 
 
 def computing(

@@ -8,9 +8,10 @@ the numbers in another way are refused, and no class that a file names is ever i
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flashrt.base.errors import CheckpointError
 from flashrt.base.messages import listed, printable, shown
@@ -76,8 +77,9 @@ class Normalization:
         return mode
 
 
-def normalization_of(root: Path, *, is_input: bool) -> Normalization:
+def normalization_of(root: Path, *, is_input: bool, others: Collection[str] = ()) -> Normalization:
     """How observations (or actions) are normalised, by a policy's files; no tensor is read yet.
+    `others`: steps that whoever asks reads himself: see `step_of`.
 
     Raises CheckpointError for a file that is missing or damaged, a step that is not known, or a
     mode that is not.
@@ -89,15 +91,12 @@ def normalization_of(root: Path, *, is_input: bool) -> Normalization:
             f"{path}: no such file; policies from before LeRobot 0.4 have their statistics among "
             "the weights: migrate them with LeRobot's migrate_policy_normalization"
         )
-    steps = read_json(path).get("steps")
-    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
-        raise CheckpointError(f"{path}: has no list of steps; fetch it again")
     found: Normalization | None = None
-    for step in steps:
+    for step in _steps(path):
         name, config = step.get("registry_name"), step.get("config", {})
         if name == wanted and found is None and isinstance(config, dict):
             found = _normalization(path, config, step.get("state_file"))
-        elif name not in _IDLE or _renames(config):
+        elif (name not in _IDLE and name not in others) or _renames(config):
             raise CheckpointError(
                 f"{path}: step {shown(name or step.get('class'))} is not supported; known are "
                 f"{wanted}, once, and {listed(_IDLE)} without a rename_map"
@@ -105,6 +104,28 @@ def normalization_of(root: Path, *, is_input: bool) -> Normalization:
     if found is None:
         raise CheckpointError(f"{path}: has no step {wanted}; fetch it again")
     return found
+
+
+def step_of(root: Path, name: str) -> Mapping[str, object] | None:
+    """What a step of the preprocessor is configured with; None where there is no such step.
+
+    Raises CheckpointError for a file that is damaged.
+    """
+    path = root / PREPROCESSOR
+    for step in _steps(path):
+        if step.get("registry_name") == name:
+            config = step.get("config", {})
+            if not isinstance(config, dict):
+                raise CheckpointError(f"{path}: step {shown(name)} is {shown(config)}")
+            return config
+    return None
+
+
+def _steps(path: Path) -> list[dict[str, Any]]:
+    steps = read_json(path).get("steps")
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise CheckpointError(f"{path}: has no list of steps; fetch it again")
+    return steps
 
 
 def _renames(config: object) -> bool:

@@ -472,6 +472,8 @@ def _float_array(rule: WeightRule, reader: _Reader) -> NDArray[np.float32]:
         array = reader.checkpoint.array(source.name)
         assert array is not None  # check_sources saw it
         values = array.read(reader.read)
+        if source.rows is not None:
+            values = values[source.rows.order()]
         parts.append(_transformed(values, Transform.NONE if array.is_final else rule.transform))
     whole = np.ascontiguousarray(np.concatenate(parts), np.float32).reshape(rule.region.shape)
     return whole if rule.factor == 1.0 else whole * np.float32(rule.factor)

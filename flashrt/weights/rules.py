@@ -52,6 +52,31 @@ class Interleaved:
 
 
 @dataclass(frozen=True, slots=True)
+class Squares:
+    """Rows that are stored as the places of a raster of side x side, line by line, and wanted by
+    squares of group x group places; squares line by line, and places in each. `lags`: a place but
+    the first of a line or column gets the row of the one before it.
+    """
+
+    side: int
+    group: int
+    lags: bool = False
+
+    @property
+    def n_rows(self) -> int:
+        """Of the raster."""
+        return self.side**2
+
+    def order(self) -> NDArray[np.intp]:
+        """The place where each row that is wanted is stored."""
+        across = self.side // self.group
+        line = np.maximum(np.arange(self.side) - self.lags, 0)
+        raster = line[:, None] * self.side + line
+        places = raster.reshape(across, self.group, across, self.group)
+        return places.transpose(0, 2, 1, 3).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """A checkpoint tensor by its canonical name, with the shape that it must have; `rows`: how its
     rows lie where that is not how they are wanted.
@@ -59,7 +84,7 @@ class Source:
 
     name: str
     shape: tuple[int, ...]
-    rows: Interleaved | None = None
+    rows: Interleaved | Squares | None = None
 
     @property
     def size(self) -> int:
@@ -91,19 +116,20 @@ class WeightRule:
             raise PlanError(
                 f"weight rule {region.name!r}: needs sources or a constant, and not both"
             )
+        has_all_rows = all(s.rows is None or s.rows.n_rows == s.shape[0] for s in self.sources)
         if self.is_matrix:
             columns = {s.shape[1:] for s in self.sources}
             fits = (
                 columns == {region.shape[1:]}
                 and sum(s.shape[0] for s in self.sources) == region.shape[0]
-                and all(s.rows is None or s.rows.n_rows == s.shape[0] for s in self.sources)
+                and has_all_rows
             )
             if not fits or self.transform is not Transform.NONE or self.factor != 1.0:
                 raise PlanError(
                     f"weight rule {region.name!r}: {self.sources} cannot fill {region.dtype} "
                     f"{region.shape}"
                 )
-        elif region.dtype is not DType.F32 or self.size != region.size:
+        elif region.dtype is not DType.F32 or self.size != region.size or not has_all_rows:
             raise PlanError(
                 f"weight rule {region.name!r}: {self.size} values for {region.dtype} {region.shape}"
             )

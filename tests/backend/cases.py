@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.core.region import DType
-from flashrt.ops.table import ATTENTION_BLOCK, CURSOR_WORDS, STOP_WORDS
+from flashrt.ops.table import ATTENTION_BLOCK, CURSOR_WORDS, STOP_WORDS, Seen
 from tests.backend.runner import Case, bf16_bits, from_bf16, rng_for
 
 Array = NDArray[Any]
@@ -101,6 +101,17 @@ def add_rmsnorm(T: int, n: int, H: int, is_wide: bool = False) -> Case:
         "cursor": cursor(5, n), "y": (T, H),
     }  # fmt: skip
     return Case("add_rmsnorm", operands, {"eps": EPS}, wide("y", is_wide))
+
+
+def adaptive_rmsnorm(T: int, n: int, H: int, added: int = 1) -> Case:
+    rng = rng_for("adaptive_rmsnorm", T, n, H)
+    x, r = (valid(randn(rng, T, H), n) for _ in range(2))
+    gate, scale, shift = (randn(rng, H) for _ in range(3))
+    operands = {
+        "x": x, "r": read_if(added, r), "gate": read_if(added, gate), "scale": scale,
+        "shift": shift, "cursor": cursor(5, n), "y": (T, H),
+    }  # fmt: skip
+    return Case("adaptive_rmsnorm", operands, {"eps": EPS, "added": added})
 
 
 def linear(T: int, n: int, K: int, N: int, is_wide: bool = False) -> Case:
@@ -277,6 +288,7 @@ def attention(
     kv: str,
     shift: int = 0,
     gated: int = 1,
+    seen: int = Seen.PAST,
 ) -> Case:
     Nq, Nk = heads
     rng = rng_for("attention", T, n, heads, D, position)
@@ -293,8 +305,33 @@ def attention(
         "partials": (T if T <= 8 else 1, Nq, blocks, D + 2), "y": (T, Nq * D),
         "key_scales": (Nk, S, 1), "value_scales": (Nk, S, 1),
     }  # fmt: skip
-    attrs = {"shift": shift, "gated": gated}
+    if seen == Seen.BEFORE:
+        keys[:, position:] = values[:, position:] = np.nan
+    attrs = {"shift": shift, "gated": gated, "seen": seen}
     return Case("attention", operands, attrs, {"keys": KV[kv], "values": KV[kv]})
+
+
+def rope_rows(
+    T: int, n: int, heads: int, D: int, R2: int, placed: int, margin: tuple[int, int] = (0, 0)
+) -> Case:
+    x = valid(randn(rng_for("rope_rows", T, n, heads, D), T, heads * D), n)
+    operands = {
+        "x": x, "inv_freq": inverse_frequencies(R2), "cursor": cursor(70, n), "y": (T, heads, D),
+    }  # fmt: skip
+    return Case("rope_rows", operands, {"placed": placed}, margin=margin)
+
+
+def append_rows(
+    T: int, n: int, heads: int, D: int, position: int, S: int, kv: str,
+    margin: tuple[int, int] = (0, 0),
+) -> Case:  # fmt: skip
+    rng = rng_for("append_rows", T, n, heads, D)
+    k, v = (valid(randn(rng, T, heads * D), n) for _ in range(2))
+    operands = {
+        "k": k, "v": v, "cursor": cursor(position, n), "keys": (heads, S, D),
+        "values": (heads, S, D),
+    }  # fmt: skip
+    return Case("append_rows", operands, {}, {"keys": KV[kv], "values": KV[kv]}, margin=margin)
 
 
 def experts_of(rng: np.random.Generator, T: int, E: int, P: int) -> NDArray[np.int32]:
@@ -382,6 +419,12 @@ def silu_mul(T: int, n: int, I: int, is_wide: bool = False) -> Case:  # noqa: E7
     rng = rng_for("silu_mul", T, n, I)
     operands = {"u": valid(randn(rng, T, 2 * I, scale=4), n), "cursor": cursor(5, n), "y": (T, I)}
     return Case("silu_mul", operands, dtypes=wide("y", is_wide))
+
+
+def geglu(T: int, n: int, I: int) -> Case:  # noqa: E741
+    rng = rng_for("geglu", T, n, I)
+    operands = {"u": valid(randn(rng, T, 2 * I, scale=3), n), "cursor": cursor(5, n), "y": (T, I)}
+    return Case("geglu", operands)
 
 
 def relu_squared(T: int, n: int, I: int, is_wide: bool = False) -> Case:  # noqa: E741
@@ -529,6 +572,21 @@ GRID: Grid = (
         {"heads": (4, 1), "D": 128, "position": 230, "S": 600, "kv": "f32"},
         {"heads": (9, 3), "D": 64, "position": 250, "S": 600, "kv": "bf16", "gated": 0},
         {"heads": (7, 1), "D": 96, "position": 300, "S": 600, "kv": "f32", "gated": 0},
+        {"heads": (6, 2), "D": 64, "position": 0, "S": 600, "kv": "f32", "gated": 0,
+         "seen": Seen.LAUNCH},
+        {"heads": (3, 1), "D": 32, "position": 250, "S": 600, "kv": "bf16", "gated": 0,
+         "seen": Seen.LAUNCH},
+        {"heads": (6, 2), "D": 64, "position": 270, "S": 600, "kv": "f32", "gated": 0,
+         "seen": Seen.BEFORE},
+        {"heads": (4, 2), "D": 24, "position": 0, "S": 600, "kv": "bf16", "seen": Seen.BEFORE},
+    )),
+    (rope_rows, (
+        {"heads": 3, "D": 64, "R2": 32, "placed": 0, "margin": (4, 8)},
+        {"heads": 1, "D": 24, "R2": 6, "placed": 1},
+    )),
+    (append_rows, (
+        {"heads": 2, "D": 64, "position": 30, "S": 110, "kv": "f32", "margin": (4, 8)},
+        {"heads": 3, "D": 24, "position": 0, "S": 70, "kv": "bf16"},
     )),
     (silu_mul, ({"I": 200}, {"I": 1024}, {"I": 264, "is_wide": True})),
     (add_bias, ({"N": 96}, {"N": 1000})),
@@ -555,6 +613,8 @@ GRID: Grid = (
     (activations, ({"C": 96},)),
     (mix_rows, ({"N": 36, "C": 96},)),
     (add_layer_norm, ({"C": 96}, {"C": 1152, "is_wide": True})),
+    (geglu, ({"I": 200}, {"I": 1024})),
+    (adaptive_rmsnorm, ({"H": 96}, {"H": 1024}, {"H": 200, "added": 0})),
     (gelu, ({"I": 200, "tanh": 0}, {"I": 304, "tanh": 1})),
     (turn_patches, (
         {"heads": 2, "R": 16, "margin": (0, 0)}, {"heads": 3, "R": 18, "margin": (4, 8)},
@@ -621,9 +681,13 @@ ODD: Grid = (
     (activations, ({"C": 37},)),
     (mix_rows, ({"N": 5, "C": 37},)),
     (add_layer_norm, ({"C": 37},)),
+    (geglu, ({"I": 45},)),
+    (adaptive_rmsnorm, ({"H": 33}, {"H": 7, "added": 0})),
     (gelu, ({"I": 37, "tanh": 0}, {"I": 45, "tanh": 1})),
     (turn_patches, ({"heads": 3, "R": 5, "margin": (1, 3)},)),
     (embed_seen, ({"V": 33, "H": 7, "position": 5, "S": 75},)),
+    (rope_rows, ({"heads": 2, "D": 33, "R2": 5, "placed": 1, "margin": (1, 3)},)),
+    (append_rows, ({"heads": 2, "D": 33, "position": 31, "S": 99, "kv": "f32", "margin": (3, 1)},)),
     (route, ({"E": 5, "P": 5}, {"E": 37, "P": 1, "form": (1, 1, 0)})),
     (experts_in, ({"experts": (5, 2), "H": 33, "I": 32},)),
     (experts_out, ({"experts": (1, 1), "H": 32, "I": 32},)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from flashrt.ops.cursor import PolicyWord
+from flashrt.ops.cursor import PolicyWord, RequestWord
 from flashrt.ops.table import IDENTITY, RELU, REQUEST_WORDS, SILU
 from tests.backend.cases import randn
 from tests.backend.runner import Case, rng_for
@@ -94,12 +94,39 @@ def chunk_begin(H: int, A: int, committed: int, **cursor: int) -> Case:
     return Case("chunk_begin", {**kept, "kept": (H * A + H,)}, attrs, label=f"chunk_begin-{cursor}")
 
 
-def chunk_end(H: int, A: int, committed: int) -> Case:
+def chunk_end(H: int, A: int, committed: int, margin: tuple[int, int] = (0, 0)) -> Case:
     rng = rng_for("chunk_end", H, A)
     kept = np.concatenate([randn(rng, H * A), (np.arange(H) < committed).astype(np.float32)])
     cursor = words(plan_tick=40, plan_stop=46, plan_steps_left=1, chunk=30, stop=42, **SEED)
     operands = {"kept": kept, "chunk": 9 * randn(rng, H, A), "queue": (H, A), "cursor": cursor}
-    return Case("chunk_end", operands)
+    return Case("chunk_end", operands, margin=margin)
+
+
+def flow_noise(H: int, D: int, given: int) -> Case:
+    request = np.zeros(REQUEST_WORDS, np.int32)
+    request[RequestWord.GIVEN] = given
+    operands = {
+        "given": randn(rng_for("flow_noise", H, D), H, D), "request": request,
+        "cursor": words(plan_tick=9, observed=9, tick=10, **SEED), "x": (H, D),
+    }  # fmt: skip
+    return Case("flow_noise", operands, label=f"flow_noise-{H}-{given}")
+
+
+def guide(H: int, D: int, guided: int) -> Case:
+    rng = rng_for("guide", H, D)
+    weights = np.where(np.arange(H) < guided, 0.1 + np.abs(randn(rng, H)), 0).astype(np.float32)
+    x, target, v = (randn(rng, H, D) for _ in range(3))
+    target[guided:] = np.inf  # a row that is not guided is not looked at
+    operands = {"x": x, "target": target, "weights": weights, "v": v}
+    return Case("guide", operands, {"time": 0.7, "strength": 3.5})
+
+
+def euler(H: int, D: int) -> Case:
+    rng = rng_for("euler", H, D)
+    operands = {
+        "v": randn(rng, H, D), "x": randn(rng, H, D), "cursor": words(plan_steps_left=3, **SEED),
+    }  # fmt: skip
+    return Case("euler", operands, {"step": -0.1})
 
 
 def ensemble(H: int, A: int, before: int, **cursor: int) -> Case:
@@ -141,7 +168,9 @@ def policy_cases() -> list[Case]:
         chunk_begin(8, 2, 0, tick=6, observed=6, chunk=4, stop=8),
         chunk_begin(8, 2, 3, tick=7, observed=6, chunk=4, stop=9),
         chunk_begin(50, 14, 49, tick=1, observed=1, chunk=0, stop=50),
-        chunk_end(1, 1, 0), chunk_end(16, 7, 5),
+        chunk_end(1, 1, 0), chunk_end(16, 7, 5), chunk_end(9, 3, 2, (2, 4)),
+        flow_noise(1, 1, 0), flow_noise(50, 32, 0), flow_noise(7, 5, 1),
+        guide(1, 1, 1), guide(9, 32, 4), euler(1, 1), euler(50, 32),
         ensemble(1, 1, 0, plan_tick=0), ensemble(7, 130, 3, plan_tick=3, chunk=2),
         ensemble(7, 3, 9, plan_tick=9, chunk=8), ensemble(7, 3, 2, plan_tick=9, chunk=7),
         take_action(8, 3, tick=9, chunk=6, stop=10, held=2),

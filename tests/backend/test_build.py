@@ -43,10 +43,12 @@ def test_every_kernel_is_compiled_and_reported(
         "scale_rows",
         "silu_rmsnorm", "ssm", "turn_patches",
         "route", "experts_in", "experts_out", "add_gated",
+        "image_patches", "all_rows", "geglu", "adaptive_rmsnorm",
     }  # fmt: skip
     of_cameras = {
         "see", "chunk_begin", "chunk_end", "ensemble", "conv2d", "conv2d_add", "max_pool",
         "layer_norm", "add_rows", "normalize", "attend",
+        "rope_rows", "append_rows", "flow_noise", "guide", "euler",
     }  # fmt: skip
     assert set(missing) == of_shapes | of_families | of_cameras
     assert {"copy_batch", "digest_terms"} <= kernels

@@ -19,7 +19,7 @@ import flashrt
 from flashrt.backends.cpu.device import CpuDevice
 from flashrt.base.float_mode import DefaultFloatMode, is_default
 from flashrt.core.backend import BoundLaunch
-from flashrt.engine.actions import checked_vector
+from flashrt.engine.numbers import checked_vector
 from flashrt.ops import OPS
 from flashrt.ops.sample import SamplerParams
 from tests.backend.cases import attention, linear

@@ -209,5 +209,5 @@ def test_full_attention(runner: Runner, model: Golden) -> None:
     operands = {n: turned[n] for n in ("q", "keys", "values", "key_scales", "value_scales")} | {
         "u": u, "partials": (1, Nq, blocks, D + 2), "y": (len(u), Nq * D),
     }  # fmt: skip
-    mixed = launch(runner, "attention", len(u), operands, shift=0, gated=1)["y"]
+    mixed = launch(runner, "attention", len(u), operands, shift=0, gated=1, seen=0)["y"]
     assert_near(runner, linear(runner, mixed, o), model["self_attn.out"])

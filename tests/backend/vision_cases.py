@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from flashrt.ops.table import IDENTITY, RELU, SILU
+from flashrt.ops.table import CURSOR_WORDS, IDENTITY, RELU, SILU
 from tests.backend.cases import cursor, place_rows, randn, valid
 from tests.backend.policy_cases import SEED, words
 from tests.backend.runner import Case, rng_for
@@ -115,6 +115,28 @@ def attend_patches(T: int, n: int, heads: int, D: int, margin: tuple[int, int] =
     )  # fmt: skip
 
 
+def image_patches(
+    size: tuple[int, int], side: int, patch: int, group: int = 1, *, is_centred: bool = False
+) -> Case:
+    """A picture fitted into a square, at its right lower corner or in the middle."""
+    H, W = size
+    ratio = max(W / side, H / side)
+    height, width = int(H / ratio), int(W / ratio)
+    down, right = side - height, side - width
+    attrs: dict[str, int | float] = {
+        "side": side, "patch": patch, "group": group, "height": height, "width": width,
+        "top": down // 2 if is_centred else down, "left": right // 2 if is_centred else right,
+        "fill": -1.0 if is_centred else 0.0,
+    }  # fmt: skip
+    x = rng_for("image_patches", size, side).random((H, W, 3), np.float32)
+    y = ((side // patch) ** 2, 3 * patch**2)
+    return Case("image_patches", {"x": x, "y": y}, attrs, label=f"image_patches-{size}-{side}")
+
+
+def all_rows(rows: int) -> Case:
+    return Case("all_rows", {"all": (CURSOR_WORDS,)}, {"rows": rows})
+
+
 def vision_cases() -> list[Case]:
     """All of them."""
     convolutions = [conv2d(*c, activation=RELU * (i % 2)) for i, c in enumerate(CONVOLUTIONS)]
@@ -129,5 +151,8 @@ def vision_cases() -> list[Case]:
         attend_patches(1, 1, 1, 4), attend_patches(64, 33, 2, 8), attend_patches(16, 0, 1, 8),
         attend_patches(96, 70, 1, 72, (4, 8)),
         *(place_rows(T, n, given) for T, n in ((1, 1), (64, 33), (8, 0)) for given in (0, 1)),
+        image_patches((24, 32), 16, 4, 2), image_patches((37, 20), 24, 4, is_centred=True),
+        image_patches((5, 3), 18, 3, 3), image_patches((16, 16), 16, 8, is_centred=True),
+        image_patches((1, 1), 4, 4), image_patches((333, 61), 40, 5, 4), all_rows(0), all_rows(70),
         Case("see", {"cursor": words(tick=9, observed=3, **SEED)}),
     ]  # fmt: skip

@@ -181,7 +181,7 @@ class Lives(RuleBasedStateMachine):
         loop, capsule = self.loop(i), self.capsule(j)
         if is_poisoned and isinstance(self.engine, ActionEngine):
             self.engine.arena.poison_scratch()
-            self.engine.arena.poison_lane(loop.lane.index)
+            self.engine.poison_lane(loop.lane)
         loop.restore(capsule)
         self.put(loop, self.frozen[capsule])
         self.compare(i, [])

@@ -25,6 +25,7 @@ from flashrt.backends.cuda.sources import Sources, shipped
 from flashrt.backends.simt.build import kernel_names
 from flashrt.core.region import DType
 from flashrt.ops import OPS
+from flashrt.ops.attention import Seen
 
 ARCHS = (
     "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121",
@@ -139,6 +140,14 @@ def variants(arch: str, *, is_full: bool) -> Iterator[KernelLaunch]:
                 draft = shape("attention", 1, act, cache, 132, Nq=heads)
                 shifted = replace(draft, attrs=ATTRS | {"shift": 1})
                 yield from kernels.EXPANSIONS["attention"](shifted)
+        for seen in (Seen.LAUNCH, Seen.BEFORE):  # SmolVLA's, in float32
+            for n in (8, 50):
+                sm, sizes = multiprocessor(arch), {"D": 64, "Nq": 15, "Nk": 5}
+                own = shape("attention", n, act, DType.F32, 132, sm, **sizes)
+                if n <= 8 or kernels.attention_widths(own):  # no pairs on the smallest
+                    asked = ATTRS | DENSE_ATTRS | {"seen": int(seen)}
+                    yield from kernels.EXPANSIONS["attention"](replace(own, attrs=asked))
+        for cache in caches:
             for op in ("attention", "rope_append"):
                 for n in rows:
                     plain = shape(op, n, act, cache, 132, D=128)

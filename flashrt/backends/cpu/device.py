@@ -49,7 +49,8 @@ _APART = frozenset((
     "relu_squared",
     "activations", "mix_rows", "add_layer_norm", "gelu", "turn_patches", "attend_patches",
     "place_rows", "embed_seen", "rope_placed",
-    "route", "add_gated",
+    "route", "add_gated", "rope_rows", "append_rows", "guide",
+    "image_patches", "all_rows", "geglu", "adaptive_rmsnorm",
 ))  # fmt: skip
 # Ops that round x where the device is told to, and weights are such codes, or bfloat16.
 _PRODUCTS = frozenset(("linear", "experts_in", "experts_out"))

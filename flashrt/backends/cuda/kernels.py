@@ -720,6 +720,13 @@ def _rope_append(s: Shape) -> tuple[KernelLaunch, ...]:
     return (KernelLaunch("rope.cu", s.op, defines, grid, _x(128)),)
 
 
+def _cached_rows(s: Shape) -> tuple[KernelLaunch, ...]:
+    heads = s.dims["N" if s.op == "rope_rows" else "Nk"]
+    defines = _defines(CACHE_F32=int(s.dtypes.get("keys") is not DType.BF16))
+    grid = (heads, s.dims["T"], 1)
+    return (KernelLaunch("cached_rows.cu", s.op, defines, grid, _x(64)),)
+
+
 WARPS_OF_ATTENTION: Final = 8
 COLUMN_TILES: Final = (16, 12, 10, 8, 6, 4)  # of 8 columns, of a block of `attention_rows`
 # Of a thread: tiles of the scores and of the outputs that are in registers, 8 for each; further
@@ -741,7 +748,13 @@ def _attention(s: Shape) -> tuple[KernelLaunch, ...]:
             "per key head at most 32"
         )
     if s.dims["TP"] < t:
-        return (attention_many(s, min(attention_widths(s), key=lambda n: _columns_cost(s, n))),)
+        widths = attention_widths(s)
+        if not widths:
+            raise PlanError(
+                f"attention: no block of heads of {d}, over keys in {s.dtypes['keys']} and in "
+                f"{s.act_parts} parts, fits this device; take precision='bfloat16'"
+            )
+        return (attention_many(s, min(widths, key=lambda n: _columns_cost(s, n))),)
     # blocks of keys side by side, then a merge
     # with 4, pairs of parts and codes spill a few bytes; a tile must hold a whole group
     is_narrow = group <= 24 and (s.act_parts == 2 or s.dtypes["keys"] in _CACHE_CODES)
@@ -761,6 +774,7 @@ def _attention_defines(s: Shape, tiles: int) -> Defines:
         CACHE_CODES=_CACHE_CODES.get(s.dtypes["keys"], 0), HEAD_DIM=s.dims["D"],
         GROUP=s.dims["Nq"] // s.dims["Nk"], COLUMN_TILES=tiles, SHIFT=int(s.attrs["shift"]),
         GATED=int(s.attrs["gated"]),
+        **({"SEES": int(s.attrs["seen"])} if s.attrs.get("seen") else {}),
     )  # fmt: skip
 
 
@@ -953,7 +967,7 @@ def _attend(s: Shape) -> tuple[KernelLaunch, ...]:
 
 
 def _of_patches(s: Shape) -> tuple[KernelLaunch, ...]:
-    columns = s.dims["I"] if s.op == "gelu" else s.dims["C"]
+    columns = s.dims["I"] if s.op in ("gelu", "geglu") else s.dims["C"]
     if s.op == "turn_patches":
         columns //= 2
     grid = (_ceil(columns, 256), s.dims["T"], 1)
@@ -1038,6 +1052,15 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "experts_in": _experts_in,
     "experts_out": _experts_out,
     "add_gated": _add_gated,
+    "rope_rows": _cached_rows,
+    "append_rows": _cached_rows,
+    "flow_noise": _policy,
+    "guide": _policy,
+    "euler": _policy,
+    "image_patches": _of_patches,
+    "all_rows": _one_warp,
+    "geglu": _of_patches,
+    "adaptive_rmsnorm": _norm,
 }
 
 

@@ -6,18 +6,22 @@ statistics (weights.lerobot), nor shapes of tensors (weights).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flashrt.base.errors import CheckpointError
-from flashrt.base.messages import indented, listed, printable, shown
-from flashrt.models.actions import Part
+from flashrt.base.messages import indented, listed, shown
+from flashrt.models.actions import Part, parts_of
+from flashrt.models.features import (
+    ENVIRONMENT,
+    STATE,
+    Camera,
+    action_dim_of,
+    inputs_of,
+    size_of,
+)
 
 TYPE = "act"
-STATE, ENVIRONMENT, ACTION = "observation.state", "observation.environment_state", "action"
-IMAGE_PREFIX = "observation.image"
-VISUAL_KIND, STATE_KIND, ENVIRONMENT_KIND, ACTION_KIND = "VISUAL", "STATE", "ENV", "ACTION"
 # Blocks of each of the four layers, of two convolutions each.
 BACKBONES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 WIDTHS = (64, 128, 256, 512)  # channels of those layers
@@ -32,21 +36,6 @@ _USUAL: dict[str, object] = {  # LeRobot's, where a config leaves a field out
     "dim_feedforward": 3200, "n_encoder_layers": 4, "n_decoder_layers": 1, "latent_dim": 32,
     "vision_backbone": "resnet18", "feedforward_activation": "relu", "n_obs_steps": 1,
 }  # fmt: skip
-_MOST_NUMBERS, _MOST_SIDE, _MOST_PIXELS, _MOST_CAMERAS = 1 << 14, 1 << 12, 1 << 22, 16
-
-
-@dataclass(frozen=True, slots=True)
-class Camera:
-    """An image of an observation."""
-
-    name: str
-    height: int
-    width: int
-
-    @property
-    def size(self) -> int:
-        """Numbers of an image of three channels."""
-        return 3 * self.height * self.width
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +77,7 @@ class ActConfig:
             if size
         ]
         shapes += [(c.name, (c.height, c.width, 3)) for c in self.cameras]
-        parts, at = [], 0
-        for name, shape in shapes:
-            parts.append(Part(name, at, at + math.prod(shape), shape))
-            at = parts[-1].stop
-        return tuple(parts)
+        return parts_of(shapes)
 
     @property
     def observation_dim(self) -> int:
@@ -104,7 +89,7 @@ def parse_config(config: Mapping[str, object]) -> ActConfig:
     """Read a config.json object. Raises CheckpointError listing every problem."""
     problems: list[str] = []
     fields = _USUAL | dict(config)
-    sizes = {name: _size(fields, name, most, problems) for name, most in _MOST.items()}
+    sizes = {name: size_of(fields, name, most, problems) for name, most in _MOST.items()}
     if sizes["n_action_steps"] > sizes["chunk_size"]:
         problems.append(
             f"n_action_steps {sizes['n_action_steps']} exceeds chunk_size {sizes['chunk_size']}"
@@ -138,10 +123,12 @@ def parse_config(config: Mapping[str, object]) -> ActConfig:
         problems.append(f"vision_backbone is {shown(backbone)}; supported: {listed(BACKBONES)}")
     if not isinstance(pre_norm, bool):
         problems.append(f"pre_norm is {shown(pre_norm)}, expected true or false")
-    state, environment, cameras = _inputs(fields.get("input_features"), problems)
+    state, environment, cameras = inputs_of(fields.get("input_features"), problems)
+    if not cameras and not environment:
+        problems.append(f"input_features need an image, or {ENVIRONMENT}")
     if cameras and sizes["dim_model"] % 4:
         problems.append(f"dim_model {sizes['dim_model']} is no multiple of 4, as images need")
-    action = _outputs(fields.get("output_features"), problems)
+    action = action_dim_of(fields.get("output_features"), problems)
     if problems:
         raise CheckpointError(f"config.json does not fit:{indented(problems)}")
     return ActConfig(
@@ -149,73 +136,3 @@ def parse_config(config: Mapping[str, object]) -> ActConfig:
         backbone=str(backbone),
         ensemble=ensemble,
     )  # fmt: skip
-
-
-def _size(config: Mapping[str, object], name: str, most: int, problems: list[str]) -> int:
-    value = config.get(name)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
-        return value
-    problems.append(f"{name} is {shown(value)}, expected an integer from 1 to {most:,}")
-    return 1
-
-
-def _features(
-    given: object, what: str, problems: list[str]
-) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Name, type and shape of each."""
-    if not isinstance(given, dict) or not given:
-        problems.append(f"{what} is {shown(given)}, expected features by name")
-        return []
-    found = []
-    for name, feature in given.items():
-        kind = feature.get("type") if isinstance(feature, dict) else None
-        shape = feature.get("shape") if isinstance(feature, dict) else None
-        is_shape = isinstance(shape, list) and all(
-            isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape
-        )
-        if not isinstance(kind, str) or not is_shape or not isinstance(shape, list):
-            problems.append(f"{what} has {printable(name)} as {shown(feature)}")
-        else:
-            found.append((name, kind, tuple(shape)))
-    return found
-
-
-def _inputs(given: object, problems: list[str]) -> tuple[int, int, tuple[Camera, ...]]:
-    """Sizes of state and environment state, and the cameras."""
-    vectors = {STATE: 0, ENVIRONMENT: 0}
-    kinds = {STATE: STATE_KIND, ENVIRONMENT: ENVIRONMENT_KIND}
-    cameras = []
-    for name, kind, shape in _features(given, "input_features", problems):
-        if kinds.get(name) == kind and len(shape) == 1 and shape[0] <= _MOST_NUMBERS:
-            vectors[name] = shape[0]
-        elif (
-            kind == VISUAL_KIND
-            and name.startswith(IMAGE_PREFIX)
-            and len(shape) == 3
-            and shape[0] == 3
-            and max(shape) <= _MOST_SIDE
-            and shape[1] * shape[2] <= _MOST_PIXELS
-        ):
-            cameras.append(Camera(name, shape[1], shape[2]))
-        else:
-            problems.append(
-                f"input_features has {printable(name)} of {shown(kind)} {shown(shape)}; supported: "
-                f"{STATE} and {ENVIRONMENT}, vectors, and {IMAGE_PREFIX}*, [3, height, width]"
-            )
-    if len(cameras) > _MOST_CAMERAS:
-        problems.append(f"{len(cameras)} cameras, at most {_MOST_CAMERAS}")
-    if not cameras and not vectors[ENVIRONMENT]:
-        problems.append(f"input_features need an image, or {ENVIRONMENT}")
-    return vectors[STATE], vectors[ENVIRONMENT], tuple(cameras)
-
-
-def _outputs(given: object, problems: list[str]) -> int:
-    """Size of an action."""
-    found = _features(given, "output_features", problems)
-    if len(found) == 1:
-        name, kind, shape = found[0]
-        if (name, kind) == (ACTION, ACTION_KIND) and len(shape) == 1 and shape[0] <= 1 << 10:
-            return shape[0]
-    if found:
-        problems.append(f"output_features are {shown(found)}; supported: {ACTION}, a vector")
-    return 1

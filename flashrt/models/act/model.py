@@ -19,22 +19,13 @@ from flashrt.core.op import AttrValue, Op
 from flashrt.core.region import DType, Operand, Region, Role, View, as_view
 from flashrt.core.runs import MAX_RUNS
 from flashrt.core.tape import Tape
-from flashrt.models.act.config import (
-    ACTION,
-    ENVIRONMENT,
-    STATE,
-    WIDTHS,
-    ActConfig,
-    Camera,
-)
+from flashrt.models.act.config import WIDTHS, ActConfig
 from flashrt.models.act.weights import (
     STEM,
     Convolution,
-    Scaling,
     Weights,
     blocks_of,
     features_of,
-    shift_of,
 )
 from flashrt.models.actions import (
     ACT_EACH,
@@ -50,6 +41,8 @@ from flashrt.models.actions import (
     TICK_EACH,
     Input,
 )
+from flashrt.models.features import ACTION, ENVIRONMENT, STATE, Camera
+from flashrt.models.scaling import Scaling, shift_of
 from flashrt.ops import table as ops
 from flashrt.weights.lerobot import Mode
 

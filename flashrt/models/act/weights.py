@@ -1,45 +1,38 @@
 """Weights of an ACT policy: LeRobot's tensors, batch norms folded in, statistics as scales.
 
-IS: which formula of which tensors fills each region. IS NOT: launches (model).
+IS: which formula of which tensors fills each region. IS NOT: launches (model), or statistics
+(scaling).
 
 A batch norm of frozen statistics is y = x s + (b - m s), s = w / sqrt(v + 1e-5): so a convolution
-before it has the weights w s and the bias b - m s. Statistics become (x - mean) / std - shift for
-observations and a scale + offset for actions: of min and max, mean = min, std = (max - min) / 2 and
-shift = 1, which gives the bits of 2 (x - min) / (max - min) - 1.
+before it has the weights w s and the bias b - m s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashrt.core.region import DType, Layout, Region, Role
-from flashrt.models.act.config import (
+from flashrt.models.act.config import BACKBONES, REDUCTION, WIDTHS, ActConfig
+from flashrt.models.features import (
     ACTION,
-    ACTION_KIND,
-    BACKBONES,
     ENVIRONMENT,
     ENVIRONMENT_KIND,
-    REDUCTION,
     STATE,
     STATE_KIND,
     VISUAL_KIND,
-    WIDTHS,
-    ActConfig,
 )
+from flashrt.models.scaling import Scaling, scaling_in
 from flashrt.weights.checkpoint import Checkpoint
-from flashrt.weights.computed import Formula, computing
-from flashrt.weights.formats.stored import Tensor
-from flashrt.weights.lerobot import Mode, Normalization, normalization_of
+from flashrt.weights.computed import Formula, computed, computing
 from flashrt.weights.rules import Source, WeightRule, constant, dense, vector
 
 Values = NDArray[np.float32]
 Compute = Callable[..., NDArray[np.floating]]
 Sources = tuple[tuple[str, tuple[int, ...]], ...]  # tensors by name, with their shapes
-_Of = Callable[["Affine", Values, Values], Values]
 PREFIX = "model."
 BATCH_NORM_EPS = 1e-5
 STEM_TAPS = 7
@@ -105,40 +98,14 @@ def features_of(height: int, width: int) -> tuple[int, int]:
     return -(-height // REDUCTION), -(-width // REDUCTION)
 
 
-@dataclass(frozen=True, slots=True)
-class Scaling:
-    """How observations and actions are normalised: the mode of each feature, and the tensors with
-    their statistics, under names of their own.
-    """
-
-    modes: Mapping[str, Mode]
-    inputs: Normalization
-    outputs: Normalization
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """By `in/feature.statistic` and `out/feature.statistic`, of the features that are used."""
-        sides = (("in", self.inputs), ("out", self.outputs))
-        return {
-            f"{side}/{feature}.{name}": found.tensors[f"{feature}.{name}"]
-            for side, found in sides
-            for feature, mode in self.modes.items()
-            if (feature == ACTION) == (side == "out")
-            for name in mode.statistics or ()
-        }
-
-
 def scaling_of(checkpoint: Checkpoint, c: ActConfig) -> Scaling:
     """By the processor files of a checkpoint. Raises CheckpointError."""
-    inputs = normalization_of(checkpoint.path, is_input=True)
-    outputs = normalization_of(checkpoint.path, is_input=False)
-    modes = {camera.name: inputs.mode(camera.name, VISUAL_KIND) for camera in c.cameras}
+    kinds = dict.fromkeys((camera.name for camera in c.cameras), VISUAL_KIND)
     if c.state_dim:
-        modes[STATE] = inputs.mode(STATE, STATE_KIND)
+        kinds[STATE] = STATE_KIND
     if c.environment_dim:
-        modes[ENVIRONMENT] = inputs.mode(ENVIRONMENT, ENVIRONMENT_KIND)
-    modes[ACTION] = outputs.mode(ACTION, ACTION_KIND)
-    return Scaling(modes, inputs, outputs)
+        kinds[ENVIRONMENT] = ENVIRONMENT_KIND
+    return scaling_in(checkpoint.path, kinds)
 
 
 class Weights:
@@ -182,9 +149,8 @@ class Weights:
         for part in c.parts:
             is_image = len(part.shape) == 3
             shape = (3, 1, 1) if is_image else part.shape
-            self._statistics(part.name, "in", shape, (("mean", _mean), ("std", _divisor)))
-        actions = (("scale", _scale), ("offset", _offset))
-        self._statistics(ACTION, "out", (c.action_dim,), actions)
+            self._statistics(part.name, shape)
+        self._statistics(ACTION, (c.action_dim,))
 
     def read_from(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint with all that the rules name."""
@@ -276,32 +242,16 @@ class Weights:
                     lambda learned: np.concatenate([learned, *pixels])),
         )  # fmt: skip
 
-    def _statistics(
-        self, feature: str, side: str, shape: tuple[int, ...], wanted: tuple[tuple[str, _Of], ...]
-    ) -> None:
-        mode, size = self._scaling.modes[feature], shape[0]
-        found = self._scaling.inputs if side == "in" else self._scaling.outputs
-        sources = []
-        for name in mode.statistics or ():
-            given = found.tensors[f"{feature}.{name}"].shape
-            # LeRobot takes a vector for an image, too.
-            sources.append((f"{side}/{feature}.{name}", given if given == (size,) else shape))
-        for what, of in wanted:
-            name = f"stats.{feature}.{what}"
-            if sources:
-                scale = Affine(mode, np.float32(found.eps))
-                self._computed_vector(
-                    name, size, tuple(sources),
-                    lambda a, b, of=of, scale=scale: of(scale, a.reshape(-1), b.reshape(-1)),
-                )  # fmt: skip
-            else:
-                self.rules.append(constant(name, (float(what in ("std", "scale")),) * size))
-
     # -- rules ------------------------------------------------------------------------------------
+
+    def _statistics(self, feature: str, shape: tuple[int, ...]) -> None:
+        rules, formulas = self._scaling.rules(feature, shape)
+        self.rules += rules
+        self.formulas |= formulas
 
     def _computed(self, region: Region, formula: Formula) -> None:
         self.formulas[region.name] = formula
-        self.rules.append(WeightRule(region, (Source(region.name, formula.shape),)))
+        self.rules.append(computed(region))
 
     def _computed_matrix(
         self, name: str, shape: tuple[int, int], sources: Sources, compute: Compute
@@ -344,46 +294,3 @@ def _zeros(name: str, rows: int, columns: int) -> WeightRule:
 
 def _norm_scale(weight: Values, variance: Values) -> NDArray[np.float64]:
     return weight / np.sqrt(variance.astype(np.float64) + BATCH_NORM_EPS)
-
-
-# -- statistics -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Affine:
-    """A mode with its epsilon: how two statistics, a mean and a deviation or two limits, scale."""
-
-    mode: Mode
-    eps: np.float32
-
-    @property
-    def is_centred(self) -> bool:
-        """Whether the first is a mean; else the two are limits, which become -1 and 1."""
-        return self.mode is Mode.MEAN_STD
-
-    def half(self, low: Values, high: Values) -> Values:
-        """Half of the distance of two limits; equal ones are an epsilon apart."""
-        apart = np.where(high == low, self.eps, high - low)
-        return apart.astype(np.float32) / np.float32(2)
-
-
-def shift_of(mode: Mode) -> float:
-    """What is taken off a normalised observation."""
-    return 0.0 if mode in (Mode.MEAN_STD, Mode.IDENTITY) else 1.0
-
-
-def _mean(scale: Affine, a: Values, b: Values) -> Values:
-    del scale, b
-    return a
-
-
-def _divisor(scale: Affine, a: Values, b: Values) -> Values:
-    return b + scale.eps if scale.is_centred else scale.half(a, b)
-
-
-def _scale(scale: Affine, a: Values, b: Values) -> Values:
-    return b if scale.is_centred else scale.half(a, b)
-
-
-def _offset(scale: Affine, a: Values, b: Values) -> Values:
-    return a if scale.is_centred else a + scale.half(a, b)

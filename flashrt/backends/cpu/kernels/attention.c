@@ -1,8 +1,8 @@
-/* attention: causal softmax(q K^T / sqrt(D)) V, where `gated` times sigmoid(gate), in absolute
+/* attention: softmax(q K^T / sqrt(D)) V of what is `seen`, where `gated` times sigmoid(gate), in absolute
  *            blocks of 256 keys.
  *
  * Order, per query and head. In a block, over the keys of it that the query sees, which are those
- * of rows [shift, its own]:
+ * of rows [shift, keys_seen):
  *   s = chain over d of fma(k[d], q[d] * scale) from +0      m_b = max s      p = exp(s - m_b)
  *   l_b = p summed over 16 lanes (key i in lane i % 16), then over a tree of halves: i with i + 8,
  *         i + 4, i + 2, i + 1
@@ -48,9 +48,16 @@ static inline int64_t head_of(const query_set *s, int j) {
   return s->kv_head * s->group + (s->first + j) % s->group;
 }
 
+/* Query j sees rows of keys below this. */
+static inline int64_t keys_seen(const attention_args *a, int64_t token) {
+  int64_t position = position_of(a->cursor);
+  if (a->seen == SEEN_BEFORE) return position;
+  return position + (a->seen == SEEN_LAUNCH ? rows_of(a->cursor, a->T) : token + 1);
+}
+
 /* Query j sees keys [hidden_in_block, seen_in_block) of a block [256 b, 256 b + 256). */
 static inline int seen_in_block(const query_set *s, int j, int64_t block) {
-  int64_t seen = position_of(s->a->cursor) + token_of(s, j) + 1 - block * ATTENTION_BLOCK;
+  int64_t seen = keys_seen(s->a, token_of(s, j)) - block * ATTENTION_BLOCK;
   return (int)max_of(0, min_of(seen, ATTENTION_BLOCK));
 }
 static inline int hidden_in_block(const query_set *s, int64_t block) {
@@ -354,7 +361,7 @@ static void begin_queries(query_set *s, const attention_args *a, int64_t kv_head
 /* Many queries: each set walks through its blocks. */
 static void attend_by_sets(const attention_args *a, int n_rows, int64_t set_size, int nt) {
   query_set s;
-  int64_t group = a->Nq / a->Nk, n_queries = n_rows * group, position = position_of(a->cursor);
+  int64_t group = a->Nq / a->Nk, n_queries = n_rows * group;
   int64_t n_sets = ceil_div(n_queries, set_size);
   claim c = {.n = a->Nk * n_sets, .most = 1, .least = 1, .nt = nt};
   while (flashrt_claim(&c)) {
@@ -363,7 +370,7 @@ static void attend_by_sets(const attention_args *a, int n_rows, int64_t set_size
     begin_queries(&s, a, c.mine.begin / n_sets, first, n);
     memset(s.o, 0, (size_t)(n * s.width) * sizeof(float));
     for (int j = 0; j < n; j++) s.m[j] = -INFINITY, s.l[j] = 0;
-    int64_t n_seen = position + token_of(&s, n - 1) + 1;
+    int64_t n_seen = keys_seen(a, token_of(&s, n - 1));
     for (int64_t block = a->shift / ATTENTION_BLOCK; block * ATTENTION_BLOCK < n_seen; block++) {
       attend_block(&s, block);
       for (int j = 0; j < n; j++) {
@@ -401,7 +408,7 @@ static void attend_by_blocks(const attention_args *a, int n_rows, int64_t set_si
   flashrt_barrier(nt);
   span mine = share((int64_t)n_rows * a->Nq, tid, nt);
   for (int64_t unit = mine.begin; unit < mine.end; unit++) {
-    int64_t token = unit / a->Nq, seen = position + token + 1;
+    int64_t token = unit / a->Nq, seen = keys_seen(a, token);
     float m = -INFINITY, l = 0, *o = s.o;
     memset(o, 0, (size_t)D * sizeof(float));
     for (int64_t block = a->shift / ATTENTION_BLOCK; block * ATTENTION_BLOCK < seen; block++) {

@@ -68,6 +68,12 @@ void op_last_cursor(const last_cursor_args *a, int tid, int nt) {
   a->last[CURSOR_ROWS] = 1;
 }
 
+void op_all_rows(const all_rows_args *a, int tid, int nt) {
+  if (tid > 0) return;
+  memset(a->all, 0, CURSOR_WORDS * sizeof(int32_t));
+  a->all[CURSOR_ROWS] = a->rows;
+}
+
 void op_advance(const advance_args *a, int tid, int nt) {
   if (tid == 0) a->cursor[CURSOR_POSITION] += a->cursor[CURSOR_ROWS];
 }

@@ -1,5 +1,5 @@
-/* observe, see, gru_cell, flow_begin, flow_end, chunk_begin, chunk_end, ensemble, take_action: a policy's steps
- * between its layers.
+/* observe, see, gru_cell, flow_begin, flow_end, chunk_begin, chunk_end, ensemble, flow_noise, guide, euler,
+ * take_action: a policy's steps between its layers.
  *
  * IS: elementwise work of a few hundred numbers, and the cursor's words. What writes the cursor
  * runs on thread 0 alone. IS NOT: the schedule of plans (the host's), or dense layers (dense.c).
@@ -149,10 +149,40 @@ void op_chunk_end(const chunk_end_args *a, int tid, int nt) {
   if (tid > 0) return;
   const float *mask = a->kept + a->H * a->A;
   for (int j = 0; j < a->H; j++) {
-    const float *row = (mask[j] != 0.0f ? a->kept : a->chunk) + j * a->A;
+    const float *row =
+        mask[j] != 0.0f ? a->kept + j * a->A : a->chunk + (int64_t)j * a->chunk_stride;
     memcpy(a->queue + j * a->A, row, (size_t)a->A * sizeof(float));
   }
   end_plan(a->cursor);
+}
+
+/* ---- flow matching over rows ---- */
+
+void op_flow_noise(const flow_noise_args *a, int tid, int nt) {
+  if (tid > 0) return;
+  if (a->request[REQUEST_GIVEN]) {
+    memcpy(a->x, a->given, (size_t)a->H * (size_t)a->D * sizeof(float));
+  } else {
+    normal_noise(a->x, a->H * a->D, a->cursor, a->cursor[POLICY_PLAN_TICK]);
+  }
+}
+
+void op_guide(const guide_args *a, int tid, int nt) {
+  span rows = share(a->H, tid, nt);
+  for (int64_t j = rows.begin; j < rows.end; j++) {
+    float weight = a->weights[j];
+    if (weight == 0.0f) continue;
+    for (int64_t i = j * a->D; i < (j + 1) * a->D; i++) {
+      float reached = s_fma(-a->time, a->v[i], a->x[i]);
+      a->v[i] = s_fma(-a->strength, (a->target[i] - reached) * weight, a->v[i]);
+    }
+  }
+}
+
+void op_euler(const euler_args *a, int tid, int nt) {
+  span all = share((int64_t)a->H * a->D, tid, nt);
+  for (int64_t i = all.begin; i < all.end; i++) a->x[i] = s_fma(a->step, a->v[i], a->x[i]);
+  if (tid == 0) a->cursor[POLICY_PLAN_STEPS_LEFT] -= 1;
 }
 
 void op_ensemble(const ensemble_args *a, int tid, int nt) {

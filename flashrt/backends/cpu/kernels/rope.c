@@ -1,5 +1,5 @@
 /* rope_append, rope_placed: norm and rotation of queries and keys, and the new rows of the key and
- * value store.
+ * value store; rope_rows and append_rows: rotation alone, and new rows alone.
  *
  * IS: one unit of work per head and row, units of one head next to each other, so that threads
  * share few cache lines of the store. IS NOT: attention.
@@ -143,4 +143,40 @@ void op_rope_placed(const rope_placed_args *a, int tid, int nt) {
                            .normed = a->normed,
                            .magnitude = a->magnitude};
   append(&same, a, tid, nt);
+}
+
+/* ---- rotation alone, and new rows alone ---- */
+
+void op_rope_rows(const rope_rows_args *a, int tid, int nt) {
+  int64_t first = a->placed ? position_of(a->cursor) : 0;
+  span units = share((int64_t)rows_of(a->cursor, a->T) * a->N, tid, nt);
+  for (int64_t unit = units.begin; unit < units.end; unit++) {
+    int64_t t = unit / a->N;
+    const float *x = a->x + t * a->x_stride + unit % a->N * a->D;
+    float *y = a->y + unit * a->D;
+    for (int j = 0; j < a->R2; j++) {
+      sine_cosine by = s_sincos((float)(first + t) * a->inv_freq[j]);
+      float low = x[j], high = x[j + a->R2];
+      y[j] = s_fma(low, by.cosine, -(high * by.sine));
+      y[j + a->R2] = s_fma(high, by.cosine, low * by.sine);
+    }
+    for (int d = 2 * a->R2; d < a->D; d++) y[d] = x[d];
+  }
+}
+
+void op_append_rows(const append_rows_args *a, int tid, int nt) {
+  int64_t rows = rows_of(a->cursor, a->T), width = ceil_div(a->D, LANES) * LANES;
+  span units = share(a->Nk * rows, tid, nt); /* of one head next to each other */
+  for (int64_t unit = units.begin; unit < units.end; unit++) {
+    int64_t head = unit / rows, t = unit % rows, at = position_of(a->cursor) + t;
+    const float *k = a->k + t * a->k_stride + head * a->D;
+    const float *v = a->v + t * a->v_stride + head * a->D;
+    for (int d = 0; d < a->D; d++) {
+      store_float(a->keys, keys_index(head, at, d, a->S, a->D, a->keys_dtype), a->keys_dtype, k[d]);
+    }
+    for (int d = 0; d < width; d++) { /* padding as in rope_append */
+      int64_t index = values_index(head, at, d, a->S, a->D, a->values_dtype);
+      store_float(a->values, index, a->values_dtype, d < a->D ? v[d] : 0.0f);
+    }
+  }
 }

@@ -1,5 +1,5 @@
 /* max_pool, layer_norm, add_rows, normalize, and of a tower activations, mix_rows, add_layer_norm,
- * gelu, turn_patches: what images and rows of features need between their convolutions and products.
+ * gelu, geglu, turn_patches, image_patches: what images and rows of features need between their convolutions and products.
  *
  * IS: one thread per pixel or row, so that a row's bits depend on the row alone. IS NOT: attention;
  * see attend.c.
@@ -90,6 +90,56 @@ void op_normalize(const normalize_args *a, int tid, int nt) {
 
 /* ---- of a tower ---- */
 
+/* The two pixels beside a point of a line of n, and their shares: pixel i has its middle at i + 1/2,
+ * in both sizes. */
+typedef struct {
+  int low, high;
+  float low_share, high_share;
+} neighbours;
+
+INLINE neighbours neighbours_of(int at, int n, int resized) {
+  float place = s_fma((float)n / (float)resized, (float)at + 0.5f, -0.5f);
+  if (place < 0.0f) place = 0.0f;
+  neighbours found;
+  found.low = (int)min_of((int)place, n - 1);
+  found.high = (int)min_of(found.low + 1, n - 1);
+  found.high_share = place - (float)found.low;
+  if (found.high_share > 1.0f) found.high_share = 1.0f;
+  found.low_share = 1.0f - found.high_share;
+  return found;
+}
+
+INLINE float between(neighbours at, float low, float high) {
+  return s_fma(at.high_share, high, at.low_share * low);
+}
+
+void op_image_patches(const image_patches_args *a, int tid, int nt) {
+  span rows = share(a->T, tid, nt);
+  int size = a->patch, group = a->group, across = a->side / size / group;
+  for (int64_t t = rows.begin; t < rows.end; t++) {
+    int square = (int)t / (group * group), inside = (int)t % (group * group);
+    int top = (square / across * group + inside / group) * size - a->top;
+    int left = (square % across * group + inside % group) * size - a->left;
+    float *y = (float *)a->y + t * a->C;
+    for (int i = 0; i < size; i++) {
+      int is_row = top + i >= 0 && top + i < a->height;
+      neighbours row = neighbours_of(is_row ? top + i : 0, a->H, a->height);
+      const float *above = a->x + (int64_t)row.low * a->W * 3;
+      const float *below = a->x + (int64_t)row.high * a->W * 3;
+      for (int j = 0; j < size; j++) {
+        int is_in = is_row && left + j >= 0 && left + j < a->width;
+        neighbours column = neighbours_of(is_in ? left + j : 0, a->W, a->width);
+        for (int c = 0; c < 3; c++) {
+          int low = 3 * column.low + c, high = 3 * column.high + c;
+          float value = between(row, between(column, above[low], above[high]),
+                                between(column, below[low], below[high]));
+          y[(c * size + i) * size + j] = (is_in ? value : a->fill) * 2.0f - 1.0f;
+        }
+      }
+    }
+  }
+}
+
 void op_activations(const activations_args *a, int tid, int nt) {
   span all = share((int64_t)rows_of(a->cursor, a->T) * a->C, tid, nt);
   for (int64_t i = all.begin; i < all.end; i++) ((float *)a->y)[i] = a->x[i];
@@ -146,6 +196,24 @@ void op_gelu(const gelu_args *a, int tid, int nt) {
     memcpy(rest, a->u + i, (size_t)(all.end - i) * sizeof(float));
     v_store(rest, v_gelu(v_load(rest), a->tanh));
     memcpy(y + i, rest, (size_t)(all.end - i) * sizeof(float));
+  }
+}
+
+void op_geglu(const geglu_args *a, int tid, int nt) {
+  int rows = rows_of(a->cursor, a->T);
+  span columns = share(a->I, tid, nt);
+  for (int64_t t = 0; t < rows; t++) {
+    const float *gate = a->u + t * 2 * a->I, *up = gate + a->I;
+    float *y = (float *)a->y + t * a->I, rest[VL] = {0};
+    int64_t i = columns.begin, left;
+    for (; i + VL <= columns.end; i += VL) {
+      v_store(y + i, v_gelu(v_load(gate + i), 1) * v_load(up + i));
+    }
+    if ((left = columns.end - i) > 0) { /* a lane's bits do not depend on the others */
+      memcpy(rest, gate + i, (size_t)left * sizeof(float));
+      v_store(rest, v_gelu(v_load(rest), 1));
+      for (int64_t j = 0; j < left; j++) y[i + j] = rest[j] * up[i + j];
+    }
   }
 }
 

@@ -1,0 +1,1 @@
+"""SmolVLA: LeRobot's policy of cameras, an instruction and a state."""

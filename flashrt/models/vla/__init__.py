@@ -1,0 +1,1 @@
+"""What vision-language-action policies share."""
