@@ -132,6 +132,11 @@ class ActionEngine(Engine):
         """Of the parts of an observation; none where it is a vector alone."""
         return tuple(part.name for part in self.policy.parts)
 
+    def optional_names(self) -> tuple[str, ...]:
+        """Of the parts that an observation may lack, as long as it has one of them."""
+        prefixes = self._prefixes
+        return () if prefixes is None else tuple(c.name for c in prefixes.model.cameras)
+
     def pack(self, observation: Mapping[str, ArrayLike]) -> Action:
         """An observation that is given by names, as the vector float32 [observation_dim] that every
         verb takes. Raises ObservationError: for a policy that takes vectors alone, too.

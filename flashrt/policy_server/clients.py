@@ -21,7 +21,8 @@ import numpy as np
 from flashrt.base.locks import reentrant_lock
 from flashrt.capsule.lineage import Lane
 from flashrt.capsule.turn import Turn, exclusive
-from flashrt.engine.actions import Action, ActionEngine, checked_action
+from flashrt.engine.actions import ActionEngine
+from flashrt.engine.numbers import Action, checked_action
 from flashrt.policy_server.observations import Sight, Values
 from flashrt.policy_server.payloads import Instructions, Seen
 
@@ -144,7 +145,7 @@ class Driver:
     def _sight(self, instructions: Instructions) -> Sight:
         engine = self.engine
         names, size = engine.observation_names(), engine.config.observation_dim
-        return Sight(instructions, names, engine.policy.parts, size)
+        return Sight(instructions, names, engine.policy.parts, size, engine.optional_names())
 
     def instruct(self, instructions: Instructions) -> None:
         """Others for the same policy, on the same lane. Raises ObservationError, and nothing has

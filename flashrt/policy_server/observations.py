@@ -7,7 +7,7 @@ IS NOT: LeRobot's pickles (payloads), or normalisation, which the engine does.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,15 @@ class Sight:
     """How one robot's observations become those of one policy."""
 
     def __init__(
-        self, instructions: Instructions, names: Sequence[str], parts: Sequence[Part], size: int
+        self,
+        instructions: Instructions,
+        names: Sequence[str],
+        parts: Sequence[Part],
+        size: int,
+        optional: Collection[str] = (),
     ) -> None:
         """names, parts: of the policy's observation; none where it is a vector of `size` numbers.
+        optional: names of which one is enough.
 
         Raises ObservationError that lists what the robot lacks, or has of another kind or size.
         """
@@ -46,7 +52,10 @@ class Sight:
         wanted = [name for name in names if name != TASK]
         self._features = {name: by_name[name] for name in wanted if name in by_name}
         self.unused = tuple(sorted(set(by_name) - set(wanted)))  # which the policy does not take
-        problems = [f"lacks {printable(name)}" for name in wanted if name not in by_name]
+        needed = [name for name in wanted if name not in optional]
+        problems = [f"lacks {printable(name)}" for name in needed if name not in by_name]
+        if optional and not by_name.keys() & set(optional):
+            problems.append(f"lacks {listed(sorted(optional))}, one of which is needed at least")
         for name, feature in self._features.items():
             shape = self._shapes.get(name)
             if shape is None:

@@ -28,6 +28,7 @@ from flashrt.policy_server.payloads import read_instructions, read_observation
 from flashrt.policy_server.policies import Policies
 from flashrt.policy_server.refusal import Refusal
 from flashrt.policy_server.server import PolicyServer
+from tests import smolvla_policies
 from tests.act_policies import SETS, observation_of, write_random_act
 from tests.policy_server.payloads import (
     RemotePolicyConfig,
@@ -560,6 +561,51 @@ def test_a_task_reaches_a_policy_that_takes_one() -> None:
     assert found["observation.images.top"].shape == (32, 48, 3)
     without = Sight(wanted, names, parts, 0).parts(seen)
     assert set(without) == set(names)
+
+
+def test_a_policy_of_words_and_cameras(tmp_path: Path) -> None:
+    """Fault: SmolVLA's words do not reach it, or a robot with one of its cameras is sent away."""
+    config, vlm, seed = smolvla_policies.SETS["tiny"]
+    smolvla_policies.write_random_smolvla(tmp_path / "vla", config, vlm, seed)
+    seen = smolvla_policies.observation_of(config, 1)
+    cameras = [name for name in seen if name.startswith("observation.images.")]
+    first = cameras[0].removeprefix("observation.images.")
+    state = np.asarray(seen[STATE])
+    raw = {f"{STATE}.{i}": float(v) for i, v in enumerate(state)}
+    raw |= {first: seen[cameras[0]], "task": seen["task"]}
+    fields = {"policy_type": "smolvla", "actions_per_chunk": config["chunk_size"]}
+    policies = Policies(
+        lambda path: flashrt.load_policy(path, device="cpu"),
+        {"vla": str(tmp_path / "vla")},
+    )
+    server = PolicyServer(policies, ServerOptions(wait_s=WAIT_S))
+    try:
+        assert server.ready(A) == b""
+        wanted = features({STATE: len(state)}, (first,))
+        config_of = RemotePolicyConfig(
+            pretrained_name_or_path="vla", lerobot_features=wanted, **fields
+        )
+        assert server.instruct(A, message(pickled(config_of))) == b""
+        chunks = []
+        for step, task in enumerate((raw["task"], "something else")):
+            values = {**raw, "task": task}
+            server.observe(A, pieces(pickled(TimedObservation(100.0, step, values, True))))
+            chunks.append(rows_of(server.actions(A)))
+        without = RemotePolicyConfig(
+            pretrained_name_or_path="vla", lerobot_features=features({STATE: len(state)}), **fields
+        )
+        with pytest.raises(ObservationError, match="one of which is needed at least"):
+            server.instruct(A, message(pickled(without)))
+    finally:
+        server.close()
+        policies.close()
+    assert not np.array_equal(*chunks)
+    with flashrt.load_policy(tmp_path / "vla", device="cpu") as engine:
+        lane = engine.lanes[0]
+        engine.reset(lane)
+        engine.observe(lane, {name: seen[name] for name in (STATE, "task", cameras[0])})
+        engine.plan(lane)
+        assert np.array_equal(engine.chunk(lane), chunks[0])
 
 
 def test_features_have_other_names_and_may_be_too_many() -> None:
