@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 
 from flashrt.base.errors import PlanError
-from flashrt.core.op import AttrValue, Op
+from flashrt.core.op import Op
 from flashrt.core.region import DType, Operand, Region, Role, View, as_view
 from flashrt.core.runs import MAX_RUNS
 from flashrt.core.tape import Tape
@@ -41,7 +41,8 @@ from flashrt.models.actions import (
     TICK_EACH,
     Input,
 )
-from flashrt.models.features import ACTION, ENVIRONMENT, STATE, Camera
+from flashrt.models.chunks import ChunkRecorder
+from flashrt.models.features import ENVIRONMENT, STATE, Camera
 from flashrt.models.scaling import Scaling, shift_of
 from flashrt.ops import table as ops
 from flashrt.weights.lerobot import Mode
@@ -141,8 +142,10 @@ def _lane_regions(c: ActConfig) -> tuple[Region, ...]:
     )
 
 
-class ActRecorder:
+class ActRecorder(ChunkRecorder):
     """Records the launches of one tape. A method that makes rows returns where they are."""
+
+    config: ActConfig
 
     def __init__(
         self,
@@ -151,32 +154,12 @@ class ActRecorder:
         regions: dict[str, Region],
         tape: Tape,
     ) -> None:
-        self.config = config
+        super().__init__(config, regions, tape)
         self.modes = modes
-        self.regions = regions
-        self.tape = tape
-
-    def see(self) -> None:
-        """An observation is there."""
-        self._launch(ops.SEE)
-
-    def act(self) -> None:
-        """The tick's action."""
-        regions = self.regions
-        self._launch(
-            ops.TAKE_ACTION, queue=regions["queue"], scale=regions[f"stats.{ACTION}.scale"],
-            offset=regions[f"stats.{ACTION}.offset"], previous=regions["previous"],
-            action=regions["action"],
-        )  # fmt: skip
 
     def begin(self) -> None:
         """From the observation to a chunk."""
-        c, regions = self.config, self.regions
-        self._launch(
-            ops.CHUNK_BEGIN, previous=regions["previous"], queue=regions["queue"],
-            request=regions["request"], kept=regions["kept"], steps=c.num_inference_steps,
-            execute=c.n_action_steps,
-        )  # fmt: skip
+        self.keep_promised()
         self._decode(self._encoded(self._tokens()))
 
     def end(self) -> None:
@@ -184,13 +167,11 @@ class ActRecorder:
         regions, made = self.regions, "chunk"
         if self.config.ensemble is not None:
             made = "average"
-            self._launch(
+            self.launch(
                 ops.ENSEMBLE, weights=regions["ensemble.weights"], sums=regions["ensemble.sums"],
                 **{name: regions[name] for name in ("chunk", "average", "counts")},
             )  # fmt: skip
-        self._launch(
-            ops.CHUNK_END, kept=regions["kept"], chunk=regions[made], queue=regions["queue"]
-        )
+        self.put_in_force(regions[made])
 
     # -- tokens of the encoder ---------------------------------------------------------------------
 
@@ -360,9 +341,6 @@ class ActRecorder:
         y = self.tape.scratch(name, *x.shape)
         self.tape.record(ops.ADD_ROWS, x=x, r=r, y=y)
         return y
-
-    def _launch(self, op: Op, **bindings: Operand | AttrValue) -> None:
-        self.tape.record(op, cursor=self.regions["cursor"], **bindings)
 
 
 def _as_image(rows: Region) -> View:

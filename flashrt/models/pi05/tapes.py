@@ -17,52 +17,26 @@ import numpy as np
 from flashrt.core.op import AttrValue, Op
 from flashrt.core.region import Operand, Region, View
 from flashrt.core.tape import Tape
-from flashrt.models.blocks import BlockRecorder, bias_name
-from flashrt.models.features import ACTION
+from flashrt.models.blocks import BlockRecorder
+from flashrt.models.pi05.config import Pi05Config
 from flashrt.models.pi05.weights import ACTION_IN, ACTION_OUT, EMBED, EXPERT_NORM, Weights
 from flashrt.models.prefix import SPANS, Span
+from flashrt.models.vla.policy import VlaRecorder
 from flashrt.models.vla.siglip import SiglipRecorder, fitted_middle
 from flashrt.ops import table as ops
 
 EPS = 1e-6  # of every RMS norm
 
 
-class Pi05Recorder:
+class Pi05Recorder(VlaRecorder):
     """Records the launches of one tape."""
 
+    config: Pi05Config
+
     def __init__(self, filled: Weights, regions: Mapping[str, Region], tape: Tape) -> None:
-        self.filled = filled
-        self.config, self.sizes = filled.config, filled.sizes
-        self.regions = regions
-        self.tape = tape
+        super().__init__(filled.config, regions, tape)
+        self.filled, self.sizes = filled, filled.sizes
         self.blocks = BlockRecorder(regions, tape, EPS)
-
-    # -- the policy's own steps --------------------------------------------------------------------
-
-    def see(self) -> None:
-        """An observation is there."""
-        self._launch(ops.SEE)
-
-    def act(self) -> None:
-        """The tick's action."""
-        regions = self.regions
-        self._launch(
-            ops.TAKE_ACTION, queue=regions["queue"], scale=regions[f"stats.{ACTION}.scale"],
-            offset=regions[f"stats.{ACTION}.offset"], previous=regions["previous"],
-            action=regions["action"],
-        )  # fmt: skip
-
-    def begin(self) -> None:
-        """Promised rows, and noise."""
-        c, regions = self.config, self.regions
-        self._launch(
-            ops.CHUNK_BEGIN, previous=regions["previous"], queue=regions["queue"],
-            request=regions["request"], kept=regions["kept"], steps=c.num_inference_steps,
-            execute=c.n_action_steps,
-        )  # fmt: skip
-        self._launch(
-            ops.FLOW_NOISE, given=regions["given"], request=regions["request"], x=regions["flow"]
-        )
 
     # -- what a plan stands on ---------------------------------------------------------------------
 
@@ -105,39 +79,14 @@ class Pi05Recorder:
 
     # -- Euler steps -------------------------------------------------------------------------------
 
-    def integrate(self, first: int, stop: int) -> None:
-        """Steps [first, stop); the last of all puts the chunk into force."""
-        c, regions = self.config, self.regions
-        for step in range(first, stop):
-            self.tape.scope = f"step {step}: "
-            v = self._velocity(step)
-            if c.guidance is not None:
-                time = 1.0 + step * (-1.0 / c.num_inference_steps)
-                self.tape.record(
-                    ops.GUIDE, x=regions["flow"], target=regions["target"],
-                    weights=regions["weights"], v=v, time=time,
-                    strength=c.guidance.strength(time),
-                )  # fmt: skip
-            self._launch(ops.EULER, v=v, x=regions["flow"], step=-1.0 / c.num_inference_steps)
-        if stop == c.num_inference_steps:
-            self._launch(
-                ops.CHUNK_END, kept=regions["kept"], queue=regions["queue"],
-                chunk=regions["flow"].view().cols(0, c.action_dim),
-            )  # fmt: skip
-
-    def _velocity(self, step: int) -> Region:
+    def velocity(self, step: int) -> Region:
         """Of the actions at a step: rows of the expert behind those that were read, which all see
         all of both.
         """
         c, s, blocks = self.config, self.sizes, self.blocks
         blocks.rows, blocks.cursor = c.chunk_size, self.regions[SPANS].at(Span.SUFFIX)
         x = blocks.scratch("x", s.expert_hidden)
-        self.tape.record(
-            ops.CONV2D, x=self.regions["flow"].view().reshape(1, c.chunk_size, 1, c.max_action_dim),
-            w=self.regions[ACTION_IN], b=self.regions[bias_name(ACTION_IN)],
-            y=x.view().reshape(1, c.chunk_size, 1, s.expert_hidden), taps_y=1, taps_x=1, stride=1,
-            padding=0, dilation=1, activation=ops.IDENTITY,
-        )  # fmt: skip
+        self.dense(ACTION_IN, self.regions["flow"], x)
         r: Region | None = None
         gate: View | None = None
         for i in range(s.depth):

@@ -11,16 +11,9 @@ from dataclasses import dataclass
 
 from flashrt.base.errors import CheckpointError
 from flashrt.base.messages import indented, listed, shown
-from flashrt.models.actions import Part, parts_of
-from flashrt.models.features import (
-    ENVIRONMENT,
-    STATE,
-    Camera,
-    action_dim_of,
-    inputs_of,
-    size_of,
-)
-from flashrt.models.prefix import TASK
+from flashrt.models.actions import Part
+from flashrt.models.features import Camera
+from flashrt.models.vla.config import integers_of, observed_parts, period_of, shape_of, side_of
 from flashrt.models.vla.guidance import Guidance, guidance_of
 
 TYPE = "smolvla"
@@ -45,7 +38,6 @@ _PLAIN: dict[str, tuple[object, ...]] = {  # what is supported of a field
     "use_cache": (True, None),
     "use_peft": (False, None),
 }
-_EMPTY_CAMERA = "observation.images.empty_camera_"  # LeRobot adds them; nobody ever sees them
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +71,8 @@ class SmolVlaConfig:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Of an observation, in order; see engine.packed for what a task is as numbers."""
-        shapes: list[tuple[str, tuple[int, ...]]] = [(STATE, (self.state_dim,))]
-        shapes += [(c.name, (c.height, c.width, 3)) for c in self.cameras]
-        shapes.append((TASK, (2 + self.tokenizer_max_length,)))
-        return parts_of(shapes)
+        """Of an observation, in order."""
+        return observed_parts(self.state_dim, self.cameras, self.tokenizer_max_length)
 
     @property
     def observation_dim(self) -> int:
@@ -110,11 +99,7 @@ def parse_config(config: Mapping[str, object]) -> SmolVlaConfig:
     """Read a config.json object. Raises CheckpointError listing every problem."""
     problems: list[str] = []
     fields = _USUAL | dict(config)
-    sizes = {name: size_of(fields, name, most, problems) for name, most in _MOST.items()}
-    if sizes["n_action_steps"] > sizes["chunk_size"]:
-        problems.append(
-            f"n_action_steps {sizes['n_action_steps']} exceeds chunk_size {sizes['chunk_size']}"
-        )
+    sizes = integers_of(fields, _MOST, problems)
     for name, supported in _PLAIN.items():
         if fields.get(name, supported[-1]) not in supported:
             problems.append(f"{name} is {shown(fields[name])}; supported: {shown(supported[0])}")
@@ -123,16 +108,11 @@ def parse_config(config: Mapping[str, object]) -> SmolVlaConfig:
         problems.append(f"attention_mode is {shown(mode)}; supported: {listed((CROSS, SELF))}")
     if not isinstance(vlm, str) or not vlm:
         problems.append(f"vlm_model_name is {shown(vlm)}, expected a name or a folder")
-    state, environment, cameras = inputs_of(_without_empty(fields.get("input_features")), problems)
-    if environment or not state or not cameras:
-        problems.append(f"input_features need {STATE} and an image, and know no {ENVIRONMENT}")
-    action = action_dim_of(fields.get("output_features"), problems)
-    for given, most in ((state, "max_state_dim"), (action, "max_action_dim")):
-        if given > sizes[most]:
-            problems.append(f"a vector of {given} exceeds {most} {sizes[most]}")
-    least, longest = (_number(fields, n, problems) for n in ("min_period", "max_period"))
+    shape = shape_of(fields, sizes, problems)
+    least, longest = (period_of(fields, name, problems) for name in ("min_period", "max_period"))
     found = SmolVlaConfig(
-        cameras, state, action, **sizes, side=_side(fields, problems),
+        shape.cameras, shape.state_dim, shape.action_dim, **sizes,
+        side=side_of(fields, "resize_imgs_with_padding", problems),
         num_expert_layers=_expert_layers(fields, sizes["num_vlm_layers"], problems),
         self_attn_every_n_layers=_whole(fields, "self_attn_every_n_layers", problems),
         attention_mode=str(mode), min_period=least, max_period=longest, vlm_model_name=str(vlm),
@@ -162,26 +142,12 @@ def _unfit(c: SmolVlaConfig) -> int | None:
     return None
 
 
-def _without_empty(given: object) -> object:
-    if not isinstance(given, dict):
-        return given
-    return {n: about for n, about in given.items() if not n.startswith(_EMPTY_CAMERA)}
-
-
 def _whole(fields: Mapping[str, object], name: str, problems: list[str]) -> int:
     value = fields.get(name)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 1 << 10:
         return value
     problems.append(f"{name} is {shown(value)}, expected an integer")
     return 1
-
-
-def _number(fields: Mapping[str, object], name: str, problems: list[str]) -> float:
-    value = fields.get(name)
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9:
-        return float(value)
-    problems.append(f"{name} is {shown(value)}, expected a positive number")
-    return 1.0
 
 
 def _expert_layers(fields: Mapping[str, object], n_layers: int, problems: list[str]) -> int:
@@ -192,20 +158,3 @@ def _expert_layers(fields: Mapping[str, object], n_layers: int, problems: list[s
         problems.append(f"num_vlm_layers {n_layers} is no multiple of num_expert_layers {given}")
         return n_layers
     return given
-
-
-def _side(fields: Mapping[str, object], problems: list[str]) -> int:
-    given = fields["resize_imgs_with_padding"]
-    if (
-        isinstance(given, list | tuple)
-        and len(given) == 2
-        and given[0] == given[1]
-        and isinstance(given[0], int)
-        and not isinstance(given[0], bool)
-        and 0 < given[0] <= 1 << 12
-    ):
-        return given[0]
-    problems.append(
-        f"resize_imgs_with_padding is {shown(given)}; supported: [n, n], the VLM's image_size"
-    )
-    return 1

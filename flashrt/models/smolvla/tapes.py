@@ -11,11 +11,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from flashrt.core.op import AttrValue, Op
-from flashrt.core.region import Operand, Region, View, as_view
+from flashrt.core.region import Region, View
 from flashrt.core.tape import Tape
 from flashrt.models.blocks import INV_FREQ, BlockRecorder, bias_name
-from flashrt.models.features import ACTION, STATE
+from flashrt.models.features import STATE
 from flashrt.models.prefix import SPANS, Span
 from flashrt.models.scaling import shift_of
 from flashrt.models.smolvla.config import SmolVlaConfig
@@ -30,47 +29,21 @@ from flashrt.models.smolvla.weights import (
     TIMES,
     Weights,
 )
+from flashrt.models.vla.policy import VlaRecorder
 from flashrt.models.vla.siglip import SiglipRecorder, fitted_low
 from flashrt.ops import table as ops
 
 
-class SmolVlaRecorder:
+class SmolVlaRecorder(VlaRecorder):
     """Records the launches of one tape."""
 
+    config: SmolVlaConfig
+
     def __init__(self, filled: Weights, regions: Mapping[str, Region], tape: Tape) -> None:
+        super().__init__(filled.config, regions, tape)
         self.filled = filled
-        self.config: SmolVlaConfig = filled.config
         self.vlm: Vlm = filled.vlm
-        self.regions = regions
-        self.tape = tape
         self.blocks = BlockRecorder(regions, tape, filled.vlm.eps)
-
-    # -- the policy's own steps --------------------------------------------------------------------
-
-    def see(self) -> None:
-        """An observation is there."""
-        self._launch(ops.SEE)
-
-    def act(self) -> None:
-        """The tick's action."""
-        regions = self.regions
-        self._launch(
-            ops.TAKE_ACTION, queue=regions["queue"], scale=regions[f"stats.{ACTION}.scale"],
-            offset=regions[f"stats.{ACTION}.offset"], previous=regions["previous"],
-            action=regions["action"],
-        )  # fmt: skip
-
-    def begin(self) -> None:
-        """Promised rows, and noise."""
-        c, regions = self.config, self.regions
-        self._launch(
-            ops.CHUNK_BEGIN, previous=regions["previous"], queue=regions["queue"],
-            request=regions["request"], kept=regions["kept"], steps=c.num_steps,
-            execute=c.n_action_steps,
-        )  # fmt: skip
-        self._launch(
-            ops.FLOW_NOISE, given=regions["given"], request=regions["request"], x=regions["flow"]
-        )
 
     # -- what a plan stands on ---------------------------------------------------------------------
 
@@ -108,7 +81,7 @@ class SmolVlaRecorder:
             std=regions[f"stats.{STATE}.std"], y=state, shift=shift_of(self.filled.mode),
         )  # fmt: skip
         row = self.tape.scratch("state.row", 1, self.vlm.hidden)
-        self._dense(STATE_IN, state, row)
+        self.dense(STATE_IN, state, row)
         x = blocks.scratch("x", self.vlm.hidden)
         blocks.launch(
             ops.EMBED_SEEN, tokens=regions["words"].view().cols(0, 1), table=regions[EMBED],
@@ -167,34 +140,14 @@ class SmolVlaRecorder:
 
     # -- Euler steps -------------------------------------------------------------------------------
 
-    def integrate(self, first: int, stop: int) -> None:
-        """Steps [first, stop); the last of all puts the chunk into force."""
-        c, regions = self.config, self.regions
-        for step in range(first, stop):
-            self.tape.scope = f"step {step}: "
-            v = self._velocity(step)
-            if c.guidance is not None:
-                time = 1.0 + step * (-1.0 / c.num_steps)
-                self.tape.record(
-                    ops.GUIDE, x=regions["flow"], target=regions["target"],
-                    weights=regions["weights"], v=v, time=time,
-                    strength=c.guidance.strength(time),
-                )  # fmt: skip
-            self._launch(ops.EULER, v=v, x=regions["flow"], step=-1.0 / c.num_steps)
-        if stop == c.num_steps:
-            self._launch(
-                ops.CHUNK_END, kept=regions["kept"], queue=regions["queue"],
-                chunk=regions["flow"].view().cols(0, c.action_dim),
-            )  # fmt: skip
-
-    def _velocity(self, step: int) -> Region:
+    def velocity(self, step: int) -> Region:
         """Of the actions at a step: rows of the expert behind those of the VLM."""
         c, v, blocks, tape = self.config, self.vlm, self.blocks, self.tape
         blocks.rows, blocks.cursor = c.chunk_size, self.regions[SPANS].at(Span.SUFFIX)
         inner = blocks.scratch("inner", v.expert_hidden)
-        self._dense(ACTION_IN, self.regions["flow"], inner, self.regions[TIMES].at(step), ops.SILU)
+        self.dense(ACTION_IN, self.regions["flow"], inner, self.regions[TIMES].at(step), ops.SILU)
         x = blocks.scratch("x", v.expert_hidden)
-        self._dense(ACTION_MID, inner, x)
+        self.dense(ACTION_MID, inner, x)
         r: Region | None = None
         crossed = 0
         for i in filter(c.has_expert, range(c.num_vlm_layers)):
@@ -224,19 +177,3 @@ class SmolVlaRecorder:
         else:
             self.blocks.add_rmsnorm(x, r, norm, h)
         return h
-
-    def _dense(
-        self, layer: str, x: Operand, y: Operand, bias: Operand | None = None,
-        activation: int = ops.IDENTITY,
-    ) -> None:  # fmt: skip
-        """A dense layer in float32, over rows."""
-        rows, width = as_view(y).shape
-        self.tape.record(
-            ops.CONV2D, x=as_view(x).reshape(1, rows, 1, as_view(x).shape[1]),
-            w=self.regions[layer], b=bias or self.regions[bias_name(layer)],
-            y=as_view(y).reshape(1, rows, 1, width), taps_y=1, taps_x=1, stride=1, padding=0,
-            dilation=1, activation=activation,
-        )  # fmt: skip
-
-    def _launch(self, op: Op, **bindings: Operand | AttrValue) -> None:
-        self.tape.record(op, cursor=self.regions["cursor"], **bindings)
