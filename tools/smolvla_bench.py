@@ -82,10 +82,10 @@ def flashrt_chunks(folder: Path, config: dict[str, Any]) -> tuple[Chunks, Any]:
         return chunk(images[0])
 
     def state(number: int) -> Any:
-        return chunk({**images[number % 2], STATE: observation_of(config, 100 + number)[STATE]})
+        return chunk({**images[(number + 1) % 2], STATE: observation_of(config, 100 + number)[STATE]})
 
     whole = {
-        "all rows": lambda number: chunk(images[number % 2]),
+        "all rows": lambda number: chunk(images[(number + 1) % 2]),
         "state's row": state,
         "restored": restored,
     }
