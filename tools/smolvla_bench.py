@@ -77,12 +77,13 @@ def flashrt_chunks(folder: Path, config: dict[str, Any]) -> tuple[Chunks, Any]:
     capsule = engine.snapshot(lane)
 
     def restored(number: int) -> Any:
-        del number  # of which images the lane has rows when it is restored is no matter
+        del number  # what the lane has rows of when it is restored does not matter
         engine.restore(lane, capsule)
         return chunk(images[0])
 
     def state(number: int) -> Any:
-        return chunk({**images[(number + 1) % 2], STATE: observation_of(config, 100 + number)[STATE]})
+        other = observation_of(config, 100 + number)[STATE]
+        return chunk({**images[(number + 1) % 2], STATE: other})
 
     whole = {
         "all rows": lambda number: chunk(images[(number + 1) % 2]),
@@ -124,7 +125,7 @@ def torch_chunks(folder: Path, config: dict[str, Any], threads: int, dtype: str)
 
     @torch.no_grad()
     def chunk(number: int) -> Any:
-        batch = before(as_lerobot(images[number % 2]))
+        batch = before(as_lerobot(images[(number + 1) % 2]))
         return after(policy.predict_action_chunk(batch, noise=noise))[0].float().numpy()
 
     return {"all rows": chunk}
