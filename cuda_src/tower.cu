@@ -1,14 +1,15 @@
-// tower.cu - activations, mix_rows, gelu, turn_patches, image_patches: element by element of patches.
+// tower.cu - activations, mix_rows, gelu, geglu, turn_patches, image_patches: element by element.
 //
 // Contract: of valid rows t, activations:  y = x.
 //           mix_rows:      y[t] = sum over i < 4, ascending, of weights[t, i] table[rows[t, i]].
 //           gelu:          y = u Phi(u); where tanh, by the approximation of Phi with a tanh.
+//           geglu:         y = gelu(u[:, :I]) u[:, I:], by that approximation.
 //           turn_patches:  dims j and j + 2 R of each head of x turn by places[t, axis] inv_freq[.].
 //           image_patches: of all rows, y[t, (c, i, j)] = 2 v - 1, v channel c of the pixel (i, j) of
 //                          patch t: x resized to height x width, `fill` around it. Patches go by
 //                          squares of group x group.
 // Shapes:   x, y [T, C] (y of activations: activations; x of turn_patches: strided), table [N, C],
-//           rows, weights [T, 4], u [T, I], y of gelu [T, I] activations, places [T, 2], inv_freq [R],
+//           rows, weights [T, 4], u [T, I], of geglu [T, 2 I], its y [T, I] activations, places [T, 2], inv_freq [R],
 //           image_patches: x [H, W, 3], y [T, C = 3 patch^2] activations.
 // Order:    mix_rows one chain of fma; image_patches along rows, then columns; else no sums.
 // Launch:   grid (columns / THREADS, T), a thread per element; turn_patches: per pair of dims.
@@ -104,6 +105,15 @@ KERNEL(THREADS) gelu(ARGS gelu_args launch) {
   if (t >= a.cursor[CURSOR_ROWS] || c >= a.I) return;
   size_t i = (size_t)t * a.I + c;
   ((act_t*)a.y)[i] = to_act(gelu_of(a.u[i], a.tanh));
+}
+
+KERNEL(THREADS) geglu(ARGS geglu_args launch) {
+  OPEN_RUN(geglu);
+  begin();
+  int t = blockIdx.y, c = column();
+  if (t >= a.cursor[CURSOR_ROWS] || c >= a.I) return;
+  const float* gate = a.u + (size_t)t * 2 * a.I + c;
+  ((act_t*)a.y)[(size_t)t * a.I + c] = to_act(gelu_of(gate[0], true) * gate[a.I]);
 }
 
 KERNEL(THREADS) turn_patches(ARGS turn_patches_args launch) {

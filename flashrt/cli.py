@@ -40,11 +40,13 @@ from flashrt.commands.pull import here, pull
 from flashrt.commands.quantize import WEIGHTS, quantize
 from flashrt.commands.run import Sampling, run
 from flashrt.commands.serve import ServeOptions, serve
+from flashrt.commands.serve_policy import PolicyServeOptions, serve_policy
 from flashrt.hub.packaged import PACKAGED
 from flashrt.hub.resolve import resolve
 from flashrt.load import DEVICES, PRECISIONS
 from flashrt.models.model import PREFILL_ROWS
 from flashrt.models.released import RELEASED
+from flashrt.policy_server.clients import ServerOptions
 from flashrt.weights.bundled import bundled_checkpoint
 from flashrt.weights.random_checkpoint import SHAPES
 
@@ -133,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_chat(commands)
     _add_serve(commands)
+    _add_serve_policy(commands)
     _add_pull(commands)
     _add_plan(commands)
     _add_inspect(commands)
@@ -219,8 +222,9 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--precision", choices=PRECISIONS, default="bfloat16",
-        help="of activations (default: bfloat16): high is finer, fast coarser: one "
-        "bfloat16 throughout on cuda and simt, int8 over quantised weights on the cpu",
+        help="of activations (default: bfloat16): high is finer, fast coarser: one bfloat16 "
+        "throughout on cuda and simt; on the cpu over weights in bfloat16, and int8 over "
+        "quantised ones",
     )  # fmt: skip
 
 
@@ -228,6 +232,14 @@ def _add_no_draft(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-draft", action="store_true", help="leave out the checkpoint's draft head"
     )
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images", action=argparse.BooleanOptionalAction,
+        help="load the vision tower, so that messages may have images (default: where the "
+        "checkpoint has one; flashrt[vision])",
+    )  # fmt: skip
 
 
 def _draft(options: argparse.Namespace) -> bool | None:
@@ -243,6 +255,7 @@ def _engine_options(options: argparse.Namespace) -> EngineOptions:
         pool_bytes=options.pool_bytes,
         weights=options.weights,
         prefill_rows=options.prefill_rows,
+        images=getattr(options, "images", False),
     )
 
 
@@ -309,10 +322,13 @@ def _add_run(commands: _Commands[_Parser]) -> None:
             seed=options.seed,
         )
         device = {"device": options.device, "precision": options.precision}
-        engine = dataclasses.replace(_engine_options(options), **device)
+        engine = dataclasses.replace(_engine_options(options), **device, images=bool(options.image))
         checkpoint = here(options.checkpoint) if options.pull else resolve(options.checkpoint)
         prompt = options.prompt if options.text is None else options.text
-        return run(checkpoint, prompt, options.tokens, engine, sampling, is_raw=options.raw)
+        return run(
+            checkpoint, prompt, options.tokens, engine, sampling,
+            is_raw=options.raw, images=options.image,
+        )  # fmt: skip
 
     parser = _add(
         commands, "run", command,
@@ -321,6 +337,7 @@ def _add_run(commands: _Commands[_Parser]) -> None:
         'run --pull smollm2 "What is gravity?"\n'
         'run ~/models/Qwen3.5-0.8B --prompt "Why is the sky blue?" --max-tokens 64\n'
         'run Qwen/Qwen3.5-0.8B "Why is the sky blue?"           after flashrt pull\n'
+        'run ~/models/Qwen3.5-0.8B --image desk.png "What is on the desk?"\n'
         'run ~/models/Qwen3.5-0.8B --raw --prompt "Once upon a time"\n'
         "run ~/models/Qwen3.5-0.8B --tokens 1,2,3 --temperature 0.7 --seed 7\n"
         "run ~/models/Qwen3.5-0.8B < prompt.txt",
@@ -338,6 +355,10 @@ def _add_run(commands: _Commands[_Parser]) -> None:
         "--raw", action="store_true", help="continue the text as it is: no chat template, and "
         "special tokens that it spells out are recognised",
     )  # fmt: skip
+    parser.add_argument(
+        "--image", action="append", type=Path, default=[], metavar="PATH",
+        help="an image before the text, for models that see; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--pull", action="store_true", help="fetch the model if it is not here")
     _add_sampling(parser)
     _add_engine_options(parser)
@@ -354,8 +375,9 @@ def _add_chat(commands: _Commands[_Parser]) -> None:
             seed=options.seed,
         )
         wanted = ChatOptions(
-            sampling, options.temperature, options.system, options.thinking, options.load
-        )
+            sampling, options.temperature, options.system, options.thinking, options.load,
+            tuple(options.image),
+        )  # fmt: skip
         device = {"device": options.device, "precision": options.precision}
         engine = dataclasses.replace(_engine_options(options), **device)
         name = options.checkpoint
@@ -386,6 +408,11 @@ def _add_chat(commands: _Commands[_Parser]) -> None:
         help="whether the model thinks before it answers (default: as its template has it)",
     )  # fmt: skip
     parser.add_argument("--load", type=Path, metavar="PATH", help="go on from what /save wrote")
+    parser.add_argument(
+        "--image", action="append", type=Path, default=[], metavar="PATH",
+        help="an image of the first message; may be given several times, see also /image",
+    )  # fmt: skip
+    _add_images(parser)
     _add_sampling(parser, max_tokens=512, temperature=None)
     _add_engine_options(parser, lanes=4)
     _add_device(parser)
@@ -467,8 +494,82 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
     )  # fmt: skip
     _add_serve_http(parser)
     _add_serve_work(parser)
+    _add_images(parser)
     _add_engine_options(parser, lanes=4)
     _add_device(parser)
+
+
+def _add_serve_policy(commands: _Commands[_Parser]) -> None:
+    def command(options: argparse.Namespace) -> int:
+        return serve_policy(
+            PolicyServeOptions(
+                policies=tuple(options.policy),
+                names=tuple(options.name),
+                folder=options.policies,
+                host=options.host,
+                port=options.port,
+                allow_remote=options.allow_remote,
+                device=options.device,
+                lanes=options.lanes,
+                loaded=options.loaded,
+                server=ServerOptions(fps=options.fps, similar=options.similar, seed=options.seed),
+            )
+        )
+
+    defaults, usual = PolicyServeOptions(), ServerOptions()
+    parser = _add(
+        commands, "serve-policy", command,
+        "Serve robot policies to LeRobot's robot_client, over the gRPC of its async inference.\n"
+        "Pickles of clients are read by an allow-list and never run. Ctrl-C ends it.",
+        "serve-policy ~/policies/act_transfer_cube\n"
+        "serve-policy ~/policies/act_transfer_cube --name user/act_transfer_cube --fps 50\n"
+        "serve-policy --policies ~/policies           clients choose one below that folder",
+    )  # fmt: skip
+    parser.add_argument(
+        "policy", nargs="*", metavar="POLICY",
+        help="policy directory or bundled name: clients say the same, or the folder's own name",
+    )  # fmt: skip
+    parser.add_argument(
+        "--name", action="append", default=[], metavar="NAME",
+        help="a further name that clients may say for the first POLICY; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--policies", type=Path, metavar="DIR", help="clients may choose any policy in this folder"
+    )
+    parser.add_argument("--host", default=defaults.host, help=f"default: {defaults.host}")
+    parser.add_argument(
+        "--port", type=_whole(0, 65535), default=defaults.port, metavar="N",
+        help=f"0 is a free one (default: {defaults.port})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow-remote", action="store_true",
+        help="with a --host that others reach: they need no password, and nothing is encrypted",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fps", type=_number(0, 1e4, above=True), default=usual.fps, metavar="HZ",
+        help=f"actions of a chunk are 1 / HZ seconds apart (default: {usual.fps:g})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--similar", type=_number(0), default=usual.similar, metavar="D",
+        help="leave out observations whose joints are nearer than D to those of the last one "
+        "(default: 0, none; LeRobot has 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lanes", type=_whole(1, _MOST_LANES), default=defaults.lanes, metavar="N",
+        help=f"robots that a policy drives at once (default: {defaults.lanes})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--loaded", type=_count, default=defaults.loaded, metavar="N",
+        help=f"policies in memory at once (default: {defaults.loaded})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=_whole(0, (1 << 62) - 1), default=usual.seed, metavar="N",
+        help="of the noise of chunks (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", choices=DEVICES, default="auto",
+        help="auto (default) is cuda where it is usable, else cpu",
+    )  # fmt: skip
 
 
 def _add_serve_http(parser: argparse.ArgumentParser) -> None:
@@ -493,8 +594,8 @@ def _add_serve_http(parser: argparse.ArgumentParser) -> None:
         help="a name that the server answers to (default: those of loopback, if bound to it)",
     )  # fmt: skip
     http.add_argument(
-        "--max-body", type=_whole(1024, 1 << 30), default=16 << 20, metavar="BYTES",
-        help="of a request (default: 16 MiB)",
+        "--max-body", type=_whole(1024, 1 << 30), metavar="BYTES",
+        help="of a request (default: 16 MiB; 64 MiB where the model sees images)",
     )  # fmt: skip
     http.add_argument(
         "--log-prompts", action="store_true", help="let texts of requests into the log"

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import importlib.util
 import math
 import os
 import threading
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from flashrt.backends.choose import DEVICES, PRECISIONS, Precision, open_backend
-from flashrt.base.errors import CheckpointWarning, FlashrtError, PlanError
+from flashrt.base.errors import CheckpointError, CheckpointWarning, FlashrtError, PlanError
 from flashrt.base.float_mode import DefaultFloatMode
 from flashrt.core.backend import Backend, Progress
 from flashrt.core.region import DType
@@ -77,7 +78,7 @@ def load(
     *,
     weights: Weights | None = None,
     prefill_rows: int | None = None,
-    images: bool = False,
+    images: bool | None = False,
     progress: Progress | None = None,
 ) -> SessionEngine:
     """Load a checkpoint: a Hugging Face directory (config.json + safetensors [+ tokenizer.json]), a
@@ -89,16 +90,18 @@ def load(
     rows). draft: load the draft head; None = where the checkpoint has one.
     precision: of activations. On cuda and simt "bfloat16" takes pairs of bfloat16 where one would
     show, "high" is finer, "fast" takes one throughout; on the cpu they differ over quantised
-    weights alone, where "fast" is int8. docs/exactness.md has what each costs.
+    weights, where "fast" is int8, and "fast" is bfloat16 over weights in bfloat16.
+    docs/exactness.md has what each costs.
     weights: "int8" or "int4" quantises matrices that are stored as plain numbers; None keeps all as
     they are stored.
     prefill_rows: tokens of the largest launch of a prompt, 64, 256, 1024 or 2048; None is 256 on
     the cpu, and on cuda and simt what max_positions holds and whose scratch is at most an eighth of
     the weights.
-    images: load the vision tower, so that prompts may hold images (`engine.image`); without a draft
-    head. progress(what, done, total) is called while loading. Raises CheckpointError,
-    BackendError, PlanError. Warns (CheckpointWarning) of what the checkpoint has and is not used,
-    and of positions that the model was not trained on.
+    images: load the vision tower, so that prompts may hold images (`engine.image`). None = where
+    the checkpoint has one that can be run.
+    progress(what, done, total) is called while loading. Raises CheckpointError, BackendError,
+    PlanError. Warns (CheckpointWarning) of what the checkpoint has and is not used, and of
+    positions that the model was not trained on.
     """
     return load_on(
         lambda: open_backend(device, precision),
@@ -112,6 +115,7 @@ def load(
         prefill_rows=prefill_rows,
         images=images,
         progress=progress,
+        tower_backend=lambda: open_backend(device, precision, cpu_gives_way=True),
     )
 
 
@@ -126,14 +130,16 @@ def load_on(
     draft: bool | None = None,
     weights: Weights | None = None,
     prefill_rows: int | None = None,
-    images: bool = False,
+    images: bool | None = False,
     adapt: Callable[[TokenModel], TokenModel] | None = None,
     progress: Progress | None = None,
+    tower_backend: Callable[[], Backend] | None = None,
 ) -> SessionEngine:
     """`load` on a backend of your own making, opened once config and options are known to be fine.
 
     For a simt device with a seed, a device with kernels of your own, or a new backend. `adapt` may
-    wrap the model, to add regions and launches (examples/custom_kernel.py).
+    wrap the model, to add regions and launches (examples/custom_kernel.py). `tower_backend`:
+    another one for the vision tower.
     """
     if draft not in (None, True, False):
         raise PlanError(
@@ -141,15 +147,20 @@ def load_on(
         )
     if kv_dtype not in KV_DTYPES:
         raise PlanError(f"kv_dtype={kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
-    draft = False if images and draft is None else draft
     with DefaultFloatMode(), _without_collections():
         opened = open_weights(resolve(checkpoint) if isinstance(checkpoint, str) else checkpoint)
+        tower: tuple[Tower, Checkpoint] | None = None
+        notes: tuple[str, ...] = ()
+        if images is None:
+            tower, notes = _tower_if_usable(opened, max_positions)
+        elif images:
+            tower = tower_in(opened, max_positions)
+        images = tower is not None
         source = opened if weights is None else quantising(opened, weights)
         of_rows = functools.partial(
             model_in, source, max_positions=max_positions, kv_dtype=kv_dtype, draft=draft,
             images=images,
         )  # fmt: skip
-        tower = tower_in(opened, max_positions) if images else None
         model = of_rows(USUAL_PREFILL_ROWS if prefill_rows is None else prefill_rows)
         text = _Meanwhile(lambda: _text_taken(opened, model.vocab_size))
 
@@ -178,13 +189,15 @@ def load_on(
         try:
             engine.text = text.result()
             if tower is not None:
-                engine.sight = Sight(ImageEngine(*tower, backend(), progress=progress))
+                engine.sight = Sight(
+                    ImageEngine(*tower, (tower_backend or backend)(), progress=progress)
+                )
         except FlashrtError:
             engine.close()
             raise
         stop_tokens = (*source.stop_tokens, *engine.text.stop_tokens)
         source.stop_tokens = tuple(dict.fromkeys(stop_tokens))
-    for note in (*notes_on(source.config, max_positions), *source.notes):
+    for note in (*notes_on(source.config, max_positions), *source.notes, *notes):
         warnings.warn(note, CheckpointWarning, stacklevel=3)
     return engine
 
@@ -290,6 +303,20 @@ def tower_in(source: Checkpoint, max_positions: int) -> tuple[Tower, Checkpoint]
     return model, own
 
 
+def _tower_if_usable(
+    source: Checkpoint, max_positions: int
+) -> tuple[tuple[Tower, Checkpoint] | None, tuple[str, ...]]:
+    """The tower where there is one; where it cannot be run, None and a note that says why."""
+    if not source.tower:
+        return None, ()
+    if importlib.util.find_spec("PIL") is None:
+        return None, ("its vision tower is left out: images need Pillow: flashrt[vision]",)
+    try:
+        return tower_in(source, max_positions), ()
+    except CheckpointError as error:
+        return None, (f"its vision tower is left out: {error}",)
+
+
 def text_of(source: Checkpoint, vocab_size: int | None = None) -> CheckpointText:
     """What a checkpoint says about text; ids are held against the size of the model's vocabulary,
     where that is known. Raises CheckpointError.
@@ -310,21 +337,24 @@ def load_policy(
     pool_bytes: int | None = None,
     *,
     precision: Precision = "bfloat16",
+    weights: Weights | None = None,
     progress: Progress | None = None,
 ) -> ActionEngine:
     """Load a policy: a directory with config.json and model.safetensors, or a bundled one by name.
-    LeRobot's ACT and SmolVLA policies load as LeRobot stores them, processor files included.
+    LeRobot's ACT, SmolVLA and pi0.5 policies load as LeRobot stores them, processor files included.
 
     device: "cpu", "cuda", "simt", or "auto": cuda where it is usable, else cpu. lanes: states that
     live at once. pool_bytes: room for capsules (default: 256 of them, and four lanes' rows where a
-    policy has rows). precision: of activations of a policy with a language model in it, as for
-    `load`; others compute in float32. progress(what, done, total) is called while loading. Raises
-    CheckpointError, BackendError, PlanError.
+    policy has rows). precision: of activations, as for `load`; on the cpu, products with weights in
+    float32 stay in float32. weights: "int8" or "int4" quantises the matrices of the layers of a
+    policy with a language model in it, but for its vision tower's. progress(what, done, total) is
+    called while loading. Raises CheckpointError, BackendError, PlanError.
     """
     with DefaultFloatMode():
         source = open_checkpoint(policy_path(checkpoint))
-        policy_for(source)
+        policy_for(source, weights)
         backend = open_backend(device, precision, cpu_alone_nbytes=CPU_ALONE_NBYTES)
         return ActionEngine(
-            source, backend, lanes=lanes, pool_bytes=pool_bytes, shelf=Spill(), progress=progress
-        )
+            source, backend, weights=weights, lanes=lanes, pool_bytes=pool_bytes, shelf=Spill(),
+            progress=progress,
+        )  # fmt: skip

@@ -97,6 +97,14 @@ def add_rmsnorm(o: Operands) -> Results:
     return {"x": o.padded("x", x), "y": o.padded("y", normed(x, o.attrs["eps"]) * o["w"])}
 
 
+def adaptive_rmsnorm(o: Operands) -> Results:
+    x = o.valid("x")
+    if o.attrs["added"]:
+        x = x + o["gate"] * o.valid("r")
+    y = normed(x, o.attrs["eps"]) * (1 + o["scale"]) + o["shift"]
+    return {"x": o.padded("x", x), "y": o.padded("y", y)}
+
+
 def linear(o: Operands) -> Results:
     return {"y": o.padded("y", o.valid("x") @ o["w"].T)}
 
@@ -321,6 +329,12 @@ def gelu(o: Operands) -> Results:
     return {"y": o.padded("y", u * share)}
 
 
+def geglu(o: Operands) -> Results:
+    gate, up = np.split(o.valid("u"), 2, axis=1)
+    share = (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) / 2
+    return {"y": o.padded("y", gate * share * up)}
+
+
 def turn_patches(o: Operands) -> Results:
     x, inv_freq = o.valid("x"), o["inv_freq"]
     heads = x.reshape(len(x), -1, 4 * len(inv_freq))
@@ -519,6 +533,16 @@ def draft_input(o: Operands) -> Results:
     return {"y": o.padded("y", y)}
 
 
+def draft_input_seen(o: Operands) -> Results:
+    tokens = o.valid("tokens").astype(int)
+    is_token = ((tokens >= 0) & (tokens < len(o["table"])))[:, None]
+    rows = o["table"][np.where(is_token[:, 0], tokens, 0)]
+    before = np.concatenate([o["last"], o.valid("hidden")])[: len(tokens)]
+    parts = ((np.where(is_token, rows, o.valid("seen")), "w_token"), (before, "w_hidden"))
+    y = np.concatenate([normed(x, o.attrs["eps"]) * o[w] for x, w in parts], axis=1)
+    return {"y": o.padded("y", y)}
+
+
 def draft_begin(o: Operands) -> Results:
     draft = np.zeros(o["draft"].shape)
     draft[: TOKEN + 1] = o["cursor"][POSITION], 1, o["cursor"][TOKEN]
@@ -566,11 +590,13 @@ REFERENCE: dict[str, Callable[[Operands], Results]] = {
         advance, hold, keep_rows, keep_values,
         sample,
         conv_verify, delta_verify, draft_input, draft_begin, draft_note, verify_cursors, accept,
+        draft_input_seen,
         take_token, gated_conv,
         conv_biased, ssm, silu_rmsnorm, scale_rows,
         relu_squared,
         activations, mix_rows, add_layer_norm, gelu, turn_patches, attend_patches,
         place_rows, embed_seen, rope_placed,
         route, experts_in, experts_out, add_gated, rope_rows, append_rows,
+        geglu, adaptive_rmsnorm,
     )
 }  # fmt: skip

@@ -1,14 +1,15 @@
 """Time of a chunk of SmolVLA at its released size, flashrt alone or beside LeRobot on torch.
 
-    python tools/smolvla_bench.py [--torch /path/to/python-with-lerobot] [--threads 2] [--chunks 4]
-                                  [--cameras 1 3] [--torch-dtype float32]
+    python tools/smolvla_bench.py [--torch /path/to/python-with-lerobot] [--threads 2]
+        [--chunks 4] [--cameras 1 3] [--torch-dtype float32] [--precisions bfloat16 fast]
 
 Writes a policy of the released sizes (450 M parameters; cameras of 480 x 640) with random weights
-in bfloat16, starts a worker for each, and asks them in turns for a chunk. Of flashrt: with images
-that are new each time, so that all rows are made; with another state alone; and with an observation
-whose rows a capsule brings back. Packing, normalisation and scaling of actions are included. Prints
-a JSON document with seconds per chunk, processor seconds, peak memory of each process, and the
-seconds of a loop's tick between two chunks, which takes an observation in.
+in bfloat16, starts a worker for each, and asks them in turns for a chunk. Of flashrt, by precision:
+with images that were never seen, so that all rows are made; with another state alone; and with an
+observation whose rows a capsule brings back. Packing, normalisation and scaling of actions are
+included. Prints a JSON document with seconds per chunk, processor seconds, peak memory of each
+process, how far apart actions are, and the seconds of a loop's tick between two chunks, which takes
+an observation in.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from tests.smolvla_policies import (  # noqa: E402
@@ -44,7 +47,7 @@ VLM = vlm_config(
 )  # fmt: skip
 VLM["text_config"]["vocab_size"] = 49280
 SEED, STATE = 5, "observation.state"
-Chunks = dict[str, Callable[[int], Any]]
+Chunks = dict[str, Callable[[dict[str, Any]], Any]]
 
 
 def config_of(cameras: int) -> dict[str, Any]:
@@ -56,41 +59,35 @@ def config_of(cameras: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def flashrt_chunks(folder: Path, config: dict[str, Any]) -> tuple[Chunks, Any]:
-    """What makes a chunk, in each of three ways, by number; and the engine, which has a lane for a
-    loop besides.
+def flashrt_chunks(folder: Path, config: dict[str, Any], precision: Any) -> tuple[Chunks, Any]:
+    """What makes a chunk of an observation, in each of three ways; and the engine, which has a lane
+    for a loop besides. They are to be called in this order.
     """
     import flashrt
     from flashrt.engine.numbers import Given
 
-    engine = flashrt.load_policy(folder, device="cpu", lanes=2)
+    engine = flashrt.load_policy(folder, device="cpu", lanes=2, precision=precision)
     lane, given = engine.take_lane(engine), Given(noise_of(config, SEED))
     engine.reset(lane)
-    images = [observation_of(config, seed) for seed in (SEED, SEED + 3)]
+    kept = observation_of(config, SEED)
 
     def chunk(observation: dict[str, Any]) -> Any:
         engine.observe(lane, observation)
         engine.plan(lane, given=given)
         return engine.chunk(lane)
 
-    chunk(images[0])
+    chunk(kept)
     capsule = engine.snapshot(lane)
 
-    def restored(number: int) -> Any:
-        del number  # what the lane has rows of when it is restored does not matter
+    def restored(observation: dict[str, Any]) -> Any:
+        del observation  # which the lane has rows of: those of the capsule are copied
         engine.restore(lane, capsule)
-        return chunk(images[0])
+        return chunk(kept)
 
-    def state(number: int) -> Any:
-        other = observation_of(config, 100 + number)[STATE]
-        return chunk({**images[(number + 1) % 2], STATE: other})
+    def state(observation: dict[str, Any]) -> Any:
+        return chunk({**observation, STATE: kept[STATE]})
 
-    whole = {
-        "all rows": lambda number: chunk(images[(number + 1) % 2]),
-        "state's row": state,
-        "restored": restored,
-    }
-    return whole, engine
+    return {"all rows": chunk, "state's row": state, "restored": restored}, engine
 
 
 def tick_seconds(engine: Any, config: dict[str, Any]) -> dict[str, float]:
@@ -121,11 +118,10 @@ def torch_chunks(folder: Path, config: dict[str, Any], threads: int, dtype: str)
     if dtype == "bfloat16":
         policy.model.vlm_with_expert.vlm.to(torch.bfloat16)
     noise = torch.from_numpy(noise_of(config, SEED))[None]
-    images = [observation_of(config, seed) for seed in (SEED, SEED + 3)]
 
     @torch.no_grad()
-    def chunk(number: int) -> Any:
-        batch = before(as_lerobot(images[(number + 1) % 2]))
+    def chunk(observation: dict[str, Any]) -> Any:
+        batch = before(as_lerobot(observation))
         return after(policy.predict_action_chunk(batch, noise=noise))[0].float().numpy()
 
     return {"all rows": chunk}
@@ -135,17 +131,18 @@ def work(kind: str, folder: Path, asked: argparse.Namespace) -> None:
     """Answer each line with the times of a chunk in each way."""
     cameras, more = int(folder.name), {}
     config = config_of(cameras)
-    if kind == "flashrt":
-        chunks, engine = flashrt_chunks(folder, config)
+    if kind != "torch":
+        chunks, engine = flashrt_chunks(folder, config, kind.removeprefix("flashrt "))
         more = tick_seconds(engine, config)
     else:
         chunks = torch_chunks(folder, config, asked.threads, asked.torch_dtype)
     print("ready", flush=True)
     for number, _ in enumerate(sys.stdin):
         answer: dict[str, Any] = {"ways": {}}
+        observation = observation_of(config, SEED + 1 + number)
         for way, chunk in chunks.items():
             wall, cpu = time.perf_counter(), time.process_time()
-            found = chunk(number)
+            found = chunk(observation)
             times = time.perf_counter() - wall, time.process_time() - cpu
             answer["ways"][way] = {"wall_s": times[0], "cpu_s": times[1]}
             if way == "all rows":
@@ -156,7 +153,8 @@ def work(kind: str, folder: Path, asked: argparse.Namespace) -> None:
 
 def measured(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
     """A document of one number of cameras."""
-    kinds = {"flashrt": sys.executable} | ({"torch": asked.torch} if asked.torch else {})
+    kinds = {f"flashrt {precision}": sys.executable for precision in asked.precisions}
+    kinds |= {"torch": asked.torch} if asked.torch else {}
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     workers = {}
     for kind, python in kinds.items():
@@ -191,10 +189,10 @@ def measured(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
         }
         document[kind]["peak_bytes"] = max(r["peak_bytes"] for r in runs)
         document[kind] |= {n: v for n, v in runs[0].items() if n.startswith("tick")}
-    chunks = [runs[-1]["chunk"] for runs in found.values()]
-    if len(chunks) > 1:
-        pairs = (pair for rows in zip(*chunks, strict=True) for pair in zip(*rows, strict=True))
-        document["most_apart"] = max(abs(a - b) for a, b in pairs)
+    chunks = {kind: np.array([run["chunk"] for run in runs]) for kind, runs in found.items()}
+    for kind, own in chunks.items():
+        if kind != "torch" and "torch" in chunks:
+            document[kind]["most_apart_from_torch"] = float(np.abs(own - chunks["torch"]).max())
     return document
 
 
@@ -206,6 +204,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--cameras", type=int, nargs="+", default=[1, 3], choices=(1, 2, 3))
+    parser.add_argument("--precisions", nargs="+", default=["bfloat16", "fast"])
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.work:

@@ -101,3 +101,7 @@ class RecordingError(SessionError):
 
 class EnvironmentFailed(SessionError):
     """An environment is closed, failed in a step, or cannot be saved; the loop is at a boundary."""
+
+
+class PayloadError(FlashrtError):
+    """What a client sent cannot be read, or names what is not let in; nothing of it was run."""

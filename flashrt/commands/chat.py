@@ -22,9 +22,10 @@ from flashrt.base.errors import FlashrtError
 from flashrt.base.files import PRIVATE, read_file, replace_file
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions, open_engine
-from flashrt.commands.run import Sampling
+from flashrt.commands.run import Sampling, image_part, with_images
 from flashrt.session.chat import Chat, ChatPoint, Reply, open_chat, recommended_sampling
 from flashrt.session.engine import SessionEngine
+from flashrt.session.pictures import picture_of
 from flashrt.text.messages import checked_messages, content_of
 from flashrt.text.reply import TextDelta, ThoughtDelta
 from flashrt.text.template import Message
@@ -37,6 +38,7 @@ HELP = """\
 /tree          what was said in all branches, what they share once
 /save PATH     the conversation and its state, as PATH and PATH.json
 /load PATH     go on from what was saved
+/image PATH    the next message has this image; several, several
 /system TEXT   another system message; without TEXT, none
 /help          this
 /quit          leave, as Ctrl-D does; Ctrl-C ends a reply and keeps what was said"""
@@ -55,6 +57,7 @@ class ChatOptions:
     system: str | None = None
     thinking: bool | None = None
     load: Path | None = None
+    images: tuple[Path, ...] = ()  # of the first message
 
 
 def chat(checkpoint: Path, engine_options: EngineOptions, options: ChatOptions) -> int:
@@ -67,6 +70,8 @@ def chat(checkpoint: Path, engine_options: EngineOptions, options: ChatOptions) 
         talk.load(str(options.load))
     if options.system is not None:
         talk.system(options.system)
+    for path in options.images:
+        talk.image(str(path))
     if talk.is_terminal:
         console.screen(is_error=True).print("/help tells the commands; Ctrl-D leaves", style="dim")
     for line in _lines(talk.is_terminal):
@@ -113,6 +118,7 @@ class _Talk:
     def __init__(self, engine: SessionEngine, max_tokens: int, first: Chat) -> None:
         self._engine, self._max_tokens = engine, max_tokens
         self._branches, self._at = [first], 0
+        self._images: list[dict[str, object]] = []  # of the next message
         self.is_terminal = sys.stdin is not None and sys.stdin.isatty()
 
     @property
@@ -133,6 +139,7 @@ class _Talk:
         commands: dict[str, Callable[[str], None]] = {
             "fork": self.fork, "branches": self.branches, "switch": self.switch, "back": self.back,
             "tree": self.tree, "save": self.save, "load": self.load, "system": self.system,
+            "image": self.image,
             "help": lambda _: console.screen().print(HELP),
         }  # fmt: skip
         if name not in commands:
@@ -216,6 +223,14 @@ class _Talk:
             capsule.drop()
         self._note(f"{len(messages)} messages, {self._chat.session.position:,} tokens")
 
+    def image(self, path: str) -> None:
+        """For the next message."""
+        _need_path(path, "/image")
+        part = image_part(Path(path).expanduser())
+        tokens = len(self._engine.glance(picture_of(part)).tokens)
+        self._images.append(part)
+        self._note(f"the next message has {path}, {tokens:,} tokens")
+
     def system(self, text: str) -> None:
         """Another system message, at the front."""
         messages = self._chat.messages
@@ -229,7 +244,7 @@ class _Talk:
         """A user's message and the reply. If it fails, neither was said."""
         chat, before = self._chat, self._chat.messages
         fed = chat.fed_tokens
-        chat.add("user", text)
+        chat.add("user", with_images(text, self._images))
         reply = chat.stream(self._max_tokens)
         try:
             with _interrupts() as stopped:
@@ -237,6 +252,7 @@ class _Talk:
         except FlashrtError:
             chat.messages = before
             raise
+        self._images.clear()
         console.write("\n")
         ended = f"ended by {reply.reason}" if reply.reason else "interrupted"
         self._note(
@@ -309,7 +325,9 @@ def _beside(tree: console.Tree, message: Message) -> console.Tree:
 
 
 def _short(message: Message) -> str:
-    text = " ".join(content_of(message).split())
+    parts = message.get("content")
+    n = sum(p.get("type") != "text" for p in parts) if isinstance(parts, list) else 0
+    text = " ".join(["[image]"] * n + content_of(message).split())
     cut = f"{text[:_WIDTH]}…" if len(text) > _WIDTH else text
     return console.one_line(f"{message['role']}: {cut}")
 

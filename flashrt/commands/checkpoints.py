@@ -35,6 +35,7 @@ class EngineOptions:
     draft: bool | None = None
     weights: Weights | None = None
     prefill_rows: int | None = None
+    images: bool | None = False
 
 
 def cached_random_checkpoint(
@@ -76,6 +77,7 @@ def open_engine(checkpoint: Path, options: EngineOptions) -> SessionEngine:
             draft=options.draft,
             weights=options.weights,
             prefill_rows=options.prefill_rows,
+            images=options.images,
             progress=progress,
         )
     for warning in caught:

@@ -16,7 +16,13 @@ from typing import Any
 
 from flashrt.base.errors import FlashrtError
 from flashrt.commands import console
-from flashrt.commands.serve import LOOPBACK, ServeOptions, keys_of, memory_nbytes
+from flashrt.commands.serve import (
+    LOOPBACK,
+    ServeOptions,
+    body_nbytes_of,
+    keys_of,
+    memory_nbytes,
+)
 
 Subparsers = argparse._SubParsersAction  # its public name is missing in argparse
 _HOST_PART = 8  # of the machine's memory, one part is for states; the replicas there share it
@@ -56,12 +62,14 @@ def serve_replicas(options: ServeOptions, replicas: int, address: str | None) ->
         draft=engine.draft,
         weights=engine.weights,
         prefill_rows=engine.prefill_rows,
+        images=engine.images,
         host_nbytes=host_nbytes,
         access=Access(
             keys=keys,
             hosts=hosts | LOOPBACK if options.host in LOOPBACK else hosts,
             origins=frozenset(options.origins),
-            body_nbytes=options.body_nbytes,
+            # Whether replicas see is known to them alone.
+            body_nbytes=body_nbytes_of(options, sees=engine.images is not False),
             timeout_s=options.timeout_s,
             logs_prompts=options.logs_prompts,
         ),

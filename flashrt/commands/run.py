@@ -6,13 +6,14 @@ stderr. IS NOT: a conversation.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashrt.base.errors import TokenError
+from flashrt.base.errors import FlashrtError, TokenError
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions, open_engine
 from flashrt.session.chat import Chat, Reply, open_chat
@@ -20,6 +21,7 @@ from flashrt.session.engine import SessionEngine
 from flashrt.session.session import Generation, Session
 from flashrt.text.tokenizer import Tokenizer
 from flashrt.view.units import seconds_text, significant
+from flashrt.vision.pixels import file_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +44,22 @@ def run(
     sampling: Sampling,
     *,
     is_raw: bool = False,
+    images: Sequence[Path] = (),
 ) -> int:
     """The command: text in, text out where there is a tokenizer, else ids in, ids out.
 
-    Text is a user's message where the checkpoint has a chat template, unless it `is_raw`.
+    Text is a user's message where the checkpoint has a chat template, unless it `is_raw`; `images`
+    go before it.
     """
+    if images and (is_raw or tokens is not None):
+        raise FlashrtError("--image goes with a text and a template: leave out --raw, --tokens")
+    parts = [image_part(path) for path in images]
     text = console.read_stdin() if prompt is None and tokens is None else prompt
     engine = open_engine(checkpoint, options)
-    if text is None or is_raw or not engine.text.can_talk:
+    if text is None or is_raw or not (engine.text.can_talk or parts):
         answer = _continued(engine, _prompt_ids(engine, text, tokens), sampling)
     else:
-        answer = _replied(open_chat(engine), text, sampling)
+        answer = _replied(open_chat(engine), text, sampling, parts)
     started, first = time.perf_counter(), 0.0
     for piece in answer.pieces:
         first = first or time.perf_counter()
@@ -98,11 +105,29 @@ def _written(generation: Generation, tokenizer: Tokenizer | None, answer: _Answe
         yield decoder.flush()
 
 
-def _replied(chat: Chat, question: str, sampling: Sampling) -> _Answer:
+def image_part(path: Path) -> dict[str, object]:
+    """A file as a part of a message, which holds it from here on. Raises ImageError."""
+    file = file_of(path)
+    assert file is not None, "only arrays have none"
+    data = base64.b64encode(file).decode()
+    return {
+        "type": "image_url",
+        "image_url": {"url": f"data:image/{path.suffix[1:]};base64,{data}"},
+    }
+
+
+def with_images(text: str, parts: Sequence[Mapping[str, object]]) -> str | list[dict[str, object]]:
+    """The content of a message: images, then a text."""
+    return [*map(dict, parts), {"type": "text", "text": text}] if parts else text
+
+
+def _replied(
+    chat: Chat, question: str, sampling: Sampling, images: Sequence[Mapping[str, object]]
+) -> _Answer:
     """A user's message, and the assistant's."""
     if not question.strip():
         raise TokenError("the prompt is empty; give a text")
-    chat.add("user", question)
+    chat.add("user", with_images(question, images))
 
     def pieces() -> Iterator[str]:
         reply: Reply = chat.stream(**dataclasses.asdict(sampling))

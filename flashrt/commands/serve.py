@@ -18,8 +18,10 @@ from flashrt.base.flags import flags
 from flashrt.capsule.eviction import Budgets
 from flashrt.commands import console
 from flashrt.commands.checkpoints import EngineOptions, open_engine
+from flashrt.serve.access import Access
 
 _MOST_KEY_NBYTES = 1 << 20
+_SEEING_BODY_NBYTES = 64 << 20
 _HOST_PART = 8  # of the machine's memory, one part is for states that the pool has no room for
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _PARTS = ("starlette", "uvicorn", "h11", "prometheus_client")
@@ -43,7 +45,7 @@ class ServeOptions:
     noted: int | None = None  # see Limits
     timeout_s: float | None = None
     grace_s: float = 30.0
-    body_nbytes: int = 16 << 20
+    body_nbytes: int | None = None  # None: more where the model sees
     logs_prompts: bool = False
     host_nbytes: int | None = None  # None: a part of the machine's memory
     engine: EngineOptions = field(default_factory=EngineOptions)
@@ -89,13 +91,19 @@ def serve(options: ServeOptions, started: Callable[[str], None] | None = None) -
             noted=options.noted,
             grace_s=options.grace_s,
             timeout_s=options.timeout_s,
-            body_nbytes=options.body_nbytes,
+            body_nbytes=body_nbytes_of(options, sees=engine.sight is not None),
             logs_prompts=options.logs_prompts,
             started=tell,
         )
     finally:
         engine.close()
     return 0
+
+
+def body_nbytes_of(options: ServeOptions, *, sees: bool) -> int:
+    """The most that a request may have: conversations with images send them with each turn."""
+    usual = _SEEING_BODY_NBYTES if sees else Access().body_nbytes
+    return usual if options.body_nbytes is None else options.body_nbytes
 
 
 def memory_nbytes() -> int:

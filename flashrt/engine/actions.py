@@ -84,9 +84,18 @@ _T = TypeVar("_T")
 class ActionEngine(Engine):
     """Verbs on lanes of a policy."""
 
-    def __init__(self, checkpoint: Checkpoint, backend: Backend, **options: Any) -> None:
-        """See Engine for the options. Raises CheckpointError for statistics that divide by 0."""
-        self.policy, source = policy_for(checkpoint)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        *,
+        weights: str | None = None,
+        **options: Any,
+    ) -> None:
+        """See Engine for the options, `policy_for` for `weights`. Raises CheckpointError for
+        statistics that divide by 0.
+        """
+        self.policy, source = policy_for(checkpoint, weights)
         self.config = self.policy.config
         super().__init__(self.policy, source, backend, pool_default=POOL_DEFAULT, **options)
         plan = self.arena.plan
@@ -122,6 +131,11 @@ class ActionEngine(Engine):
     def observation_names(self) -> tuple[str, ...]:
         """Of the parts of an observation; none where it is a vector alone."""
         return tuple(part.name for part in self.policy.parts)
+
+    def optional_names(self) -> tuple[str, ...]:
+        """Of the parts that an observation may lack, as long as it has one of them."""
+        prefixes = self._prefixes
+        return () if prefixes is None else tuple(c.name for c in prefixes.model.cameras)
 
     def pack(self, observation: Mapping[str, ArrayLike]) -> Action:
         """An observation that is given by names, as the vector float32 [observation_dim] that every

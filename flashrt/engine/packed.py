@@ -87,7 +87,7 @@ def packed_parts(model: PrefixModel, observation: Mapping[str, ArrayLike | str])
         else None
         for name, camera in cameras.items()
     )
-    return Packed(model, state, images, tuple(model.task_tokens(task)))
+    return Packed(model, state, images, tuple(model.task_tokens(task, state)))
 
 
 def unpacked(model: PrefixModel, vector: Action) -> Packed:

@@ -103,6 +103,8 @@ class Prefixes:
 
     def _is_state(self, lane: Lane, seen: Packed) -> bool:
         """A word of one row may be that of two states: what it is of lies beside."""
+        if not self.model.state_rows:
+            return True  # its numbers are among the words
         return self._read(lane, "state").tobytes() == seen.state.tobytes()
 
     def _make_block(self, lane: Lane, seen: Packed, keys: list[bytes | None], words: Words) -> None:

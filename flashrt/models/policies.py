@@ -5,26 +5,40 @@ IS: `policy_for`. IS NOT: a family, or a backend.
 
 from __future__ import annotations
 
-from flashrt.base.errors import CheckpointError
+from flashrt.base.errors import CheckpointError, PlanError
+from flashrt.base.messages import shown
 from flashrt.models.act import config as act_config
 from flashrt.models.act.model import Act
 from flashrt.models.act.weights import scaling_of
 from flashrt.models.actions import ActionModel
 from flashrt.models.flow_policy.config import config_of
 from flashrt.models.flow_policy.model import FlowPolicy
+from flashrt.models.pi05 import config as pi05_config
+from flashrt.models.pi05.model import pi05_of
 from flashrt.models.smolvla import config as smolvla_config
 from flashrt.models.smolvla.model import smolvla_of
 from flashrt.weights.checkpoint import Checkpoint
 
 
-def policy_for(checkpoint: Checkpoint) -> tuple[ActionModel, Checkpoint]:
+def policy_for(
+    checkpoint: Checkpoint, weights: str | None = None
+) -> tuple[ActionModel, Checkpoint]:
     """The model of a policy's checkpoint, and the checkpoint as its weight rules name it.
+    `weights`: what its matrices are quantised to, for families that can have it.
 
-    Raises CheckpointError for another model, or naming all that is wrong with the config.
+    Raises CheckpointError for another model, or naming all that is wrong with the config; PlanError
+    for a family whose matrices are float32.
     """
     config = checkpoint.config
+    if config.get("type") == pi05_config.TYPE and "model_type" not in config:
+        return pi05_of(checkpoint, weights)
     if config.get("type") == smolvla_config.TYPE and "model_type" not in config:
-        return smolvla_of(checkpoint)
+        return smolvla_of(checkpoint, weights)
+    if weights is not None:
+        raise PlanError(
+            f"{checkpoint.path}: weights={shown(weights)} is for policies of type "
+            f"{smolvla_config.TYPE} and {pi05_config.TYPE}; load this one without it"
+        )
     if "model_type" in config or config.get("type") != act_config.TYPE:
         return FlowPolicy(config_of(checkpoint)), checkpoint
     try:

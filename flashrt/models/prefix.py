@@ -75,8 +75,10 @@ class PrefixModel(ActionModel, Protocol):
         """
         ...
 
-    def task_tokens(self, task: str) -> list[int]:
-        """Of an instruction. Raises TokenError."""
+    def task_tokens(self, task: str, state: Rows) -> list[int]:
+        """Of an instruction, with a state [state_dim] where a family writes that into the text.
+        Raises TokenError.
+        """
         ...
 
 

@@ -26,6 +26,21 @@ ADD_RMSNORM = Op(
     ),
     (Attr("eps", "float32"),),
 )
+ADAPTIVE_RMSNORM = Op(
+    "adaptive_rmsnorm",
+    "x += gate r where `added`; y = x * rsqrt(mean(x^2) + eps) * (1 + scale) + shift, per row; all "
+    "rows have the same gate, scale and shift",
+    (
+        f32("x", "rw", "T", "H"),
+        f32("r", "r", "T", "H"),  # both are read only where `added`
+        f32("gate", "r", "H"),
+        f32("scale", "r", "H"),
+        f32("shift", "r", "H"),
+        CURSOR,
+        act("y", "w", "T", "H"),
+    ),
+    (Attr("eps", "float32"), Attr("added")),
+)
 GATED_RMSNORM = Op(
     "gated_rmsnorm",
     "y = w * (o * rsqrt(mean(o^2) + eps)) * silu(z), per head over dv; w is plain",

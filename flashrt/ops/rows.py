@@ -59,6 +59,11 @@ LAST_CURSOR = Op(
     "last = a cursor of one row, the last of the launch; of no row if there is none",
     (CURSOR, cursors("last", "w")),
 )
+GEGLU = Op(
+    "geglu",
+    "y = gelu(u[:, :I]) * u[:, I:], gelu as where `tanh`",
+    (f32("u", "r", "T", "2*I"), CURSOR, act("y", "w", "T", "I")),
+)
 ALL_ROWS = Op(
     "all_rows",
     "all = a cursor of `rows` rows from position 0, for launches of a constant number of rows",

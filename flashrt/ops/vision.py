@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from flashrt.core.op import Attr, Op
 from flashrt.ops.attention import ROPE_APPEND
+from flashrt.ops.draft import DRAFT_INPUT
 from flashrt.ops.linear import Activation
 from flashrt.ops.params import CURSOR, act, f32, f32_matrix, i32, matrix
 
@@ -199,6 +200,12 @@ EMBED_SEEN = Op(
         i32("journal", "w", 1, "S", 1),
         f32("x", "w", "T", "H"),
     ),
+)
+DRAFT_INPUT_SEEN = replace(
+    DRAFT_INPUT,
+    name="draft_input_seen",
+    doc="as draft_input; seen[t] in place of table[tokens[t]] where tokens[t] is not in [0, V)",
+    params=(*DRAFT_INPUT.params, f32("seen", "r", "T", "H")),
 )
 ROPE_PLACED = replace(
     ROPE_APPEND,

@@ -28,6 +28,7 @@ from flashrt.store.reuse import Action, Boundary, Decision, Live, Rates, decide
 _OPTIONS = frozenset(inspect.signature(Session.generate).parameters) - {
     "self", "max_tokens", "stop",
 }  # fmt: skip
+_NO_TOKENS = np.empty(0, np.int32)
 _PARAMS = frozenset(SamplerParams.__dataclass_fields__)
 
 
@@ -40,9 +41,11 @@ class Admission:
         self._engine, self._index, self._limits, self._rates = engine, index, limits, rates
 
     def checked(self, ask: Ask) -> NDArray[np.int32]:
-        """The prompt. Raises SessionError for what cannot be carried out, whatever comes."""
+        """The prompt. Raises SessionError for what cannot be carried out, whatever comes, and
+        ImageError for words of images that are not in memory.
+        """
         engine = self._engine
-        tokens = as_tokens(ask.tokens, engine.vocab_size)
+        tokens = engine.checked_tokens(ask.tokens, _NO_TOKENS)
         if not len(tokens):
             raise SessionError("the prompt is empty; give at least one token")
         if len(tokens) + (ask.max_tokens > 0) > engine.max_positions:

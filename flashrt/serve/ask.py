@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from flashrt.base.errors import FlashrtError, SessionError
+from flashrt.engine.sight import Image
 
 Reason = Literal["stop", "length", "context", "cancelled", "timeout"]
 
@@ -59,6 +60,7 @@ class Ask:
     sampling: Mapping[str, Any] = field(default_factory=dict)  # of Session.generate
     stop_tokens: frozenset[int] = frozenset()  # end generation, and are not yielded
     turn_starts: tuple[int, ...] = ()  # positions of the prompt worth a capsule, ascending
+    images: tuple[Image, ...] = ()  # of the prompt: they are held in memory as long as it is
     logprobs: int | None = None  # how many of the likeliest tokens; None: no logprobs
     priority: int = 0  # higher first
     timeout_s: float | None = None  # since it was submitted

@@ -10,22 +10,33 @@ the form that most models were trained on, and calls and results stand in conten
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from starlette.requests import Request
 
 from flashrt.base.messages import shown
-from flashrt.serve.desk import Wanted
+from flashrt.engine.sight import Image
+from flashrt.serve.desk import Desk, Wanted
+from flashrt.serve.http import Call, unless_left
 from flashrt.serve.refusal import bad
 from flashrt.serve.served import Served
 from flashrt.serve.speaker import Parser
 from flashrt.serve.structure import Shape, grammar_of, tool_grammar
+from flashrt.session.pictures import parts_apart, picture_of
 from flashrt.text.messages import checked_messages, content_of
+from flashrt.text.prompt import Prompt
 from flashrt.text.reply import ReplyParser
 from flashrt.text.template import Message
 from flashrt.text.tool_calls import Tools, ToolSyntax, tool_syntax
 
+_T = TypeVar("_T")
 AUTO, NONE, REQUIRED = "auto", "none", "required"
 _TOLD = (
     "# Tools\n\nYou may call functions. Their signatures are within <tools></tools>:\n<tools>\n"
@@ -37,7 +48,8 @@ _TOLD = (
 
 @dataclass(slots=True)
 class Conversation:
-    """messages, tools: as OpenAI's chat API has them, checked. choice: "auto", "none", "required"
+    """messages, tools: as OpenAI's chat API has them, checked; contents are texts, or parts of type
+    text and image_url, the images in base64. choice: "auto", "none", "required"
     or the name of a tool. options: for the template. is_continued: the reply goes on where the last
     message, an assistant's, ends. A request in a session: see wire.threads.
     """
@@ -91,14 +103,78 @@ def rendered(
     return list(checked_messages(messages)), told.tools if knows_tools and told.tools else None
 
 
-def wanted_of(served: Served, told: Conversation, make: Callable[[list[int]], Wanted]) -> Wanted:
-    """The request for text; `make` is given the prompt and adds limits and sampling.
+async def understood(
+    desk: Desk, call: Call, told: Conversation, make: Callable[[list[int]], Wanted]
+) -> Wanted:
+    """The request for text; `make` is given the prompt and adds limits and sampling. Its images
+    were seen where they will be fed.
 
-    Raises Refusal, ChatError.
+    Raises Refusal, ChatError, ImageError, and ClientDisconnect where the client goes meanwhile.
     """
+    images = await glanced(desk, call.request, told.messages)
+    wanted = await asyncio.to_thread(wanted_of, desk.served, told, make, images)
+    if images:
+        await _beside(
+            call.request, lambda gone: desk.eyes.look(call.owner, wanted.tokens, images, gone)
+        )
+    return wanted
+
+
+async def rendered_prompt(desk: Desk, call: Call, told: Conversation) -> Prompt:
+    """The prompt of a request that is not run. Raises as `understood` does."""
+    images, served = await glanced(desk, call.request, told.messages), desk.served
+
+    def work() -> Prompt:
+        messages, tools = rendered(served, told)
+        return served.prompt(
+            messages, tools, told.options, is_continued=told.is_continued, images=images
+        )
+
+    return await asyncio.to_thread(work)
+
+
+async def glanced(
+    desk: Desk, request: Request, messages: Sequence[Mapping[str, Any]]
+) -> tuple[Image, ...]:
+    """The images of messages, in order. Raises Refusal, ImageError, ClientDisconnect."""
+    parts = parts_apart(messages)[1]
+    if not parts:
+        return ()
+    if not desk.served.sees:  # as of a session that was begun with eyes
+        raise bad("messages", f"the messages have images; {desk.served.blind}")
+    files = [functools.partial(_file_of, part) for part in parts]
+    return await _beside(request, lambda gone: desk.eyes.glance(files, gone))
+
+
+async def _beside(request: Request, work: Callable[[Callable[[], bool]], Future[_T]]) -> _T:
+    """What the eyes do, which end early once the client has gone."""
+    gone = threading.Event()
+    try:
+        return await unless_left(request, asyncio.wrap_future(work(gone.is_set)))
+    finally:
+        gone.set()
+
+
+def _file_of(part: Mapping[str, Any]) -> bytes:
+    """Of a part as wire.pictures makes it: never a path."""
+    picture = picture_of(part)
+    assert isinstance(picture, bytes), "parts of requests are data"
+    return picture
+
+
+def wanted_of(
+    served: Served,
+    told: Conversation,
+    make: Callable[[list[int]], Wanted],
+    images: tuple[Image, ...] = (),
+) -> Wanted:
+    """The request for text, of images that were seen. Raises Refusal, ChatError."""
     messages, tools = rendered(served, told)
-    prompt = served.prompt(messages, tools, told.options, is_continued=told.is_continued)
+    prompt = served.prompt(
+        messages, tools, told.options, is_continued=told.is_continued, images=images
+    )
     wanted = make(prompt.tokens)
+    wanted.images = images
     starts = {*prompt.turn_starts, prompt.tail_start}
     wanted.turn_starts = tuple(sorted(at for at in starts if 0 < at <= len(prompt.tokens)))
     if told.session is not None:  # as they were sent: a later turn may render them differently
@@ -145,11 +221,18 @@ def _spelled_out(message: dict[str, Any], knows_results: bool) -> dict[str, Any]
         said = content_of(message)
         message["content"] = "\n".join([said, *texts] if said else texts)
     if message["role"] == "tool" and not knows_results:
-        result = f"<tool_response>\n{content_of(message)}\n</tool_response>"
-        return {"role": "user", "content": result}
+        before, after = "<tool_response>\n", "\n</tool_response>"
+        if isinstance(message["content"], list):  # with images
+            parts = [_text_part(before), *message["content"], _text_part(after)]
+            return {"role": "user", "content": parts}
+        return {"role": "user", "content": f"{before}{content_of(message)}{after}"}
     if message.get("content") is None:
         message["content"] = ""
     return message
+
+
+def _text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
 
 
 def _call_text(function: Mapping[str, Any]) -> str:

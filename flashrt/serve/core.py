@@ -8,13 +8,16 @@ and answered once what they changed is in the store, if there is one. Nothing he
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from flashrt.base.errors import FlashrtError, SessionError
+from flashrt.engine.sight import Image, SightCounters
 from flashrt.serve.ask import Ask, Closing, Reason, Ticket, TokenLogprobs
+from flashrt.serve.eyes import Eyes
 from flashrt.serve.meters import Meters
 from flashrt.serve.prefix import Kept, PrefixIndex
 from flashrt.serve.saver import Saver
@@ -49,6 +52,8 @@ class Status:
     pool_nbytes: int
     pool_used_nbytes: int
     problems: tuple[str, ...]  # what could not be read or saved, the last ones
+    images: SightCounters | None  # of a model that sees
+    images_nbytes: int  # rows of images that are kept
 
 
 class Core:
@@ -71,6 +76,7 @@ class Core:
         self.book = SessionBook(self.index, store, sharing)
         rates = store.rates if store is not None else Rates()
         self.scheduler = Scheduler(engine, self.index, limits or Limits(), self.book, rates)
+        self.eyes = Eyes(engine, self.index, self.scheduler)
         self._saver: Saver | None = None
         if store is not None:
             self._saver = Saver(self.book.tidy)
@@ -105,15 +111,19 @@ class Core:
         `Limits.drain_s`, or with drain=False ends at the next token; its state is kept. Blocks.
         """
         self.scheduler.close(drain=drain)
+        self.eyes.close()
         if self._saver is not None:
             self._saver.close()
 
     def _status(self) -> Status:
         pool, scheduler = self.engine.capsules.pool, self.scheduler
+        sight = self.engine.sight
         return Status(
             tuple(scheduler.lanes()), scheduler.queue_lengths(), scheduler.meters.copy(),
             self.index.tiers(), dict(self.index.evictions), pool.nbytes, pool.used_nbytes,
             tuple(self.book.problems),
+            None if sight is None else dataclasses.replace(sight.counters),
+            0 if sight is None else sight.nbytes,
         )  # fmt: skip
 
 
@@ -192,15 +202,17 @@ class Sessions:
         node: str | None = None,
         position: int | None = None,
         etag: str | None = None,
+        images: tuple[Image, ...] = (),
     ) -> Future[SessionView]:
         """The tip is so many turns earlier, a node on the way to it, or its state at an earlier
-        position: a node that is made for it, unless there is one. Raises SessionError at once
-        unless exactly one of the three is given.
+        position: a node that is made for it, unless there is one. `images`: those of the session's
+        messages, which may have to be fed again for that. Raises SessionError at once unless
+        exactly one of the three is given.
         """
         if sum(given is not None for given in (turns, node, position)) != 1:
             raise SessionError("rollback: give one of turns, node and position")
         if position is not None:
-            return self._to_position(owner, session, position, etag)
+            return self._to_position(owner, session, position, etag, images)
         if node is not None:
             return self._change(lambda: self._book.up(owner, session, node, etag=etag))
         return self._change(lambda: self._book.back(owner, session, turns or 0, etag=etag))
@@ -237,7 +249,7 @@ class Sessions:
             saver.do(lambda: self._book.write(files), done)
 
     def _to_position(
-        self, owner: str, session: str, position: int, etag: str | None
+        self, owner: str, session: str, position: int, etag: str | None, images: tuple[Image, ...]
     ) -> Future[SessionView]:
         future: Future[SessionView] = Future()
 
@@ -258,7 +270,7 @@ class Sessions:
                     return
                 before = book.move_tip(owner, session, node)
                 made = _Made(lambda: future.set_result(book.view(owner, session)), undone)
-                ask = Ask(owner, tuple(tokens.tolist()), made, 0, session=session)
+                ask = Ask(owner, tuple(tokens.tolist()), made, 0, session=session, images=images)
                 try:
                     self._scheduler.submit(ask)
                 except BaseException:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashrt.base.errors import FlashrtError
+from flashrt.engine.sight import Image
 from flashrt.serve.access import Access
 from flashrt.serve.answer import Answer, Heard
 from flashrt.serve.ask import Ask
@@ -36,6 +37,7 @@ class Wanted:
     stops: tuple[str, ...] = ()
     logprobs: int | None = None
     turn_starts: tuple[int, ...] = ()
+    images: tuple[Image, ...] = ()
     priority: int = 0
     session: str | None = None
     tip: str | None = None
@@ -50,7 +52,7 @@ class Desk:
 
     def __init__(self, core: Core, served: Served, access: Access) -> None:
         self.served, self.access = served, access
-        self.sessions = core.sessions
+        self.sessions, self.eyes = core.sessions, core.eyes
         self._core = core
 
     async def ask(self, wanted: Wanted, owner: str) -> Answer:
@@ -82,6 +84,7 @@ class Desk:
                 sampling=wanted.sampling,
                 stop_tokens=self.served.stop_tokens,
                 turn_starts=wanted.turn_starts,
+                images=wanted.images,
                 logprobs=wanted.logprobs,
                 priority=wanted.priority,
                 timeout_s=self.access.timeout_s,

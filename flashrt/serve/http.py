@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import secrets
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -27,6 +28,8 @@ from flashrt.serve.gate import refuse, shape_of
 from flashrt.serve.refusal import Refusal, Shape, refusal_of
 
 log = logging.getLogger("flashrt.serve")
+_T = TypeVar("_T")
+_DATA, _SHOWN_NBYTES = re.compile(rb"[A-Za-z0-9+/\\]{2000,}"), 40  # images, in the log
 _CLIENT_GONE = 499  # nobody reads it; for the log
 
 
@@ -65,7 +68,7 @@ def endpoint(handler: Handler, access: Access) -> Callable[[Request], Awaitable[
             if request.method == "POST":
                 body = await _body(request, access)
                 if access.logs_prompts:
-                    log.info("%s", visible(body.decode(errors="replace")))
+                    log.info("%s", visible(_DATA.sub(_cut, body).decode(errors="replace")))
                 # Large ones take a while, and others wait for this thread.
                 if len(body) >= 65_536:
                     fields = await asyncio.to_thread(parse, body)
@@ -102,6 +105,10 @@ def hidden(error: Exception, access: Access) -> Refusal:
     return Refusal(500, f"an error in the server; its log tells more under {name}", code=name)
 
 
+def _cut(found: re.Match[bytes]) -> bytes:
+    return found[0][:_SHOWN_NBYTES] + b"..."
+
+
 async def _body(request: Request, access: Access) -> bytes:
     most = access.body_nbytes
     stated = request.headers.get("content-length", "")
@@ -136,6 +143,20 @@ async def unless_gone(
         for task in (work, watch):
             if not task.done():
                 task.cancel()
+        await asyncio.gather(work, watch, return_exceptions=True)
+
+
+async def unless_left(request: Request, result: Awaitable[_T]) -> _T:
+    """The result; raises ClientDisconnect if the client goes first."""
+    work, watch = asyncio.ensure_future(result), asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return await work
+    finally:
+        for task in (work, watch):
+            task.cancel()
         await asyncio.gather(work, watch, return_exceptions=True)
 
 

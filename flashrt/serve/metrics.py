@@ -67,9 +67,26 @@ class _Collector:
         for where, count in status.evictions.items():
             evicted.add_metric([where], count)
         yield evicted
+        yield from _of_images(status)
         yield GaugeMetricFamily("flashrt_pool_bytes", "Room for capsules", status.pool_nbytes)
         used = status.pool_used_nbytes
         yield GaugeMetricFamily("flashrt_pool_used_bytes", "Room that is taken", used)
+
+
+def _of_images(status: Status) -> Iterator[Metric]:
+    """Of a model that sees."""
+    counted = status.images
+    if counted is None:
+        return
+    for name, words, value in (
+        ("images", "Images in requests, those of earlier turns included", counted.shown),
+        ("images_decoded", "Those whose files were not known", counted.decoded),
+        ("images_seen", "Runs of the vision tower", counted.seen),
+        ("tower_seconds", "What they took", counted.seen_s),
+    ):
+        yield CounterMetricFamily(f"flashrt_{name}", words, value)
+    words = "Rows of images that are kept in host memory"
+    yield GaugeMetricFamily("flashrt_image_bytes", words, status.images_nbytes)
 
 
 def _histogram(name: str, words: str, found: Histogram) -> Metric:

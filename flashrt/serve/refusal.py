@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flashrt.base.errors import FlashrtError, LaneBusy, PoolFull, SessionError
+from flashrt.base.errors import FlashrtError, ImageError, LaneBusy, PoolFull, SessionError
 from flashrt.serve.ask import (
     BadSlotFile,
     Closing,
@@ -126,8 +126,9 @@ def refusal_of(error: FlashrtError) -> Refusal:
         return Refusal(404, str(error), "filename")
     if isinstance(error, BadSlotFile):
         return Refusal(400, str(error), "filename", "invalid_slot_file")
-    if isinstance(error, ChatError):
-        return Refusal(400, str(error), "messages")
+    if isinstance(error, ChatError | ImageError):
+        code = "invalid_image" if isinstance(error, ImageError) else None
+        return Refusal(400, str(error), "messages", code)
     if isinstance(error, SessionError):
         return Refusal(400, str(error))
     if isinstance(error, LaneBusy | PoolFull):

@@ -13,9 +13,12 @@ from typing import Any
 
 from flashrt.base.errors import CheckpointError
 from flashrt.base.messages import shown
+from flashrt.engine.sight import Image
+from flashrt.models.sight import FIRST_WORD
 from flashrt.serve.refusal import Refusal, bad
 from flashrt.session.chat import recommended_sampling
 from flashrt.session.engine import SessionEngine
+from flashrt.session.pictures import parts_apart, with_words
 from flashrt.text.prompt import Prompt, PromptEncoder
 from flashrt.text.template import ChatTemplate, Message
 from flashrt.text.tokenizer import Tokenizer
@@ -35,6 +38,19 @@ class Served:
         self.tokenizer: Tokenizer = engine.tokenizer
         self.stop_tokens = frozenset(engine.checkpoint.stop_tokens)
         self.sampling = recommended_sampling(engine.checkpoint)
+
+    @property
+    def sees(self) -> bool:
+        """Whether messages may have images."""
+        return self.engine.sight is not None
+
+    @property
+    def blind(self) -> str:
+        """Why they may not, and what helps."""
+        return (
+            f"{self.name} is served without eyes: images need a checkpoint with a vision tower "
+            "(Qwen3.5), served with --images (flashrt[vision])"
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -60,12 +76,31 @@ class Served:
         options: Mapping[str, object],
         *,
         is_continued: bool = False,
+        images: Sequence[Image] = (),
     ) -> Prompt:
         """The prompt of a conversation, up to where the reply begins, or where the last message
-        goes on. Raises ChatError.
+        goes on; `images`: those that its parts are. Raises ChatError.
         """
         encoder = PromptEncoder(self.template, self.tokenizer, tools, options)
-        return encoder.encode(messages, is_asked=True, is_continued=is_continued)
+        told, _ = parts_apart(messages)
+        prompt = encoder.encode(told, is_asked=True, is_continued=is_continued)
+        if not images:
+            return prompt
+        assert self.engine.sight is not None, "whoever has images sees"
+        words = [image.tokens for image in images]
+        return with_words(prompt, self.engine.sight.image_token, words)
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text of tokens as the model has it, special ones spelled out; an image is its one
+        token in the chat template.
+        """
+        sight, made = self.engine.sight, list[int]()
+        for i, token in enumerate(tokens):
+            if token < FIRST_WORD:
+                made.append(token)
+            elif sight is not None and (not i or tokens[i - 1] < FIRST_WORD):
+                made.append(sight.image_token)
+        return self.tokenizer.decode(made, skip_special=False)
 
     def tokens_of(self, text: str) -> list[int]:
         """Ids of a text that no template renders."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from flashrt.base.errors import CheckpointError, SessionError
 from flashrt.base.messages import shown
 from flashrt.capsule.capsule import Capsule
+from flashrt.engine.sight import Image
 from flashrt.session.engine import SessionEngine
 from flashrt.session.pictures import with_words, without_pictures
 from flashrt.session.session import EndReason, Session
@@ -170,6 +171,7 @@ class Chat:
         self._engine, self._habits, self._prompts = engine, habits, habits.prompts
         self._messages: Messages = ()
         self._reply: _Progress | None = None  # the one that is coming
+        self._images: list[Image] = []  # of the prompt at hand: held until they are fed
         self._reason: EndReason | None = None
 
     # -- what was said --------------------------------------------------------------------------
@@ -413,7 +415,7 @@ class Chat:
         thinking: bool | None = None,
     ) -> Prompt:
         told, pictures = without_pictures(messages)
-        images = [self._engine.image(picture) for picture in pictures]
+        self._images = images = [self._engine.glance(picture) for picture in pictures]
         prompt = self._prompts.encode(
             told,
             is_asked=is_asked,
@@ -446,6 +448,7 @@ class Chat:
             self.session.keep_waypoint()
             at = boundary
         self.session.prefill(wanted[at:])
+        self._images = []
         self.fed_tokens += len(wanted) - same
 
     def _check_idle(self, what: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from flashrt.base.errors import ImageError
 from flashrt.capsule.turn import in_turn
-from flashrt.engine.sight import Image
+from flashrt.engine.sight import Image, Sight
 from flashrt.engine.tokens import TokenEngine
 from flashrt.session.session import Session
 from flashrt.text.checkpoint_text import CheckpointText
@@ -50,9 +50,20 @@ class SessionEngine(TokenEngine):
         Its rows are made once per content and kept in host memory, see `sight`. Raises ImageError
         for a model that was loaded without images=True, and for what is no image.
         """
+        return self._sight.image(picture)
+
+    @in_turn
+    def glance(self, picture: Picture) -> Image:
+        """The same, but the tower sees it when it is fed for the first time: hold it until then."""
+        return self._sight.glance(picture)
+
+    @property
+    def _sight(self) -> Sight:
         if self.sight is None:
-            raise ImageError("the model was loaded without its vision tower: load(images=True)")
-        return self.sight.image(picture)
+            raise ImageError(
+                "the model was loaded without its vision tower: load(images=True), --images"
+            )
+        return self.sight
 
     @in_turn
     def close(self) -> None:

@@ -36,7 +36,13 @@ def without_pictures(messages: Sequence[Message]) -> tuple[list[Message], list[P
     or an array [height, width, 3] of uint8; {"type": "image", "base64": text}; or {"type":
     "image_url", "image_url": {"url": "data:image/png;base64,..."}}. Raises ChatError.
     """
-    pictures: list[Picture] = []
+    made, parts = parts_apart(messages)
+    return made, [picture_of(part) for part in parts]
+
+
+def parts_apart(messages: Sequence[Message]) -> tuple[list[Message], list[Mapping[str, Any]]]:
+    """The same with the parts that are images as they were given, unread."""
+    found: list[Mapping[str, Any]] = []
     made: list[Message] = []
     for message in messages:
         content = message.get("content")
@@ -46,12 +52,12 @@ def without_pictures(messages: Sequence[Message]) -> tuple[list[Message], list[P
         parts: list[object] = []
         for part in content:
             if isinstance(part, Mapping) and part.get("type") in _TYPES:
-                pictures.append(picture_of(part))
+                found.append(part)
                 parts.append(_STAND_IN)
             else:
                 parts.append(part)
         made.append({**message, "content": parts})
-    return made, pictures
+    return made, found
 
 
 def picture_of(part: Mapping[str, Any]) -> Picture:

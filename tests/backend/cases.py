@@ -103,6 +103,17 @@ def add_rmsnorm(T: int, n: int, H: int, is_wide: bool = False) -> Case:
     return Case("add_rmsnorm", operands, {"eps": EPS}, wide("y", is_wide))
 
 
+def adaptive_rmsnorm(T: int, n: int, H: int, added: int = 1) -> Case:
+    rng = rng_for("adaptive_rmsnorm", T, n, H)
+    x, r = (valid(randn(rng, T, H), n) for _ in range(2))
+    gate, scale, shift = (randn(rng, H) for _ in range(3))
+    operands = {
+        "x": x, "r": read_if(added, r), "gate": read_if(added, gate), "scale": scale,
+        "shift": shift, "cursor": cursor(5, n), "y": (T, H),
+    }  # fmt: skip
+    return Case("adaptive_rmsnorm", operands, {"eps": EPS, "added": added})
+
+
 def linear(T: int, n: int, K: int, N: int, is_wide: bool = False) -> Case:
     rng = rng_for("linear", T, n, K, N)
     operands = {
@@ -410,6 +421,12 @@ def silu_mul(T: int, n: int, I: int, is_wide: bool = False) -> Case:  # noqa: E7
     return Case("silu_mul", operands, dtypes=wide("y", is_wide))
 
 
+def geglu(T: int, n: int, I: int) -> Case:  # noqa: E741
+    rng = rng_for("geglu", T, n, I)
+    operands = {"u": valid(randn(rng, T, 2 * I, scale=3), n), "cursor": cursor(5, n), "y": (T, I)}
+    return Case("geglu", operands)
+
+
 def relu_squared(T: int, n: int, I: int, is_wide: bool = False) -> Case:  # noqa: E741
     rng = rng_for("relu_squared", T, n, I)
     operands = {"u": valid(randn(rng, T, I, scale=4), n), "cursor": cursor(5, n), "y": (T, I)}
@@ -596,6 +613,8 @@ GRID: Grid = (
     (activations, ({"C": 96},)),
     (mix_rows, ({"N": 36, "C": 96},)),
     (add_layer_norm, ({"C": 96}, {"C": 1152, "is_wide": True})),
+    (geglu, ({"I": 200}, {"I": 1024})),
+    (adaptive_rmsnorm, ({"H": 96}, {"H": 1024}, {"H": 200, "added": 0})),
     (gelu, ({"I": 200, "tanh": 0}, {"I": 304, "tanh": 1})),
     (turn_patches, (
         {"heads": 2, "R": 16, "margin": (0, 0)}, {"heads": 3, "R": 18, "margin": (4, 8)},
@@ -662,6 +681,8 @@ ODD: Grid = (
     (activations, ({"C": 37},)),
     (mix_rows, ({"N": 5, "C": 37},)),
     (add_layer_norm, ({"C": 37},)),
+    (geglu, ({"I": 45},)),
+    (adaptive_rmsnorm, ({"H": 33}, {"H": 7, "added": 0})),
     (gelu, ({"I": 37, "tanh": 0}, {"I": 45, "tanh": 1})),
     (turn_patches, ({"heads": 3, "R": 5, "margin": (1, 3)},)),
     (embed_seen, ({"V": 33, "H": 7, "position": 5, "S": 75},)),

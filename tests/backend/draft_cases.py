@@ -50,6 +50,16 @@ def draft_input(T: int, n: int, V: int, H: int) -> Case:
     return Case("draft_input", operands, {"eps": EPS})
 
 
+def draft_input_seen(T: int, n: int, V: int, H: int) -> Case:
+    """Every third row is no token."""
+    case = draft_input(T, n, V, H)
+    tokens = np.array(case.operands["tokens"])
+    tokens[::3] += np.int32(1 << 30)
+    seen = valid(randn(rng_for("draft_input_seen", T, n, H), T, H), n)
+    operands = {**case.operands, "tokens": tokens, "seen": seen}
+    return Case("draft_input_seen", operands, case.attrs)
+
+
 def samples(T: int, tokens: list[int]) -> NDArray[np.int32]:
     words = np.zeros((T, CURSOR_WORDS), np.int32)
     words[: len(tokens), 2] = tokens
@@ -81,6 +91,7 @@ def drafting_cases() -> list[Case]:
     """Ops of drafting, and the verify forms of ops on the state."""
     window, delta = {"C": 240, "W": 3, "margin": (0, 0)}, {"heads": (1, 2), "size": (100, 60)}
     cases = [draft_input(T, n, 77, H) for (T, n), H in zip(ROWS, (96, 96, 200, 96, 7), strict=True)]
+    cases += [draft_input_seen(T, n, 77, H) for T, n, H in ((9, 5, 200), (9, 9, 7))]
     for T, n in ((1, 1), (9, 4), (9, 9)):
         cases += [replace(conv_window(T, n, **window), op="conv_verify")]
         cases += [replace(delta_rule(T, n, **delta), op="delta_verify")]

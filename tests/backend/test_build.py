@@ -39,9 +39,11 @@ def test_every_kernel_is_compiled_and_reported(
     of_shapes = {"linear_silu", "linears_2", "linears_3", "norm_linears_2", "norm_linears_3"}
     of_families = {
         "activations", "add_layer_norm", "attend_patches", "conv_biased", "gated_conv", "gelu",
-        "embed_seen", "mix_rows", "place_rows", "relu_squared", "rope_placed", "scale_rows",
+        "draft_input_seen", "embed_seen", "mix_rows", "place_rows", "relu_squared", "rope_placed",
+        "scale_rows",
         "silu_rmsnorm", "ssm", "turn_patches",
-        "route", "experts_in", "experts_out", "add_gated", "image_patches", "all_rows",
+        "route", "experts_in", "experts_out", "add_gated",
+        "image_patches", "all_rows", "geglu", "adaptive_rmsnorm",
     }  # fmt: skip
     of_cameras = {
         "see", "chunk_begin", "chunk_end", "ensemble", "conv2d", "conv2d_add", "max_pool",

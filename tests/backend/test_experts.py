@@ -9,7 +9,7 @@ nor splits, schedules and threads, which tests/backend/cases.py brings.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from flashrt.backends.cache import Binary
 from flashrt.backends.cpu import compile as toolchain
 from flashrt.backends.cpu import device as cpu_device
-from flashrt.backends.cpu.device import Activations, CpuDevice
+from flashrt.backends.cpu.device import CpuDevice
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.base.errors import PlanError
 from flashrt.core.backend import Backend, BoundLaunch, Bytes
@@ -46,16 +46,17 @@ FORMATS = {
     "fp8": Format(DType.E4M3, Groups(128, Scales.F32)),
     "nvfp4": Format(DType.E2M1, Groups(16, Scales.E4M3_OVER)),
 }
-MADE = {
+MADE: dict[str, Callable[[], Backend]] = {
     "float32": lambda: CpuDevice(2),
     "int16": lambda: CpuDevice(2, activations="int16"),
     "int8": lambda: CpuDevice(2, activations="int8"),
+    "bfloat16": lambda: CpuDevice(2, plain="bfloat16"),
     "simt": SimtDevice,
 }
 # Of simt the formats whose scales come in a way of their own; a kernel takes seconds to compile.
 TRIED = [
     *((kind, name) for kind in ("float32", "int16", "int8") for name in FORMATS),
-    ("simt", "q4_k"), ("simt", "nvfp4"),
+    ("bfloat16", "bf16"), ("simt", "q4_k"), ("simt", "nvfp4"),
 ]  # fmt: skip
 
 
@@ -179,18 +180,20 @@ def test_a_pick_has_the_bits_of_linear(
     assert (found.view(np.uint32) == sums.view(np.uint32)).all()
 
 
-@pytest.mark.parametrize("activations", ["float32", "int16"])
+@pytest.mark.parametrize(
+    ("kind", "form"), [("float32", "q4_k"), ("int16", "q4_k"), ("bfloat16", "bf16")]
+)
 def test_without_scratch_rows_go_one_by_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activations: Activations
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, form: str
 ) -> None:
     """Fault: rows are packed into memory that is not there."""
     path = Path(shutil.copy(toolchain.library(OPS).path, tmp_path / "copy.so"))  # its own workspace
     library = Binary(path, path.read_bytes(), "", was_cached=True)
     monkeypatch.setattr(toolchain, "library", lambda *_, **__: library)
     monkeypatch.setattr(cpu_device, "_workspace_nbytes", lambda *_: 0)
-    bench = Bench(CpuDevice(2, activations=activations))
+    bench = Bench(MADE[kind]())
     for picks in PICKS.values():
-        test_a_pick_has_the_bits_of_linear((bench, FORMATS["q4_k"]), picks)
+        test_a_pick_has_the_bits_of_linear((bench, FORMATS[form]), picks)
     bench.backend.close()
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from flashrt.backends.cpu import compile as toolchain
 from flashrt.backends.cpu import layouts
-from flashrt.backends.cpu.device import Activations, CpuDevice
+from flashrt.backends.cpu.device import Activations, CpuDevice, PlainActivations
 from flashrt.base.errors import BackendError, PlanError
 from flashrt.core.backend import BoundLaunch
 from flashrt.core.groups import SIZES, Groups, Planes, Scales
@@ -105,8 +105,13 @@ COMMON = (  # what checkpoints have
 class Bench:
     """A device with room for the operands of one launch."""
 
-    def __init__(self, threads: int = 2, activations: Activations = "float32") -> None:
-        self.device = CpuDevice(threads, activations=activations)
+    def __init__(
+        self,
+        threads: int = 2,
+        activations: Activations = "float32",
+        plain: PlainActivations = "float32",
+    ) -> None:
+        self.device = CpuDevice(threads, activations=activations, plain=plain)
         self.device.build(OPS)
         self.memory = self.device.allocate("arena", 10 * SLOT)
 

@@ -41,6 +41,27 @@ def test_a_conversation_has_the_same_keys_on_every_route() -> None:
     )
 
 
+def test_an_image_is_the_same_on_every_route() -> None:
+    """And another image is another conversation. Fault: its next turn goes where nothing is known
+    of it, or all images of a question share a home.
+    """
+
+    def keys(path: str, part: dict[str, Any], name: str = "messages") -> Any:
+        first = [{"type": "text", "text": FIRST}, part]
+        return chat(path, **{name: [{"role": "user", "content": first}, *said("?", REPLY, "!")]})
+
+    url = "data:image/png;base64,iVBORw0KGgo="
+    openai = keys(
+        "/v1/chat/completions", {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
+    )
+    source = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
+    assert openai == keys("/v1/messages", {"type": "image", "source": source}) and openai.keys
+    item = {"type": "input_image", "image_url": url}
+    assert openai == keys("/v1/responses", item, "input")
+    other = keys("/v1/messages", {"type": "image", "source": {**source, "data": "iVBORw0KGgp="}})
+    assert not set(openai.keys) & set(other.keys)
+
+
 def test_the_next_turn_finds_what_the_last_one_taught() -> None:
     known = Directory()
     known.learn(chat(messages=said(FIRST)).learned, "a")

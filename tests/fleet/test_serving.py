@@ -8,6 +8,7 @@ request of a session elsewhere than where it lives.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import shutil
 from collections.abc import Awaitable, Callable
@@ -24,6 +25,7 @@ from flashrt.fleet.replicas.station import Arrival, NotHere
 from flashrt.serve.access import Access
 from flashrt.weights.bundled import bundled_checkpoint
 from tests.fleet.stations import LocalLink, fleet, options_of
+from tests.seeing import FILE, write
 
 WALK = "start in column six row six . west east south south where am i ?"
 MORE = "west west where am i ?"
@@ -39,7 +41,7 @@ def run(
     asyncio.run(go())
 
 
-async def say(client: httpx.AsyncClient, session: str, text: str, **more: Any) -> dict[str, Any]:
+async def say(client: httpx.AsyncClient, session: str, text: Any, **more: Any) -> dict[str, Any]:
     body = {
         "session": session, "messages": [{"role": "user", "content": text}], "max_tokens": 6,
         "temperature": 0, **more,
@@ -95,6 +97,39 @@ def test_a_session_goes_on_elsewhere_as_if_it_had_stayed(tmp_path: Path) -> None
 
     run(alone, options_of(tmp_path / "one"))
     run(moved, *[options_of(tmp_path / "three")] * 3)
+
+
+def test_conversations_with_images_have_a_home(tmp_path: Path) -> None:
+    """Sent whole each time, and as a session that moves. Fault: a body with an image is refused,
+    the next turn goes elsewhere, or a replica that never saw the image does not go on.
+    """
+    checkpoint = write(tmp_path / "seeing")
+    url = f"data:image/png;base64,{base64.b64encode(FILE.read_bytes()).decode()}"
+    content: Any = [{"type": "image_url", "image_url": {"url": url}}]
+
+    async def work(front: Front, link: LocalLink, client: httpx.AsyncClient) -> None:
+        messages: list[Any] = [{"role": "user", "content": content}]
+        body = {"max_tokens": 6, "temperature": 0}
+        path, known, homes = "/v1/chat/completions", 0, set()
+        for _ in range(3):
+            answer = await client.post(path, json={**body, "messages": messages})
+            assert answer.status_code == 200, answer.text
+            text, n_prompt, cached = told(answer.json())
+            assert cached >= known
+            known = n_prompt
+            homes.add(home_of(link))
+            messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "?"}]
+        assert len(homes) == 1
+        id_ = (await client.post("/v1/sessions", json={})).json()["id"]
+        first = told(await say(client, id_, content))[0]
+        before = home_of(link)
+        await front.drain(before)
+        second = told(await say(client, id_, "?"))[0]
+        assert home_of(link) != before
+        assert [first, second] == [m["content"] for m in messages if m["role"] == "assistant"][:2]
+
+    options = options_of(tmp_path / "store", checkpoint=str(checkpoint), images=None)
+    run(work, *[options] * 2)
 
 
 def test_a_turn_that_dies_with_its_replica_is_said_again(tmp_path: Path) -> None:

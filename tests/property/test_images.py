@@ -7,8 +7,10 @@ of one size are two histories; and what left the memory of images is missed befo
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,6 +192,57 @@ def test_memory_of_images_is_bounded(engine: flashrt.Engine) -> None:
                 session.prefill(words_of(picture(2), 40))
             assert session.position == 40
         assert np.array_equal(engine.image(picture(2)).tokens, words_of(picture(2), 40))
+    finally:
+        sight.most_bytes = before
+
+
+def test_steps_come_between_launches_of_the_tower(
+    engine: flashrt.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, where both have the same threads. Fault: tokens wait for a whole image."""
+    sight, begun, ended = sight_of(engine), threading.Event(), threading.Event()
+    image = sight.glance(np.random.default_rng(9).integers(0, 256, (128, 128, 3)).astype(np.uint8))
+    replay = sight.tower.replay
+
+    def noted(*arguments: Any) -> None:
+        begun.set()
+        replay(*arguments)
+        ended.set()
+
+    monkeypatch.setattr(sight.tower, "replay", noted)
+    looking = threading.Thread(target=sight.look, args=[image])
+    with engine.session() as session:
+        session.prefill([1, 2, 3])
+        stream = session.generate(250)
+        next(stream)
+        looking.start()
+        assert begun.wait(30)
+        n = 0
+        while not ended.is_set():
+            n += next(stream, None) is not None
+        looking.join()
+        assert n >= 8, "it has some thirty launches"
+
+
+def test_an_image_that_is_held_stays(engine: flashrt.Engine) -> None:
+    """Whatever comes meanwhile; and a glance costs no run of the tower before it is fed."""
+    sight = sight_of(engine)
+    before, seen = sight.most_bytes, sight.counters.seen
+    sight.most_bytes = 1
+    try:
+        held = [engine.glance(picture(seed)) for seed in (60, 61, 62)]
+        assert sight.counters.seen == seen
+        tokens = [t for image in held for t in (1, *image.tokens.tolist())]
+        with engine.session() as session:
+            session.prefill(tokens)
+            found = fingerprint_of(session)
+            assert sight.counters.seen == seen + 3
+            session.rollback(50)
+            session.prefill(tokens[50:])
+            assert fingerprint_of(session) == found and sight.counters.seen == seen + 3
+            del held
+            with pytest.raises(ImageError, match="show it again"):
+                session.rollback(50)
     finally:
         sight.most_bytes = before
 

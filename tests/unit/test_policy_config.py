@@ -12,8 +12,9 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 import flashrt
-from flashrt.base.errors import CheckpointError, LaneBusy, PlanError
-from flashrt.load import load_policy
+from flashrt.backends.cpu.device import CpuDevice
+from flashrt.base.errors import BackendError, CheckpointError, LaneBusy, PlanError
+from flashrt.load import PRECISIONS, load_policy
 from flashrt.models.flow_policy.config import parse_config
 from flashrt.models.flow_policy.model import FlowPolicy, time_features
 from flashrt.weights.bundled_policies import bundled_policies, policy_path
@@ -125,6 +126,20 @@ def test_overflowing_weights_are_seen(checkpoint: Path) -> None:
     engine.plan(lane)
     with pytest.raises(CheckpointError, match="overflow"):
         engine.act(lane)
+
+
+def test_a_policy_is_loaded_in_the_precision_that_is_asked_for(checkpoint: Path) -> None:
+    """Fault: the precision is dropped on the way, or a word for none is taken."""
+    said = {}
+    for precision in PRECISIONS:
+        engine = load_policy(checkpoint, device="cpu", precision=precision)
+        assert isinstance(engine.backend, CpuDevice)
+        said[precision] = engine.backend.description
+        engine.close()
+    assert "int8 and bfloat16 activations" in said["fast"]
+    assert "int16 activations" in said["bfloat16"] and "activations" not in said["high"]
+    with pytest.raises(BackendError, match="precision 'int4'"):
+        load_policy(checkpoint, device="cpu", precision="int4")  # type: ignore[arg-type]
 
 
 def test_lanes_are_lent_and_taken_back(checkpoint: Path) -> None:

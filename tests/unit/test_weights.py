@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 from numpy.typing import NDArray
 
 from flashrt.base.errors import CheckpointError, PlanError
-from flashrt.core.region import DType, Region
+from flashrt.core.region import DType, Region, Role
 from flashrt.weights import loader
 from flashrt.weights.checkpoint import open_checkpoint
 from flashrt.weights.loader import LoadReport, check_sources, load
 from flashrt.weights.rules import (
     Source,
+    Squares,
     Transform,
     WeightRule,
     as_stored,
@@ -310,3 +312,18 @@ def test_rules_that_cannot_be_filled() -> None:
             WeightRule(good, sources)
     with pytest.raises(PlanError, match="weight rule 'v'"):
         WeightRule(vector("v", "a", 3).region, (Source("a", (4,)),))
+    table = Region("p", (16, 5), DType.F32, Role.WEIGHT)
+    with pytest.raises(PlanError, match="weight rule 'p'"):
+        WeightRule(table, (Source("a", (16, 5), Squares(3, 1)),))
+
+
+def test_rows_of_a_raster_by_squares(folder: Path) -> None:
+    """Fault: rows stay line by line, or squares are taken column by column."""
+    given = np.arange(32, dtype=np.float32).reshape(16, 2)
+    write_safetensors(folder / "model.safetensors", {"a": given})
+    table = Region("p", (16, 2), DType.F32, Role.WEIGHT)
+    rule = WeightRule(table, (Source("a", (16, 2), Squares(4, 2)),))
+    found: list[Any] = []
+    load((rule,), open_checkpoint(folder), lambda _region, _row, rows: found.append(rows))
+    order = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    assert np.array_equal(found[0], given[order])

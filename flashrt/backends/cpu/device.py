@@ -34,6 +34,7 @@ from flashrt.core.op import Launch, Op
 from flashrt.core.region import ActDTypes, DType, Layout, Region, resolve_dtype
 
 Activations = Literal["float32", "int16", "int8"]
+PlainActivations = Literal["float32", "bfloat16"]
 INTEGER_CODES = (DType.U4, DType.U5, DType.U6, DType.I8, DType.E2M1)  # of kernels/linear_int8.c
 
 _HUGE = 2 << 20
@@ -49,10 +50,10 @@ _APART = frozenset((
     "activations", "mix_rows", "add_layer_norm", "gelu", "turn_patches", "attend_patches",
     "place_rows", "embed_seen", "rope_placed",
     "route", "add_gated", "rope_rows", "append_rows", "guide",
-    "image_patches", "all_rows",
+    "image_patches", "all_rows", "geglu", "adaptive_rmsnorm",
 ))  # fmt: skip
-# Ops that multiply integers where the device is told to, and weights are such codes.
-_OF_INTEGERS = frozenset(("linear", "experts_in", "experts_out"))
+# Ops that round x where the device is told to, and weights are such codes, or bfloat16.
+_PRODUCTS = frozenset(("linear", "experts_in", "experts_out"))
 _GATHERED_ROWS = 60  # MOST_ROWS of kernels/experts.c
 _MOST_ARGUMENTS = 1024  # of kernels/runtime.c
 _ALIGN = 64  # of argument blocks: one cache line each
@@ -127,6 +128,8 @@ class CpuDevice:
         alone_nbytes: int = 0,
         *,
         activations: Activations = "float32",
+        plain: PlainActivations = "float32",
+        gives_way: bool = False,
     ) -> None:
         """`threads`: size of the pool, FLASHRT_THREADS or the cores at hand by default.
 
@@ -134,11 +137,17 @@ class CpuDevice:
         others: for many small replays with pauses between. No bit depends on it.
 
         `activations`: what `linear` makes of x where weights are codes of INTEGER_CODES: "int16"
-        and "int8" round it, for dot products of integers. Other weights get float32.
+        and "int8" round it, for dot products of integers. `plain`: the same where weights are
+        bfloat16; "bfloat16" rounds it, for kernels/linear_bf16.c. Other weights get float32.
+
+        `gives_way`: other engines of the process have their turn between two launches of a replay:
+        for replays that take seconds, one at a time.
         """
         self.threads = threads or thread_count()
         self._activations = activations
+        self._plain = plain
         self._alone_nbytes = alone_nbytes
+        self._gives_way = gives_way
         self.counters = Counters()
         self._lib: ctypes.CDLL | None = None
         self._own_sources: list[Path] = []
@@ -154,9 +163,14 @@ class CpuDevice:
         return self._digest
 
     @property
+    def _ways(self) -> list[str]:
+        """What activations are rounded to, where they are."""
+        return [w for w in (self._activations, self._plain) if w != "float32"]
+
+    @property
     def description(self) -> str:
         """One line for people."""
-        way = f", {self._activations} activations" * (self._activations != "float32")
+        way = f", {' and '.join(self._ways)} activations" if self._ways else ""
         return f"cpu, {self.threads} threads, kernels {self._digest[:12]}{way}"
 
     def limits(self) -> CpuLimits:
@@ -220,8 +234,8 @@ class CpuDevice:
         except OSError as error:
             raise BackendError(f"cannot load {binary.path}: {error}; delete the file") from error
         self._digest = toolchain.source_digest(ops, self._own_sources)
-        if self._activations != "float32":
-            way = f"{self._digest} {self._activations}"
+        if self._ways:
+            way = " ".join((self._digest, *self._ways))
             self._digest = hashlib.sha256(way.encode()).hexdigest()
         _declare(self._lib)
         self.resize(self.threads)
@@ -345,6 +359,8 @@ class CpuDevice:
         _arrays = self._memory_in_use()
         assert isinstance(graph, CpuGraph)
         run = self._c.flashrt_replay if graph.is_shared else self._c.flashrt_replay_alone
+        if self._gives_way:
+            run = self._c.flashrt_replay_giving_way
         run(graph.table, graph.n_launches, table, len(table or b""), at, graph.lane)
         self.counters.replays += 1
 
@@ -419,10 +435,13 @@ class CpuDevice:
 
     def _function(self, launch: Launch) -> int:
         name = f"op_{launch.op.name}"
-        if self._activations != "float32" and launch.op.name in _OF_INTEGERS:
-            w = launch.operand("w").region
+        if launch.op.name in _PRODUCTS:
+            w, way = launch.operand("w").region, "float32"
             if w.dtype in INTEGER_CODES and w.groups is not None:
-                name += f"_{self._activations}"
+                way = self._activations
+            elif w.dtype is DType.BF16:
+                way = self._plain
+            name += f"_{way}" * (way != "float32")
         try:
             function = self._c[name]
         except AttributeError as error:
@@ -496,6 +515,10 @@ def _declare(lib: ctypes.CDLL) -> None:
         "flashrt_pool_start": ([integer], integer),
         "flashrt_replay": ([pointer, integer, pointer, integer, pointer, pointer], None),
         "flashrt_replay_alone": ([pointer, integer, pointer, integer, pointer, pointer], None),
+        "flashrt_replay_giving_way": (
+            [pointer, integer, pointer, integer, pointer, pointer],
+            None,
+        ),
         "flashrt_copy": ([ctypes.c_char_p, integer], None),
         "flashrt_fill": ([pointer, size, integer], None),
         "flashrt_digest": ([ctypes.c_char_p, integer, pointer], None),

@@ -967,7 +967,7 @@ def _attend(s: Shape) -> tuple[KernelLaunch, ...]:
 
 
 def _of_patches(s: Shape) -> tuple[KernelLaunch, ...]:
-    columns = s.dims["I"] if s.op == "gelu" else s.dims["C"]
+    columns = s.dims["I"] if s.op in ("gelu", "geglu") else s.dims["C"]
     if s.op == "turn_patches":
         columns //= 2
     grid = (_ceil(columns, 256), s.dims["T"], 1)
@@ -1046,6 +1046,7 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "attend_patches": _attend,
     "place_rows": _one_warp,
     "embed_seen": _embed,
+    "draft_input_seen": _draft_input,
     "rope_placed": _rope_append,
     "route": _route,
     "experts_in": _experts_in,
@@ -1058,6 +1059,8 @@ EXPANSIONS: Final[Mapping[str, Expansion]] = {
     "euler": _policy,
     "image_patches": _of_patches,
     "all_rows": _one_warp,
+    "geglu": _of_patches,
+    "adaptive_rmsnorm": _norm,
 }
 
 

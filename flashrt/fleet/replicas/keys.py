@@ -156,9 +156,21 @@ def _messages(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _text(content: object) -> str:
     if isinstance(content, list):
-        parts = [p.get("text", p) if isinstance(p, dict) else p for p in content]
+        parts = [p.get("text", _image(p)) if isinstance(p, dict) else p for p in content]
         return "".join(p if isinstance(p, str) else json.dumps(p, sort_keys=True) for p in parts)
     return content if isinstance(content, str) else json.dumps(content, sort_keys=True)
+
+
+def _image(part: Mapping[str, Any]) -> object:
+    """An image's data, the same in all APIs' forms; a part of another kind as it is."""
+    url, source = part.get("image_url"), part.get("source")
+    if isinstance(url, dict):
+        url = url.get("url")
+    if isinstance(url, str):
+        return f"image {url.rpartition(',')[2]}"
+    if isinstance(source, dict) and isinstance(source.get("data"), str):
+        return f"image {source['data']}"
+    return part
 
 
 def _of_prompt(prompt: object, owner: str) -> Wish:

@@ -73,6 +73,7 @@ class StationOptions:
     draft: bool | None = None
     weights: Weights | None = None
     prefill_rows: int | None = None
+    images: bool | None = False
     host_nbytes: int = 0  # memory for states that the pool has no room for
     access: Access = field(default_factory=Access)
     limits: Limits = field(default_factory=Limits)
@@ -114,6 +115,7 @@ class Station:
             precision=options.precision,
             weights=options.weights,
             prefill_rows=options.prefill_rows,
+            images=options.images,
         )
         engine.budgets = Budgets(options.host_nbytes)
         try:

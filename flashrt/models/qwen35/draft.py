@@ -108,6 +108,7 @@ class DraftRecorder(Qwen35Recorder):
         if is_first:
             self.tape.record(ops.DRAFT_BEGIN, cursor=cursor, draft=self.cursor)
             self._note(cursor)
+        self.place_rows()
         token, own = sampled_token(self.cursor), regions["draft_hidden"]
         last = regions["last_hidden"] if is_first else own
         keys, values = as_view(regions["draft_keys"]), as_view(regions["draft_values"])

@@ -50,8 +50,6 @@ class Qwen35:
     ) -> None:
         """`stored` says how the checkpoint has each matrix: regions of weights are as it says."""
         check_choices(max_positions, kv_dtype, prefill_rows)
-        if has_images and has_draft_head:
-            raise PlanError("drafts know no images: load with images=True and draft=False")
         self.buckets = buckets_up_to(prefill_rows)
         self.config = config
         self.vocab_size = config.vocab_size

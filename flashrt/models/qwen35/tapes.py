@@ -95,16 +95,28 @@ class Qwen35Recorder(TokenRecorder):
         if SEEN not in regions:
             self.launch(ops.EMBED, **into)
             return
-        rows, is_prompt = self.tape.run_rows, self.tape.phase in (PREFILL, STEP)
-        self.places = self.tape.scratch("places", self.rows, 3, dtype=DType.I32)
-        self.launch(
-            ops.PLACE_ROWS, offsets=regions[OFFSETS].span(0, rows), growth=regions[GROWTH],
-            delta=regions[DELTA], places=self.places, given=int(is_prompt),
-        )  # fmt: skip
-        if is_prompt:
-            self.launch(ops.EMBED_SEEN, seen=regions[SEEN].span(0, rows), **into)
+        self.place_rows()
+        if self.is_prompt:
+            self.launch(ops.EMBED_SEEN, seen=regions[SEEN].span(0, self.tape.run_rows), **into)
         else:
             self.launch(ops.EMBED, **into)
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether rows may be those of images, where there may be images."""
+        return self.tape.phase in (PREFILL, STEP)
+
+    def place_rows(self) -> None:
+        """The places of all rows, where there may be images."""
+        regions = self.regions
+        if SEEN not in regions:
+            return
+        self.places = self.tape.scratch("places", self.rows, 3, dtype=DType.I32)
+        self.launch(
+            ops.PLACE_ROWS, offsets=regions[OFFSETS].span(0, self.tape.run_rows),
+            growth=regions[GROWTH], delta=regions[DELTA], places=self.places,
+            given=int(self.is_prompt),
+        )  # fmt: skip
 
     def draft_keys(
         self, tokens: Operand, hidden: Operand, last: Operand
@@ -113,14 +125,18 @@ class Qwen35Recorder(TokenRecorder):
 
         Row r holds what the model's authors call slot r - 1: the token at r and the hidden state
         at r - 1, turned by the angle of r - 1. Row 0 has no hidden state before it; it is written
-        like any other (from zeros) but never attended to. So rows go with positions.
+        like any other (from zeros) but never attended to. So rows go with positions. Where there
+        may be images, a row turns by its place - 1: at text that is the place of the row before.
         """
         c, weights, at = self.config, self.regions, f"{DRAFT_HEAD}.layer"
         y = self.activation(f"{DRAFT_HEAD}.input", 2 * c.hidden)
+        seen: dict[str, Operand] = {}
+        if SEEN in weights and self.is_prompt:
+            seen = {"seen": weights[SEEN].span(0, self.tape.run_rows)}
         self.launch(
-            ops.DRAFT_INPUT, tokens=tokens, table=weights[EMBED], hidden=hidden, last=last,
-            w_token=weights[f"{DRAFT_HEAD}.embedding_norm"],
-            w_hidden=weights[f"{DRAFT_HEAD}.hidden_norm"], y=y, eps=c.eps,
+            ops.DRAFT_INPUT_SEEN if seen else ops.DRAFT_INPUT, tokens=tokens, table=weights[EMBED],
+            hidden=hidden, last=last, w_token=weights[f"{DRAFT_HEAD}.embedding_norm"],
+            w_hidden=weights[f"{DRAFT_HEAD}.hidden_norm"], y=y, eps=c.eps, **seen,
         )  # fmt: skip
         x = self.linear(f"{DRAFT_HEAD}.x", y, f"{DRAFT_HEAD}.fc")
         h = self.activation(f"{at}.h", c.hidden)

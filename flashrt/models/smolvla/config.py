@@ -6,7 +6,6 @@ statistics (weights.lerobot), where the VLM's files are (vlm), nor shapes of ten
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -149,15 +148,6 @@ def parse_config(config: Mapping[str, object]) -> SmolVlaConfig:
     if problems:
         raise CheckpointError(f"config.json does not fit:{indented(problems)}")
     return found
-
-
-def time_features(c: SmolVlaConfig, time: float, dims: int) -> list[float]:
-    """Of a time in [0, 1]: the sine of each frequency, then the cosine of each."""
-    half = dims // 2
-    shares = [i / (half - 1) if half > 1 else 0.0 for i in range(half)]
-    periods = [c.min_period * (c.max_period / c.min_period) ** share for share in shares]
-    angles = [1.0 / period * 2 * math.pi * time for period in periods]
-    return [*map(math.sin, angles), *map(math.cos, angles)]
 
 
 def _unfit(c: SmolVlaConfig) -> int | None:

@@ -39,8 +39,9 @@ from flashrt.models.scaling import Scaling
 from flashrt.models.sight import LEAST_ROWS
 from flashrt.models.smolvla.config import SmolVlaConfig, parse_config
 from flashrt.models.smolvla.tapes import SmolVlaRecorder
-from flashrt.models.smolvla.vlm import Vlm, Words, reading_of, tokenizer_file, vlm_of
+from flashrt.models.smolvla.vlm import Vlm, tokenizer_file, vlm_of
 from flashrt.models.smolvla.weights import Weights, named, scaling_of
+from flashrt.models.vla.reading import Words, reading_of
 from flashrt.ops import table as ops
 from flashrt.text.tokenizer import Tokenizer
 from flashrt.weights.checkpoint import Checkpoint
@@ -69,13 +70,14 @@ class SmolVla:
         scaling: Scaling,
         words: Words,
         checkpoint: Checkpoint,
+        weights: str | None = None,
     ) -> None:
         """Raises CheckpointError for images that are normalised, or too small to be told apart."""
         self.config = config
         self.parts = config.parts
         guided = ("target", "weights") if config.guidance is not None else ()
         self.finite = ("previous", "action", "queue", "kept", "flow", "state", *guided)
-        self.filled = Weights(config, vlm, scaling, checkpoint)
+        self.filled = Weights(config, vlm, scaling, checkpoint, weights)
         self.weights = self.filled.rules
         self.positive = ("stats.observation.state.std",)
         self.cameras = config.cameras
@@ -106,9 +108,10 @@ class SmolVla:
             r.name: r for r in (*self.lane_regions, *(rule.region for rule in self.weights))
         }
 
-    def task_tokens(self, task: str) -> list[int]:
+    def task_tokens(self, task: str, state: Action) -> list[int]:
         """See PrefixModel."""
-        return self._words.tokens(task)
+        del state  # it has a row of its own
+        return self._words.tokens(self._words.reading.line(task))
 
     def guided(
         self, left_over: Action | None, delay: int, horizon: int | None
@@ -205,9 +208,9 @@ def _lane_regions(model: SmolVla) -> tuple[Region, ...]:
     )
 
 
-def smolvla_of(checkpoint: Checkpoint) -> tuple[SmolVla, Checkpoint]:
-    """The model of a policy's checkpoint, and the checkpoint as its weight rules name it. Raises
-    CheckpointError.
+def smolvla_of(checkpoint: Checkpoint, weights: str | None = None) -> tuple[SmolVla, Checkpoint]:
+    """The model of a policy's checkpoint, and the checkpoint as its weight rules name it.
+    `weights`: see flashrt.load. Raises CheckpointError; PlanError.
     """
     try:
         config = parse_config(checkpoint.config)
@@ -218,5 +221,5 @@ def smolvla_of(checkpoint: Checkpoint) -> tuple[SmolVla, Checkpoint]:
     vlm = vlm_of(source, config)
     tokenizer = Tokenizer(tokenizer_file(checkpoint.path, config, reading))
     words = Words(tokenizer, reading, vlm.vocab_size)
-    model = SmolVla(config, vlm, scaling_of(source, config), words, source)
+    model = SmolVla(config, vlm, scaling_of(source, config), words, source, weights)
     return model, model.filled.checkpoint

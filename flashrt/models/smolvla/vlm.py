@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashrt.base.errors import CheckpointError
-from flashrt.base.locks import reentrant_lock, while_holding
 from flashrt.base.messages import indented, listed, shown
 from flashrt.hub.cache import cache_folder, snapshot_of
 from flashrt.hub.names import hub_name
 from flashrt.models.features import size_of
 from flashrt.models.smolvla.config import SmolVlaConfig
-from flashrt.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from flashrt.models.vla.reading import Reading
+from flashrt.text.tokenizer import TOKENIZER_FILE
 from flashrt.weights.checkpoint import Checkpoint, read_json
-from flashrt.weights.lerobot import PREPROCESSOR, step_of
 
 FOLDER = "vlm"  # in the policy's
 CONFIG_FILE = "config.json"
@@ -41,8 +40,6 @@ _SMOLVLM2_500M: Mapping[str, object] = {
         "num_attention_heads": 12, "image_size": 512, "patch_size": 16, "layer_norm_eps": 1e-6,
     },
 }  # fmt: skip
-NEW_LINE, TOKENIZER = "smolvla_new_line_processor", "tokenizer_processor"  # steps of LeRobot
-_MOST_TOKENS = 1 << 10
 _KNOWN = {"HuggingFaceTB/SmolVLM2-500M-Video-Instruct": _SMOLVLM2_500M}
 
 
@@ -133,34 +130,6 @@ def vlm_of(checkpoint: Checkpoint, c: SmolVlaConfig) -> Vlm:
     )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How tasks are read, by the steps of a policy's preprocessor."""
-
-    most: int  # tokens of a task, all beyond are cut off
-    ends_lines: bool  # whether a task gets a newline behind it
-    name: str  # of whose tokenizer it is
-
-
-def reading_of(root: Path) -> Reading:
-    """Of a policy's folder. Raises CheckpointError for steps that read in another way."""
-    step = step_of(root, TOKENIZER)
-    if step is None:
-        raise CheckpointError(f"{root / PREPROCESSOR}: has no step {TOKENIZER}; fetch it again")
-    problems: list[str] = []
-    fields = {"max_length": 512, "truncation": True, "padding_side": "right", **step}
-    most = size_of(fields, "max_length", _MOST_TOKENS, problems)
-    for field, supported in (("task_key", "task"), ("truncation", True), ("padding_side", "right")):
-        if fields.get(field, supported) != supported:
-            problems.append(f"{field} is {shown(fields[field])}; supported: {shown(supported)}")
-    name = fields.get("tokenizer_name")
-    if not isinstance(name, str) or not name:
-        problems.append(f"tokenizer_name is {shown(name)}, expected a name or a folder")
-    if problems:
-        raise CheckpointError(f"{root / PREPROCESSOR}: step {TOKENIZER}:{indented(problems)}")
-    return Reading(most, step_of(root, NEW_LINE) is not None, str(name))
-
-
 def tokenizer_file(root: Path, c: SmolVlaConfig, reading: Reading) -> Path:
     """The VLM's tokenizer.json. Raises CheckpointError that names the way out."""
     own = dataclasses.replace(c, vlm_model_name=reading.name)
@@ -170,43 +139,6 @@ def tokenizer_file(root: Path, c: SmolVlaConfig, reading: Reading) -> Path:
     raise CheckpointError(
         f"{root}: no {TOKENIZER_FILE} of {shown(c.vlm_model_name)}; {_way_out(root, c)}"
     )
-
-
-class Words:
-    """Tasks as the tokens that a policy reads; those that were asked for last are known."""
-
-    def __init__(self, tokenizer: Tokenizer, reading: Reading, vocab_size: int) -> None:
-        self._tokenizer = tokenizer
-        self._reading = reading
-        self._vocab_size = vocab_size
-        self._known: dict[str, list[int]] = {}
-        self._lock = reentrant_lock()  # of threads whose loops take turns elsewhere
-
-    def tokens(self, task: str) -> list[int]:
-        """Of a task. Raises TokenError; CheckpointError for a tokenizer of another model."""
-        known = self._known.get(task)
-        return (
-            known if known is not None else while_holding((self._lock,), lambda: self._read(task))
-        )
-
-    def _read(self, task: str) -> list[int]:
-        known = self._known.get(task)
-        if known is None:
-            is_ended = task.endswith("\n") or not self._reading.ends_lines
-            text = task if is_ended else f"{task}\n"
-            known = self._tokenizer.encode_whole(text, self._reading.most)
-            if known and max(known) >= self._vocab_size:
-                raise CheckpointError(
-                    f"{self._tokenizer.path}: token {max(known)} of a vocabulary of "
-                    f"{self._vocab_size}: it is another model's"
-                )
-            if len(self._known) >= _KEPT:
-                self._known.clear()
-            self._known[task] = known
-        return known
-
-
-_KEPT = 64  # tasks
 
 
 def _config_of(root: Path, c: SmolVlaConfig) -> tuple[str, Mapping[str, object]]:

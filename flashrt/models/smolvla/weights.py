@@ -19,21 +19,16 @@ from flashrt.models.blocks import INV_FREQ, NO_NORM, bias_name
 from flashrt.models.features import ACTION, STATE, STATE_KIND, VISUAL_KIND
 from flashrt.models.rope import plain
 from flashrt.models.scaling import Scaling, scaling_in
-from flashrt.models.smolvla.config import SmolVlaConfig, time_features
-from flashrt.models.smolvla.vlm import (
-    CONNECTOR,
-    NEW_LINE,
-    PREFIX,
-    TEXT,
-    TOKENIZER,
-    TOWER,
-    Vlm,
-)
+from flashrt.models.smolvla.config import SmolVlaConfig
+from flashrt.models.smolvla.vlm import CONNECTOR, PREFIX, TEXT, TOWER, Vlm
+from flashrt.models.vla.flow import time_features, times_of
+from flashrt.models.vla.reading import NEW_LINE, TOKENIZER
 from flashrt.models.vla.siglip import SiglipConfig, as_matrices
 from flashrt.models.vla.siglip import rules as tower_rules
 from flashrt.weights.checkpoint import Checkpoint
 from flashrt.weights.computed import Formula, computed, computing
 from flashrt.weights.lerobot import Mode
+from flashrt.weights.quantising import quantising
 from flashrt.weights.rules import WeightRule, as_stored, constant, dense, matrix, vector
 
 EMBED, EXPERT_NORM, STATE_IN = "embed", "expert.norm", "state_in"
@@ -69,7 +64,17 @@ def named(checkpoint: Checkpoint) -> Checkpoint:
 class Weights:
     """Rules of a policy, and formulas for what its checkpoint does not store as it is."""
 
-    def __init__(self, c: SmolVlaConfig, v: Vlm, scaling: Scaling, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        c: SmolVlaConfig,
+        v: Vlm,
+        scaling: Scaling,
+        checkpoint: Checkpoint,
+        weights: str | None = None,
+    ) -> None:
+        """`weights`: what matrices of layers are quantised to on the way, if they are. Raises
+        PlanError for another word than those of `quantising`.
+        """
         self.config, self.vlm, self.tower = c, v, tower_of(c, v)
         self.formulas: dict[str, Formula] = {}
         self._scaling = scaling
@@ -102,16 +107,17 @@ class Weights:
         self._actions()
         self._statistics(STATE, (c.state_dim,))
         self._statistics(ACTION, (c.action_dim,))
-        self.rules = as_stored(rules, self._source.stored)
+        self.checkpoint = self._all()  # with all that the rules name
+        if weights is not None:
+            self.checkpoint = quantising(self.checkpoint, weights)
+        self.rules = as_stored(rules, self.checkpoint.stored)
 
     @property
     def mode(self) -> Mode:
         """How the state is normalised."""
         return self._scaling.modes[STATE]
 
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """The checkpoint with all that the rules name."""
+    def _all(self) -> Checkpoint:
         c = self.config
         unused = (
             f"{PREFIX}vlm.lm_head.",
@@ -156,10 +162,12 @@ class Weights:
         """What each Euler step adds before the first activation."""
         c, wide = self.config, self.vlm.expert_hidden
         wanted = w.astype(np.float64)
-        # LeRobot adds up steps in double, and then has times and features in float32
-        times = np.array([1.0 + step * (-1.0 / c.num_steps) for step in range(c.num_steps)])
-        rounded = times.astype(np.float32).tolist()
-        features = np.array([time_features(c, time, wide) for time in rounded], np.float32)
+        features = np.stack(
+            [
+                time_features(time, wide, c.min_period, c.max_period)
+                for time in times_of(c.num_steps)
+            ]
+        )
         return features @ wanted[:, wide:].T + wanted[:, :wide] @ a + b
 
     def _statistics(self, feature: str, shape: tuple[int, ...]) -> None:

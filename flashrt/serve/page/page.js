@@ -194,6 +194,7 @@ function drawHeader() {
   const others = status.queue.all - status.queue.yours;
   $("queue").textContent = status.queue.all
     ? `${status.queue.all} waiting${others ? `, ${others} of other keys` : ""}` : "nobody waits";
+  $("attach").hidden = !status.sees;
   $("forget").hidden = !sessionStorage.getItem("flashrt-key");
   put($("lanes"), [status.lanes, state.sessions.map(called)], () => status.lanes.map((lane) => {
     const session = state.sessions.find((one) => one.id === lane.session);
@@ -225,8 +226,8 @@ function titleOf(node) {
   const turn = state.turns.get(keyOf(node));
   if (!turn) return "…";
   const spoken = turn.messages.filter((one) => one.role !== "assistant" && one.role !== "system");
-  const text = (spoken.at(-1) ?? turn.messages.at(-1))?.content ?? turn.text;
-  return text.replace(/\s+/g, " ").slice(0, 160) || "(nothing)";
+  const content = (spoken.at(-1) ?? turn.messages.at(-1))?.content;
+  return (content == null ? turn.text : textOf(content)).replace(/\s+/g, " ").slice(0, 160) || "(nothing)";
 }
 
 function drawTree() {
@@ -360,9 +361,31 @@ function drawTalk() {
   if (changed && (wasAtEnd || isOther)) box.scrollTop = box.scrollHeight;
 }
 
+/** The text of a content: itself, or its parts with a word for each image. */
+function textOf(content, image = "[image] ") {
+  if (typeof content === "string") return content;
+  return (content ?? []).map((part) => (part.type === "text" ? part.text : image)).join("");
+}
+
+const pictures = new Map(); // data URI -> URL of a blob: the page loads images of no other kind
+
+function picture(uri) {
+  if (!pictures.has(uri)) {
+    const [head, data] = uri.split(",");
+    const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+    pictures.set(uri, URL.createObjectURL(new Blob([bytes], { type: head.slice(5).split(";")[0] })));
+  }
+  const made = make("img", "picture");
+  made.src = pictures.get(uri);
+  made.alt = "image";
+  return made;
+}
+
 function spoken(one) {
-  const made = message(one.role, one.role, typeof one.content === "string" ? one.content : JSON.stringify(one.content ?? ""));
+  const made = message(one.role, one.role, textOf(one.content, ""));
   const said = made.querySelector(".said");
+  const shown = Array.isArray(one.content) ? one.content.filter((part) => part.image_url) : [];
+  said.prepend(...shown.map((part) => picture(part.image_url.url)));
   if (one.reasoning_content) said.prepend(make("div", "thought", one.reasoning_content));
   for (const call of one.tool_calls ?? []) {
     said.append(make("div", "mono", `${call.function.name}(${call.function.arguments})`));
@@ -493,11 +516,25 @@ on("forget", "click", async () => {
   location.reload();
 });
 
-let stopping = null;
+let stopping = null, isReading = false;
+
+/** A file that was chosen, as a part of a message. */
+function part(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve({ type: "image_url", image_url: { url: reader.result } });
+    reader.onerror = () => reject(new Error(`${file.name} cannot be read`));
+    reader.readAsDataURL(file);
+  });
+}
+
 on("say", "submit", async () => {
   const text = $("text").value;
-  if (!text.trim() || state.live) return;
-  const said = [{ role: "user", content: text }];
+  if (!text.trim() || state.live || isReading) return;
+  const { files } = $("files");
+  isReading = true;
+  const images = await Promise.all([...files].map(part)).finally(() => { isReading = false; });
+  const said = [{ role: "user", content: images.length ? [...images, { type: "text", text }] : text }];
   const system = $("system").hidden ? "" : $("system").value;
   if (system.trim()) said.unshift({ role: "system", content: system });
   const body = {
@@ -508,7 +545,7 @@ on("say", "submit", async () => {
   state.node = current().tip;
   stopping = new AbortController();
   $("stop").hidden = false;
-  $("text").value = $("system").value = "";
+  $("text").value = $("system").value = $("files").value = "";
   draw();
   try {
     const more = { ...match(state.session), signal: stopping.signal };
@@ -516,6 +553,7 @@ on("say", "submit", async () => {
   } catch (error) {
     if (error.name !== "AbortError") {
       $("text").value = text; // nothing was said, or not all of it
+      $("files").files = files;
       throw error;
     }
   } finally {

@@ -6,7 +6,6 @@ IS: its request read, its answer written, whole or as chunks. IS NOT: prompts or
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -16,17 +15,18 @@ from starlette.responses import Response
 from flashrt.base.messages import shown
 from flashrt.serve.answer import Answer, Heard, new_id
 from flashrt.serve.body import Fields, objects
-from flashrt.serve.conversation import AUTO, NONE, REQUIRED, Conversation, options_of, wanted_of
+from flashrt.serve.conversation import AUTO, NONE, REQUIRED, Conversation, options_of, understood
 from flashrt.serve.desk import Desk, Wanted
 from flashrt.serve.http import QUIET, Call, EventStream, Json, sse, unless_gone
 from flashrt.serve.refusal import Refusal, bad
 from flashrt.serve.served import Served
 from flashrt.serve.speaker import Ended, Said
 from flashrt.serve.structure import shape_of
-from flashrt.serve.wire import common
+from flashrt.serve.wire import common, pictures
 from flashrt.serve.wire.threads import resumed
 from flashrt.text.reply import ArgumentsDelta, CallBegun, ReplyEvent, TextDelta, ThoughtDelta
 
+SEEN_BY = ("user", "tool")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _KNOWN = common.SAMPLING | common.IGNORED | common.OURS | {
     "model", "messages", "stream", "stream_options", "n", "stop", "logprobs", "top_logprobs",
@@ -47,8 +47,8 @@ class ChatCompletions:
         fields, served = call.fields, self._desk.served
         told = await resumed(call, self._desk.sessions, conversation_of(fields, served))
         streams = fields.flag("stream", False)
-        wanted = await asyncio.to_thread(
-            wanted_of, served, told, lambda tokens: _limits_of(fields, served, tokens)
+        wanted = await understood(
+            self._desk, call, told, lambda tokens: _limits_of(fields, served, tokens)
         )
         with_usage = _wants_usage(fields, streams)
         answer = await self._desk.ask(wanted, call.owner)
@@ -76,7 +76,7 @@ def conversation_of(fields: Fields, served: Served) -> Conversation:
     given = fields.object("chat_template_kwargs")
     effort = fields.text("reasoning_effort")
     return Conversation(
-        messages=messages_of(fields),
+        messages=messages_of(fields, served),
         tools=tools,
         choice=choice_of(fields, tools),
         is_one_call=not fields.flag("parallel_tool_calls", True),
@@ -86,17 +86,17 @@ def conversation_of(fields: Fields, served: Served) -> Conversation:
     )
 
 
-def messages_of(fields: Fields) -> list[dict[str, Any]]:
-    """Messages with plain contents."""
+def messages_of(fields: Fields, served: Served) -> list[dict[str, Any]]:
+    """Messages with plain contents: see Conversation."""
     items = fields.needed("messages", "a list of messages")
     if not isinstance(items, list) or not items:
         raise fields.refuse("messages", "a list of at least one message")
-    return [_message(item) for item in objects(items, fields.path("messages"))]
+    return [_message(item, served) for item in objects(items, fields.path("messages"))]
 
 
-def _message(item: Fields) -> dict[str, Any]:
+def _message(item: Fields, served: Served) -> dict[str, Any]:
     role = item.needed_text("role", _ROLES)
-    content = content_of(item)
+    content = content_of(item, served, may_see=role in SEEN_BY)
     made: dict[str, Any] = {"role": role, "content": content}
     if (name := item.text("name")) is not None:
         made["name"] = name
@@ -122,25 +122,45 @@ def _message(item: Fields) -> dict[str, Any]:
     return made
 
 
-def content_of(item: Fields, name: str = "content") -> str | None:
-    """A content as one text: itself, or its parts joined. Refuses parts that are no text."""
+def content_of(
+    item: Fields, served: Served, name: str = "content", *, may_see: bool
+) -> str | list[dict[str, Any]] | None:
+    """A content as one text, itself or its parts joined; as parts where there are images among
+    them, which a message of this role `may_see`. Refuses parts of other kinds.
+    """
     value = item.get(name)
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise item.refuse(name, "a text, or a list of parts of type text")
-    texts = []
+    parts = []
     for part in objects(value, item.path(name)):
-        kind = part.needed_text("type")
-        if kind not in ("text", "input_text", "output_text", "refusal"):
+        kind, path = part.needed_text("type"), part.path("type")
+        if kind in pictures.TYPES:
+            if not may_see:
+                raise bad(
+                    path,
+                    f"{path} is {shown(kind)}; images stand in messages of the user and of tools",
+                    "unsupported_content",
+                )
+            parts.append(pictures.part_of(part, served))
+        elif kind in ("text", "input_text", "output_text", "refusal"):
+            text = part.needed_text("refusal" if kind == "refusal" else "text")
+            parts.append({"type": "text", "text": text})
+        else:
             raise bad(
-                part.path("type"),
-                f"{part.path('type')} is {shown(kind)}; the server reads text only: for images, "
-                "flashrt.open_chat on a model loaded with images=True",
+                path,
+                f"{path} is {shown(kind)}; parts are text or images (image_url)",
                 "unsupported_content",
             )
-        texts.append(part.needed_text("refusal" if kind == "refusal" else "text"))
-    return "".join(texts)
+    return joined(parts)
+
+
+def joined(parts: list[dict[str, Any]], between: str = "") -> str | list[dict[str, Any]]:
+    """Parts as one text, where all are texts; else as they are."""
+    if all(part["type"] == "text" for part in parts):
+        return between.join(part["text"] for part in parts)
+    return parts
 
 
 def _call(one: Fields) -> dict[str, Any]:

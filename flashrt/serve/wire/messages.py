@@ -6,7 +6,6 @@ the official order. IS NOT: prompts or parsing (conversation).
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -16,15 +15,22 @@ from starlette.responses import Response
 from flashrt.base.messages import shown
 from flashrt.serve.answer import Answer, Heard, new_id
 from flashrt.serve.body import Fields, objects
-from flashrt.serve.conversation import AUTO, NONE, REQUIRED, Conversation, rendered, wanted_of
+from flashrt.serve.conversation import (
+    AUTO,
+    NONE,
+    REQUIRED,
+    Conversation,
+    rendered_prompt,
+    understood,
+)
 from flashrt.serve.desk import Desk, Wanted
 from flashrt.serve.http import QUIET, Call, EventStream, Json, sse, unless_gone
 from flashrt.serve.refusal import Refusal, bad
 from flashrt.serve.served import Served
 from flashrt.serve.speaker import Said
 from flashrt.serve.structure import Shape
-from flashrt.serve.wire import common
-from flashrt.serve.wire.chat_completions import function_of
+from flashrt.serve.wire import common, pictures
+from flashrt.serve.wire.chat_completions import function_of, joined
 from flashrt.serve.wire.threads import resumed
 from flashrt.text.reply import ArgumentsDelta, CallBegun, ReplyEvent, TextDelta, ThoughtDelta
 
@@ -56,8 +62,8 @@ class Messages:
             raise fields.refuse("max_tokens", "a number of tokens, at least 1")
         streams = fields.flag("stream", False)
         told = await resumed(call, self._desk.sessions, conversation_of(fields, served))
-        wanted = await asyncio.to_thread(
-            wanted_of, served, told, lambda tokens: _limits_of(fields, served, tokens, most)
+        wanted = await understood(
+            self._desk, call, told, lambda tokens: _limits_of(fields, served, tokens, most)
         )
         answer = await self._desk.ask(wanted, call.owner)
         made = _Made(served, answer)
@@ -82,13 +88,8 @@ class CountTokens:
         fields, served = call.fields, self._desk.served
         fields.only(_KNOWN)
         told = conversation_of(fields, served)
-
-        def count() -> int:
-            messages, tools = rendered(served, told)
-            prompt = served.prompt(messages, tools, told.options, is_continued=told.is_continued)
-            return len(prompt.tokens)
-
-        return Json({"input_tokens": await asyncio.to_thread(count)})
+        prompt = await rendered_prompt(self._desk, call, told)
+        return Json({"input_tokens": len(prompt.tokens)})
 
 
 def conversation_of(fields: Fields, served: Served) -> Conversation:
@@ -99,7 +100,7 @@ def conversation_of(fields: Fields, served: Served) -> Conversation:
     if not isinstance(items, list) or not items:
         raise fields.refuse("messages", "a list of at least one message")
     for item in objects(items, "messages"):
-        messages.extend(_messages(item))
+        messages.extend(_messages(item, served))
     tools = [_tool(tool) for tool in fields.objects("tools")]
     choice, is_one_call = _choice(fields, tools)
     return Conversation(
@@ -128,7 +129,7 @@ def _system(fields: Fields) -> list[dict[str, Any]]:
     return [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
 
 
-def _messages(item: Fields) -> list[dict[str, Any]]:
+def _messages(item: Fields, served: Served) -> list[dict[str, Any]]:
     """A message; results of tools are messages of their own."""
     role = item.needed_text("role", ("user", "assistant", "system"))
     content = item.needed("content", "a text, or a list of content blocks")
@@ -140,21 +141,28 @@ def _messages(item: Fields) -> list[dict[str, Any]]:
     if role == "assistant":
         return [_of_assistant(blocks)]
     made: list[dict[str, Any]] = []
-    texts: list[str] = []
+    parts: list[dict[str, Any]] = []
     for block in blocks:
         kind = block.needed_text("type")
-        if kind == "text":
-            texts.append(block.needed_text("text"))
-        elif kind == "tool_result":
-            if texts:
-                made.append({"role": role, "content": "\n".join(texts)})
-                texts = []
-            made.append(_result(block))
+        if kind == "tool_result":
+            if parts:
+                made.append({"role": role, "content": joined(parts, "\n")})
+                parts = []
+            made.append(_result(block, served))
         else:
-            raise _unreadable(block, kind)
-    if texts or not made:
-        made.append({"role": role, "content": "\n".join(texts)})
+            parts.append(_part(block, kind, served, may_see=role == "user"))
+    if parts or not made:
+        made.append({"role": role, "content": joined(parts, "\n")})
     return made
+
+
+def _part(block: Fields, kind: str, served: Served, *, may_see: bool) -> dict[str, Any]:
+    """A block of text, or an image."""
+    if kind == "text":
+        return {"type": "text", "text": block.needed_text("text")}
+    if kind == "image" and may_see:
+        return pictures.block_of(block, served)
+    raise _unreadable(block, kind)
 
 
 def _of_assistant(blocks: list[Fields]) -> dict[str, Any]:
@@ -184,17 +192,15 @@ def _of_assistant(blocks: list[Fields]) -> dict[str, Any]:
     return made
 
 
-def _result(block: Fields) -> dict[str, Any]:
+def _result(block: Fields, served: Served) -> dict[str, Any]:
     content = block.get("content")
     if isinstance(content, list):
-        texts = []
-        for part in objects(content, block.path("content")):
-            kind = part.needed_text("type")
-            if kind != "text":
-                raise _unreadable(part, kind)
-            texts.append(part.needed_text("text"))
-        content = "\n".join(texts)
-    if not isinstance(content, str | None):
+        parts = [
+            _part(part, part.needed_text("type"), served, may_see=True)
+            for part in objects(content, block.path("content"))
+        ]
+        content = joined(parts, "\n")
+    elif not isinstance(content, str | None):
         raise block.refuse("content", "a text, or a list of text blocks")
     block.flag("is_error", False)
     identity = block.needed_text("tool_use_id")
@@ -203,7 +209,8 @@ def _result(block: Fields) -> dict[str, Any]:
 
 def _unreadable(block: Fields, kind: str) -> Refusal:
     path = block.path("type")
-    return bad(path, f"a block of type {shown(kind)} cannot be read; this model reads text only")
+    where = "; images stand in messages of the user and in results of tools" * (kind == "image")
+    return bad(path, f"a block of type {shown(kind)} cannot be read here{where}")
 
 
 def _tool(tool: Fields) -> dict[str, Any]:

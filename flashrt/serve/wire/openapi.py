@@ -88,8 +88,8 @@ _SCHEMAS: dict[str, tuple[str, ...]] = {
     "RestoreRequest": ("node!: string",),
     "Status": (
         "object!: string", "model!: string", "device!: string", "fingerprint!: string",
-        "max_positions!: integer", "lanes!: [object]", "queue!: object", "turns!: [object]",
-        "capsules!: object", "pool!: object",
+        "max_positions!: integer", "sees!: boolean", "lanes!: [object]", "queue!: object",
+        "turns!: [object]", "capsules!: object", "pool!: object",
     ),
     "SlotRequest": ("filename: string",),
     "SlotDone": (

@@ -7,7 +7,6 @@ in the official order; what `previous_response_id` goes on from. IS NOT: prompts
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -18,7 +17,7 @@ from flashrt.base.messages import shown
 from flashrt.serve.answer import Answer, ToolCall, new_id
 from flashrt.serve.ask import TokenLogprobs
 from flashrt.serve.body import Fields, objects
-from flashrt.serve.conversation import Conversation, options_of, wanted_of
+from flashrt.serve.conversation import Conversation, options_of, understood
 from flashrt.serve.desk import Desk, Wanted
 from flashrt.serve.history import History
 from flashrt.serve.http import QUIET, Call, EventStream, Json, sse, unless_gone
@@ -27,7 +26,7 @@ from flashrt.serve.served import Served
 from flashrt.serve.speaker import Said
 from flashrt.serve.structure import shape_of
 from flashrt.serve.wire import common
-from flashrt.serve.wire.chat_completions import choice_of, content_of, function_of
+from flashrt.serve.wire.chat_completions import SEEN_BY, choice_of, content_of, function_of
 from flashrt.serve.wire.threads import resumed
 from flashrt.text.reply import ArgumentsDelta, CallBegun, CallEnded, TextDelta, ThoughtDelta
 
@@ -55,8 +54,8 @@ class Responses:
         told = _conversation_of(fields, served, before)
         told = await resumed(call, self._desk.sessions, told)
         streams, with_tokens = fields.flag("stream", False), _with_tokens(fields)
-        wanted = await asyncio.to_thread(
-            wanted_of, served, told, lambda tokens: _limits_of(fields, served, tokens, with_tokens)
+        wanted = await understood(
+            self._desk, call, told, lambda tokens: _limits_of(fields, served, tokens, with_tokens)
         )
         answer = await self._desk.ask(wanted, call.owner)
         made = _Made(fields, served, answer, told, wanted)
@@ -130,7 +129,7 @@ def _conversation_of(fields: Fields, served: Served, before: list[dict[str, Any]
     given = fields.object("chat_template_kwargs")
     text = fields.object("text")
     return Conversation(
-        messages=[*messages, *before, *_input(fields)],
+        messages=[*messages, *before, *_input(fields, served)],
         tools=tools,
         choice=choice_of(fields, tools),
         is_one_call=not fields.flag("parallel_tool_calls", True),
@@ -139,7 +138,7 @@ def _conversation_of(fields: Fields, served: Served, before: list[dict[str, Any]
     )
 
 
-def _input(fields: Fields) -> list[dict[str, Any]]:
+def _input(fields: Fields, served: Served) -> list[dict[str, Any]]:
     given = fields.needed("input", "a text, or a list of items")
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
@@ -151,7 +150,7 @@ def _input(fields: Fields) -> list[dict[str, Any]]:
         if item.get("type") == "reasoning":
             thought = _thought(item)
             continue
-        one = _item(item)
+        one = _item(item, served)
         if one["role"] == "assistant" and thought:
             one["reasoning_content"], thought = thought, ""
         last = made[-1] if made else None
@@ -164,21 +163,21 @@ def _input(fields: Fields) -> list[dict[str, Any]]:
     return made
 
 
-def _item(item: Fields) -> dict[str, Any]:
+def _item(item: Fields, served: Served) -> dict[str, Any]:
     kind = item.text("type") or "message"
     if kind == "function_call_output":
-        return _output(item)
+        return _output(item, served)
     if kind == "message":
-        return _message(item)
+        return _message(item, served)
     if kind == "function_call":
         return {"role": "assistant", "content": "", "tool_calls": [_call(item)]}
     path = item.path("type")
     raise bad(path, f"{path} is {shown(kind)}; items here are messages and calls of functions")
 
 
-def _message(item: Fields) -> dict[str, Any]:
+def _message(item: Fields, served: Served) -> dict[str, Any]:
     role = item.needed_text("role", ("user", "assistant", "system", "developer"))
-    content = content_of(item)
+    content = content_of(item, served, may_see=role in SEEN_BY)
     if content is None:
         raise item.refuse("content", "a text, or a list of parts of type input_text")
     return {"role": role, "content": content}
@@ -194,8 +193,8 @@ def _call(item: Fields) -> dict[str, Any]:
     return {"id": item.needed_text("call_id"), "type": "function", "function": function}
 
 
-def _output(item: Fields) -> dict[str, Any]:
-    content = content_of(item, "output")
+def _output(item: Fields, served: Served) -> dict[str, Any]:
+    content = content_of(item, served, "output", may_see=True)
     if content is None:
         raise item.refuse("output", "a text, or a list of parts of type input_text")
     return {"role": "tool", "tool_call_id": item.needed_text("call_id"), "content": content}

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 from starlette.responses import Response
 
+from flashrt.engine.sight import Image
 from flashrt.serve.ask import SessionConflict
+from flashrt.serve.conversation import glanced
 from flashrt.serve.desk import Desk
 from flashrt.serve.http import Call, Json
 from flashrt.serve.refusal import Refusal
@@ -57,8 +59,7 @@ class SessionRoutes:
         """GET /v1/sessions/{id}/nodes/{node}: with messages and text of its own, by id or name."""
         which = call.request.path_params["node"]
         found = await _done(self._desk.sessions.turn(call.owner, _id(call), which))
-        tokenizer = self._desk.served.tokenizer
-        text = await asyncio.to_thread(tokenizer.decode, list(found.tokens), skip_special=False)
+        text = await asyncio.to_thread(self._desk.served.text_of, found.tokens)
         return Json(
             {
                 **node_json(found.node),
@@ -101,9 +102,13 @@ class SessionRoutes:
             raise Refusal(400, "give one of turns, node and position", "turns")
         view = await self._matched(call)
         verbs = self._desk.sessions
+        images: tuple[Image, ...] = ()
+        if position is not None:  # rows may have to be fed again
+            told = await _done(verbs.messages(call.owner, _id(call)))
+            images = await glanced(self._desk, call.request, told)
         future = verbs.rollback(
             call.owner, _id(call), turns=turns if given else 1, node=node, position=position,
-            etag=view.etag if view else None,
+            etag=view.etag if view else None, images=images,
         )  # fmt: skip
         return _session(await _changed(future))
 

@@ -82,6 +82,7 @@ class StatusRoutes:
             "chat_template": "" if template is None else template.source,
             "bos_token": _spelled(served, engine.text.first_token),
             "eos_token": _spelled(served, next(iter(sorted(served.stop_tokens)), None)),
+            "modalities": {"vision": served.sees, "audio": False},
             "device": engine.device,
             "fingerprint": engine.fingerprint,
         })  # fmt: skip
@@ -128,6 +129,7 @@ class StatusRoutes:
             "device": served.engine.device,
             "fingerprint": served.fingerprint,
             "max_positions": served.engine.max_positions,
+            "sees": served.sees,
             "lanes": lanes,
             "queue": {"all": sum(status.queued.values()), "yours": status.queued.get(me, 0)},
             "turns": turns,

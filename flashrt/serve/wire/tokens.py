@@ -10,7 +10,7 @@ import asyncio
 from starlette.responses import Response
 
 from flashrt.base.checks import as_integer
-from flashrt.serve.conversation import rendered
+from flashrt.serve.conversation import rendered_prompt
 from flashrt.serve.desk import Desk
 from flashrt.serve.http import Call, Json
 from flashrt.serve.refusal import bad
@@ -74,11 +74,6 @@ class ApplyTemplate:
         """See http.Handler."""
         served = self._desk.served
         told = conversation_of(call.fields, served)
-
-        def work() -> tuple[str, list[int]]:
-            messages, tools = rendered(served, told)
-            prompt = served.prompt(messages, tools, told.options, is_continued=told.is_continued)
-            return served.tokenizer.decode(prompt.tokens, skip_special=False), prompt.tokens
-
-        text, tokens = await asyncio.to_thread(work)
-        return Json({"prompt": text, "tokens": tokens})
+        prompt = await rendered_prompt(self._desk, call, told)
+        text = await asyncio.to_thread(served.text_of, prompt.tokens)
+        return Json({"prompt": text, "tokens": prompt.tokens})

@@ -36,11 +36,12 @@ class Running:
 
     def __init__(
         self, access: Access | None = None, *, lanes: int = 4, queue: int = 256,
-        store: Store | None = None, checkpoint: Path | None = None, **options: Any,
+        store: Store | None = None, checkpoint: Path | None = None, images: bool = False,
+        **options: Any,
     ) -> None:  # fmt: skip
         self.engine = flashrt.load(
             checkpoint or bundled_checkpoint(), device="cpu", max_positions=1024, lanes=lanes,
-            pool_bytes=64 << 20,
+            pool_bytes=64 << 20, images=images,
         )  # fmt: skip
         self.server = Server(
             self.engine, NAME, access or Access(), port=0, store=store,

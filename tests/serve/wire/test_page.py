@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
 from flashrt.client import Client
 from flashrt.serve.access import Access
 from flashrt.serve.wire.page import FILES, FOLDER
+from tests.seeing import FILE, write
 from tests.serve.wire.browsing import Page, open_browser
 from tests.serve.wire.running import SEARCH, WALK, Running
 
@@ -190,6 +193,25 @@ def test_files_of_the_page(server: Running) -> None:
         assert "://" not in found.text.replace("http://www.w3.org/2000/svg", "")  # only a name
     assert server.get("/page/..%2fapp.py").status_code == 404
     assert server.get("/page/none.js").status_code == 404
+
+
+@pytest.mark.browser
+def test_an_image_is_said_and_shown(
+    browser: webdriver.Chrome, started: Callable[..., Running], tmp_path: Path
+) -> None:
+    """Fault: a chosen file is not sent, is sent again with the next message, or cannot be seen."""
+    running = started(checkpoint=write(tmp_path / "seeing"), images=True)
+    page = Page(browser, running.url)
+    page.find("#create-name").send_keys("eyes" + Keys.ENTER)
+    page.wait(lambda: [n["here"] for n in page.nodes()] == [True])
+    page.find("#files").send_keys(str(FILE))
+    page.say("what ?")
+    assert page.nodes()[1]["title"] == "[image] what ?"
+    widths = "return [...document.querySelectorAll('.picture')].map((one) => one.naturalWidth);"
+    page.wait(lambda: page.driver.execute_script(widths) == [Image.open(FILE).width])
+    page.say("and now ?")
+    assert page.nodes()[2]["title"] == "and now ?"
+    assert [line for line in page.logs() if "WARNING" not in line] == []
 
 
 @pytest.mark.browser

@@ -11,12 +11,16 @@
  */
 #include "common.h"
 #include "fmath.h"
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
 
 enum {
   KEYS = 64,                /* of a block */
   PARTS = KEYS / VL,        /* vectors of their scores */
   COLUMNS = 128,            /* of keys that are turned at a time */
-  QUERIES = 32,             /* of a unit */
+  QUERIES = 128,            /* of a unit: keys are turned once for all of them */
+  FEWER = 32,               /* where threads would go without */
   GROUP = VL == 16 ? 4 : 1, /* of which scores, or sums of values, fill the registers */
   STRIP = 4                 /* vectors of columns that a group sums up at a time */
 };
@@ -46,6 +50,35 @@ INLINE void add_scores(float scores[][KEYS], const float *q, int64_t stride,
   }
 }
 
+#ifdef __SSE2__
+enum { CAN_TURN_FOUR = 1 };
+/* Four columns of four keys. */
+static inline void turn_four(const float *k, int64_t stride, float *turned) {
+  __m128 a = _mm_loadu_ps(k), b = _mm_loadu_ps(k + stride);
+  __m128 c = _mm_loadu_ps(k + 2 * stride), d = _mm_loadu_ps(k + 3 * stride);
+  __m128 ac = _mm_unpacklo_ps(a, c), bd = _mm_unpacklo_ps(b, d);
+  _mm_storeu_ps(turned, _mm_unpacklo_ps(ac, bd));
+  _mm_storeu_ps(turned + KEYS, _mm_unpackhi_ps(ac, bd));
+  ac = _mm_unpackhi_ps(a, c), bd = _mm_unpackhi_ps(b, d);
+  _mm_storeu_ps(turned + 2 * KEYS, _mm_unpacklo_ps(ac, bd));
+  _mm_storeu_ps(turned + 3 * KEYS, _mm_unpackhi_ps(ac, bd));
+}
+#else
+enum { CAN_TURN_FOUR = 0 };
+static inline void turn_four(const float *k, int64_t stride, float *turned) {}
+#endif
+
+/* n_keys rows of k, `count` columns. */
+static void turn_keys(const float *k, int64_t stride, int n_keys, int count, float turned[][KEYS]) {
+  int whole = n_keys / 4 * 4, c = 0;
+  for (; CAN_TURN_FOUR && c + 4 <= count; c += 4) {
+    for (int j = 0; j < whole; j += 4) turn_four(k + j * stride + c, stride, turned[c] + j);
+  }
+  for (int j = 0; j < n_keys; j++) {
+    for (int left = j < whole ? c : 0; left < count; left++) turned[left][j] = k[j * stride + left];
+  }
+}
+
 /* Scores of `rows` queries with the keys of a block. */
 static void score_block(unit_state *u, const attend_args *a, int64_t first_key, int n_keys,
                         int64_t first, int rows, int64_t column, int D) {
@@ -54,10 +87,7 @@ static void score_block(unit_state *u, const attend_args *a, int64_t first_key, 
   for (int at = 0; at < D; at += COLUMNS) {
     int count = (int)min_of(COLUMNS, D - at);
     if (n_keys < KEYS) memset(turned, 0, sizeof turned);
-    for (int j = 0; j < n_keys; j++) {
-      const float *k = a->k + (first_key + j) * a->k_stride + column + at;
-      for (int c = 0; c < count; c++) turned[c][j] = k[c];
-    }
+    turn_keys(a->k + first_key * a->k_stride + column + at, a->k_stride, n_keys, count, turned);
     int r = 0;
     const float *q = a->q + first * a->q_stride + column + at;
     for (; r + GROUP <= rows; r += GROUP) {
@@ -73,11 +103,14 @@ static void score_block(unit_state *u, const attend_args *a, int64_t first_key, 
 static void weigh_block(unit_state *u, int rows, int n_keys, float scale) {
   for (int r = 0; r < rows; r++) {
     float *scores = u->scores[r], largest = u->largest[r];
-    for (int j = 0; j < n_keys; j++) {
-      scores[j] *= scale;
-      largest = s_max(scores[j], largest);
-    }
     for (int j = n_keys; j < KEYS; j++) scores[j] = -INFINITY; /* whose weight is 0 */
+    vf most = v_set(largest);
+    for (int j = 0; j < KEYS; j += VL) {
+      vf scaled = v_load(scores + j) * scale;
+      v_store(scores + j, scaled);
+      most = v_max(scaled, most); /* what is no number is passed over */
+    }
+    for (int lane = 0; lane < VL; lane++) largest = s_max(most[lane], largest);
     float lanes[SUM_LANES] = {0};
     for (int j = 0; j < KEYS; j += VL) {
       vf weights = v_exp(v_load(scores + j) - largest);
@@ -139,11 +172,12 @@ INLINE void sum_values(unit_state *u, int r, float *y, int64_t y_stride, const f
 void op_attend(const attend_args *a, int tid, int nt) {
   int D = a->C / a->heads;
   float scale = s_rsqrt((float)D);
-  int64_t per_head = ceil_div(a->T, QUERIES);
+  int64_t queries = a->heads * ceil_div(a->T, QUERIES) < 4 * nt ? FEWER : QUERIES;
+  int64_t per_head = ceil_div(a->T, queries);
   span units = share(a->heads * per_head, tid, nt);
   for (int64_t unit = units.begin; unit < units.end; unit++) {
-    int64_t first = unit % per_head * QUERIES, column = unit / per_head * D;
-    int rows = (int)min_of(QUERIES, a->T - first);
+    int64_t first = unit % per_head * queries, column = unit / per_head * D;
+    int rows = (int)min_of(queries, a->T - first);
     unit_state u;
     float *y = a->y + first * a->C + column;
     for (int r = 0; r < rows; r++) {

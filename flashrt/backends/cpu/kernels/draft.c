@@ -14,22 +14,31 @@ INLINE void scale_row(float *y, const float *x, const float *w, float scale, int
   for (; i < n; i++) y[i] = x[i] * scale * w[i];
 }
 
-/* The embedding is gathered into its place first, then normalised there. */
-void op_draft_input(const draft_input_args *a, int tid, int nt) {
-  span units = share(2 * (int64_t)rows_of(a->cursor, a->T), tid, nt);
-  int H = a->H;
-  const stored_matrix table = STORED(a, table, H);
-  for (int64_t unit = units.begin; unit < units.end; unit++) {
-    int64_t t = unit / 2;
-    float *y = (float *)a->y + unit * H;
-    if (unit % 2) {
-      const float *h = (const float *)(t ? a->hidden : a->last) + max_of(t - 1, 0) * H;
-      scale_row(y, h, a->w_hidden, inverse_rms(h, H, a->eps), H);
-    } else {
-      gather_row(&table, a->V, a->tokens[t], (span){0, H}, y);
-      scale_row(y, y, a->w_token, inverse_rms(y, H, a->eps), H);
-    }
-  }
+/* The embedding is gathered into its place first, then normalised there. seen: NULL, or [T, H]. */
+#define DRAFT_INPUT(a, seen, tid, nt)                                                     \
+  do {                                                                                    \
+    span units = share(2 * (int64_t)rows_of(a->cursor, a->T), tid, nt);                   \
+    int H = a->H;                                                                         \
+    const stored_matrix table = STORED(a, table, H);                                      \
+    for (int64_t unit = units.begin; unit < units.end; unit++) {                          \
+      int64_t t = unit / 2;                                                               \
+      float *y = (float *)a->y + unit * H;                                                \
+      const float *h = y;                                                                 \
+      if (unit % 2) {                                                                     \
+        h = (const float *)(t ? a->hidden : a->last) + max_of(t - 1, 0) * H;              \
+      } else if ((seen) && !(0 <= a->tokens[t] && a->tokens[t] < a->V)) {                 \
+        h = (const float *)(seen) + t * H;                                                \
+      } else {                                                                            \
+        gather_row(&table, a->V, a->tokens[t], (span){0, H}, y);                          \
+      }                                                                                   \
+      scale_row(y, h, unit % 2 ? a->w_hidden : a->w_token, inverse_rms(h, H, a->eps), H); \
+    }                                                                                     \
+  } while (0)
+
+void op_draft_input(const draft_input_args *a, int tid, int nt) { DRAFT_INPUT(a, NULL, tid, nt); }
+
+void op_draft_input_seen(const draft_input_seen_args *a, int tid, int nt) {
+  DRAFT_INPUT(a, a->seen, tid, nt);
 }
 
 void op_draft_begin(const draft_begin_args *a, int tid, int nt) {

@@ -78,6 +78,18 @@ static group group_at(const grouping *g, int i, int32_t *only) {
 
 /* ---- products ---- */
 
+/* What rows of x become before they are multiplied. */
+typedef struct {
+  void (*pack)(gathered *x, void *room);
+  void (*multiply)(const gathered *x, span panels, float *y, int64_t stride);
+  int n_terms; /* see gathered */
+} arithmetic;
+
+static const arithmetic FLOATS = {flashrt_pack_floats, flashrt_multiply_floats, 0},
+                        BFLOAT16 = {flashrt_pack_bfloat16, flashrt_multiply_bfloat16, 0},
+                        INT8 = {flashrt_pack_integers, flashrt_multiply_integers, 1},
+                        INT16 = {flashrt_pack_integers, flashrt_multiply_integers, 2};
+
 /* What a launch multiplies with the panels of an expert, and what becomes of the sums. */
 typedef struct job {
   grouping by;
@@ -86,8 +98,8 @@ typedef struct job {
   int n_parts;      /* into which they are halved: gate and up */
   const float *x;
   int per_row; /* picks that share a row of x */
-  int n_terms; /* see gathered */
-  char *room;  /* of this thread, for n_room rows */
+  const arithmetic *in;
+  char *room; /* of this thread, for n_room rows */
   int n_room;
   /* of picks x columns from `column` on; sums of each part are [pick][columns] */
   void (*take)(const struct job *job, const int32_t *picks, int n, int64_t column, int n_columns,
@@ -95,15 +107,20 @@ typedef struct job {
   const void *args;
 } job;
 
+/* A row that was packed alone. */
+typedef struct {
+  const float *row; /* NULL: none is */
+  void *packed;
+} lone_row;
+
 /* Packs rows, unless the one row is there already. */
-static void pack(const job *job, gathered *x, const float **packed_row) {
-  if (x->n == 1 && *packed_row == x->rows[0] && (job->n_terms || job->n_room)) {
-    x->packed = job->n_terms ? job->room : (void *)x->rows[0];
+static void pack(const job *job, gathered *x, lone_row *last) {
+  if (x->n == 1 && last->row == x->rows[0]) {
+    x->packed = last->packed;
     return;
   }
-  *packed_row = x->n == 1 ? x->rows[0] : NULL;
-  if (job->n_terms) flashrt_pack_integers(x, job->room);
-  else flashrt_pack_floats(x, job->room);
+  job->in->pack(x, job->room);
+  *last = (lone_row){x->n == 1 ? x->rows[0] : NULL, x->packed};
 }
 
 /* Rows of a group, times panels [begin, end) of each part. */
@@ -114,8 +131,7 @@ static void multiply(const job *job, gathered *x, const int32_t *picks, span pan
     int64_t n = min_of(at_once, panels.end - panel);
     for (int part = 0; part < job->n_parts; part++) {
       span own = {part * of_part + panel, part * of_part + panel + n};
-      if (job->n_terms) flashrt_multiply_integers(x, own, sums[part], n * LANES);
-      else flashrt_multiply_floats(x, own, sums[part], n * LANES);
+      job->in->multiply(x, own, sums[part], n * LANES);
     }
     job->take(job, picks, x->n, panel * LANES, (int)n * LANES,
               (const float *const[]){sums[0], sums[1]});
@@ -123,14 +139,14 @@ static void multiply(const job *job, gathered *x, const int32_t *picks, span pan
 }
 
 /* Units of a launch are panels of a part, group after group. */
-static void run_units(const job *job, span units, const float **packed_row) {
+static void run_units(const job *job, span units, lone_row *last) {
   int64_t of_group = job->n_panels / job->n_parts;
   for (int64_t unit = units.begin; unit < units.end;) {
     int32_t only;
     int64_t i = unit / of_group, first = unit - i * of_group;
     span panels = {first, min_of(of_group, first + units.end - unit)};
     group g = group_at(&job->by, (int)i, &only);
-    gathered x = {.w = job->w, .N = job->n_panels * LANES, .n_terms = job->n_terms};
+    gathered x = {.w = job->w, .N = job->n_panels * LANES, .n_terms = job->in->n_terms};
     x.w.base += g.expert * job->n_panels * x.w.panel_nbytes;
     int n_passes = (int)ceil_div(g.n, max_of(1, job->n_room));
     for (int pass = 0; pass < n_passes; pass++) {
@@ -140,7 +156,7 @@ static void run_units(const job *job, span units, const float **packed_row) {
       for (int m = 0; m < x.n; m++)
         rows[m] = job->x + g.members[of_pass.begin + m] / job->per_row * x.w.K;
       x.rows = rows;
-      pack(job, &x, packed_row);
+      pack(job, &x, last);
       multiply(job, &x, g.members + of_pass.begin, panels);
     }
     unit += panels.end - panels.begin;
@@ -155,18 +171,18 @@ static void run(job *job, int n_rows, int tid, int nt) {
     if ((scratch = flashrt_scratch(nt * job->n_room * room))) break;
   }
   job->room = scratch ? scratch + tid * job->n_room * room : NULL;
-  const float *packed_row = NULL;
+  lone_row last = {0};
   int64_t n_units = job->by.n_groups * job->n_panels / job->n_parts;
   int64_t nbytes = job->w.panel_nbytes * job->n_parts;
   int is_few = job->by.n_picks < 4 * job->by.n_groups;
   if (is_few && n_units * nbytes < (int64_t)nt * MOST_CLAIM) {
-    run_units(job, share(n_units, tid, nt), &packed_row);
+    run_units(job, share(n_units, tid, nt), &last);
     return;
   }
   claim c = {.n = n_units, .nt = nt};
   c.most = is_few ? max_of(1, MOST_CLAIM / nbytes) : job->n_panels;
   c.least = is_few ? max_of(1, LEAST_CLAIM / nbytes) : LEAST_PANELS;
-  while (flashrt_claim(&c)) run_units(job, c.mine, &packed_row);
+  while (flashrt_claim(&c)) run_units(job, c.mine, &last);
 }
 
 /* ---- ops ---- */
@@ -190,7 +206,7 @@ static void take_products(const job *job, const int32_t *picks, int n, int64_t c
            (size_t)n_columns * sizeof(float));
 }
 
-static void experts_in(const experts_in_args *a, int n_terms, int tid, int nt) {
+static void experts_in(const experts_in_args *a, const arithmetic *in, int tid, int nt) {
   int rows = rows_of(a->cursor, a->T);
   if (rows < 1) return;
   job job = {.by = group_picks(a->picks, rows, a->P, a->E, a->groups, a->members, tid, nt),
@@ -199,7 +215,7 @@ static void experts_in(const experts_in_args *a, int n_terms, int tid, int nt) {
              .n_parts = 2,
              .x = a->x,
              .per_row = a->P,
-             .n_terms = n_terms,
+             .in = in,
              .take = take_gated,
              .args = a};
   run(&job, rows, tid, nt);
@@ -222,7 +238,7 @@ static void add_up(const experts_out_args *a, int rows, int tid, int nt) {
   }
 }
 
-static void experts_out(const experts_out_args *a, int n_terms, int tid, int nt) {
+static void experts_out(const experts_out_args *a, const arithmetic *in, int tid, int nt) {
   int rows = rows_of(a->cursor, a->T);
   if (rows < 1) return;
   job job = {.by = group_picks(a->picks, rows, a->P, a->E, a->groups, a->members, tid, nt),
@@ -231,7 +247,7 @@ static void experts_out(const experts_out_args *a, int n_terms, int tid, int nt)
              .n_parts = 1,
              .x = a->h,
              .per_row = 1,
-             .n_terms = n_terms,
+             .in = in,
              .take = take_products,
              .args = a};
   run(&job, rows, tid, nt);
@@ -239,11 +255,14 @@ static void experts_out(const experts_out_args *a, int n_terms, int tid, int nt)
   add_up(a, rows, tid, nt);
 }
 
-void op_experts_in(const experts_in_args *a, int tid, int nt) { experts_in(a, 0, tid, nt); }
-void op_experts_in_int8(const experts_in_args *a, int tid, int nt) { experts_in(a, 1, tid, nt); }
-void op_experts_in_int16(const experts_in_args *a, int tid, int nt) { experts_in(a, 2, tid, nt); }
-void op_experts_out(const experts_out_args *a, int tid, int nt) { experts_out(a, 0, tid, nt); }
-void op_experts_out_int8(const experts_out_args *a, int tid, int nt) { experts_out(a, 1, tid, nt); }
-void op_experts_out_int16(const experts_out_args *a, int tid, int nt) {
-  experts_out(a, 2, tid, nt);
-}
+#define EXPERTS(name, in)                                                 \
+  void op_experts_in##name(const experts_in_args *a, int tid, int nt) {   \
+    experts_in(a, &in, tid, nt);                                          \
+  }                                                                       \
+  void op_experts_out##name(const experts_out_args *a, int tid, int nt) { \
+    experts_out(a, &in, tid, nt);                                         \
+  }
+EXPERTS(, FLOATS)
+EXPERTS(_bfloat16, BFLOAT16)
+EXPERTS(_int8, INT8)
+EXPERTS(_int16, INT16)

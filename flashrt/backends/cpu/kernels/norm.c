@@ -1,5 +1,5 @@
-/* rmsnorm, add_rmsnorm, gated_rmsnorm, silu_rmsnorm: root-mean-square norms over a row or over one
- * part of a row.
+/* rmsnorm, add_rmsnorm, adaptive_rmsnorm, gated_rmsnorm, silu_rmsnorm: root-mean-square norms over a
+ * row or over one part of a row.
  *
  * IS: one thread per row (or head): a row's sum has one order, see sum_of_squares. IS NOT: the
  * norms inside rope_append and delta_gates, which are over heads that those kernels hold already.
@@ -29,6 +29,27 @@ void op_add_rmsnorm(const add_rmsnorm_args *a, int tid, int nt) {
     const float *r = a->r + t * a->H;
     for (int i = 0; i < a->H; i++) x[i] += r[i];
     scale_row((float *)a->y + t * a->H, x, a->w, inverse_rms(x, a->H, a->eps), a->H);
+  }
+}
+
+void op_adaptive_rmsnorm(const adaptive_rmsnorm_args *a, int tid, int nt) {
+  span rows = share(rows_of(a->cursor, a->T), tid, nt);
+  for (int64_t t = rows.begin; t < rows.end; t++) {
+    float *x = a->x + t * a->H, *y = (float *)a->y + t * a->H;
+    const float *r = a->r + t * a->H;
+    int i = 0;
+    if (a->added) {
+      for (; i + VL <= a->H; i += VL) {
+        v_store(x + i, v_fma(v_load(a->gate + i), v_load(r + i), v_load(x + i)));
+      }
+      for (; i < a->H; i++) x[i] = s_fma(a->gate[i], r[i], x[i]);
+    }
+    float scale = inverse_rms(x, a->H, a->eps);
+    for (i = 0; i + VL <= a->H; i += VL) {
+      v_store(y + i,
+              v_fma(v_load(x + i) * scale, 1.0f + v_load(a->scale + i), v_load(a->shift + i)));
+    }
+    for (; i < a->H; i++) y[i] = s_fma(x[i] * scale, 1.0f + a->scale[i], a->shift[i]);
   }
 }
 

@@ -25,6 +25,7 @@
 #endif
 
 enum { MAX_THREADS = 256, CACHE_LINE = 64, SPIN_NS = 30000, N_YIELDS = 200, HUGE_PAGE = 2 << 20 };
+enum { WAY_NS = 20000, N_WAYS = 100 }; /* who waits is awake within the first few */
 
 /* A counter that threads can wait on. */
 typedef struct {
@@ -47,6 +48,7 @@ static struct {
 
 static pthread_mutex_t turn =
     PTHREAD_MUTEX_INITIALIZER; /* held through a region, a start and a stop */
+static atomic_int n_waiting;   /* callers of pool_run that want it */
 static struct {
   void *base;
   int64_t nbytes;
@@ -216,8 +218,21 @@ static void run_region(pool_body body, void *argument) {
   flashrt_barrier(nt);
 }
 
-void pool_run(void (*before)(void *), pool_body body, void *argument) {
+static void take_turn(void) {
+  atomic_fetch_add_explicit(&n_waiting, 1, memory_order_relaxed);
   pthread_mutex_lock(&turn);
+  atomic_fetch_sub_explicit(&n_waiting, 1, memory_order_relaxed);
+}
+
+void pool_give_way(void) {
+  const struct timespec pause = {0, WAY_NS};
+  for (int i = 0; i < N_WAYS && atomic_load_explicit(&n_waiting, memory_order_relaxed); i++) {
+    nanosleep(&pause, NULL);
+  }
+}
+
+void pool_run(void (*before)(void *), pool_body body, void *argument) {
+  take_turn();
   if (before) before(argument);
   if (pool.n_wanted) start_threads(pool.n_wanted); /* where that fails, one thread goes on */
   run_region(body, argument);
@@ -225,7 +240,7 @@ void pool_run(void (*before)(void *), pool_body body, void *argument) {
 }
 
 void pool_run_alone(void (*before)(void *), pool_body body, void *argument) {
-  pthread_mutex_lock(&turn);
+  take_turn();
   if (before) before(argument);
   run_body(body, argument, 0, 1);
   pthread_mutex_unlock(&turn);
@@ -254,6 +269,7 @@ static void after_fork_in_child(void) {
   if (pool.n_threads > 1) pool.n_wanted = pool.n_threads; /* else as many as were wanted before */
   forget_threads();
   pthread_mutex_init(&turn, NULL);
+  atomic_store(&n_waiting, 0);
   forget_sleepers();
 }
 static void watch_forks(void) {

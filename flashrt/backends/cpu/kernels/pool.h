@@ -19,6 +19,10 @@ void pool_run(void (*before)(void *), pool_body body, void *argument);
 /* Runs body on the calling thread alone, in turn with the regions: what they share is its own. */
 void pool_run_alone(void (*before)(void *), pool_body body, void *argument);
 
+/* Between two regions of one caller: others that wait have their turn first. Without it who has
+ * just given the turn up has it again before a sleeper is awake. */
+void pool_give_way(void);
+
 /* Runs body on all threads if these still wait for work, and none has gone to sleep; else, and
  * while a region runs, on the calling thread alone. */
 void pool_run_if_awake(pool_body body, void *argument);

@@ -20,6 +20,7 @@ typedef struct {
 typedef struct {
   const flashrt_launch *launches;
   int n;
+  int first, end;    /* those of them that this region runs */
   const void *table; /* what is written to `at` first */
   int table_nbytes;
   void *at;
@@ -56,9 +57,9 @@ static void run_each(const flashrt_launch *l, int tid, int nt) {
 
 static void replay_body(void *argument, int tid, int nt) {
   const launch_list *list = argument;
-  for (int i = 0; i < list->n; i++) {
+  for (int i = list->first; i < list->end; i++) {
     const flashrt_launch *l = &list->launches[i];
-    if (i) flashrt_barrier(nt); /* the last one is the end of the region */
+    if (i > list->first) flashrt_barrier(nt); /* the last one is the end of the region */
     if (list->is_alone) l->fn(l->moved, tid, nt);
     else if (l->moves_at) run_each(l, tid, nt);
     else l->fn(l->arguments, tid, nt);
@@ -85,13 +86,24 @@ static void prepare(void *argument) {
  * the writing of the table and the launches. */
 void flashrt_replay(const flashrt_launch *launches, int n, const void *table, int table_nbytes,
                     void *at, int64_t *lane) {
-  launch_list list = {launches, n, table, table_nbytes, at, lane, 0};
+  launch_list list = {launches, n, 0, n, table, table_nbytes, at, lane, 0};
   pool_run(prepare, replay_body, &list);
+}
+
+/* The same in a region per launch, between which replays of other arenas have their turn: for lists
+ * that take seconds. No other replay of this arena may come meanwhile. */
+void flashrt_replay_giving_way(const flashrt_launch *launches, int n, const void *table,
+                               int table_nbytes, void *at, int64_t *lane) {
+  for (int i = 0; i < n; i++) {
+    launch_list list = {launches, n, i, i + 1, table, table_nbytes, at, lane, 0};
+    if (i) pool_give_way();
+    pool_run(prepare, replay_body, &list);
+  }
 }
 
 /* The same on the calling thread, for lists too short to wake the others for. */
 void flashrt_replay_alone(const flashrt_launch *launches, int n, const void *table,
                           int table_nbytes, void *at, int64_t *lane) {
-  launch_list list = {launches, n, table, table_nbytes, at, lane, 0};
+  launch_list list = {launches, n, 0, n, table, table_nbytes, at, lane, 0};
   pool_run_alone(prepare, replay_body, &list);
 }

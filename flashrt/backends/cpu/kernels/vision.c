@@ -1,5 +1,5 @@
 /* max_pool, layer_norm, add_rows, normalize, and of a tower activations, mix_rows, add_layer_norm,
- * gelu, turn_patches, image_patches: what images and rows of features need between their convolutions and products.
+ * gelu, geglu, turn_patches, image_patches: what images and rows of features need between their convolutions and products.
  *
  * IS: one thread per pixel or row, so that a row's bits depend on the row alone. IS NOT: attention;
  * see attend.c.
@@ -196,6 +196,24 @@ void op_gelu(const gelu_args *a, int tid, int nt) {
     memcpy(rest, a->u + i, (size_t)(all.end - i) * sizeof(float));
     v_store(rest, v_gelu(v_load(rest), a->tanh));
     memcpy(y + i, rest, (size_t)(all.end - i) * sizeof(float));
+  }
+}
+
+void op_geglu(const geglu_args *a, int tid, int nt) {
+  int rows = rows_of(a->cursor, a->T);
+  span columns = share(a->I, tid, nt);
+  for (int64_t t = 0; t < rows; t++) {
+    const float *gate = a->u + t * 2 * a->I, *up = gate + a->I;
+    float *y = (float *)a->y + t * a->I, rest[VL] = {0};
+    int64_t i = columns.begin, left;
+    for (; i + VL <= columns.end; i += VL) {
+      v_store(y + i, v_gelu(v_load(gate + i), 1) * v_load(up + i));
+    }
+    if ((left = columns.end - i) > 0) { /* a lane's bits do not depend on the others */
+      memcpy(rest, gate + i, (size_t)left * sizeof(float));
+      v_store(rest, v_gelu(v_load(rest), 1));
+      for (int64_t j = 0; j < left; j++) y[i + j] = rest[j] * up[i + j];
+    }
   }
 }
 
