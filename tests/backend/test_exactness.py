@@ -32,6 +32,10 @@ CASES = all_cases()
 FULL = [c for c in CASES if c.operands["cursor"][1] in (7, 33, 64)]  # type: ignore[index]
 
 
+# Rows of these are about their launch: which it is, or which number in it they have.
+OF_LAUNCH = [str(c) for c in FULL if c.attrs.get("seen") or c.attrs.get("placed") == 0]
+
+
 def has_rows(case: Case, name: str) -> bool:
     return next(p.dims[0] for p in _PARAMS[case.op] if p.name == name) == "T"
 
@@ -98,7 +102,7 @@ def assert_same_bits(a: NDArray[Any], b: NDArray[Any], what: str) -> None:
     )
 
 
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("case", [c for c in FULL if str(c) not in OF_LAUNCH], ids=str)
 def test_any_split_gives_the_same_bits(runner: Runner, case: Case) -> None:
     n, rng = int(case.operands["cursor"][1]), rng_for("split", str(case))  # type: ignore[arg-type]
     whole = runner.run(case)

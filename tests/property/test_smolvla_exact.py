@@ -20,6 +20,7 @@ from flashrt.base.errors import CapsuleError, ObservationError
 from flashrt.core.region import Region, Role
 from flashrt.engine.actions import ActionEngine
 from flashrt.engine.numbers import Given
+from flashrt.models.actions import PLAN
 from flashrt.models.prefix import LOOK, READ, READ_STATE
 from flashrt.models.smolvla import model as smolvla_model
 from flashrt.models.smolvla.model import SmolVla
@@ -314,6 +315,35 @@ def test_a_loop_comes_back_to_the_bit(engine: ActionEngine, tmp_path: Path) -> N
         again.restore(capsule)
     loop.close()
     assert replay(engine, tmp_path / "run.recording").mismatch is None
+
+
+@pytest.mark.parametrize("phase", [LOOK, READ, READ_STATE, PLAN])
+@pytest.mark.parametrize("is_done", [False, True])
+def test_an_exception_while_rows_are_made_is_survived(
+    engine: ActionEngine, phase: str, is_done: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a replay, or after it and before its rows are known. Fault: rows that a lane is said
+    to have, or a camera that the tower is said to have seen.
+    """
+    loop, fresh = (flashrt.ControlLoop(engine, overlap=0) for _ in range(2))
+    stream = [seen(at) for at in (0, 1, 2, 3, 14, 15)]
+    for observation in stream[:4]:
+        assert loop.tick(observation).tobytes() == fresh.tick(observation).tobytes()
+    replayed = engine.replay
+
+    def failing(asked: str, *rest: Any) -> None:
+        if asked != phase or is_done:
+            replayed(asked, *rest)
+        if asked == phase:
+            monkeypatch.setattr(engine, "replay", replayed)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "replay", failing)
+    with pytest.raises(KeyboardInterrupt):
+        loop.tick(stream[4])
+    for observation in stream[4:]:
+        assert loop.tick(observation).tobytes() == fresh.tick(observation).tobytes()
+    assert loop.digest() == fresh.digest()
 
 
 def test_another_task_is_an_interrupt_away(engine: ActionEngine) -> None:
