@@ -17,9 +17,8 @@ import flashrt
 from flashrt.backends.cpu.device import CpuDevice
 from flashrt.core.region import Region, Role
 from flashrt.engine.actions import ActionEngine
-from flashrt.models.pi05 import model as pi05_model
-from flashrt.models.pi05.model import Pi05
 from flashrt.models.prefix import LOOK, READ
+from flashrt.models.vla import policy as vla_policy
 from flashrt.robot import record, replay, tick_together
 from flashrt.weights.checkpoint import open_checkpoint
 from tests.act_policies import random_statistics
@@ -91,15 +90,15 @@ def test_a_forgotten_region_is_noticed(
     policy: Path, forgotten: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control: with one region outside the fixed band the test above must fail."""
-    declared = pi05_model._lane_regions
+    declared = vla_policy._lane_regions
 
-    def without(model: Pi05) -> tuple[Region, ...]:
+    def without(*arguments: Any) -> tuple[Region, ...]:
         return tuple(
             Region(r.name, r.shape, r.dtype, Role.IO) if r.name == forgotten else r
-            for r in declared(model)
+            for r in declared(*arguments)
         )
 
-    monkeypatch.setattr(pi05_model, "_lane_regions", without)
+    monkeypatch.setattr(vla_policy, "_lane_regions", without)
     engine = ActionEngine(open_checkpoint(policy), CpuDevice(alone_nbytes=1 << 30), lanes=1)
     with pytest.raises((AssertionError, flashrt.FlashrtError)):
         whole_state(engine)

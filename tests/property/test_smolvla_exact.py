@@ -22,8 +22,7 @@ from flashrt.engine.actions import ActionEngine
 from flashrt.engine.numbers import Given
 from flashrt.models.actions import PLAN
 from flashrt.models.prefix import LOOK, READ, READ_STATE
-from flashrt.models.smolvla import model as smolvla_model
-from flashrt.models.smolvla.model import SmolVla
+from flashrt.models.vla import policy as vla_policy
 from flashrt.robot import PolicyAgent, record, replay, tick_together
 from flashrt.weights.checkpoint import open_checkpoint
 from tests.property.test_control import LANES, Lives, walk
@@ -128,17 +127,17 @@ def test_a_forgotten_region_is_noticed(
     tiny: Path, forgotten: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control: with one region that is no state the test above must fail."""
-    declared = smolvla_model._lane_regions
+    declared = vla_policy._lane_regions
 
-    def without(model: SmolVla) -> tuple[Region, ...]:
+    def without(*arguments: Any) -> tuple[Region, ...]:
         return tuple(
             Region(r.name, r.shape, r.dtype, Role.IO)
             if r.name == forgotten and r.role is Role.FIXED
             else r
-            for r in declared(model)
+            for r in declared(*arguments)
         )
 
-    monkeypatch.setattr(smolvla_model, "_lane_regions", without)
+    monkeypatch.setattr(vla_policy, "_lane_regions", without)
     engine = ActionEngine(open_checkpoint(tiny), CpuDevice(alone_nbytes=1 << 30), lanes=1)
     if forgotten in ("keys", "cross_values"):  # rows cannot be other than rows: they are lost
         slot, restore = engine.arena.lane(0).rows.slot(forgotten), engine.restore

@@ -169,7 +169,7 @@ class Vla:
         guided = ("target", "weights") if config.guidance is not None else ()
         state = ("state",) if state_dim else ()
         self.finite = ("previous", "action", "queue", "kept", "flow", *state, *guided)
-        self.lane_regions = self._lane_regions(hidden, kept, state_dim)
+        self.lane_regions = _lane_regions(self, hidden, kept, state_dim)
         self.phases: tuple[tuple[str, int], ...] = (
             *((phase, 1) for phase in (OBSERVE, ACT_PHASE, TICK, PLAN, PLAN_BEGIN)),
             *((PLAN_STEP, step + 1) for step in range(config.num_inference_steps)),
@@ -230,34 +230,6 @@ class Vla:
             recorder.read_state()
         return tape
 
-    def _lane_regions(
-        self, hidden: int, kept: Callable[[int], Sequence[Region]], state_dim: int
-    ) -> tuple[Region, ...]:
-        c = self.config
-
-        def fixed(name: str, *shape: int) -> Region:
-            return Region(name, shape, DType.F32, Role.FIXED, is_digested=True)
-
-        positions = self.most_prefix_rows + c.chunk_size
-        journal = (1, positions, 1)
-        state = fixed("state", 1, state_dim)  # of the observation that was planned from last
-        guided = (fixed("target", c.chunk_size, c.max_action_dim), fixed("weights", c.chunk_size))
-        return (
-            Region("cursor", (ops.CURSOR_WORDS,), DType.I32, Role.FIXED, is_digested=True),
-            fixed("previous", c.action_dim),  # the action executed last, normalised
-            fixed("action", c.action_dim),  # the same in the environment's units
-            fixed("queue", c.chunk_size, c.action_dim),  # normalised
-            fixed("kept", c.chunk_size * (c.action_dim + 1)),  # of the plan in the making: see ops
-            fixed("flow", c.chunk_size, c.max_action_dim),  # likewise
-            *((state,) if state_dim else ()),
-            *(guided if c.guidance is not None else ()),
-            Region("journal", journal, DType.I32, Role.ROWS, Layout.PLAIN, is_digested=True),
-            *kept(positions),
-            *prefix_regions(c.cameras, self.rows_per_camera, self.most_block_rows, hidden),
-            Region("given", (c.chunk_size, c.max_action_dim), DType.F32, Role.IO),
-            Region("request", (ops.REQUEST_WORDS,), DType.I32, Role.IO),
-        )
-
 
 def check_images(cameras: Sequence[Camera], scaling: Scaling, rows: int) -> None:
     """Raises CheckpointError for images that are normalised, or become too few rows to be told
@@ -273,3 +245,32 @@ def check_images(cameras: Sequence[Camera], scaling: Scaling, rows: int) -> None
         raise CheckpointError(
             f"an image becomes {rows} rows; {LEAST_ROWS} are needed to tell it from others"
         )
+
+
+def _lane_regions(
+    model: Vla, hidden: int, kept: Callable[[int], Sequence[Region]], state_dim: int
+) -> tuple[Region, ...]:
+    c = model.config
+
+    def fixed(name: str, *shape: int) -> Region:
+        return Region(name, shape, DType.F32, Role.FIXED, is_digested=True)
+
+    positions = model.most_prefix_rows + c.chunk_size
+    journal = (1, positions, 1)
+    guided = (fixed("target", c.chunk_size, c.max_action_dim), fixed("weights", c.chunk_size))
+    return (
+        Region("cursor", (ops.CURSOR_WORDS,), DType.I32, Role.FIXED, is_digested=True),
+        fixed("previous", c.action_dim),  # the action executed last, normalised
+        fixed("action", c.action_dim),  # the same in the environment's units
+        fixed("queue", c.chunk_size, c.action_dim),  # normalised
+        fixed("kept", c.chunk_size * (c.action_dim + 1)),  # of the plan in the making: see ops
+        fixed("flow", c.chunk_size, c.max_action_dim),  # likewise
+        # Of the observation that was planned from last.
+        *((fixed("state", 1, state_dim),) if state_dim else ()),
+        *(guided if c.guidance is not None else ()),
+        Region("journal", journal, DType.I32, Role.ROWS, Layout.PLAIN, is_digested=True),
+        *kept(positions),
+        *prefix_regions(c.cameras, model.rows_per_camera, model.most_block_rows, hidden),
+        Region("given", (c.chunk_size, c.max_action_dim), DType.F32, Role.IO),
+        Region("request", (ops.REQUEST_WORDS,), DType.I32, Role.IO),
+    )
