@@ -82,7 +82,7 @@ def initial_state(rng: np.random.Generator) -> Array:
 
 def place(state: Array) -> Array:
     """Where the T is to go, [2]."""
-    return np.array(PLACES[NAMES[int(state[PLACE])]])
+    return np.array(PLACES[NAMES[int(state[PLACE])]], np.float64)
 
 
 def distance(state: Array) -> float:
@@ -93,7 +93,8 @@ def distance(state: Array) -> float:
 def corners(state: Array) -> Array:
     """The corners of the T's two boxes on the table, [8, 2]."""
     cos, sin = np.cos(state[T_ANGLE]), np.sin(state[T_ANGLE])
-    return state[[T_X, T_Y]] + _shape_of_t() @ np.array([[cos, sin], [-sin, cos]])
+    turn = np.array([[cos, sin], [-sin, cos]], np.float64)
+    return np.asarray(state[[T_X, T_Y]] + _shape_of_t() @ turn, np.float64)
 
 
 def advance(state: Array, action: Array) -> Array:
@@ -190,7 +191,10 @@ class PushT(gymnasium.Env[Observation, NDArray[np.float32]]):
             {
                 "observation.image": space.Box(0, 255, (IMAGE, IMAGE, 3), np.uint8),
                 "observation.state": space.Box(-far, far),
-                "task": space.Text(max(map(len, INSTRUCTIONS.values()))),
+                "task": space.Text(
+                    max(map(len, INSTRUCTIONS.values())),
+                    charset=frozenset("".join(INSTRUCTIONS.values())),
+                ),
             }
         )
         self.action_space = space.Box(0.0, float(SIZE), (2,), np.float32)
@@ -209,7 +213,7 @@ class PushT(gymnasium.Env[Observation, NDArray[np.float32]]):
         self, action: NDArray[np.float32]
     ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """One tick of 100 ms."""
-        self._state = advance(self._state, action)
+        self._state = advance(self._state, np.asarray(action, np.float64))
         info = self._info()
         is_late = bool(self._state[TICK] >= TICKS)
         reward = -float(info["distance"]) / SIZE
@@ -230,7 +234,7 @@ class PushT(gymnasium.Env[Observation, NDArray[np.float32]]):
         self._state = np.array(state, np.float64)
         return observe(self._state)
 
-    def render(self) -> NDArray[np.uint8]:  # type: ignore[override]  # gymnasium's is of any frame
+    def render(self) -> NDArray[np.uint8]:
         """The table, uint8 [512, 512, 3]."""
         return picture(self._state, SIZE)
 

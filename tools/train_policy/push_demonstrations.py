@@ -107,7 +107,10 @@ def demonstrate(
             state = pusht.advance(state, action)
     kinds = (np.uint8, np.float32, np.int64, np.float32, np.float32)
     return Frames(
-        *(np.array(column, kind) for column, kind in zip(zip(*rows, strict=True), kinds, strict=True))
+        *(
+            np.array(column, kind)
+            for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)
+        )
     )
 
 

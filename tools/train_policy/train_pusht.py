@@ -5,8 +5,8 @@
 Needs lerobot 0.4 with its `smolvla` extra, and gym-pusht; one thread, about 45 minutes. The class
 is LeRobot's own SmolVLAPolicy with small sizes and random weights; what is written is a folder
 that LeRobot and flashrt load. Demonstrations: push_demonstrations. All weights are trained, by flow
-matching as SmolVLA's forward does, with FLOWS draws of noise and time for each picture, and a second
-head that finds the T in the picture's tokens, which is thrown away.
+matching as SmolVLA's forward does, with FLOWS draws of noise and time for each picture, and a
+second head that finds the T in the picture's tokens, which is thrown away.
 
 IS NOT resumable to the same weights, as train.py is: batches are drawn from (seed, step), but the
 run ends when its minutes are over, so the machine's speed decides how many there are.
@@ -208,7 +208,9 @@ class Learner:
         )
         return cache, pads, embeddings[:, : -1 - self.tokens.shape[1]]
 
-    def losses(self, frames: Frames, finder: Finder, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def losses(
+        self, frames: Frames, finder: Finder, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """Of flows, and of finding the T."""
         s, config = self.statistics, self.policy.config
         image = torch.from_numpy(frames.image).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -224,7 +226,12 @@ class Learner:
         time_at = uniform ** (1 / 1.5) * 0.999 + 0.001  # Beta(1.5, 1), as SmolVLA's own
         at = time_at[:, None, None]
         velocity, found = self.core(
-            finder, image, state, torch.from_numpy(frames.place), at * noise + (1 - at) * actions, time_at
+            finder,
+            image,
+            state,
+            torch.from_numpy(frames.place),
+            at * noise + (1 - at) * actions,
+            time_at,
         )
         wrong = (velocity.float() - (noise - actions)) ** 2
         flow = wrong[..., :2].mean() + PAD_WEIGHT * wrong[..., 2:].mean()
@@ -252,7 +259,9 @@ class Learner:
     def chunk(self, state: pusht.Array, generator: torch.Generator) -> pusht.Array:
         """The policy's chunk, in px, [CHUNK, 2], by LeRobot's own sampling."""
         s, config = self.statistics, self.policy.config
-        image = torch.from_numpy(seen(pusht.picture(state))).permute(2, 0, 1)[None].float() / 127.5 - 1
+        image = (
+            torch.from_numpy(seen(pusht.picture(state))).permute(2, 0, 1)[None].float() / 127.5 - 1
+        )
         own = torch.tensor(state[[pusht.X, pusht.Y, pusht.VX, pusht.VY]], dtype=torch.float32)
         own = (own - s.state_mean) / s.state_std
         place = torch.tensor([int(state[pusht.PLACE])])
@@ -354,7 +363,9 @@ def train(folder: Path, minutes: float, seed: int) -> tuple[Learner, dict[str, f
         rng = np.random.default_rng([seed, 2, step])
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         flow, found = learner.losses(take(frames, rng), finder, generator)
-        rate = min(1.0, (step + 1) / WARM_UP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+        rate = min(1.0, (step + 1) / WARM_UP) * (
+            0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
+        )
         for group in optimiser.param_groups:
             group["lr"] = LEARNING_RATE * rate
         optimiser.zero_grad()
@@ -380,7 +391,11 @@ def train(folder: Path, minutes: float, seed: int) -> tuple[Learner, dict[str, f
             if step % (4 * REPORT_EVERY) == 0:
                 export(mean, folder / "checkpoint", vlm)
     spent = time.monotonic() - began
-    return mean, {"steps": step, "minutes": spent / 60, "pictures_per_s": step * BATCH / (spent - apart)}
+    return mean, {
+        "steps": step,
+        "minutes": spent / 60,
+        "pictures_per_s": step * BATCH / (spent - apart),
+    }
 
 
 def export(learner: Learner, out: Path, vlm: Path) -> None:
