@@ -22,6 +22,7 @@ SEED = 4
 FUTURES = 4
 EPISODES = 3
 BARGE_AT = 6  # ticks: within a chunk
+POOL = 64 << 20  # bytes, for capsules
 
 
 def finish(robot: Rollout) -> tuple[list[bytes], float, bool]:
@@ -65,7 +66,9 @@ def main() -> None:
     parser.add_argument("policy", nargs="?", default="pusht")
     parser.add_argument("--device", default="cpu", choices=("cpu", "simt", "cuda"))
     options = parser.parse_args()
-    engine = flashrt.load_policy(options.policy, device=options.device, lanes=1 + FUTURES)
+    engine = flashrt.load_policy(
+        options.policy, device=options.device, lanes=1 + FUTURES, pool_bytes=POOL
+    )
     robot = Rollout(PushT, flashrt.ControlLoop(engine, FPS))
 
     robot.reset(SEED)

@@ -97,7 +97,7 @@ def told(robot: Rollout, moment: Moment, name: str) -> list[Array]:
 
 def draw(policy: str, seed: int, barge_at: int, words: str, path: Path) -> None:
     """The three acts."""
-    engine = flashrt.load_policy(policy, device="cpu", lanes=1 + FORKS)
+    engine = flashrt.load_policy(policy, device="cpu", lanes=1 + FORKS, pool_bytes=64 << 20)
     robot, film = Rollout(PushT, flashrt.ControlLoop(engine, FPS)), Film()
     robot.reset(seed)
     start = robot.snapshot()
