@@ -2,9 +2,9 @@
 
     python tools/train_policy/evaluate_pusht.py [POLICY] [--episodes 100] [--torch] [--json FILE]
 
-Every row has the same first states, seeds from 1,000,000 on, which training never drew. The noise
-of chunks is each runtime's own, so episodes differ where the policy hesitates; what chunks come to
-with the same noise is tests/golden's business. `--torch` needs lerobot 0.4 with `smolvla`.
+Every row has the same first states, seeds from 1,000,000 on, which training never drew. LeRobot and
+flashrt are given the same noise; flashrt's loop draws its own, on the device, as it does where it
+is used. `--torch` needs lerobot 0.4 with its `smolvla` extra.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from push_expert import act
 
 import flashrt
-from flashrt.robot import Rollout
+from flashrt.robot import PolicyAgent, Rollout
 from flashrt.weights.bundled_policies import policy_path
 from flashrt.worlds import pusht
 from flashrt.worlds.pusht import FPS, Array, PushT
@@ -30,6 +30,8 @@ from flashrt.worlds.pusht import FPS, Array, PushT
 FIRST_SEED = 1_000_000
 FUTURES = 4
 EVERY = 4  # ticks between decisions of the look-ahead
+NOISE = 32  # columns: max_action_dim
+Predict = Callable[[dict[str, Any], Any], Any]  # observation, noise -> chunk [rows, 2]
 Episode = Callable[[int], tuple[bool, int]]  # seed -> is the T there, ticks
 
 
@@ -77,8 +79,28 @@ def by_expert(seed: int) -> tuple[bool, int]:
     return in_world(seed, lambda _, state: act(state))
 
 
-def by_torch(folder: Path) -> Episode:
-    """LeRobot's policy, its processors and its queue, in float32."""
+def by_chunks(predict: Predict, rows: int, steps: int) -> Episode:
+    """Chunks from given noise [rows, 32], the same for whoever predicts; `steps` of each executed:
+    what LeRobot's queue does.
+    """
+
+    def episode(seed: int) -> tuple[bool, int]:
+        rng = np.random.default_rng(seed)
+        held: list[Array] = []
+
+        def action(observation: dict[str, Any], _: Array) -> Any:
+            if not held:
+                noise = rng.standard_normal((rows, NOISE)).astype(np.float32)
+                held.extend(predict(observation, noise)[:steps])
+            return held.pop(0)
+
+        return in_world(seed, action)
+
+    return episode
+
+
+def torch_predicts(folder: Path) -> Predict:
+    """LeRobot's policy and its processors, in float32."""
     import torch
     from lerobot.policies.factory import make_pre_post_processors
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
@@ -87,26 +109,27 @@ def by_torch(folder: Path) -> Episode:
     policy = SmolVLAPolicy.from_pretrained(".").float().eval()
     before, after = make_pre_post_processors(policy.config, ".")
 
-    def episode(seed: int) -> tuple[bool, int]:
-        torch.manual_seed(seed)
-        policy.reset()
+    def predict(observation: dict[str, Any], noise: Any) -> Any:
+        image = torch.from_numpy(observation["observation.image"])
+        batch = {
+            "observation.image": image.permute(2, 0, 1).float() / 255,
+            "observation.state": torch.from_numpy(observation["observation.state"]),
+            "task": observation["task"],
+        }
+        chunk = policy.predict_action_chunk(before(batch), noise=torch.from_numpy(noise)[None])
+        return after(chunk)[0].numpy()
 
-        def action(observation: dict[str, Any], _: Array) -> Any:
-            image = torch.from_numpy(observation["observation.image"])
-            batch = {
-                "observation.image": image.permute(2, 0, 1).float() / 255,
-                "observation.state": torch.from_numpy(observation["observation.state"]),
-                "task": observation["task"],
-            }
-            return after(policy.select_action(before(batch)))[0].numpy()
-
-        return in_world(seed, action)
-
-    return episode
+    return predict
 
 
-def by_flashrt(engine: Any, overlap: int) -> Episode:
-    """flashrt's loop."""
+def flashrt_predicts(engine: Any) -> Predict:
+    """flashrt behind LeRobot's interface."""
+    agent = PolicyAgent(flashrt.ControlLoop(engine, FPS, overlap=0))
+    return lambda observation, noise: agent.predict_action_chunk(observation, noise=noise)
+
+
+def by_loop(engine: Any, overlap: int) -> Episode:
+    """flashrt's loop, with its own noise."""
     rollout = Rollout(PushT, flashrt.ControlLoop(engine, FPS, overlap=overlap))
 
     def episode(seed: int) -> tuple[bool, int]:
@@ -153,6 +176,17 @@ def by_forks(engine: Any) -> Episode:
     return episode
 
 
+def difference(one: Predict, other: Predict, rows: int) -> float:
+    """The largest of the chunks of 20 first states, px."""
+    worst = 0.0
+    for seed in range(FIRST_SEED, FIRST_SEED + 20):
+        observation, _ = PushT().reset(seed=seed)
+        noise = np.random.default_rng(seed).standard_normal((rows, NOISE)).astype(np.float32)
+        gap = np.abs(one(observation, noise) - other(observation, noise)).max()
+        worst = max(worst, float(gap))
+    return worst
+
+
 def main() -> None:
     """The table."""
     parser = argparse.ArgumentParser(
@@ -162,20 +196,23 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "simt", "cuda"))
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--torch", action="store_true", help="LeRobot too")
-    parser.add_argument("--no-flashrt", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     seeds = range(FIRST_SEED, FIRST_SEED + options.episodes)
     folder, out = policy_path(options.policy).absolute(), options.json and options.json.absolute()
+    engine = flashrt.load_policy(folder, device=options.device, lanes=3, pool_bytes=64 << 20)
+    chunk, steps = engine.config.chunk_size, engine.config.n_action_steps
     rows = [measure("expert, sees the state", by_expert, seeds)]
+    ours = flashrt_predicts(engine)
     if options.torch:
-        rows.append(measure("LeRobot, torch, float32", by_torch(folder), seeds))
-    if not options.no_flashrt:
-        engine = flashrt.load_policy(folder, device=options.device, lanes=2)
-        rows.append(measure("flashrt", by_flashrt(engine, 0), seeds))
-        rows.append(measure("flashrt, overlap 1", by_flashrt(engine, 1), seeds))
-        few = seeds[: max(1, options.episodes // 4)]
-        rows.append(measure(f"flashrt, best of {FUTURES} forks", by_forks(engine), few))
+        theirs = torch_predicts(folder)
+        rows.append(measure("LeRobot on torch", by_chunks(theirs, chunk, steps), seeds))
+        print(f"largest difference of a chunk: {difference(theirs, ours, chunk):.2e} px")
+    rows.append(measure("flashrt, the same noise", by_chunks(ours, chunk, steps), seeds))
+    rows.append(measure("flashrt's loop", by_loop(engine, 0), seeds))
+    rows.append(measure("flashrt's loop, overlap 1", by_loop(engine, 1), seeds))
+    few = seeds[: max(1, options.episodes // 4)]
+    rows.append(measure(f"best of {FUTURES} forks", by_forks(engine), few))
     if out:
         out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
