@@ -1,16 +1,13 @@
 """Push the T to a place that words name, seen through pixels: gym-pusht's table and physics.
 
-IS: a gymnasium environment (10 Hz) on the bodies, the controller and the drawing of `gym_pusht`'s
-PushTEnv (pymunk and pygame, no display needed): an image of the table, the pusher's position and
-velocity, and an instruction in; where the pusher is to go out. The four places are marked nowhere
-but in the words: "push the T to the left". Success: the T's centre of mass within REACHED of the
-place, whichever way the T is turned. IS NOT the task of PushT, a pose that is to be covered to
-95 %; nor an expert or a learner (tools/train_policy). It exists because a policy that sees and
-reads needs a world to show it in.
+IS: a gymnasium environment (10 Hz) on bodies, controller and drawing of gym_pusht's PushTEnv, no
+display needed. The four places are marked nowhere but in words: "push the T to the left". Success:
+the T's centre of mass within REACHED of it, however it is turned. IS NOT PushT's task, a pose that
+is to be covered to 95 %; nor an expert or a learner (tools/train_policy).
 
 All there is to an episode is one small array. pymunk keeps more inside (contact caches, pending
-corrections), out of a caller's reach, so every tick builds its space anew from the array: physics
-forgets its caches ten times a second, and a state that is put back goes on as it did, to the bit.
+corrections), out of reach; so every tick builds its space anew: physics forgets its caches ten
+times a second, and a state that is put back goes on as it did, to the bit.
 """
 
 from __future__ import annotations
