@@ -27,17 +27,15 @@ POOL = 64 << 20  # bytes, for capsules
 
 def finish(robot: Rollout) -> tuple[list[bytes], float, bool]:
     """The rest of an episode: the actions' bits, the return, whether the T got there."""
-    actions, total, is_there = [], 0.0, False
+    steps = []
     while not robot.is_over:
-        step = robot.step()
-        actions.append(step.action.tobytes())
-        total += step.reward
-        is_there = bool(step.info["is_success"])
-    return actions, total, is_there
+        steps.append(robot.step())
+    actions = [step.action.tobytes() for step in steps]
+    return actions, sum(step.reward for step in steps), bool(steps[-1].info["is_success"])
 
 
 def look_ahead(robot: Rollout, moment: Moment) -> list[tuple[list[bytes], float, bool]]:
-    """What becomes of `moment` with other noise, each future in a fork of policy and world."""
+    """What becomes of a moment with other noise, each future in a fork of policy and world."""
     robot.restore(moment)
     futures = robot.fork(FUTURES, seeds=range(FUTURES))
     seen = [finish(future) for future in futures]
@@ -84,8 +82,8 @@ def main() -> None:
     for _ in range(BARGE_AT):
         robot.step()
     middle = robot.snapshot("middle")
-    assert finish(robot)[0] == first[0][BARGE_AT:]
-    robot.restore(middle)
+    finish(robot)
+    robot.restore(middle)  # the rewind of a policy and its world
     assert finish(robot)[0] == first[0][BARGE_AT:]
     print(f"  rewound to tick {BARGE_AT}: {len(first[0]) - BARGE_AT} actions again, to the bit")
 
@@ -100,8 +98,8 @@ def main() -> None:
         assert finish(robot) == seen[choice], "what was foreseen comes true"
         best.append(seen[choice][1])
         moment.drop()
-    means = float(np.mean(alone)), float(np.mean(best))
-    print(f"  looking ahead by {FUTURES} forks: mean return {means[0]:.2f} -> {means[1]:.2f}")
+    means = f"mean return {np.mean(alone):.2f} -> {np.mean(best):.2f}"
+    print(f"  looking ahead by {FUTURES} forks: {means}")
 
     for words in ("left", "right", "up", "down"):
         gaps = told(robot, middle, words)

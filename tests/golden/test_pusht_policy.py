@@ -34,12 +34,17 @@ def robot(engine: ActionEngine) -> Iterator[Rollout]:
         yield robot
 
 
-def finish(robot: Rollout, most: int = pusht.TICKS) -> list[bytes]:
-    """Bits of all that is seen and done in the rest of an episode."""
+def table_of(robot: Rollout) -> PushT:
+    assert isinstance(robot.environment, PushT)
+    return robot.environment
+
+
+def finish(robot: Rollout) -> list[bytes]:
+    """Bits of all that is done, and of the table after it, in the rest of an episode."""
     bits = []
-    while not robot.is_over and len(bits) < most:
-        step = robot.step()
-        bits.append(step.action.tobytes() + step.following.tobytes())
+    while not robot.is_over:
+        action = robot.step().action
+        bits.append(action.tobytes() + table_of(robot).get_state().tobytes())
     return bits
 
 
@@ -78,8 +83,7 @@ def test_other_words_at_one_moment_take_the_t_elsewhere(robot: Rollout) -> None:
     for _ in range(5):
         robot.step()
     moment = robot.snapshot()
-    world = robot.environment
-    assert isinstance(world, PushT)
+    world = table_of(robot)
     ends = {}
     for words in ("left", "right"):
         robot.restore(moment)
