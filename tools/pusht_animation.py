@@ -103,6 +103,7 @@ def draw(policy: str, seed: int, barge_at: int, words: str, path: Path) -> None:
     start = robot.snapshot()
     task = INSTRUCTIONS[pusht.NAMES[int(state_of(robot)[pusht.PLACE])]]
     first = go_on(robot)
+    assert pusht.distance(first[-1]) <= pusht.REACHED
     for tick, state in enumerate(first):
         film.show(state, task, f"tick {tick}", {})
     film.show(first[-1], task, f"there after {len(first) - 1} ticks", {}, LAST)
@@ -115,7 +116,10 @@ def draw(policy: str, seed: int, barge_at: int, words: str, path: Path) -> None:
     second = told(robot, middle, words)
     for tick, state in enumerate(second, barge_at):
         film.show(state, INSTRUCTIONS[words], f"told at tick {barge_at}; tick {tick}", {})
-    film.show(second[-1], INSTRUCTIONS[words], "there", {}, LAST)
+    assert pusht.distance(second[-1]) <= pusht.REACHED
+    film.show(
+        second[-1], INSTRUCTIONS[words], f"there at tick {barge_at + len(second) - 1}", {}, LAST
+    )
 
     robot.restore(start)
     futures = robot.fork(FORKS, seeds=range(FORKS))
@@ -140,8 +144,8 @@ def main() -> None:
     )
     parser.add_argument("policy", nargs="?", default="pusht")
     parser.add_argument("--seed", type=int, default=4)
-    parser.add_argument("--barge-at", type=int, default=10)
-    parser.add_argument("--words", default="down", choices=pusht.NAMES)
+    parser.add_argument("--barge-at", type=int, default=8)
+    parser.add_argument("--words", default="right", choices=pusht.NAMES)
     parser.add_argument("--out", type=Path, default=Path("docs/pictures/pusht.gif"))
     options = parser.parse_args()
     draw(options.policy, options.seed, options.barge_at, options.words, options.out)

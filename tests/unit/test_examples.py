@@ -61,7 +61,8 @@ def test_an_example_without_gymnasium_says_what_to_install(
 ) -> None:
     """Red when it dies with a ModuleNotFoundError on gymnasium, or on gym-pusht."""
     extra = "pusht" if name == "robot_pixels" else "gym"
-    monkeypatch.setitem(sys.modules, "gym_pusht" if extra == "pusht" else "gymnasium", None)
+    missing = "gym_pusht.envs.pusht" if extra == "pusht" else "gymnasium"
+    monkeypatch.setitem(sys.modules, missing, None)
     for module in ("gym", "two_doors", "robots", "pusht"):
         monkeypatch.delitem(sys.modules, f"flashrt.worlds.{module}", raising=False)
     line = f"pip install 'flashrt[{extra}]'"
