@@ -22,7 +22,7 @@ TOP = {"__init__", "__main__"}  # the public names, made of `load` and the rooms
 MODEL_WORDS = re.compile(r"qwen|gdn|(?<![a-z])kv(?![a-z])|mtp", re.IGNORECASE)
 HEAVY = {
     "torch", "jax", "cuda", "tokenizers", "rich", "matplotlib", "jinja2", "gymnasium",
-    "huggingface_hub", "ray", "PIL", "grpc",
+    "huggingface_hub", "ray", "PIL", "grpc", "gym_pusht",
 }  # fmt: skip
 DOCSTRING_LINES = 12
 

@@ -30,6 +30,7 @@ LOOPS = {  # what a line of the output must look like: the comparison that it ex
     "robot_lookahead": r"[\d.]+ s one by one, [\d.]+ s side by side: [\d.]+ x",
     "robot_barge_in": r"interrupted +turns after +\d+ ms",
     "robot_replay": r"a policy loaded afresh answers the same: \d+ digests, every action",
+    "robot_pixels": r"looking ahead by 4 forks: mean return -[\d.]+ -> -[\d.]+",
     "langchain_tools": r"18 calls, all .*\n[\d,]+ tokens of prompts, of which 1,\d{3} were fed",
     "rl_rollouts": r"sampled again, one worker killed: the same 128 digests",
     "fleet_tree_search": r"\d+ of 160 branches ran where their node was",
@@ -58,13 +59,16 @@ def test_an_example_on_a_device(name: str, device: str) -> None:
 def test_an_example_without_gymnasium_says_what_to_install(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Red when it dies with a ModuleNotFoundError on gymnasium."""
-    monkeypatch.setitem(sys.modules, "gymnasium", None)
-    for module in ("gym", "two_doors", "robots"):
+    """Red when it dies with a ModuleNotFoundError on gymnasium, or on gym-pusht."""
+    extra = "pusht" if name == "robot_pixels" else "gym"
+    missing = "gym_pusht.envs.pusht" if extra == "pusht" else "gymnasium"
+    monkeypatch.setitem(sys.modules, missing, None)
+    for module in ("gym", "two_doors", "robots", "pusht"):
         monkeypatch.delitem(sys.modules, f"flashrt.worlds.{module}", raising=False)
-    with pytest.raises((flashrt.FlashrtError, SystemExit), match=r"pip install 'flashrt\[gym\]'"):
+    line = f"pip install 'flashrt[{extra}]'"
+    with pytest.raises((flashrt.FlashrtError, SystemExit), match=re.escape(line)):
         runpy.run_path(str(EXAMPLES[name]), run_name="example")
-    assert "pip install 'flashrt[gym]'" in EXAMPLES[name].read_text()
+    assert line in EXAMPLES[name].read_text()
 
 
 def test_an_example_without_langchain_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
