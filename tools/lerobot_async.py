@@ -5,7 +5,7 @@ Run it where lerobot (0.4.4) with its `async` extra is, and flashrt can be impor
     python tools/lerobot_async.py record
     python tools/lerobot_async.py check --python PYTHON_OF_FLASHRT
 
-`record` writes tests/golden/lerobot_async: what LeRobot's client pickles for a robot of seven
+`record` writes tests/policy_server/recorded: what LeRobot's client pickles for a robot of seven
 joints and a camera, in protocols 4 and 5, with torch tensors too; an answer of ours that torch has
 read; what LeRobot's policy server answers; and digests of images as it resizes them. `check` drives
 LeRobot's own RobotClient, unchanged but for a robot of numbers, against LeRobot's policy server and
@@ -50,7 +50,7 @@ sys.path.insert(0, str(ROOT))
 from flashrt.policy_server.payloads import write_actions  # noqa: E402
 from tests.act_policies import SETS, uniform, write_random_act  # noqa: E402
 
-FOLDER = ROOT / "tests" / "golden" / "lerobot_async"
+FOLDER = ROOT / "tests" / "policy_server" / "recorded"
 JOINTS = tuple(f"joint_{i}.pos" for i in range(7))
 HEIGHT, WIDTH = 48, 80  # of the camera; the policy takes 64 x 64
 SEEDS = (41, 42, 43)

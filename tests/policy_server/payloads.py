@@ -1,6 +1,6 @@
 """Payloads as LeRobot's client makes them, without LeRobot: the recorded ones, and such by hand.
 
-IS: the bytes of tests/golden/lerobot_async, classes under LeRobot's names for Python's pickle, and
+IS: the bytes of tests/policy_server/recorded, classes under LeRobot's names for Python's pickle, and
 messages of the transport. IS NOT: in need of flashrt.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "lerobot_async"
+GOLDEN = Path(__file__).parent / "recorded"
 HELPERS = "lerobot.async_inference.helpers"
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 BEGIN, MIDDLE, END = 1, 2, 3
