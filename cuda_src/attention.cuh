@@ -83,6 +83,11 @@ struct Queries {
     if (!is_query(column)) return -1;
     return SEES == SEEN_PAST ? position + row(column) : limit() - 1;
   }
+  // is_query, in the form that compilers need no more registers for: where rows see the past, each
+  // query has a last key.
+  DEVICE bool has_query(int column) const {
+    return SEES == SEEN_PAST ? last_key(column) >= 0 : is_query(column);
+  }
   // No row of the launch sees the keys from here on.
   DEVICE int limit() const { return position + (SEES == SEEN_BEFORE ? 0 : rows); }
   // Every column sees the keys below `common`, and none sees those from `end` on.
@@ -112,7 +117,7 @@ DEVICE void load_queries(Shared& s, const attention_args& a, const Queries& quer
   for (int i = threadIdx.x; i < COLUMNS * Q_VECTORS; i += THREADS) {
     int c = i / Q_VECTORS, v = i % Q_VECTORS;
     float x[8] = {};
-    if (queries.is_query(c) && 8 * v < HEAD_DIM) {
+    if (queries.has_query(c) && 8 * v < HEAD_DIM) {
       const float* q =
           a.q + ((size_t)queries.row(c) * a.Nq + key_head * GROUP + c % GROUP) * HEAD_DIM + 8 * v;
       float4 first = reinterpret_cast<const float4*>(q)[0],

@@ -467,8 +467,7 @@ KERNEL(256, 1) attention_rows(ARGS attention_args launch) {
     for (int e = 0; e < 2; e++) {
       int column = 8 * (first_tile + j) + 2 * t + e, row = queries.row(column),
           head = key_head * GROUP + column % GROUP;
-      // The same where rows see the past, and the compiler spills the other form there.
-      if (SEES == SEEN_PAST ? queries.last_key(column) < 0 : !queries.is_query(column)) continue;
+      if (!queries.has_query(column)) continue;
       const float* gate = gates_of(a, row, head) + dim;
       act_t* y = (act_t*)a.y + ((size_t)row * a.Nq + head) * HEAD_DIM + dim;
       float sum = columns.sum[column];
