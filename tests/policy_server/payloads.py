@@ -1,7 +1,7 @@
 """Payloads as LeRobot's client makes them, without LeRobot: the recorded ones, and such by hand.
 
-IS: the bytes of tests/policy_server/recorded, classes under LeRobot's names for Python's pickle, and
-messages of the transport. IS NOT: in need of flashrt.
+IS: the bytes of tests/policy_server/recorded, classes under LeRobot's names for Python's pickle,
+and messages of the transport. IS NOT: in need of flashrt.
 """
 
 from __future__ import annotations
