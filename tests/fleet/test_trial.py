@@ -21,5 +21,5 @@ def test_sessions_outlive_their_replicas(tmp_path: Path) -> None:
     assert made.lost == [] and made.other_text == []
     # A turn that is sent again may find what its first try left: more, never less.
     for other in made.other_counts:
-        assert other["fleet"]["tries"] > 1
-        assert other["fleet"]["cached_tokens"] > other["one"]["cached_tokens"]
+        assert other["fleet"]["tries"] > 1, other
+        assert other["fleet"]["cached_tokens"] > other["one"]["cached_tokens"], other

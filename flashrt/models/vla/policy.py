@@ -9,6 +9,7 @@ executed last, the chunk in the making, and the rows of the observation that was
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -70,26 +71,26 @@ class VlaConfig(ActionConfig, Protocol):
     def guidance(self) -> Guidance | None: ...
 
 
-class VlaRecorder(ChunkRecorder):
+class VlaRecorder(ChunkRecorder, abc.ABC):
     """Records the launches of one tape; families say what lies between."""
 
     config: VlaConfig
 
+    @abc.abstractmethod
     def look(self, camera: int) -> None:
         """What the tower makes of an image, among the rows of all cameras."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def read(self) -> None:
         """Rows of images and of the instruction, which all see each other."""
-        raise NotImplementedError
 
     def read_state(self) -> None:
-        """The state's row, in families that have one."""
-        raise NotImplementedError
+        """The state's row, in families that have one. Raises PlanError in others."""
+        raise PlanError(f"tape {self.tape.phase}: the state has no row")
 
+    @abc.abstractmethod
     def velocity(self, step: int) -> Region:
         """Of the actions at an Euler step, [chunk_size, max_action_dim]."""
-        raise NotImplementedError
 
     def dense(
         self, layer: str, x: Operand, y: Operand, bias: Operand | None = None,
