@@ -1,6 +1,6 @@
 """Time of a chunk of SmolVLA at its released size, flashrt alone or beside LeRobot on torch.
 
-    python tools/smolvla_bench.py [--torch /path/to/python-with-lerobot] [--threads 2]
+    python tools/smolvla_bench.py [--torch /path/to/python] [--threads 2]
         [--chunks 4] [--cameras 1 3] [--torch-dtype float32] [--precisions bfloat16 fast]
 
 Writes a policy of the released sizes (450 M parameters; cameras of 480 x 640) with random weights
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -199,7 +198,7 @@ def measured(folder: Path, asked: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--torch", help="a python that has lerobot and torch")
+    parser.add_argument("--torch", help="a python that has lerobot, num2words and ml_dtypes")
     parser.add_argument("--torch-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--chunks", type=int, default=4)
@@ -210,8 +209,10 @@ def main() -> None:
     if asked.work:
         work(asked.work[0], Path(asked.work[1]), asked)
         return
+    from flashrt.commands.doctor import cpu_name  # not for the worker on torch
+
     document: dict[str, Any] = {
-        "machine": platform.processor() or platform.machine(), "threads": asked.threads,
+        "machine": f"{os.cpu_count()} cores of {cpu_name()}", "threads": asked.threads,
         "chunks": asked.chunks, "torch_dtype": asked.torch_dtype,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as name:

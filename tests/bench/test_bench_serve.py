@@ -19,7 +19,7 @@ from flashrt.weights.bundled import bundled_checkpoint
 # third breaks off; then each gives four tokens in two texts, and once the connection is closed.
 # `--version` is all else it knows.
 DOUBLE = f"""#!{sys.executable}
-import http.server, json, sys
+import http.server, json, sys, threading
 if "--version" in sys.argv:
     print("version: 77 (abc)", file=sys.stderr)
     sys.exit()
@@ -27,7 +27,7 @@ given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 if "broken" in given["-m"]:
     sys.exit("cannot read " + given["-m"])
 assert int(given["-c"]) == 1024 * int(given["-np"]) and given["-t"].isdigit()
-count = 0
+count, counting = 0, threading.Lock()
 
 def event(**what):
     return b"data: " + json.dumps(what).encode() + b"\\n\\n"
@@ -45,20 +45,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         global count
-        count += 1
+        with counting:  # clients come at once
+            count += 1
+            number = count
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         assert body["stream"] and body["messages"][0]["role"] == "system"
         usage = {{"completion_tokens": 4, "prompt_tokens": 10,
                   "prompt_tokens_details": {{"cached_tokens": len(body["messages"])}}}}
         whole = (text("a ") + b": as a comment\\n\\n" + text("b") + event(choices=[], usage=usage)
                  + b"data: [DONE]\\n\\n")
-        if count == 1:
+        if number == 1:
             self.answer(429, b"{{}}", ("retry-after", "0"))
-        elif count == 2:
+        elif number == 2:
             self.answer(200, text("a") + event(error={{"message": "no"}}))
         else:
-            self.answer(200, text("a") if count == 3 else whole)
-            self.close_connection = count == 5
+            self.answer(200, text("a") if number == 3 else whole)
+            self.close_connection = number == 5
 
     def answer(self, status, body, *headers):
         self.send_response(status)

@@ -290,6 +290,9 @@ def test_a_call_that_strays_is_sent_back_and_placed_anew(tmp_path: Path) -> None
         link.strayed = [other]
         reply = await client.get(f"/v1/sessions/{id_}")
         assert reply.headers["x-flashrt-replica"] == home and front.tally.repeated == 1
+        assert reply.headers["x-flashrt-tries"] == "2"
+        reply = await client.get(f"/v1/sessions/{id_}")
+        assert "x-flashrt-tries" not in reply.headers
         assert link.stations[other].homing.n_adopted == 0
         await front.drain(home)
         with pytest.raises(NotHere):  # it has left: nothing begins there, whoever sends it

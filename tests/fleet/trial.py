@@ -50,7 +50,9 @@ PATIENCE_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What a turn gave. tries: how often it was sent; replica: which one answered."""
+    """What a turn gave. tries: how often it was sent, by the front again too; replica: which one
+    answered.
+    """
 
     text: str
     prompt_tokens: int
@@ -96,6 +98,9 @@ class Trap:
             self.killed = replica
 
 
+_Made = tuple[str, int, int, str, int]  # as Turn has them; tries are the front's
+
+
 class Talk:
     """One session's client."""
 
@@ -120,15 +125,15 @@ class Talk:
             if time.monotonic() - began > PATIENCE_S:
                 raise TimeoutError(f"session {self._number}, turn {len(self.turns)}")
             try:
-                made = await getattr(self, f"_{self._kind}")(said, body)
+                *made, of_front = await getattr(self, f"_{self._kind}")(said, body)
             except (httpx.HTTPError, _Again):
                 await asyncio.sleep(0.3)
                 continue
             seconds = time.monotonic() - began
-            self.turns.append(Turn(*made, tries, round(seconds, 4)))
+            self.turns.append(Turn(*made, tries + of_front - 1, round(seconds, 4)))
             return
 
-    async def _named(self, said: str, body: dict[str, Any]) -> tuple[str, int, int, str]:
+    async def _named(self, said: str, body: dict[str, Any]) -> _Made:
         new = [*self._messages[len(self.turns) > 0 :], {"role": "user", "content": said}]
         if not self.session:
             made = await self._client.post("/v1/sessions", json={})
@@ -160,9 +165,9 @@ class Talk:
                     node, self._etag = chunk["session"]["node"], chunk["session"]["etag"]
         if not usage or node is None:
             raise _Again
-        return text, *_counts(usage), reply.headers.get("x-flashrt-replica", "")
+        return text, *_counts(usage), *_told(reply)
 
-    async def _kept_already(self) -> tuple[str, int, int, str]:
+    async def _kept_already(self) -> _Made:
         """The turn was kept, and its answer was lost on the way."""
         view = await self._client.get(f"/v1/sessions/{self.session}")
         _need(view)
@@ -171,9 +176,9 @@ class Talk:
         node = await self._client.get(f"/v1/sessions/{self.session}/nodes/{tip}")
         _need(node)
         text = node.json()["messages"][-1]["content"]
-        return text, -1, -1, node.headers.get("x-flashrt-replica", "")
+        return text, -1, -1, *_told(node)
 
-    async def _whole(self, said: str, body: dict[str, Any]) -> tuple[str, int, int, str]:
+    async def _whole(self, said: str, body: dict[str, Any]) -> _Made:
         messages = [*self._messages, {"role": "user", "content": said}]
         asked = {**body, "messages": messages, "max_tokens": MAX_TOKENS}
         reply = await self._client.post("/v1/chat/completions", json=asked)
@@ -181,9 +186,9 @@ class Talk:
         told = reply.json()
         text = told["choices"][0]["message"]["content"]
         self._messages = [*messages, {"role": "assistant", "content": text}]
-        return text, *_counts(told["usage"]), reply.headers.get("x-flashrt-replica", "")
+        return text, *_counts(told["usage"]), *_told(reply)
 
-    async def _responses(self, said: str, body: dict[str, Any]) -> tuple[str, int, int, str]:
+    async def _responses(self, said: str, body: dict[str, Any]) -> _Made:
         asked = {**body, "input": said, "max_output_tokens": MAX_TOKENS}
         asked.pop("seed")
         asked["temperature"] = 0
@@ -198,7 +203,7 @@ class Talk:
         text = told["output"][-1]["content"][0]["text"]
         usage = told["usage"]
         cached = usage["input_tokens_details"]["cached_tokens"]
-        return text, usage["input_tokens"], cached, reply.headers.get("x-flashrt-replica", "")
+        return text, usage["input_tokens"], cached, *_told(reply)
 
     async def n_nodes(self) -> int:
         """Of the session as the server has it, without its root."""
@@ -215,6 +220,12 @@ def _need(reply: httpx.Response) -> None:
         raise _Again
     if reply.is_error:
         raise RuntimeError(f"{reply.request.url}: {reply.status_code} {reply.text}")
+
+
+def _told(reply: httpx.Response) -> tuple[str, int]:
+    """Who answered, and how often the front sent it."""
+    headers = reply.headers
+    return headers.get("x-flashrt-replica", ""), int(headers.get("x-flashrt-tries", 1))
 
 
 def _counts(usage: dict[str, Any]) -> tuple[int, int]:

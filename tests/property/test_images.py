@@ -199,10 +199,12 @@ def test_memory_of_images_is_bounded(engine: flashrt.Engine) -> None:
 def test_steps_come_between_launches_of_the_tower(
     engine: flashrt.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the CPU, where both have the same threads. Fault: tokens wait for a whole image."""
+    """On the CPU, where both have the same threads. Fault: tokens wait for a whole image, of which
+    one step has room before it and one after. Several images, since a busy machine may let a thread
+    sleep through one.
+    """
     sight, begun, ended = sight_of(engine), threading.Event(), threading.Event()
-    image = sight.glance(np.random.default_rng(9).integers(0, 256, (128, 128, 3)).astype(np.uint8))
-    replay = sight.tower.replay
+    draw, replay = np.random.default_rng(9), sight.tower.replay
 
     def noted(*arguments: Any) -> None:
         begun.set()
@@ -210,18 +212,28 @@ def test_steps_come_between_launches_of_the_tower(
         ended.set()
 
     monkeypatch.setattr(sight.tower, "replay", noted)
-    looking = threading.Thread(target=sight.look, args=[image])
+    most = 0
     with engine.session() as session:
-        session.prefill([1, 2, 3])
-        stream = session.generate(250)
-        next(stream)
-        looking.start()
-        assert begun.wait(30)
-        n = 0
-        while not ended.is_set():
-            n += next(stream, None) is not None
-        looking.join()
-        assert n >= 8, "it has some thirty launches"
+        for _ in range(40):
+            image = sight.glance(draw.integers(0, 256, (128, 128, 3)).astype(np.uint8))
+            looking = threading.Thread(target=sight.look, args=[image])
+            session.rollback(0)
+            session.prefill([1, 2, 3])
+            stream = session.generate(250)
+            next(stream)
+            begun.clear()
+            ended.clear()
+            looking.start()
+            assert begun.wait(30)
+            n = 0
+            while not ended.is_set():
+                n += next(stream, None) is not None
+            looking.join()
+            stream.close()
+            most = max(most, n)
+            if most >= 8:
+                break
+    assert most >= 8, "it has some thirty launches"
 
 
 def test_an_image_that_is_held_stays(engine: flashrt.Engine) -> None:

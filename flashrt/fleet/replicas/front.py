@@ -168,7 +168,7 @@ class Front:
         self, wish: Wish, head: Mapping[str, Any], body: bytes
     ) -> AsyncGenerator[Message, None]:
         """Forwarded, and tried again where nothing can have happened yet."""
-        for _ in range(TRIES):
+        for n in range(1, TRIES + 1):
             home, is_new_here = await self._home(wish)
             arrival = Arrival(wish.session, is_new_here)
             scope, shift = sums.slot_scope(wish, head, self._members[home])
@@ -178,8 +178,9 @@ class Front:
                 async with contextlib.aclosing(flown) as messages:
                     async for message in messages:
                         if not has_begun:
-                            named = (b"x-flashrt-replica", home.encode())
-                            message["headers"] = [*message["headers"], named]
+                            told = [(b"x-flashrt-replica", home.encode())]
+                            told += [(b"x-flashrt-tries", b"%d" % n)] * (n > 1)
+                            message["headers"] = [*message["headers"], *told]
                         has_begun = True
                         yield sums.shifted(message, shift)
                 return

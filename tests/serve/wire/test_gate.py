@@ -169,9 +169,18 @@ def test_a_client_that_goes_leaves_its_lane(started: Callable[..., Running]) -> 
     assert "flashrt_requests_cancelled_total 2.0" in metrics, metrics
 
 
-def test_a_request_may_take_so_long(started: Callable[..., Running]) -> None:
+def test_a_request_may_take_so_long(
+    started: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Red when --timeout does not reach the scheduler."""
     running = started(Access(timeout_s=0.5), lanes=1)
+    replay = running.engine.replay
+
+    def slow(*arguments: Any) -> None:  # a thousand tokens, all there is room for, take 2 s
+        time.sleep(0.002)
+        replay(*arguments)
+
+    monkeypatch.setattr(running.engine, "replay", slow)
     late = running.post("/v1/chat/completions", {**ENDLESS, "stream": False})
     assert late.status_code == 504 and late.json()["error"]["type"] == "timeout_error"
     lines = running.post("/v1/chat/completions", ENDLESS).text.strip().split("\n\n")
