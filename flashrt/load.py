@@ -31,6 +31,7 @@ from flashrt.hub.resolve import resolve
 from flashrt.models import TokenModel, model_for, notes_on
 from flashrt.models.model import USUAL_PREFILL_ROWS
 from flashrt.models.policies import policy_for
+from flashrt.models.prefix import PrefixModel
 from flashrt.models.qwen35.tower import Tower
 from flashrt.models.qwen35.vision_config import vision_of
 from flashrt.session.engine import SessionEngine
@@ -351,10 +352,11 @@ def load_policy(
     called while loading. Raises CheckpointError, BackendError, PlanError.
     """
     with DefaultFloatMode():
-        source = open_checkpoint(policy_path(checkpoint))
-        policy_for(source, weights)
+        policy, source = policy_for(open_checkpoint(policy_path(checkpoint)), weights)
+        if isinstance(policy, PrefixModel):
+            policy.tokenizer()  # before a device is opened, like all that may be missing
         backend = open_backend(device, precision, cpu_alone_nbytes=CPU_ALONE_NBYTES)
         return ActionEngine(
-            source, backend, weights=weights, lanes=lanes, pool_bytes=pool_bytes, shelf=Spill(),
+            policy, source, backend, lanes=lanes, pool_bytes=pool_bytes, shelf=Spill(),
             progress=progress,
         )  # fmt: skip
