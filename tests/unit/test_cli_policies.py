@@ -364,3 +364,19 @@ def test_bundled_policies_go_by_name(
     assert document(capsys, command, "pusht")[field] == {"path": "pusht", "model": "policy"}[field]
     said = refusal(capsys, command, "puhst")
     assert "no such file or directory" in said and "pendulum" in said and "smollm2" in said
+
+
+def test_what_was_pulled_goes_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """In both commands, and in `load_policy`. Fault: a name that one takes and another does not."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert "flashrt pull someone/reach" in refused_by_load("someone/reach")
+    fetched = tmp_path / "models--someone--reach"
+    (fetched / "refs").mkdir(parents=True)
+    (fetched / "refs" / "main").write_text("0" * 40)
+    snapshot = POLICIES["smolvla"](fetched / "snapshots" / ("0" * 40))
+    assert document(capsys, "inspect", "someone/reach")["path"] == str(snapshot)
+    with flashrt.load_policy("someone/reach", device="cpu") as engine:
+        check_plan(document(capsys, "plan", "someone/reach"), engine)
