@@ -162,6 +162,8 @@ def test_the_map_of_a_policy_says_what_it_is_of(tmp_path: Path, capsys: Capture)
     drawn = svg.read_text()
     assert "scratch of read/57:" in drawn and "observations" in drawn
     assert "token" not in drawn and "logits" not in drawn
+    assert cli.main(["plan", "two-doors", "--svg", str(svg)]) == 0
+    assert "scratch of plan/1:" in svg.read_text()  # not of the step with the highest number
 
 
 def test_a_policy_without_weights_is_not_planned(smolvla: Path, capsys: Capture) -> None:
