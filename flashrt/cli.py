@@ -177,8 +177,9 @@ def _add(
 
 
 def _add_engine_options(
-    parser: argparse.ArgumentParser, max_positions: int = 4096, lanes: int = 1
+    parser: argparse.ArgumentParser, max_positions: int = 4096, lanes: int = 1, pools: str = ""
 ) -> None:
+    """pools: how much room for capsules others than language models have."""
     defaults = EngineOptions(max_positions=max_positions)
     group = parser.add_argument_group("engine")
     group.add_argument(
@@ -195,7 +196,7 @@ def _add_engine_options(
     )  # fmt: skip
     group.add_argument(
         "--pool-bytes", type=_whole(0), metavar="N",
-        help="room for capsules (default: 2 lanes' worth of rows and 16 fixed bands)",
+        help=f"room for capsules (default: 2 lanes' worth of rows and 16 fixed bands{pools})",
     )  # fmt: skip
     group.add_argument(
         "--prefill-rows", type=int, choices=PREFILL_ROWS,
@@ -694,7 +695,7 @@ def _add_plan(commands: _Commands[_Parser]) -> None:
         help=f"a shape instead of a checkpoint: {', '.join((*SHAPES, *RELEASED))}",
     )
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the map there")
-    _add_engine_options(parser)
+    _add_engine_options(parser, pools="; of a robot policy 4 and 256")
     parser.set_defaults(max_positions=None, kv_dtype=None)  # None: not given, as a policy has none
     _add_json(parser)
 
