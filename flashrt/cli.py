@@ -31,7 +31,7 @@ from flashrt.commands.bench.resume import resume
 from flashrt.commands.bench.serve import ServeBenchOptions, bench_serve
 from flashrt.commands.bench.session import bench
 from flashrt.commands.chat import ChatOptions, chat
-from flashrt.commands.checkpoints import EngineOptions
+from flashrt.commands.checkpoints import EngineOptions, path_of
 from flashrt.commands.demo.command import DemoOptions, demo
 from flashrt.commands.doctor import doctor, version_of
 from flashrt.commands.inspect import inspect
@@ -177,8 +177,9 @@ def _add(
 
 
 def _add_engine_options(
-    parser: argparse.ArgumentParser, max_positions: int = 4096, lanes: int = 1
+    parser: argparse.ArgumentParser, max_positions: int = 4096, lanes: int = 1, pools: str = ""
 ) -> None:
+    """pools: how much room for capsules others than language models have."""
     defaults = EngineOptions(max_positions=max_positions)
     group = parser.add_argument_group("engine")
     group.add_argument(
@@ -195,7 +196,7 @@ def _add_engine_options(
     )  # fmt: skip
     group.add_argument(
         "--pool-bytes", type=_whole(0), metavar="N",
-        help="room for capsules (default: 2 lanes' worth of rows and 16 fixed bands)",
+        help=f"room for capsules (default: 2 lanes' worth of rows and 16 fixed bands{pools})",
     )  # fmt: skip
     group.add_argument(
         "--prefill-rows", type=int, choices=PREFILL_ROWS,
@@ -665,17 +666,28 @@ def _add_pull(commands: _Commands[_Parser]) -> None:
 
 def _add_plan(commands: _Commands[_Parser]) -> None:
     def command(options: argparse.Namespace) -> int:
+        of_tokens = [
+            f"--{name.replace('_', '-')}"
+            for name in ("max_positions", "kv_dtype", "prefill_rows", "no_draft")
+            if getattr(options, name)
+        ]
+        usual = EngineOptions()
+        options.max_positions = options.max_positions or usual.max_positions
+        options.kv_dtype = options.kv_dtype or usual.kv_dtype
         engine = _engine_options(options)
-        return plan(options.checkpoint, options.shape, engine, options.svg, options.json)
+        return plan(options.checkpoint, options.shape, engine, options.svg, options.json, of_tokens)
 
     parser = _add(
         commands, "plan", command,
-        "Lay out the arena of a model, as a table and a map; loads no weights.",
-        "plan ~/models/Qwen3.5-0.8B --lanes 2\nplan --shape mini --svg arena.svg",
+        "Lay out the arena of a model or a robot policy, as a table and a map; loads no weights.",
+        "plan ~/models/Qwen3.5-0.8B --lanes 2\nplan --shape mini --svg arena.svg\n"
+        "plan pusht --svg arena.svg                   a robot policy that comes along\n"
+        "plan ~/policies/smolvla_base --weights int8",
     )  # fmt: skip
     parser.add_argument(
-        "checkpoint", type=resolve, nargs="?", metavar="CHECKPOINT", help=_CHECKPOINT
-    )
+        "checkpoint", type=path_of, nargs="?", metavar="CHECKPOINT",
+        help=f"{_CHECKPOINT}; or a robot policy's directory or bundled name",
+    )  # fmt: skip
     parser.add_argument(
         "--shape",
         choices=[*SHAPES, *RELEASED],
@@ -683,7 +695,8 @@ def _add_plan(commands: _Commands[_Parser]) -> None:
         help=f"a shape instead of a checkpoint: {', '.join((*SHAPES, *RELEASED))}",
     )
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the map there")
-    _add_engine_options(parser)
+    _add_engine_options(parser, pools="; of a robot policy 4 and 256")
+    parser.set_defaults(max_positions=None, kv_dtype=None)  # None: not given, as a policy has none
     _add_json(parser)
 
 
@@ -692,12 +705,16 @@ def _add_inspect(commands: _Commands[_Parser]) -> None:
         return inspect(options.path, options.verify, options.json)
 
     parser = _add(
-        commands, "inspect", command, "Tell what a checkpoint directory or a capsule file holds.",
-        "inspect ~/models/Qwen3.5-0.8B --verify\ninspect agent.capsule --json",
+        commands, "inspect", command,
+        "Tell what a checkpoint, a robot policy or a capsule file holds.",
+        "inspect ~/models/Qwen3.5-0.8B --verify\ninspect agent.capsule --json\n"
+        "inspect pusht                                a robot policy that comes along\n"
+        "inspect ~/policies/smolvla_base --verify",
     )  # fmt: skip
     parser.add_argument(
-        "path", type=resolve, metavar="PATH", help=f"{_CHECKPOINT}; or capsule file"
-    )
+        "path", type=path_of, metavar="PATH",
+        help=f"{_CHECKPOINT}; a robot policy's directory or bundled name; or capsule file",
+    )  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="read and check every byte")
     _add_json(parser)
 

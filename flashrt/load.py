@@ -16,6 +16,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
 from flashrt.backends.choose import DEVICES, PRECISIONS, Precision, open_backend
@@ -31,6 +32,7 @@ from flashrt.hub.resolve import resolve
 from flashrt.models import TokenModel, model_for, notes_on
 from flashrt.models.model import USUAL_PREFILL_ROWS
 from flashrt.models.policies import policy_for
+from flashrt.models.prefix import PrefixModel
 from flashrt.models.qwen35.tower import Tower
 from flashrt.models.qwen35.vision_config import vision_of
 from flashrt.session.engine import SessionEngine
@@ -340,8 +342,9 @@ def load_policy(
     weights: Weights | None = None,
     progress: Progress | None = None,
 ) -> ActionEngine:
-    """Load a policy: a directory with config.json and model.safetensors, or a bundled one by name.
-    LeRobot's ACT, SmolVLA and pi0.5 policies load as LeRobot stores them, processor files included.
+    """Load a policy: a directory with config.json and model.safetensors, or the name of a bundled
+    one, or of what `flashrt pull` fetched. LeRobot's ACT, SmolVLA and pi0.5 policies load as it
+    stores them, processor files included.
 
     device: "cpu", "cuda", "simt", or "auto": cuda where it is usable, else cpu. lanes: states that
     live at once. pool_bytes: room for capsules (default: 256 of them, and four lanes' rows where a
@@ -351,10 +354,17 @@ def load_policy(
     called while loading. Raises CheckpointError, BackendError, PlanError.
     """
     with DefaultFloatMode():
-        source = open_checkpoint(policy_path(checkpoint))
-        policy_for(source, weights)
+        policy, source = policy_for(open_checkpoint(_policy_folder(checkpoint)), weights)
+        if isinstance(policy, PrefixModel):
+            policy.tokenizer()  # before a device is opened, like all that may be missing
         backend = open_backend(device, precision, cpu_alone_nbytes=CPU_ALONE_NBYTES)
         return ActionEngine(
-            source, backend, weights=weights, lanes=lanes, pool_bytes=pool_bytes, shelf=Spill(),
+            policy, source, backend, lanes=lanes, pool_bytes=pool_bytes, shelf=Spill(),
             progress=progress,
         )  # fmt: skip
+
+
+def _policy_folder(checkpoint: str | os.PathLike[str]) -> Path:
+    path = policy_path(checkpoint)
+    is_bundled = not isinstance(checkpoint, str) or path != Path(checkpoint)
+    return path if is_bundled else resolve(checkpoint)

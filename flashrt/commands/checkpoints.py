@@ -1,25 +1,32 @@
 """Where a command's model comes from: a checkpoint directory, or a seeded random one in the cache.
 
-IS: the choice between them, and `load` with progress bars. IS NOT: the format (weights.checkpoint)
-or the random values (weights.random_checkpoint).
+IS: names that users give, the choice between directories, and `load` with progress bars. IS NOT:
+the format (weights.checkpoint) or the random values (weights.random_checkpoint).
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from flashrt.base.errors import CheckpointError, CheckpointWarning
 from flashrt.base.flags import flags
+from flashrt.base.messages import listed
 from flashrt.commands.console import complain, progress_bars
 from flashrt.core.backend import Progress
+from flashrt.hub.packaged import PACKAGED
+from flashrt.hub.resolve import resolve
 from flashrt.load import KvDType, Precision, Weights, load
 from flashrt.session.engine import SessionEngine
 from flashrt.weights import random_checkpoint
+from flashrt.weights.bundled_policies import bundled_policies
 
 SEED = 0
+_WORD = re.compile(r"[\w-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,21 @@ class EngineOptions:
     weights: Weights | None = None
     prefill_rows: int | None = None
     images: bool | None = False
+
+
+def path_of(name: str) -> Path:
+    """What a user names: see `hub.resolve`, or a robot policy that comes along. What exists on disk
+    is meant before any name. Raises CheckpointError for a word that is neither.
+    """
+    policies = bundled_policies()
+    if not _WORD.fullmatch(name) or os.path.lexists(name) or name in PACKAGED:
+        return resolve(name)
+    if name not in policies:
+        raise CheckpointError(
+            f"{name}: no such file or directory, and no name that is known; there are "
+            f"{listed(PACKAGED)} after `flashrt pull`, and the robot policies {listed(policies)}"
+        )
+    return policies[name]
 
 
 def cached_random_checkpoint(

@@ -60,8 +60,8 @@ from flashrt.models.actions import (
     SHARED,
     TICK,
     TICK_EACH,
+    ActionModel,
 )
-from flashrt.models.policies import policy_for
 from flashrt.models.prefix import PrefixModel
 from flashrt.ops.cursor import (
     CURSOR_WORDS,
@@ -78,26 +78,31 @@ POOL_DEFAULT = PoolDefault(fixed=256, lanes=4)  # most policies have no rows
 # Graphs that touch less run on the calling thread, a millisecond at most: two threads were a third
 # faster when both were awake, and ten times slower when one was not.
 CPU_ALONE_NBYTES = 32 << 20
+STATISTICS = "stats."  # begins the names of weights that scale observations and actions
 _T = TypeVar("_T")
+
+
+def check_statistics(policy: ActionModel, found: Mapping[str, Action]) -> None:
+    """Raises CheckpointError for statistics, by region, that are not finite, or divide by 0."""
+    for name, values in found.items():
+        is_divisor = name in policy.positive
+        if not np.isfinite(values).all() or (is_divisor and (values <= 0).any()):
+            wanted = "positive" if is_divisor else "finite"
+            raise CheckpointError(f"{name} is {values}; {wanted} numbers are needed")
 
 
 class ActionEngine(Engine):
     """Verbs on lanes of a policy."""
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        backend: Backend,
-        *,
-        weights: str | None = None,
-        **options: Any,
+        self, policy: ActionModel, checkpoint: Checkpoint, backend: Backend, **options: Any
     ) -> None:
-        """See Engine for the options, `policy_for` for `weights`. Raises CheckpointError for
-        statistics that divide by 0.
+        """policy, checkpoint: as `models.policies.policy_for` has them. See Engine for the options.
+        Raises CheckpointError for statistics that divide by 0.
         """
-        self.policy, source = policy_for(checkpoint, weights)
-        self.config = self.policy.config
-        super().__init__(self.policy, source, backend, pool_default=POOL_DEFAULT, **options)
+        self.policy = policy
+        self.config = policy.config
+        super().__init__(policy, checkpoint, backend, pool_default=POOL_DEFAULT, **options)
         plan = self.arena.plan
         self._addresses = {
             (lane.index, slot.region.name): self.arena.memory.address + slot.offset
@@ -723,13 +728,9 @@ class ActionEngine(Engine):
         found = {
             slot.region.name: self._weight(slot)
             for slot in self.arena.weights.slots
-            if slot.region.name.startswith("stats.")
+            if slot.region.name.startswith(STATISTICS)
         }
-        for name, values in found.items():
-            is_divisor = name in self.policy.positive
-            if not np.isfinite(values).all() or (is_divisor and (values <= 0).any()):
-                wanted = "positive" if is_divisor else "finite"
-                raise CheckpointError(f"{name} is {values}; {wanted} numbers are needed")
+        check_statistics(self.policy, found)
         return found["stats.action.scale"], found["stats.action.offset"]
 
     def _weight(self, slot: Slot) -> Action:

@@ -40,7 +40,7 @@ from flashrt.core.arena import Arena
 from flashrt.core.backend import Backend, Bytes, Progress
 from flashrt.core.graph import GraphKey, GraphTable
 from flashrt.core.op import Op
-from flashrt.core.planner import ArenaPlan, plan_arena, plan_band
+from flashrt.core.planner import ArenaPlan, Band, StorageOf, plan_arena, plan_band
 from flashrt.core.region import Region, Role
 from flashrt.core.runs import Run
 from flashrt.core.tape import Tape
@@ -63,13 +63,45 @@ class PoolDefault:
     fixed: int  # capsules' fixed bands
     lanes: int = 0  # lanes' worth of rows, besides
 
-    def nbytes(self, model: Model, backend: Backend) -> int:
+    def nbytes(self, model: Model, storage_of: StorageOf) -> int:
         """Bytes of such a pool."""
         fixed, rows = (
-            plan_band([r for r in model.lane_regions if r.role is role], backend.storage).nbytes
+            plan_band([r for r in model.lane_regions if r.role is role], storage_of).nbytes
             for role in (Role.FIXED, Role.ROWS)
         )
         return self.fixed * fixed + self.lanes * rows
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything of an engine lies; there is no memory behind it."""
+
+    model: Model
+    tapes: tuple[Tape, ...]
+    arena: ArenaPlan
+    weights: Band
+
+
+def lay_out(
+    model: Model,
+    storage_of: StorageOf,
+    *,
+    pool_default: PoolDefault,
+    lanes: int = 1,
+    pool_bytes: int | None = None,
+) -> Layout:
+    """What an engine of a model allocates, on a backend that stores regions so; see Engine for the
+    options. Raises PlanError.
+    """
+    lanes = _checked_size("lanes", lanes, 1, MAX_LANES)
+    if pool_bytes is None:
+        pool_bytes = pool_default.nbytes(model, storage_of)
+    else:
+        pool_bytes = _checked_size("pool_bytes", pool_bytes, 0, MAX_POOL_NBYTES)
+    tapes = tapes_of(model, lanes)
+    arena = plan_arena(model.lane_regions, tapes, storage_of, lanes=lanes, pool_nbytes=pool_bytes)
+    weights = plan_band([rule.region for rule in model.weights], storage_of)
+    return Layout(model, tapes, arena, weights)
 
 
 class Engine:
@@ -98,18 +130,16 @@ class Engine:
         self.model = model
         self.backend = backend
         self.checkpoint = checkpoint
-        lanes = _checked_size("lanes", lanes, 1, MAX_LANES)
-        if pool_bytes is not None:
-            pool_bytes = _checked_size("pool_bytes", pool_bytes, 0, MAX_POOL_NBYTES)
         check_sources(model.weights, checkpoint)  # before time or memory is spent
-        tapes = tapes_of(model, lanes)
+        layout = lay_out(
+            model, backend.storage, pool_default=pool_default, lanes=lanes, pool_bytes=pool_bytes
+        )
+        plan, tapes, lanes = layout.arena, layout.tapes, len(layout.arena.lanes)
         backend.build(_with_own_ops(tapes), progress)
-        plan = self._plan(tapes, lanes, pool_bytes, pool_default)
-        weights = plan_band([r.region for r in model.weights], backend.storage)
-        self.arena = Arena(backend, plan, weights)
+        self.arena = Arena(backend, plan, layout.weights)
         self.load_report = fill(model.weights, checkpoint, self.arena, progress)
         self.fingerprint = _fingerprint(model, self.load_report, backend, plan, tapes)
-        self.max_positions = _max_positions(model)
+        self.max_positions = max_positions_of(model)
         journal = max(self.max_positions, 0)
         self.lanes = [Lane(i, np.zeros(journal, np.int32)) for i in range(lanes)]
         self.capsules = CapsuleTable(self.arena, self.lanes, self.fingerprint)
@@ -299,14 +329,6 @@ class Engine:
         for waypoint in lane.waypoints:
             self.capsules.drop_waypoint(lane, waypoint)
 
-    def _plan(
-        self, tapes: Sequence[Tape], lanes: int, pool_bytes: int | None, default: PoolDefault
-    ) -> ArenaPlan:
-        if pool_bytes is None:
-            pool_bytes = default.nbytes(self.model, self.backend)
-        regions, storage = self.model.lane_regions, self.backend.storage
-        return plan_arena(regions, tapes, storage, lanes=lanes, pool_nbytes=pool_bytes)
-
     def _capture(self, tapes: Sequence[Tape], progress: Progress | None) -> None:
         for i, tape in enumerate(tapes):
             self.graphs.capture(tape)
@@ -339,7 +361,7 @@ def _with_own_ops(tapes: Sequence[Tape]) -> tuple[Op, ...]:
     return (*OPS, *(op for op in recorded if op not in OPS))
 
 
-def _max_positions(model: Model) -> int:
+def max_positions_of(model: Model) -> int:
     """Rows of the append-only regions; 0 where a model has none."""
     return next((r.shape[1] for r in model.lane_regions if r.role is Role.ROWS), 0)
 

@@ -1,8 +1,9 @@
 """Which files of a model on the hub flashrt needs.
 
-IS: the choice, by names alone: configuration, tokenizer, and the weights in one format; of several
-GGUF files the one that is asked for. IS NOT: a download. Exists because a repository often holds
-its weights several times, in formats and sizes that would fill a disk.
+IS: the choice, by names alone: configuration, tokenizer, a robot policy's processors, and the
+weights in one format; of several GGUF files the one that is asked for. IS NOT: a download. Exists
+because a repository often holds its weights several times, in formats and sizes that would fill a
+disk.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from flashrt.base.messages import listed, printable
 
 CONFIG_FILE = "config.json"
 SMALL = (".json", ".jinja")  # at the top: configuration, tokenizer, template, the shards' index
+_PROCESSORS = ("policy_preprocessor", "policy_postprocessor")  # of LeRobot: with statistics
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 # GGUF files that are no language model: a vision tower, and what quantisation was tuned by.
 _BESIDE_GGUF = re.compile(r"mmproj|imatrix", re.IGNORECASE)
@@ -26,7 +28,7 @@ def needed_files(files: Sequence[str], model: str, pattern: str | None = None) -
     place of a choice by format. Raises CheckpointError where nothing, or too much, could be meant.
     """
     top = [name for name in files if "/" not in name]
-    small = [name for name in top if name.endswith(SMALL)]
+    small = [name for name in top if name.endswith(SMALL) or name.startswith(_PROCESSORS)]
     if pattern is not None:
         weights = _asked_for(files, model, pattern)
     else:

@@ -10,7 +10,6 @@ from flashrt.base.messages import shown
 from flashrt.core.region import DType
 from flashrt.models.dense import config as dense_config
 from flashrt.models.dense import model as dense
-from flashrt.models.flow_policy.config import MODEL_TYPE as POLICY_MODEL_TYPE
 from flashrt.models.granite import config as granite_config
 from flashrt.models.granite import model as granite
 from flashrt.models.lane import Choices, check_choices
@@ -19,6 +18,7 @@ from flashrt.models.lfm2 import model as lfm2
 from flashrt.models.model import USUAL_PREFILL_ROWS, Model, TokenModel
 from flashrt.models.nemotron import config as nemotron_config
 from flashrt.models.nemotron import model as nemotron
+from flashrt.models.policies import is_policy
 from flashrt.models.qwen35 import config as qwen35_config
 from flashrt.models.qwen35 import model as qwen35
 from flashrt.models.rope import reach
@@ -72,8 +72,7 @@ def model_for(
     PlanError for a wrong `max_positions`, `kv_dtype` or `prefill_rows`.
     """
     model_type = config.get("model_type")
-    is_lerobots = "model_type" not in config and isinstance(config.get("type"), str)
-    if model_type == POLICY_MODEL_TYPE or is_lerobots:
+    if is_policy(config):
         raise CheckpointError("config.json is a robot policy's: load it with flashrt.load_policy")
     family = _family(config)
     if family is None:

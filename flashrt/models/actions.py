@@ -7,11 +7,12 @@ choice of one (policies).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flashrt.models.model import Model
+from flashrt.models.scaling import Scaling
 
 OBSERVE, ACT_PHASE, TICK, PLAN = "observe", "act", "tick", "plan"
 PLAN_BEGIN, PLAN_STEP = "plan_begin", "plan_step"  # a plan in slices; PLAN_STEP has a tape per step
@@ -23,6 +24,11 @@ SHARED = {
     OBSERVE_EACH: OBSERVE, ACT_EACH: ACT_PHASE, TICK_EACH: TICK, PLAN_EACH: PLAN,
     PLAN_BEGIN_EACH: PLAN_BEGIN, PLAN_STEP_EACH: PLAN_STEP,
 }  # fmt: skip
+
+
+# Sizes of the stacks of layers in a policy, by their names: for people. Sizes are called as in the
+# configs of the Hugging Face hub.
+Stacks = Mapping[str, Mapping[str, int | str]]
 
 
 class ActionConfig(Protocol):
@@ -117,3 +123,11 @@ class ActionModel(Model, Protocol):
     def positive(self) -> tuple[str, ...]:
         """Statistics that must be, as they are divided by."""
         ...
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """By processor files; None where statistics are among the tensors."""
+        ...
+
+    @property
+    def stacks(self) -> Stacks: ...

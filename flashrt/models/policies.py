@@ -1,9 +1,11 @@
 """The choice of a policy's family, by its config.json.
 
-IS: `policy_for`. IS NOT: a family, or a backend.
+IS: `policy_for`, and `is_policy`. IS NOT: a family, or a backend.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from flashrt.base.errors import CheckpointError, PlanError
 from flashrt.base.messages import shown
@@ -11,13 +13,21 @@ from flashrt.models.act import config as act_config
 from flashrt.models.act.model import Act
 from flashrt.models.act.weights import scaling_of
 from flashrt.models.actions import ActionModel
-from flashrt.models.flow_policy.config import config_of
+from flashrt.models.flow_policy.config import MODEL_TYPE, config_of
 from flashrt.models.flow_policy.model import FlowPolicy
 from flashrt.models.pi05 import config as pi05_config
 from flashrt.models.pi05.model import pi05_of
 from flashrt.models.smolvla import config as smolvla_config
 from flashrt.models.smolvla.model import smolvla_of
 from flashrt.weights.checkpoint import Checkpoint
+
+
+def is_policy(config: Mapping[str, object]) -> bool:
+    """Whether a config.json is a robot policy's, of a family that runs or not: flashrt's own, or
+    one as LeRobot stores them.
+    """
+    is_lerobots = "model_type" not in config and isinstance(config.get("type"), str)
+    return is_lerobots or config.get("model_type") == MODEL_TYPE
 
 
 def policy_for(

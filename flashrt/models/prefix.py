@@ -24,6 +24,7 @@ from flashrt.models.actions import ActionModel
 from flashrt.models.features import Camera
 from flashrt.models.sight import FIRST_WORD
 from flashrt.ops.cursor import CURSOR_WORDS
+from flashrt.text.tokenizer import Tokenizer
 
 LOOK, READ, READ_STATE = "look", "read", "read_state"  # LOOK has a tape per camera, from 1 on
 SPANS: Final = "spans"
@@ -75,9 +76,15 @@ class PrefixModel(ActionModel, Protocol):
         """
         ...
 
+    def tokenizer(self) -> Tokenizer:
+        """Of instructions: its file is read once, at the first call or by `task_tokens`. Raises
+        CheckpointError for a file that is not there, which names the way out, or is damaged.
+        """
+        ...
+
     def task_tokens(self, task: str, state: Rows) -> list[int]:
         """Of an instruction, with a state [state_dim] where a family writes that into the text.
-        Raises TokenError.
+        Raises TokenError; CheckpointError, see `tokenizer`.
         """
         ...
 

@@ -49,6 +49,13 @@ class Scaling:
             for name in mode.statistics or ()
         }
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The processor files, and those of their statistics."""
+        sides = (self.inputs, self.outputs)
+        statistics = (tensor.path for side in sides for tensor in side.tensors.values())
+        return tuple(dict.fromkeys((*(side.file for side in sides), *statistics)))
+
     def rules(
         self, feature: str, shape: tuple[int, ...]
     ) -> tuple[list[WeightRule], dict[str, Formula]]:

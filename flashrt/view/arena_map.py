@@ -15,6 +15,7 @@ from flashrt.view.units import bytes_text
 WIDTH, MARGIN = 1080, 28
 _INNER = WIDTH - 2 * MARGIN
 _BAR, _GAP = 30, 14
+_RESTORED = "a restore copies it in one piece"
 _SCRATCH_HEIGHT = 300
 _LEGEND = {
     "fixed": "overwritten in place",
@@ -25,8 +26,20 @@ _LEGEND = {
 }
 
 
-def arena_map(plan: ArenaPlan, tape: Tape, title: str) -> str:
-    """The map of an arena as an SVG document; scratch is drawn for one tape of the plan."""
+def arena_map(
+    plan: ArenaPlan,
+    tape: Tape,
+    title: str,
+    *,
+    step: str = "token",
+    io: str = "tokens in, logits out",
+    name: str = "",
+) -> str:
+    """The map of an arena as an SVG document; scratch is drawn for one tape of the plan.
+
+    step: what rewrites the fixed state. io: what the host brings and takes. name: of the tape,
+    where it has no such rows as tokens are.
+    """
     drawing = Drawing(WIDTH)
     drawing.text(MARGIN, 36, title, "title")
     subtitle = f"one allocation of {bytes_text(plan.nbytes)}; every block below is to scale"
@@ -36,13 +49,13 @@ def arena_map(plan: ArenaPlan, tape: Tape, title: str) -> str:
     lane = plan.lanes[0]
     more = f" (one of {len(plan.lanes)} lanes, all alike)" if len(plan.lanes) > 1 else ""
     for role, band, what in (
-        ("fixed", lane.fixed, "the state that a token rewrites; a restore copies it in one piece"),
+        ("fixed", lane.fixed, f"the state that a {step} rewrites; {_RESTORED}"),
         ("rows", lane.rows, "the state that grows; capsules share it by segments"),
-        ("io", lane.io, "tokens in, logits out"),
+        ("io", lane.io, io),
     ):
         heading = f"lane 0 {role}{more}: {bytes_text(band.nbytes)}; {what}"
         y = _band(drawing, role, band, heading, y + 36)
-    y = _scratch(drawing, plan, tape, y + 40)
+    y = _scratch(drawing, plan, tape, name or f"{tape.phase}, {tape.rows} rows", y + 40)
     return drawing.svg(y + MARGIN)
 
 
@@ -109,13 +122,11 @@ def _listed(text: str, names: list[str]) -> str:
     return text
 
 
-def _scratch(drawing: Drawing, plan: ArenaPlan, tape: Tape, y: float) -> float:
+def _scratch(drawing: Drawing, plan: ArenaPlan, tape: Tape, name: str, y: float) -> float:
     """Offsets down, launches to the right: a region is as wide as it lives."""
     slots, spans = plan.tapes[tape.phase, tape.rows], tape.lifetimes()
     shared, alone = plan.scratch.nbytes, plan.scratch_unshared_nbytes
-    drawing.text(
-        MARGIN, y, f"scratch of {tape.phase}, {tape.rows} rows: who owns which bytes when", "head"
-    )
+    drawing.text(MARGIN, y, f"scratch of {name}: who owns which bytes when", "head")
     note = (
         f"left to right: the {len(tape.launches)} launches of one replay; top to bottom: offsets. "
         f"All tapes together take {bytes_text(shared)}, without overlap {bytes_text(alone)}"
@@ -151,6 +162,24 @@ def _hint(slot: Slot) -> str:
     return f"{slot.region.name} {_shape(slot)}: {slot.storage.nbytes:,} bytes at {slot.offset:,}"
 
 
+def tape_name(tape: Tape) -> str:
+    """As a trace has it."""
+    return f"{tape.phase}/{tape.rows}"
+
+
+def scratch_nbytes(plan: ArenaPlan, tape: Tape) -> int:
+    """Bytes of scratch that a tape reaches over."""
+    slots = plan.tapes[tape.phase, tape.rows]
+    return max((slot.stop for slot in slots), default=plan.scratch.offset) - plan.scratch.offset
+
+
 def widest(tapes: Sequence[Tape]) -> Tape:
-    """The tape worth drawing: most rows, then most launches."""
+    """The tape worth drawing of tokens: most rows, then most launches."""
     return max(tapes, key=lambda t: (t.rows, len(t.launches)))
+
+
+def busiest(plan: ArenaPlan, tapes: Sequence[Tape]) -> Tape:
+    """The tape worth drawing of actions, whose rows are numbers of steps and cameras: most scratch,
+    then most launches.
+    """
+    return max(tapes, key=lambda t: (scratch_nbytes(plan, t), len(t.launches)))

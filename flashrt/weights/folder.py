@@ -20,6 +20,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
 WANTED = f"a directory with {CONFIG_FILE} and {WEIGHTS_FILE}, or its shards, is needed"
+_STATISTICS = ("policy_preprocessor_", "policy_postprocessor_")  # of LeRobot, beside the weights
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _GGUF = "a GGUF file is a checkpoint by itself: give the path of the file"
@@ -61,14 +62,13 @@ def is_part_of_model(path: Path) -> bool:
 
 def has_weights(root: Path) -> bool:
     """Whether a directory has a model's weights, or some of them, in any format."""
-    return (
-        bool(_matching(root, ".safetensors", ".gguf", *_PICKLES)) or (root / INDEX_FILE).is_file()
-    )
+    others = _matching(root, ".gguf", *_PICKLES)
+    return bool(_safetensors(root) or others) or (root / INDEX_FILE).is_file()
 
 
 def without_weights(root: Path) -> str:
     """Why a directory has neither model.safetensors nor an index, and what to do."""
-    found = _matching(root, ".safetensors")
+    found = _safetensors(root)
     shards = [name for name in found if "-of-" in name]
     if (root / WEIGHTS_FILE).is_symlink() or (root / INDEX_FILE).is_symlink():
         why = f"{WEIGHTS_FILE} is a link to a file that is gone: fetch the model again"
@@ -158,3 +158,7 @@ def _of_cache(root: Path) -> str:
 
 def _matching(root: Path, *suffixes: str) -> Sequence[str]:
     return sorted(p.name for p in root.iterdir() if p.suffix in suffixes)
+
+
+def _safetensors(root: Path) -> Sequence[str]:
+    return [n for n in _matching(root, ".safetensors") if not n.startswith(_STATISTICS)]

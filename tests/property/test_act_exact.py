@@ -23,6 +23,7 @@ from flashrt.core.region import Region, Role
 from flashrt.engine.actions import ActionEngine
 from flashrt.models.act import model as act_model
 from flashrt.models.act.config import ActConfig
+from flashrt.models.policies import policy_for
 from flashrt.robot import PolicyAgent, Rollout, record, replay, run, tick_together
 from flashrt.weights.checkpoint import open_checkpoint
 from tests.act_policies import SETS, observation_of, write_random_act
@@ -119,7 +120,7 @@ def test_an_interrupt_begins_the_average_anew(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_life_on_simt(small: Path) -> None:
     class SimtLives(Lives):
-        engine = ActionEngine(open_checkpoint(small), SimtDevice(seed=3), lanes=LANES)
+        engine = ActionEngine(*policy_for(open_checkpoint(small)), SimtDevice(seed=3), lanes=LANES)
         overlap = 2
 
     walk(SimtLives, 20, seed=3)
@@ -171,7 +172,9 @@ def test_a_forgotten_region_is_noticed(
 ) -> None:
     """The negative control: with one region outside the fixed band the test above must fail."""
     forget(forgotten, monkeypatch)
-    engine = ActionEngine(open_checkpoint(small), CpuDevice(alone_nbytes=1 << 30), lanes=1)
+    engine = ActionEngine(
+        *policy_for(open_checkpoint(small)), CpuDevice(alone_nbytes=1 << 30), lanes=1
+    )
     with pytest.raises((AssertionError, flashrt.FlashrtError)):
         whole_state(engine)
 
@@ -233,7 +236,7 @@ def test_threads_and_schedules_change_no_bit(
     config, _ = SETS["pre-norm"]
     digests = set()
     for make in makers:
-        engine = ActionEngine(open_checkpoint(seeing), make(), lanes=1)
+        engine = ActionEngine(*policy_for(open_checkpoint(seeing)), make(), lanes=1)
         engine.observe(engine.lanes[0], observation_of(config, 4))
         engine.plan(engine.lanes[0])
         digests.add(engine.digest(engine.lanes[0]))

@@ -27,6 +27,7 @@ from flashrt.backends.simt.device import SimtDevice
 from flashrt.base.errors import SessionError
 from flashrt.engine.actions import ActionEngine
 from flashrt.load import load_policy
+from flashrt.models.policies import policy_for
 from flashrt.ops.cursor import read_cursor
 from flashrt.robot import loop as loop_module
 from flashrt.robot import schedule
@@ -321,7 +322,9 @@ def test_lives_on_simt(checkpoint: Path, overlaps: int, seed: int) -> None:
     """On the raw CUDA kernels, under random schedules of their threads."""
 
     class SimtLives(Lives):
-        engine = ActionEngine(open_checkpoint(checkpoint), SimtDevice(seed=seed), lanes=LANES)
+        engine = ActionEngine(
+            *policy_for(open_checkpoint(checkpoint)), SimtDevice(seed=seed), lanes=LANES
+        )
         overlap = overlaps
 
     walk(SimtLives, 30, seed)

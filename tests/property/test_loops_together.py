@@ -25,6 +25,7 @@ from flashrt.base.errors import (
 )
 from flashrt.engine.actions import ActionEngine
 from flashrt.load import load_policy
+from flashrt.models.policies import policy_for
 from flashrt.robot import together
 from flashrt.robot.loop import ControlLoop
 from flashrt.robot.policy import sharing
@@ -237,7 +238,7 @@ def test_policies_of_your_own_with_the_shared_verbs_and_without(policy: type[Num
 
 def test_lives_together_on_simt(checkpoint: Path) -> None:
     """On the raw CUDA kernels, under a random schedule of their threads."""
-    engine = ActionEngine(open_checkpoint(checkpoint), SimtDevice(seed=3), lanes=4)
+    engine = ActionEngine(*policy_for(open_checkpoint(checkpoint)), SimtDevice(seed=3), lanes=4)
     assert life(engine, ALONE, 2, 4, 3) == life(engine, TOGETHER, 2, 4, 3)
     engine.arena.check_guards()
     engine.close()

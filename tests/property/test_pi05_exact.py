@@ -17,6 +17,7 @@ import flashrt
 from flashrt.backends.cpu.device import CpuDevice
 from flashrt.core.region import Region, Role
 from flashrt.engine.actions import ActionEngine
+from flashrt.models.policies import policy_for
 from flashrt.models.prefix import LOOK, READ
 from flashrt.models.vla import policy as vla_policy
 from flashrt.robot import record, replay, tick_together
@@ -99,7 +100,9 @@ def test_a_forgotten_region_is_noticed(
         )
 
     monkeypatch.setattr(vla_policy, "_lane_regions", without)
-    engine = ActionEngine(open_checkpoint(policy), CpuDevice(alone_nbytes=1 << 30), lanes=1)
+    engine = ActionEngine(
+        *policy_for(open_checkpoint(policy)), CpuDevice(alone_nbytes=1 << 30), lanes=1
+    )
     with pytest.raises((AssertionError, flashrt.FlashrtError)):
         whole_state(engine)
 

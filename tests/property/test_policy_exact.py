@@ -25,6 +25,7 @@ from flashrt.core.region import Region, Role
 from flashrt.engine.actions import ActionEngine
 from flashrt.models.flow_policy import model as policy_model
 from flashrt.models.flow_policy.config import PolicyConfig
+from flashrt.models.policies import policy_for
 from flashrt.ops.cursor import read_cursor
 from flashrt.weights.checkpoint import open_checkpoint
 from flashrt.weights.random_policy import write_random_policy
@@ -45,7 +46,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(checkpoint: Path, backend: Backend, lanes: int = 3) -> ActionEngine:
-    return ActionEngine(open_checkpoint(checkpoint), backend, lanes=lanes)
+    return ActionEngine(*policy_for(open_checkpoint(checkpoint)), backend, lanes=lanes)
 
 
 @pytest.fixture(scope="module", params=BACKENDS)

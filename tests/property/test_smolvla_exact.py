@@ -21,6 +21,7 @@ from flashrt.core.region import Region, Role
 from flashrt.engine.actions import ActionEngine
 from flashrt.engine.numbers import Given
 from flashrt.models.actions import PLAN
+from flashrt.models.policies import policy_for
 from flashrt.models.prefix import LOOK, READ, READ_STATE
 from flashrt.models.vla import policy as vla_policy
 from flashrt.robot import PolicyAgent, record, replay, tick_together
@@ -138,7 +139,9 @@ def test_a_forgotten_region_is_noticed(
         )
 
     monkeypatch.setattr(vla_policy, "_lane_regions", without)
-    engine = ActionEngine(open_checkpoint(tiny), CpuDevice(alone_nbytes=1 << 30), lanes=1)
+    engine = ActionEngine(
+        *policy_for(open_checkpoint(tiny)), CpuDevice(alone_nbytes=1 << 30), lanes=1
+    )
     if forgotten in ("keys", "cross_values"):  # rows cannot be other than rows: they are lost
         slot, restore = engine.arena.lane(0).rows.slot(forgotten), engine.restore
 
@@ -269,7 +272,7 @@ def test_threads_and_schedules_change_no_bit(
 ) -> None:
     digests = set()
     for make in makers:
-        with ActionEngine(open_checkpoint(tiny), make(), lanes=1) as engine:
+        with ActionEngine(*policy_for(open_checkpoint(tiny)), make(), lanes=1) as engine:
             plan(engine, engine.lanes[0], seen(4))
             digests.add(engine.digest(engine.lanes[0]))
     assert len(digests) == 1

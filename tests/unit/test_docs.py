@@ -17,7 +17,8 @@ from xml.etree import ElementTree
 import pytest
 
 from flashrt.commands.checkpoints import EngineOptions
-from flashrt.commands.plan import Planned, lay_out
+from flashrt.commands.plan import lay_out
+from flashrt.engine.engine import Layout
 from flashrt.models import model_for
 from flashrt.models.released import RELEASED
 from flashrt.view.units import bytes_text
@@ -139,7 +140,7 @@ def memory(shape: str) -> list[str]:
     return [bytes_text(n) for n in (*found, planned.arena.scratch.nbytes, capsule)]
 
 
-def planned_for(shape: str, positions: int) -> Planned:
+def planned_for(shape: str, positions: int) -> Layout:
     options = EngineOptions(max_positions=positions, pool_bytes=0)
     config = RELEASED.get(shape) or shape_config(shape)
     return lay_out(model_for(config, max_positions=positions), options)

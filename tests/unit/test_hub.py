@@ -367,6 +367,11 @@ def test_formats_are_chosen_by_names_alone() -> None:
     ) == sorted(["config.json", index, *shards])
     assert needed_files(["a.gguf", "x.safetensors"], "o/n") == ["a.gguf"]
     assert needed_files(["config.json", "x.safetensors"], "o/n") == ["config.json", "x.safetensors"]
+    policy = [
+        "config.json", "model.safetensors", "policy_preprocessor.json",
+        "policy_preprocessor_step_5_normalizer_processor.safetensors",
+    ]  # fmt: skip
+    assert needed_files([*policy, "optimizer.safetensors"], "o/n") == policy
     split = [f"q/m-0000{i}-of-00002.gguf" for i in (1, 2)]
     assert needed_files(["imatrix.gguf", *split], "o/n") == split
 

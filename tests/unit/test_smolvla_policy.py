@@ -16,7 +16,9 @@ import flashrt
 from flashrt.base.errors import CheckpointError
 from flashrt.hub.names import hub_name
 from flashrt.models.smolvla.config import parse_config
+from flashrt.models.vla import reading
 from flashrt.models.vla.guidance import Guidance, Schedule
+from flashrt.text.tokenizer import Tokenizer
 from tests.smolvla_policies import (
     SETS,
     TASKS,
@@ -162,11 +164,26 @@ def test_a_task_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with flashrt.load_policy(folder, device="cpu") as engine:
         seen = observation_of(SETS["tiny"][0], 1)
         first: Any = engine.pack(seen)
-        monkeypatch.setattr(engine.policy._words, "_tokenizer", None)
+        monkeypatch.setattr(engine.policy._words, "_tokenizer", object())
         again: Any = engine.pack(seen)
         assert again.tokens == first.tokens and len(first.tokens) <= 12
         with pytest.raises(AttributeError):
             engine.pack({**seen, "task": TASKS[0] + " now"})
+
+
+def test_files_of_a_policy_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault: a policy is made twice when it is loaded, each time with a tokenizer of its own."""
+    reads: list[Path] = []
+
+    def read(path: Path) -> Tokenizer:
+        reads.append(path)
+        return Tokenizer(path)
+
+    monkeypatch.setattr(reading, "Tokenizer", read)
+    with flashrt.load_policy(folder, device="cpu") as engine:
+        assert reads == [folder / "vlm" / "tokenizer.json"]
+        engine.pack(observation_of(SETS["tiny"][0], 1))
+    assert len(reads) == 1
 
 
 def test_a_task_is_read_as_the_preprocessor_says(folder: Path) -> None:

@@ -97,7 +97,7 @@ def _room(path: Path, options: EngineOptions, most: int, lengths: Sequence[int])
     model = model_of(open_weights(path), options)
     rows = -(-lanes * (lengths[0] + DECODED) // positions)
     pool = PoolDefault(fixed=2 * lanes + 4, lanes=rows + 2)
-    return replace(options, pool_bytes=pool.nbytes(model, CpuDevice()))
+    return replace(options, pool_bytes=pool.nbytes(model, CpuDevice().storage))
 
 
 def _peer(path: Path, positions: int, prompts: Sequence[Tokens]) -> LlamaLanes | None:

@@ -40,6 +40,7 @@ from flashrt.models.actions import (
     TICK,
     TICK_EACH,
     Input,
+    Stacks,
 )
 from flashrt.models.chunks import ChunkRecorder
 from flashrt.models.features import ENVIRONMENT, STATE, Camera
@@ -66,6 +67,8 @@ class Act:
         self.finite = ("previous", "action", "queue", "kept", "chunk", *ensembles)
         self.cut_off = ensembles
         self.modes: Mapping[str, Mode] = scaling.modes
+        self.scaling = scaling
+        self.stacks = _stacks(config)
         self.filled = Weights(config, scaling)
         self.weights = tuple(self.filled.rules)
         self.positive = tuple(f"stats.{part.name}.std" for part in self.parts)
@@ -100,6 +103,19 @@ class Act:
         if phase in (PLAN, PLAN_STEP):
             recorder.end()
         return tape
+
+
+def _stacks(c: ActConfig) -> Stacks:
+    sizes = {
+        "hidden_size": c.dim_model, "intermediate_size": c.dim_feedforward,
+        "num_attention_heads": c.n_heads,
+    }  # fmt: skip
+    backbone: Stacks = {"backbone": {"type": c.backbone}} if c.cameras else {}
+    return {
+        **backbone,
+        "encoder": {"num_hidden_layers": c.n_encoder_layers, **sizes},
+        "decoder": {"num_hidden_layers": c.n_decoder_layers, **sizes},
+    }
 
 
 def camera_groups(c: ActConfig) -> list[list[Camera]]:

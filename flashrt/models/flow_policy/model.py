@@ -28,6 +28,7 @@ from flashrt.models.actions import (
     SHARED,
     TICK,
     Input,
+    Stacks,
 )
 from flashrt.models.flow_policy.config import FREQUENCIES, TIME_FEATURES, PolicyConfig
 from flashrt.ops import table as ops
@@ -48,11 +49,17 @@ class FlowPolicy:
     finite = ("memory", "encoded", "previous", "action", "queue")
     cut_off = ()
     positive = ("stats.observation.std", "stats.action.scale")
+    scaling = None
 
     def __init__(self, config: PolicyConfig) -> None:
         self.config = config
         self.inputs = (Input("observation", 0, config.observation_dim),)
         self.identity = dataclasses.asdict(dataclasses.replace(config, card={}))
+        self.stacks: Stacks = {
+            "encoder": {"num_hidden_layers": 2, "hidden_size": config.encoder_dim},
+            "memory": {"type": "gru", "hidden_size": config.memory_dim},
+            "head": {"num_blocks": config.head_blocks, "hidden_size": config.head_dim},
+        }
         self.weights = weight_rules(config)
         self.lane_regions = _lane_regions(config)
         self.phases: tuple[tuple[str, int], ...] = (

@@ -11,18 +11,21 @@ block anew.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 from flashrt.base.errors import CheckpointError
 from flashrt.core.region import DType
+from flashrt.models.actions import Stacks
 from flashrt.models.lane import kv_regions
 from flashrt.models.pi05.config import Pi05Config, parse_config
 from flashrt.models.pi05.sizes import named, sizes_of
 from flashrt.models.pi05.tapes import Pi05Recorder
-from flashrt.models.pi05.text import Text, tokenizer_of
+from flashrt.models.pi05.text import Text, tokenizer_file
 from flashrt.models.pi05.weights import Weights, scaling_of
 from flashrt.models.vla.policy import Action, Vla, check_images
 from flashrt.models.vla.reading import Words, reading_of
+from flashrt.text.tokenizer import Tokenizer
 from flashrt.weights.checkpoint import Checkpoint
 
 
@@ -59,7 +62,27 @@ class Pi05(Vla):
             "modes": {name: str(mode) for name, mode in filled.scaling.modes.items()},
             "sizes": dataclasses.asdict(sizes),
         }
+        self.scaling = filled.scaling
+        heads = {
+            "num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads,
+            "head_dim": sizes.head_dim,
+        }  # fmt: skip
+        self.stacks: Stacks = {
+            "language_model": {
+                "num_hidden_layers": sizes.depth, "hidden_size": sizes.hidden,
+                "intermediate_size": sizes.intermediate, **heads, "vocab_size": sizes.vocab_size,
+            },
+            "expert": {
+                "num_hidden_layers": sizes.depth, "hidden_size": sizes.expert_hidden,
+                "intermediate_size": sizes.expert_intermediate, **heads,
+            },
+            "tower": filled.tower.sizes,
+        }  # fmt: skip
         self._text, self._words = text, words
+
+    def tokenizer(self) -> Tokenizer:
+        """See PrefixModel."""
+        return self._words.tokenizer()
 
     def task_tokens(self, task: str, state: Action) -> list[int]:
         """See PrefixModel."""
@@ -77,5 +100,6 @@ def pi05_of(checkpoint: Checkpoint, weights: str | None = None) -> tuple[Pi05, C
     root, source, reading = checkpoint.path, named(checkpoint), reading_of(checkpoint.path)
     config = dataclasses.replace(config, tokenizer_max_length=reading.most)
     filled = Weights(config, sizes_of(source), scaling_of(source, config), source, weights)
-    words = Words(tokenizer_of(root, reading.name), reading, filled.sizes.vocab_size)
+    find = functools.partial(tokenizer_file, root, reading.name)
+    words = Words(find, reading, filled.sizes.vocab_size)
     return Pi05(config, filled, Text(root, filled), words), filled.checkpoint

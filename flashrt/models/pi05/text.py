@@ -20,7 +20,7 @@ from flashrt.hub.names import hub_name
 from flashrt.models.features import STATE, size_of
 from flashrt.models.pi05.weights import PREPARE, Weights
 from flashrt.models.scaling import shift_of
-from flashrt.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from flashrt.text.tokenizer import TOKENIZER_FILE
 from flashrt.weights.computed import computing
 from flashrt.weights.lerobot import PREPROCESSOR, step_of
 
@@ -77,13 +77,13 @@ def _numbers_of(root: Path, state_dim: int) -> int:
     return max(found, state_dim)  # LeRobot cuts nothing off
 
 
-def tokenizer_of(root: Path, name: str) -> Tokenizer:
-    """Of a policy's folder: in it, or in what `flashrt pull` fetched under the name that its
-    processor has. Raises CheckpointError that names the way out.
+def tokenizer_file(root: Path, name: str) -> Path:
+    """The tokenizer.json of a policy's folder: in it, or in what `flashrt pull` fetched under the
+    name that its processor has. Raises CheckpointError that names the way out.
     """
     for folder in _folders(root, name):
         if (folder / TOKENIZER_FILE).is_file():
-            return Tokenizer(folder / TOKENIZER_FILE)
+            return folder / TOKENIZER_FILE
     raise CheckpointError(
         f"{root}: no {TOKENIZER_FILE} of {shown(name)}; put it into the folder, or fetch it: "
         f"flashrt pull {name}"

@@ -7,10 +7,12 @@ IS: a policy of its config, its VLM and its weights. IS NOT: config fields (conf
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 from flashrt.base.errors import CheckpointError
 from flashrt.core.region import DType, Region
+from flashrt.models.actions import Stacks
 from flashrt.models.lane import kv_regions
 from flashrt.models.scaling import Scaling
 from flashrt.models.smolvla.config import SmolVlaConfig, parse_config
@@ -57,12 +59,35 @@ class SmolVla(Vla):
             "modes": {name: str(mode) for name, mode in scaling.modes.items()},
             "vlm": dataclasses.asdict(vlm),
         }
+        self.scaling = scaling
+        self.stacks: Stacks = {
+            "language_model": {
+                "num_hidden_layers": config.num_vlm_layers, "hidden_size": vlm.hidden,
+                "intermediate_size": vlm.intermediate, **_heads(vlm), "vocab_size": vlm.vocab_size,
+            },
+            "expert": {
+                "num_hidden_layers": config.num_expert_layers, "hidden_size": vlm.expert_hidden,
+                "intermediate_size": vlm.expert_intermediate, **_heads(vlm),
+            },
+            "tower": self.filled.tower.sizes,
+        }  # fmt: skip
         self._words = words
+
+    def tokenizer(self) -> Tokenizer:
+        """See PrefixModel."""
+        return self._words.tokenizer()
 
     def task_tokens(self, task: str, state: Action) -> list[int]:
         """See PrefixModel."""
         del state  # it has a row of its own
         return self._words.tokens(self._words.reading.line(task))
+
+
+def _heads(v: Vlm) -> dict[str, int]:
+    return {
+        "num_attention_heads": v.query_heads, "num_key_value_heads": v.kv_heads,
+        "head_dim": v.head_dim,
+    }  # fmt: skip
 
 
 def _kept(c: SmolVlaConfig, v: Vlm, positions: int) -> list[Region]:
@@ -87,7 +112,7 @@ def smolvla_of(checkpoint: Checkpoint, weights: str | None = None) -> tuple[Smol
     source, reading = named(checkpoint), reading_of(checkpoint.path)
     config = dataclasses.replace(config, tokenizer_max_length=reading.most)
     vlm = vlm_of(source, config)
-    tokenizer = Tokenizer(tokenizer_file(checkpoint.path, config, reading))
-    words = Words(tokenizer, reading, vlm.vocab_size)
+    find = functools.partial(tokenizer_file, checkpoint.path, config, reading)
+    words = Words(find, reading, vlm.vocab_size)
     model = SmolVla(config, vlm, scaling_of(source, config), words, source, weights)
     return model, model.filled.checkpoint

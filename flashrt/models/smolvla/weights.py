@@ -77,7 +77,7 @@ class Weights:
         """
         self.config, self.vlm, self.tower = c, v, tower_of(c, v)
         self.formulas: dict[str, Formula] = {}
-        self._scaling = scaling
+        self.scaling = scaling
         self._rules: list[WeightRule] = []
         self._source = as_matrices(checkpoint, self.tower)
         rules = self._rules
@@ -115,7 +115,7 @@ class Weights:
     @property
     def mode(self) -> Mode:
         """How the state is normalised."""
-        return self._scaling.modes[STATE]
+        return self.scaling.modes[STATE]
 
     def _all(self) -> Checkpoint:
         c = self.config
@@ -129,7 +129,7 @@ class Weights:
             for name, tensor in self._source.tensors.items()
             if not name.startswith(unused) and not _is_beyond(name, c.num_vlm_layers)
         }
-        return computing(self._source, used | self._scaling.tensors, self.formulas)
+        return computing(self._source, used | self.scaling.tensors, self.formulas)
 
     def _actions(self) -> None:
         """The state's row, and what lies between actions and the expert's rows."""
@@ -171,7 +171,7 @@ class Weights:
         return features @ wanted[:, wide:].T + wanted[:, :wide] @ a + b
 
     def _statistics(self, feature: str, shape: tuple[int, ...]) -> None:
-        rules, formulas = self._scaling.rules(feature, shape)
+        rules, formulas = self.scaling.rules(feature, shape)
         self._rules += rules
         self.formulas |= formulas
 

@@ -6,6 +6,7 @@ which a family makes of a task, or where the tokenizer's file is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,12 +57,22 @@ def reading_of(root: Path) -> Reading:
 class Words:
     """Texts as the tokens that a policy reads; those that were asked for last are known."""
 
-    def __init__(self, tokenizer: Tokenizer, reading: Reading, vocab_size: int) -> None:
+    def __init__(self, find: Callable[[], Path], reading: Reading, vocab_size: int) -> None:
+        """`find`: the tokenizer's file. It is looked for when it is read: a policy is planned, and
+        told about, without one.
+        """
         self.reading = reading
-        self._tokenizer = tokenizer
+        self._find = find
+        self._tokenizer: Tokenizer | None = None
         self._vocab_size = vocab_size
         self._known: dict[str, list[int]] = {}
         self._lock = reentrant_lock()  # of threads whose loops take turns elsewhere
+
+    def tokenizer(self) -> Tokenizer:
+        """See PrefixModel."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(self._find())
+        return self._tokenizer
 
     def tokens(self, text: str) -> list[int]:
         """Of a text. Raises TokenError; CheckpointError for a tokenizer of another model."""
@@ -73,10 +84,11 @@ class Words:
     def _read(self, text: str) -> list[int]:
         known = self._known.get(text)
         if known is None:
-            known = self._tokenizer.encode_whole(text, self.reading.most)
+            tokenizer = self.tokenizer()
+            known = tokenizer.encode_whole(text, self.reading.most)
             if known and max(known) >= self._vocab_size:
                 raise CheckpointError(
-                    f"{self._tokenizer.path}: token {max(known)} of a vocabulary of "
+                    f"{tokenizer.path}: token {max(known)} of a vocabulary of "
                     f"{self._vocab_size}: it is another model's"
                 )
             if len(self._known) >= _KEPT:

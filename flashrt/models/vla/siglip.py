@@ -64,6 +64,15 @@ class SiglipConfig:
         """Embeddings of a camera."""
         return self.patches // self.group**2
 
+    @property
+    def sizes(self) -> dict[str, int | str]:
+        """As a stack of layers."""
+        return {
+            "num_hidden_layers": self.depth, "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate, "num_attention_heads": self.heads,
+            "image_size": self.side, "patch_size": self.patch, "rows_per_image": self.tokens,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Fit:
