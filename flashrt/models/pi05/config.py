@@ -26,6 +26,10 @@ _USUAL: dict[str, object] = {  # LeRobot's, where a config leaves a field out
     "tokenizer_max_length": 200, "num_inference_steps": 10, "min_period": 4e-3, "max_period": 4.0,
     "image_resolution": [224, 224], "n_obs_steps": 1,
 }  # fmt: skip
+_PLAIN: dict[str, tuple[object, ...]] = {  # what is supported of a field
+    "n_obs_steps": (1,),
+    "use_peft": (False, None),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +68,9 @@ def parse_config(config: Mapping[str, object]) -> Pi05Config:
     problems: list[str] = []
     fields = _USUAL | dict(config)
     sizes = integers_of(fields, _MOST, problems)
-    if fields["n_obs_steps"] != 1:
-        problems.append(f"n_obs_steps is {shown(fields['n_obs_steps'])}; supported: 1")
+    for name, supported in _PLAIN.items():
+        if fields.get(name, supported[-1]) not in supported:
+            problems.append(f"{name} is {shown(fields[name])}; supported: {shown(supported[0])}")
     shape = shape_of(fields, sizes, problems)
     least, longest = (period_of(fields, name, problems) for name in ("min_period", "max_period"))
     side = side_of(fields, "image_resolution", problems)
