@@ -6,7 +6,6 @@ draw the same numbers. IS NOT: in need of flashrt, or of torch.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,15 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 import tokenizers
 
-from tests.act_policies import Image, Values, random_statistics, uniform
+from tests.policy_files import (
+    DEVICE,
+    NORMALIZE,
+    RENAME,
+    TO_BATCH,
+    Step,
+    Values,
+    features_of,
+    random_left_over,
+    random_noise,
+    random_observation,
+    tokenizer_step,
+    tower_shapes,
+    uniform,
+    write_policy,
+)
 
 PREFIX = "model.paligemma_with_expert"
 VOCABULARY = 300
-_STEPS = {"policy_preprocessor": (2, "normalizer_processor"),
-          "policy_postprocessor": (0, "unnormalizer_processor")}  # fmt: skip
 _WORDS = ("Task: ", ", State: ", ";\nAction: ", "128 ", "pick up", "the ")
 
 
@@ -47,15 +58,9 @@ def pi05_config(
     cameras: Mapping[str, tuple[int, int]], state: int, action: int, **fields: object
 ) -> dict[str, Any]:
     """A config.json, of images of (height, width)."""
-    inputs: dict[str, Any] = {
-        f"observation.images.{name}": {"type": "VISUAL", "shape": [3, *size]}
-        for name, size in cameras.items()
-    }
-    inputs["observation.state"] = {"type": "STATE", "shape": [state]}
     modes = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
     return {
-        "type": "pi05", "n_obs_steps": 1, "input_features": inputs,
-        "output_features": {"action": {"type": "ACTION", "shape": [action]}},
+        "type": "pi05", "n_obs_steps": 1, **features_of(cameras, action, state),
         "normalization_mapping": modes, "device": "cpu", "paligemma_variant": "gemma_2b",
         "action_expert_variant": "gemma_300m", "dtype": "float32", "min_period": 4e-3,
         "max_period": 4.0, "empty_cameras": 0, "rtc_config": None, **fields,
@@ -103,23 +108,11 @@ def shapes_of(config: Mapping[str, Any], s: Sizes) -> dict[str, tuple[int, ...]]
         f"{gemma}.language_model.norm.weight": (s.hidden,),
         f"{gemma}.multi_modal_projector.linear.weight": (s.hidden, s.vision_hidden),
         f"{gemma}.multi_modal_projector.linear.bias": (s.hidden,),
-        f"{tower}.embeddings.patch_embedding.weight": (s.vision_hidden, 3, s.patch, s.patch),
-        f"{tower}.embeddings.patch_embedding.bias": (s.vision_hidden,),
-        f"{tower}.embeddings.position_embedding.weight": (patches, s.vision_hidden),
-        f"{tower}.post_layernorm.weight": (s.vision_hidden,),
-        f"{tower}.post_layernorm.bias": (s.vision_hidden,),
         f"{expert}.lm_head.weight": (VOCABULARY, s.expert_hidden),
     }
-    wide = (s.vision_hidden, s.vision_hidden)
-    for i in range(s.vision_depth):
-        at = f"{tower}.encoder.layers.{i}"
-        products = dict.fromkeys((f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")), wide)
-        products["mlp.fc1"] = (s.vision_intermediate, s.vision_hidden)
-        products["mlp.fc2"] = (s.vision_hidden, s.vision_intermediate)
-        norms = dict.fromkeys(("layer_norm1", "layer_norm2"), (s.vision_hidden,))
-        for name, shape in (products | norms).items():
-            found[f"{at}.{name}.weight"] = shape
-            found[f"{at}.{name}.bias"] = shape[:1]
+    found |= tower_shapes(
+        tower, s.vision_hidden, s.vision_depth, s.vision_intermediate, s.patch, patches
+    )
     inner = s.heads * s.head_dim
     for root, hidden, intermediate in (
         (f"{gemma}.language_model", s.hidden, s.intermediate),
@@ -175,33 +168,22 @@ def tensors_of(name: str) -> dict[str, Values]:
     return {n: random_tensor(n, s, seed) for n, s in shapes_of(config, sizes).items()}
 
 
-def observation_of(name: str, seed: int) -> dict[str, Values | Image | str]:
+def observation_of(name: str, seed: int) -> dict[str, Any]:
     """Random: images [H, W, 3] in uint8, a state that leaves the quantiles here and there, a task
     of those with characters that are cleaned away.
     """
-    config, _, _ = SETS[name]
-    seen: dict[str, Values | Image | str] = {"task": TASKS[seed % len(TASKS)]}
-    for feature, about in config["input_features"].items():
-        if about["type"] == "VISUAL":
-            _, height, width = about["shape"]
-            pixels = uniform(f"pixels of {feature}", (height, width, 3), seed)
-            seen[feature] = ((pixels + 1) * 128).astype(np.uint8)
-        else:
-            seen[feature] = uniform(f"numbers of {feature}", tuple(about["shape"]), seed) * 2
-    return seen
+    return random_observation(SETS[name][0], seed, TASKS)
 
 
 def noise_of(name: str, seed: int) -> Values:
     """What a chunk starts from: [chunk, max_action_dim]."""
-    config, _, _ = SETS[name]
-    return uniform("noise", (config["chunk_size"], config["max_action_dim"]), seed) * 2
+    return random_noise(SETS[name][0], seed)
 
 
 def left_over_of(name: str, rows: int) -> Values:
     """Rows of a chunk before, as a model has them."""
     config, _, seed = SETS[name]
-    (action,) = config["output_features"]["action"]["shape"]
-    return uniform("left over", (rows, action), seed)
+    return random_left_over(config, rows, seed)
 
 
 def tokenizer() -> tokenizers.Tokenizer:
@@ -229,42 +211,18 @@ def write_random_pi05(
 ) -> Path:
     """The policy of a set; `folder` is made. `tensors`: instead of its own."""
     root, (config, _, seed) = Path(folder), SETS[name]
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "config.json").write_text(json.dumps(config, indent=1))
-    weights = tensors_of(name) if tensors is None else dict(tensors)
-    safetensors.numpy.save_file(weights, root / "model.safetensors")
+    write_policy(
+        root, config, tensors_of(name) if tensors is None else tensors, _steps(config), seed
+    )
     tokenizer().save(str(root / "tokenizer.json"))
-    features = config["input_features"] | config["output_features"]
-    statistics = {
-        f"{feature}.{what}": values
-        for feature, about in features.items()
-        if about["type"] != "VISUAL"
-        for what, values in random_statistics(feature, tuple(about["shape"]), seed).items()
-    }
-    for title, (number, kind) in _STEPS.items():
-        file = f"{title}_step_{number}_{kind}.safetensors"
-        safetensors.numpy.save_file(statistics, root / file)
-        settings = {
-            "eps": 1e-8, "features": features, "norm_map": config["normalization_mapping"],
-        }  # fmt: skip
-        steps: list[dict[str, Any]] = [
-            {"registry_name": "rename_observations_processor", "config": {"rename_map": {}}},
-            {"registry_name": "to_batch_processor", "config": {}},
-            {
-                "registry_name": "pi05_prepare_state_tokenizer_processor_step",
-                "config": {"max_state_dim": config["max_state_dim"], "task_key": "task"},
-            },
-            {
-                "registry_name": "tokenizer_processor",
-                "config": {
-                    "max_length": config["tokenizer_max_length"], "task_key": "task",
-                    "padding_side": "right", "padding": "max_length", "truncation": True,
-                    "tokenizer_name": "google/paligemma-3b-pt-224",
-                },
-            },
-            {"registry_name": "device_processor", "config": {"device": "cpu"}},
-        ]  # fmt: skip
-        steps = steps if title == "policy_preprocessor" else steps[-1:]
-        steps.insert(number, {"registry_name": kind, "config": settings, "state_file": file})
-        (root / f"{title}.json").write_text(json.dumps({"name": title, "steps": steps}, indent=1))
     return root
+
+
+def _steps(config: Mapping[str, Any]) -> list[Step]:
+    """Of the preprocessor, as LeRobot has them for pi0.5."""
+    state = {"max_state_dim": config["max_state_dim"], "task_key": "task"}
+    most, model = config["tokenizer_max_length"], "google/paligemma-3b-pt-224"
+    return [
+        RENAME, TO_BATCH, NORMALIZE, ("pi05_prepare_state_tokenizer_processor_step", state),
+        tokenizer_step(most, "max_length", model), DEVICE,
+    ]  # fmt: skip

@@ -14,9 +14,22 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 
-from tests.act_policies import Image, Values, random_statistics, random_tensor, uniform
+from tests.policy_files import (
+    NORMALIZE,
+    RENAME,
+    TO_BATCH,
+    Step,
+    Values,
+    features_of,
+    random_left_over,
+    random_noise,
+    random_observation,
+    random_tensor,
+    tokenizer_step,
+    tower_shapes,
+    write_policy,
+)
 
 TASKS = ("push it left", "go\n", "put the red cup, the blue one too, on the plate that is in front")
 SPECIAL = (
@@ -58,14 +71,8 @@ def smolvla_config(
     modes: Mapping[str, str] = _OFF, **fields: object,
 ) -> dict[str, Any]:  # fmt: skip
     """A config.json, of images of (height, width)."""
-    inputs: dict[str, Any] = {
-        f"observation.images.{name}": {"type": "VISUAL", "shape": [3, *size]}
-        for name, size in cameras.items()
-    }
-    inputs["observation.state"] = {"type": "STATE", "shape": [state]}
     return {
-        "type": "smolvla", "n_obs_steps": 1, "input_features": inputs,
-        "output_features": {"action": {"type": "ACTION", "shape": [action]}},
+        "type": "smolvla", "n_obs_steps": 1, **features_of(cameras, action, state),
         "normalization_mapping": dict(modes), "device": "cpu", "chunk_size": 10,
         "n_action_steps": 5, "max_state_dim": 32, "max_action_dim": 32,
         "resize_imgs_with_padding": [side, side], "tokenizer_max_length": 48, "num_steps": 10,
@@ -119,28 +126,19 @@ SETS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
 }  # fmt: skip
 
 
-def observation_of(config: Mapping[str, Any], seed: int) -> dict[str, Values | Image | str]:
+def observation_of(config: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Random: images [H, W, 3] in uint8, and one of the tasks."""
-    seen: dict[str, Values | Image | str] = {"task": TASKS[seed % len(TASKS)]}
-    for name, about in config["input_features"].items():
-        if about["type"] == "VISUAL":
-            _, height, width = about["shape"]
-            pixels = uniform(f"pixels of {name}", (height, width, 3), seed)
-            seen[name] = ((pixels + 1) * 128).astype(np.uint8)
-        else:
-            seen[name] = uniform(f"numbers of {name}", tuple(about["shape"]), seed) * 2
-    return seen
+    return random_observation(config, seed, TASKS)
 
 
 def noise_of(config: Mapping[str, Any], seed: int) -> Values:
     """[chunk_size, max_action_dim], about as large as normal noise is."""
-    return uniform("noise", (config["chunk_size"], config["max_action_dim"]), seed) * 2
+    return random_noise(config, seed)
 
 
 def left_over_of(config: Mapping[str, Any], rows: int, seed: int) -> Values:
     """Rows of a chunk before, as a model has them."""
-    (action,) = config["output_features"]["action"]["shape"]
-    return uniform("left over", (rows, action), seed)
+    return random_left_over(config, rows, seed)
 
 
 def tensors_of(config: Mapping[str, Any], vlm: Mapping[str, Any]) -> dict[str, list[int]]:
@@ -185,20 +183,10 @@ def tensors_of(config: Mapping[str, Any], vlm: Mapping[str, Any]) -> dict[str, l
     projection = f"{own}.model.connector.modality_projection.proj.weight"
     found[projection] = [hidden, size * scale**2]
     tower = f"{own}.model.vision_model"
-    found[f"{tower}.embeddings.patch_embedding.weight"] = [size, 3, patch, patch]
-    found[f"{tower}.embeddings.patch_embedding.bias"] = [size]
     places = (vision["image_size"] // patch) ** 2
-    found[f"{tower}.embeddings.position_embedding.weight"] = [places, size]
-    for i in range(vision["num_hidden_layers"]):
-        at = f"{tower}.encoder.layers.{i}"
-        for norm in ("layer_norm1", "layer_norm2"):
-            found |= {f"{at}.{norm}.weight": [size], f"{at}.{norm}.bias": [size]}
-        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            dense(f"{at}.self_attn.{part}", size, size)
-        dense(f"{at}.mlp.fc1", vision["intermediate_size"], size)
-        dense(f"{at}.mlp.fc2", size, vision["intermediate_size"])
-    for part in ("weight", "bias"):
-        found[f"{tower}.post_layernorm.{part}"] = [size]
+    depth, wider = vision["num_hidden_layers"], vision["intermediate_size"]
+    shapes = tower_shapes(tower, size, depth, wider, patch, places)
+    found |= {name: list(shape) for name, shape in shapes.items()}
     dense("model.state_proj", hidden, config["max_state_dim"])
     dense("model.action_in_proj", wide, config["max_action_dim"])
     dense("model.action_out_proj", config["max_action_dim"], wide)
@@ -242,51 +230,28 @@ def write_random_smolvla(
     (root / "vlm").mkdir(parents=True, exist_ok=True)
     (root / "vlm" / "config.json").write_text(json.dumps(vlm, indent=1))
     (root / "vlm" / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
-    whole = {**config, "vlm_model_name": str(root / "vlm")}
-    (root / "config.json").write_text(json.dumps(whole, indent=1))
     stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
     weights: dict[str, Any] = {
         name: random_tensor(name, tuple(shape), seed).astype(stored)
         for name, shape in tensors_of(config, vlm).items()
     }
-    safetensors.numpy.save_file(weights, root / "model.safetensors")
-    write_processors(root, config, seed)
-    return root
+    whole = {**config, "vlm_model_name": str(root / "vlm")}
+    return write_policy(root, whole, weights, _steps(whole), seed)
 
 
-def write_processors(root: Path, config: Mapping[str, Any], seed: int) -> None:
-    """The files of both processors, as LeRobot has them for SmolVLA."""
-    features = config["input_features"] | config["output_features"]
-    statistics = {
-        f"{feature}.{name}": values
-        for feature, about in features.items()
-        if about["type"] != "VISUAL"
-        for name, values in random_statistics(feature, tuple(about["shape"]), seed).items()
-    }
-    settings = {"eps": 1e-8, "features": features, "norm_map": config["normalization_mapping"]}
-    steps: dict[str, list[tuple[str, dict[str, Any]]]] = {
-        "policy_preprocessor": [
-            ("rename_observations_processor", {"rename_map": {}}),
-            ("to_batch_processor", {}),
-            ("smolvla_new_line_processor", {}),
-            ("tokenizer_processor", {
-                "max_length": config["tokenizer_max_length"], "task_key": "task",
-                "padding_side": "right", "padding": "longest", "truncation": True,
-                "tokenizer_name": str(root / "vlm"),
-            }),
-            ("device_processor", {"device": "cpu", "float_dtype": None}),
-            ("normalizer_processor", settings),
-        ],
-        "policy_postprocessor": [
-            ("unnormalizer_processor", settings), ("device_processor", {"device": "cpu"}),
-        ],
-    }  # fmt: skip
-    for title, listed in steps.items():
-        found = []
-        for i, (name, about) in enumerate(listed):
-            step: dict[str, Any] = {"registry_name": name, "config": about}
-            if "normalizer" in name:
-                step["state_file"] = f"{title}_step_{i}_{name}.safetensors"
-                safetensors.numpy.save_file(statistics, root / step["state_file"])
-            found.append(step)
-        (root / f"{title}.json").write_text(json.dumps({"name": title, "steps": found}, indent=1))
+def write_set(name: str, folder: str | os.PathLike[str]) -> Path:
+    """The policy of a set; `folder` is made."""
+    return write_random_smolvla(folder, *SETS[name])
+
+
+def _steps(config: Mapping[str, Any]) -> list[Step]:
+    """Of the preprocessor, as LeRobot has them for SmolVLA."""
+    most, vlm = config["tokenizer_max_length"], config["vlm_model_name"]
+    return [
+        RENAME,
+        TO_BATCH,
+        ("smolvla_new_line_processor", {}),
+        tokenizer_step(most, "longest", vlm),
+        ("device_processor", {"device": "cpu", "float_dtype": None}),
+        NORMALIZE,
+    ]

@@ -48,7 +48,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from flashrt.policy_server.payloads import write_actions  # noqa: E402
-from tests.act_policies import SETS, uniform, write_random_act  # noqa: E402
+from tests.act_policies import write_set  # noqa: E402
+from tests.policy_files import uniform  # noqa: E402
 
 FOLDER = ROOT / "tests" / "policy_server" / "recorded"
 JOINTS = tuple(f"joint_{i}.pos" for i in range(7))
@@ -147,10 +148,8 @@ def resized(*size: int) -> list[int]:
 @contextmanager
 def random_policy() -> Iterator[Path]:
     """A directory with an ACT policy of random weights."""
-    config, seed = SETS["plain"]
-    tensors = json.loads((ROOT / "tests/golden/act/plain.json").read_text())["tensors"]
     with tempfile.TemporaryDirectory() as folder:
-        yield write_random_act(Path(folder) / "plain", config, tensors, seed)
+        yield write_set("plain", Path(folder) / "plain")
 
 
 @contextmanager

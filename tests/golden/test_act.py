@@ -15,7 +15,7 @@ import safetensors.numpy
 
 import flashrt
 from flashrt.engine.actions import ActionEngine
-from tests.act_policies import SETS, observation_of, write_random_act
+from tests.act_policies import SETS, observation_of, write_set
 
 FOLDER = Path(__file__).parent / "act"
 # Float32 in other orders through up to 25 layers: 1e-5 was measured, of actions of size 3.
@@ -24,9 +24,7 @@ ABSOLUTE = 1e-4
 
 def loaded(name: str, folder: Path, device: str) -> tuple[ActionEngine, dict[str, Any]]:
     recorded: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
-    config, seed = SETS[name]
-    policy = write_random_act(folder, config, recorded["tensors"], seed)
-    return flashrt.load_policy(policy, device=device), recorded
+    return flashrt.load_policy(write_set(name, folder), device=device), recorded
 
 
 @pytest.mark.parametrize("device", ["cpu", "simt"])

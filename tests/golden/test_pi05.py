@@ -16,7 +16,6 @@ import pytest
 import flashrt
 from flashrt.engine.actions import ActionEngine
 from flashrt.engine.numbers import Given
-from tests.act_policies import Values
 from tests.pi05_policies import (
     SETS,
     left_over_of,
@@ -24,6 +23,7 @@ from tests.pi05_policies import (
     observation_of,
     write_random_pi05,
 )
+from tests.policy_files import Values
 
 FOLDER = Path(__file__).parent / "pi05"
 # Float32 in other orders: 1e-6 was measured on the CPU and 1e-5 on the kernels, of actions of size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import queue
 import signal
 import subprocess
@@ -25,7 +24,8 @@ from flashrt.policy_server.clients import ServerOptions
 from flashrt.policy_server.listen import Listener
 from flashrt.policy_server.policies import Policies
 from flashrt.policy_server.server import PolicyServer
-from tests.act_policies import SETS, uniform, write_random_act
+from tests.act_policies import write_set
+from tests.policy_files import uniform
 from tests.policy_server.payloads import (
     EXPECTED,
     TimedObservation,
@@ -44,9 +44,7 @@ WAIT_S = 0.2
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The one that the chunks were recorded from: a camera of 64 x 64, seven joints."""
-    golden = json.loads((Path(__file__).parents[1] / "golden/act/plain.json").read_text())
-    config, seed = SETS["plain"]
-    return write_random_act(tmp_path_factory.mktemp("act"), config, golden["tensors"], seed)
+    return write_set("plain", tmp_path_factory.mktemp("act"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flashrt.policy_server.images import resized
-from tests.act_policies import uniform
+from tests.policy_files import uniform
 from tests.policy_server.payloads import EXPECTED
 
 

@@ -19,7 +19,7 @@ from flashrt.base.errors import PayloadError
 from flashrt.policy_server import pickles
 from flashrt.policy_server.arrays import storage_bytes
 from flashrt.policy_server.payloads import read_instructions, read_observation, write_actions
-from tests.act_policies import uniform
+from tests.policy_files import uniform
 from tests.policy_server.payloads import (
     HELPERS,
     RemotePolicyConfig,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,8 +27,8 @@ from flashrt.policy_server.payloads import read_instructions, read_observation
 from flashrt.policy_server.policies import Policies
 from flashrt.policy_server.refusal import Refusal
 from flashrt.policy_server.server import PolicyServer
-from tests import smolvla_policies
-from tests.act_policies import SETS, observation_of, write_random_act
+from tests.act_policies import SETS, observation_of, write_set
+from tests.policy_families import FAMILIES, SMOLVLA
 from tests.policy_server.payloads import (
     RemotePolicyConfig,
     TimedObservation,
@@ -48,9 +47,7 @@ WAIT_S = 0.05  # of a call that comes back empty; others come back as soon as th
 
 
 def policy_in(folder: Path, name: str) -> Path:
-    golden = json.loads((Path(__file__).parents[1] / f"golden/act/{name}.json").read_text())
-    config, seed = SETS[name]
-    return write_random_act(folder / name, config, golden["tensors"], seed)
+    return write_set(name, folder / name)
 
 
 @pytest.fixture(scope="module")
@@ -565,15 +562,15 @@ def test_a_task_reaches_a_policy_that_takes_one() -> None:
 
 def test_a_policy_of_words_and_cameras(tmp_path: Path) -> None:
     """Fault: SmolVLA's words do not reach it, or a robot with one of its cameras is sent away."""
-    config, vlm, seed = smolvla_policies.SETS["tiny"]
-    smolvla_policies.write_random_smolvla(tmp_path / "vla", config, vlm, seed)
-    seen = smolvla_policies.observation_of(config, 1)
+    family = FAMILIES[SMOLVLA]
+    family.write(tmp_path / "vla")
+    seen = family.observation(1)
     cameras = [name for name in seen if name.startswith("observation.images.")]
     first = cameras[0].removeprefix("observation.images.")
     state = np.asarray(seen[STATE])
     raw = {f"{STATE}.{i}": float(v) for i, v in enumerate(state)}
     raw |= {first: seen[cameras[0]], "task": seen["task"]}
-    fields = {"policy_type": "smolvla", "actions_per_chunk": config["chunk_size"]}
+    fields = {"policy_type": "smolvla", "actions_per_chunk": family.config["chunk_size"]}
     policies = Policies(
         lambda path: flashrt.load_policy(path, device="cpu"),
         {"vla": str(tmp_path / "vla")},

@@ -16,25 +16,18 @@ import flashrt
 from flashrt import cli
 from flashrt.base.errors import FlashrtError
 from flashrt.weights.bundled_policies import bundled_policies
-from tests import act_policies, pi05_policies, smolvla_policies
+from tests import act_policies, pi05_policies, policy_families, smolvla_policies
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 Capture = pytest.CaptureFixture[str]
 Json = dict[str, Any]
-
-
-def act(folder: Path, name: str = "no-camera") -> Path:
-    config, seed = act_policies.SETS[name]
-    tensors = json.loads((GOLDEN / "act" / f"{name}.json").read_text())["tensors"]
-    return act_policies.write_random_act(folder, config, tensors, seed)
 
 
 # A policy of each family: what writes it into a folder, or gives its name.
 POLICIES: dict[str, Callable[[Path], str | Path]] = {
     "flashrt_policy": lambda folder: "two-doors",
-    "act": act,
-    "smolvla": lambda f: smolvla_policies.write_random_smolvla(f, *smolvla_policies.SETS["tiny"]),
-    "pi05": lambda folder: pi05_policies.write_random_pi05("one-camera", folder),
+    "act": policy_families.FAMILIES[policy_families.ACT].write,
+    "smolvla": policy_families.FAMILIES[policy_families.SMOLVLA].write,
+    "pi05": policy_families.FAMILIES[policy_families.PI05].write,
     "bundled": lambda folder: "pusht",
 }
 FAMILIES = tuple(POLICIES)
@@ -63,12 +56,6 @@ def refused_by_load(policy: object, **options: Any) -> str:
     with pytest.raises(FlashrtError) as caught:
         flashrt.load_policy(policy, device="cpu", **options)  # type: ignore[arg-type]
     return str(caught.value)
-
-
-def change(file: Path, edit: Callable[[Json], Any]) -> None:
-    content = json.loads(file.read_text())
-    edit(content)
-    file.write_text(json.dumps(content))
 
 
 def set_value(file: Path, name: str, value: float) -> None:
@@ -245,7 +232,7 @@ def test_sizes_of_a_smolvla(smolvla: Path, capsys: Capture) -> None:
 
 def test_sizes_of_an_act_and_what_it_does_not_use(tmp_path: Path, capsys: Capture) -> None:
     """Fault: the encoder of actions, which is for training, counts as loaded."""
-    found = document(capsys, "inspect", act(tmp_path / "policy", "pre-norm"))
+    found = document(capsys, "inspect", act_policies.write_set("pre-norm", tmp_path / "policy"))
     assert found["observation"]["observation.images.top"]["shape"] == [32, 32, 3]
     sizes = {"hidden_size": 24, "intermediate_size": 30, "num_attention_heads": 2}
     assert found["stacks"] == {
@@ -256,7 +243,7 @@ def test_sizes_of_an_act_and_what_it_does_not_use(tmp_path: Path, capsys: Captur
     assert (found["has_tokenizer"], found["tokenizer"]) == (None, "none needed")
     (note,) = found["notes"]
     assert note.startswith("1 tensors") and "model.encoder_latent_input_proj.weight" in note
-    (note,) = document(capsys, "inspect", act(tmp_path / "other"))["notes"]
+    (note,) = document(capsys, "inspect", POLICIES["act"](tmp_path / "other"))["notes"]
     assert "model.vae_encoder" in note and "more" in note
 
 
