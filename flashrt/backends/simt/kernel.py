@@ -1,7 +1,7 @@
 """One kernel built by the SIMT shim: found in its library, checked against limits, run.
 
 IS: the calling convention of the shim's entries, `int simt_<kernel>(grid_block[6], shared_bytes,
-seed, params, error, error_chars)`. IS NOT: the shim, nor the queue before it.
+seed, params, workspace, error, error_chars)`. IS NOT: the shim, nor the queue before it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ MAX_BLOCK_THREADS = 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
 _ERROR_CHARS = 1024
 _MASK = (1 << 64) - 1
-# A library keeps its threads, fibers and shared memory in static variables, and all devices of the
-# process share it: one launch at a time. A fork waits for it too.
+# A library keeps its threads and static shared memory in static variables, all libraries have their
+# stacks in one workspace, and all devices of the process share them: one launch at a time. A fork
+# waits for it too.
 _RUNNING = threading.Lock()
+_WORKSPACE = (ctypes.c_void_p * 4)()  # fiber.h allocates what it points to; 10 MB
 at_fork(_RUNNING.release, before=_RUNNING.acquire, parent=_RUNNING.release)
 
 
@@ -57,8 +59,8 @@ class Kernel:
         error = ctypes.create_string_buffer(_ERROR_CHARS)
         with _RUNNING:
             status = self.entry(
-                ctypes.addressof(geometry), config.shared_bytes, seed, block.params, error,
-                _ERROR_CHARS,
+                ctypes.addressof(geometry), config.shared_bytes, seed, block.params,
+                ctypes.addressof(_WORKSPACE), error, _ERROR_CHARS,
             )  # fmt: skip
         if status:
             text = _with_source_line(self.library, error.value.decode(errors="replace"))
@@ -74,8 +76,8 @@ def find(path: Path, library: ctypes.CDLL, name: str) -> Kernel:
             f"cuModuleGetFunction ({name}): CUDA_ERROR_NOT_FOUND, {path} holds no such kernel"
         ) from error
     entry.argtypes = (
-        ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_char_p,
-        ctypes.c_int,
+        ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint64, ctypes.c_void_p, ctypes.c_void_p,
+        ctypes.c_char_p, ctypes.c_int,
     )  # fmt: skip
     entry.restype = ctypes.c_int
     return Kernel(name, entry, path)

@@ -245,22 +245,41 @@ inline void report_deadlock() {
   has_failed = 1;
 }
 
+// Per stack, in place of guard pages, each of which would split a mapping in two.
 inline uint64_t* stack_canary(int thread) {
   return (uint64_t*)(stacks + size_t(thread) * STACK_BYTES);
 }
 
-inline void allocate_once() {
-  if (stacks) return;
+inline void place_canaries() {
+  for (int i = 0; i < MAX_THREADS; i++) *stack_canary(i) = STACK_CANARY;
+}
+
+// What only a launch needs. A process loads thousands of libraries and has one launch at a time, so
+// they share it: the first one allocates.
+struct Workspace {
+  char *stacks, *dynamic_shared;
+  Fiber* fibers;
+  AsyncCopies* async_copies;
+};
+
+inline void allocate(Workspace* shared) {
   void* memory = mmap(nullptr, size_t(MAX_THREADS + 1) * STACK_BYTES, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) abort();
-  stacks = (char*)memory + STACK_BYTES;  // below the first one is room for what overflows it
-  // A canary per stack, not a guard page: a process may have 65,530 mappings, and loads many
-  // libraries.
-  for (int i = 0; i < MAX_THREADS; i++) *stack_canary(i) = STACK_CANARY;
-  dynamic_shared = (char*)aligned_alloc(1024, DYNAMIC_BYTES);
-  fibers = (Fiber*)aligned_alloc(64, MAX_THREADS * sizeof(Fiber));
-  async_copies = (AsyncCopies*)calloc(MAX_THREADS, sizeof(AsyncCopies));
+  // Below the first stack is room for what overflows it.
+  stacks = shared->stacks = (char*)memory + STACK_BYTES;
+  place_canaries();
+  shared->dynamic_shared = (char*)aligned_alloc(1024, DYNAMIC_BYTES);
+  shared->fibers = (Fiber*)aligned_alloc(64, MAX_THREADS * sizeof(Fiber));
+  shared->async_copies = (AsyncCopies*)calloc(MAX_THREADS, sizeof(AsyncCopies));
+}
+
+inline void take(Workspace* shared) {
+  if (!shared->stacks) allocate(shared);
+  stacks = shared->stacks;
+  dynamic_shared = shared->dynamic_shared;
+  fibers = shared->fibers;
+  async_copies = shared->async_copies;
 }
 
 // Fresh stacks, poisoned shared memory, every thread runnable.
@@ -305,7 +324,7 @@ inline unsigned common_divisor(unsigned a, unsigned b) { return b ? common_divis
 
 // Run all blocks. `geometry`: grid xyz, block xyz. Returns 0, or -1 with a message.
 inline int launch(void (*run)(void**), const unsigned* geometry, unsigned dynamic_nbytes,
-                  uint64_t seed, void** params, char* error, int size) {
+                  uint64_t seed, void** params, Workspace* shared, char* error, int size) {
   DefaultFloatMode mode;
   gridDim = {geometry[0], geometry[1], geometry[2]};
   blockDim = {geometry[3], geometry[4], geometry[5]};
@@ -323,7 +342,7 @@ inline int launch(void (*run)(void**), const unsigned* geometry, unsigned dynami
              dynamic_nbytes);
     return -1;
   }
-  allocate_once();
+  take(shared);
   unsigned n_blocks = gridDim.x * gridDim.y * gridDim.z;
   unsigned start = random_state ? random_below(n_blocks) : 0,
            step = random_state ? 2 * random_below(n_blocks) + 1 : 1;
@@ -349,6 +368,7 @@ inline int launch(void (*run)(void**), const unsigned* geometry, unsigned dynami
       int n = int(strlen(error));
       snprintf(error + n, size - n, " [block %u,%u,%u]", blockIdx.x, blockIdx.y, blockIdx.z);
       current = nullptr;
+      place_canaries();  // for the next launch, of whatever library
       return -1;
     }
   }
@@ -367,12 +387,12 @@ inline void call(void (*kernel)(A...), void** p) {
 }  // namespace simt
 
 // int simt_<kernel>(grid and block [6], dynamic shared bytes, seed (0: in order), void* params[],
-// error text, its size)
+// workspace (zeros at first), error text, its size)
 #define SIMT_EXPORT(kernel)                                                                        \
   extern "C" int simt_##kernel(const unsigned* geometry, unsigned nbytes, uint64_t seed, void** p, \
-                               char* error, int size) {                                            \
-    return simt::launch([](void** q) { simt::call(kernel, q); }, geometry, nbytes, seed, p, error, \
-                        size);                                                                     \
+                               simt::Workspace* shared, char* error, int size) {                   \
+    return simt::launch([](void** q) { simt::call(kernel, q); }, geometry, nbytes, seed, p,        \
+                        shared, error, size);                                                      \
   }
 
 // Synchronisations and fiber switches of the last launch.
