@@ -54,7 +54,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="of the lines of a store's call, one in so many is struck; of others three or eight",
     )
     parser.addoption(
-        "--all-formats", action="store_true", help="compile every format of weights for every GPU"
+        "--all-formats",
+        action="store_true",
+        help="compile every format of weights for every GPU, and every variant of kernels",
     )
     parser.addoption(
         "--test-limit", default=120.0, type=float, help="seconds until a test is taken for hung"

@@ -6,6 +6,8 @@ IS: `build` and `capture` with empty and with filled caches of kernels, on small
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from flashrt.backends.cpu import compile as toolchain
 from flashrt.backends.simt.device import SimtDevice
 from flashrt.base.flags import flags
+from flashrt.core.op import Op
 from flashrt.ops import OPS
 from tests.backend.test_custom_kernel import SCALE, SOURCE, N, expand, launch
 
@@ -91,3 +94,36 @@ def test_cuda_kernels_are_told_of_when_they_are_compiled(
     use(tmp_path / "two", None)
     lines = [line for line in capsys.readouterr().err.splitlines() if "compiling" in line]
     assert len(lines) == 1 and "SIMT shim" in lines[0]
+
+
+def test_a_file_that_no_change_touches_is_compiled_once(
+    small_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faults: a new op compiles the kernels of all others again; or what a file includes, or how it
+    is compiled, is not looked at, and an old object is linked.
+    """
+    monkeypatch.setattr(toolchain, "flags", lambda: replace(flags(), cache_dir=small_library))
+    compiled: list[str] = []
+    run = toolchain._run
+
+    def noted(command: Sequence[str]) -> None:
+        compiled.extend(Path(part).stem for part in command if part.endswith(".c"))
+        run(command)
+
+    def build(*ops: Op) -> list[str]:
+        compiled.clear()
+        toolchain.library(ops)
+        return sorted(compiled)
+
+    monkeypatch.setattr(toolchain, "_run", noted)
+    one, header = toolchain.KERNELS / "one.c", toolchain.KERNELS / "both.h"
+    assert build(*OPS) == ["one", "two"]
+    assert build(*OPS, SCALE) == []
+    one.write_text(one.read_text() + f"int size = sizeof({SCALE.name}_args);\n")
+    assert build(*OPS, SCALE) == ["one"]
+    wider = replace(SCALE, params=(*SCALE.params, replace(SCALE.params[0], name="more")))
+    assert build(*OPS, wider) == ["one"]
+    header.write_text("enum { BOTH };\n")
+    assert build(*OPS, SCALE) == ["one", "two"]
+    monkeypatch.setattr(toolchain, "CFLAGS", (*toolchain.CFLAGS, "-O1"))
+    assert build(*OPS, SCALE) == ["one", "two"]

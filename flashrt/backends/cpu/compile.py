@@ -1,7 +1,8 @@
 """The CPU kernel library: C sources compiled for this machine on first use, cached by content.
 
-IS: finding a compiler, and building one shared object (two processes may build at once); a machine
-without a compiler runs kernels that were built elsewhere for the same sources and processor.
+IS: finding a compiler, and building one shared object, file by file (two processes may build at
+once; a file that was compiled before is not compiled again); a machine without a compiler runs
+kernels that were built elsewhere for the same sources and processor.
 IS NOT: the cache's files (cache), nor loading or calling the kernels (device).
 """
 
@@ -96,7 +97,8 @@ def library(
         ) from why_no_compiler
     if progress is None:
         announce(f"compiling the CPU kernels into {cache.folder}, once; this takes some seconds")
-    content = _build(ops, cache, extra, progress or _tell_nobody)
+    objects = KernelCache(flags().cache_dir / "cpu" / "objects") if folder is None else None
+    content = _build(ops, cache, objects, extra, progress or _tell_nobody)
     cache.write(names[0], content)
     return Binary(cache.path(names[0]), content, "", was_cached=False)
 
@@ -110,27 +112,48 @@ def _tell_nobody(what: str, done: int, total: int) -> None:
 
 
 def _build(
-    ops: Sequence[Op], cache: KernelCache, extra: Sequence[Path], progress: Progress
+    ops: Sequence[Op],
+    cache: KernelCache,
+    objects: KernelCache | None,
+    extra: Sequence[Path],
+    progress: Progress,
 ) -> bytes:
+    """With `objects`, files that none of the changes touch are taken from there: a new op with its
+    kernel compiles that kernel.
+    """
+    paths = [*sources(), *extra]
+    headers = "".join(p.read_text() for p in paths if p.suffix == ".h")
+    files = [p for p in paths if p.suffix == ".c"]
     with cache.building() as work:
+        made = [work / f"{i}-{p.stem}.o" for i, p in enumerate(files)]
+
+        def compile_one(path: Path, output: Path) -> None:
+            text = path.read_text()
+            ops_h = c_header(ops, used_by=headers + text)
+            key = _key(text, headers, ops_h, *CFLAGS, _machine(), *compiler(), _compiler_version())
+            name = f"{path.stem}-{key}.o"
+            known = None if objects is None else objects.read(name)
+            if known is not None:
+                output.write_bytes(known)
+                return
+            own = output.with_suffix("")
+            own.mkdir()
+            (own / "ops.h").write_text(ops_h)
+            include = (f"-I{own}", f"-I{KERNELS}")
+            _run((*compiler(), *CFLAGS, *WARNINGS, *include, "-c", str(path), "-o", str(output)))
+            if objects is not None:
+                objects.write(name, output.read_bytes())
+
+        total = len(files) + 1  # and the link
+        progress("kernels", 0, total)
         try:
-            (work / "ops.h").write_text(c_header(ops))
+            with ThreadPoolExecutor(thread_count()) as pool:
+                for done, _ in enumerate(pool.map(compile_one, files, made), 1):
+                    progress("kernels", done, total)
         except OSError as error:
             raise CompileError(f"cannot write into {work}: {error}") from error
-        include = (f"-I{work}", f"-I{KERNELS}")
-        files = [p for p in (*sources(), *extra) if p.suffix == ".c"]
-        objects = [str(work / f"{i}-{p.stem}.o") for i, p in enumerate(files)]
-        commands = [
-            (*compiler(), *CFLAGS, *WARNINGS, *include, "-c", str(p), "-o", o)
-            for p, o in zip(files, objects, strict=True)
-        ]
-        total = len(commands) + 1  # and the link
-        progress("kernels", 0, total)
-        with ThreadPoolExecutor(thread_count()) as pool:
-            for done, _ in enumerate(pool.map(_run, commands), 1):
-                progress("kernels", done, total)
         output = work / "kernels.so"
-        _run((*compiler(), *CFLAGS, "-shared", *objects, "-o", str(output), "-lm"))
+        _run((*compiler(), *CFLAGS, "-shared", *map(str, made), "-o", str(output), "-lm"))
         progress("kernels", total, total)
         return output.read_bytes()
 

@@ -20,8 +20,9 @@ from flashrt.base.flags import flags
 
 SHIM = Path(__file__).parent / "shim"
 # No contraction, as for NVRTC; -march=native only for speed: fmaf is exact with and without FMA.
+# Not -O2: most kernels run for less time than that takes to compile them.
 OPTIONS = (
-    "-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-w", "-fno-exceptions",
+    "-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-w", "-fno-exceptions",
     "-Wl,-Bsymbolic",  # a kernel of the name of a libc function (advance) must stay the kernel
 )  # fmt: skip
 WATCHED_OPTIONS = ("-g1", "-fsanitize=thread", "-fno-tree-vectorize", "-DSIMT_RACE")

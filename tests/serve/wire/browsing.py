@@ -58,11 +58,12 @@ class Page:
         self.wait(clicked)
 
     def say(self, text: str) -> None:
-        """Say it, and wait for the reply's end."""
+        """Say it, and wait for the reply's end, and until the tree has its title."""
         before = len(self.nodes())
         self.find("#text").send_keys(text)
         self.click("#send")
         self.wait(lambda: len(self.nodes()) == before + 1 and not self.all(".message.live"))
+        self.wait(lambda: all(node["title"] != "…" for node in self.nodes()))
 
     def nodes(self) -> list[dict[str, Any]]:
         """Rows of the tree, as they are drawn."""
