@@ -33,7 +33,8 @@ KERNEL = r"""
 #include <stdint.h>
 #include <stdio.h>
 struct args { int32_t *p; int32_t fails; };
-int simt_step(const unsigned *gb, unsigned shared, uint64_t seed, void **params, char *err, int n) {
+int simt_step(const unsigned *gb, unsigned shared, uint64_t seed, void **params, void *workspace,
+              char *err, int n) {
   struct args *a = params[0];
   (void)gb; (void)shared; (void)seed;
   if (a->fails) { snprintf(err, n, "planted"); return -1; }

@@ -126,6 +126,22 @@ def test_the_shim_refuses(fault: str, tmp_path: Path) -> None:
         run_tiny(body, tmp_path)
 
 
+def test_a_launch_that_failed_leaves_nothing_to_other_libraries(tmp_path: Path) -> None:
+    """All libraries have their stacks in one place. Fault: what one overwrote fails the next."""
+    with pytest.raises(BackendError, match="bytes of stack"):
+        run_tiny(REFUSED["too much stack"][0], tmp_path)
+    assert run_tiny(CLEAN, tmp_path)[0] == sum(range(32, 64))
+
+
+def test_functions_of_floats_are_in_float(tmp_path: Path) -> None:
+    """As CUDA has them. Fault: C's own, in double, take a kernel's floats."""
+    names = "fabs sqrt exp exp2 log log2 sin cos tanh floor ceil rint round trunc".split()
+    calls = [f"{name}(a.x[i])" for name in names]
+    calls += ["pow(a.x[i], 2.f)", "fmin(a.x[i], 2.f)", "fmax(a.x[i], 2.f)", "fma(a.x[i], 2.f, 1.f)"]
+    body = " ".join(f"static_assert(sizeof({call}) == sizeof(float));" for call in calls)
+    assert run_tiny(f"{body} a.y[i] = sqrt(a.x[i]);", tmp_path)[4] == 2
+
+
 def test_a_copy_read_too_early_is_poison(tmp_path: Path) -> None:
     y = run_tiny(CLEAN.replace("copy_async_wait<0>();", "") + "copy_async_wait<0>();", tmp_path)
     assert np.isnan(y).all()

@@ -34,6 +34,28 @@ SIMT_VECTORS(int, int)
 SIMT_VECTORS(unsigned, uint)
 SIMT_VECTORS(unsigned short, ushort)
 
+// CUDA's functions of two precisions, as in C++: of a float they are in float.
+#define SIMT_OF_FLOAT(name) \
+  inline float name(float x) { return name##f(x); }
+SIMT_OF_FLOAT(fabs)
+SIMT_OF_FLOAT(sqrt)
+SIMT_OF_FLOAT(exp)
+SIMT_OF_FLOAT(exp2)
+SIMT_OF_FLOAT(log)
+SIMT_OF_FLOAT(log2)
+SIMT_OF_FLOAT(sin)
+SIMT_OF_FLOAT(cos)
+SIMT_OF_FLOAT(tanh)
+SIMT_OF_FLOAT(floor)
+SIMT_OF_FLOAT(ceil)
+SIMT_OF_FLOAT(rint)
+SIMT_OF_FLOAT(round)
+SIMT_OF_FLOAT(trunc)
+inline float pow(float x, float y) { return powf(x, y); }
+inline float fmin(float x, float y) { return fminf(x, y); }
+inline float fmax(float x, float y) { return fmaxf(x, y); }
+inline float fma(float x, float y, float z) { return fmaf(x, y, z); }
+
 SIMT_STATE dim3 blockDim, gridDim;
 SIMT_STATE uint3 blockIdx;
 #define threadIdx (simt::current->index)
