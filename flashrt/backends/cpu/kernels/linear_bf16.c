@@ -19,6 +19,9 @@
  *                  tiles for a slice; for few rows K is one slice
  *   without tiles  x is [slice][tile of tokens][k][token] in float32, values as rounded; w is read
  *                  as it is by few tiles of tokens, and widened to float32 in L1 for more
+ *   with pairs     for more tiles of tokens, where there is VDPBF16PS: it does two steps of a chain,
+ *                  the high halves' and then the low halves', in the mode that the definition asks
+ *                  for. So a word of x and of w holds two neighbours of a chain, the first one high
  * Scratch: at most 4 bytes per row and k filled up; without it, rows go one by one.
  */
 #include "amx.h"
@@ -216,6 +219,76 @@ INLINE void add_steps(const tile_job *job, int group, const int form, const int 
   }
 }
 
+#if defined __AVX512BF16__
+#define HAS_PAIRS 1
+enum {
+  CHAIN_PAIRS = STEP / 4,       /* of one chain, in a step */
+  PAIRS_NBYTES = 2 * LANES * 2, /* of w: a pair, 16 lanes twice */
+  PAIRS_STEP = CHAIN_PAIRS * 2  /* words of x of a token: those of the even k, then the odd */
+};
+_Static_assert(VL == 16 && PARTS == 1, "AVX512-BF16 has vectors of AVX-512");
+#define DOT_INTO(c, a, b) __asm__("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b))
+
+/* One chain of a step; w and x as laid out. */
+INLINE void extend_pairs(vf *low, vf *high, const int n_tokens, const char *w, const float *x) {
+  UNROLL
+  for (int t = 0; t < n_tokens; t++) low[t] = high[t] = (vf){0};
+  UNROLL
+  for (int j = 0; j < CHAIN_PAIRS; j++) {
+    vf first = v_load((const float *)(w + j * PAIRS_NBYTES));
+    vf second = v_load((const float *)(w + j * PAIRS_NBYTES + PAIRS_NBYTES / 2));
+    KEEP(first);
+    KEEP(second);
+    UNROLL
+    for (int t = 0; t < n_tokens; t++) {
+      vf xt = v_set(x[j * n_tokens + t]);
+      DOT_INTO(low[t], first, xt);
+      DOT_INTO(high[t], second, xt);
+      __asm__ volatile("" ::: "memory"); /* one x at a time, as in tile.h */
+    }
+  }
+}
+
+/* All lanes of a panel x a tile of tokens. */
+INLINE void add_pairs(const tile_job *job, const int n_tokens) {
+  vf sums[2][TOKENS], kept[2][TOKENS], (*y)[TOKENS] = sums, (*even)[TOKENS] = kept;
+  __asm__("" : "+r"(y), "+r"(even)); /* in memory: registers are the chains' */
+  UNROLL
+  for (int t = 0; t < n_tokens; t++) {
+    const float *at = job->y + t * job->stride;
+    y[0][t] = job->is_first ? (vf){0} : load_some(at, job->n_cols);
+    y[1][t] = job->is_first ? (vf){0} : load_some(at + 16, job->n_cols - 16);
+  }
+  const char *w = job->w;
+  const float *x = job->x;
+  for (int k = 0; k < job->n_k; k += STEP) {
+    vf low[TOKENS], high[TOKENS];
+    extend_pairs(low, high, n_tokens, w, x);
+    UNROLL
+    for (int t = 0; t < n_tokens; t++) {
+      even[0][t] = low[t];
+      even[1][t] = high[t];
+    }
+    extend_pairs(low, high, n_tokens, w + CHAIN_PAIRS * PAIRS_NBYTES, x + CHAIN_PAIRS * n_tokens);
+    UNROLL
+    for (int t = 0; t < n_tokens; t++) {
+      y[0][t] += even[0][t] + low[t];
+      y[1][t] += even[1][t] + high[t];
+    }
+    w += 2 * CHAIN_PAIRS * PAIRS_NBYTES;
+    x += PAIRS_STEP * n_tokens;
+  }
+  UNROLL
+  for (int t = 0; t < n_tokens; t++) {
+    float *at = job->y + t * job->stride;
+    store_some(at, job->n_cols, y[0][t]);
+    store_some(at + 16, job->n_cols - 16, y[1][t]);
+  }
+}
+#else
+#define HAS_PAIRS 0
+#endif
+
 typedef void (*tile_function)(const tile_job *job, int group);
 
 #define ROW(groups)                                          \
@@ -256,6 +329,16 @@ static const tile_function few[TOKENS + 1] = {0,     0,      TWO_TO_6, few_7, fe
                                               few_9, few_10, few_11,   few_12};
 static const tile_function many[TOKENS + 1] = {
     [9] = many_9, [10] = many_10, [11] = many_11, [12] = many_12};
+#if HAS_PAIRS
+#define PAIRS(tokens) \
+  static void pairs_##tokens(const tile_job *job, int group) { add_pairs(job, tokens); }
+PAIRS(9)
+PAIRS(10)
+PAIRS(11)
+PAIRS(12)
+static const tile_function pairs[TOKENS + 1] = {
+    [9] = pairs_9, [10] = pairs_10, [11] = pairs_11, [12] = pairs_12};
+#endif
 #else
 MANY(5)
 MANY(6)
@@ -281,6 +364,14 @@ static inline float *floats_at(const product *p, const token_tiles *tiles, int64
   return (float *)p->packed + p->n * k0 + first_token(tiles, tile) * filled;
 }
 
+/* With pairs: a word for two k. */
+static inline int has_pairs(const product *p) {
+  return HAS_PAIRS && !p->has_tiles && tiles_of(p->n).n > FEW_TILES;
+}
+static inline float *words_at(const product *p, const token_tiles *tiles, int64_t k0, int tile) {
+  return (float *)p->packed + (floats_at(p, tiles, k0, tile) - (float *)p->packed) / 2;
+}
+
 /* Of a slice and a tile, [k][token]. */
 static void pack_floats(const product *p, int64_t k0, int tile) {
   const token_tiles tiles = tiles_of(p->n);
@@ -295,6 +386,76 @@ static void pack_floats(const product *p, int64_t k0, int tile) {
     }
   }
 }
+
+#if HAS_PAIRS
+/* The same as pairs: [step][even k, odd k][pair][token], a word each. */
+static void pack_pairs(const product *p, int64_t k0, int tile) {
+  const token_tiles tiles = tiles_of(p->n);
+  int first = first_token(&tiles, tile), n = first_token(&tiles, tile + 1) - first;
+  int n_k = slice_length(p, k0);
+  float *out = words_at(p, &tiles, k0, tile);
+  for (int k = 0; k < n_k; k += STEP, out += PAIRS_STEP * n) {
+    for (int t = 0; t < n; t++) {
+      _Alignas(64) float rounded[STEP];
+      uint32_t bits[STEP];
+      round_step(row_of(p, first + t) + k0 + k, (int)min_of(STEP, n_k - k), rounded);
+      memcpy(bits, rounded, sizeof bits);
+      for (int j = 0; j < CHAIN_PAIRS; j++) {
+        uint32_t even = bits[4 * j] | bits[4 * j + 2] >> 16;
+        uint32_t odd = bits[4 * j + 1] | bits[4 * j + 3] >> 16;
+        memcpy(out + j * n + t, &even, sizeof even);
+        memcpy(out + (CHAIN_PAIRS + j) * n + t, &odd, sizeof odd);
+      }
+    }
+  }
+}
+
+INLINE void lay_out_neighbours(vu first, vu second, char *out) {
+  vu low = (second & 0xffffu) | first << 16, high = second >> 16 | (first & 0xffff0000u);
+  memcpy(out, &low, sizeof low);
+  memcpy(out + PAIRS_NBYTES / 2, &high, sizeof high);
+}
+
+/* A panel's slice, filled up: [step][even k, odd k][pair][16 lanes twice]. */
+static void lay_out_pairs(const char *w, int n_k, char *out) {
+  for (int k = 0; k < n_k; k += STEP, out += 2 * CHAIN_PAIRS * PAIRS_NBYTES) {
+    for (int j = 0; j < CHAIN_PAIRS; j++) {
+      vu rows_of_w[4];
+      for (int i = 0; i < 4; i++) {
+        int at = k + 4 * j + i;
+        rows_of_w[i] = at < n_k ? v_load_words(w + at * ROW_NBYTES) : (vu){0};
+      }
+      char *to = out + j * PAIRS_NBYTES;
+      lay_out_neighbours(rows_of_w[0], rows_of_w[2], to);
+      lay_out_neighbours(rows_of_w[1], rows_of_w[3], to + CHAIN_PAIRS * PAIRS_NBYTES);
+    }
+  }
+}
+
+static void multiply_pairs(const product *p, span panels) {
+  _Alignas(64) char laid_out[SLICE * ROW_NBYTES];
+  const token_tiles tiles = tiles_of(p->n);
+  for (int64_t k0 = 0; k0 < p->K; k0 += p->slice) {
+    for (int64_t panel = panels.begin; panel < panels.end; panel++) {
+      tile_job job = {.w = laid_out,
+                      .stride = p->stride,
+                      .n_cols = p->N - panel * LANES,
+                      .n_k = slice_length(p, k0),
+                      .is_first = k0 == 0};
+      lay_out_pairs(p->w + panel * p->panel_nbytes + k0 * ROW_NBYTES, job.n_k, laid_out);
+      for (int tile = 0; tile < tiles.n; tile++) {
+        int first = first_token(&tiles, tile), n = first_token(&tiles, tile + 1) - first;
+        job.x = words_at(p, &tiles, k0, tile);
+        job.y = p->y + first * p->stride + panel * LANES;
+        pairs[n](&job, 0);
+      }
+    }
+  }
+}
+#else
+static void pack_pairs(const product *p, int64_t k0, int tile) {}
+static void multiply_pairs(const product *p, span panels) {}
+#endif
 
 /* The last step of panels from w on, filled up; NULL where it is whole. */
 static const char *fill_last(const char *w, int64_t panel_nbytes, int n_panels, int n_k,
@@ -574,6 +735,7 @@ static void pack(const product *p, int tid, int nt) {
   for (int64_t unit = mine.begin; unit < mine.end; unit++) {
     int64_t k0 = unit / n_tiles * p->slice;
     if (p->has_tiles) pack_tile(p, k0, (int)(unit % n_tiles));
+    else if (has_pairs(p)) pack_pairs(p, k0, (int)(unit % n_tiles));
     else pack_floats(p, k0, (int)(unit % n_tiles));
   }
 }
@@ -596,7 +758,8 @@ static void multiply(const product *p, span units) {
     return;
   }
   float_mode callers = enter_flushing_mode();
-  if (p->packed) multiply_vectors(p, units);
+  if (p->packed && has_pairs(p)) multiply_pairs(p, units);
+  else if (p->packed) multiply_vectors(p, units);
   else stream_row(p, units);
   leave_default_mode(callers);
 }
