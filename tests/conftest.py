@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import faulthandler
 import gc
-import math
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,6 @@ GOLDEN = Path(__file__).parent / "golden"
 LEFT_OUT = pytest.StashKey[list[str]]()  # lines about cases that were left out
 BROWSER = ("chromium", "chromedriver")  # of the distribution's packages chromium, chromium-driver
 STDERR = pytest.StashKey[int]()  # the process's own: pytest's capture is lost with the process
-ARMED = pytest.StashKey[float]()  # when the timer of a hung test was
-REARM_S = 5.0
 
 
 # A shared machine stops a test for longer than any deadline: speed is shown by benchmarks.
@@ -70,16 +66,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """When a test hangs, print all stacks and end the process: nothing else interrupts C code.
-
-    To arm the timer takes milliseconds, and most tests less: it is armed anew every few seconds.
-    """
-    now = time.monotonic()
-    if now - item.config.stash.get(ARMED, -math.inf) > REARM_S:
-        limit, stderr = item.config.getoption("--test-limit") + REARM_S, item.config.stash[STDERR]
-        faulthandler.dump_traceback_later(limit, exit=True, file=stderr)
-        item.config.stash[ARMED] = now
-    return (yield)
+    """When a test hangs, print all stacks and end the process: nothing else interrupts C code."""
+    limit, stderr = item.config.getoption("--test-limit"), item.config.stash[STDERR]
+    faulthandler.dump_traceback_later(limit, exit=True, file=stderr)
+    try:
+        return (yield)
+    finally:  # a process of xdist that waits for others is not hung
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_collection_finish() -> None:
@@ -88,11 +81,6 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-def pytest_unconfigure() -> None:
-    """The process may go on."""
-    faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
