@@ -22,9 +22,12 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-_library = torch.library.Library("torchvision", "DEF")
-for _name in ("nms", "qnms"):  # torchvision's own operators may be built for another torch
-    _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+try:
+    import torchvision  # noqa: F401
+except (ImportError, OSError, RuntimeError):  # its own operators may be built for another torch
+    _library = torch.library.Library("torchvision", "DEF")
+    for _name in ("nms", "qnms"):
+        _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from lerobot.configs.policies import PreTrainedConfig  # noqa: E402
 from lerobot.policies.act.configuration_act import ACTConfig  # noqa: E402, F401  (registers it)
